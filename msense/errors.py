@@ -1,0 +1,17 @@
+"""The errors msense raises on purpose; anything else that comes out is a bug.
+
+Every message names the value, the cause and the remedy. The jobs map them to exit codes:
+`BadInput` to 2 (wrong usage or bad input), `MsenseError` to 1 (the run failed).
+"""
+
+
+class MsenseError(Exception):
+    """A run that cannot go on; exit code 1."""
+
+
+class BadInput(MsenseError):  # noqa: N818 - reads as what it is: bad input
+    """Wrong usage, or input that msense refuses; exit code 2."""
+
+
+class DictionaryError(BadInput):
+    """A dictionary folder that is truncated, foreign or inconsistent."""
