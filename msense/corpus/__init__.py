@@ -1,0 +1,25 @@
+"""The corpus: URIs in, documents out. `files` says what there is, `readers` reads it, `pydocs` is the embedded one."""
+
+from msense.corpus.files import (
+    Piece,
+    SourceFile,
+    count_rows,
+    cut_pieces,
+    display_uri,
+    list_files,
+    number_pieces,
+)
+from msense.corpus.readers import BadDocument, Document, read_documents
+
+__all__ = [
+    "BadDocument",
+    "Document",
+    "Piece",
+    "SourceFile",
+    "count_rows",
+    "cut_pieces",
+    "display_uri",
+    "list_files",
+    "number_pieces",
+    "read_documents",
+]

@@ -1,0 +1,362 @@
+"""Which files a corpus has, and the pieces they are cut into: one piece becomes one passages file.
+
+In: corpus URIs (files, folders and globs on any fsspec storage, `hf://` datasets, `pydocs`). Out: `SourceFile`s with
+fingerprints and `Piece`s with fixed borders, in an order that depends on names only; `readers` reads them.
+In memory: these lists, about 300 bytes a piece; no text.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from msense import storage
+from msense.corpus.pydocs import choose_packages, package_version, source_files
+from msense.errors import BadInput, MsenseError
+from msense.storage import display_uri
+
+FORMATS = ("txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "csv")
+ACCEPTED = (
+    "*.txt and *.jsonl (also .gz and .zst), *.parquet, *.csv, a folder or glob of those, "
+    "hf://dataset[:config][:split], pydocs[:package,...]"
+)
+WHOLE = -1  # `Piece.stop` of a piece that is a whole file
+UNKNOWN = -1  # `Piece.first_row` before `number_pieces`, and the count of a piece that needs none
+PYDOCS_FILES = 200  # source files in a piece of `pydocs`
+CHUNK_BYTES = 1 << 20
+_CONTENT_KEYS = ("ETag", "etag", "md5Hash", "md5", "blob_id")
+_TIME_KEYS = ("mtime", "LastModified", "updated", "created")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """An input file.
+
+    Attributes:
+        uri: where it is, credentials included: show it through `display_uri` only.
+        name: its path below the corpus root; the root's base name stands before it when there are several corpora.
+        format: one of `FORMATS`, or "pydocs" for a package.
+        size: in bytes.
+        fingerprint: changes when the content does; holds no path.
+    """
+
+    uri: str
+    name: str
+    format: str
+    size: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An input file, or a fixed range of it.
+
+    Attributes:
+        uri: see `SourceFile`; so are name and format. The name opens the id of every document of the piece.
+        start: first byte (txt, jsonl), row group (parquet) or source file (pydocs).
+        stop: the border behind the last one; `WHOLE` for a whole file.
+        first_row: number of its first row in the file; `UNKNOWN` until `number_pieces`.
+    """
+
+    uri: str
+    name: str
+    format: str
+    start: int
+    stop: int
+    first_row: int
+
+
+def list_files(uris: Sequence[str]) -> list[SourceFile]:
+    """The files of a corpus, sorted by name within each URI.
+
+    Folders and globs are read recursively; names that start with a dot, links to folders and files of unknown suffix
+    are passed over.
+
+    Raises:
+        BadInput: a URI that is not accepted, does not exist or may not be read; no readable file under it; a package
+            that is not installed; two files of one name.
+    """
+    files: list[SourceFile] = []
+    for uri in uris:
+        if uri == "pydocs" or uri.startswith("pydocs:"):
+            root, found = _list_pydocs(uri)
+        elif uri.startswith("hf://"):
+            root, found = _list_hub(uri)
+        else:
+            root, found = _list_storage(uri)
+        prefix = f"{root}/" if len(uris) > 1 and root else ""
+        files += [replace(file, name=prefix + file.name) for file in sorted(found, key=lambda file: file.name)]
+    by_name: dict[str, SourceFile] = {}
+    for file in files:
+        other = by_name.setdefault(file.name, file)
+        if other is not file:
+            raise BadInput(
+                f"two files of the corpus have the name {file.name!r}: {display_uri(other.uri)} and "
+                f"{display_uri(file.uri)}; document ids start with it: rename a folder, or give one common folder"
+            )
+    return files
+
+
+def cut_pieces(files: Sequence[SourceFile], piece_bytes: int = 16 << 20) -> list[Piece]:
+    """Cut files into pieces whose borders depend on the files and `piece_bytes` only.
+
+    Parquet is cut between row groups (only footers are read), lines by bytes; compressed files and csv stay whole.
+
+    Raises:
+        BadInput: a parquet file without a readable footer.
+    """
+    pieces: list[Piece] = []
+    for file in files:
+        ranges = [(0, WHOLE, 0)]
+        if file.format == "parquet":
+            ranges = _row_group_ranges(file, piece_bytes)
+        elif file.format == "pydocs":
+            count = len(source_files(_package_of(file)))
+            ranges = [(i, min(i + PYDOCS_FILES, count), 0) for i in range(0, count, PYDOCS_FILES)]
+        elif file.format in ("txt", "jsonl") and file.size > piece_bytes:
+            starts = range(0, file.size, piece_bytes)
+            ranges = [(i, min(i + piece_bytes, file.size), UNKNOWN if i else 0) for i in starts]
+        pieces += [Piece(file.uri, file.name, file.format, *limits) for limits in ranges]
+    return pieces
+
+
+def count_rows(piece: Piece) -> int:
+    """Lines that start in the byte range of a piece; `UNKNOWN` for a piece of another kind, whose rows need no count.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    if piece.format not in ("txt", "jsonl") or piece.stop == WHOLE:
+        return UNKNOWN
+    # A line starts at byte 0 and behind every newline, but none starts at `stop` or at the end of the file.
+    first = max(piece.start - 1, 0)
+    rows = 1 if piece.start == 0 else 0
+    left = piece.stop - 1 - first
+    filesystem, path = filesystem_of(piece.uri)
+    with reading(piece.uri, piece.format), filesystem.open(path, "rb") as stream:
+        stream.seek(first)
+        while left > 0 and (chunk := stream.read(min(left, CHUNK_BYTES))):
+            rows += chunk.count(b"\n")
+            left -= len(chunk)
+    return rows
+
+
+def number_pieces(pieces: Sequence[Piece], counts: Sequence[int]) -> list[Piece]:
+    """Fill in `first_row`, from what `count_rows` gave for each of the pieces of `cut_pieces`, in their order."""
+    numbered: list[Piece] = []
+    row = 0
+    for piece, count in zip(pieces, counts, strict=True):
+        row = row if piece.first_row == UNKNOWN else piece.first_row  # the first piece of a file has row 0
+        numbered.append(replace(piece, first_row=row))
+        row += count
+    return numbered
+
+
+def filesystem_of(uri: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a URI and the path on it; as `storage.filesystem`, and the hub's as well."""
+    if uri.startswith("hf://"):
+        return hub_filesystem(), uri.removeprefix("hf://")
+    return storage.filesystem(uri)
+
+
+def hub_filesystem() -> Any:  # noqa: ANN401 - fsspec has no types
+    """The filesystem of the Hugging Face Hub."""
+    from huggingface_hub import HfFileSystem  # slow to import, and few corpora need it
+
+    return HfFileSystem()
+
+
+@contextmanager
+def reading(uri: str, form: str) -> Iterator[None]:
+    """Turn what goes wrong while the file `uri` is read as `form` into errors that name it.
+
+    Raises:
+        BadInput: the file is missing, may not be read, or is damaged.
+        MsenseError: the connection was lost.
+    """
+    shown = display_uri(uri)
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BadInput(f"{shown}: no such file or folder; check the path, and the scheme of a remote one") from error
+    except PermissionError as error:
+        raise BadInput(f"{shown}: no permission to read it ({error}); allow it, or give other credentials") from error
+    except (ConnectionError, TimeoutError) as error:
+        raise MsenseError(f"{shown}: the connection was lost ({error}); run the same command again") from error
+    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        cause = str(error).partition("\n")[0]
+        raise BadInput(
+            f"{shown}: cannot be read as {form} ({cause}); it is damaged or of another kind: restore it or leave it out"
+        ) from error
+    except _s3_errors() as error:
+        raise BadInput(f"{shown}: S3 refused ({error}); give credentials, e.g. AWS_PROFILE or an IAM role") from error
+
+
+def _s3_errors() -> tuple[type[Exception], ...]:
+    """Errors of the S3 client that are no OSErrors, such as missing credentials; none while it is not loaded."""
+    botocore = sys.modules.get("botocore.exceptions")
+    return (botocore.BotoCoreError,) if botocore else ()
+
+
+def _list_storage(uri: str) -> tuple[str, list[SourceFile]]:
+    """Base name of the root, and files, of a file, folder or glob."""
+    filesystem, path = filesystem_of(uri)
+    local = isinstance(filesystem, LocalFileSystem)
+    if local:
+        uri = path = os.path.abspath(path)  # workers run in other folders
+    with reading(uri, "a corpus"):
+        try:
+            info = filesystem.info(path)
+        except FileNotFoundError:
+            if not re.search(r"[*?[]", path):
+                raise
+            info = {"type": "glob"}
+        if info["type"] == "file":
+            return _one_file(uri, info)
+        if info["type"] == "glob":
+            root = _parent(re.split(r"[*?[]", uri)[0])
+            found = filesystem.glob(path, detail=True)
+            folders = [name for name, info in found.items() if info["type"] == "directory"]
+        else:
+            root = uri.rstrip("/")
+            found, folders = {}, [path]
+        for folder in folders:
+            found |= filesystem.find(folder, detail=True)
+        if local:
+            _check_folders([root, *folders] if "**" in path else folders)
+        files = []
+        cut = len(root) if local else len(filesystem_of(root)[1])
+        for name, info in found.items():
+            relative = name[cut:].lstrip("/")
+            form = _format_of(relative)
+            if form and info["type"] != "directory" and not re.search(r"(^|/)\.", relative):
+                if info.get("islink"):  # what counts is the file that the link leads to
+                    with reading(name, form):
+                        info = filesystem.info(name)
+                files.append(SourceFile(f"{root}/{relative}", relative, form, info["size"] or 0, _fingerprint(info)))
+    if not files:
+        raise BadInput(f"{display_uri(uri)}: no file there that can be read; accepted are {ACCEPTED}")
+    return _base_name(root), files
+
+
+def _check_folders(paths: Sequence[str]) -> None:
+    """Raise if a local folder in or below `paths` may not be listed: fsspec passes over it in silence."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for path in paths:
+        for _ in os.walk(path or "/", onerror=refuse):
+            pass
+
+
+def _one_file(uri: str, info: dict[str, Any]) -> tuple[str, list[SourceFile]]:
+    """Base name of the folder, and the file itself, of a file named outright."""
+    name = _base_name(display_uri(uri) if uri.startswith(("http://", "https://")) else uri)
+    form = _format_of(name)
+    if not form:
+        raise BadInput(f"{display_uri(uri)}: not a kind of file that can be read; accepted are {ACCEPTED}")
+    return _base_name(_parent(uri)), [SourceFile(uri, name, form, info["size"] or 0, _fingerprint(info))]
+
+
+def _list_pydocs(uri: str) -> tuple[str, list[SourceFile]]:
+    """The word "pydocs", and a SourceFile for each package."""
+    found = []
+    for package in choose_packages([name for name in uri.removeprefix("pydocs").strip(":").split(",") if name]):
+        sources = source_files(package)
+        size = sum(path.stat().st_size for _, path in sources)
+        found.append(SourceFile(f"pydocs:{package}", package, "pydocs", size, package_version(package, sources)))
+    return "pydocs", found
+
+
+def _list_hub(uri: str) -> tuple[str, list[SourceFile]]:
+    """Name of a dataset of the Hub, and the parquet files that the Hub made of one of its splits."""
+    from huggingface_hub import errors
+
+    shown = display_uri(uri)
+    parts = uri.removeprefix("hf://").split(":")
+    if len(parts) > 3 or not parts[0]:
+        raise BadInput(f"{shown}: write hf://dataset[:config][:split]")
+    dataset, config, split = parts + [""] * (3 - len(parts))
+    filesystem = hub_filesystem()
+    root = f"datasets/{dataset}@refs%2Fconvert%2Fparquet"
+    try:
+        configs = _folders(filesystem, root)
+        config = config or (configs[0] if len(configs) == 1 else "default")
+        if config not in configs:
+            raise BadInput(f"{shown}: no config {config!r}; name one of {', '.join(configs)}: hf://{dataset}:CONFIG")
+        splits = _folders(filesystem, f"{root}/{config}")
+        split = split or "train"
+        if split not in splits:
+            raise BadInput(
+                f"{shown}: no split {split!r}; name one of {', '.join(splits)}: hf://{dataset}:{config}:SPLIT"
+            )
+        found = filesystem.ls(f"{root}/{config}/{split}", detail=True, expand_info=True)
+    except (OSError, ValueError, errors.HTTPError) as error:
+        cause = str(error).partition("\n")[0]
+        raise BadInput(
+            f"{shown}: the Hub gives no parquet files of it ({cause}); check owner/name and the network; "
+            "log in to reach a private or gated dataset: hf auth login"
+        ) from error
+    files = []
+    for info in found:
+        name = f"{config}/{split}/{_base_name(info['name'])}"
+        if name.endswith(".parquet"):
+            files.append(SourceFile(f"hf://{root}/{name}", name, "parquet", info["size"], _fingerprint(info)))
+    if not files:
+        raise BadInput(f"{shown}: the Hub holds no parquet file of it (yet); give its files instead: {ACCEPTED}")
+    return _base_name(dataset), files
+
+
+def _folders(filesystem: Any, path: str) -> list[str]:  # noqa: ANN401 - fsspec has no types
+    infos = filesystem.ls(path, detail=True)
+    return sorted(_base_name(info["name"]) for info in infos if info["type"] == "directory")
+
+
+def _row_group_ranges(file: SourceFile, piece_bytes: int) -> list[tuple[int, int, int]]:
+    """(start, stop, first_row) of runs of row groups of at most `piece_bytes` of (uncompressed) data, one at least."""
+    filesystem, path = filesystem_of(file.uri)
+    with reading(file.uri, "parquet"), filesystem.open(path, "rb") as stream:
+        metadata = pq.ParquetFile(stream).metadata
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    ranges: list[tuple[int, int, int]] = []
+    start = first_row = row = size = 0
+    for i, group in enumerate(groups):
+        if i > start and size + group.total_byte_size > piece_bytes:
+            ranges.append((start, i, first_row))
+            start, first_row, size = i, row, 0
+        row += group.num_rows
+        size += group.total_byte_size
+    return [*ranges, (start, len(groups), first_row)] if groups else []
+
+
+def _fingerprint(info: dict[str, Any]) -> str:
+    """What an fsspec listing says of a file's content: a hash (and a commit) where the store has one, else its time."""
+    commit = getattr(info.get("last_commit"), "oid", None)
+    content = next((str(info[key]).strip('"') for key in _CONTENT_KEYS if info.get(key)), None)
+    changed = next((str(info[key]) for key in _TIME_KEYS if info.get(key)), None)
+    return " ".join(part for part in (commit, content or changed) if part) or "unknown"
+
+
+def _format_of(name: str) -> str:
+    return next((form for form in FORMATS if name.lower().endswith(f".{form}")), "")
+
+
+def _package_of(file: SourceFile | Piece) -> str:
+    return file.uri.removeprefix("pydocs:")
+
+
+def _parent(uri: str) -> str:
+    scheme, mark, path = uri.rpartition("://")
+    return scheme + mark + path.rpartition("/")[0]
+
+
+def _base_name(uri: str) -> str:
+    return uri.rpartition("://")[2].rstrip("/").rpartition("/")[2]

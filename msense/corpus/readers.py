@@ -1,0 +1,333 @@
+"""The documents of one piece of a corpus, as a stream.
+
+In: a `Piece`. Out: a `Document` for each row (line, parquet row, csv record, docstring), or a `BadDocument` that says
+why there is none; a fault of the whole file is raised. What comes out does not depend on how the file was cut.
+In memory: about two documents of at most `MAX_DOCUMENT_BYTES`, or one batch of a parquet row group.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from msense.corpus.files import CHUNK_BYTES, UNKNOWN, WHOLE, Piece, display_uri, filesystem_of, reading
+from msense.corpus.pydocs import PARSE_ERRORS, docstrings, source_files
+from msense.errors import BadInput
+
+MAX_DOCUMENT_BYTES = 16 << 20  # of UTF-8; in jsonl and csv also of the line or record that holds the text
+_BATCH_BYTES = 8 << 20
+_CODECS = {"gz": "gzip", "zst": "zstd"}
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that is not blank and has a UTF-8 form, under an id: "name:row", or its value in the `id` column."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class BadDocument:
+    """A row that holds no usable text.
+
+    Attributes:
+        id: "name:row", also where there is an `id` column.
+        reason: "empty", "not UTF-8", "too long", "no text", "bad JSON", "bad CSV row" or "unparsable source".
+        detail: what exactly is wrong.
+    """
+
+    id: str
+    reason: str
+    detail: str
+
+
+class _Fault(NamedTuple):
+    """Stands for the text of a row that has none."""
+
+    reason: str
+    detail: str
+
+
+_Row = tuple[object, object]  # its value in the `id` column (None: none); its text (str, UTF-8 bytes), or what is there
+_Keep = Callable[[str], bool]
+
+
+def read_documents(
+    piece: Piece, text_column: str = "text", sample: float = 1.0, seed: int = 0
+) -> Iterator[Document | BadDocument]:
+    """Read the documents of a piece, in file order.
+
+    Args:
+        piece: with its `first_row`.
+        text_column: the column (key) of the text in parquet, csv and jsonl.
+        sample: share of the documents to keep, chosen by a hash of (seed, id); for pydocs of the source files.
+        seed: of the sample.
+
+    Raises:
+        BadInput: the file is missing, may not be read, is damaged, or has no such column.
+    """
+    if piece.first_row == UNKNOWN:
+        raise ValueError(f"{piece.name}: the piece at byte {piece.start} has no row number; see number_pieces")
+    keep = _sampler(sample, seed)
+    with reading(piece.uri, piece.format):
+        if piece.format == "pydocs":
+            yield from _read_package(piece, keep)
+            return
+        for row, (own_id, text) in enumerate(_read_rows(piece, text_column), piece.first_row):
+            automatic = f"{piece.name}:{row}"
+            name = automatic if own_id in (None, "") else str(own_id)
+            if keep(name):
+                yield _checked(automatic, name, text)
+
+
+def _sampler(sample: float, seed: int) -> _Keep:
+    limit = int(sample * 2**64)
+    return lambda name: xxhash.xxh3_64_intdigest(f"{seed} {name}".encode("utf-8", "surrogatepass")) < limit
+
+
+def _checked(automatic: str, name: str, text: object) -> Document | BadDocument:
+    """The document of a row, or what is wrong with it."""
+    if isinstance(text, _Fault):
+        return BadDocument(automatic, *text)
+    if not isinstance(text, str | bytes):
+        return BadDocument(automatic, "no text", f"{type(text).__name__} instead of a string")
+    try:
+        name.encode()  # lone surrogates do not encode
+        size = len(text.encode() if isinstance(text, str) else text)
+        text = text if isinstance(text, str) else text.decode()
+    except UnicodeError as error:
+        return BadDocument(automatic, "not UTF-8", str(error))
+    if size > MAX_DOCUMENT_BYTES:
+        return BadDocument(automatic, *_too_long())
+    if not text.strip():
+        return BadDocument(automatic, "empty", "nothing but white space")
+    return Document(name, text)
+
+
+def _too_long() -> _Fault:
+    return _Fault("too long", f"more than {MAX_DOCUMENT_BYTES} bytes")
+
+
+def _read_package(piece: Piece, keep: _Keep) -> Iterator[Document | BadDocument]:
+    package = piece.uri.removeprefix("pydocs:")
+    prefix = piece.name.removesuffix(package)
+    for name, path in source_files(package)[piece.start : piece.stop]:
+        if not keep(prefix + name):
+            continue
+        try:
+            found = docstrings(path.read_bytes())
+        except PARSE_ERRORS as error:
+            yield BadDocument(prefix + name, "unparsable source", f"{type(error).__name__}: {error}")
+            continue
+        for qualified, text in found:
+            document_id = f"{prefix}{name}:{qualified}".rstrip(":")  # a module's docstring: the file alone
+            yield _checked(document_id, document_id, text)
+
+
+def _read_rows(piece: Piece, text_column: str) -> Iterator[_Row]:
+    """Every row of a piece, good or bad: the n-th one that comes out is the n-th of the piece."""
+    kind, _, codec = piece.format.partition(".")
+    filesystem, path = filesystem_of(piece.uri)
+    with filesystem.open(path, "rb") as raw:
+        if kind == "parquet":
+            yield from _parquet_rows(raw, piece, text_column)
+            return
+        with _buffered(raw, codec) as stream:
+            if kind == "csv":
+                yield from _csv_rows(stream, piece, text_column)
+            elif kind == "jsonl":
+                yield from _json_rows(_lines(stream, piece.start, piece.stop), piece, text_column)
+            else:
+                yield from ((None, line) for line in _lines(stream, piece.start, piece.stop))
+
+
+@contextmanager
+def _buffered(raw: io.RawIOBase, codec: str) -> Iterator[io.BufferedReader]:
+    """A decompressing reader whose `readline` takes a limit, which those of fsspec and Arrow do not."""
+    if not codec:
+        yield io.BufferedReader(raw, CHUNK_BYTES)
+        return
+    with pa.CompressedInputStream(raw, _CODECS[codec]) as plain:
+        yield io.BufferedReader(plain, CHUNK_BYTES)
+
+
+def _lines(stream: io.BufferedReader, start: int, stop: int) -> Iterator[bytes | _Fault]:
+    """The lines that start in bytes [start, stop), without their ends; of one that is too long, a fault."""
+    position = start
+    if start:  # the line of the byte before belongs to the piece before
+        stream.seek(start - 1)
+        position = _skip_line(stream, start - 1, stop)
+    while (stop == WHOLE or position < stop) and (line := stream.readline(MAX_DOCUMENT_BYTES + 2)):
+        at_start = position == 0
+        position += len(line)
+        if len(line) == MAX_DOCUMENT_BYTES + 2 and not line.endswith(b"\n"):
+            yield _too_long()
+            position = _skip_line(stream, position, stop)
+        else:
+            line = line.removeprefix(_BOM) if at_start else line
+            yield line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _skip_line(stream: io.BufferedReader, position: int, stop: int) -> int:
+    """Read to the end of a line, at most to `stop`: no more than that is needed, however long the line is."""
+    while stop == WHOLE or position < stop:
+        part = stream.readline(CHUNK_BYTES)
+        position += len(part)
+        if not part or part.endswith(b"\n"):
+            break
+    return position
+
+
+def _json_rows(lines: Iterable[bytes | _Fault], piece: Piece, text_column: str) -> Iterator[_Row]:
+    unchecked = piece.start == 0  # only the file's first record is held to have the column: pieces must not matter
+    for line in lines:
+        record = line if isinstance(line, _Fault) or not line.strip() else _parsed(line)
+        if not isinstance(record, dict):
+            yield None, record
+            continue
+        if unchecked and text_column not in record:
+            raise _missing_column(piece, text_column, list(record))
+        unchecked = False
+        yield record.get("id"), record.get(text_column)
+
+
+def _parsed(line: bytes) -> dict[str, object] | _Fault:
+    """The JSON object of a line, or what is wrong with it."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return _Fault("not UTF-8", str(error))
+    except (ValueError, RecursionError) as error:
+        return _Fault("bad JSON", str(error))
+    return record if isinstance(record, dict) else _Fault("bad JSON", f"a {type(record).__name__}, not an object")
+
+
+class _OpenQuoteError(ValueError):
+    """A csv file ends inside a quoted field."""
+
+
+class _LongRecordError(ValueError):
+    """A csv record, or a line of one, is too long; it has been skipped."""
+
+
+class _CsvLines:
+    """The lines of a csv file for `csv.reader`, which starts a new record after an exception of its source.
+
+    When the reader asks for another line within one record, that record's last quote is open. So a record that is too
+    long can be skipped without holding it: it ends with the first line that makes the number of quotes even.
+    """
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self.stream = stream
+        self.record_bytes = 0  # handed out of the present record; the caller sets it back
+
+    def __iter__(self) -> "_CsvLines":
+        return self
+
+    def __next__(self) -> str:
+        if self.record_bytes > MAX_DOCUMENT_BYTES:
+            self._skip_record(quotes=1)
+        line = self.stream.readline(MAX_DOCUMENT_BYTES + 2)
+        if not line and self.record_bytes:
+            raise _OpenQuoteError
+        if not line:
+            raise StopIteration
+        if len(line) == MAX_DOCUMENT_BYTES + 2 and not line.endswith(b"\n"):
+            self._skip_record(quotes=(self.record_bytes > 0) + line.count(b'"'))
+        self.record_bytes += len(line)
+        return line.decode("utf-8", "surrogateescape")  # other bytes are found when the text is checked
+
+    def _skip_record(self, quotes: int) -> NoReturn:
+        while part := self.stream.readline(CHUNK_BYTES):
+            quotes += part.count(b'"')
+            if part.endswith(b"\n") and quotes % 2 == 0:
+                break
+        raise _LongRecordError
+
+
+def _csv_records(stream: io.BufferedReader) -> Iterator[list[str] | _Fault]:
+    """The records of a csv file, its header first."""
+    csv.field_size_limit(sys.maxsize)  # the module's limit is one for the whole process; ours is in _CsvLines
+    if stream.peek(3).startswith(_BOM):
+        stream.read(3)
+    lines = _CsvLines(stream)
+    records = csv.reader(lines)
+    while True:
+        lines.record_bytes = 0
+        try:
+            yield next(records)
+        except StopIteration:
+            return
+        except _LongRecordError:
+            yield _too_long()
+        except _OpenQuoteError:
+            yield _Fault("bad CSV row", "the file ends inside a quoted field")
+        except csv.Error as error:
+            yield _Fault("bad CSV row", str(error))
+
+
+def _csv_rows(stream: io.BufferedReader, piece: Piece, text_column: str) -> Iterator[_Row]:
+    records = _csv_records(stream)
+    header = next(records, [])
+    if isinstance(header, _Fault) or text_column not in header:
+        raise _missing_column(piece, text_column, [] if isinstance(header, _Fault) else header)
+    for cells in records:
+        if isinstance(cells, _Fault) or not cells:  # csv gives an empty list for a blank line
+            yield None, cells or ""
+        else:
+            row = dict(zip(header, cells, strict=False))
+            yield row.get("id"), row.get(text_column)
+
+
+def _parquet_rows(raw: io.RawIOBase, piece: Piece, text_column: str) -> Iterator[_Row]:
+    table = pq.ParquetFile(raw, buffer_size=CHUNK_BYTES, pre_buffer=False)  # else it reads whole column chunks
+    names = table.schema_arrow.names
+    if text_column not in names:
+        raise _missing_column(piece, text_column, names)
+    columns = [text_column, "id"] if "id" in names else [text_column]
+    for name in columns:
+        if names.count(name) > 1:
+            raise BadInput(
+                f"{display_uri(piece.uri)}: {names.count(name)} columns are named {name!r}; rename or drop some"
+            )
+        kind = table.schema_arrow.types[names.index(name)]
+        if not (_is_text(kind) or (name == "id" and pa.types.is_integer(kind))):
+            wanted = "strings or integers" if name == "id" else "strings"
+            raise BadInput(f"{display_uri(piece.uri)}: column {name!r} holds {kind}, not {wanted}; cast it")
+    for number in range(piece.start, piece.stop):
+        group = table.metadata.row_group(number)
+        rows = min(1024, max(1, group.num_rows * _BATCH_BYTES // max(1, group.total_byte_size)))
+        for batch in table.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
+            texts = _as_bytes(batch.column(text_column))
+            ids = _as_bytes(batch.column("id")) if "id" in names else [None] * len(batch)
+            for own_id, text in zip(ids, texts, strict=True):
+                yield own_id.decode("utf-8", "surrogateescape") if isinstance(own_id, bytes) else own_id, text
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _as_bytes(column: pa.Array) -> Iterator[object]:
+    """The values of a column, strings as the bytes that the file holds: they may be no UTF-8."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if _is_text(column.type):
+        column = column.cast(pa.large_binary())
+    return (value.as_py() for value in column)
+
+
+def _missing_column(piece: Piece, text_column: str, there: list[str]) -> BadInput:
+    columns = ", ".join(map(repr, there[:50])) or "none"
+    return BadInput(f"{display_uri(piece.uri)}: no column {text_column!r}; it has {columns}: choose with --text-column")
