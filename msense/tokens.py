@@ -1,0 +1,368 @@
+"""Stage 1: documents in, passages out.
+
+A document is tokenised, cut at word ends into passages of at most `max_length` tokens, and written to the passages
+file of its piece in input order, in row groups (*blocks*) of about 32k tokens, the grain in which units are cut.
+Holds one batch of documents and one block; a document is tokenised in slices of at most 256k characters.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from tokenizers import Encoding, Tokenizer
+
+from msense import storage
+from msense.corpus import BadDocument, Document, Piece, read_documents
+from msense.errors import BadInput
+
+BLOCK_TOKENS = 1 << 15
+BATCH_DOCUMENTS = 256
+SLICE_CHARACTERS = 1 << 18
+LISTED_BAD_DOCUMENTS = 100
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.uint64()),
+        ("document_id", pa.string()),
+        ("index", pa.int32()),
+        ("context", pa.int32()),
+        ("input_ids", pa.list_(pa.int32())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PassageSpec:
+    """How documents become passages; the same for every piece of a run.
+
+    A passage is prefix + prompt + context + body + suffix: prefix and suffix are the tokenizer's special tokens, the
+    context repeats the last tokens of the passage before (`stride`).
+    """
+
+    max_length: int
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = ()
+    excluded: tuple[int, ...] = ()
+    stride: int = 0
+    seed: int = 0
+    dedup: bool = False
+    text_column: str = "text"
+    sample: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.body_length < 1:
+            raise BadInput(
+                f"max_length {self.max_length} leaves no room for text beside special tokens and prompt: raise it"
+            )
+        if self.stride >= self.body_length:
+            raise BadInput(f"stride {self.stride} must be smaller than the {self.body_length} text tokens of a passage")
+
+    @property
+    def body_length(self) -> int:
+        """Most text tokens in a passage, context included."""
+        return self.max_length - len(self.prefix) - len(self.prompt) - len(self.suffix)
+
+
+@dataclass(frozen=True)
+class Passages:
+    """A block of passages as flat arrays: P passages, T tokens."""
+
+    keys: np.ndarray  # uint64 [P]
+    context: np.ndarray  # int32 [P], context tokens of each passage
+    ids: np.ndarray  # int32 [T]
+    offsets: np.ndarray  # int64 [P + 1], where each passage starts in ids
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each passage, int64 [P]."""
+        return np.diff(self.offsets)
+
+    def rows(self) -> np.ndarray:
+        """Passage of each token, int64 [T]."""
+        return np.repeat(np.arange(len(self.keys)), self.lengths)
+
+    def positions(self) -> np.ndarray:
+        """Place of each token in its passage, int64 [T]."""
+        return np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths)
+
+    def eligible(self, spec: PassageSpec) -> np.ndarray:
+        """Tell which tokens may be sampled and labelled, bool [T]: not prompt, context or an excluded token."""
+        position = self.positions()
+        start = len(spec.prefix)
+        skipped = (position >= start) & (position < start + len(spec.prompt) + np.repeat(self.context, self.lengths))
+        return ~skipped & ~np.isin(self.ids, np.asarray(spec.excluded, dtype=np.int32))
+
+    def without(self, rows: np.ndarray | None) -> "Passages":
+        """Leave out the passages of these rows."""
+        if rows is None:
+            return self
+        kept = np.ones(len(self.keys), dtype=bool)
+        kept[rows] = False
+        offsets = np.r_[0, np.cumsum(self.lengths[kept])].astype(np.int64)
+        return Passages(self.keys[kept], self.context[kept], self.ids[np.repeat(kept, self.lengths)], offsets)
+
+    @staticmethod
+    def concatenate(blocks: "list[Passages]") -> "Passages":
+        """Put blocks one after another."""
+        starts = np.cumsum([0, *(len(b.ids) for b in blocks)])
+        return Passages(
+            np.concatenate([b.keys for b in blocks]),
+            np.concatenate([b.context for b in blocks]),
+            np.concatenate([b.ids for b in blocks]),
+            np.concatenate([b.offsets[:-1] + s for b, s in zip(blocks, starts, strict=False)] + [starts[-1:]]),
+        )
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return the sha256 of a tokenizer's whole definition, in hexadecimal (truncation and padding left out)."""
+    definition = json.loads(tokenizer.to_str())
+    definition.update(truncation=None, padding=None)
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+
+
+def special_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the special tokens that the tokenizer puts before and after a text."""
+    body = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    start = next((i for i in range(len(whole)) if whole[i : i + len(body)] == body), None)
+    if start is None:
+        raise BadInput(
+            "this tokenizer changes the text's own tokens when it adds special tokens; msense cannot cut passages with it"
+        )
+    return tuple(whole[:start]), tuple(whole[start + len(body) :])
+
+
+def passage_keys(document_id: str, count: int, seed: int) -> np.ndarray:
+    """Return the keys of a document's passages, uint64 [count]: a 64-bit hash of (seed, document id, index).
+
+    The index is mixed in with the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+    """
+    base = xxhash.xxh3_64_intdigest(document_id.encode("utf-8", "surrogatepass"), seed=seed)
+    z = np.uint64(base) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def cut_points(encoding: Encoding, text: str, length: int, stride: int) -> list[tuple[int, int, int]]:
+    """Cut one tokenised text into passages.
+
+    Args:
+        encoding: the text's tokens without special tokens.
+        text: the text.
+        length: most tokens in a passage, context included.
+        stride: context tokens wanted before the body of every passage but the first.
+
+    Returns:
+        (context start, body start, end) of each passage, in tokens. Bodies follow one another without gap or overlap.
+        A passage starts after white space if there is any in reach, else outside a run of letters and digits, else
+        (a single word longer than a passage) between two characters.
+    """
+    total = len(encoding)
+    if total <= length:
+        return [(0, 0, total)] if total else []
+    offsets = encoding.offsets
+    cuts, begin = [], 0
+    context = 0
+    while begin < total:
+        end = min(total, begin - context + length)
+        if end < total:
+            end = _word_end(offsets, text, begin + 1, end)
+            if context and not _between_words(offsets, text, end):
+                context = 0  # the next word fits only without context
+                continue
+        cuts.append((begin - context, begin, end))
+        begin = end
+        context = begin - _context_start(offsets, text, max(0, begin - stride), begin) if stride else 0
+    return cuts
+
+
+def _word_end(offsets: list[tuple[int, int]], text: str, first: int, last: int) -> int:
+    """Return the largest token in [first, last] at which a passage may open, best kind of border first."""
+    for border in (_after_space, _between_words, _between_characters):
+        for token in range(last, first - 1, -1):
+            if border(offsets, text, token):
+                return token
+    return last
+
+
+def _context_start(offsets: list[tuple[int, int]], text: str, first: int, last: int) -> int:
+    """Return the smallest token in [first, last] that opens a word; `last` when the context would be cut inside one."""
+    return next((t for t in range(first, last) if t == 0 or _after_space(offsets, text, t)), last)
+
+
+def _after_space(offsets: list[tuple[int, int]], text: str, token: int) -> bool:
+    start, stop = offsets[token]
+    return (
+        start < stop
+        and start >= offsets[token - 1][1]
+        and (text[start].isspace() or (start > 0 and text[start - 1].isspace()))
+    )
+
+
+def _between_words(offsets: list[tuple[int, int]], text: str, token: int) -> bool:
+    start, stop = offsets[token]
+    inside = start > 0 and text[start - 1].isalnum() and start < stop and text[start].isalnum()
+    return start >= offsets[token - 1][1] and not inside
+
+
+def _between_characters(offsets: list[tuple[int, int]], text: str, token: int) -> bool:
+    return offsets[token][0] >= offsets[token - 1][1]
+
+
+@dataclass
+class BlockWriter:
+    """Collects passages and writes a row group whenever a block is full."""
+
+    writer: pq.ParquetWriter
+    rows: list[tuple[np.uint64, str, int, int, np.ndarray]] = field(default_factory=list)
+    tokens: int = 0
+    blocks: list[int] = field(default_factory=list)  # tokens of each block written
+    passages: int = 0
+
+    def add(self, key: np.uint64, document_id: str, index: int, context: int, ids: np.ndarray) -> None:
+        """Take one passage; write a block when it is full."""
+        self.rows.append((key, document_id, index, context, ids))
+        self.tokens += len(ids)
+        if self.tokens >= BLOCK_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is there as one block."""
+        if not self.rows:
+            return
+        keys, documents, index, context, ids = zip(*self.rows, strict=True)
+        offsets = np.cumsum([0, *(len(i) for i in ids)], dtype=np.int32)
+        columns = [
+            pa.array(np.array(keys, dtype=np.uint64)),
+            pa.array(documents, pa.string()),
+            pa.array(np.array(index, dtype=np.int32)),
+            pa.array(np.array(context, dtype=np.int32)),
+            pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(ids))),
+        ]
+        self.writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), row_group_size=len(keys))
+        self.blocks.append(self.tokens)
+        self.passages += len(keys)
+        self.rows, self.tokens = [], 0
+
+
+def write_passages(
+    piece: Piece, spec: PassageSpec, tokenizer: Tokenizer, path: Path, fail_on_bad: bool = False
+) -> dict[str, Any]:
+    """Write the passages file of one piece.
+
+    Args:
+        piece: the part of the corpus.
+        spec: how to cut.
+        tokenizer: the teacher's.
+        path: local file to write.
+        fail_on_bad: raise at the first bad document instead of counting it.
+
+    Returns:
+        Counts: documents, passages, tokens, blocks (tokens of each), bad (number by reason), listed (the first hundred
+        bad documents of each reason).
+
+    Raises:
+        BadInput: a bad document, when `fail_on_bad`.
+    """
+    bad: dict[str, int] = {}
+    listed: list[dict[str, str]] = []
+    documents = tokens = 0
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_statistics=False) as parquet:
+        blocks = BlockWriter(parquet)
+        for batch in _batches(read_documents(piece, spec.text_column, sample=spec.sample, seed=spec.seed)):
+            for item in batch:
+                if isinstance(item, BadDocument):
+                    if fail_on_bad:
+                        raise BadInput(
+                            f"bad document {item.id}: {item.reason} {item.detail}".rstrip()
+                            + "; --on-bad-document skip goes past it"
+                        )
+                    bad[item.reason] = bad.get(item.reason, 0) + 1
+                    if bad[item.reason] <= LISTED_BAD_DOCUMENTS:
+                        listed.append({"id": item.id, "reason": item.reason, "detail": item.detail})
+            good = [item for item in batch if isinstance(item, Document)]
+            documents += len(good)
+            tokens += _add_documents(good, spec, tokenizer, blocks)
+        blocks.flush()
+    return {
+        "documents": documents,
+        "passages": blocks.passages,
+        "tokens": tokens,
+        "blocks": blocks.blocks,
+        "bad": bad,
+        "listed": listed,
+    }
+
+
+def _batches(items: Iterable[Document | BadDocument]) -> Iterator[list[Document | BadDocument]]:
+    """Group documents by number and characters, so that a batch is small in memory."""
+    batch: list[Document | BadDocument] = []
+    characters = 0
+    for item in items:
+        batch.append(item)
+        characters += len(item.text) if isinstance(item, Document) else 0
+        if len(batch) >= BATCH_DOCUMENTS or characters >= SLICE_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _slices(text: str) -> Iterator[str]:
+    """Split a very long text at white space into slices that are tokenised one by one."""
+    start = 0
+    while len(text) - start > SLICE_CHARACTERS:
+        window = text[start : start + SLICE_CHARACTERS]
+        spaces = max(window.rfind(" "), window.rfind("\n"), window.rfind("\t"))
+        stop = start + (spaces if spaces > 0 else SLICE_CHARACTERS)
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _add_documents(documents: list[Document], spec: PassageSpec, tokenizer: Tokenizer, blocks: BlockWriter) -> int:
+    """Tokenise, cut and add documents; return the number of tokens in their passages."""
+    slices = [(number, part) for number, document in enumerate(documents) for part in _slices(document.text)]
+    encodings = tokenizer.encode_batch([part for _, part in slices], add_special_tokens=False)
+    before = np.array((*spec.prefix, *spec.prompt), dtype=np.int32)
+    after = np.array(spec.suffix, dtype=np.int32)
+    passages: list[list[tuple[int, np.ndarray]]] = [[] for _ in documents]
+    for (number, part), encoding in zip(slices, encodings, strict=True):
+        ids = np.array(encoding.ids, dtype=np.int32)
+        for context, begin, end in cut_points(encoding, part, spec.body_length, spec.stride):
+            passages[number].append((begin - context, np.concatenate([before, ids[context:end], after])))
+    tokens = 0
+    for document, its_passages in zip(documents, passages, strict=True):
+        keys = passage_keys(document.id, len(its_passages), spec.seed)
+        for index, (context, ids) in enumerate(its_passages):
+            key = xxhash.xxh3_64_intdigest(ids.tobytes(), seed=spec.seed) if spec.dedup else keys[index]
+            blocks.add(np.uint64(key), document.id, index, context, ids)
+            tokens += len(ids)
+    return tokens
+
+
+def read_block(uri: str, block: int) -> Passages:
+    """Read one block (row group) of a passages file, without the document ids."""
+    table = open_parquet(uri).read_row_group(block, columns=["key", "context", "input_ids"])
+    lists = table.column("input_ids").combine_chunks()
+    return Passages(
+        table.column("key").to_numpy(),
+        table.column("context").to_numpy(),
+        lists.flatten().to_numpy(zero_copy_only=False),
+        lists.offsets.to_numpy().astype(np.int64),
+    )
+
+
+def open_parquet(uri: str) -> pq.ParquetFile:
+    """Open a parquet file of any storage."""
+    fs, path = storage.filesystem(uri)
+    return pq.ParquetFile(path, memory_map=True) if storage.is_local(uri) else pq.ParquetFile(fs.open(path, "rb"))

@@ -1,0 +1,161 @@
+"""The plan: capped, uniform over passages, the same for any grouping, and never short of what it promised."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msense.sampling import (
+    ALL_KEYS,
+    BINS,
+    Histogram,
+    bin_tops,
+    duplicate_rows,
+    first_in_passage,
+    key_bins,
+    select,
+    thresholds,
+)
+from msense.tokens import Passages, PassageSpec
+
+SPEC = PassageSpec(max_length=64)
+VOCAB = 8
+
+
+def passages_of(rows: list[list[int]], seed: int = 0) -> Passages:
+    keys = np.random.default_rng(seed).integers(0, 2**64, len(rows), dtype=np.uint64)
+    ids = np.array([t for row in rows for t in row], dtype=np.int32)
+    offsets = np.cumsum([0, *(len(row) for row in rows)])
+    return Passages(keys, np.zeros(len(rows), np.int32), ids, offsets)
+
+
+ROWS = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12), min_size=1, max_size=30)
+
+
+def test_bins_are_quarter_octaves_that_cover_all_keys() -> None:
+    tops = bin_tops()
+    assert len(tops) == BINS
+    assert (np.diff(tops.astype(np.float64)) > 0).all()
+    assert tops[-1] == ALL_KEYS
+    assert key_bins(tops).tolist() == list(range(BINS))  # a top belongs to its bin ...
+    assert key_bins(tops[:-1] + np.uint64(1)).tolist() == list(range(1, BINS))  # ... and the next key to the next
+    assert key_bins(np.array([0, 1, ALL_KEYS], np.uint64)).tolist() == [0, 0, BINS - 1]
+    assert tops[-5] == np.uint64(2**63 - 1)
+
+
+def test_first_in_passage_by_hand() -> None:
+    passages = passages_of([[3, 3, 1, 3], [3, 1, 1, 1]])
+    flat = np.arange(8)
+    assert first_in_passage(passages, flat, 2).tolist() == [True, True, True, False, True, True, True, False]
+    assert first_in_passage(passages, np.array([1, 3, 7]), 1).tolist() == [True, False, True]
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROWS, st.integers(1, 4))
+def test_first_in_passage_equals_a_loop(rows: list[list[int]], limit: int) -> None:
+    expected = [row[:i].count(token) < limit for row in rows for i, token in enumerate(row)]
+    passages = passages_of(rows)
+    assert first_in_passage(passages, np.arange(len(passages.ids)), limit).tolist() == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROWS, st.integers(1, 25), st.data())
+def test_plan_is_the_same_for_any_grouping_and_never_short(
+    rows: list[list[int]], cap: int, data: st.DataObject
+) -> None:
+    passages = passages_of(rows)
+    per_passage = max(1, cap // 20)
+    whole = Histogram.empty(VOCAB)
+    whole.add(passages, SPEC, per_passage)
+    cut = data.draw(st.integers(0, len(rows)))
+    order = data.draw(st.permutations(range(2)))
+    parts = [passages.without(np.arange(cut)), passages.without(np.arange(cut, len(rows)))]
+    merged = Histogram.empty(VOCAB)
+    for i in order:
+        part = Histogram.empty(VOCAB)
+        if len(parts[i].keys):
+            part.add(parts[i], SPEC, per_passage)
+        merged.merge(part)
+    assert (merged.counts == whole.counts).all()
+    assert merged.token_counts.tolist() == np.bincount(passages.ids, minlength=VOCAB).tolist()
+
+    threshold = thresholds(whole, cap)
+    stored = np.bincount(passages.ids[select(passages, threshold, SPEC, per_passage)], minlength=VOCAB)
+    wanted = np.bincount(
+        passages.ids[first_in_passage(passages, np.arange(len(passages.ids)), per_passage)], minlength=VOCAB
+    )
+    assert (stored >= np.minimum(wanted, cap)).all()
+    assert (stored <= wanted).all()
+
+
+def test_selection_is_a_prefix_of_the_key_order() -> None:
+    rng = np.random.default_rng(1)
+    passages = passages_of(rng.integers(0, VOCAB, (4000, 5)).tolist(), seed=2)
+    histogram = Histogram.empty(VOCAB)
+    histogram.add(passages, SPEC, 5)
+    threshold = thresholds(histogram, 100)
+    flat = select(passages, threshold, SPEC, 5)
+    keys = passages.keys[passages.rows()]
+    for token in range(VOCAB):
+        all_keys = np.sort(keys[passages.ids == token])
+        chosen = np.sort(keys[flat][passages.ids[flat] == token])
+        assert (chosen == all_keys[: len(chosen)]).all()
+        assert 100 <= len(chosen) <= 160  # a bin is a quarter octave: at most 25 % over, plus chance
+
+
+def test_sample_is_uniform_over_passages() -> None:
+    """Each of 400 passages of one token is chosen about as often, over many seeds."""
+    hits = np.zeros(400)
+    for seed in range(300):
+        passages = passages_of([[1]] * 400, seed=seed)
+        histogram = Histogram.empty(VOCAB)
+        histogram.add(passages, SPEC, 1)
+        hits[select(passages, thresholds(histogram, 40), SPEC, 1)] += 1
+    share = hits.sum() / hits.size / 300
+    assert 0.1 <= share <= 0.13
+    assert np.abs(hits / 300 - share).max() < 5 * np.sqrt(share * (1 - share) / 300)
+    assert abs(hits[:200].mean() - hits[200:].mean()) / 300 < 5 * np.sqrt(2 * share * (1 - share) / 300 / 200)
+
+
+def test_no_cap_takes_everything() -> None:
+    passages = passages_of([[1, 1, 1], [2, 1]])
+    histogram = Histogram.empty(VOCAB)
+    histogram.add(passages, SPEC, 0)
+    assert (thresholds(histogram, 0) == ALL_KEYS).all()
+    assert select(passages, thresholds(histogram, 0), SPEC, 0).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("coverage", [0.3, 0.8, 0.95])
+def test_coverage_is_reached_by_the_smallest_prefix(coverage: float) -> None:
+    rng = np.random.default_rng(0)
+    passages = passages_of(
+        [rng.choice(VOCAB, 6, p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.05, 0.04, 0.01]).tolist() for _ in range(3000)]
+    )
+    histogram = Histogram.empty(VOCAB)
+    histogram.add(passages, SPEC, 0)
+    full, part = thresholds(histogram, 500), thresholds(histogram, 500, coverage)
+    assert (part <= full).all()
+    keys = passages.keys[passages.rows()]
+
+    def reached(bound: np.uint64) -> int:
+        return int(np.minimum(np.bincount(passages.ids[keys <= bound], minlength=VOCAB), 500).sum())
+
+    bound, tops = part.max(), bin_tops()
+    assert reached(bound) >= coverage * reached(ALL_KEYS)
+    assert reached(tops[np.searchsorted(tops, bound) - 1]) < coverage * reached(ALL_KEYS)
+    assert len(np.unique(passages.rows()[select(passages, part, SPEC, 0)])) < len(
+        np.unique(passages.rows()[select(passages, full, SPEC, 0)])
+    )
+
+
+def test_counts_saturate_instead_of_wrapping() -> None:
+    a, b = Histogram.empty(1), Histogram.empty(1)
+    a.counts[0, 3], b.counts[0, 3] = 2**32 - 2, 5
+    a.merge(b)
+    assert a.counts[0, 3] == 2**32 - 1
+    assert thresholds(a, 1000)[0] == bin_tops()[3]
+
+
+def test_duplicate_rows_keep_the_first() -> None:
+    assert duplicate_rows(np.array([7, 5, 7, 7, 5, 1], np.uint64)).tolist() == [2, 3, 4]
+    assert duplicate_rows(np.array([], np.uint64)).tolist() == []

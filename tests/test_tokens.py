@@ -1,0 +1,185 @@
+"""Passages: cut at word ends, nothing lost or doubled, keys that depend on nothing but the document."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from msense.corpus import cut_pieces, list_files
+from msense.errors import BadInput
+from msense.tokens import (
+    Passages,
+    PassageSpec,
+    cut_points,
+    fingerprint,
+    passage_keys,
+    read_block,
+    special_frame,
+    write_passages,
+)
+
+
+def letters_tokenizer() -> Tokenizer:
+    """Words are cut into single letters: "ab c" is a ##b c, so a cut inside a word would show."""
+    alphabet = "abcdefgh.,"
+    vocabulary = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, **{c: 3 + i for i, c in enumerate(alphabet)}}
+    vocabulary |= {f"##{c}": 40 + i for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return tokenizer
+
+
+TOKENIZER = letters_tokenizer()
+TEXTS = st.text(alphabet="abcdefgh ., ", max_size=120)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS, st.integers(2, 12), st.integers(0, 6))
+def test_cuts_lose_and_double_no_token(text: str, length: int, stride: int) -> None:
+    encoding = TOKENIZER.encode(text, add_special_tokens=False)
+    cuts = cut_points(encoding, text, length, min(stride, length - 1))
+    bodies = [token for _, begin, end in cuts for token in range(begin, end)]
+    assert bodies == list(range(len(encoding)))
+    assert all(end - context <= length and context <= begin < end for context, begin, end in cuts)
+    for context, begin, _ in cuts:
+        assert begin - context <= stride
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.text(alphabet="abcdefgh", min_size=1, max_size=4), min_size=1, max_size=30),
+    st.integers(4, 10),
+    st.integers(0, 3),
+)
+def test_no_passage_or_context_opens_inside_a_word(words: list[str], length: int, stride: int) -> None:
+    text = " ".join(words)
+    encoding = TOKENIZER.encode(text, add_special_tokens=False)
+    for context, begin, _ in cut_points(encoding, text, length, stride):
+        for opening in (context, begin):
+            assert opening == 0 or text[encoding.offsets[opening][0] - 1] == " "
+
+
+def test_a_word_longer_than_a_passage_is_cut_between_characters() -> None:
+    encoding = TOKENIZER.encode("abcdefgh", add_special_tokens=False)
+    assert cut_points(encoding, "abcdefgh", 3, 0) == [(0, 0, 3), (3, 3, 6), (6, 6, 8)]
+
+
+def test_cut_prefers_white_space_then_punctuation() -> None:
+    assert cut_points(TOKENIZER.encode("ab.cd ef", add_special_tokens=False), "ab.cd ef", 6, 0) == [
+        (0, 0, 5),
+        (5, 5, 7),
+    ]
+    assert cut_points(TOKENIZER.encode("ab.cdef", add_special_tokens=False), "ab.cdef", 5, 0) == [(0, 0, 3), (3, 3, 7)]
+
+
+def test_byte_tokens_of_one_character_stay_together() -> None:
+    tokenizer = Tokenizer(
+        models.BPE({chr(i): n for n, i in enumerate([*range(33, 127), *range(161, 173), *range(174, 324)])}, [])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = "日本語日本語"  # three byte tokens a character
+    cuts = cut_points(tokenizer.encode(text, add_special_tokens=False), text, 4, 0)
+    assert [end - begin for _, begin, end in cuts] == [3] * 6
+
+
+def test_keys_depend_on_document_and_seed_only_and_look_uniform() -> None:
+    keys = np.concatenate([passage_keys(f"doc{i}", 5, seed=7) for i in range(4000)])
+    assert (passage_keys("doc3", 5, seed=7) == keys[15:20]).all()
+    assert (passage_keys("doc3", 2, seed=7) == keys[15:17]).all()
+    assert not np.isin(passage_keys("doc3", 5, seed=8), keys).any()
+    assert len(np.unique(keys)) == len(keys)
+    shares = np.histogram(keys.astype(np.float64) / 2**64, bins=10, range=(0, 1))[0] / len(keys)
+    assert np.abs(shares - 0.1).max() < 0.012  # five standard deviations
+
+
+def test_special_frame_and_fingerprint() -> None:
+    assert special_frame(TOKENIZER) == ((1,), (2,))
+    other = letters_tokenizer()
+    before = fingerprint(other)
+    other.enable_truncation(3)
+    other.enable_padding()
+    assert fingerprint(other) == before == fingerprint(TOKENIZER)
+    other.normalizer = normalizers.NFC()
+    assert fingerprint(other) != before
+
+
+def write(tmp_path: Path, text: str, spec: PassageSpec, name: str = "a.txt", **options: bool) -> tuple[Path, dict]:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    (piece,) = cut_pieces(list_files([str(tmp_path / name)]))
+    target = tmp_path / f"{name}.parquet"
+    return target, write_passages(piece, spec, TOKENIZER, target, **options)
+
+
+def test_passages_file_holds_the_documents_in_order(tmp_path: Path) -> None:
+    spec = PassageSpec(max_length=6, prefix=(1,), suffix=(2,), stride=1)
+    target, facts = write(tmp_path, "ab cd ef\n\nc\n", spec)
+    table = pq.read_table(target)
+    assert table.column("document_id").to_pylist() == ["a.txt:0", "a.txt:0", "a.txt:2"]
+    assert table.column("index").to_pylist() == [0, 1, 0]
+    assert table.column("input_ids").to_pylist() == [[1, 3, 41, 5, 43, 2], [1, 7, 45, 2], [1, 5, 2]]
+    assert table.column("context").to_pylist() == [0, 0, 0]  # one token of context would open inside "cd"
+    assert facts["documents"] == 2
+    assert facts["bad"] == {"empty": 1}
+    assert facts["blocks"] == [13]
+    assert table.column("key").to_numpy()[1] == passage_keys("a.txt:0", 2, 0)[1]
+
+
+def test_context_prompt_and_excluded_tokens_are_never_eligible(tmp_path: Path) -> None:
+    spec = PassageSpec(max_length=8, prefix=(1,), suffix=(2,), prompt=(9,), stride=2, excluded=(4,))
+    target, _ = write(tmp_path, "ab cd ef gh\n", spec)
+    passages = read_block(str(target), 0)
+    assert passages.ids.tolist() == [1, 9, 3, 41, 5, 43, 2, 1, 9, 5, 43, 7, 45, 2, 1, 9, 7, 45, 9, 47, 2]
+    assert passages.context.tolist() == [0, 2, 2]
+    expected = [1, 0, 1, 1, 1, 1, 1, *[1, 0, 0, 0, 1, 1, 1] * 2]
+    assert passages.eligible(spec).tolist() == [bool(x) for x in expected]
+    excluded = PassageSpec(max_length=8, prefix=(1,), suffix=(2,), prompt=(9,), stride=2, excluded=(1, 2))
+    assert not passages.eligible(excluded)[np.isin(passages.ids, [1, 2])].any()
+
+
+def test_dedup_gives_equal_passages_equal_keys(tmp_path: Path) -> None:
+    target, _ = write(tmp_path, "ab cd\nef\nab cd\n", PassageSpec(max_length=20, dedup=True))
+    keys = read_block(str(target), 0).keys
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_bad_document_is_fatal_when_asked(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"bad document a.txt:1: empty.*--on-bad-document skip"):
+        write(tmp_path, "ab\n \n", PassageSpec(max_length=9), fail_on_bad=True)
+
+
+def test_spec_without_room_for_text_is_refused() -> None:
+    with pytest.raises(BadInput, match="max_length 4 leaves no room"):
+        PassageSpec(max_length=4, prefix=(1, 2), suffix=(3,), prompt=(4,))
+    with pytest.raises(BadInput, match="stride 4 must be smaller than the 4 text tokens"):
+        PassageSpec(max_length=4, stride=4)
+
+
+def test_long_documents_are_tokenised_in_slices_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "abc def " * 40 + "g" * 30
+    whole, _ = write(tmp_path, text, PassageSpec(max_length=500))
+    monkeypatch.setattr("msense.tokens.SLICE_CHARACTERS", 25)
+    sliced, facts = write(tmp_path, text, PassageSpec(max_length=500), name="b.txt")
+    assert facts["passages"] > 1
+    one, many = read_block(str(whole), 0).ids, read_block(str(sliced), 0).ids
+    assert [TOKENIZER.id_to_token(i).lstrip("#") for i in one] == [TOKENIZER.id_to_token(i).lstrip("#") for i in many]
+
+
+def test_concatenate_and_without() -> None:
+    a = Passages(
+        np.array([5, 6], np.uint64), np.array([0, 1], np.int32), np.array([1, 2, 3], np.int32), np.array([0, 1, 3])
+    )
+    both = Passages.concatenate([a, a])
+    assert both.offsets.tolist() == [0, 1, 3, 4, 6]
+    left = both.without(np.array([1]))
+    assert left.ids.tolist() == [1, 1, 2, 3]
+    assert left.offsets.tolist() == [0, 1, 2, 4]
+    assert left.keys.tolist() == [5, 5, 6]
