@@ -1,0 +1,235 @@
+"""Stage 3: passages in, unit files out, and the layout of those files.
+
+A unit is a fixed run of passage blocks that one teacher actor reads in one go. Its file is a plain array of records
+sorted by (token, key, passage, position), so that any range of a shard's or a token's rows is one contiguous read, with
+nothing to decode. Holds one unit: its token ids, and its records (about `UNIT_BYTES` at most).
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msense import storage
+from msense.errors import MsenseError
+from msense.sampling import select
+from msense.storage import RunFolder
+from msense.teacher import TOKEN_BUDGET, Teacher, pad_batch, token_batches
+from msense.tokens import Passages, PassageSpec, open_parquet, read_block
+
+UNIT_BYTES = (8 << 20, 768 << 20)  # least and most bytes of records a unit aims at
+UNITS_WANTED = 160  # twenty for each of eight GPUs
+SHARD_BYTES = (16 << 20, 256 << 20)
+SHARDS_WANTED = 32
+
+
+def record_type(dim: int) -> np.dtype:
+    """Return the record of one occurrence: 20 + 2 D bytes.
+
+    `row` is the passage's place in its unit, `position` the token's place in the passage, `embedding` the bits of a
+    float16 or bfloat16 vector.
+    """
+    return np.dtype(
+        [("key", "<u8"), ("token", "<i4"), ("row", "<i4"), ("position", "<i4"), ("embedding", "<u2", (dim,))]
+    )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A fixed run of passage blocks."""
+
+    number: int
+    pieces: list[int]
+    blocks: list[int]
+    stored: int  # occurrences
+
+
+def cut_units(blocks_file: str, dim: int) -> list[Unit]:
+    """Cut the plan's blocks into units of about equal expected output; the result depends on data and config only.
+
+    Args:
+        blocks_file: the plan's table of blocks (piece, block, stored, ...).
+        dim: D.
+    """
+    table = _read_table(blocks_file, ["piece", "block", "stored"])
+    piece, block, stored = (table[name] for name in ("piece", "block", "stored"))
+    size = record_type(dim).itemsize
+    target = int(np.clip(stored.sum() * size // UNITS_WANTED, *UNIT_BYTES)) // size
+    number = (np.cumsum(stored) - stored) // max(1, target)
+    starts = np.flatnonzero(np.r_[True, number[1:] != number[:-1]]) if len(number) else np.zeros(0, dtype=np.int64)
+    stops = [*starts[1:], len(number)]
+    return [
+        Unit(n, piece[a:b].tolist(), block[a:b].tolist(), int(stored[a:b].sum()))
+        for n, (a, b) in enumerate(zip(starts, stops, strict=True))
+    ]
+
+
+def cut_shards(stored: np.ndarray, dim: int) -> np.ndarray:
+    """Cut the vocabulary into shards of about equal bytes; a token larger than half a shard is a shard of its own.
+
+    Args:
+        stored: int64 [V], occurrences stored of each token (from the plan).
+        dim: D.
+
+    Returns:
+        int64 [shards + 1], the first token of each shard, and V.
+    """
+    size = record_type(dim).itemsize
+    target = max(1, int(np.clip(stored.sum() * size // SHARDS_WANTED, *SHARD_BYTES)) // size)
+    large = stored > target // 2
+    borders = {0, len(stored)} | set(np.flatnonzero(large).tolist()) | set((np.flatnonzero(large) + 1).tolist())
+    runs = np.cumsum(np.where(large, 0, stored)) // target
+    borders |= set((np.flatnonzero(runs[1:] != runs[:-1]) + 1).tolist())
+    return np.array(sorted(borders), dtype=np.int64)
+
+
+def unit_passages(run: RunFolder, unit: Unit) -> Passages:
+    """Read the passages of a unit; duplicates that the plan dropped are left out."""
+    dropped = duplicates_of(run)
+    blocks = []
+    for piece, block in zip(unit.pieces, unit.blocks, strict=True):
+        passages = read_block(run.passages_file(piece), block)
+        blocks.append(passages.without(dropped.get((piece, block))))
+    return Passages.concatenate(blocks)
+
+
+def duplicates_of(run: RunFolder) -> dict[tuple[int, int], np.ndarray]:
+    """Return the rows that `--dedup` drops, by (piece, block)."""
+    if not storage.exists(run.duplicates):
+        return {}
+    arrays = storage.load_arrays(run.duplicates)
+    found: dict[tuple[int, int], list[int]] = {}
+    for piece, block, row in zip(
+        arrays["piece"].tolist(), arrays["block"].tolist(), arrays["row"].tolist(), strict=True
+    ):
+        found.setdefault((piece, block), []).append(row)
+    return {place: np.array(rows, dtype=np.int64) for place, rows in found.items()}
+
+
+def _read_table(uri: str, columns: list[str]) -> dict[str, np.ndarray]:
+    table = open_parquet(uri).read(columns=columns)
+    return {name: table.column(name).to_numpy() for name in columns}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a unit stores, worked out before the teacher runs: n occurrences in the order of the file."""
+
+    rows: np.ndarray  # int64 [n], passage in the unit
+    positions: np.ndarray  # int64 [n]
+    tokens: np.ndarray  # int32 [n]
+    keys: np.ndarray  # uint64 [n]
+    lengths: np.ndarray  # int64 [P], tokens of every passage of the unit
+
+
+def select_unit(passages: Passages, threshold: np.ndarray, spec: PassageSpec, per_passage: int) -> Selection:
+    """Choose a unit's occurrences and their order in the file: by token, key, passage and position."""
+    flat = select(passages, threshold, spec, per_passage)
+    rows, positions = passages.rows()[flat], passages.positions()[flat]
+    tokens, keys = passages.ids[flat], passages.keys[rows]
+    order = np.lexsort((keys, tokens))  # stable: passages and positions are already in order
+    return Selection(rows[order], positions[order], tokens[order], keys[order], passages.lengths)
+
+
+@dataclass(frozen=True)
+class GatherSettings:
+    """What an actor of this stage is made with."""
+
+    teacher: str
+    revision: str | None
+    layer: int
+    dtype: str
+    device: str
+    store_dtype: str
+    per_passage: int
+    spec: PassageSpec
+    dim: int
+    threads: int = 1  # a constant: sums in another number of threads may round differently
+
+
+class OccurrenceActor:
+    """Loads the teacher once and writes a file for every unit it is given."""
+
+    def __init__(self, root: str, settings: GatherSettings) -> None:
+        """Load the teacher and the plan of the run folder `root`."""
+        self.run = RunFolder(root)
+        self.settings = settings
+        plan = storage.load_arrays(self.run.thresholds)
+        self.threshold, self.shards = plan["threshold"], plan["shards"]
+        began = time.time()
+        self.teacher = Teacher(
+            settings.teacher,
+            revision=settings.revision,
+            layer=settings.layer,
+            dtype=settings.dtype,
+            device=settings.device,
+            threads=settings.threads,
+        )
+        self.start_seconds = time.time() - began
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Write one unit; return its facts (counts, offsets of the shards in rows, clock times of its work)."""
+        unit = Unit(**item)
+        began = time.time()
+        passages = unit_passages(self.run, unit)
+        selection = select_unit(passages, self.threshold, self.settings.spec, self.settings.per_passage)
+        offsets = np.searchsorted(selection.tokens, self.shards)
+        needed = np.unique(selection.rows)
+        facts = {
+            "unit": unit.number,
+            "occurrences": len(selection.rows),
+            "passages": len(needed),
+            "tokens": int(selection.lengths[needed].sum()),
+            "offsets": offsets.tolist(),
+        }
+
+        def write(path: Path) -> dict[str, Any]:
+            self._records(passages, selection, unit).tofile(path)
+            return {"began": began, "ended": time.time(), "start_seconds": self.start_seconds}
+
+        return storage.publish(self.run.unit_file(unit.number), write, facts)
+
+    def _records(self, passages: Passages, selection: Selection, unit: Unit) -> np.ndarray:
+        """Run the teacher over the needed passages and put every stored embedding in its place."""
+        import torch
+
+        records = np.empty(len(selection.rows), dtype=record_type(self.settings.dim))
+        records["key"], records["token"] = selection.keys, selection.tokens
+        records["row"], records["position"] = selection.rows, selection.positions
+        by_row = np.argsort(selection.rows, kind="stable")
+        needed, starts = np.unique(selection.rows[by_row], return_index=True)
+        stops = np.r_[starts[1:], len(by_row)]
+        for batch in token_batches(selection.lengths[needed], TOKEN_BUDGET[self.settings.device]):
+            ids, mask = pad_batch([passages.ids[passages.offsets[r] : passages.offsets[r + 1]] for r in needed[batch]])
+            target = np.concatenate([by_row[starts[b] : stops[b]] for b in batch])
+            place = np.repeat(np.arange(len(batch)), (stops - starts)[batch])
+            hidden = self.teacher.embed(ids, mask)
+            flat = torch.from_numpy(place * mask.shape[1] + selection.positions[target]).to(hidden.device)
+            chosen = hidden.flatten(0, 1).index_select(0, flat).to(getattr(torch, self.settings.store_dtype))
+            if not bool(torch.isfinite(chosen).all()):
+                raise MsenseError(
+                    f"unit {unit.number}: the teacher gave NaN or infinite embeddings as {self.settings.store_dtype}; "
+                    "try --store-dtype bfloat16 (larger range) or --dtype float32, in a new output folder"
+                )
+            records["embedding"][target] = chosen.view(torch.uint16).cpu().numpy()
+        return records
+
+
+def read_rows(uri: str, dim: int, start: int, stop: int) -> np.ndarray:
+    """Read a range of a unit's records in one contiguous read.
+
+    Args:
+        uri: a unit file.
+        dim: D.
+        start: first row.
+        stop: row after the last.
+
+    Returns:
+        records [stop - start].
+    """
+    dtype = record_type(dim)
+    if start == stop:
+        return np.empty(0, dtype)
+    return np.frombuffer(storage.read_range(uri, start * dtype.itemsize, (stop - start) * dtype.itemsize), dtype)

