@@ -1,0 +1,14 @@
+"""The sense dictionary: the class, and its folder on disk."""
+
+from msense.dictionary.format import Arrays, DictionaryConfig, DictionaryFiles, TeacherInfo, write_dictionary
+from msense.dictionary.sense_dictionary import SenseDictionary, Senses
+
+__all__ = [
+    "Arrays",
+    "DictionaryConfig",
+    "DictionaryFiles",
+    "SenseDictionary",
+    "Senses",
+    "TeacherInfo",
+    "write_dictionary",
+]

@@ -1,0 +1,299 @@
+"""Embeddings against the senses of their own token: scores, the nearest sense, replacement.
+
+Comes in: token ids [N], embeddings [N, D] on any device, and the ragged senses of a dictionary. Goes out: sense numbers
+[N] or replaced embeddings [N, D]. Beside these it holds a few integers an occurrence and one batch of about
+`BATCH_ELEMENTS` numbers: senses stored in half precision are widened batch by batch, once for all occurrences in it.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msense.config import Metric
+from msense.errors import BadInput, DictionaryError
+
+BATCH_ELEMENTS = {"cpu": 1 << 18}  # float32 numbers that fit a core's second-level cache
+_BATCH_ELEMENTS_ELSEWHERE = 1 << 24  # an accelerator wants few large kernels
+_OCCURRENCE_STEP, _SENSE_STEP = 1.3, 1.5  # tokens within such a factor of each other share a padded batch
+
+
+@dataclass(frozen=True)
+class RaggedSenses:
+    """The senses of all tokens: rows offsets[t] to offsets[t + 1] of the stacked parts belong to token t.
+
+    Attributes:
+        offsets: int64 [V+1], on the CPU.
+        parts: tensors [S_i, D] of one dtype, one after the other; several when the files are.
+    """
+
+    offsets: np.ndarray
+    parts: tuple[Tensor, ...]
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return the rows of an int64 index [M] as [M, D], in the stored dtype, on the device of the parts."""
+        index = index.to(self.parts[0].device)
+        if len(self.parts) == 1:
+            return self.parts[0].index_select(0, index)
+        out = self.parts[0].new_empty(len(index), self.parts[0].shape[1])
+        start = 0
+        for part in self.parts:
+            inside = torch.nonzero((index >= start) & (index < start + len(part)))[:, 0]
+            out[inside] = part.index_select(0, index[inside] - start)
+            start += len(part)
+        return out
+
+
+class Batch(NamedTuple):
+    """Tokens of similar numbers of occurrences and senses, padded to the largest of each.
+
+    Attributes:
+        rows: int64 [T, n], rows of the occurrences; a shorter token repeats its last.
+        filled: bool [T, n], false on padding; None when nothing is padded.
+        senses: int64 [T, K], rows of the senses; a token of fewer repeats its last.
+        present: bool [T, K], false on padding; None when nothing is padded.
+    """
+
+    rows: Tensor
+    filled: Tensor | None
+    senses: Tensor
+    present: Tensor | None
+
+
+def as_tensor(array: np.ndarray | Tensor) -> Tensor:
+    """Wrap an array as a tensor without a copy; a read-only one too, as nothing in msense writes to its input."""
+    if isinstance(array, Tensor):
+        return array
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def with_senses(token_ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return bool [N]: whether a token has senses; ids outside the vocabulary have none."""
+    inside = (token_ids >= 0) & (token_ids < len(offsets) - 1)
+    known = np.where(inside, token_ids, 0)
+    return inside & (offsets[known + 1] > offsets[known])
+
+
+def ragged_batches(token_ids: np.ndarray, offsets: np.ndarray, dim: int, elements: int) -> Iterator[Batch]:
+    """Group the occurrences of tokens with senses into padded batches; no step is taken per occurrence.
+
+    Every such occurrence is in exactly one batch. A token of many occurrences is alone in its batches, which need no
+    padding; the others are sorted by their numbers of occurrences and senses and cut where either grows by a step.
+
+    Args:
+        token_ids: integers [N].
+        offsets: int64 [V+1], where each token's senses start.
+        dim: width D of embeddings and senses.
+        elements: about how many numbers the embeddings and senses of a batch may hold (one token's senses may exceed
+            it).
+    """
+    known = np.flatnonzero(with_senses(token_ids, offsets))
+    ids = token_ids[known]
+    narrow = ids.astype(np.uint16) if len(offsets) <= 1 << 16 else ids  # NumPy has a radix sort for 16 bits
+    order = np.argsort(narrow, kind="stable")
+    ids, order = ids[order], known[order]
+    start = np.flatnonzero(np.diff(ids, prepend=-1))
+    n = np.diff(start, append=len(ids))
+    first = offsets[ids[start]]
+    k = offsets[ids[start] + 1] - first
+
+    block = max(2, elements // dim)
+    for token in np.flatnonzero(n >= block // 2):
+        senses = torch.arange(first[token], first[token] + k[token])[None]
+        step = max(1, elements // max(dim, int(k[token])))
+        rows = torch.from_numpy(order[start[token] : start[token] + n[token]])
+        yield from (Batch(piece[None], None, senses, None) for piece in rows.split(step))
+
+    few = np.flatnonzero(n < block // 2)
+    n_step, k_step = _steps(n[few], _OCCURRENCE_STEP), _steps(k[few], _SENSE_STEP)
+    by_size = np.lexsort((k[few], n[few], k_step, n_step))
+    few, n_step, k_step = few[by_size], n_step[by_size], k_step[by_size]
+    borders = np.flatnonzero(np.diff(n_step) | np.diff(k_step)) + 1
+    for group in np.split(few, borders) if len(few) else ():
+        step = max(1, elements // (dim * int(n[group].max() + k[group].max())))
+        for tokens in (group[i : i + step] for i in range(0, len(group), step)):
+            row, filled = _padded(start[tokens], n[tokens])
+            sense, present = _padded(first[tokens], k[tokens])
+            yield Batch(torch.from_numpy(order[row]), filled, torch.from_numpy(sense), present)
+
+
+def _steps(sizes: np.ndarray, factor: float) -> np.ndarray:
+    """Return the step of a geometric ladder on which each size stands, int64."""
+    return np.ceil(np.log(sizes) / math.log(factor)).astype(np.int64)
+
+
+def _padded(start: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, Tensor | None]:
+    """Return start + 0, 1, ... as int64 [T, longest], shorter rows repeating their last, and the mask of real ones."""
+    place = np.arange(size.max())
+    mask = place < size[:, None]
+    index = start[:, None] + np.minimum(place, size[:, None] - 1)
+    return index, None if mask.all() else torch.from_numpy(mask)
+
+
+def gather(batch: Batch, embeddings: Tensor, senses: RaggedSenses) -> tuple[Tensor, Tensor]:
+    """Return a batch's embeddings [T, n, D] and senses [T, K, D] in float32 on the embeddings' device."""
+    dim = embeddings.shape[1]
+    points = embeddings.index_select(0, batch.rows.view(-1).to(embeddings.device)).float()
+    own = senses.rows(batch.senses.view(-1)).to(embeddings.device).float()
+    return points.view(*batch.rows.shape, dim), own.view(*batch.senses.shape, dim)
+
+
+def scores(points: Tensor, senses: Tensor, metric: Metric) -> Tensor:
+    """Score embeddings against senses: the higher the nearer; differentiable.
+
+    Args:
+        points: float32 [T, n, D].
+        senses: float32 [T, K, D].
+        metric: l2: minus the squared distance, less a constant of the occurrence (no softmax or argmax over its senses
+            sees it); dot: the dot product; cosine: the cosine, 0 for a zero vector.
+
+    Returns:
+        float32 [T, n, K].
+    """
+    if metric == "dot":
+        return torch.bmm(points, senses.transpose(1, 2))
+    if metric == "cosine":
+        normalize = torch.nn.functional.normalize
+        return torch.bmm(normalize(points, dim=2), normalize(senses, dim=2).transpose(1, 2))
+    origin = senses[:, :1]  # against the first sense: embeddings far from zero keep the digits that tell senses apart
+    step = senses - origin
+    squares = (senses + origin).mul_(step).sum(2)  # of the senses, less that of the first
+    return torch.baddbmm(-squares[:, None], points, step.transpose(1, 2), alpha=2)
+
+
+@torch.no_grad()
+def assign(token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metric: Metric) -> Tensor:
+    """Return each embedding's nearest sense among its own token's.
+
+    Args:
+        token_ids: integers [N].
+        embeddings: floating point [N, D], any device.
+        senses: the dictionary's senses.
+        metric: l2, dot or cosine.
+
+    Returns:
+        int64 [N], the number of the sense inside its token, on the embeddings' device; -1 for a token without senses.
+        Ties go to the lowest number.
+
+    Raises:
+        BadInput: an embedding is NaN or infinite.
+        DictionaryError: a sense in use is NaN or infinite.
+    """
+    rows = _nearest_rows(token_ids, embeddings, senses, metric)
+    known = with_senses(token_ids, senses.offsets)
+    first = np.where(known, senses.offsets[np.where(known, token_ids, 0)], 0)  # -1 stays -1
+    return rows - torch.from_numpy(first).to(rows.device)
+
+
+@torch.no_grad()
+def replace(
+    token_ids: np.ndarray,
+    embeddings: Tensor,
+    senses: RaggedSenses,
+    metric: Metric,
+    scale: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Replace each embedding by its nearest sense, or by the weighted mean of its token's senses.
+
+    Args:
+        token_ids: integers [N].
+        embeddings: floating point [N, D], any device.
+        senses: the dictionary's senses.
+        metric: l2, dot or cosine.
+        scale: None for the nearest sense, else the weights are softmax(scores / scale).
+        out: where to write, of the embeddings' shape, dtype and device; may be `embeddings` itself.
+
+    Returns:
+        [N, D] in the embeddings' dtype; those of tokens without senses are unchanged.
+
+    Raises:
+        BadInput: an embedding is NaN or infinite.
+        DictionaryError: a sense in use is NaN or infinite.
+    """
+    out = _new_output(embeddings) if out is None else out
+    if scale is None:
+        _write_nearest(_nearest_rows(token_ids, embeddings, senses, metric), embeddings, senses, out)
+        return out
+    missing = torch.from_numpy(np.flatnonzero(~with_senses(token_ids, senses.offsets))).to(embeddings.device)
+    out[missing] = embeddings[missing]
+    for batch, own, found in _scored(token_ids, embeddings, senses, metric):
+        relative = found - found.amax(2, keepdim=True)  # before the division: a tiny scale must not overflow
+        means = torch.bmm(torch.softmax(relative / scale, dim=2), own).to(out.dtype)
+        out[_real(batch.rows.to(out.device), batch)] = _real(means, batch)
+    return out
+
+
+def _new_output(embeddings: Tensor) -> Tensor:
+    """Allocate the output; on the CPU by NumPy, whose huge pages make the first write several times faster."""
+    if embeddings.device.type != "cpu" or not embeddings.numel():
+        return torch.empty_like(embeddings, memory_format=torch.contiguous_format)
+    return torch.from_numpy(np.empty(embeddings.nbytes, np.uint8)).view(embeddings.dtype).view(embeddings.shape)
+
+
+def _nearest_rows(token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metric: Metric) -> Tensor:
+    """Return the row of each embedding's nearest sense in the whole dictionary, int64 [N]; -1 without senses."""
+    nearest = torch.full((len(embeddings),), -1, dtype=torch.int64, device=embeddings.device)
+    for batch, _, found in _scored(token_ids, embeddings, senses, metric):
+        rows = batch.senses[:, :1].to(embeddings.device) + found.max(2).indices
+        nearest[_real(batch.rows.to(embeddings.device), batch)] = _real(rows, batch)
+    return nearest
+
+
+def _write_nearest(nearest: Tensor, embeddings: Tensor, senses: RaggedSenses, out: Tensor) -> None:
+    """Write the sense rows to out in the order of the occurrences: sequential writes cost half of scattered ones."""
+    if not sum(len(part) for part in senses.parts):
+        out.copy_(embeddings)
+        return
+    missing = nearest < 0
+    step = max(1, _batch_elements(embeddings.device) // embeddings.shape[1])
+    for start in range(0, len(out), step):
+        block = slice(start, start + step)
+        values = senses.rows(nearest[block].clamp(min=0)).to(out.device)
+        if missing[block].any():
+            values = torch.where(missing[block, None], embeddings[block], values.to(out.dtype))
+        out[block] = values
+
+
+def _batch_elements(device: torch.device) -> int:
+    return BATCH_ELEMENTS.get(device.type, _BATCH_ELEMENTS_ELSEWHERE)
+
+
+def _scored(
+    token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metric: Metric
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Yield every batch with its senses [T, K, D] and scores [T, n, K]; padded senses score minus infinity."""
+    dim = embeddings.shape[1]
+    for batch in ragged_batches(token_ids, senses.offsets, dim, _batch_elements(embeddings.device)):
+        points, own = gather(batch, embeddings, senses)
+        found = scores(points, own, metric)
+        if not math.isfinite(found.sum()):
+            _refuse(batch, points, own)
+        if batch.present is not None:
+            found = found.masked_fill(~batch.present[:, None].to(found.device), -math.inf)
+        yield batch, own, found
+
+
+def _real(values: Tensor, batch: Batch) -> Tensor:
+    """Drop a batch's padded occurrences: [T, n, ...] to [number of real ones, ...]."""
+    return values.flatten(0, 1) if batch.filled is None else values[batch.filled.to(values.device)]
+
+
+def _refuse(batch: Batch, points: Tensor, own: Tensor) -> None:
+    """Say which embedding or sense spoils a batch's scores."""
+    wrong = torch.nonzero(~torch.isfinite(points).all(2))
+    if len(wrong):
+        row = int(batch.rows[tuple(wrong[0].tolist())])
+        raise BadInput(f"embedding {row} holds NaN or infinite values: find out which layer or dtype made it overflow")
+    wrong = torch.nonzero(~torch.isfinite(own).all(2))
+    if len(wrong):
+        row = int(batch.senses[tuple(wrong[0].tolist())])
+        raise DictionaryError(f"sense row {row} of the dictionary holds NaN or infinite values: build it again")
+    raise BadInput("scores of embeddings against senses overflow float32: scale the embeddings and the dictionary down")

@@ -1,0 +1,378 @@
+"""A dictionary on disk: its file names, its config, the layout of its arrays, and the streaming writer.
+
+Comes in: a config, the small arrays, centroids chunk by chunk. Goes out: a folder, each file written under a temporary
+name and renamed, config.json last. Holds the small arrays and one chunk. `dictionary_reader` reads it.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from torch import Tensor
+
+from msense.config import Metric
+from msense.dictionary.assignment import as_tensor
+from msense.errors import DictionaryError
+
+FORMAT_VERSION: Literal[1] = 1
+MAX_SENSES = 65_534  # labels are uint16, and 65535 says "none"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # safetensors' names
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8}
+SHARD_BYTES = 4_000_000_000  # centroids above this are cut into several files
+
+
+class FrozenModel(BaseModel):
+    """What is read from disk: nothing unknown, nothing infinite, nothing changed later."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TeacherInfo(FrozenModel):
+    """The model whose embeddings were clustered."""
+
+    name: str
+    revision: str | None = None
+    fingerprint: str = ""
+
+
+class DictionaryConfig(FrozenModel):
+    """Everything about a dictionary that is not an array."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    teacher: TeacherInfo
+    tokenizer_fingerprint: str
+    layer: int = Field(description="hidden layer of the teacher, -1 the last")
+    dim: int = Field(gt=0, description="width D of embeddings and senses")
+    vocab_size: int = Field(gt=0, description="tokens V, with and without senses")
+    senses: int | Literal["auto", "mcl"] = Field(description="the setting, not the number of senses in all")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field(default="float16", description="of the centroids")
+    metric: Metric = "l2"
+    temperature_unit: float = Field(ge=0, description="mean squared spread of the senses, weighted by their counts")
+    special_tokens: Literal["include", "exclude"] = "include"
+    excluded_token_ids: tuple[NonNegativeInt, ...] = ()
+    pooling: str = Field(default="mean", description="as sentence-transformers names it: mean, cls, lasttoken, ...")
+    normalize: bool = Field(default=False, description="whether the teacher's sentence vectors have unit length")
+    prompt: str = ""
+    max_length: NonNegativeInt = Field(default=0, description="longest passage in tokens, 0 = unknown")
+    max_occurrences: NonNegativeInt = Field(description="occurrences clustered a token at most, 0 = all")
+    seed: int = 0
+    quality: dict[str, float] = Field(default_factory=dict)
+
+
+class Arrays(NamedTuple):
+    """The small arrays of a dictionary: of S senses in all, in the order of their tokens."""
+
+    offsets: np.ndarray  # int64 [V+1]: senses offsets[t] to offsets[t + 1] belong to token t
+    counts: np.ndarray  # int64 [S]: points clustered into each sense
+    spread: np.ndarray  # float32 [S]: root mean squared distance of these points
+    token_counts: np.ndarray  # int64 [V]: occurrences in the whole corpus
+
+
+@dataclass(frozen=True)
+class DictionaryFiles:
+    """Names of all files of a dictionary folder; nobody else joins strings."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """Written last: a folder without it is no dictionary."""
+        return self.folder / "config.json"
+
+    @property
+    def arrays(self) -> Path:
+        """All arrays, when the centroids fit one file."""
+        return self.folder / "dictionary.safetensors"
+
+    @property
+    def index(self) -> Path:
+        """Which file holds which rows, when they do not."""
+        return self.folder / "dictionary.safetensors.index.json"
+
+    def shard(self, number: int, of: int) -> Path:
+        """Return the file of a slice of the centroids, numbered from 1; the first holds the small arrays too."""
+        return self.folder / f"dictionary-{number:05d}-of-{of:05d}.safetensors"
+
+    @property
+    def exemplars(self) -> Path:
+        """Contexts of the points nearest each sense; optional."""
+        return self.folder / "exemplars.parquet"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The teacher's tokenizer; optional."""
+        return self.folder / "tokenizer" / "tokenizer.json"
+
+    @property
+    def card(self) -> Path:
+        """The model card."""
+        return self.folder / "README.md"
+
+    def inside(self, path: Path) -> Path:
+        """Return a path of this folder unless it is missing or a link leads out of the folder."""
+        if not path.is_file():
+            raise DictionaryError(f"{path} is missing: the dictionary is not whole; copy or build it again")
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise DictionaryError(
+                f"{path} links to {path.resolve()}, outside the dictionary: put the file itself there"
+            )
+        return path
+
+
+TensorSpecs = dict[str, tuple[str, tuple[int, ...]]]  # name: (safetensors dtype, shape)
+
+
+def file_layout(files: DictionaryFiles, config: DictionaryConfig, borders: list[int]) -> list[tuple[Path, TensorSpecs]]:
+    """Return every file of arrays with its tensors in the order of their bytes.
+
+    Args:
+        files: the folder.
+        config: what the arrays belong to.
+        borders: where the slices of the centroids begin, and S at the end.
+    """
+    senses, vocabulary = borders[-1], config.vocab_size
+    small: TensorSpecs = {
+        "offsets": ("I64", (vocabulary + 1,)),
+        "counts": ("I64", (senses,)),
+        "token_counts": ("I64", (vocabulary,)),
+        "spread": ("F32", (senses,)),
+    }
+    dtype, slices = _STORED[config.dtype], len(borders) - 1
+    if slices == 1:
+        return [(files.arrays, {**small, "centroids": (dtype, (senses, config.dim))})]
+    layout = []
+    for i in range(slices):
+        rows = (borders[i + 1] - borders[i], config.dim)
+        layout.append((files.shard(i + 1, slices), {**(small if i == 0 else {}), slice_name(i): (dtype, rows)}))
+    return layout
+
+
+def slice_name(i: int) -> str:
+    """Return the tensor's name of a slice of the centroids, from 0."""
+    return f"centroids.{i + 1:05d}"
+
+
+def weight_map(files: DictionaryFiles, slices: int) -> dict[str, str]:
+    """Return which file of several holds which tensor."""
+    small = dict.fromkeys(Arrays._fields, files.shard(1, slices).name)
+    return {**small, **{slice_name(i): files.shard(i + 1, slices).name for i in range(slices)}}
+
+
+def check_arrays(arrays: Arrays, config: DictionaryConfig) -> None:
+    """Refuse small arrays that contradict each other or the config.
+
+    Raises:
+        DictionaryError: naming the array and what is wrong with it.
+    """
+    offsets, counts, spread, token_counts = arrays
+    senses = len(counts)
+    shapes = {"offsets": (config.vocab_size + 1,), "spread": (senses,), "token_counts": (config.vocab_size,)}
+    for name, shape in shapes.items():
+        if (array := getattr(arrays, name)).shape != shape:
+            raise DictionaryError(f"{name} has shape {array.shape}, but config.json and counts ask for {shape}")
+    if offsets[0] != 0 or offsets[-1] != senses or (offsets[1:] < offsets[:-1]).any():
+        raise DictionaryError(f"offsets must rise from 0 to the {senses} senses without ever falling: they are damaged")
+    sizes = np.diff(offsets)
+    if sizes.max() > MAX_SENSES:
+        token = int(sizes.argmax())
+        raise DictionaryError(
+            f"token {token} has {sizes[token]} senses; at most {MAX_SENSES} are possible: build with fewer"
+        )
+    for name, array in (("counts", counts), ("token_counts", token_counts)):
+        if (array < 0).any():
+            raise DictionaryError(f"{name} holds the negative number {array.min()}: the dictionary is damaged")
+    if not (np.isfinite(spread).all() and (spread >= 0).all()):
+        raise DictionaryError("spread holds negative, infinite or NaN values: the dictionary is damaged")
+
+
+def write_dictionary(
+    folder: Path | str,
+    config: DictionaryConfig,
+    offsets: np.ndarray,
+    counts: np.ndarray,
+    spread: np.ndarray,
+    token_counts: np.ndarray,
+    centroid_chunks: Iterable[np.ndarray | Tensor],
+) -> None:
+    """Write a dictionary whose centroids need not fit the memory.
+
+    Exemplars and tokenizer go into the folder before, under the names of `DictionaryFiles`.
+
+    Args:
+        folder: where to; made if missing. A dictionary that is there is replaced, and gone if this fails.
+        config: its dtype is that in which centroids are stored.
+        offsets: int64 [V+1], where each token's senses start.
+        counts: int64 [S], points clustered into each sense.
+        spread: float32 [S], root mean squared distance of these points.
+        token_counts: int64 [V], occurrences in the whole corpus.
+        centroid_chunks: arrays [n_i, D] of any n_i, together [S, D].
+
+    Raises:
+        DictionaryError: the arrays contradict each other or the config, or centroids are not finite in their dtype.
+    """
+    integers = [np.ascontiguousarray(a, np.int64) for a in (offsets, counts, token_counts)]
+    arrays = Arrays(integers[0], integers[1], np.ascontiguousarray(spread, np.float32), integers[2])
+    check_arrays(arrays, config)
+    files = DictionaryFiles(Path(folder))
+    files.folder.mkdir(parents=True, exist_ok=True)
+    files.config.unlink(missing_ok=True)
+    borders = _borders(len(arrays.counts), config)
+    layout = file_layout(files, config, borders)
+    chunks = (_stored(chunk, config) for chunk in centroid_chunks)
+    held: deque[Tensor] = deque()
+    for i, (path, tensors) in enumerate(layout):
+        with atomic_path(path) as scratch, scratch.open("wb") as file:
+            file.write(_header(tensors))
+            for name in tensors:
+                if name in Arrays._fields:
+                    file.write(getattr(arrays, name).data)
+            for rows in _take(chunks, held, borders[i + 1] - borders[i]):
+                file.write(rows.contiguous().view(torch.uint8).numpy().data)
+    if any(len(rows) for rows in (*held, *chunks)):
+        raise DictionaryError(f"more centroids came than the {len(arrays.counts)} that the offsets speak of")
+    if len(layout) > 1:
+        ranges = {slice_name(i): [borders[i], borders[i + 1]] for i in range(len(layout))}
+        _write_text(
+            files.index, json.dumps({"weight_map": weight_map(files, len(layout)), "row_ranges": ranges}, indent=1)
+        )
+    _remove_others(files, {path for path, _ in layout})
+    _write_text(files.card, model_card(config, arrays))
+    _write_text(files.config, config.model_dump_json(indent=1))
+
+
+def write_tokenizer(folder: Path | str, tokenizer_json: str) -> None:
+    """Write the teacher's tokenizer (the text of tokenizer.json), in which words are looked up."""
+    path = DictionaryFiles(Path(folder)).tokenizer
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_text(path, tokenizer_json)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside a path; what is written there takes the path's name if no error came."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield scratch
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as scratch:
+        scratch.write_text(text + "\n", encoding="utf-8")
+
+
+def _borders(senses: int, config: DictionaryConfig) -> list[int]:
+    """Return where each file's slice of the centroids begins, and S at the end."""
+    rows = max(1, SHARD_BYTES // (config.dim * DTYPES[config.dtype].itemsize))
+    return [*range(0, max(senses, 1), rows), senses]
+
+
+def _header(tensors: TensorSpecs) -> bytes:
+    """Return a safetensors header: its length in 8 bytes, then JSON, padded so that the data are aligned."""
+    entries, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + int(np.prod(shape, dtype=object)) * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _stored(chunk: np.ndarray | Tensor, config: DictionaryConfig) -> Tensor:
+    """Return a chunk of centroids as it is stored, on the CPU."""
+    rows = as_tensor(chunk)
+    if rows.ndim != 2 or rows.shape[1] != config.dim:
+        raise DictionaryError(f"centroids of shape {tuple(rows.shape)} came for a dictionary of width {config.dim}")
+    rows = rows.to("cpu", DTYPES[config.dtype])
+    if not torch.isfinite(rows).all():
+        raise DictionaryError(f"centroids are NaN, infinite or too large for {config.dtype}: store bfloat16 or float32")
+    return rows
+
+
+def _take(chunks: Iterator[Tensor], held: deque[Tensor], rows: int) -> Iterator[Tensor]:
+    """Yield exactly so many rows; `held` keeps the rest of a chunk for the next file."""
+    while rows:
+        chunk = held.popleft() if held else next(chunks, None)
+        if chunk is None:
+            raise DictionaryError(
+                f"the centroids end {rows} rows too early: offsets and centroids do not belong together"
+            )
+        if len(chunk) > rows:
+            held.append(chunk[rows:])
+            chunk = chunk[:rows]
+        rows -= len(chunk)
+        yield chunk
+
+
+def _remove_others(files: DictionaryFiles, written: set[Path]) -> None:
+    """Delete the arrays of an older dictionary in the folder that was laid out otherwise."""
+    older = {files.arrays, files.index, *files.folder.glob("dictionary-*-of-*.safetensors")}
+    for path in older - written - ({files.index} if len(written) > 1 else set()):
+        path.unlink(missing_ok=True)
+
+
+def model_card(config: DictionaryConfig, arrays: Arrays) -> str:
+    """Return the dictionary's README: what it is, where it comes from, its figures, how to load it, its licence."""
+    teacher = config.teacher.name + (f" (revision {config.teacher.revision})" if config.teacher.revision else "")
+    clustered = int((np.diff(arrays.offsets) > 0).sum())
+    facts = {
+        "teacher": teacher,
+        "layer": config.layer,
+        "pooling": config.pooling,
+        "senses": f"{len(arrays.counts):,} of {clustered:,} tokens (setting: {config.senses} a token at most)",
+        "vocabulary": f"{config.vocab_size:,} tokens",
+        "width": f"{config.dim}, stored as {config.dtype}",
+        "metric": config.metric,
+        "mean squared spread": f"{config.temperature_unit:.6g} (the unit of temperatures)",
+        "points clustered": f"{int(arrays.counts.sum()):,}",
+        "occurrences in the corpus": f"{int(arrays.token_counts.sum()):,}",
+        "special tokens": config.special_tokens,
+        "longest passage": f"{config.max_length} tokens",
+        **{name: f"{value:.6g}" for name, value in sorted(config.quality.items())},
+    }
+    table = "\n".join(f"| {name} | {_one_line(value)} |" for name, value in facts.items())
+    return f"""# Sense dictionary
+
+For each token of the teacher's vocabulary: centroids of its contextual embeddings over a corpus, its *senses*.
+An embedding is replaced by the nearest sense of its own token; the teacher's pooling and heads work on as before.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+```python
+from msense import SenseDictionary
+
+dictionary = SenseDictionary.load("path/to/this/folder")
+dictionary.find("bank")                          # the word's tokens, and how many senses each has
+dictionary.assign(token_ids, embeddings)         # [N], [N, D] -> sense numbers [N]
+dictionary.replace(token_ids, embeddings)        # [N], [N, D] -> [N, D]
+```
+
+`python -m msense show path/to/this/folder bank` prints a word's senses with examples.
+
+## Licence
+
+The senses are derived from the weights of {_one_line(teacher)}: its licence holds for them too;
+read it before sharing this folder. If exemplars.parquet is here, it quotes the corpus, whose licence holds for it.
+"""
+
+
+def _one_line(value: object) -> str:
+    """Return text that cannot break out of a table cell."""
+    return "".join(c if c.isprintable() else " " for c in str(value)).replace("|", "/")

@@ -1,0 +1,385 @@
+"""The sense dictionary: for every token of a vocabulary, the centroids of its contextual embeddings.
+
+Comes in: a folder, or token ids [N] and embeddings [N, D] in memory. Goes out: senses, sense numbers [N], replaced
+embeddings [N, D], or a folder. A loaded dictionary maps its centroids from disk and holds the small arrays (20 bytes a
+sense, 16 a token); `fit` and `merge` hold everything.
+"""
+
+import shutil
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msense.config import Metric
+from msense.dictionary import assignment
+from msense.dictionary.assignment import RaggedSenses, as_tensor
+from msense.dictionary.format import (
+    Arrays,
+    DictionaryConfig,
+    DictionaryFiles,
+    TeacherInfo,
+    atomic_path,
+    write_dictionary,
+)
+from msense.dictionary.lookup import Exemplar, Match, Vocabulary, exemplar_schema, read_exemplars
+from msense.dictionary.making import cluster_in_memory, unite, unite_exemplars
+from msense.dictionary.reader import open_dictionary
+from msense.errors import BadInput, DictionaryError
+from msense.kmeans import KMeansConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = [
+    "Arrays",
+    "DictionaryConfig",
+    "DictionaryFiles",
+    "SenseDictionary",
+    "Senses",
+    "TeacherInfo",
+    "write_dictionary",
+]
+
+ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
+_SAVE_BYTES = 64 << 20
+
+
+class Senses(NamedTuple):
+    """The K senses of one token."""
+
+    centroids: Tensor  # float32 [K, D]
+    counts: np.ndarray  # int64 [K], points clustered into each
+    spread: np.ndarray  # float32 [K], root mean squared distance of these points
+
+
+class SenseDictionary:
+    """All senses of a teacher's vocabulary; `len` gives their number S.
+
+    Make one with `load`, `fit` or `merge`.
+
+    Attributes:
+        config: what the dictionary is of.
+        ragged: the senses as the functions of `msense.assignment` take them.
+        offsets: int64 [V+1]; senses offsets[t] to offsets[t + 1] belong to token t.
+        counts: int64 [S].
+        spread: float32 [S].
+        token_counts: int64 [V], occurrences in the whole corpus.
+    """
+
+    def __init__(
+        self,
+        config: DictionaryConfig,
+        arrays: Arrays,
+        centroids: tuple[Tensor, ...],
+        files: DictionaryFiles | None = None,
+        exemplars: "pa.Table | None" = None,
+    ) -> None:
+        """Put checked arrays together.
+
+        Args:
+            config: what they are of.
+            arrays: the small arrays.
+            centroids: tensors [S_i, D], one after the other.
+            files: the folder in which the tokenizer and, unless given, the exemplars are.
+            exemplars: rows of `exemplar_schema()`.
+        """
+        self.config = config
+        self.offsets, self.counts, self.spread, self.token_counts = arrays
+        self.ragged = RaggedSenses(self.offsets, centroids)
+        self._files = files
+        self._exemplars = exemplars
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __repr__(self) -> str:
+        c = self.config
+        of = f"{c.vocab_size:,} tokens, dim {c.dim}, {c.dtype}, {c.metric}, teacher {c.teacher.name!r}"
+        return f"SenseDictionary({len(self):,} senses of {of})"
+
+    @property
+    def dim(self) -> int:
+        """Width D of embeddings and senses."""
+        return self.config.dim
+
+    @property
+    def vocab_size(self) -> int:
+        """Number V of tokens, with and without senses."""
+        return self.config.vocab_size
+
+    @property
+    def centroids(self) -> Tensor:
+        """All senses [S, D] in the stored dtype; mapped, but copied into memory when they lie in several files."""
+        parts = self.ragged.parts
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @classmethod
+    def load(cls, source: str | Path) -> "SenseDictionary":
+        """Open a dictionary; its centroids are mapped, not read.
+
+        Args:
+            source: a dictionary's folder, a run folder that holds one, or a URI (copied to the user's cache).
+
+        Raises:
+            DictionaryError: a file is missing, truncated, foreign, leads out of the folder or contradicts another. That
+                the centroids are finite is checked when they are used.
+        """
+        if "://" in str(source):
+            from msense import storage
+
+            source = storage.local_copy(str(source))
+        folder = Path(source)
+        inner = folder / "dictionary"
+        if not DictionaryFiles(folder).config.exists() and DictionaryFiles(inner).config.exists():
+            folder = inner
+        return cls(*open_dictionary(folder), files=DictionaryFiles(folder))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the dictionary with its tokenizer, exemplars and model card; one that is there is replaced.
+
+        Raises:
+            BadInput: the folder is a URI.
+            DictionaryError: arrays were changed so that they contradict each other.
+        """
+        if "://" in str(folder):
+            raise BadInput(f"{folder} is not a local folder: save to one, then copy it there")
+        files = DictionaryFiles(Path(folder))
+        files.folder.mkdir(parents=True, exist_ok=True)
+        files.config.unlink(missing_ok=True)
+        if self._exemplars is not None:
+            import pyarrow.parquet as pq
+
+            with atomic_path(files.exemplars) as scratch:
+                pq.write_table(self._exemplars, scratch, row_group_size=1 << 16)
+        else:
+            _copy(self._optional("exemplars"), files.exemplars)
+        _copy(self._optional("tokenizer"), files.tokenizer)
+        write_dictionary(files.folder, self.config, *self._arrays, _chunks(self.ragged.parts))
+
+    def to(self, device: str | torch.device) -> "SenseDictionary":
+        """Return this dictionary with its centroids on a device (2·S·D bytes there for float16)."""
+        parts = tuple(part.to(device) for part in self.ragged.parts)
+        return SenseDictionary(self.config, self._arrays, parts, self._files, self._exemplars)
+
+    def senses(self, token: int) -> Senses:
+        """Return the senses of a token; K = 0 for a token without any.
+
+        Raises:
+            BadInput: the token is not in the vocabulary.
+            DictionaryError: a centroid of the token is not finite.
+        """
+        if not 0 <= token < self.vocab_size:
+            raise BadInput(f"token {token} is not in the vocabulary: it has the tokens 0 to {self.vocab_size - 1}")
+        start, end = self.offsets[token : token + 2].tolist()
+        centroids = self.ragged.rows(torch.arange(start, end)).float()
+        if not torch.isfinite(centroids).all():
+            raise DictionaryError(
+                f"a sense of token {token} is NaN or infinite: the dictionary is damaged; build it again"
+            )
+        return Senses(centroids, self.counts[start:end], self.spread[start:end])
+
+    def find(self, word: str) -> Match:
+        """Look up the tokens of a word under the tokenizer's variants of it (`bank`, `Ġbank`, `▁bank`, `Bank`).
+
+        Raises:
+            BadInput: the dictionary has no tokenizer.
+            DictionaryError: its tokenizer.json is damaged.
+        """
+        return self._vocabulary.find(word, np.diff(self.offsets))
+
+    def exemplars(self, token: int) -> list[Exemplar]:
+        """Return the example contexts of a token's senses, by sense and rank; none if the dictionary keeps none."""
+        rows = (Exemplar(*(row[name] for name in Exemplar._fields)) for row in self._exemplar_table(token).to_pylist())
+        return sorted(rows, key=lambda exemplar: exemplar[:2])
+
+    def assign(self, token_ids: ArrayT, embeddings: ArrayT, *, metric: Metric | None = None) -> ArrayT:
+        """Return the number of each embedding's nearest sense among its own token's; ties go to the lowest.
+
+        Args:
+            token_ids: integers [N].
+            embeddings: floating point [N, D].
+            metric: l2, dot or cosine; default: the dictionary's.
+
+        Returns:
+            int64 [N], as NumPy or torch like the embeddings; -1 for tokens that have no senses or are not in the
+            vocabulary.
+
+        Raises:
+            BadInput: shapes or types do not fit, or an embedding is NaN or infinite.
+        """
+        ids, points = self._checked(token_ids, embeddings)
+        found = assignment.assign(ids, points, self.ragged, metric or self.config.metric)
+        return found if isinstance(embeddings, Tensor) else found.numpy()
+
+    def replace(
+        self,
+        token_ids: ArrayT,
+        embeddings: ArrayT,
+        temperature: float | None = None,
+        out: ArrayT | None = None,
+        *,
+        metric: Metric | None = None,
+    ) -> ArrayT:
+        """Replace embeddings by senses of their own token.
+
+        Args:
+            token_ids: integers [N].
+            embeddings: floating point [N, D].
+            temperature: None for the nearest sense; else the mean of the token's senses weighted by
+                softmax(scores / (temperature · unit)), the scores being minus the squared distance, the dot product or
+                the cosine. The unit is the dictionary's mean squared spread for all three metrics.
+            out: where to write, like the embeddings; may be the embeddings themselves.
+            metric: l2, dot or cosine; default: the dictionary's.
+
+        Returns:
+            [N, D] in the embeddings' dtype; those of tokens without senses are unchanged.
+
+        Raises:
+            BadInput: shapes, types or the temperature do not fit, or an embedding is NaN or infinite.
+        """
+        ids, points = self._checked(token_ids, embeddings)
+        if temperature is not None and not 0 < temperature < float("inf"):
+            raise BadInput(
+                f"the temperature is {temperature}, but must be above 0 and finite; None takes the nearest sense"
+            )
+        scale = (temperature or 0.0) * self.config.temperature_unit  # 0 too where every sense is a single point
+        target = None if out is None else _target(out, embeddings)
+        found = assignment.replace(ids, points, self.ragged, metric or self.config.metric, scale or None, target)
+        if out is not None:
+            return out
+        return found if isinstance(embeddings, Tensor) else found.numpy()
+
+    @classmethod
+    def fit(  # noqa: PLR0913 - the few settings that a build without files has, all but two by name
+        cls,
+        token_ids: np.ndarray | Tensor,
+        embeddings: np.ndarray | Tensor,
+        *,
+        k: int = 20,
+        metric: Metric = "l2",
+        seed: int = 0,
+        vocab_size: int | None = None,
+        max_occurrences: int = 0,
+        dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    ) -> "SenseDictionary":
+        """Cluster embeddings in memory.
+
+        Args:
+            token_ids: integers [N], in any order.
+            embeddings: floating point [N, D].
+            k: senses a token, at most; fewer where it has fewer distinct points.
+            metric: l2, dot or cosine.
+            seed: of everything random.
+            vocab_size: number V of tokens; default: the largest id + 1.
+            max_occurrences: rows clustered a token at most, chosen at random; 0 = all.
+            dtype: of the stored centroids.
+
+        Returns:
+            A dictionary without tokenizer and exemplars, its teacher called "in memory".
+
+        Raises:
+            BadInput: shapes, types or settings do not fit.
+            MsenseError: an embedding is NaN, infinite or beyond float16's range.
+        """
+        points, ids = as_tensor(embeddings), _integers(token_ids)
+        _check_shapes(ids, points)
+        settings = KMeansConfig(k=k, metric=metric, seed=seed)
+        return cls(*cluster_in_memory(ids, points, settings, vocab_size, max_occurrences, dtype))
+
+    def merge(self, *others: "SenseDictionary") -> "SenseDictionary":
+        """Return the union: each token's senses one after the other in the order of the arguments, occurrences added.
+
+        Associative: a.merge(b).merge(c) and a.merge(b.merge(c)) are the same. Settings that may differ, and the
+        tokenizer, are the first one's; quality figures are dropped. Everything is held in memory.
+
+        Raises:
+            DictionaryError: the dictionaries do not fit together, naming what differs, or a token gets too many senses.
+        """
+        every = (self, *others)
+        config, arrays, centroids = unite([(d.config, d._arrays, d.ragged.parts) for d in every])
+        exemplars = unite_exemplars([(d._exemplar_table(), d.offsets) for d in every])
+        return SenseDictionary(config, arrays, centroids, self._files, exemplars)
+
+    @property
+    def _arrays(self) -> Arrays:
+        return Arrays(self.offsets, self.counts, self.spread, self.token_counts)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        path = self._optional("tokenizer")
+        if path is None:
+            raise BadInput(
+                "this dictionary has no tokenizer to look words up with: use the token's id with senses(token)"
+            )
+        return Vocabulary(path.read_bytes())
+
+    def _optional(self, name: str) -> Path | None:
+        """Return the path of a file that the dictionary's folder may have."""
+        path = getattr(self._files, name) if self._files else None
+        return self._files.inside(path) if self._files and path and path.exists() else None
+
+    def _exemplar_table(self, token: int | None = None) -> "pa.Table":
+        import pyarrow.compute as pc
+
+        if self._exemplars is None:
+            return exemplar_schema().empty_table() if self._files is None else read_exemplars(self._files, token)
+        return self._exemplars if token is None else self._exemplars.filter(pc.equal(self._exemplars["token"], token))
+
+    def _checked(self, token_ids: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> tuple[np.ndarray, Tensor]:
+        """Return token ids as NumPy and embeddings as torch after a look at shapes and types."""
+        ids, points = _integers(token_ids), as_tensor(embeddings)
+        _check_shapes(ids, points)
+        if points.shape[1] != self.dim:
+            raise BadInput(
+                f"embeddings have width {points.shape[1]}, the dictionary {self.dim}: they are of another model"
+            )
+        return ids, points
+
+
+def _integers(token_ids: np.ndarray | Tensor) -> np.ndarray:
+    ids = token_ids.detach().cpu().numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
+    if ids.dtype.kind not in "iu" or ids.ndim != 1:
+        raise BadInput(f"token ids are {ids.dtype} {ids.shape}, but must be integers [N]")
+    return ids.astype(np.int64, copy=False)
+
+
+def _check_shapes(ids: np.ndarray, points: Tensor) -> None:
+    if points.ndim != 2 or not points.is_floating_point():
+        raise BadInput(f"embeddings are {points.dtype} {tuple(points.shape)}, but must be floating point [N, D]")
+    if len(ids) != len(points):
+        raise BadInput(f"{len(ids)} token ids came with {len(points)} embeddings; each embedding needs its token")
+
+
+def _target(out: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> Tensor:
+    """Return `out` as a tensor that writes through to it."""
+    wanted = f"{embeddings.dtype} {tuple(embeddings.shape)}"
+    if isinstance(out, Tensor) != isinstance(embeddings, Tensor) or f"{out.dtype} {tuple(out.shape)}" != wanted:
+        raise BadInput(
+            f"out is {type(out).__name__} {out.dtype} {tuple(out.shape)}, but must be like the embeddings: {wanted}"
+        )
+    if isinstance(out, Tensor):
+        return out
+    if not out.flags.writeable:
+        raise BadInput("out is read-only: give an array that may be written to, or none")
+    return torch.from_numpy(out)
+
+
+def _copy(source: Path | None, target: Path) -> None:
+    """Copy a file whole or not at all; where there is none, an older one at the target goes too."""
+    if source is None:
+        target.unlink(missing_ok=True)
+    elif source.resolve() != target.resolve():
+        target.parent.mkdir(exist_ok=True)
+        with atomic_path(target) as scratch:
+            shutil.copyfile(source, scratch)
+
+
+def _chunks(parts: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """Cut centroids into chunks for the streaming writer."""
+    for part in parts:
+        yield from part.split(max(1, _SAVE_BYTES // (part.shape[1] * part.itemsize)))

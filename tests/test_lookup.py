@@ -1,0 +1,107 @@
+"""Words to tokens under three kinds of tokenizers, and exemplars."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny import exemplars, make, with_tokenizer, word_piece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from msense.dictionary import DictionaryFiles, SenseDictionary, write_dictionary
+from msense.errors import DictionaryError
+
+
+def byte_level() -> Tokenizer:
+    tokens = [*"bankBrivé", "Ã", "©", "Ġ", "ba", "an", "nk", "bank", "Ġbank", "Ba", "Bank", "é"]
+    merges = [("b", "a"), ("n", "k"), ("ba", "nk"), ("Ġ", "bank"), ("B", "a"), ("Ba", "nk"), ("Ã", "©")]
+    vocabulary = {t: i for i, t in enumerate(dict.fromkeys([*tokens, "Ã©"]))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentence_piece() -> Tokenizer:
+    vocabulary = [("<unk>", 0.0), ("▁bank", -1.0), ("▁", -3.0), ("ri", -2.0), ("ver", -2.0), ("bank", -2.5)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
+def test_find_in_a_word_piece_vocabulary(tmp_path: Path) -> None:
+    d = with_tokenizer(word_piece(), tmp_path, [2, 0, 3, 0, 1, 1, 1, 4])
+    assert d.find("bank").tokens == [(2, "bank", 3), (7, "Bank", 4)]
+    assert "'bank' (id 2, 3 senses), 'Bank' (id 7, 4 senses)" in d.find(" bank ").explain()
+    assert d.find("BANK").tokens == [(2, "bank", 3)]  # the tokenizer lowers it
+    assert d.find("river").tokens == [(3, "river", 0)]
+    assert not d.find("river").found
+    assert "holds no senses for it" in d.find("river").explain()
+    cut = d.find("unbans")
+    assert (cut.tokens, cut.pieces) == ([], ["un", "##ban", "##s"])
+    assert "cuts it into 3 pieces (un ##ban ##s)" in cut.explain()
+    for unknown in ("xyz", "", "  "):
+        assert (d.find(unknown).tokens, d.find(unknown).pieces) == ([], [])
+        assert "unknown to this tokenizer" in d.find(unknown).explain()
+    assert d.find("[UNK]").tokens == [(0, "[UNK]", 2)]
+
+
+def test_find_in_a_byte_level_vocabulary(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    size = tokenizer.get_vocab_size()
+    d = with_tokenizer(tokenizer, tmp_path, [1] * size)
+    assert [t.token for t in d.find("bank").tokens] == ["bank", "Ġbank", "Bank"]
+    assert [t.token for t in d.find("Bank").tokens] == ["Bank", "bank", "Ġbank"]
+    assert "Ã©" in [t.token for t in d.find("é").tokens]  # a byte-level vocabulary writes é in two signs
+    assert d.find("riv").pieces == ["r", "i", "v"]
+
+
+def test_find_in_a_sentence_piece_vocabulary(tmp_path: Path) -> None:
+    d = with_tokenizer(sentence_piece(), tmp_path, [0, 5, 0, 0, 0, 2])
+    assert d.find("bank").tokens == [(5, "bank", 2), (1, "▁bank", 5)]
+    assert d.find("river").pieces == ["▁", "ri", "ver"]
+    assert d.find("xyz").pieces == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', '{"vocab": {}}', "\udcff"])
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, text: str) -> None:
+    d = with_tokenizer(word_piece(), tmp_path, [1] * 8)
+    DictionaryFiles(tmp_path).tokenizer.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DictionaryError, match=r"tokenizer.json is not a tokenizer"):
+        d.find("bank")
+
+
+def test_exemplars_travel_with_the_dictionary_and_are_renumbered_by_merge(tmp_path: Path) -> None:
+    for name, rows in (("a", [(0, 0, 0), (2, 1, 0), (2, 1, 1)]), ("b", [(2, 0, 0)])):
+        (tmp_path / name).mkdir()
+        pq.write_table(exemplars(rows), tmp_path / name / "exemplars.parquet")
+        d = make([1, 0, 2] if name == "a" else [0, 0, 1])
+        write_dictionary(tmp_path / name, d.config, d.offsets, d.counts, d.spread, d.token_counts, [d.centroids])
+    a, b = SenseDictionary.load(tmp_path / "a"), SenseDictionary.load(tmp_path / "b")
+    assert [(e.sense, e.rank, e.right) for e in a.exemplars(2)] == [(1, 0, " of 2.1.0"), (1, 1, " of 2.1.1")]
+    assert a.exemplars(1) == []
+    merged = a.merge(b)
+    assert [(e.sense, e.right) for e in merged.exemplars(2)] == [(1, " of 2.1.0"), (1, " of 2.1.1"), (2, " of 2.0.0")]
+    merged.save(tmp_path / "c")
+    again = SenseDictionary.load(tmp_path / "c")
+    assert again.exemplars(2) == merged.exemplars(2)
+    again.save(tmp_path / "d")
+    assert SenseDictionary.load(tmp_path / "d").exemplars(0) == a.exemplars(0)
+    make([1]).save(tmp_path / "d")  # without exemplars: those of the older one must go
+    assert SenseDictionary.load(tmp_path / "d").exemplars(0) == []
+
+
+def test_foreign_exemplars_are_refused(tmp_path: Path) -> None:
+    d = make([1])
+    d.save(tmp_path)
+    path = tmp_path / "exemplars.parquet"
+    path.write_bytes(b"PAR1 not really PAR1")
+    with pytest.raises(DictionaryError, match="cannot be read"):
+        SenseDictionary.load(tmp_path).exemplars(0)
+    pq.write_table(pa.table({"token": [0]}), path)
+    with pytest.raises(DictionaryError, match="does not have the columns"):
+        SenseDictionary.load(tmp_path).exemplars(0)
+    path.rename(tmp_path.parent / "elsewhere.parquet")
+    path.symlink_to(tmp_path.parent / "elsewhere.parquet")
+    with pytest.raises(DictionaryError, match="outside the dictionary"):
+        SenseDictionary.load(tmp_path).exemplars(0)
