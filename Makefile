@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# torch goes first: where a package needs it to build, and so that nothing pulls in another build of it
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+
+.PHONY: install demo test test-all check format
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --upgrade -c constraints.txt pip setuptools wheel
+	$(BIN)/pip install -c constraints.txt "$(TORCH)"
+	$(BIN)/pip install -c constraints.txt -e ".[bench,demo,dev,s3,test]"
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/python jobs/build_dict.py --output runs/demo
+	$(BIN)/python -m msense show runs/demo key cell kernel tree
+
+test: install
+	$(BIN)/python -m pytest
+
+test-all: install
+	$(BIN)/python -m pytest -m ""
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

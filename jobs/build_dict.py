@@ -1,0 +1,83 @@
+"""Build a sense dictionary from a corpus and a teacher: `python jobs/build_dict.py --help`."""
+
+import sys
+from typing import Any
+
+from msense.build import build_dictionary
+from msense.cli import run_job, show_table, size
+from msense.config import BuildConfig, parse_flags
+
+DESCRIPTION = """Read a corpus with a teacher and cluster every token's embeddings into a sense dictionary.
+
+With neither --corpus nor --teacher it builds the embedded demo: docstrings of installed Python packages, read by
+all-MiniLM-L6-v2. Run the same command again after any interruption: it goes on from what is finished."""
+
+
+def show_dry_run(found: dict[str, Any]) -> None:
+    """Print what a run would read, write and need."""
+    about = "about " if found["sample"] < 1 else ""
+    rows = [
+        ("documents", f"{about}{found['documents']:,.0f} ({about}{found['bad_documents']:,.0f} bad)"),
+        ("passages", f"{about}{found['passages']:,.0f}, {found['tokens']:,.0f} tokens"),
+        ("passages needed", f"{about}{found['needed']:,.0f}, {found['needed_tokens']:,.0f} tokens"),
+        ("teacher tokens saved", f"{found['saved']:.1%}"),
+        ("occurrences stored", f"{about}{found['stored']:,.0f}"),
+        ("tokens with senses", f"{found['kinds']:,}, {found['at_cap']:,} of them at the cap"),
+        ("points per token", f"median {found['points_median']:,.0f}, mean {found['points_mean']:,.1f}"),
+        ("senses", f"{about}{found['senses']:,.0f} at most"),
+        ("disk: passages", about + size(found["passages_bytes"])),
+        ("disk: occurrences", about + size(found["occurrences_bytes"])),
+        ("disk: dictionary", about + size(found["dictionary_bytes"]) + " and exemplars"),
+        ("memory: teacher actor", f"weights and {size(found['unit_memory'])} a unit"),
+        ("memory: clustering task", about + size(found["shard_memory"])),
+        ("workers", f"{found['workers']} ({found['device']}), {found['units']} units to share"),
+    ]
+    if "tokens_per_second" in found:
+        rate = found["tokens_per_second"]
+        rows.append(
+            (
+                "teacher",
+                f"{rate:,.0f} tokens/s in all: {found['needed_tokens'] / rate / 3600:,.2f} hours"
+                if rate
+                else "too little text to time",
+            )
+        )
+    part = f" on {found['sample']:.2%} of the documents" if about else ""
+    show_table(f"Dry run{part}: nothing read by the teacher yet", rows)
+
+
+def show_summary(summary: dict[str, Any]) -> None:
+    """Print what was built."""
+    rows = []
+    for name, facts in summary["stages"].items():
+        told = [
+            f"{value:,} {key}"
+            for key, value in facts.items()
+            if key not in ("seconds", "bytes") and not key.startswith("bad") and value
+        ]
+        rows.append(
+            (
+                name,
+                f"{facts['seconds']:,.1f} s  {', '.join(told)}"
+                + (f", {size(facts['bytes'])}" if "bytes" in facts else ""),
+            )
+        )
+    bad = summary["stages"].get("passages", {}).get("bad documents")
+    if bad:
+        rows.append(("skipped", f"{bad:,} bad documents, the first of each kind in bad_documents.jsonl"))
+    rows.append(("dictionary", summary["dictionary"]))
+    show_table("Sense dictionary", rows)
+
+
+def main() -> None:
+    """Build, and show what was built."""
+    config = parse_flags(BuildConfig, DESCRIPTION)
+    summary = build_dictionary(config)
+    if config.dry_run:
+        show_dry_run(summary["estimate"])
+    else:
+        show_summary(summary)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

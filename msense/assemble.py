@@ -1,0 +1,146 @@
+"""Stage 5: centroid files in, the dictionary folder out.
+
+One task puts the senses of all shards in the order of their tokens, beside the exemplars and the tokenizer. Holds the
+small arrays (20 bytes a sense), one shard's centroids, and all exemplars while they are sorted.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from msense import storage
+from msense.config import BuildConfig
+from msense.dictionary.format import DictionaryConfig, DictionaryFiles, write_dictionary
+from msense.dictionary.format import TeacherInfo as TeacherName
+from msense.exemplars import collect
+from msense.storage import RunFolder
+from msense.teacher import TeacherInfo
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Where each token's senses lie: T tokens in increasing order."""
+
+    tokens: np.ndarray  # int64 [T]
+    sizes: np.ndarray  # int64 [T]
+    file: np.ndarray  # int64 [T], which centroid file
+    start: np.ndarray  # int64 [T], first sense in that file
+
+
+def assemble(
+    run: RunFolder, info: TeacherInfo, config: BuildConfig, centroid_files: list[str], context_files: list[str]
+) -> dict[str, Any]:
+    """Write the dictionary of a run.
+
+    Args:
+        run: the run folder.
+        info: the teacher.
+        config: the build's settings.
+        centroid_files: files of stage 4.
+        context_files: contexts of the exemplars, a file a unit; none = no exemplars.
+
+    Returns:
+        Facts: tokens (with senses), senses, points, bytes.
+    """
+    small = [
+        storage.load_arrays(file, ("tokens", "sizes", "counts", "spread", "inertia", "between"))
+        for file in centroid_files
+    ]
+    order = _order(small)
+    gather = [np.arange(s, s + k) for s, k in zip(order.start, order.sizes, strict=True)]
+    counts, spread = (_in_order(small, order, gather, name) for name in ("counts", "spread"))
+    plan = storage.load_arrays(run.thresholds)
+    offsets = np.zeros(info.vocab_size + 1, dtype=np.int64)
+    offsets[order.tokens + 1] = order.sizes
+    offsets = np.cumsum(offsets)
+    inertia = float(sum(arrays["inertia"].sum() for arrays in small))
+    between = float(sum(arrays["between"].sum() for arrays in small))
+    points = int(counts.sum())
+    quality = {"points": float(points), "mean_squared_spread": inertia / max(1, points)}
+    if config.metric != "cosine" and inertia + between > 0:
+        quality["explained_variance"] = between / (inertia + between)
+    described = _config(info, config, inertia / max(1, points), quality)
+    chunks = _chunks(centroid_files, order, config.store_dtype)
+    with _target(run) as folder:
+        files = DictionaryFiles(folder)
+        files.tokenizer.parent.mkdir(parents=True, exist_ok=True)
+        files.tokenizer.write_text(storage.read_text(run.tokenizer), encoding="utf-8")
+        if context_files:
+            collect(context_files, files.exemplars)
+        write_dictionary(folder, described, offsets, counts, spread, plan["token_counts"], chunks)
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    return {"tokens": len(order.tokens), "senses": len(counts), "points": points, "bytes": size}
+
+
+def _config(info: TeacherInfo, config: BuildConfig, unit: float, quality: dict[str, float]) -> DictionaryConfig:
+    special = (
+        config.special_tokens
+        if config.special_tokens != "auto"
+        else ("include" if info.pooling == "mean" else "exclude")
+    )
+    return DictionaryConfig(
+        teacher=TeacherName(name=info.name, revision=info.revision, fingerprint=info.fingerprint),
+        tokenizer_fingerprint=info.tokenizer_fingerprint,
+        layer=info.layer,
+        dim=info.dim,
+        vocab_size=info.vocab_size,
+        senses=config.senses,
+        dtype=config.store_dtype,
+        metric=config.metric,
+        temperature_unit=unit,
+        special_tokens=special,
+        excluded_token_ids=info.excluded,
+        pooling=info.pooling,
+        normalize=info.normalize,
+        prompt=info.prompt,
+        max_length=info.max_length,
+        max_occurrences=config.max_occurrences,
+        seed=config.seed,
+        quality=quality,
+    )
+
+
+def _order(small: list[dict[str, np.ndarray]]) -> _Order:
+    """Sort the tokens of all files."""
+    tokens = np.concatenate([a["tokens"] for a in small]).astype(np.int64)
+    sizes = np.concatenate([a["sizes"] for a in small])
+    file = np.repeat(np.arange(len(small)), [len(a["tokens"]) for a in small])
+    start = np.concatenate([np.cumsum(a["sizes"]) - a["sizes"] for a in small])
+    order = np.argsort(tokens)
+    return _Order(tokens[order], sizes[order], file[order], start[order])
+
+
+def _in_order(small: list[dict[str, np.ndarray]], order: _Order, gather: list[np.ndarray], name: str) -> np.ndarray:
+    return np.concatenate([small[f][name][g] for f, g in zip(order.file.tolist(), gather, strict=True)])
+
+
+def _chunks(files: list[str], order: _Order, dtype: str) -> Iterator[torch.Tensor]:
+    """Yield the centroids in the order of their tokens, a run of tokens of one file at a time."""
+    breaks = np.flatnonzero(np.r_[True, (np.diff(order.file) != 0) | (np.diff(order.start) != order.sizes[:-1])])
+    held, centroids = -1, np.empty(0)
+    for first, last in zip(breaks, [*breaks[1:], len(order.file)], strict=True):
+        if order.file[first] != held:
+            held = int(order.file[first])
+            centroids = storage.load_arrays(files[held], ("centroids",))["centroids"]
+        rows = centroids[order.start[first] : order.start[last - 1] + order.sizes[last - 1]]
+        yield torch.from_numpy(rows).view(getattr(torch, dtype))
+
+
+@contextmanager
+def _target(run: RunFolder) -> Iterator[Path]:
+    """Give a local folder to write to; it is uploaded when the run is not on the local disk, config.json last."""
+    if storage.is_local(run.dictionary):
+        yield Path(storage.absolute(run.dictionary))
+        return
+    with tempfile.TemporaryDirectory(prefix="msense-") as scratch:
+        folder = Path(scratch)
+        yield folder
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        for name in sorted(names, key=lambda n: n == "config.json"):
+            storage.upload(folder / name, storage.join(run.dictionary, name))

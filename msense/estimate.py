@@ -1,0 +1,96 @@
+"""The dry run: a finished plan in, what the whole run would read, write and need out.
+
+From a sample of the documents, everything that grows with the corpus is scaled up by the sample's share; tokens the
+sample has not seen are missing, so the dictionary's size is then a lower bound.
+"""
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from msense import storage
+from msense.config import BuildConfig
+from msense.occurrences import GatherSettings, OccurrenceActor, Unit, record_type, select_unit, unit_passages
+from msense.runtime import Resources, map_actors
+from msense.storage import RunFolder
+from msense.teacher import TOKEN_BUDGET, TeacherInfo, pad_batch, token_batches
+
+TIMED_SECONDS = 10.0
+
+
+def estimate(
+    run: RunFolder, info: TeacherInfo, config: BuildConfig, stages: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what a whole run would read, write and need; counts and bytes.
+
+    Args:
+        run: the run folder, with a finished plan.
+        info: the teacher.
+        config: the build's settings.
+        stages: facts of the stages so far.
+    """
+    plan, passages = stages["plan"], stages["passages"]
+    scale = 1 / config.sample
+    arrays = storage.load_arrays(run.thresholds, ("stored", "shards"))
+    stored = arrays["stored"] * scale
+    points = np.minimum(stored, config.max_occurrences) if config.max_occurrences else stored
+    seen = points[points > 0]
+    senses = float(np.minimum(seen, config.senses).sum())
+    record = record_type(info.dim).itemsize
+    fs, folder = storage.filesystem(run.passages)
+    largest = max(
+        (stored[a:b].sum() for a, b in zip(arrays["shards"][:-1], arrays["shards"][1:], strict=True)), default=0
+    )
+    return {
+        "sample": config.sample,
+        "documents": passages["documents"] * scale,
+        "bad_documents": passages["bad documents"] * scale,
+        "passages": plan["passages"] * scale,
+        "tokens": plan["tokens"] * scale,
+        "needed": plan["needed"] * scale,
+        "needed_tokens": plan["needed_tokens"] * scale,
+        "saved": 1 - plan["needed_tokens"] / max(1, plan["tokens"]),
+        "stored": plan["stored"] * scale,
+        "kinds": len(seen),
+        "points_median": float(np.median(seen)) if len(seen) else 0.0,
+        "points_mean": float(seen.mean()) if len(seen) else 0.0,
+        "at_cap": int((seen >= config.max_occurrences).sum()) if config.max_occurrences else 0,
+        "senses": senses,
+        "passages_bytes": fs.du(folder) * scale,
+        "occurrences_bytes": plan["stored"] * scale * record,
+        "dictionary_bytes": senses * (info.dim * 2 + 12),
+        "shard_memory": 2.0 * largest * record,
+    }
+
+
+class TeacherTimer(OccurrenceActor):
+    """Times the teacher on one unit without writing anything."""
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Return tokens and seconds of a short forward pass after one warm-up batch."""
+        passages = unit_passages(self.run, Unit(**item))
+        selection = select_unit(passages, self.threshold, self.settings.spec, self.settings.per_passage)
+        rows = np.unique(selection.rows)
+        tokens, began = 0, 0.0
+        for number, batch in enumerate(token_batches(selection.lengths[rows], TOKEN_BUDGET[self.settings.device])):
+            if number == 1:
+                began = time.monotonic()
+            ids, mask = pad_batch([passages.ids[passages.offsets[r] : passages.offsets[r + 1]] for r in rows[batch]])
+            self.teacher.embed(ids, mask).sum().item()
+            tokens += int(mask.sum()) if number else 0
+            if number and time.monotonic() - began > TIMED_SECONDS:
+                break
+        return {"tokens": tokens, "seconds": time.monotonic() - began if tokens else 0.0}
+
+
+def time_teacher(run: RunFolder, settings: GatherSettings, units: list[Unit], resources: Resources) -> float:
+    """Return the tokens a second that all workers together would read; 0.0 if the corpus is too small to tell."""
+    largest = sorted(units, key=lambda unit: -unit.stored)[: resources.workers]
+    arguments = {"root": run.root, "settings": settings}
+    timed = list(
+        map_actors("timing the teacher", TeacherTimer, arguments, [asdict(unit) for unit in largest], resources)
+    )
+    rates = [row["tokens"] / row["seconds"] for row in timed if row["seconds"]]
+    return sum(rates) / len(rates) * resources.workers if rates else 0.0

@@ -1,0 +1,311 @@
+"""The whole build on Ray: hand-known dictionaries, the same bytes however the work is cut, and a real teacher."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msense import SenseDictionary
+from msense.build import build_dictionary, differences
+from msense.config import BuildConfig
+from msense.errors import BadInput
+from msense.storage import RunFolder, facts_of
+
+MakeTeacher = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("ray")
+
+LINES = [
+    "the bank of the river is deep",
+    "money is in the bank",
+    "a cat sat on the mat, a dog sat near",
+    "the river runs full !",
+]
+FILES = ("dictionary.safetensors", "config.json", "exemplars.parquet", "tokenizer/tokenizer.json", "README.md")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("\n".join(LINES * 3) + "\n")
+    (folder / "b.txt").write_text("\n".join(reversed(LINES * 2)) + "\n")
+    return folder
+
+
+def build(output: Path, **settings: object) -> dict:
+    return build_dictionary(BuildConfig(output=str(output), **settings))
+
+
+def dictionary_bytes(output: Path) -> dict[str, bytes]:
+    return {name: (output / "dictionary" / name).read_bytes() for name in FILES}
+
+
+def test_hand_known_teacher_gives_its_embedding_table(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
+    """Layer 0 of the llama double is its embedding table: one sense a token, the token's row, counted exactly."""
+    from transformers import AutoModel
+
+    teacher = make_teacher("llama")
+    summary = build(tmp_path / "run", corpus=(str(corpus),), teacher=str(teacher), layer=0, dtype="float32")
+    dictionary = SenseDictionary.load(summary["dictionary"])
+    table = AutoModel.from_pretrained(teacher).get_input_embeddings().weight.detach().numpy().astype(np.float16)
+    (match,) = {t.token_id for t in dictionary.find("bank").tokens}
+    senses = dictionary.senses(match)
+    np.testing.assert_array_equal(senses.centroids, table[match : match + 1].astype(np.float32))
+    assert senses.counts.tolist() == [10]  # twice in LINES, which is there five times
+    assert dictionary.token_counts[match] == 10
+    assert len(dictionary.senses(2).centroids) == 0  # BOS is an attention sink: no senses
+    assert dictionary.token_counts[2] == 0
+    assert summary["stages"]["passages"]["documents"] == 20
+
+
+def test_exemplars_show_the_word_in_its_document(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
+    import pyarrow.parquet as pq
+
+    build(tmp_path / "run", corpus=(str(corpus),), teacher=str(make_teacher("bert")), exemplars=2, senses=3)
+    dictionary = SenseDictionary.load(tmp_path / "run" / "dictionary")
+    token = dictionary.find("river").tokens[0].token_id
+    rows = pq.read_table(tmp_path / "run" / "dictionary" / "exemplars.parquet").to_pylist()
+    mine = [row for row in rows if row["token"] == token]
+    assert {row["sense"] for row in mine} == set(range(len(dictionary.senses(token).counts)))
+    assert max(row["rank"] for row in mine) == 1
+    for row in mine:
+        name, line = row["document_id"].split(":")
+        text = (corpus / name).read_text().splitlines()[int(line)]
+        context = (row["left"] + row["word"] + row["right"]).replace(" ", "")
+        assert row["word"].strip() == "river"
+        assert context == text.replace(" ", "")
+    assert [r["distance"] for r in mine if r["sense"] == 0] == sorted(r["distance"] for r in mine if r["sense"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling", "specials"), [("bert", None, [2, 3]), ("bert", "cls_token", []), ("llama", None, [])]
+)
+def test_special_tokens_have_senses_only_where_the_teacher_pools_them(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, kind: str, pooling: str | None, specials: list[int]
+) -> None:
+    build(tmp_path / "run", corpus=(str(corpus),), teacher=str(make_teacher(kind, pooling=pooling)), exemplars=0)
+    dictionary = SenseDictionary.load(tmp_path / "run" / "dictionary")
+    with_senses = np.flatnonzero(np.diff(dictionary.offsets))
+    assert [t for t in (0, 2, 3) if t in with_senses and (kind == "bert" or t != 3)] == specials
+    assert dictionary.token_counts[0] == 0  # padding
+
+
+def test_prompt_and_context_are_read_but_never_counted(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
+    teacher = make_teacher("llama")
+    plain = build(tmp_path / "plain", corpus=(str(corpus),), teacher=str(teacher), exemplars=0)
+    changed = build(
+        tmp_path / "prompt",
+        corpus=(str(corpus),),
+        teacher=str(teacher),
+        prompt="full bank .",
+        stride=2,
+        max_length=10,
+        exemplars=0,
+    )
+    counts = [SenseDictionary.load(s["dictionary"]).token_counts for s in (plain, changed)]
+    np.testing.assert_array_equal(*counts)
+    assert changed["stages"]["passages"]["tokens"] > plain["stages"]["passages"]["tokens"]
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough of some tokens that they are clustered in blocks and parts."""
+    rng = np.random.default_rng(0)
+    words = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
+    folder = tmp_path_factory.mktemp("long")
+    for name in "ab":
+        lines = [" ".join(rng.choice(words, 24, p=np.array([12, 6] + [1] * 13) / 31)) for _ in range(260)]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_same_bytes_in_parts_with_other_workers_and_other_folders(
+    tmp_path: Path, long_corpus: Path, make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
+    settings = {
+        "corpus": (str(long_corpus),),
+        "teacher": str(make_teacher("bert")),
+        "max_occurrences": 4000,
+        "senses": 4,
+        "metric": metric,
+    }
+    build(tmp_path / "whole", workers=2, keep=("centroids",), **settings)
+    build(tmp_path / "parts", workers=1, keep=("centroids",), max_points_per_part=1024, **settings)
+    assert not list((tmp_path / "whole" / "centroids").glob("token-*.safetensors"))
+    cut = list((tmp_path / "parts" / "centroids").glob("token-*.safetensors"))
+    assert len(cut) >= 2  # "the" and "bank" at least
+    assert dictionary_bytes(tmp_path / "whole") == dictionary_bytes(tmp_path / "parts")
+
+
+def test_goes_on_after_a_stop_and_writes_the_same(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
+    settings = {
+        "corpus": (str(corpus),),
+        "teacher": str(make_teacher("bert")),
+        "keep": ("passages", "occurrences", "centroids"),
+    }
+    build(tmp_path / "whole", **settings)
+    build(tmp_path / "cut", **settings)
+    run = RunFolder(str(tmp_path / "cut"))
+    unit = facts_of(run.unit_file(0))
+    Path(run.finished).unlink()
+    Path(run.shard_file(0)).unlink()
+    (tmp_path / "cut" / "dictionary" / "config.json").unlink()
+    build(tmp_path / "cut", **settings)
+    assert facts_of(run.unit_file(0)) == unit  # clock times included: it was not read again
+    assert dictionary_bytes(tmp_path / "whole") == dictionary_bytes(tmp_path / "cut")
+
+
+def test_finished_run_is_taken_as_it_is_and_changes_are_refused(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
+) -> None:
+    settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
+    first = build(tmp_path / "run", **settings)
+    again = build(tmp_path / "run", workers=1, **settings)
+    assert again["stages"] == first["stages"]
+    with pytest.raises(BadInput, match=r"config.senses: 20 then, 7 now[\s\S]*another --output"):
+        build(tmp_path / "run", senses=7, **settings)
+    with pytest.raises(BadInput, match=r"teacher\.fingerprint"):
+        build(
+            tmp_path / "run",
+            **{**settings, "teacher": str(make_teacher("bert", pooling="cls_token"))}
+            | {"teacher": str(make_teacher("llama"))},
+        )
+    with (corpus / "a.txt").open("a") as file:
+        file.write("more\n")
+    with pytest.raises(BadInput, match=r"inputs.a.txt: '\d+ .* then"):
+        build(tmp_path / "run", **settings)
+
+
+def test_dedup_reads_equal_passages_once(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
+    summary = build(tmp_path / "run", corpus=(str(corpus),), teacher=str(make_teacher("bert")), dedup=True)
+    assert summary["stages"]["passages"]["passages"] == 20
+    assert summary["stages"]["plan"]["passages"] == 4
+    dictionary = SenseDictionary.load(tmp_path / "run" / "dictionary")
+    assert dictionary.token_counts[dictionary.find("bank").tokens[0].token_id] == 2
+
+
+def test_repeated_id_is_refused(tmp_path: Path, make_teacher: MakeTeacher) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(
+        "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in (("p", "the bank"), ("q", "a cat"), ("p", "a dog")))
+    )
+    with pytest.raises(BadInput, match="document id 'p' is there twice"):
+        build(tmp_path / "run", corpus=(str(file),), teacher=str(make_teacher("bert")))
+
+
+def test_corpus_without_text_and_embeddings_that_are_not_finite(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from msense.errors import MsenseError
+
+    (tmp_path / "empty.txt").write_text("\n \n")
+    teacher = make_teacher("bert")
+    with pytest.raises(BadInput, match=r"the corpus .*empty.txt has no text \(2 empty\)"):
+        build(tmp_path / "run", corpus=(str(tmp_path / "empty.txt"),), teacher=str(teacher))
+    weights = load_file(teacher / "model.safetensors")
+    weights["encoder.layer.1.output.LayerNorm.bias"] = torch.full((16,), 1e30)
+    save_file(weights, teacher / "model.safetensors")
+    with pytest.raises(MsenseError, match=r"NaN or infinite embeddings as float16.*--store-dtype bfloat16"):
+        build(tmp_path / "run2", corpus=(str(corpus),), teacher=str(teacher), dtype="float32")
+
+
+def test_dry_run_tells_what_the_build_then_does(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
+    settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert")), "max_occurrences": 5}
+    told = build(tmp_path / "run", dry_run=True, time_teacher=True, **settings)["estimate"]
+    assert not (tmp_path / "run" / "occurrences").exists()
+    summary = build(tmp_path / "run", **settings)
+    plan = summary["stages"]["plan"]
+    assert (told["documents"], told["passages"], told["tokens"]) == (20, 20, plan["tokens"])
+    assert (told["needed"], told["stored"]) == (plan["needed"], plan["stored"])
+    assert told["senses"] >= summary["stages"]["dictionary"]["senses"]
+    assert summary["stages"]["occurrences"]["occurrences"] == told["stored"]
+    assert told["tokens_per_second"] >= 0
+
+
+def test_sampled_dry_run_estimates_the_whole(tmp_path: Path, long_corpus: Path, make_teacher: MakeTeacher) -> None:
+    settings = {"corpus": (str(long_corpus),), "teacher": str(make_teacher("bert")), "max_occurrences": 200}
+    whole = build(tmp_path / "whole", dry_run=True, **settings)["estimate"]
+    part = build(tmp_path / "part", dry_run=True, sample=0.25, **settings)["estimate"]
+    for name in ("documents", "tokens", "needed_tokens", "stored"):
+        assert part[name] == pytest.approx(whole[name], rel=0.35), name
+    assert part["documents"] % 4 == 0
+
+
+def test_differences_names_every_change() -> None:
+    before, now = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5}, "e": 6}
+    assert differences("m", before, now) == ["m.b.c: 2 then, 5 now", "m.b.d: 3 then, None now", "m.e: None then, 6 now"]
+
+
+def test_job_end_to_end_with_the_real_teacher(tmp_path: Path) -> None:
+    """The command a user types: a small folder of English, MiniLM, its own Ray; then a look at the result."""
+    rng = np.random.default_rng(0)
+    money = [
+        "she paid money into the bank account",
+        "the bank raised its interest rate",
+        "he robbed a bank and its cash",
+    ]
+    river = ["they sat on the bank of the river", "the muddy bank of the stream", "fish swim near the river bank"]
+    lines = [f"{rng.choice(money)} {number}" for number in range(40)] + [
+        f"{rng.choice(river)} {number}" for number in range(40)
+    ]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    command = [
+        sys.executable,
+        "jobs/build_dict.py",
+        "--corpus",
+        str(tmp_path / "text.txt"),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        [*command, "--senses", "2", "--workers", "1"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "80 documents" in done.stdout
+    dictionary = SenseDictionary.load(tmp_path / "run")
+    token = dictionary.find("bank").tokens[0].token_id
+    assert dictionary.senses(token).counts.sum() == dictionary.token_counts[token] >= 80
+    shown = subprocess.run(
+        [sys.executable, "-m", "msense", "show", str(tmp_path / "run"), "bank"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    senses = shown.stdout.split("[bank]")
+    assert len(senses) == 7  # two senses with three exemplars each
+    by_sense = {"river": set(), "money": set()}
+    import pyarrow.parquet as pq
+
+    for row in pq.read_table(tmp_path / "run" / "dictionary" / "exemplars.parquet").to_pylist():
+        if row["token"] == token:
+            line = int(row["document_id"].split(":")[1])
+            by_sense["money" if line < 40 else "river"].add(row["sense"])
+    assert not by_sense["money"] & by_sense["river"]  # each sense's nearest occurrences are of one kind
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "jobs/build_dict.py", "--senses", "auto", "--corpus", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "'auto' is not available yet" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "jobs/build_dict.py", "--corpus", "/no/such/text.txt"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "/no/such/text.txt" in done.stderr

@@ -1,0 +1,434 @@
+"""k-means: planted clusters are found, scikit-learn is matched, and the bytes depend on nothing but the points."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
+
+from msense import kmeans, seeding
+from msense.errors import BadInput, MsenseError
+from msense.kmeans import BLOCK_ROWS, Clusters, KMeansConfig, Metric, cluster_tokens
+
+Matrix = np.ndarray[Any, Any]
+
+GRAM, DIRECT, BLOCKED = 60, 500, 2 * BLOCK_ROWS + 300  # points of a token for each way of computing it
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def planted(points: Matrix, clusters: int, width: int, seed: int, directions: bool = False) -> tuple[Matrix, Matrix]:
+    """Well separated Gaussians (or bundles of directions of any length): points float16, and their labels."""
+    rng = np.random.default_rng(seed)
+    centers = 8 * np.linalg.qr(rng.normal(size=(width, width)))[0][:clusters] + 3
+    labels = np.r_[np.arange(clusters), rng.integers(0, clusters, points - clusters)]
+    x = centers[labels] + 0.3 * rng.normal(size=(points, width))
+    if directions:
+        x *= rng.uniform(0.2, 5, size=(points, 1))
+    return x.astype(np.float16), labels
+
+
+def one(points: Matrix, config: KMeansConfig, token: int = 7, key_order: Matrix | None = None) -> Clusters:
+    return cluster_tokens(points, np.array([len(points)]), np.array([token]), config, key_order=key_order)
+
+
+def drive(points: Matrix, cuts: list[int], config: KMeansConfig, token: int = 7) -> Clusters:
+    """What a driver of parts does; `cuts` are block numbers."""
+    edges = [0, *(cut * BLOCK_ROWS for cut in cuts), len(points)]
+    parts = [(a, points[a:b]) for a, b in itertools.pairwise(edges)]
+    state = kmeans.seed_centroids(points[: kmeans.SEED_POINTS], token, config)
+    while state.final is None:
+        total = kmeans.combine([kmeans.partial(part, state, config) for _, part in parts])
+        m = int((total.counts == 0).sum())
+        far = [kmeans.farthest(part, state, m, config, first_row=a) for a, part in parts] if m else []
+        state = kmeans.update(state, total, config, kmeans.combine_farthest(far, m) if m else None)
+    done = [kmeans.finish(part, state, config) for _, part in parts]
+    counts, spread, inertia = kmeans.summary(state, done)
+    return Clusters(
+        np.array([len(state.final)]),
+        state.final,
+        counts,
+        spread,
+        np.concatenate([d.assignment for d in done]),
+        np.concatenate([d.distance for d in done]),
+        np.array([inertia]),
+        np.array([state.rounds]),
+    )
+
+
+def first_point_always(_: object, mask: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Stands in for `greedy_seeds`: every seed is point 0, so that all clusters but one start empty."""
+    return torch.zeros(uniforms.shape[:2], dtype=torch.int64)
+
+
+def same_bytes(a: Clusters, b: Clusters) -> None:
+    for name in Clusters.__dataclass_fields__:
+        x, y = getattr(a, name), getattr(b, name)
+        assert x.dtype == y.dtype, name
+        assert x.tobytes() == y.tobytes(), name
+
+
+def check_consistent(result: Clusters, points: Matrix, sizes: Sequence[int], metric: Metric = "l2") -> None:
+    """Everything that must hold of any result, recomputed in float64."""
+    x = points.astype(np.float64)
+    if metric == "cosine":
+        norm = np.linalg.norm(x, axis=1, keepdims=True)
+        x = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+    sense = result.assignment + np.repeat(np.cumsum(result.sizes) - result.sizes, sizes)
+    assert (result.assignment >= 0).all()
+    assert (result.assignment < np.repeat(result.sizes, sizes)).all()
+    counts = np.bincount(sense, minlength=len(result.counts))
+    assert (counts == result.counts).all()
+    assert (counts > 0).all()
+    means = np.zeros(result.centroids.shape)
+    np.add.at(means, sense, x)
+    means /= np.linalg.norm(means, axis=1, keepdims=True).clip(1e-9) if metric == "cosine" else counts[:, None]
+    scale = np.abs(x).max(initial=1)
+    np.testing.assert_allclose(result.centroids, means, rtol=1e-6, atol=1e-6 * scale)
+    away = ((x - result.centroids[sense]) ** 2).sum(1)
+    np.testing.assert_allclose(result.distance, away, rtol=1e-4, atol=1e-6 * scale**2)
+    squares = np.bincount(sense, weights=result.distance, minlength=len(counts))
+    np.testing.assert_allclose(result.spread, np.sqrt(squares / counts), rtol=1e-5)
+    token = np.repeat(np.arange(len(sizes)), sizes)
+    np.testing.assert_allclose(result.inertia, np.bincount(token, result.distance, len(sizes)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
+def test_planted_clusters_are_found(n: int, metric: Metric) -> None:
+    config = KMeansConfig(k=6, metric=metric)
+    x, labels = planted(n, 6, 24, n, directions=metric == "cosine")
+    result = one(x, config)
+    assert adjusted_rand_score(labels, result.assignment) == 1.0
+    check_consistent(result, x, [n], metric)
+
+
+def test_mixed_sizes_keep_the_order_of_tokens() -> None:
+    sizes = np.array([GRAM, 1, DIRECT, 3, BLOCKED, 0, GRAM + 1])
+    parts = [
+        planted(n, 4, 8, i) if n > 3 else (np.full((n, 8), i, np.float16), np.zeros(n)) for i, n in enumerate(sizes)
+    ]
+    x = np.concatenate([points for points, _ in parts])
+    result = cluster_tokens(x, sizes, np.arange(7) * 11, KMeansConfig(k=4))
+    assert result.sizes.tolist() == [4, 1, 4, 1, 4, 0, 4]
+    check_consistent(result, x, sizes)
+    for start, (points, labels) in zip(np.cumsum(sizes) - sizes, parts, strict=True):
+        assert adjusted_rand_score(labels, result.assignment[start : start + len(points)]) == 1.0
+
+
+def test_inertia_is_that_of_scikit_learn() -> None:
+    rng = np.random.default_rng(3)
+    sizes = np.r_[rng.integers(12, 400, 40), [900, BLOCKED]]
+    tokens = [
+        (rng.normal(size=(15, 32)) * 0.7)[rng.integers(0, 15, n)] + rng.normal(size=(n, 32)) * rng.gamma(2, 0.5, (n, 1))
+        for n in sizes
+    ]
+    x = np.concatenate(tokens).astype(np.float16)
+    ours = cluster_tokens(x, sizes, np.arange(len(sizes)), KMeansConfig(k=10)).inertia.sum()
+    stored = np.split(x.astype(np.float32), np.cumsum(sizes)[:-1])
+    theirs = sum(KMeans(10, n_init=1, random_state=0).fit(token).inertia_ for token in stored)
+    assert ours <= 1.01 * theirs
+
+
+@settings(max_examples=12, deadline=None)
+@given(cuts=st.sets(st.integers(1, 4)).map(sorted), metric=st.sampled_from(["l2", "cosine"]), seed=st.integers(0, 3))
+def test_parts_or_no_parts_give_the_same_bytes(cuts: list[int], metric: Metric, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(4 * BLOCK_ROWS + 77, 5)) * 2.0 ** rng.integers(-12, 6, 5)).astype(np.float16)
+    config = KMeansConfig(k=7, metric=metric, seed=seed, max_rounds=8)
+    same_bytes(drive(x, cuts, config), one(x, config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_give_the_same_bytes_in_other_dtypes(dtype: torch.dtype) -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(3 * BLOCK_ROWS + 5, 4))).to(dtype)
+    config = KMeansConfig(k=5, max_rounds=5)
+    same_bytes(drive(x, [1, 2], config), one(x, config))
+
+
+def test_parts_agree_when_clusters_run_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeding, "greedy_seeds", first_point_always)
+    x, _ = planted(BLOCKED, 5, 8, 1)
+    config = KMeansConfig(k=5)
+    result = one(x, config)
+    assert result.sizes.tolist() == [5]
+    check_consistent(result, x, [BLOCKED])
+    same_bytes(drive(x, [1, 2], config), result)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_sums_of_a_part_do_not_depend_on_the_order_of_rows(random: Random) -> None:
+    rng = np.random.default_rng(random.randrange(1000))
+    x = (rng.normal(size=(500, 3)) * 2.0 ** rng.integers(-24, 12, (500, 1))).astype(np.float16)
+    config = KMeansConfig(k=1)
+    state = kmeans.seed_centroids(x, 0, config)
+    a, b = (kmeans.partial(points, state, config) for points in (x, x[rng.permutation(500)]))
+    assert a.sums.tobytes() == b.sums.tobytes()
+
+
+@pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
+def test_same_call_same_bytes(n: int) -> None:
+    x = np.random.default_rng(n).normal(size=(n, 16)).astype(np.float16)
+    same_bytes(one(x, KMeansConfig(k=9)), one(x.copy(), KMeansConfig(k=9)))
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_token_does_not_depend_on_its_neighbours(metric: Metric) -> None:
+    rng = np.random.default_rng(5)
+    sizes = np.r_[rng.integers(15, 130, 60), 700, 650, BLOCKED]
+    ids = rng.permutation(1000)[: len(sizes)]
+    x = rng.normal(size=(sizes.sum(), 12)).astype(np.float16)
+    config = KMeansConfig(k=10, metric=metric)
+    together = cluster_tokens(x, sizes, ids, config)
+    starts, senses = np.cumsum(sizes) - sizes, np.cumsum(together.sizes) - together.sizes
+    for t in [0, 20, 40, 60, 61, 62]:
+        alone = one(x[starts[t] : starts[t] + sizes[t]], config, ids[t])
+        assert (alone.assignment == together.assignment[starts[t] : starts[t] + sizes[t]]).all()
+        same = together.centroids[senses[t] : senses[t] + together.sizes[t]]
+        np.testing.assert_allclose(alone.centroids, same, atol=1e-5)
+
+
+def test_draws_are_uniform_and_depend_on_their_own_coordinates_only() -> None:
+    config = KMeansConfig(k=20, seed=-5)
+    ids = np.arange(2000)
+    u = seeding.draws(ids, config)
+    assert u.shape == (2000, 20, 4)
+    assert 0 < u.min() < u.max() < 1
+    counts = np.histogram(u, 10, (0, 1))[0]
+    assert (np.abs(counts - 16000) < 5 * np.sqrt(16000 * 0.9)).all()
+    assert len(np.unique(u)) == u.size
+    assert (seeding.draws(ids[1234:1235], config)[0] == u[1234]).all()
+    assert not (seeding.draws(ids, KMeansConfig(k=20, seed=-4)) == u).any()
+
+
+small_points = hnp.arrays(
+    np.int64, st.tuples(st.integers(1, 60), st.integers(1, 3)), elements=st.integers(-3, 3), fill=st.nothing()
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    points=small_points,
+    k=st.integers(1, 9),
+    metric=st.sampled_from(["l2", "dot", "cosine"]),
+    seed=st.integers(0, 9),
+    seeded=st.booleans(),
+    gram=st.booleans(),
+)
+def test_any_points_give_min_k_distinct_senses(
+    points: Matrix, k: int, metric: Metric, seed: int, seeded: bool, gram: bool
+) -> None:
+    x = points.astype(np.float16)
+    with pytest.MonkeyPatch.context() as patch:
+        if not seeded:
+            patch.setattr(kmeans, "greedy_seeds", first_point_always)
+        patch.setattr(kmeans, "GRAM_ROWS", 64 if gram else 0)
+        result = one(x, KMeansConfig(k=k, metric=metric, seed=seed))
+    directions = np.round(x / np.linalg.norm(x.astype(float), axis=1, keepdims=True).clip(1e-9), 6)
+    distinct = len(np.unique((directions if metric == "cosine" else x) + 0.0, axis=0))
+    assert result.sizes.tolist() == [min(k, distinct)]
+    assert len(np.unique(result.centroids + 0.0, axis=0)) == result.sizes[0]
+    check_consistent(result, x, [len(x)], metric)
+
+
+@settings(max_examples=10, deadline=None)
+@given(k=st.integers(1, 9), values=st.integers(1, 12), seed=st.integers(0, 99))
+def test_duplicates_in_blocks(k: int, values: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.permutation(400)[:values, None][np.r_[np.arange(values), rng.integers(0, values, 1500)]].astype(np.float16)
+    result = one(x, KMeansConfig(k=k, seed=seed))
+    assert result.sizes.tolist() == [min(k, values)]
+    check_consistent(result, x, [len(x)])
+    if values <= k:
+        assert result.centroids[:, 0].tolist() == x[:values, 0].tolist()
+        assert (result.spread == 0).all()
+
+
+def test_few_points_are_all_kept_in_order_of_first_appearance() -> None:
+    x = np.array([[5, 1], [2, 2], [5, 1], [-0.0, 3], [0.0, 3], [2, 2], [5, 1], [1, 1]], np.float16)
+    result = cluster_tokens(x, np.array([7, 1]), np.array([3, 9]), KMeansConfig(k=3))
+    assert result.sizes.tolist() == [3, 1]
+    assert result.centroids.tolist() == [[5, 1], [2, 2], [0, 3], [1, 1]]
+    assert result.counts.tolist() == [3, 2, 2, 1]
+    assert result.assignment.tolist() == [0, 1, 0, 2, 2, 1, 0, 0]
+    assert result.spread.tolist() == result.distance[:4].tolist() == [0, 0, 0, 0]
+    assert result.rounds.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("n", [1, 30, 300, BLOCKED])
+def test_equal_points_are_one_sense(n: int) -> None:
+    x = np.full((n, 5), 0.1, np.float16)
+    result = one(x, KMeansConfig(k=4))
+    assert result.counts.tolist() == [n]
+    assert (result.centroids == x[0]).all()
+    assert result.inertia.tolist() == [0.0]
+
+
+def test_no_points_at_all() -> None:
+    result = cluster_tokens(np.empty((0, 3), np.float16), np.zeros(0, np.int64), np.zeros(0, np.int64), KMeansConfig())
+    assert result.centroids.shape == (0, 3)
+    assert len(result.sizes) == len(result.assignment) == 0
+
+
+@pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
+def test_one_cluster_is_the_exact_mean(n: int) -> None:
+    x = np.random.default_rng(n).normal(100, 1, (n, 1)).astype(np.float16)
+    result = one(x, KMeansConfig(k=1))
+    assert result.centroids[0, 0] == np.float32(x.astype(np.float64).sum() / n)
+    check_consistent(result, x, [n])
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("n", [GRAM, DIRECT])
+def test_empty_clusters_are_refilled(n: int, metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "greedy_seeds", first_point_always)
+    x, _ = planted(n, 5, 8, 2, directions=metric == "cosine")
+    result = one(x, KMeansConfig(k=5, metric=metric))
+    assert result.sizes.tolist() == [5]
+    check_consistent(result, x, [n], metric)
+
+
+@pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
+def test_senses_that_stay_empty_are_dropped(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (kmeans, seeding):
+        monkeypatch.setattr(module, "greedy_seeds", first_point_always)
+    x = np.random.default_rng(1).normal(size=(n + 5, 3)).astype(np.float16)
+    x[n:] = 1
+    result = cluster_tokens(x, np.array([n, 5]), np.array([1, 2]), KMeansConfig(k=5, max_rounds=1))
+    assert result.sizes.tolist() == [1, 1]
+    assert result.counts.tolist() == [n, 5]
+    assert (result.centroids[1] == 1).all()
+    check_consistent(result, x, [n, 5])
+
+
+def test_the_farthest_point_fills_an_empty_cluster() -> None:
+    x = np.array([[0], [1], [-9], [9], [9], [2]], np.float16)
+    config = KMeansConfig(k=3)
+    state = kmeans.BlockedState(
+        1, np.array([[0], [500], [600]], np.float32), np.zeros(1, np.float32), np.zeros(3, np.int64)
+    )
+    total = kmeans.partial(x, state, config)
+    assert total.counts.tolist() == [6, 0, 0]
+    assert total.sums.tolist() == [[12], [0], [0]]
+    assert total.inertia.tolist() == [248]
+    with pytest.raises(ValueError, match="2 clusters are empty; pass as many farthest points"):
+        kmeans.update(state, total, config)
+    parts = [kmeans.farthest(x[a:b], state, 2, config, first_row=a) for a, b in ((3, 6), (0, 3))]
+    far = kmeans.combine_farthest(parts, 2)
+    assert far.rows.tolist() == [2, 3]
+    assert kmeans.update(state, total, config, far).centroids.tolist() == [[2], [-9], [9]]
+    with pytest.raises(ValueError, match="token 1 has not converged"):
+        kmeans.finish(x, state, config)
+
+
+@pytest.mark.parametrize("n", [GRAM, DIRECT])
+def test_ties_go_to_the_lowest_sense(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "greedy_seeds", lambda *_: torch.tensor([[2, 0]]))
+    x = np.tile(np.array([[-1], [0], [1], [0]], np.float16), (n // 4, 1))  # the mean is exactly 0
+    result = one(x, KMeansConfig(k=2, max_rounds=1))
+    assert result.assignment[:4].tolist() == [1, 0, 0, 0]
+
+
+def test_ties_go_to_the_lowest_sense_in_blocks() -> None:
+    x = np.array([[-1], [0], [1]], np.float16)
+    state = kmeans.BlockedState(1, np.array([[1], [-1]], np.float32), np.zeros(1, np.float32), np.zeros(2, np.int64))
+    assert kmeans.partial(x, state, KMeansConfig(k=2)).counts.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
+def test_zero_vectors_under_cosine(n: int) -> None:
+    x, labels = planted(n, 4, 8, 3, directions=True)
+    x[4::7], labels[4::7] = 0, 4
+    result = one(x, KMeansConfig(k=5, metric="cosine"))
+    assert adjusted_rand_score(labels, result.assignment) == 1.0
+    lengths = np.sort(np.linalg.norm(result.centroids, axis=1))
+    np.testing.assert_allclose(lengths, [0, 1, 1, 1, 1], atol=1e-6)
+    check_consistent(result, x, [n], "cosine")
+
+
+def test_cosine_sees_no_lengths() -> None:
+    x = np.array([[1, 0], [4, 0], [0, 3], [0.5, 0], [0, 8]], np.float16)
+    result = one(x, KMeansConfig(k=2, metric="cosine"))
+    assert result.centroids.tolist() == [[1, 0], [0, 1]]
+    assert result.counts.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
+def test_dot_clusters_like_l2(n: int) -> None:
+    x = np.random.default_rng(0).normal(size=(n, 4)).astype(np.float16)
+    same_bytes(one(x, KMeansConfig(k=6, metric="dot")), one(x, KMeansConfig(k=6, metric="l2")))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e6])
+@pytest.mark.parametrize("n", [3, GRAM, BLOCKED])
+def test_bad_values_name_the_first_bad_token(bad: float, n: int) -> None:
+    x = np.ones((3 * n, 2), np.float32)
+    x[n, 1] = x[2 * n, 0] = bad
+    with pytest.raises(MsenseError, match="token 55 has an embedding with a value that is NaN, infinite or over 65504"):
+        cluster_tokens(x, np.array([n, n, n]), np.array([77, 55, 66]), KMeansConfig(k=2))
+
+
+def test_bad_values_in_a_part() -> None:
+    x = np.ones((8, 2), np.float16)
+    state = kmeans.seed_centroids(x, 12, KMeansConfig(k=2))
+    x[5] = np.nan
+    for call in (
+        lambda: kmeans.seed_centroids(x, 12, KMeansConfig()),
+        lambda: kmeans.partial(x, state, KMeansConfig()),
+    ):
+        with pytest.raises(MsenseError, match="token 12 "):
+            call()
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_dtypes_agree_and_inputs_are_left_alone(metric: Metric) -> None:
+    whole = np.random.default_rng(2).integers(-40, 40, (300, 6))
+    config = KMeansConfig(k=4, metric=metric)
+    expected = one(whole.astype(np.float16), config)
+    frozen = whole.astype(np.float32)
+    frozen.flags.writeable = False
+    for points in (frozen, torch.from_numpy(whole).bfloat16(), torch.from_numpy(whole).half()):
+        same_bytes(one(points, config), expected)
+    assert (frozen == whole).all()
+
+
+def test_blocked_tokens_are_seeded_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "SEED_POINTS", 50)
+    x = np.random.default_rng(4).normal(size=(BLOCKED, 3)).astype(np.float16)
+    ranks = np.random.default_rng(5).permutation(BLOCKED)
+    config = KMeansConfig(k=6, max_rounds=1)
+    result = one(x, config, key_order=ranks)
+    state = kmeans.seed_centroids(x[np.argsort(ranks)[:50]], 7, config)
+    nearest = ((x[:, None].astype(float) - state.centroids) ** 2).sum(2).argmin(1)
+    assert (result.assignment == nearest).all()
+
+
+def test_settings_are_all_checked() -> None:
+    with pytest.raises(BadInput, match=r"k is 0, .*; metric is 'l1', .*; tol is 1.5, .*; max_rounds is 0, "):
+        KMeansConfig(k=0, metric="l1", tol=1.5, max_rounds=0)
+
+
+@pytest.mark.parametrize("points", [np.zeros((3, 2)), np.zeros((3, 2), np.int8), np.zeros(3, np.float16)])
+def test_points_of_another_kind_are_refused(points: Matrix) -> None:
+    with pytest.raises(BadInput, match="k-means reads a float16, bfloat16 or float32 matrix"):
+        one(points, KMeansConfig())
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(BadInput, match="2 sizes of sum 4 do not fit 2 token ids and 3 points"):
+        cluster_tokens(np.zeros((3, 2), np.float16), np.array([2, 2]), np.array([1, 2]), KMeansConfig())
