@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # torch goes first: where a package needs it to build, and so that nothing pulls in another build of it
+# make install TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from there (a CPU build)
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 .PHONY: install demo test test-all check format
@@ -12,7 +13,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --upgrade -c constraints.txt pip setuptools wheel
-	$(BIN)/pip install -c constraints.txt "$(TORCH)"
+	$(BIN)/pip install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/pip install -c constraints.txt -e ".[bench,demo,dev,s3,test]"
 	touch $(STAMP)
 
