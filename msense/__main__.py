@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument(
         "--exemplars", type=_count, default=3, metavar="N", help="contexts a sense (default: %(default)s)"
     )
-    show.add_argument("--senses", type=_count, default=None, metavar="N", help="senses a token (default: all)")
+    show.add_argument("--senses", type=_count, default=6, metavar="N", help="senses a token (default: %(default)s)")
     status = commands.add_parser("status", help="show how far a run is", description="Show how far a run is.")
     status.add_argument("run", metavar="RUN", help="run folder or its URI")
     given = parser.parse_args(arguments)
@@ -54,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def show_words(source: str, words: Sequence[str], exemplars: int, senses: int | None) -> int:
+def show_words(source: str, words: Sequence[str], exemplars: int, senses: int) -> int:
     """Print what a dictionary knows of some words.
 
     Args:
         source: the dictionary.
         words: to look up.
         exemplars: contexts a sense, at most.
-        senses: senses a token, at most; None = all.
+        senses: senses a token, at most.
 
     Returns:
         0, or 1 if no word was found.
@@ -88,9 +88,7 @@ def clean(text: str) -> str:
     )
 
 
-def _show_token(
-    console: Console, dictionary: SenseDictionary, token: TokenMatch, exemplars: int, limit: int | None
-) -> None:
+def _show_token(console: Console, dictionary: SenseDictionary, token: TokenMatch, exemplars: int, limit: int) -> None:
     """Print the senses of a token, the most frequent first."""
     own = dictionary.senses(token.token_id)
     occurrences = int(dictionary.token_counts[token.token_id])
@@ -109,6 +107,8 @@ def _show_token(
         console.print(Text(line), soft_wrap=True)
         for exemplar in contexts.get(sense, [])[:exemplars]:
             console.print(_context(exemplar, console), no_wrap=True, overflow="crop")
+    if token.senses > limit:
+        console.print(Text(f"  {token.senses - limit} more senses: --senses {token.senses}"), soft_wrap=True)
 
 
 def _context(exemplar: Exemplar, console: Console) -> Text:

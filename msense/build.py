@@ -82,9 +82,8 @@ def with_demo(config: BuildConfig) -> BuildConfig:
         if not config.corpus:
             raise BadInput("no corpus: say where the text is with --corpus (see --help for what it can be)")
         return config
-    return config.model_copy(
-        update={"corpus": (DEMO_CORPUS,), "sample": DEMO_SAMPLE if config.sample == 1.0 else config.sample}
-    )
+    sample = DEMO_SAMPLE if config.sample == 1.0 else config.sample
+    return config.model_copy(update={"corpus": (DEMO_CORPUS,), "sample": sample, "dedup": True})
 
 
 def build_dictionary(config: BuildConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from msense.errors import BadInput
 
 DEMO_TEACHER = "all-MiniLM-L6-v2"
 DEMO_CORPUS = "pydocs:numpy,pandas,scipy,sklearn,torch"
-DEMO_SAMPLE = 0.25
+DEMO_SAMPLE = 0.12
 LATER_SENSES = ("auto", "mcl")
 
 Metric = Literal["l2", "dot", "cosine"]

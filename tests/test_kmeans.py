@@ -14,9 +14,9 @@ from hypothesis.extra import numpy as hnp
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from msense import kmeans, seeding
+from msense import kmeans
 from msense.errors import BadInput, MsenseError
-from msense.kmeans import BLOCK_ROWS, Clusters, KMeansConfig, Metric, cluster_tokens
+from msense.kmeans import BLOCK_ROWS, Clusters, KMeansConfig, Metric, batches, cluster_tokens, seeding
 
 Matrix = np.ndarray[Any, Any]
 
@@ -236,8 +236,8 @@ def test_any_points_give_min_k_distinct_senses(
     x = points.astype(np.float16)
     with pytest.MonkeyPatch.context() as patch:
         if not seeded:
-            patch.setattr(kmeans, "greedy_seeds", first_point_always)
-        patch.setattr(kmeans, "GRAM_ROWS", 64 if gram else 0)
+            patch.setattr(batches, "greedy_seeds", first_point_always)
+        patch.setattr(batches, "GRAM_ROWS", 64 if gram else 0)
         result = one(x, KMeansConfig(k=k, metric=metric, seed=seed))
     directions = np.round(x / np.linalg.norm(x.astype(float), axis=1, keepdims=True).clip(1e-9), 6)
     distinct = len(np.unique((directions if metric == "cosine" else x) + 0.0, axis=0))
@@ -296,7 +296,7 @@ def test_one_cluster_is_the_exact_mean(n: int) -> None:
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("n", [GRAM, DIRECT])
 def test_empty_clusters_are_refilled(n: int, metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans, "greedy_seeds", first_point_always)
+    monkeypatch.setattr(batches, "greedy_seeds", first_point_always)
     x, _ = planted(n, 5, 8, 2, directions=metric == "cosine")
     result = one(x, KMeansConfig(k=5, metric=metric))
     assert result.sizes.tolist() == [5]
@@ -305,7 +305,7 @@ def test_empty_clusters_are_refilled(n: int, metric: Metric, monkeypatch: pytest
 
 @pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
 def test_senses_that_stay_empty_are_dropped(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (kmeans, seeding):
+    for module in (batches, seeding):
         monkeypatch.setattr(module, "greedy_seeds", first_point_always)
     x = np.random.default_rng(1).normal(size=(n + 5, 3)).astype(np.float16)
     x[n:] = 1
@@ -338,7 +338,7 @@ def test_the_farthest_point_fills_an_empty_cluster() -> None:
 
 @pytest.mark.parametrize("n", [GRAM, DIRECT])
 def test_ties_go_to_the_lowest_sense(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans, "greedy_seeds", lambda *_: torch.tensor([[2, 0]]))
+    monkeypatch.setattr(batches, "greedy_seeds", lambda *_: torch.tensor([[2, 0]]))
     x = np.tile(np.array([[-1], [0], [1], [0]], np.float16), (n // 4, 1))  # the mean is exactly 0
     result = one(x, KMeansConfig(k=2, max_rounds=1))
     assert result.assignment[:4].tolist() == [1, 0, 0, 0]
@@ -408,7 +408,7 @@ def test_dtypes_agree_and_inputs_are_left_alone(metric: Metric) -> None:
 
 
 def test_blocked_tokens_are_seeded_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans, "SEED_POINTS", 50)
+    monkeypatch.setattr(batches, "SEED_POINTS", 50)
     x = np.random.default_rng(4).normal(size=(BLOCKED, 3)).astype(np.float16)
     ranks = np.random.default_rng(5).permutation(BLOCKED)
     config = KMeansConfig(k=6, max_rounds=1)

@@ -47,7 +47,7 @@ class KMeansConfig:
     k: int = 20
     metric: Metric = "l2"
     seed: int = 0
-    tol: float = 1e-4
+    tol: float = 3e-4
     max_rounds: int = 100
 
     def __post_init__(self) -> None:

@@ -1,0 +1,39 @@
+"""k-means per token, on arrays in memory: small tokens in batches, large ones in blocks that workers may share."""
+
+from msense.kmeans.batches import Clusters, cluster_tokens
+from msense.kmeans.blocks import (
+    BlockedState,
+    Farthest,
+    Finished,
+    Partial,
+    combine,
+    combine_farthest,
+    farthest,
+    finish,
+    partial,
+    seed_centroids,
+    summary,
+    update,
+)
+from msense.kmeans.seeding import BLOCK_ROWS, SEED_POINTS, KMeansConfig, Metric
+
+__all__ = [
+    "BLOCK_ROWS",
+    "SEED_POINTS",
+    "BlockedState",
+    "Clusters",
+    "Farthest",
+    "Finished",
+    "KMeansConfig",
+    "Metric",
+    "Partial",
+    "cluster_tokens",
+    "combine",
+    "combine_farthest",
+    "farthest",
+    "finish",
+    "partial",
+    "seed_centroids",
+    "summary",
+    "update",
+]

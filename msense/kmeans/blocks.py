@@ -1,0 +1,227 @@
+"""k-means of one large token in blocks of BLOCK_ROWS rows, which several workers may share as parts.
+
+In: some rows of the token, and its state. Out: sums and counts that add up, the next state, final results; none depends
+on how the blocks are cut into parts. The rounds are `partial`, `combine`, (`farthest`,) `update`; then `finish`.
+Holds one block in float32.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from msense.kmeans.seeding import (
+    BLOCK_ROWS,
+    KMeansConfig,
+    Metric,
+    Points,
+    as_points,
+    centroids_of,
+    check_points,
+    read_points,
+    seed_in_blocks,
+)
+
+
+@dataclass(frozen=True)
+class BlockedState:
+    """Where a blocked token stands between two rounds: all that a resumed run needs."""
+
+    token_id: int
+    centroids: NDArray[np.float32]  # [K, D] what the next round assigns points to
+    shift: NDArray[np.float32]  # [D] subtracted before distances are taken: float32 is precise near 0
+    counts: NDArray[np.int64]  # [K] their points, 0 before the first round
+    inertia: float = math.inf  # of the last round
+    rounds: int = 0
+    final: NDArray[np.float32] | None = None  # [K', D] centroids of the K' senses with points, once done
+
+
+@dataclass(frozen=True)
+class Partial:
+    """One round over some blocks of a token."""
+
+    sums: NDArray[np.float64]  # [K, D] of the values of each cluster's points; exact
+    counts: NDArray[np.int64]  # [K]
+    inertia: NDArray[np.float64]  # [blocks], in order
+
+
+@dataclass(frozen=True)
+class Farthest:
+    """The points farthest from their centroids, the farthest first, of equals the first row first."""
+
+    distance: NDArray[np.float32]  # [M]
+    rows: NDArray[np.int64]  # [M] row inside the token
+    values: NDArray[np.float32]  # [M, D]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Final results of some blocks of a token."""
+
+    assignment: NDArray[np.int32]  # [n]
+    distance: NDArray[np.float32]  # [n] squared distance to the own centroid
+    squares: NDArray[np.float64]  # [blocks, K'] sums of those per sense
+
+
+def seed_centroids(
+    points: Points, token_id: int, config: KMeansConfig, *, device: str | torch.device = "cpu"
+) -> BlockedState:
+    """Choose the centroids that a blocked token starts from.
+
+    Args:
+        points: [n, D] the token's first SEED_POINTS points by key (all, if it has fewer), in the order of keys.
+        token_id: fixes the random draws, with `config.seed`.
+        config: settings; if there are at most `config.k` distinct points, each is a centroid.
+        device: where distances are computed.
+
+    Raises:
+        MsenseError: a value is NaN, infinite or beyond float16's range.
+    """
+    view = as_points(points)
+    check_points(view, np.array([len(view)]), np.array([token_id]))
+    with torch.inference_mode():
+        chosen, shift = seed_in_blocks(view, int(token_id), config, device)
+        centroids = read_points(view.index_select(0, chosen), config.metric, "cpu")
+    return BlockedState(int(token_id), centroids.numpy(), shift.cpu().numpy(), np.zeros(len(chosen), np.int64))
+
+
+def _assigned(
+    view: torch.Tensor, state: BlockedState, metric: Metric, device: str | torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Per block of BLOCK_ROWS rows: values [b, D], nearest centroid int64 [b], squared distance to it [b].
+
+    This is the only place where blocked points meet centroids, and always in the same shapes: it gives the same bytes
+    for a block wherever the block is processed.
+    """
+    shift = torch.from_numpy(state.shift).to(device)
+    centroids = torch.from_numpy(state.centroids).to(device) - shift
+    offset = centroids.square().sum(1)[:, None]
+    for block in view.split(BLOCK_ROWS):
+        values = read_points(block, metric, device)
+        centred = values - shift
+        low, own = torch.addmm(offset, centroids, centred.T, alpha=-2).min(0)  # the first of equals
+        yield values, own, (low + centred.square_().sum(1)).clamp_(min=0)
+
+
+def partial(
+    points: Points, state: BlockedState, config: KMeansConfig, *, device: str | torch.device = "cpu"
+) -> Partial:
+    """Assign a part's points to the nearest centroid and sum them up.
+
+    Args:
+        points: [n, D] rows of the token that begin at a multiple of BLOCK_ROWS, and end at one or at the token's end.
+        state: the same for all parts of a round.
+        config: settings.
+        device: where blocks are computed.
+
+    Raises:
+        MsenseError: a value is NaN, infinite or beyond float16's range (looked for in the first round).
+    """
+    view = as_points(points)
+    if state.rounds == 0:
+        check_points(view, np.array([len(view)]), np.array([state.token_id]))
+    k = len(state.centroids)
+    with torch.inference_mode():
+        sums = torch.zeros(k, view.shape[1], dtype=torch.float64, device=device)
+        counts = torch.zeros(k, dtype=torch.int64, device=device)
+        inertia = []
+        for values, own, away in _assigned(view, state, config.metric, device):
+            sums.index_add_(0, own, values.double())  # exact, so the order of additions does not matter
+            counts += torch.bincount(own, minlength=k)
+            inertia.append(away.sum(dtype=torch.float64))
+        return Partial(sums.cpu().numpy(), counts.cpu().numpy(), torch.stack(inertia).cpu().numpy())
+
+
+def combine(parts: Sequence[Partial]) -> Partial:
+    """Add up the parts of a round, in the order of their rows; the same bytes for any grouping."""
+    return Partial(
+        np.sum([part.sums for part in parts], axis=0),
+        np.sum([part.counts for part in parts], axis=0),
+        np.concatenate([part.inertia for part in parts]),
+    )
+
+
+def farthest(
+    points: Points,
+    state: BlockedState,
+    m: int,
+    config: KMeansConfig,
+    *,
+    first_row: int = 0,
+    device: str | torch.device = "cpu",
+) -> Farthest:
+    """Find a part's `m` points farthest from their centroids; asked only in a round that left `m` clusters empty.
+
+    `first_row` is the part's first row inside the token; the rest is as for `partial`.
+    """
+    view = as_points(points)
+    found = Farthest(np.empty(0, np.float32), np.empty(0, np.int64), np.empty((0, view.shape[1]), np.float32))
+    with torch.inference_mode():
+        for number, (values, _, away) in enumerate(_assigned(view, state, config.metric, device)):
+            top = away.sort(descending=True, stable=True).indices[:m]
+            rows = top.cpu().numpy() + (first_row + number * BLOCK_ROWS)
+            block = Farthest(away[top].cpu().numpy(), rows, values[top].cpu().numpy())
+            found = combine_farthest([found, block], m)
+    return found
+
+
+def combine_farthest(parts: Sequence[Farthest], m: int) -> Farthest:
+    """Keep the `m` farthest points of several parts."""
+    distance, rows, values = (
+        np.concatenate(arrays) for arrays in zip(*((p.distance, p.rows, p.values) for p in parts), strict=True)
+    )
+    order = np.lexsort((rows, -distance))[:m]
+    return Farthest(distance[order], rows[order], values[order])
+
+
+def update(state: BlockedState, total: Partial, config: KMeansConfig, far: Farthest | None = None) -> BlockedState:
+    """Close a round: new centroids, or final ones if the token converged or reached `config.max_rounds`.
+
+    Args:
+        state: the state that `total` was computed with.
+        total: all parts combined.
+        config: settings.
+        far: as many farthest points as `total.counts` has zeros; they become those clusters' centroids.
+    """
+    inertia, empty = math.fsum(total.inertia), total.counts == 0
+    means = centroids_of(torch.from_numpy(total.sums), torch.from_numpy(total.counts), config.metric).numpy()
+    rounds = state.rounds + 1
+    settled = rounds > 1 and not empty.any() and state.inertia - inertia <= config.tol * state.inertia
+    closed = replace(state, counts=total.counts, inertia=inertia, rounds=rounds)
+    if settled or rounds == config.max_rounds:
+        return replace(closed, final=means[~empty])
+    if empty.any():
+        if far is None or len(far.rows) != empty.sum():
+            raise ValueError(f"token {state.token_id}: {empty.sum()} clusters are empty; pass as many farthest points")
+        means[empty] = far.values
+    return replace(closed, centroids=means)
+
+
+def finish(
+    points: Points, state: BlockedState, config: KMeansConfig, *, device: str | torch.device = "cpu"
+) -> Finished:
+    """Assign a part's points for good, once `state.final` is there; points as for `partial`."""
+    if state.final is None:
+        raise ValueError(f"token {state.token_id} has not converged: call update until its state is final")
+    view = as_points(points)
+    number = torch.from_numpy(np.cumsum(state.counts > 0) - 1).to(device)
+    final = torch.from_numpy(state.final).to(device)
+    assignment, distance, squares = [], [], []
+    with torch.inference_mode():
+        for values, own, _ in _assigned(view, state, config.metric, device):
+            sense = number[own]
+            away = values.sub_(final[sense]).square_().sum(1).cpu().numpy()
+            assignment.append(sense.cpu().numpy().astype(np.int32))
+            distance.append(away)
+            squares.append(np.bincount(assignment[-1], weights=away, minlength=len(final)))
+    return Finished(np.concatenate(assignment), np.concatenate(distance), np.stack(squares))
+
+
+def summary(state: BlockedState, parts: Sequence[Finished]) -> tuple[NDArray[np.int64], NDArray[np.float32], float]:
+    """Counts [K'] and spread [K'] of a finished token's senses, and its inertia; the same bytes for any grouping."""
+    counts, squares = state.counts[state.counts > 0], np.concatenate([part.squares for part in parts])
+    sums = np.array([math.fsum(column) for column in squares.T])
+    return counts, np.sqrt(sums / counts).astype(np.float32), math.fsum(squares.ravel())
