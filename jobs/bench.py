@@ -107,7 +107,7 @@ def _bare_rate(bench: Bench) -> float:
     told = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    return float(sum(t for t, _, _ in told) / (max(e for _, _, e in told) - min(b for _, b, _ in told)))
+    return float(sum(tokens / (ended - began) for tokens, began, ended in told))
 
 
 def _bare_forward(run: RunFolder, config: BuildConfig, number: int, of: int, start: Any, results: Any) -> None:  # noqa: ANN401 - multiprocessing's

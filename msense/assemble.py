@@ -48,10 +48,7 @@ def assemble(
     Returns:
         Facts: tokens (with senses), senses, points, bytes.
     """
-    small = [
-        storage.load_arrays(file, ("tokens", "sizes", "counts", "spread", "inertia", "between"))
-        for file in centroid_files
-    ]
+    small = [storage.load_arrays(file, ("tokens", "sizes", "counts", "spread", "inertia")) for file in centroid_files]
     order = _order(small)
     gather = [np.arange(s, s + k) for s, k in zip(order.start, order.sizes, strict=True)]
     counts, spread = (_in_order(small, order, gather, name) for name in ("counts", "spread"))
@@ -60,12 +57,10 @@ def assemble(
     offsets[order.tokens + 1] = order.sizes
     offsets = np.cumsum(offsets)
     inertia = float(sum(arrays["inertia"].sum() for arrays in small))
-    between = float(sum(arrays["between"].sum() for arrays in small))
     points = int(counts.sum())
-    quality = {"points": float(points), "mean_squared_spread": inertia / max(1, points)}
-    if config.metric != "cosine" and inertia + between > 0:
-        quality["explained_variance"] = between / (inertia + between)
-    described = _config(info, config, inertia / max(1, points), quality)
+    spread_of_all = inertia / max(1, points)
+    quality = {"points": float(points), "mean_squared_spread": spread_of_all}
+    described = _config(info, config, spread_of_all, quality)
     chunks = _chunks(centroid_files, order, config.store_dtype)
     with _target(run) as folder:
         files = DictionaryFiles(folder)

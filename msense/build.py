@@ -29,7 +29,7 @@ from msense.estimate import estimate, time_teacher
 from msense.kmeans import KMeansConfig
 from msense.occurrences import GatherSettings, OccurrenceActor, Unit, cut_units, record_type
 from msense.plan import PlanInput, make_plan
-from msense.runtime import Resources, connect, map_actors, map_tasks, run_task
+from msense.runtime import Resources, connect, map_actors, map_data, map_tasks, run_task
 from msense.storage import RunFolder
 from msense.teacher import TOKEN_BUDGET, TeacherInfo, describe, resolve_dtype
 from msense.tokens import LISTED_BAD_DOCUMENTS, write_passages
@@ -164,7 +164,7 @@ def _passages(build: Build) -> list[int]:
         work = partial(
             _write_piece, run=run, spec=build.info.passage_spec(config), fail_on_bad=config.on_bad_document == "fail"
         )
-        for row in map_tasks("passages", work, todo, build.resources):
+        for row in map_data("passages", work, todo, build.resources):
             found[row["number"]] = row
         whole = [f for f in found.values() if f is not None]
         bad: dict[str, int] = {}

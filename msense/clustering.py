@@ -4,7 +4,6 @@ A task reads its shard's rows from every unit (one range each) and clusters its 
 rows and its points). Tokens of more than `max_points_per_part` points are left to `parts`.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from msense import kmeans, storage
 from msense.parts import cluster_large
 from msense.runtime import Resources, map_tasks
-from msense.units import ClusterSettings, Range, as_stored, between, exemplar_places, read_ranges, sample, stored
+from msense.units import ClusterSettings, Range, as_stored, exemplar_places, read_ranges, sample, stored
 
 
 def cluster(settings: ClusterSettings, shards: np.ndarray, resources: Resources) -> list[str]:
@@ -35,7 +34,7 @@ def cluster(settings: ClusterSettings, shards: np.ndarray, resources: Resources)
         for shard, f in facts.items()
         if f is None
     ]
-    for row in map_tasks("clustering", partial(cluster_shard, settings=settings), todo, resources):
+    for row in map_tasks("clustering", cluster_shard, todo, resources, settings):
         facts[row["shard"]] = row
     large = {
         int(token): [Range(*r) for r in ranges] for f in facts.values() if f for token, ranges in f["large"].items()
@@ -83,7 +82,6 @@ def cluster_shard(item: dict[str, int], settings: ClusterSettings) -> dict[str, 
         "counts": clusters.counts,
         "spread": clusters.spread,
         "inertia": clusters.inertia,
-        "between": between(clusters.centroids, clusters.counts, clusters.sizes),
         **nearest_places,
     }
 

@@ -6,7 +6,6 @@ each).
 """
 
 from dataclasses import asdict
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def resolve(run: RunFolder, centroid_files: list[str], units: list[Unit], resour
     if storage.facts_of(index) is None:
         run_task(_write_index, index, centroid_files, len(units))
     todo = [asdict(unit) for unit in units if storage.facts_of(run.contexts_file(unit.number)) is None]
-    for _ in map_tasks("exemplars", partial(_resolve_unit, run=run, index=index), todo, resources):
+    for _ in map_tasks("exemplars", _resolve_unit, todo, resources, run, index):
         pass
     return [run.contexts_file(unit.number) for unit in units]
 

@@ -21,7 +21,7 @@ from msense.tokens import Passages, PassageSpec, open_parquet, read_block
 
 UNIT_BYTES = (8 << 20, 768 << 20)  # least and most bytes of records a unit aims at
 UNITS_WANTED = 160  # twenty for each of eight GPUs
-SHARD_BYTES = (16 << 20, 256 << 20)
+SHARD_BYTES = (24 << 20, 256 << 20)
 SHARDS_WANTED = 32
 
 

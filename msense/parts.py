@@ -16,7 +16,7 @@ import numpy as np
 from msense import kmeans, storage
 from msense.exemplars import PLACE, nearest
 from msense.runtime import TASK_CPUS, Resources, Row, get, submit, track
-from msense.units import ClusterSettings, Range, as_stored, between, exemplar_places, read_ranges, stored
+from msense.units import ClusterSettings, Range, as_stored, exemplar_places, read_ranges, stored
 
 PARTS_HELD = 4
 ROWS_AT_A_TIME = 1 << 16
@@ -225,15 +225,13 @@ def _write_token(
     places = {f"exemplar_{name}": np.concatenate([p[f"exemplar_{name}"] for _, p in parts]) for name in PLACE}
     chosen, rank = nearest(places["exemplar_sense"], places["exemplar_distance"], settings.exemplars)
     places = {name: column[chosen] for name, column in places.items()} | {"exemplar_rank": rank}
-    sizes = np.array([len(counts)])
     arrays = {
         "tokens": np.array([state.token_id]),
-        "sizes": sizes,
+        "sizes": np.array([len(counts)]),
         "centroids": as_stored(state.final, settings.store_dtype),
         "counts": counts,
         "spread": spread,
         "inertia": np.array([inertia]),
-        "between": between(state.final, counts, sizes),
         **places,
     }
 

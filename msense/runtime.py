@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from msense.errors import BadInput, MsenseError
 
@@ -75,19 +75,17 @@ def connect(workers: int | None = None) -> Resources:
     )
 
 
-def map_tasks(name: str, work: Callable[[Any], Row], items: Sequence[Any], resources: Resources) -> Iterator[Row]:
-    """Run `work` on every item in Ray Data tasks; yield the rows it returns, in any order.
+def map_data(name: str, work: Callable[[Any], Row], items: Sequence[Any], resources: Resources) -> Iterator[Row]:
+    """Run `work` on every item in tasks of Ray Data; yield the rows it returns, in any order.
 
     Raises:
         BadInput, MsenseError: what the work raised, on the driver's side again.
     """
     from ray.data import TaskPoolStrategy
 
-    if not items:
-        return
-    yield from _run(
-        name, _Guarded(work), items, TaskPoolStrategy(size=min(resources.workers, len(items))), {"num_cpus": TASK_CPUS}
-    )
+    if items:
+        pool = TaskPoolStrategy(size=min(resources.workers, len(items)))
+        yield from _run(name, _Guarded(work), items, pool, {"num_cpus": TASK_CPUS})
 
 
 def map_actors(name: str, actor: type, arguments: Row, items: Sequence[Any], resources: Resources) -> Iterator[Row]:
@@ -105,12 +103,28 @@ def map_actors(name: str, actor: type, arguments: Row, items: Sequence[Any], res
     """
     from ray.data import ActorPoolStrategy
 
-    if not items:
-        return
-    size = min(resources.workers, len(items))
-    pool = ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2)
-    needs = {"num_gpus": 1} if resources.device == "cuda" else {"num_cpus": TASK_CPUS}
-    yield from _run(name, _GuardedActor, items, pool, {**needs, "fn_constructor_args": (actor, arguments)})
+    if items:
+        pool = ActorPoolStrategy(size=min(resources.workers, len(items)), max_tasks_in_flight_per_actor=2)
+        needs = {"num_gpus": 1} if resources.device == "cuda" else {"num_cpus": TASK_CPUS}
+        yield from _run(name, _GuardedActor, items, pool, {**needs, "fn_constructor_args": (actor, arguments)})
+
+
+def map_tasks(
+    name: str,
+    work: Callable[..., Row],
+    items: Sequence[Any],
+    resources: Resources,
+    *common: Any,  # noqa: ANN401 - handed on to `work`
+) -> Iterator[Row]:
+    """Run `work(item, *common)` on every item in plain Ray tasks; yield the rows it returns, in any order.
+
+    For short work: Ray Data's scheduler starts about ten tasks a second.
+
+    Raises:
+        BadInput, MsenseError: what the work raised.
+    """
+    for _, reference in track(name, _window(name, work, items, resources, common), len(items)):
+        yield get(reference)
 
 
 def reduce_tasks(name: str, work: Callable[..., Any], slices: Sequence[Any], resources: Resources, *common: Any) -> Any:  # noqa: ANN401 - an ObjectRef
@@ -128,27 +142,30 @@ def reduce_tasks(name: str, work: Callable[..., Any], slices: Sequence[Any], res
     """
     import ray
 
-    task = ray.remote(work).options(name=name, scheduling_strategy="SPREAD")
-    refs: list[Any] = []
-
-    def run() -> Iterator[Row]:
-        pending: list[Any] = []
-        for item in slices:
-            if len(pending) >= resources.workers:
-                _, pending = ray.wait(pending)
-                yield {}
-            refs.append(task.remote(item, *common))
-            pending.append(refs[-1])
-        while pending:
-            _, pending = ray.wait(pending)
-            yield {}
-
-    for _ in track(name, run(), len(slices)):
-        pass
+    done = track(name, _window(name, work, slices, resources, common), len(slices))
+    refs = [reference for _, reference in sorted(done, key=lambda pair: pair[0])]
     merge = ray.remote(_merge).options(name=f"{name}: merge")
     while len(refs) > 1:
         refs = [merge.remote(*refs[i : i + 8]) for i in range(0, len(refs), 8)]
     return refs[0]
+
+
+def _window(
+    name: str, work: Callable[..., Any], items: Sequence[Any], resources: Resources, common: tuple[Any, ...]
+) -> Iterator[tuple[int, Any]]:
+    """Keep as many tasks running as there are workers; yield (number, object reference) of each as it is done."""
+    import ray
+
+    task = ray.remote(work).options(name=name, num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
+    running: dict[Any, int] = {}
+    for number, item in enumerate(items):
+        if len(running) >= resources.workers:
+            for reference in ray.wait(list(running))[0]:
+                yield running.pop(reference), reference
+        running[task.remote(item, *common)] = number
+    while running:
+        for reference in ray.wait(list(running))[0]:
+            yield running.pop(reference), reference
 
 
 def run_task(work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - what the work returns
@@ -234,7 +251,10 @@ def _run(name: str, function: Any, items: Sequence[Any], pool: Any, options: Row
         yield unwrap(row)
 
 
-def track(name: str, rows: Iterator[Row], total: int) -> Iterator[Row]:
+T = TypeVar("T")
+
+
+def track(name: str, rows: Iterator[T], total: int) -> Iterator[T]:
     """Pass rows through, with a progress bar on a terminal and a line every ten seconds elsewhere."""
     if sys.stderr.isatty():
         from rich.console import Console

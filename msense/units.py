@@ -105,15 +105,3 @@ def exemplar_places(
     columns = {name: column[chosen] for name, column in places.items()}
     columns |= {"sense": assignment[chosen], "rank": rank, "distance": np.sqrt(distance[chosen])}
     return {f"exemplar_{name}": columns[name] for name in PLACE}
-
-
-def between(centroids: np.ndarray, counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return the squared distance between each token's senses and its mean, summed over its points, float64 [T]."""
-    token = np.repeat(np.arange(len(sizes)), sizes)
-    weighted = centroids.astype(np.float64) * counts[:, None]
-    starts = np.cumsum(sizes) - sizes
-    if not len(starts):
-        return np.zeros(0)
-    mean = np.add.reduceat(weighted, starts) / np.add.reduceat(counts, starts)[:, None]
-    squared = ((centroids - mean[token]) ** 2).sum(axis=1) * counts
-    return np.asarray(np.add.reduceat(squared, starts))
