@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from msense import clustering, exemplars, storage
 from msense.assemble import assemble
-from msense.config import DEMO_CORPUS, DEMO_SAMPLE, DEMO_TEACHER, BuildConfig
+from msense.config import DEMO_CORPUS, DEMO_SAMPLE, DEMO_SEED, DEMO_TEACHER, BuildConfig
 from msense.corpus import Piece, SourceFile, count_rows, cut_pieces, display_uri, list_files, number_pieces
 from msense.errors import BadInput
 from msense.estimate import estimate, time_teacher
@@ -83,7 +83,8 @@ def with_demo(config: BuildConfig) -> BuildConfig:
             raise BadInput("no corpus: say where the text is with --corpus (see --help for what it can be)")
         return config
     sample = DEMO_SAMPLE if config.sample == 1.0 else config.sample
-    return config.model_copy(update={"corpus": (DEMO_CORPUS,), "sample": sample, "dedup": True})
+    cut = {"sample": sample, "seed": config.seed or DEMO_SEED, "dedup": True}
+    return config.model_copy(update={"corpus": (DEMO_CORPUS,), **cut})
 
 
 def build_dictionary(config: BuildConfig) -> dict[str, Any]:
