@@ -111,7 +111,17 @@ class BuildConfig(BaseModel):
 
     def of_results(self) -> dict[str, Any]:
         """Return the settings on which the results depend; changing one of them needs a new run folder."""
-        return self.model_dump(mode="json", exclude={"workers", "output", "keep", "dry_run", "time_teacher", "corpus"})
+        free = {
+            "workers",
+            "output",
+            "keep",
+            "dry_run",
+            "time_teacher",
+            "corpus",
+            "on_bad_document",
+            "max_points_per_part",
+        }
+        return self.model_dump(mode="json", exclude=free)
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

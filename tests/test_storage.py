@@ -1,0 +1,119 @@
+"""Files of a run: whole or not there, counted only with a marker that fits them."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from msense import storage
+from msense.errors import BadInput
+
+
+def write_bytes(data: bytes):  # noqa: ANN201 - a closure for publish
+    return lambda path: path.write_bytes(data) and None
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path)
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    return "memory://bucket/run"
+
+
+def test_a_file_counts_only_whole_and_with_its_marker(root: str) -> None:
+    file = storage.join(root, "a", "b.bin")
+    assert storage.facts_of(file) is None
+    assert storage.publish(file, write_bytes(b"12345"), {"n": 5}) == {"n": 5}
+    assert storage.facts_of(file, verify=True) == {"n": 5}
+    assert storage.read_range(file, 1, 3) == b"234"
+    fs, path = storage.filesystem(file)
+    fs.pipe_file(path, b"1234")  # cut off
+    assert storage.facts_of(file) is None
+    fs.pipe_file(path, b"12354")  # same size, other bytes
+    assert storage.facts_of(file) == {"n": 5}
+    assert storage.facts_of(file, verify=True) is None
+    fs.pipe_file(path + ".done", b'{"size": 5')  # a torn marker
+    assert storage.facts_of(file) is None
+    storage.remove(file)
+    assert not storage.exists(file)
+    storage.remove(file)
+
+
+def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(root: str) -> None:
+    file = storage.join(root, "x.json")
+    storage.write_json(file, {"a": 1})
+
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        storage.publish(file, fail)
+    assert storage.read_json(file) == {"a": 1}
+    fs, path = storage.filesystem(root)
+    assert [name.rsplit("/", 1)[-1] for name in fs.find(path)] == ["x.json"]
+
+
+def test_read_json_takes_only_objects(root: str) -> None:
+    file = storage.join(root, "x.json")
+    assert storage.read_json(file) is None
+    for text in ("[1]", "{", "3"):
+        storage.write_text(file, text)
+        assert storage.read_json(file) is None
+
+
+def test_arrays_round_trip_and_may_be_read_by_name(root: str) -> None:
+    arrays = {"a": np.arange(6, dtype=np.uint64).reshape(2, 3), "b": np.zeros(0, np.float32)}
+    file = storage.join(root, "x.safetensors")
+    storage.publish(file, lambda path: storage.save_arrays(path, arrays))
+    for name, array in storage.load_arrays(file).items():
+        np.testing.assert_array_equal(array, arrays[name])
+        assert array.dtype == arrays[name].dtype
+    assert set(storage.load_arrays(file, ("b",))) == {"b"}
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        storage.publish(str(tmp_path / "x"), lambda path: storage.save_arrays(path, {"a": np.zeros(1)}))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
+
+
+def test_local_copy_follows_the_remote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pipe({"/d/config.json": b"{}", "/d/sub/x": b"abc"})
+    copy = storage.local_copy("memory://d")
+    assert (copy / "sub" / "x").read_bytes() == b"abc"
+    assert storage.local_copy("memory://d") == copy
+    fs.pipe({"/d/sub/x": b"abcd"})
+    assert (storage.local_copy("memory://d") / "sub" / "x").read_bytes() == b"abcd"
+    with pytest.raises(BadInput, match="nothing at memory://none"):
+        storage.local_copy("memory://none")
+    assert storage.local_copy(str(tmp_path)) == tmp_path
+
+
+def test_uris_are_told_apart_and_shown_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("runs/x") == str(tmp_path / "runs" / "x")
+    assert storage.absolute("s3://b/x/") == "s3://b/x"
+    assert storage.display_uri("s3://key:secret@bucket/x?token=1#f") == "s3://bucket/x"
+    with pytest.raises(BadInput, match="nosuch://"):
+        storage.filesystem("nosuch://x")
+
+
+def test_markers_hold_what_was_told(tmp_path: Path) -> None:
+    storage.publish(str(tmp_path / "x"), lambda path: path.write_bytes(b"ab") and {"more": 2}, {"n": 1})
+    marker = json.loads((tmp_path / "x.done").read_text())
+    assert marker["facts"] == {"n": 1, "more": 2}
+    assert marker["size"] == 2
+    assert marker["sha256"] == "fb8e20fc2e4c3f248c60c39bd652f3c1347298bb977b8b4d5903b85055620603"

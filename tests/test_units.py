@@ -1,0 +1,179 @@
+"""How the work is cut: units, shards, the exact cap, exemplars, parts; and the run's status."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msense import occurrences, storage
+from msense.errors import BadInput
+from msense.exemplars import nearest
+from msense.occurrences import cut_shards, cut_units, read_rows, record_type
+from msense.parts import _prefixes, _slice
+from msense.runtime import Resources, guard, map_tasks, reduce_tasks, unwrap
+from msense.status import show_status
+from msense.storage import RunFolder
+from msense.units import Range, as_stored, exemplar_places, sample, stored
+
+ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ROWS, st.integers(0, 6))
+def test_exact_cap_is_the_first_by_key_in_corpus_order(rows: list[tuple[int, int]], cap: int) -> None:
+    tokens, keys = (np.array([r[i] for r in rows], dtype=t) for i, t in ((0, np.int32), (1, np.uint64)))
+    order, rank = sample(keys, tokens, cap)
+    expected = []
+    for token in sorted(set(tokens.tolist())):
+        mine = [i for i in range(len(rows)) if rows[i][0] == token]
+        by_key = sorted(mine, key=lambda i: (rows[i][1], i))[: cap or None]
+        expected += [(i, by_key.index(i)) for i in mine if i in by_key]
+    assert list(zip(order.tolist(), rank.tolist(), strict=True)) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=30), st.integers(0, 3))
+def test_nearest_equals_a_loop(points: list[tuple[int, int]], count: int) -> None:
+    sense, distance = (
+        np.array([p[0] for p in points], dtype=np.int64),
+        np.array([p[1] for p in points], dtype=np.float32),
+    )
+    chosen, rank = nearest(sense, distance, count)
+    expected = []
+    for s in sorted(set(sense.tolist())):
+        mine = sorted((i for i in range(len(points)) if points[i][0] == s), key=lambda i: (points[i][1], i))
+        expected += [(i, r) for r, i in enumerate(mine[:count])]
+    assert list(zip(chosen.tolist(), rank.tolist(), strict=True)) == expected
+
+
+def test_exemplar_places_are_told_by_token_and_sense() -> None:
+    found = np.array([0, 1, 1, 0], np.int32), np.array([4, 9, 1, 0.25], np.float32)
+    places = {
+        name: np.arange(4, dtype=np.int32) + 10 * i for i, name in enumerate(("token", "unit", "row", "position"))
+    }
+    told = exemplar_places(found, np.array([2, 1]), np.array([3, 1]), places, 1)
+    assert told["exemplar_sense"].tolist() == [0, 1, 0]
+    assert told["exemplar_row"].tolist() == [20, 22, 23]
+    assert told["exemplar_distance"].tolist() == [2, 1, 0.5]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=40))
+def test_shards_cover_the_vocabulary_and_large_tokens_stand_alone(stored_counts: list[int]) -> None:
+    counts = np.array(stored_counts, dtype=np.int64) * 20_000
+    borders = cut_shards(counts, dim=16)
+    assert borders[0] == 0
+    assert borders[-1] == len(counts)
+    assert (np.diff(borders) > 0).all()
+    size = record_type(16).itemsize
+    target = int(np.clip(counts.sum() * size // occurrences.SHARDS_WANTED, *occurrences.SHARD_BYTES)) // size
+    for first, last in pairwise(borders.tolist()):
+        assert last - first == 1 or counts[first:last].max() <= target // 2
+        assert last - first == 1 or counts[first:last].sum() <= 1.5 * target
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 40_000), min_size=1, max_size=50))
+def test_units_are_runs_of_blocks_of_about_equal_output(stored_counts: list[int]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        blocks = len(stored_counts)
+        file = Path(folder, "blocks.parquet")
+        pq.write_table(
+            pa.table(
+                {
+                    "piece": [b // 7 for b in range(blocks)],
+                    "block": [b % 7 for b in range(blocks)],
+                    "stored": stored_counts,
+                }
+            ),
+            file,
+        )
+        units = cut_units(str(file), dim=384)
+    assert [(p, b) for u in units for p, b in zip(u.pieces, u.blocks, strict=True)] == [
+        (b // 7, b % 7) for b in range(blocks)
+    ]
+    assert [u.number for u in units] == list(range(len(units)))
+    least = occurrences.UNIT_BYTES[0] // record_type(384).itemsize
+    assert all(u.stored <= least + 40_000 for u in units)
+    assert sum(u.stored for u in units) == sum(stored_counts)
+
+
+def test_rows_of_a_unit_are_one_range(tmp_path: Path) -> None:
+    records = np.zeros(7, record_type(3))
+    records["token"], records["embedding"] = np.arange(7), np.arange(21).reshape(7, 3)
+    assert records.itemsize == 20 + 2 * 3
+    records.tofile(tmp_path / "u")
+    np.testing.assert_array_equal(read_rows(str(tmp_path / "u"), 3, 2, 5), records[2:5])
+    assert len(read_rows(str(tmp_path / "u"), 3, 4, 4)) == 0
+
+
+def test_stored_bits_round_trip() -> None:
+    values = np.array([[1.5, -2.25], [0, 65504]], np.float32)
+    for dtype in ("float16", "bfloat16"):
+        bits = as_stored(values, dtype)
+        assert bits.dtype == np.uint16
+        np.testing.assert_allclose(stored(bits, dtype).float().numpy(), values, rtol=0.01)
+
+
+def test_parts_cut_ranges_without_gap() -> None:
+    ranges = [Range(0, 10, 14), Range(2, 0, 3), Range(5, 7, 12)]
+    assert list(_slice(ranges, 0, 5)) == [Range(0, 10, 14), Range(2, 0, 1)]
+    assert list(_slice(ranges, 5, 12)) == [Range(2, 1, 3), Range(5, 7, 12)]
+    assert _prefixes(ranges, np.array([2, 0, 0])) == [Range(0, 10, 12), Range(5, 7, 8)]
+
+
+@pytest.mark.usefixtures("ray")
+def test_tasks_add_up_in_order_and_errors_come_back_as_themselves() -> None:
+    import ray
+
+    class Total:
+        def __init__(self, numbers: list[int]) -> None:
+            self.numbers = numbers
+
+        def merge(self, other: "Total") -> None:
+            self.numbers = self.numbers + other.numbers
+
+    def one_total(item: int, offset: int) -> Total:
+        return Total([item + offset])
+
+    def refuse(item: int) -> dict:
+        raise BadInput(f"no {item}")
+
+    resources = Resources(workers=2, device="cpu", nodes=1, cpus=2, gpus=0)
+    assert ray.get(reduce_tasks("adding", one_total, list(range(20)), resources, 100)).numbers == list(range(100, 120))
+    with pytest.raises(BadInput, match=r"^no 3$"):
+        list(map_tasks("refusing", refuse, [3], resources))
+
+
+def refuse_it(item: int) -> dict:
+    raise BadInput(f"no {item}")
+
+
+def test_guarded_work_hands_errors_over_as_rows() -> None:
+    assert unwrap(guard(lambda item: {"n": item}, 3)) == {"n": 3}
+    with pytest.raises(BadInput, match="no 4"):
+        unwrap(guard(refuse_it, 4))
+
+
+def test_status_counts_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BadInput, match="is no run folder"):
+        show_status(str(tmp_path))
+    run = RunFolder(str(tmp_path))
+    teacher, pins = {"name": "t", "dim": 4}, {"dtype": "float32"}
+    storage.write_json(run.manifest, {"teacher": teacher, "pins": pins, "corpus": ["x.txt"]})
+    storage.write_json(run.units, {"units": 3, "shards": 2})
+    for unit in (0, 1):
+        storage.publish(run.unit_file(unit), lambda path: path.write_bytes(b"x") and None)
+    Path(run.unit_file(1)).unlink()  # a marker without its file does not count
+    show_status(str(tmp_path))
+    shown = capsys.readouterr().out
+    assert "1 of 3 units" in shown
+    assert "0 of 2 shards" in shown
+    assert "goes on from here" in shown
