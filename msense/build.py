@@ -110,11 +110,7 @@ def build_dictionary(config: BuildConfig) -> dict[str, Any]:
     info, tokenizer = describe(config.teacher or DEMO_TEACHER, config)
     with _locked(run):
         resources = connect(config.workers)
-        dtype = (
-            run_task(resolve_dtype, config.dtype, resources.device)
-            if resources.device == "cuda"
-            else resolve_dtype(config.dtype, "cpu")
-        )
+        dtype = run_task(resolve_dtype, config.dtype, resources.device, device=resources.device)
         build = Build(config, run, resources, info, tokenizer, dtype, files)
         _check_manifest(build)
         summary = _run_stages(build)

@@ -168,9 +168,11 @@ def _window(
             yield running.pop(reference), reference
 
 
-def run_task(work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - what the work returns
-    """Run one task away from the driver and return its result; arguments may be object references."""
-    return get(submit(work, *arguments))
+def run_task(work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> Any:  # noqa: ANN401 - what the work returns
+    """Run one task away from the driver, on a GPU if `device` is "cuda"; arguments may be object references."""
+    import ray
+
+    return get(ray.remote(work).options(num_gpus=int(device == "cuda")).remote(*arguments))
 
 
 def submit(work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - an ObjectRef

@@ -132,11 +132,12 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
     layers = int(text_config.num_hidden_layers)
     if not -layers - 1 <= config.layer <= layers:
         raise BadInput(f"layer {config.layer} is not there: this teacher has layers 0 (embeddings) to {layers}")
-    limits = [
-        x
-        for x in (tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None))
-        if x and x < 1 << 24
-    ]
+    if backend.get_vocab_size(with_added_tokens=True) > int(text_config.vocab_size):
+        raise BadInput(
+            f"the tokenizer of teacher {name!r} has {backend.get_vocab_size(with_added_tokens=True)} tokens, its model "
+            f"only {text_config.vocab_size} embeddings: give a folder whose tokenizer and model belong together"
+        )
+    limits = [x for x in (tokenizer.model_max_length, _positions(text_config)) if x and x < 1 << 24]
     if config.max_length and limits and config.max_length > min(limits):
         raise BadInput(
             f"max_length {config.max_length} is more than the {min(limits)} tokens that this teacher can read"
@@ -148,7 +149,7 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
         revision=config.revision or (folder.name if folder.parent.name == "snapshots" else None),
         fingerprint=_weights_fingerprint(body),
         tokenizer_fingerprint=fingerprint(backend),
-        vocab_size=max(int(text_config.vocab_size), backend.get_vocab_size(with_added_tokens=True)),
+        vocab_size=int(text_config.vocab_size),
         dim=int(text_config.hidden_size),
         layer=config.layer,
         pooling=pooling,
@@ -326,6 +327,13 @@ def _sentence_transformers_settings(folder: Path) -> tuple[Path, str, bool, int 
     prompts = _read_json(folder / "config_sentence_transformers.json") or {}
     prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name") or "", "")
     return body, pooling, "Normalize" in by_kind, longest if isinstance(longest, int) else None, str(prompt)
+
+
+def _positions(config: Any) -> int | None:  # noqa: ANN401 - a transformers config
+    """Return how many tokens the position embeddings reach; RoBERTa's begin after the padding token's id."""
+    positions = getattr(config, "max_position_embeddings", None)
+    taken = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+    return positions - taken if positions else None
 
 
 def _inside(folder: Path, name: str) -> Path:

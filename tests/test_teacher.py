@@ -56,6 +56,11 @@ def test_settings_that_do_not_fit_are_refused(make_teacher: MakeTeacher, tmp_pat
         describe("no-such/teacher", BuildConfig())
     with pytest.raises(BadInput, match="does not load"):
         describe(str(tmp_path), BuildConfig())
+    config = json.loads((Path(folder) / "config.json").read_text())
+    config["vocab_size"] = 10
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"has 25 tokens, its model only 10 embeddings"):
+        describe(folder, BuildConfig())
 
 
 def test_folders_and_weights_nobody_vouches_for_are_refused(make_teacher: MakeTeacher, tmp_path: Path) -> None:
