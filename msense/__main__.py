@@ -5,9 +5,7 @@ dictionary, mapped. Text from a dictionary is shown without control characters a
 """
 
 import argparse
-import re
 import sys
-import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,11 +13,11 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
+from msense.cli import clean
 from msense.dictionary import SenseDictionary
 from msense.dictionary.lookup import Exemplar, TokenMatch
 from msense.errors import BadInput, MsenseError
 
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 _INDENT = 4
 
 
@@ -77,15 +75,6 @@ def show_words(source: str, words: Sequence[str], exemplars: int, senses: int) -
                 _show_token(console, dictionary, token, exemplars, senses)
                 shown.add(token.token_id)
     return 0 if shown else 1
-
-
-def clean(text: str) -> str:
-    """Return text without escape sequences, control, format and other invisible characters; line breaks are spaces."""
-    text = _ESCAPES.sub("", text)
-    return "".join(
-        " " if c in "\n\r\t" or (kind := unicodedata.category(c)) in ("Zl", "Zp") else "" if kind[0] == "C" else c
-        for c in text
-    )
 
 
 def _show_token(console: Console, dictionary: SenseDictionary, token: TokenMatch, exemplars: int, limit: int) -> None:

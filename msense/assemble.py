@@ -4,6 +4,7 @@ One task puts the senses of all shards in the order of their tokens, beside the 
 small arrays (20 bytes a sense), one shard's centroids, and all exemplars while they are sorted.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,7 @@ import torch
 
 from msense import storage
 from msense.config import BuildConfig
-from msense.dictionary.format import DictionaryConfig, DictionaryFiles, write_dictionary
-from msense.dictionary.format import TeacherInfo as TeacherName
+from msense.dictionary.format import DictionaryConfig, DictionaryFiles, TeacherName, write_dictionary, write_tokenizer
 from msense.exemplars import collect
 from msense.storage import RunFolder
 from msense.teacher import TeacherInfo
@@ -56,7 +56,7 @@ def assemble(
     offsets = np.zeros(info.vocab_size + 1, dtype=np.int64)
     offsets[order.tokens + 1] = order.sizes
     offsets = np.cumsum(offsets)
-    inertia = float(sum(arrays["inertia"].sum() for arrays in small))
+    inertia = math.fsum(x for arrays in small for x in arrays["inertia"].tolist())
     points = int(counts.sum())
     spread_of_all = inertia / max(1, points)
     quality = {"points": float(points), "mean_squared_spread": spread_of_all}
@@ -64,8 +64,7 @@ def assemble(
     chunks = _chunks(centroid_files, order, config.store_dtype)
     with _target(run) as folder:
         files = DictionaryFiles(folder)
-        files.tokenizer.parent.mkdir(parents=True, exist_ok=True)
-        files.tokenizer.write_text(storage.read_text(run.tokenizer), encoding="utf-8")
+        write_tokenizer(folder, storage.read_text(run.tokenizer))
         if context_files:
             collect(context_files, files.exemplars)
         write_dictionary(folder, described, offsets, counts, spread, plan["token_counts"], chunks)
@@ -74,11 +73,6 @@ def assemble(
 
 
 def _config(info: TeacherInfo, config: BuildConfig, unit: float, quality: dict[str, float]) -> DictionaryConfig:
-    special = (
-        config.special_tokens
-        if config.special_tokens != "auto"
-        else ("include" if info.pooling == "mean" else "exclude")
-    )
     return DictionaryConfig(
         teacher=TeacherName(name=info.name, revision=info.revision, fingerprint=info.fingerprint),
         tokenizer_fingerprint=info.tokenizer_fingerprint,
@@ -89,7 +83,7 @@ def _config(info: TeacherInfo, config: BuildConfig, unit: float, quality: dict[s
         dtype=config.store_dtype,
         metric=config.metric,
         temperature_unit=unit,
-        special_tokens=special,
+        special_tokens=info.special_tokens,
         excluded_token_ids=info.excluded,
         pooling=info.pooling,
         normalize=info.normalize,

@@ -7,9 +7,9 @@ leaves out what an earlier run has finished, so the same command goes on after a
 import json
 import logging
 import platform
-import resource
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,17 +17,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from msense import clustering, exemplars, storage
 from msense.assemble import assemble
 from msense.config import DEMO_CORPUS, DEMO_SAMPLE, DEMO_SEED, DEMO_TEACHER, BuildConfig
-from msense.corpus import Piece, SourceFile, count_rows, cut_pieces, display_uri, list_files, number_pieces
+from msense.corpus import WHOLE, Piece, SourceFile, count_rows, cut_pieces, display_uri, list_files, number_pieces
 from msense.errors import BadInput
 from msense.estimate import estimate, time_teacher
 from msense.kmeans import KMeansConfig
-from msense.occurrences import GatherSettings, OccurrenceActor, Unit, cut_units, record_type
+from msense.occurrences import GatherSettings, OccurrenceActor, Unit, cut_units, record_type, write_index
 from msense.plan import PlanInput, make_plan
 from msense.runtime import Resources, connect, map_actors, map_data, map_tasks, run_task
 from msense.storage import RunFolder
@@ -51,6 +50,7 @@ class Build:
     tokenizer: Tokenizer
     dtype: str
     files: list[SourceFile]
+    scale: float  # share of the corpus that a dry run looks at
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -82,8 +82,8 @@ def with_demo(config: BuildConfig) -> BuildConfig:
         if not config.corpus:
             raise BadInput("no corpus: say where the text is with --corpus (see --help for what it can be)")
         return config
-    sample = DEMO_SAMPLE if config.sample == 1.0 else config.sample
-    cut = {"sample": sample, "seed": config.seed or DEMO_SEED, "dedup": True}
+    demo = {"sample": DEMO_SAMPLE, "seed": DEMO_SEED, "dedup": True}
+    cut = {name: value for name, value in demo.items() if name not in config.model_fields_set}
     return config.model_copy(update={"corpus": (DEMO_CORPUS,), **cut})
 
 
@@ -101,33 +101,48 @@ def build_dictionary(config: BuildConfig) -> dict[str, Any]:
         BadInput: settings, corpus or teacher that do not work.
         MsenseError: the run failed; the same command goes on from what is finished.
     """
+    scale = config.sample if config.dry_run else 1.0
     config = with_demo(config)
     root = storage.absolute(config.output)
-    if config.dry_run and config.sample < 1:
+    if scale < 1:
         root = storage.join(root, "estimate")
     run = RunFolder(root)
     files = list_files(config.corpus)
     info, tokenizer = describe(config.teacher or DEMO_TEACHER, config)
     with _locked(run):
         resources = connect(config.workers)
-        dtype = run_task(resolve_dtype, config.dtype, resources.device, device=resources.device)
-        build = Build(config, run, resources, info, tokenizer, dtype, files)
+        dtype = config.dtype
+        if dtype == "auto":
+            dtype = run_task(resolve_dtype, dtype, resources.device, device=resources.device)
+        build = Build(config, run, resources, info, tokenizer, dtype, files, scale)
         _check_manifest(build)
         summary = _run_stages(build)
-        summary["driver_peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        summary["driver_peak"] = _peak_memory()
         storage.write_json(run.summary, summary)
     return summary
+
+
+def _peak_memory() -> int:
+    """Return the most memory this process has held, in bytes; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 def _run_stages(build: Build) -> dict[str, Any]:
     """Run what is not done yet."""
     done = storage.read_json(build.run.finished)
     if done is not None and not build.config.dry_run:
-        logger.info("this dictionary is finished: %s", build.run.dictionary)
-        return done
+        if storage.exists(storage.join(build.run.dictionary, "config.json")):
+            logger.info("this dictionary is finished: %s", build.run.dictionary)
+            _drop_intermediates(build)
+            return done
+        storage.remove(build.run.finished)
     blocks = _passages(build)
     with build.stage("plan") as facts:
-        facts.update(make_plan(PlanInput(build.run, build.info, build.config), blocks, build.resources))
+        facts.update(make_plan(PlanInput(build.run, build.info, build.config, build.scale), blocks, build.resources))
+        if not facts["stored"]:
+            raise BadInput("no token of this corpus may have senses (all are excluded special tokens): give other text")
     units = cut_units(build.run.blocks, build.info.dim)
     if build.config.dry_run:
         return {"stages": build.stages, "estimate": _estimate(build, units)}
@@ -168,22 +183,28 @@ def _passages(build: Build) -> list[int]:
         for row in whole:
             for reason, count in row["bad"].items():
                 bad[reason] = bad.get(reason, 0) + count
+        if bad and config.on_bad_document == "fail":
+            raise BadInput(f"the corpus has bad documents ({_told(bad)}); --on-bad-document skip goes past them")
         facts |= {name: sum(row[name] for row in whole) for name in ("documents", "passages", "tokens")}
         facts |= {"bad documents": sum(bad.values())} | {
             f"bad: {reason}": count for reason, count in sorted(bad.items())
         }
-        _list_bad_documents(run, whole)
+        run_task(_list_bad_documents, run, len(whole))
     if not facts["passages"]:
-        told = "; ".join(f"{count} {reason}" for reason, count in sorted(bad.items())) or "no documents in it"
+        told = _told(bad) or "no documents in it"
         raise BadInput(
             f"the corpus {' '.join(display_uri(u) for u in config.corpus)} has no text ({told}): check the path and --text-column"
         )
-    return [len(row["blocks"]) for row in whole]
+    return [row["blocks"] for row in whole]
+
+
+def _told(bad: dict[str, int]) -> str:
+    return "; ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
 
 
 def _numbered(pieces: list[Piece], resources: Resources) -> list[Piece]:
     """Count the rows before each piece of a file that was cut by bytes."""
-    unknown = [n for n, piece in enumerate(pieces) if piece.first_row < 0]
+    unknown = [n for n, piece in enumerate(pieces) if piece.format in ("txt", "jsonl") and piece.stop != WHOLE]
     if not unknown:
         return pieces
     counts = [0] * len(pieces)
@@ -205,19 +226,26 @@ def _write_piece(item: dict[str, Any], run: RunFolder, spec: Any, fail_on_bad: b
     tokenizer = Tokenizer.from_str(storage.read_text(run.tokenizer))
 
     def write(path: Path) -> dict[str, Any]:
-        return write_passages(Piece(**item), spec, tokenizer, path, fail_on_bad)
+        facts = write_passages(Piece(**item), spec, tokenizer, path, fail_on_bad)
+        if listed := facts.pop("listed"):
+            storage.write_json(run.bad_file(number), {"listed": listed})
+        return {**facts, "blocks": len(facts["blocks"])}
 
     return storage.publish(run.passages_file(number), write, {"number": number})
 
 
-def _list_bad_documents(run: RunFolder, pieces: Sequence[dict[str, Any]]) -> None:
+def _list_bad_documents(run: RunFolder, pieces: int) -> None:
     """Write the first hundred bad documents of each reason, in input order."""
     told: dict[str, int] = {}
     lines = []
-    for document in (d for piece in pieces for d in piece["listed"]):
-        told[document["reason"]] = told.get(document["reason"], 0) + 1
-        if told[document["reason"]] <= LISTED_BAD_DOCUMENTS:
-            lines.append(json.dumps(document, ensure_ascii=False))
+    for piece in range(pieces):
+        facts = storage.facts_of(run.passages_file(piece)) or {"bad": {}}
+        if not any(told.get(reason, 0) < LISTED_BAD_DOCUMENTS for reason in facts["bad"]):
+            continue
+        for document in (storage.read_json(run.bad_file(piece)) or {"listed": []})["listed"]:
+            told[document["reason"]] = told.get(document["reason"], 0) + 1
+            if told[document["reason"]] <= LISTED_BAD_DOCUMENTS:
+                lines.append(json.dumps(document, ensure_ascii=False))
     storage.write_text(run.bad_documents, "".join(line + "\n" for line in lines))
 
 
@@ -241,25 +269,18 @@ def _occurrences(build: Build, units: list[Unit]) -> None:
     """Stage 3, and the index of all units."""
     run = build.run
     with build.stage("occurrences") as facts:
-        found = {unit.number: storage.facts_of(run.unit_file(unit.number)) for unit in units}
-        todo = [asdict(unit) for unit in units if found[unit.number] is None]
+        done = {unit.number for unit in units if storage.facts_of(run.unit_file(unit.number)) is not None}
+        todo = [asdict(unit) for unit in units if unit.number not in done]
         arguments = {"root": run.root, "settings": gather_settings(build)}
-        for row in map_actors("occurrences", OccurrenceActor, arguments, todo, build.resources):
-            found[row["unit"]] = row
-        whole = [found[unit.number] or {} for unit in units]
-        facts |= {name: sum(row[name] for row in whole) for name in ("tokens", "occurrences")}
-        offsets = np.array([row["offsets"] for row in whole], dtype=np.int64)
-
-        def write(path: Path) -> None:
-            storage.save_arrays(path, {"offsets": offsets})
-
-        storage.publish(run.offsets, write)
+        for _ in map_actors("occurrences", OccurrenceActor, arguments, todo, build.resources):
+            pass
+        facts.update(run_task(write_index, run, len(units)))
 
 
 def _estimate(build: Build, units: list[Unit]) -> dict[str, Any]:
     """Return what the dry run tells."""
-    found = estimate(build.run, build.info, build.config, build.stages)
-    found |= {"workers": build.resources.workers, "device": build.resources.device, "units": len(units)}
+    found = estimate(build.run, build.info, build.config, build.stages, build.scale)
+    found |= {"workers": build.resources.actors, "device": build.resources.device, "units": len(units)}
     found["unit_memory"] = max((unit.stored for unit in units), default=0) * record_type(build.info.dim).itemsize
     if build.config.time_teacher:
         found["tokens_per_second"] = time_teacher(build.run, gather_settings(build), units, build.resources)
@@ -303,6 +324,8 @@ def _locked(run: RunFolder) -> Iterator[None]:
     except Timeout as error:
         raise BadInput(f"another driver works on {run.root}: wait for it, or give another --output") from error
     try:
+        for left in Path(run.root).glob("**/.*.part"):  # of a process that was killed while it wrote
+            left.unlink()
         yield
     finally:
         lock.release()

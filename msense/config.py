@@ -19,6 +19,7 @@ DEMO_TEACHER = "all-MiniLM-L6-v2"
 DEMO_CORPUS = "pydocs:pandas,sklearn,torch"
 DEMO_SAMPLE = 0.18  # about 650,000 tokens, a minute of teacher on two cores
 DEMO_SEED = 274  # of the sample: it holds modules on the demo's five words
+MAX_SENSES = 65_534  # labels are uint16, and 65535 says "none"
 LATER_SENSES = ("auto", "mcl")
 
 Metric = Literal["l2", "dot", "cosine"]
@@ -40,7 +41,7 @@ class BuildConfig(BaseModel):
     on_bad_document: Literal["skip", "fail"] = Field(
         "skip", description="skip and list bad documents, or stop at the first"
     )
-    dedup: bool = Field(False, description="read passages of the same content once")
+    dedup: bool = Field(False, description="read passages of the same content once (ids are then not compared)")
     stride: int = Field(0, ge=0, description="context tokens repeated from the passage before; never sampled twice")
     teacher: str | None = Field(
         None,
@@ -63,13 +64,13 @@ class BuildConfig(BaseModel):
     prompt: str | None = Field(
         None, description="text before every passage; default: the teacher's default prompt, if it has one"
     )
-    senses: int = Field(20, ge=1, le=65534, description="senses a token (K); auto and mcl are not available yet")
+    senses: int = Field(20, ge=1, le=MAX_SENSES, description="senses a token (K); auto and mcl are not available yet")
     max_occurrences: int = Field(1000, ge=0, description="occurrences to cluster a token, 0 = all")
     coverage: float = Field(
         1.0, gt=0, le=1, description="stop reading once this share of the wanted occurrences is reached"
     )
     max_points_per_part: int = Field(
-        131072, ge=1, description="tokens of more points are cut into parts on several workers"
+        131072, ge=1024, description="tokens of more points are cut into parts on several workers"
     )
     metric: Metric = Field("l2", description="l2, dot or cosine: for clustering, assignment and all that follows")
     special_tokens: Literal["auto", "include", "exclude"] = Field(

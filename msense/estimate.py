@@ -21,7 +21,7 @@ TIMED_SECONDS = 10.0
 
 
 def estimate(
-    run: RunFolder, info: TeacherInfo, config: BuildConfig, stages: dict[str, dict[str, Any]]
+    run: RunFolder, info: TeacherInfo, config: BuildConfig, stages: dict[str, dict[str, Any]], share: float
 ) -> dict[str, Any]:
     """Return what a whole run would read, write and need; counts and bytes.
 
@@ -30,9 +30,10 @@ def estimate(
         info: the teacher.
         config: the build's settings.
         stages: facts of the stages so far.
+        share: share of the documents that were looked at.
     """
     plan, passages = stages["plan"], stages["passages"]
-    scale = 1 / config.sample
+    scale = 1 / share
     arrays = storage.load_arrays(run.thresholds, ("stored", "shards"))
     stored = arrays["stored"] * scale
     points = np.minimum(stored, config.max_occurrences) if config.max_occurrences else stored
@@ -44,7 +45,7 @@ def estimate(
         (stored[a:b].sum() for a, b in zip(arrays["shards"][:-1], arrays["shards"][1:], strict=True)), default=0
     )
     return {
-        "sample": config.sample,
+        "sample": share,
         "documents": passages["documents"] * scale,
         "bad_documents": passages["bad documents"] * scale,
         "passages": plan["passages"] * scale,
@@ -70,7 +71,7 @@ class TeacherTimer(OccurrenceActor):
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Return tokens and seconds of a short forward pass after one warm-up batch."""
-        passages = unit_passages(self.run, Unit(**item))
+        passages = unit_passages(self.run, Unit(**item), self.duplicates)
         selection = select_unit(passages, self.threshold, self.settings.spec, self.settings.per_passage)
         rows = np.unique(selection.rows)
         tokens, began = 0, 0.0
@@ -87,10 +88,10 @@ class TeacherTimer(OccurrenceActor):
 
 def time_teacher(run: RunFolder, settings: GatherSettings, units: list[Unit], resources: Resources) -> float:
     """Return the tokens a second that all workers together would read; 0.0 if the corpus is too small to tell."""
-    largest = sorted(units, key=lambda unit: -unit.stored)[: resources.workers]
+    largest = sorted(units, key=lambda unit: -unit.stored)[: resources.actors]
     arguments = {"root": run.root, "settings": settings}
     timed = list(
         map_actors("timing the teacher", TeacherTimer, arguments, [asdict(unit) for unit in largest], resources)
     )
     rates = [row["tokens"] / row["seconds"] for row in timed if row["seconds"]]
-    return sum(rates) / len(rates) * resources.workers if rates else 0.0
+    return sum(rates) / len(rates) * resources.actors if rates else 0.0

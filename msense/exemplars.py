@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from msense import storage
 from msense.dictionary.lookup import exemplar_schema
-from msense.occurrences import Unit, duplicates_of
+from msense.occurrences import Duplicates, Unit
 from msense.runtime import Resources, map_tasks, run_task
 from msense.storage import RunFolder
 from msense.tokens import open_parquet
 
+ROW_GROUP = 1 << 16  # a look at one token reads the row groups that hold it
 WINDOW = 24  # tokens of context on each side
 PLACE = ("token", "sense", "rank", "distance", "unit", "row", "position")
 
@@ -95,6 +97,7 @@ def _resolve_unit(item: dict[str, Any], run: RunFolder, index: str) -> dict[str,
     ]
     left, word, right = ([c[i] for c in contexts] for i in range(3))
     columns = [places.column(n).combine_chunks() for n in ("token", "sense", "rank", "distance")]
+    columns[3] = pc.sqrt(columns[3])  # squared until here: roots of unequal squares may be equal
     texts = [pa.array(texts, pa.string()) for texts in (left, word, right, [documents[r] for r in rows.tolist()])]
     schema = exemplar_schema()
     table = pa.Table.from_arrays([c.cast(f.type) for c, f in zip(columns + texts, schema, strict=True)], schema=schema)
@@ -108,14 +111,14 @@ def _resolve_unit(item: dict[str, Any], run: RunFolder, index: str) -> dict[str,
 
 def _passages(run: RunFolder, unit: Unit, rows: np.ndarray) -> tuple[dict[int, str], dict[int, list[int]]]:
     """Read document ids and token ids of some passages of a unit, by row."""
-    dropped = duplicates_of(run)
+    dropped = Duplicates(run)
     wanted = np.unique(rows)
     documents: dict[int, str] = {}
     ids: dict[int, list[int]] = {}
     start = 0
     for piece, block in zip(unit.pieces, unit.blocks, strict=True):
         table = open_parquet(run.passages_file(piece)).read_row_group(block, columns=["document_id", "input_ids"])
-        kept = np.delete(np.arange(len(table)), dropped.get((piece, block), []))
+        kept = np.delete(np.arange(len(table)), dropped.of(piece, block))
         mine = wanted[(wanted >= start) & (wanted < start + len(kept))]
         chosen = table.take(kept[mine - start])
         documents.update(zip(mine.tolist(), chosen.column("document_id").to_pylist(), strict=True))
@@ -147,4 +150,4 @@ def collect(files: list[str], target: Path) -> None:
     """Bring the contexts of all units together in one local file, by token, sense and rank."""
     table = pa.concat_tables([open_parquet(file).read() for file in files])
     table = table.sort_by([("token", "ascending"), ("sense", "ascending"), ("rank", "ascending")])
-    pq.write_table(table, target, compression="zstd")
+    pq.write_table(table, target, compression="zstd", row_group_size=ROW_GROUP)

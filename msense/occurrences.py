@@ -85,27 +85,24 @@ def cut_shards(stored: np.ndarray, dim: int) -> np.ndarray:
     return np.array(sorted(borders), dtype=np.int64)
 
 
-def unit_passages(run: RunFolder, unit: Unit) -> Passages:
+class Duplicates:
+    """The rows that `--dedup` drops; holds 12 bytes each."""
+
+    def __init__(self, run: RunFolder) -> None:
+        found = storage.load_arrays(run.duplicates) if storage.exists(run.duplicates) else {}
+        self.rows = found.get("row", np.zeros(0, dtype=np.int32))
+        self.places = found.get("piece", self.rows).astype(np.int64) << 32 | found.get("block", self.rows)
+
+    def of(self, piece: int, block: int) -> np.ndarray:
+        """Return the rows to drop of one block, increasing."""
+        start, stop = np.searchsorted(self.places, [piece << 32 | block, (piece << 32 | block) + 1])
+        return self.rows[start:stop]
+
+
+def unit_passages(run: RunFolder, unit: Unit, duplicates: Duplicates) -> Passages:
     """Read the passages of a unit; duplicates that the plan dropped are left out."""
-    dropped = duplicates_of(run)
-    blocks = []
-    for piece, block in zip(unit.pieces, unit.blocks, strict=True):
-        passages = read_block(run.passages_file(piece), block)
-        blocks.append(passages.without(dropped.get((piece, block))))
-    return Passages.concatenate(blocks)
-
-
-def duplicates_of(run: RunFolder) -> dict[tuple[int, int], np.ndarray]:
-    """Return the rows that `--dedup` drops, by (piece, block)."""
-    if not storage.exists(run.duplicates):
-        return {}
-    arrays = storage.load_arrays(run.duplicates)
-    found: dict[tuple[int, int], list[int]] = {}
-    for piece, block, row in zip(
-        arrays["piece"].tolist(), arrays["block"].tolist(), arrays["row"].tolist(), strict=True
-    ):
-        found.setdefault((piece, block), []).append(row)
-    return {place: np.array(rows, dtype=np.int64) for place, rows in found.items()}
+    places = zip(unit.pieces, unit.blocks, strict=True)
+    return Passages.concatenate([read_block(run.passages_file(p), b).without(duplicates.of(p, b)) for p, b in places])
 
 
 def _read_table(uri: str, columns: list[str]) -> dict[str, np.ndarray]:
@@ -158,6 +155,7 @@ class OccurrenceActor:
         self.settings = settings
         plan = storage.load_arrays(self.run.thresholds)
         self.threshold, self.shards = plan["threshold"], plan["shards"]
+        self.duplicates = Duplicates(self.run)
         began = time.time()
         self.teacher = Teacher(
             settings.teacher,
@@ -173,7 +171,7 @@ class OccurrenceActor:
         """Write one unit; return its facts (counts, offsets of the shards in rows, clock times of its work)."""
         unit = Unit(**item)
         began = time.time()
-        passages = unit_passages(self.run, unit)
+        passages = unit_passages(self.run, unit, self.duplicates)
         selection = select_unit(passages, self.threshold, self.settings.spec, self.settings.per_passage)
         offsets = np.searchsorted(selection.tokens, self.shards)
         needed = np.unique(selection.rows)
@@ -207,14 +205,44 @@ class OccurrenceActor:
             place = np.repeat(np.arange(len(batch)), (stops - starts)[batch])
             hidden = self.teacher.embed(ids, mask)
             flat = torch.from_numpy(place * mask.shape[1] + selection.positions[target]).to(hidden.device)
-            chosen = hidden.flatten(0, 1).index_select(0, flat).to(getattr(torch, self.settings.store_dtype))
-            if not bool(torch.isfinite(chosen).all()):
+            chosen = hidden.flatten(0, 1).index_select(0, flat)
+            as_stored = chosen.to(getattr(torch, self.settings.store_dtype))
+            if not bool(torch.isfinite(as_stored).all()):
                 raise MsenseError(
-                    f"unit {unit.number}: the teacher gave NaN or infinite embeddings as {self.settings.store_dtype}; "
-                    "try --store-dtype bfloat16 (larger range) or --dtype float32, in a new output folder"
+                    f"unit {unit.number}: {_not_finite(bool(torch.isfinite(chosen).all()), self.settings)}"
                 )
-            records["embedding"][target] = chosen.view(torch.uint16).cpu().numpy()
+            records["embedding"][target] = as_stored.view(torch.uint16).cpu().numpy()
         return records
+
+
+def _not_finite(before_the_cast: bool, settings: GatherSettings) -> str:
+    """Say what was not finite, and what to do."""
+    if before_the_cast:
+        return (
+            f"an embedding is too large for {settings.store_dtype}: "
+            "give --store-dtype bfloat16 (larger range), in a new output folder"
+        )
+    return (
+        f"the teacher gave NaN or infinite embeddings in {settings.dtype}: "
+        "give --dtype float32, or check its weights, in a new output folder"
+    )
+
+
+def write_index(run: RunFolder, units: int) -> dict[str, int]:
+    """Write where each shard's rows lie in each unit; return the number of tokens read and occurrences stored."""
+    offsets, tokens, occurrences = [], 0, 0
+    for unit in range(units):
+        facts = storage.facts_of(run.unit_file(unit))
+        if facts is None:
+            raise MsenseError(f"unit file {run.unit_file(unit)} went missing: run the same command again")
+        offsets.append(np.array(facts["offsets"], dtype=np.int64))
+        tokens, occurrences = tokens + facts["tokens"], occurrences + facts["occurrences"]
+
+    def write(path: Path) -> None:
+        storage.save_arrays(path, {"offsets": np.stack(offsets)})
+
+    storage.publish(run.offsets, write)
+    return {"tokens": tokens, "occurrences": occurrences}
 
 
 def read_rows(uri: str, dim: int, start: int, stop: int) -> np.ndarray:

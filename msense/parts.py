@@ -6,6 +6,7 @@ go back; the driver writes them down, and a later run goes on from there. A work
 reads others anew each round; the driver holds the sums of one round.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def cluster_large(waiting: dict[int, list[Range]], settings: ClusterSettings, re
             name="clustering: parts",
         )
         .remote(settings)
-        for _ in range(resources.workers)
+        for _ in range(max(1, resources.tasks // 2))
     ]
     try:
         for _ in track("clustering: large tokens", _waves(waiting, settings, actors), len(waiting)):
@@ -151,14 +152,27 @@ def _waves(waiting: dict[int, list[Range]], settings: ClusterSettings, actors: l
     """Work through the tokens in groups whose parts the actors can hold; yield once a token."""
     room = PARTS_HELD * len(actors)
     wave: dict[int, Prepared] = {}
-    for token, ranges in sorted(waiting.items()):
-        prepared: Prepared = get(submit(prepare, token, ranges, settings))
+    for token, prepared in _prepared(waiting, settings, len(actors)):
         if wave and sum(len(p.parts) for p in wave.values()) + len(prepared.parts) > room:
             yield from _cluster_wave(wave, settings, actors)
             wave = {}
         wave[token] = prepared
     if wave:
         yield from _cluster_wave(wave, settings, actors)
+
+
+def _prepared(
+    waiting: dict[int, list[Range]], settings: ClusterSettings, at_a_time: int
+) -> Iterator[tuple[int, Prepared]]:
+    """Prepare the tokens a few at a time; yield them in order."""
+    running: deque[tuple[int, Any]] = deque()
+    for token, ranges in sorted(waiting.items()):
+        running.append((token, submit(prepare, token, ranges, settings)))
+        if len(running) >= at_a_time:
+            first, reference = running.popleft()
+            yield first, get(reference)
+    for last, reference in running:
+        yield last, get(reference)
 
 
 def _cluster_wave(wave: dict[int, Prepared], settings: ClusterSettings, actors: list[Any]) -> Iterator[Row]:
@@ -207,12 +221,12 @@ def _resume(settings: ClusterSettings, token: int) -> kmeans.BlockedState | None
         return None
     arrays = storage.load_arrays(file)
     return kmeans.BlockedState(
-        token_id=int(arrays["token_id"]),
+        token_id=arrays["token_id"].item(),
         centroids=arrays["centroids"],
         shift=arrays["shift"],
         counts=arrays["counts"],
-        inertia=float(arrays["inertia"]),
-        rounds=int(arrays["rounds"]),
+        inertia=arrays["inertia"].item(),
+        rounds=arrays["rounds"].item(),
     )
 
 

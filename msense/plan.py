@@ -1,7 +1,8 @@
 """Stage 2 on Ray: passages files in, the plan's files out.
 
 Two passes over the passages (count, then select), each in a few tasks whose results add up in a tree, so that neither
-the driver nor the result depends on how many tasks there were. A task holds one histogram and one block.
+the driver nor the result depends on how many tasks there were. A task holds one histogram and one block, a merge of
+results five histograms.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from msense import storage
 from msense.config import BuildConfig
 from msense.errors import BadInput
-from msense.occurrences import cut_shards, duplicates_of
+from msense.occurrences import Duplicates, cut_shards
 from msense.runtime import Resources, get, reduce_tasks, run_task, submit
 from msense.sampling import Histogram, duplicate_rows, select, thresholds
 from msense.storage import RunFolder
@@ -34,6 +35,7 @@ class PlanInput:
     run: RunFolder
     info: TeacherInfo
     config: BuildConfig
+    scale: float = 1.0  # share of the corpus that these passages are
 
 
 @dataclass
@@ -69,7 +71,7 @@ def make_plan(given: PlanInput, blocks: Sequence[int], resources: Resources) -> 
         return facts
     pieces = [(piece, count) for piece, count in enumerate(blocks) if count]
     _find_duplicates(given, pieces, resources)
-    slices = [s for i in range(4 * resources.workers) if (s := pieces[i :: 4 * resources.workers])]
+    slices = [s for i in range(2 * resources.tasks) if (s := pieces[i :: 2 * resources.tasks])]
     histogram = reduce_tasks("plan: count", _count, slices, resources, given)
     threshold = submit(_thresholds, histogram, given)
     selected = reduce_tasks("plan: select", _select, slices, resources, given, threshold)
@@ -80,10 +82,10 @@ def make_plan(given: PlanInput, blocks: Sequence[int], resources: Resources) -> 
 def _count(pieces: list[tuple[int, int]], given: PlanInput) -> Histogram:
     """Count a slice of the passages files."""
     histogram = Histogram.empty(given.info.vocab_size)
-    spec, dropped = given.info.passage_spec(given.config), duplicates_of(given.run)
+    spec, dropped = given.info.passage_spec(given.config), Duplicates(given.run)
     for piece, count in pieces:
         for block in range(count):
-            passages = read_block(given.run.passages_file(piece), block).without(dropped.get((piece, block)))
+            passages = read_block(given.run.passages_file(piece), block).without(dropped.of(piece, block))
             histogram.add(passages, spec, given.config.per_passage)
     return histogram
 
@@ -91,18 +93,17 @@ def _count(pieces: list[tuple[int, int]], given: PlanInput) -> Histogram:
 def _thresholds(histogram: Histogram, given: PlanInput) -> np.ndarray:
     """Return the threshold keys; a dry run on a sample reads as much less of each token as the sample is smaller."""
     config = given.config
-    scale = config.sample if config.dry_run else 1.0
-    return thresholds(histogram, config.max_occurrences * scale, config.coverage)
+    return thresholds(histogram, config.max_occurrences * given.scale, config.coverage)
 
 
 def _select(pieces: list[tuple[int, int]], given: PlanInput, threshold: np.ndarray) -> Selected:
     """Work out what the teacher must read of a slice of the passages files."""
-    spec, dropped = given.info.passage_spec(given.config), duplicates_of(given.run)
+    spec, dropped = given.info.passage_spec(given.config), Duplicates(given.run)
     stored = np.zeros(len(threshold), dtype=np.int64)
     rows = []
     for piece, count in pieces:
         for block in range(count):
-            passages = read_block(given.run.passages_file(piece), block).without(dropped.get((piece, block)))
+            passages = read_block(given.run.passages_file(piece), block).without(dropped.of(piece, block))
             flat = select(passages, threshold, spec, given.config.per_passage)
             stored += np.bincount(passages.ids[flat], minlength=len(stored))
             needed = np.unique(passages.rows()[flat])
@@ -150,7 +151,7 @@ def _write(selected: Selected, histogram: Histogram, threshold: np.ndarray, give
 def _find_duplicates(given: PlanInput, pieces: list[tuple[int, int]], resources: Resources) -> None:
     """Find passages with equal keys: the same content (`--dedup`, written down and dropped) or the same document id.
 
-    Keys are looked at in ranges of about 32 million, so that a task holds 0.7 GB at most.
+    Keys are looked at in ranges of about 32 million, so that a task holds about 2 GB at most.
     """
     run = given.run
     if storage.facts_of(run.duplicates) is not None:

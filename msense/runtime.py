@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 TASK_CPUS = 0.5
 REPORT_SECONDS = 10.0
+MERGED_AT_ONCE = 4
 Row = dict[str, Any]
 
 
@@ -28,18 +29,16 @@ Row = dict[str, Any]
 class Resources:
     """What the cluster offers and how much of it this job takes."""
 
-    workers: int
+    actors: int  # teacher actors at a time
+    tasks: int  # other tasks at a time
     device: str  # "cuda" or "cpu", one kind for all teacher actors
-    nodes: int
-    cpus: float
-    gpus: float
 
 
 def connect(workers: int | None = None) -> Resources:
     """Connect to the cluster of RAY_ADDRESS, or start a local Ray; return what to use of it.
 
     Args:
-        workers: actors and tasks at a time; None = one a GPU where there are GPUs, else one a CPU.
+        workers: actors and tasks at a time; None = a teacher actor a GPU (a CPU where there is none), a task a CPU.
     """
     if "ray" not in sys.modules:  # Ray reads these when it is imported
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -65,13 +64,11 @@ def connect(workers: int | None = None) -> Resources:
             }
         ray.init(**options)
     offered = ray.cluster_resources()
-    gpus, cpus = offered.get("GPU", 0.0), offered.get("CPU", 1.0)
+    gpus, cpus = int(offered.get("GPU", 0)), int(offered.get("CPU", 1))
     return Resources(
-        workers=workers or int(gpus or cpus or 1),
+        actors=min(workers or gpus, gpus) if gpus else workers or max(1, cpus),
+        tasks=workers or max(1, cpus),
         device="cuda" if gpus else "cpu",
-        nodes=len([n for n in ray.nodes() if n["Alive"]]),
-        cpus=cpus,
-        gpus=gpus,
     )
 
 
@@ -84,7 +81,7 @@ def map_data(name: str, work: Callable[[Any], Row], items: Sequence[Any], resour
     from ray.data import TaskPoolStrategy
 
     if items:
-        pool = TaskPoolStrategy(size=min(resources.workers, len(items)))
+        pool = TaskPoolStrategy(size=min(resources.tasks, len(items)))
         yield from _run(name, _Guarded(work), items, pool, {"num_cpus": TASK_CPUS})
 
 
@@ -104,7 +101,7 @@ def map_actors(name: str, actor: type, arguments: Row, items: Sequence[Any], res
     from ray.data import ActorPoolStrategy
 
     if items:
-        pool = ActorPoolStrategy(size=min(resources.workers, len(items)), max_tasks_in_flight_per_actor=2)
+        pool = ActorPoolStrategy(size=min(resources.actors, len(items)), max_tasks_in_flight_per_actor=2)
         needs = {"num_gpus": 1} if resources.device == "cuda" else {"num_cpus": TASK_CPUS}
         yield from _run(name, _GuardedActor, items, pool, {**needs, "fn_constructor_args": (actor, arguments)})
 
@@ -128,11 +125,11 @@ def map_tasks(
 
 
 def reduce_tasks(name: str, work: Callable[..., Any], slices: Sequence[Any], resources: Resources, *common: Any) -> Any:  # noqa: ANN401 - an ObjectRef
-    """Run `work(slice, *common)` on every slice and add the results up in a tree, eight at a time.
+    """Run `work(slice, *common)` on every slice and add the results up as they come, a few at a time.
 
     Args:
         name: the stage, for progress and the dashboard.
-        work: returns a value with `merge(other)`; merging must be associative.
+        work: returns a value with `merge(other)`; the order of merging must not matter.
         slices: the work, at least one.
         resources: how many tasks at a time.
         common: arguments of every task; may be object references.
@@ -142,12 +139,13 @@ def reduce_tasks(name: str, work: Callable[..., Any], slices: Sequence[Any], res
     """
     import ray
 
-    done = track(name, _window(name, work, slices, resources, common), len(slices))
-    refs = [reference for _, reference in sorted(done, key=lambda pair: pair[0])]
-    merge = ray.remote(_merge).options(name=f"{name}: merge")
-    while len(refs) > 1:
-        refs = [merge.remote(*refs[i : i + 8]) for i in range(0, len(refs), 8)]
-    return refs[0]
+    merge = ray.remote(_merge).options(name=f"{name}: merge", num_cpus=TASK_CPUS)
+    done: list[Any] = []
+    for _, reference in track(name, _window(name, work, slices, resources, common), len(slices)):
+        done.append(reference)
+        if len(done) == MERGED_AT_ONCE:
+            done = [merge.remote(*done)]
+    return merge.remote(*done) if len(done) > 1 else done[0]
 
 
 def _window(
@@ -159,7 +157,7 @@ def _window(
     task = ray.remote(work).options(name=name, num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
     running: dict[Any, int] = {}
     for number, item in enumerate(items):
-        if len(running) >= resources.workers:
+        if len(running) >= resources.tasks:
             for reference in ray.wait(list(running))[0]:
                 yield running.pop(reference), reference
         running[task.remote(item, *common)] = number
@@ -172,24 +170,24 @@ def run_task(work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> 
     """Run one task away from the driver, on a GPU if `device` is "cuda"; arguments may be object references."""
     import ray
 
-    return get(ray.remote(work).options(num_gpus=int(device == "cuda")).remote(*arguments))
+    return get(ray.remote(work).options(num_cpus=TASK_CPUS, num_gpus=int(device == "cuda")).remote(*arguments))
 
 
 def submit(work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - an ObjectRef
     """Start one task and return a reference to its result."""
     import ray
 
-    return ray.remote(work).remote(*arguments)
+    return ray.remote(work).options(num_cpus=TASK_CPUS).remote(*arguments)
 
 
 def get(reference: Any) -> Any:  # noqa: ANN401 - what the task returned
-    """Wait for a result; an error msense raised on purpose comes out as itself."""
+    """Wait for a result; an error msense raised on purpose, or the system's, comes out as itself."""
     import ray
 
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, MsenseError):
+        if isinstance(error.cause, MsenseError | OSError):
             raise error.cause from None
         raise
 
@@ -210,10 +208,10 @@ def unwrap(row: Row) -> Row:
 
 
 def guard(work: Callable[[Any], Row], item: Any) -> Row:  # noqa: ANN401 - any JSON value
-    """Run work so that an error msense raises on purpose travels as a row, not as a traceback through Ray's retries."""
+    """Run work so that an error of msense or of the system travels as a row, not as a traceback through Ray."""
     try:
         return {"result": json.dumps(work(item)), "error": "", "usage": False}
-    except MsenseError as error:
+    except (MsenseError, OSError) as error:
         return {"result": "", "error": str(error), "usage": isinstance(error, BadInput)}
 
 

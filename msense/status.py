@@ -45,12 +45,13 @@ def _counts(run: RunFolder) -> dict[str, str]:
         "passages": f"{_finished(run.passages)} files",
         "plan": "done" if plan else "not yet",
         "occurrences": f"{_finished(run.occurrences, '.records')}{of_units} units",
-        "clustering": f"{_finished(run.centroids)}{shards} shards",
+        "clustering": f"{_finished(run.centroids, prefix='0')}{shards} shards",
     }
 
 
-def _finished(folder: str, suffix: str = "") -> int:
-    """Count the files of a folder whose marker is there."""
+def _finished(folder: str, suffix: str = "", prefix: str = "") -> int:
+    """Count the files of a folder whose marker is there; files of single tokens have other names than shards."""
     fs, path = storage.filesystem(folder)
     names = {name.rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)} if fs.exists(path) else set()
+    names = {name for name in names if name.startswith(prefix)}
     return sum(name.endswith(suffix + storage.MARKER) and name.removesuffix(storage.MARKER) in names for name in names)

@@ -363,6 +363,10 @@ class RunFolder:
         """Passages of one piece of the corpus."""
         return join(self.passages, f"{piece:06d}.parquet")
 
+    def bad_file(self, piece: int) -> str:
+        """The first bad documents of one piece."""
+        return join(self.passages, f"{piece:06d}.bad.json")
+
     def unit_file(self, unit: int) -> str:
         """Occurrences of one unit."""
         return join(self.occurrences, f"{unit:06d}.records")

@@ -7,6 +7,7 @@ never run. Holds the model and the hidden states of one batch.
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ TOKEN_BUDGET = {
     "cpu": 1024,
     "cuda": 16384,
 }  # padded tokens a batch: a constant, so that batches never depend on the machine
+# model types whose positions are counted from the padding token's id on, as RoBERTa's are
+_AFTER_PADDING = ("roberta", "mpnet", "camembert", "longformer", "xmod", "data2vec-text", "ibert", "luke", "esm")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -48,6 +51,7 @@ class TeacherInfo:
     dim: int
     layer: int
     pooling: str
+    special_tokens: str  # the rule that `auto` stands for: include or exclude
     normalize: bool
     prompt: str
     max_length: int
@@ -144,6 +148,9 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
         )
     prefix, suffix = special_frame(backend)
     prompt = config.prompt if config.prompt is not None else prompt
+    rule = config.special_tokens
+    if rule == "auto":
+        rule = "include" if pooling == "mean" else "exclude"
     info = TeacherInfo(
         name=name if not Path(name).is_dir() else folder.name,
         revision=config.revision or (folder.name if folder.parent.name == "snapshots" else None),
@@ -153,29 +160,32 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
         dim=int(text_config.hidden_size),
         layer=config.layer,
         pooling=pooling,
+        special_tokens=rule,
         normalize=normalize,
         prompt=prompt,
         max_length=config.max_length or min([*limits, longest or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT]),
         prefix=prefix,
         suffix=suffix,
         prompt_ids=tuple(backend.encode(prompt, add_special_tokens=False).ids) if prompt else (),
-        excluded=excluded_tokens(tokenizer, pooling, config.special_tokens),
+        excluded=excluded_tokens(tokenizer, rule, config.special_tokens == "auto"),
     )
     return info, backend
 
 
-def excluded_tokens(tokenizer: Any, pooling: str, rule: str) -> tuple[int, ...]:  # noqa: ANN401 - a transformers tokenizer
+def excluded_tokens(tokenizer: Any, rule: str, auto: bool) -> tuple[int, ...]:  # noqa: ANN401 - a transformers tokenizer
     """Return the tokens that are never sampled, labelled or replaced, increasing.
 
-    The padding token always; with `exclude` every special token but the unknown token. `auto` means `include` for
-    mean pooling, less a decoder's BOS (an attention sink: a BOS that is no CLS), and `exclude` for other poolings.
+    Args:
+        tokenizer: the teacher's.
+        rule: "include" leaves out the padding token only, "exclude" every special token but the unknown token.
+        auto: also leave out a decoder's BOS, an attention sink (a BOS that is no CLS).
     """
     excluded = {tokenizer.pad_token_id}
     if tokenizer.pad_token_id in (tokenizer.eos_token_id, tokenizer.unk_token_id):
         excluded = set()  # a padding token that is also another one: the mask tells them apart, the id does not
-    if rule == "exclude" or (rule == "auto" and pooling != "mean"):
+    if rule == "exclude":
         excluded |= set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    elif rule == "auto" and tokenizer.bos_token_id not in (None, tokenizer.cls_token_id):
+    elif auto and tokenizer.bos_token_id not in (None, tokenizer.cls_token_id):
         excluded.add(tokenizer.bos_token_id)
     return tuple(sorted(int(i) for i in excluded if i is not None))
 
@@ -212,6 +222,10 @@ class Teacher:
         self.device = device
         if device == "cuda":
             model = model.to(device)
+        after_padding = any(
+            kind in model.config.model_type for kind in _AFTER_PADDING
+        )  # find their positions themselves
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters and not after_padding
         self.engine = deepspeed.init_inference(model, dtype=getattr(torch, dtype), replace_with_kernel_inject=False)
 
     def embed(self, ids: np.ndarray, mask: np.ndarray) -> "torch.Tensor":
@@ -219,7 +233,7 @@ class Teacher:
 
         Args:
             ids: int [B, L], token ids; anything where the mask is 0.
-            mask: bool [B, L], padding on the right.
+            mask: bool [B, L], padding on either side.
 
         Returns:
             [B, L, D] in the teacher's dtype, on its device; rows of padding are meaningless.
@@ -227,11 +241,15 @@ class Teacher:
         import torch
 
         last = self.layer in (-1, self._layers())
+        more = {}
+        if not mask[:, 0].all() and self.takes_positions:  # on the left: the first token is at position 0 all the same
+            more["position_ids"] = torch.from_numpy(np.maximum(mask.cumsum(axis=1) - 1, 0)).to(self.device)
         with torch.inference_mode():
             output = self.engine(
                 input_ids=torch.from_numpy(ids.astype(np.int64)).to(self.device),
                 attention_mask=torch.from_numpy(mask.astype(np.int64)).to(self.device),
                 output_hidden_states=not last,
+                **more,
             )
         hidden: torch.Tensor = output.last_hidden_state if last else output.hidden_states[self.layer]
         return hidden
@@ -260,10 +278,11 @@ def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
         start = stop
 
 
-def pad_batch(rows: list[np.ndarray], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Pad passages on the right: token ids int32 [B, L] and mask bool [B, L]."""
-    lengths = np.array([len(r) for r in rows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
+def pad_batch(rows: list[np.ndarray], pad: int = 0, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+    """Pad passages on the right (or left): token ids int32 [B, L] and mask bool [B, L]."""
+    lengths = np.array([len(r) for r in rows])[:, None]
+    place = np.arange(lengths.max())
+    mask = place < lengths if side == "right" else place >= lengths.max() - lengths
     ids = np.full(mask.shape, pad, dtype=np.int32)
     ids[mask] = np.concatenate(rows)
     return ids, mask
@@ -283,14 +302,15 @@ def _load_body(folder: Path, name: str, dtype: Any) -> Any:  # noqa: ANN401 - a 
             f"teacher {name!r} does not load: {_first_line(error)}; msense reads safetensors weights only"
         ) from error
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if hasattr(model, "encoder") and hasattr(model, "decoder"):  # only the encoder of such a model is a teacher
+        missing = [key for key in missing if not key.startswith("decoder.")]
+        model = model.encoder
     if missing:
         raise BadInput(
             f"the weights of teacher {name!r} lack {len(missing)} tensors of the model, {missing[0]} the first: "
             "they are not this model's; give a folder whose weights and config.json belong together"
         )
     model.config.use_cache = False
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
     return model.eval()
 
 
@@ -330,9 +350,9 @@ def _sentence_transformers_settings(folder: Path) -> tuple[Path, str, bool, int 
 
 
 def _positions(config: Any) -> int | None:  # noqa: ANN401 - a transformers config
-    """Return how many tokens the position embeddings reach; RoBERTa's begin after the padding token's id."""
+    """Return how many tokens the position embeddings reach; some begin after the padding token's id."""
     positions = getattr(config, "max_position_embeddings", None)
-    taken = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+    taken = (config.pad_token_id or 0) + 1 if any(kind in config.model_type for kind in _AFTER_PADDING) else 0
     return positions - taken if positions else None
 
 

@@ -100,9 +100,9 @@ class Passages:
         skipped = (position >= start) & (position < start + len(spec.prompt) + np.repeat(self.context, self.lengths))
         return ~skipped & ~np.isin(self.ids, np.asarray(spec.excluded, dtype=np.int32))
 
-    def without(self, rows: np.ndarray | None) -> "Passages":
+    def without(self, rows: np.ndarray) -> "Passages":
         """Leave out the passages of these rows."""
-        if rows is None:
+        if not len(rows):
             return self
         kept = np.ones(len(self.keys), dtype=bool)
         kept[rows] = False
@@ -186,11 +186,15 @@ def cut_points(encoding: Encoding, text: str, length: int, stride: int) -> list[
 
 
 def _word_end(offsets: list[tuple[int, int]], text: str, first: int, last: int) -> int:
-    """Return the largest token in [first, last] at which a passage may open, best kind of border first."""
-    for border in (_after_space, _between_words, _between_characters):
-        for token in range(last, first - 1, -1):
-            if border(offsets, text, token):
-                return token
+    """Return the largest token in [first, last] at which a passage may open, best kind of border first.
+
+    The last half is searched first, so that a space far back does not leave a short passage.
+    """
+    for start, borders in (((first + last) // 2, (_after_space, _between_words)), (first, _BORDERS)):
+        for border in borders:
+            for token in range(last, start - 1, -1):
+                if border(offsets, text, token):
+                    return token
     return last
 
 
@@ -216,6 +220,9 @@ def _between_words(offsets: list[tuple[int, int]], text: str, token: int) -> boo
 
 def _between_characters(offsets: list[tuple[int, int]], text: str, token: int) -> bool:
     return offsets[token][0] >= offsets[token - 1][1]
+
+
+_BORDERS = (_after_space, _between_words, _between_characters)
 
 
 @dataclass
@@ -317,6 +324,20 @@ def _batches(items: Iterable[Document | BadDocument]) -> Iterator[list[Document 
         yield batch
 
 
+def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Group slices so that the tokenizer holds about one slice's worth of text at a time."""
+    group: list[tuple[int, str]] = []
+    characters = 0
+    for number, part in parts:
+        group.append((number, part))
+        characters += len(part)
+        if characters >= SLICE_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
 def _slices(text: str) -> Iterator[str]:
     """Split a very long text at white space into slices that are tokenised one by one."""
     start = 0
@@ -331,15 +352,17 @@ def _slices(text: str) -> Iterator[str]:
 
 def _add_documents(documents: list[Document], spec: PassageSpec, tokenizer: Tokenizer, blocks: BlockWriter) -> int:
     """Tokenise, cut and add documents; return the number of tokens in their passages."""
-    slices = [(number, part) for number, document in enumerate(documents) for part in _slices(document.text)]
-    encodings = tokenizer.encode_batch([part for _, part in slices], add_special_tokens=False)
     before = np.array((*spec.prefix, *spec.prompt), dtype=np.int32)
     after = np.array(spec.suffix, dtype=np.int32)
     passages: list[list[tuple[int, np.ndarray]]] = [[] for _ in documents]
-    for (number, part), encoding in zip(slices, encodings, strict=True):
-        ids = np.array(encoding.ids, dtype=np.int32)
-        for context, begin, end in cut_points(encoding, part, spec.body_length, spec.stride):
-            passages[number].append((begin - context, np.concatenate([before, ids[context:end], after])))
+    for group in _groups(
+        (number, part) for number, document in enumerate(documents) for part in _slices(document.text)
+    ):
+        encodings = tokenizer.encode_batch([part for _, part in group], add_special_tokens=False)
+        for (number, part), encoding in zip(group, encodings, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            for context, begin, end in cut_points(encoding, part, spec.body_length, spec.stride):
+                passages[number].append((begin - context, np.concatenate([before, ids[context:end], after])))
     tokens = 0
     for document, its_passages in zip(documents, passages, strict=True):
         keys = passage_keys(document.id, len(its_passages), spec.seed)

@@ -97,11 +97,11 @@ def exemplar_places(
         count: how many a sense.
 
     Returns:
-        The columns of `exemplars.PLACE`, each named `exemplar_...`.
+        The columns of `exemplars.PLACE`, each named `exemplar_...`; distances stay squared.
     """
     assignment, distance = found
     sense = assignment + np.repeat(np.cumsum(senses) - senses, points)
     chosen, rank = nearest(sense, distance, count)
     columns = {name: column[chosen] for name, column in places.items()}
-    columns |= {"sense": assignment[chosen], "rank": rank, "distance": np.sqrt(distance[chosen])}
+    columns |= {"sense": assignment[chosen], "rank": rank, "distance": distance[chosen]}
     return {f"exemplar_{name}": columns[name] for name in PLACE}

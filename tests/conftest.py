@@ -29,19 +29,28 @@ def ray() -> Iterator[None]:
 def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write a small random teacher into a folder.
 
-    kind "bert" has [CLS] and [SEP]; kind "llama" a BOS and nothing else, and its layer 0 is its embedding table, so
-    that every occurrence of a token has the same, known embedding. `pooling` writes sentence-transformers settings.
+    kind "bert" (or "roberta", "t5") has [CLS] and [SEP]; "llama" a BOS and nothing else, and its layer 0 is its
+    embedding table, so that every occurrence of a token has the same, known embedding. `pooling` writes
+    sentence-transformers settings.
     """
 
-    def make(
-        kind: str = "bert", pooling: str | None = None, prompt: str | None = None, padding_side: str = "right"
-    ) -> Path:
+    def make(kind: str = "bert", pooling: str | None = None, prompt: str | None = None) -> Path:
         import torch
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-        from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+        from transformers import (
+            BertConfig,
+            BertModel,
+            LlamaConfig,
+            LlamaModel,
+            PreTrainedTokenizerFast,
+            RobertaConfig,
+            RobertaModel,
+            T5Config,
+            T5Model,
+        )
 
         folder = tmp_path_factory.mktemp(f"{kind}-teacher")
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if kind == "bert" else ["<pad>", "<unk>", "<s>"]
+        special = ["<pad>", "<unk>", "<s>"] if kind == "llama" else ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
         vocabulary = {word: number for number, word in enumerate([*special, *WORDS, *".,!"])}
         backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special[1]))
         backend.normalizer = normalizers.Lowercase()
@@ -55,21 +64,24 @@ def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
             "num_attention_heads": 2,
             "intermediate_size": 32,
         }
+        t5 = {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 32}
         torch.manual_seed(0)
-        if kind == "bert":
+        if kind != "llama":
             backend.post_processor = processors.TemplateProcessing(
                 single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
             )
             names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
-            model = BertModel(BertConfig(**sizes, max_position_embeddings=64, initializer_range=0.5))
+            model = {
+                "bert": lambda: BertModel(BertConfig(**sizes, max_position_embeddings=64, initializer_range=0.5)),
+                "roberta": lambda: RobertaModel(RobertaConfig(**sizes, max_position_embeddings=64, pad_token_id=0)),
+                "t5": lambda: T5Model(T5Config(vocab_size=len(vocabulary), **t5)),
+            }[kind]()
         else:
             backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
             names |= {"bos_token": "<s>"}
             model = LlamaModel(LlamaConfig(**sizes, max_position_embeddings=64, initializer_range=0.5))
         model.save_pretrained(folder)
-        PreTrainedTokenizerFast(
-            tokenizer_object=backend, model_max_length=64, padding_side=padding_side, **names
-        ).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names).save_pretrained(folder)
         if pooling:
             modules = [{"name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
             modules.append({"name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"})
@@ -82,3 +94,63 @@ def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return folder
 
     return make
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a build without Ray, in this process and in small pieces: many blocks, units and shards of a small corpus."""
+    import json as json_module
+
+    import ray as ray_module
+
+    from msense import build, clustering, estimate, exemplars, occurrences, parts, plan, runtime, tokens
+
+    def run(work: Callable, items: list) -> Iterator[dict]:
+        for item in items:
+            yield runtime.unwrap(runtime.guard(work, json_module.loads(json_module.dumps(item))))
+
+    def reduce(name: str, work: Callable, slices: list, resources: object, *common: object) -> object:
+        results = [work(item, *common) for item in slices]
+        return runtime._merge(*results)
+
+    fakes = {
+        "connect": lambda workers=None: runtime.Resources(actors=workers or 2, tasks=workers or 2, device="cpu"),
+        "map_data": lambda name, work, items, resources: run(work, items),
+        "map_actors": lambda name, actor, arguments, items, resources: run(actor(**arguments), items) if items else (),
+        "map_tasks": lambda name, work, items, resources, *common: run(lambda item: work(item, *common), items),
+        "reduce_tasks": reduce,
+        "run_task": lambda work, *arguments, device="cpu": work(*arguments),
+        "submit": lambda work, *arguments: work(*arguments),
+        "get": lambda value: value,
+    }
+    for module in (build, clustering, estimate, exemplars, parts, plan):
+        for name, fake in fakes.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, fake)
+
+    class Remote:
+        """Stands for what `ray.remote` returns: calls go straight through."""
+
+        def __init__(self, target: Callable) -> None:
+            self.target = target
+
+        def options(self, **_: object) -> "Remote":
+            return self
+
+        def remote(self, *arguments: object, **named: object) -> object:
+            result = self.target(*arguments, **named)
+            return Actor(result) if isinstance(self.target, type) else result
+
+    class Actor:
+        def __init__(self, target: object) -> None:
+            self._target = target
+
+        def __getattr__(self, name: str) -> Remote:
+            return Remote(getattr(self._target, name))
+
+    monkeypatch.setattr(ray_module, "remote", Remote)
+    monkeypatch.setattr(ray_module, "put", lambda value: value)
+    monkeypatch.setattr(ray_module, "kill", lambda actor: None)
+    monkeypatch.setattr(tokens, "BLOCK_TOKENS", 1500)
+    monkeypatch.setattr(occurrences, "UNIT_BYTES", (60_000, 60_000))
+    monkeypatch.setattr(occurrences, "SHARD_BYTES", (60_000, 60_000))

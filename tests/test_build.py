@@ -16,7 +16,8 @@ from msense.errors import BadInput
 from msense.storage import RunFolder, facts_of
 
 MakeTeacher = Callable[..., Path]
-pytestmark = pytest.mark.usefixtures("ray")
+on_ray = pytest.mark.usefixtures("ray")
+in_process = pytest.mark.usefixtures("in_process")
 
 LINES = [
     "the bank of the river is deep",
@@ -44,6 +45,7 @@ def dictionary_bytes(output: Path) -> dict[str, bytes]:
     return {name: (output / "dictionary" / name).read_bytes() for name in FILES}
 
 
+@on_ray
 def test_hand_known_teacher_gives_its_embedding_table(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
     """Layer 0 of the llama double is its embedding table: one sense a token, the token's row, counted exactly."""
     from transformers import AutoModel
@@ -62,6 +64,7 @@ def test_hand_known_teacher_gives_its_embedding_table(tmp_path: Path, corpus: Pa
     assert summary["stages"]["passages"]["documents"] == 20
 
 
+@in_process
 def test_exemplars_show_the_word_in_its_document(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
     import pyarrow.parquet as pq
 
@@ -81,6 +84,7 @@ def test_exemplars_show_the_word_in_its_document(tmp_path: Path, corpus: Path, m
     assert [r["distance"] for r in mine if r["sense"] == 0] == sorted(r["distance"] for r in mine if r["sense"] == 0)
 
 
+@in_process
 @pytest.mark.parametrize(
     ("kind", "pooling", "specials"), [("bert", None, [2, 3]), ("bert", "cls_token", []), ("llama", None, [])]
 )
@@ -94,6 +98,7 @@ def test_special_tokens_have_senses_only_where_the_teacher_pools_them(
     assert dictionary.token_counts[0] == 0  # padding
 
 
+@in_process
 def test_prompt_and_context_are_read_but_never_counted(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
     teacher = make_teacher("llama")
     plain = build(tmp_path / "plain", corpus=(str(corpus),), teacher=str(teacher), exemplars=0)
@@ -123,6 +128,7 @@ def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@on_ray
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_same_bytes_in_parts_with_other_workers_and_other_folders(
     tmp_path: Path, long_corpus: Path, make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch, metric: str
@@ -142,6 +148,7 @@ def test_same_bytes_in_parts_with_other_workers_and_other_folders(
     assert dictionary_bytes(tmp_path / "whole") == dictionary_bytes(tmp_path / "parts")
 
 
+@on_ray
 def test_goes_on_after_a_stop_and_writes_the_same(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
     settings = {
         "corpus": (str(corpus),),
@@ -160,6 +167,7 @@ def test_goes_on_after_a_stop_and_writes_the_same(tmp_path: Path, corpus: Path, 
     assert dictionary_bytes(tmp_path / "whole") == dictionary_bytes(tmp_path / "cut")
 
 
+@in_process
 def test_finished_run_is_taken_as_it_is_and_changes_are_refused(
     tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
 ) -> None:
@@ -181,6 +189,7 @@ def test_finished_run_is_taken_as_it_is_and_changes_are_refused(
         build(tmp_path / "run", **settings)
 
 
+@in_process
 def test_dedup_reads_equal_passages_once(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
     summary = build(tmp_path / "run", corpus=(str(corpus),), teacher=str(make_teacher("bert")), dedup=True)
     assert summary["stages"]["passages"]["passages"] == 20
@@ -189,6 +198,7 @@ def test_dedup_reads_equal_passages_once(tmp_path: Path, corpus: Path, make_teac
     assert dictionary.token_counts[dictionary.find("bank").tokens[0].token_id] == 2
 
 
+@in_process
 def test_repeated_id_is_refused(tmp_path: Path, make_teacher: MakeTeacher) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text(
@@ -198,6 +208,7 @@ def test_repeated_id_is_refused(tmp_path: Path, make_teacher: MakeTeacher) -> No
         build(tmp_path / "run", corpus=(str(file),), teacher=str(make_teacher("bert")))
 
 
+@in_process
 def test_corpus_without_text_and_embeddings_that_are_not_finite(
     tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
 ) -> None:
@@ -213,13 +224,14 @@ def test_corpus_without_text_and_embeddings_that_are_not_finite(
     weights = load_file(teacher / "model.safetensors")
     weights["encoder.layer.1.output.LayerNorm.bias"] = torch.full((16,), 1e30)
     save_file(weights, teacher / "model.safetensors")
-    with pytest.raises(MsenseError, match=r"NaN or infinite embeddings as float16.*--store-dtype bfloat16"):
+    with pytest.raises(MsenseError, match=r"too large for float16: give --store-dtype bfloat16"):
         build(tmp_path / "run2", corpus=(str(corpus),), teacher=str(teacher), dtype="float32")
 
 
+@in_process
 def test_dry_run_tells_what_the_build_then_does(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
     settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert")), "max_occurrences": 5}
-    told = build(tmp_path / "run", dry_run=True, time_teacher=True, **settings)["estimate"]
+    told = build(tmp_path / "run", dry_run=True, **settings)["estimate"]
     assert not (tmp_path / "run" / "occurrences").exists()
     summary = build(tmp_path / "run", **settings)
     plan = summary["stages"]["plan"]
@@ -227,16 +239,16 @@ def test_dry_run_tells_what_the_build_then_does(tmp_path: Path, corpus: Path, ma
     assert (told["needed"], told["stored"]) == (plan["needed"], plan["stored"])
     assert told["senses"] >= summary["stages"]["dictionary"]["senses"]
     assert summary["stages"]["occurrences"]["occurrences"] == told["stored"]
-    assert told["tokens_per_second"] >= 0
 
 
+@on_ray
 def test_sampled_dry_run_estimates_the_whole(tmp_path: Path, long_corpus: Path, make_teacher: MakeTeacher) -> None:
     settings = {"corpus": (str(long_corpus),), "teacher": str(make_teacher("bert")), "max_occurrences": 200}
-    whole = build(tmp_path / "whole", dry_run=True, **settings)["estimate"]
+    whole = build(tmp_path / "whole", dry_run=True, time_teacher=True, **settings)["estimate"]
     part = build(tmp_path / "part", dry_run=True, sample=0.25, **settings)["estimate"]
     for name in ("documents", "tokens", "needed_tokens", "stored"):
         assert part[name] == pytest.approx(whole[name], rel=0.35), name
-    assert part["documents"] % 4 == 0
+    assert whole["tokens_per_second"] > 0
 
 
 def test_differences_names_every_change() -> None:

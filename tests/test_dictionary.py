@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import assert_same, make
 
-from msense.dictionary import SenseDictionary, TeacherInfo
+from msense.dictionary import SenseDictionary, TeacherName
 from msense.dictionary.format import DTYPES
 from msense.errors import BadInput, DictionaryError
 
@@ -128,7 +128,7 @@ def test_merge_is_associative_and_keeps_every_sense_in_order(data: st.DataObject
         (make([1, 2], tokenizer_fingerprint="u"), r"tokenizer_fingerprint \('t' and 'u'\)"),
         (make([1, 2], dtype="float32"), r"dtype \('float16' and 'float32'\)"),
         (make([1, 2], layer=3), r"layer \(-1 and 3\)"),
-        (make([1, 2], teacher=TeacherInfo(name="x", fingerprint="g")), r"teacher fingerprint \('f' and 'g'\)"),
+        (make([1, 2], teacher=TeacherName(name="x", fingerprint="g")), r"teacher fingerprint \('f' and 'g'\)"),
     ],
 )
 def test_merge_names_what_differs(other: SenseDictionary, message: str) -> None:

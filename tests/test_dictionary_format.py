@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import assert_same, make
 
-from msense.dictionary import SenseDictionary, TeacherInfo, write_dictionary
+from msense.dictionary import SenseDictionary, TeacherName, write_dictionary
 from msense.dictionary import format as dictionary_format
 from msense.dictionary.format import DTYPES
 from msense.errors import DictionaryError
@@ -122,7 +122,7 @@ def test_a_run_folder_and_a_file_uri_are_followed(tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_it_is_and_cannot_be_broken_out_of(tmp_path: Path) -> None:
-    d = make([1, 2], teacher=TeacherInfo(name="a|b\n# evil", fingerprint="f"), quality={"explained_variance": 0.75})
+    d = make([1, 2], teacher=TeacherName(name="a|b\n# evil", fingerprint="f"), quality={"explained_variance": 0.75})
     d.save(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "| teacher | a/b # evil |" in card

@@ -374,12 +374,12 @@ def test_dot_clusters_like_l2(n: int) -> None:
     same_bytes(one(x, KMeansConfig(k=6, metric="dot")), one(x, KMeansConfig(k=6, metric="l2")))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e6])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("n", [3, GRAM, BLOCKED])
 def test_bad_values_name_the_first_bad_token(bad: float, n: int) -> None:
     x = np.ones((3 * n, 2), np.float32)
     x[n, 1] = x[2 * n, 0] = bad
-    with pytest.raises(MsenseError, match="token 55 has an embedding with a value that is NaN, infinite or over 65504"):
+    with pytest.raises(MsenseError, match="token 55 has an embedding that is NaN or infinite"):
         cluster_tokens(x, np.array([n, n, n]), np.array([77, 55, 66]), KMeansConfig(k=2))
 
 

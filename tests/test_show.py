@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import make, with_tokenizer, word_piece
 
-from msense.__main__ import clean, main
+from msense.__main__ import main
+from msense.cli import clean
 from msense.dictionary import DictionaryFiles, SenseDictionary
 from msense.dictionary.lookup import exemplar_schema
 

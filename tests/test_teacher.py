@@ -106,18 +106,45 @@ def test_layers_are_those_of_the_model(make_teacher: MakeTeacher) -> None:
     np.testing.assert_array_equal(load(folder, 0).embed(ids, mask).numpy()[0], table[ids[0]])
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "roberta", "t5"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_never_counts(make_teacher: MakeTeacher, kind: str, side: str) -> None:
-    """A passage alone and beside a longer one gives the same embeddings, whatever side the tokenizer pads on."""
-    teacher = load(make_teacher(kind, padding_side=side))
+    """A passage alone and beside a longer one has the same embeddings, whatever side is padded."""
+    teacher = load(make_teacher(kind))
     short, long = np.array([2, 5, 6]), np.array([2, 8, 9, 10, 11, 12, 5])
-    ids, mask = pad_batch([short, long])
+    ids, mask = pad_batch([short, long], side=side)
     assert mask.sum(1).tolist() == [3, 7]
-    together = teacher.embed(ids, mask)[0, :3].numpy()
-    np.testing.assert_allclose(teacher.embed(*pad_batch([short]))[0].numpy(), together, atol=1e-5)
-    junk, _ = pad_batch([short, long], pad=7)
-    np.testing.assert_allclose(teacher.embed(junk, mask)[0, :3].numpy(), together, atol=1e-5)
+    assert mask[0].tolist() == ([True] * 3 + [False] * 4 if side == "right" else [False] * 4 + [True] * 3)
+    together = teacher.embed(ids, mask)[0].numpy()[mask[0]]
+    alone = teacher.embed(*pad_batch([short]))[0].numpy()
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.abs(alone[1] - alone[2]).max() > 1e-3
+    if kind != "roberta":  # which tells padding by its token
+        junk, _ = pad_batch([short, long], pad=7, side=side)
+        np.testing.assert_allclose(teacher.embed(junk, mask)[0].numpy()[mask[0]], alone, atol=1e-5)
+
+
+def test_positions_after_the_padding_token_are_not_offered(make_teacher: MakeTeacher) -> None:
+    folder = make_teacher("roberta")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("model_max_length")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    info, _ = describe(str(folder), BuildConfig())
+    assert info.max_length == 63  # 64 positions, the first after padding token 0
+    ids, mask = pad_batch([np.full(63, 5)])
+    assert np.isfinite(load(folder).embed(ids, mask).numpy()).all()
+
+
+def test_an_encoder_only_t5_checkpoint_is_a_teacher(make_teacher: MakeTeacher, tmp_path: Path) -> None:
+    import shutil
+
+    from transformers import T5EncoderModel
+
+    whole = make_teacher("t5")
+    shutil.copytree(whole, tmp_path / "encoder")
+    T5EncoderModel.from_pretrained(whole).save_pretrained(tmp_path / "encoder")
+    ids, mask = pad_batch([np.array([4, 5, 6])])
+    np.testing.assert_allclose(load(tmp_path / "encoder").embed(ids, mask), load(whole).embed(ids, mask), atol=1e-6)
 
 
 @settings(max_examples=100, deadline=None)

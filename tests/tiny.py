@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from msense.dictionary import Arrays, DictionaryConfig, DictionaryFiles, SenseDictionary, TeacherInfo, write_dictionary
+from msense.dictionary import Arrays, DictionaryConfig, DictionaryFiles, SenseDictionary, TeacherName, write_dictionary
 from msense.dictionary.format import DTYPES
 from msense.dictionary.lookup import exemplar_schema
 
@@ -21,7 +21,7 @@ def make(sizes: list[int], dim: int = 3, dtype: str = "float16", seed: int = 0, 
     arrays = Arrays(offsets, counts, spread, rng.integers(0, 99, len(sizes)))
     given = DictionaryConfig(
         **{
-            "teacher": TeacherInfo(name="tiny", revision="main", fingerprint="f"),
+            "teacher": TeacherName(name="tiny", revision="main", fingerprint="f"),
             "tokenizer_fingerprint": "t",
             "layer": -1,
             "dim": dim,

@@ -1,6 +1,7 @@
 """The corpus: URIs in, documents out. `files` says what there is, `readers` reads it, `pydocs` is the embedded one."""
 
 from msense.corpus.files import (
+    WHOLE,
     Piece,
     SourceFile,
     count_rows,
@@ -12,6 +13,7 @@ from msense.corpus.files import (
 from msense.corpus.readers import BadDocument, Document, read_documents
 
 __all__ = [
+    "WHOLE",
     "BadDocument",
     "Document",
     "Piece",

@@ -1,6 +1,6 @@
 """The sense dictionary: the class, and its folder on disk."""
 
-from msense.dictionary.format import Arrays, DictionaryConfig, DictionaryFiles, TeacherInfo, write_dictionary
+from msense.dictionary.format import Arrays, DictionaryConfig, DictionaryFiles, TeacherName, write_dictionary
 from msense.dictionary.sense_dictionary import SenseDictionary, Senses
 
 __all__ = [
@@ -9,6 +9,6 @@ __all__ = [
     "DictionaryFiles",
     "SenseDictionary",
     "Senses",
-    "TeacherInfo",
+    "TeacherName",
     "write_dictionary",
 ]

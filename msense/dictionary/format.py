@@ -1,7 +1,7 @@
 """A dictionary on disk: its file names, its config, the layout of its arrays, and the streaming writer.
 
 Comes in: a config, the small arrays, centroids chunk by chunk. Goes out: a folder, each file written under a temporary
-name and renamed, config.json last. Holds the small arrays and one chunk. `dictionary_reader` reads it.
+name and renamed, config.json last. Holds the small arrays and one chunk. `reader` reads it.
 """
 
 import json
@@ -18,12 +18,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from torch import Tensor
 
-from msense.config import Metric
+from msense.config import MAX_SENSES, Metric
 from msense.dictionary.assignment import as_tensor
 from msense.errors import DictionaryError
 
 FORMAT_VERSION: Literal[1] = 1
-MAX_SENSES = 65_534  # labels are uint16, and 65535 says "none"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # safetensors' names
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8}
@@ -36,7 +35,7 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class TeacherInfo(FrozenModel):
+class TeacherName(FrozenModel):
     """The model whose embeddings were clustered."""
 
     name: str
@@ -48,7 +47,7 @@ class DictionaryConfig(FrozenModel):
     """Everything about a dictionary that is not an array."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    teacher: TeacherInfo
+    teacher: TeacherName
     tokenizer_fingerprint: str
     layer: int = Field(description="hidden layer of the teacher, -1 the last")
     dim: int = Field(gt=0, description="width D of embeddings and senses")
@@ -123,7 +122,8 @@ class DictionaryFiles:
             raise DictionaryError(f"{path} is missing: the dictionary is not whole; copy or build it again")
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise DictionaryError(
-                f"{path} links to {path.resolve()}, outside the dictionary: put the file itself there"
+                f"{path} links to {path.resolve()}, outside the dictionary: put the file itself there "
+                "(from a hub, download with local_dir)"
             )
         return path
 

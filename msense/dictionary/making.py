@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msense.dictionary.format import DTYPES, Arrays, DictionaryConfig, TeacherInfo, check_arrays
+from msense.dictionary.format import DTYPES, Arrays, DictionaryConfig, TeacherName, check_arrays
 from msense.errors import BadInput, DictionaryError
 from msense.kmeans import KMeansConfig, cluster_tokens
 
@@ -41,7 +41,7 @@ def cluster_in_memory(
 
     Raises:
         BadInput: token ids outside the vocabulary.
-        MsenseError: an embedding is NaN, infinite or beyond float16's range.
+        MsenseError: an embedding is NaN or infinite.
     """
     low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
     size = high + 1 if vocab_size is None else vocab_size
@@ -56,7 +56,7 @@ def cluster_in_memory(
     starts[tokens + 1] = clusters.sizes
     arrays = Arrays(np.cumsum(starts), clusters.counts, clusters.spread, np.bincount(ids, minlength=size))
     config = DictionaryConfig(
-        teacher=TeacherInfo(name="in memory"),
+        teacher=TeacherName(name="in memory"),
         tokenizer_fingerprint="",
         layer=-1,
         dim=points.shape[1],

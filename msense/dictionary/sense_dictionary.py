@@ -22,7 +22,7 @@ from msense.dictionary.format import (
     Arrays,
     DictionaryConfig,
     DictionaryFiles,
-    TeacherInfo,
+    TeacherName,
     atomic_path,
     write_dictionary,
 )
@@ -41,7 +41,7 @@ __all__ = [
     "DictionaryFiles",
     "SenseDictionary",
     "Senses",
-    "TeacherInfo",
+    "TeacherName",
     "write_dictionary",
 ]
 
@@ -64,7 +64,7 @@ class SenseDictionary:
 
     Attributes:
         config: what the dictionary is of.
-        ragged: the senses as the functions of `msense.assignment` take them.
+        ragged: the senses as the functions of `assignment` take them.
         offsets: int64 [V+1]; senses offsets[t] to offsets[t + 1] belong to token t.
         counts: int64 [S].
         spread: float32 [S].
@@ -132,7 +132,9 @@ class SenseDictionary:
         if "://" in str(source):
             from msense import storage
 
-            source = storage.local_copy(str(source))
+            inside = storage.join(str(source), "dictionary")
+            of_run = storage.exists(storage.join(inside, "config.json"))
+            source = storage.local_copy(inside if of_run else str(source))
         folder = Path(source)
         inner = folder / "dictionary"
         if not DictionaryFiles(folder).config.exists() and DictionaryFiles(inner).config.exists():
@@ -284,7 +286,7 @@ class SenseDictionary:
 
         Raises:
             BadInput: shapes, types or settings do not fit.
-            MsenseError: an embedding is NaN, infinite or beyond float16's range.
+            MsenseError: an embedding is NaN or infinite.
         """
         points, ids = as_tensor(embeddings), _integers(token_ids)
         _check_shapes(ids, points)

@@ -94,7 +94,7 @@ def cluster_tokens(
 
     Raises:
         BadInput: the arrays do not fit together.
-        MsenseError: a value is NaN, infinite or beyond float16's range; names the token.
+        MsenseError: a value is NaN or infinite; names the token.
     """
     view = as_points(points)
     if len(sizes) != len(token_ids) or int(sizes.sum()) != len(view) or (len(sizes) and int(sizes.min()) < 0):

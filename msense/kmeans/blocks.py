@@ -1,8 +1,8 @@
 """k-means of one large token in blocks of BLOCK_ROWS rows, which several workers may share as parts.
 
 In: some rows of the token, and its state. Out: sums and counts that add up, the next state, final results; none depends
-on how the blocks are cut into parts. The rounds are `partial`, `combine`, (`farthest`,) `update`; then `finish`.
-Holds one block in float32.
+on how the blocks are cut into parts while rows x largest |value| stays under 2^29 (see `read_points`). The rounds are
+`partial`, `combine`, (`farthest`,) `update`; then `finish`. Holds one block in float32.
 """
 
 import math
@@ -78,7 +78,7 @@ def seed_centroids(
         device: where distances are computed.
 
     Raises:
-        MsenseError: a value is NaN, infinite or beyond float16's range.
+        MsenseError: a value is NaN or infinite.
     """
     view = as_points(points)
     check_points(view, np.array([len(view)]), np.array([token_id]))
@@ -118,7 +118,7 @@ def partial(
         device: where blocks are computed.
 
     Raises:
-        MsenseError: a value is NaN, infinite or beyond float16's range (looked for in the first round).
+        MsenseError: a value is NaN or infinite (looked for in the first round).
     """
     view = as_points(points)
     if state.rounds == 0:

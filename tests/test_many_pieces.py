@@ -1,0 +1,210 @@
+"""Builds of many blocks, units and shards, in this process: the same bytes however cut, and after a stop at any step."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from msense import SenseDictionary, storage
+from msense.build import build_dictionary
+from msense.config import BuildConfig
+from msense.corpus import cut_pieces
+from msense.errors import BadInput
+
+pytestmark = pytest.mark.usefixtures("in_process")
+MakeTeacher = Callable[..., Path]
+WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    chances = np.array([12, 6] + [1] * 13) / 31
+    for name in "ab":
+        lines = [" ".join(rng.choice(WORDS, 24, p=chances)) for _ in range(150)]
+        (folder / f"{name}.txt").write_text("\n".join([*lines, *lines[:5], ""]) + "\n")
+    return folder
+
+
+def build(output: Path, **settings: object) -> dict:
+    return build_dictionary(BuildConfig(output=str(output), dtype="float32", senses=4, **settings))
+
+
+def artefact(output: Path) -> dict[str, bytes]:
+    folder = output / "dictionary"
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_occurrences": 6000},
+        {"max_occurrences": 1500, "metric": "cosine"},
+        {"max_occurrences": 0, "stride": 3, "max_length": 16},
+        {"max_occurrences": 1500, "metric": "dot", "store_dtype": "bfloat16", "dedup": True},
+        {"max_occurrences": 1500, "coverage": 0.6},
+    ],
+    ids=["l2", "cosine", "all-stride", "dot-bf16-dedup", "coverage"],
+)
+def test_parts_or_no_parts_same_bytes_and_true_contexts(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, settings: dict
+) -> None:
+    given = {
+        "corpus": (str(corpus),),
+        "teacher": str(make_teacher("bert")),
+        "keep": ("occurrences", "centroids"),
+        **settings,
+    }
+    build(tmp_path / "whole", **given)
+    build(tmp_path / "parts", max_points_per_part=1024, workers=3, **given)
+    assert len(list((tmp_path / "whole" / "occurrences").glob("*.records"))) > 2
+    assert len(list((tmp_path / "whole" / "centroids").glob("0*.safetensors"))) > 2
+    cut = list((tmp_path / "parts" / "centroids").glob("token-*.safetensors"))
+    assert not list((tmp_path / "whole" / "centroids").glob("token-*.safetensors"))
+    assert cut
+    assert artefact(tmp_path / "whole") == artefact(tmp_path / "parts")
+    dictionary = SenseDictionary.load(tmp_path / "whole")
+    names = {token.token_id: word for word in WORDS for token in dictionary.find(word).tokens}
+    for row in pq.read_table(tmp_path / "whole" / "dictionary" / "exemplars.parquet").to_pylist():
+        name, line = row["document_id"].split(":")
+        text = (corpus / name).read_text().splitlines()[int(line)]
+        context = (row["left"] + row["word"] + row["right"]).replace("[CLS]", "").replace("[SEP]", "").strip()
+        assert context in text
+        if row["token"] in names:
+            assert row["word"].strip() == names[row["token"]]
+
+
+def test_counts_are_those_of_the_corpus(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
+    build(tmp_path / "run", corpus=(str(corpus),), teacher=str(make_teacher("llama")), layer=0, max_occurrences=0)
+    dictionary = SenseDictionary.load(tmp_path / "run")
+    words = " ".join(p.read_text() for p in corpus.iterdir()).split()
+    for word in WORDS:
+        token = dictionary.find(word).tokens[0].token_id
+        assert dictionary.token_counts[token] == words.count(word)
+        assert dictionary.senses(token).counts.tolist() == [words.count(word)]  # one embedding, hence one sense
+
+
+class StoppedError(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.slow
+def test_a_stop_at_any_write_and_the_same_command_again(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
+    settings |= {"max_occurrences": 6000, "max_points_per_part": 1024, "dedup": True}
+    step = {"now": 0, "stop": -1}
+
+    def counted(function: Callable) -> Callable:
+        def call(*arguments: object) -> object:
+            step["now"] += 1
+            if step["now"] == step["stop"]:
+                raise StoppedError
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(storage, "_place", counted(storage._place))
+    monkeypatch.setattr(storage, "remove", counted(storage.remove))
+    build(tmp_path / "whole", **settings)
+    files = {str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file()}
+    steps = step["now"]
+    assert steps > 60
+    for stop in range(1, steps + 1):
+        step.update(now=0, stop=stop)
+        with pytest.raises(StoppedError):
+            build(tmp_path / "cut", **settings)
+        step.update(stop=-1)
+        build(tmp_path / "cut", **settings)
+        assert artefact(tmp_path / "cut") == artefact(tmp_path / "whole"), stop
+        left = {str(p.relative_to(tmp_path / "cut")) for p in (tmp_path / "cut").rglob("*") if p.is_file()}
+        assert left == files, stop
+        shutil.rmtree(tmp_path / "cut")
+
+
+def test_large_text_files_are_cut_into_pieces(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
+    build(tmp_path / "whole", **settings)
+    monkeypatch.setattr("msense.build.cut_pieces", lambda files: cut_pieces(files, piece_bytes=2000))
+    summary = build(tmp_path / "cut", **settings)
+    assert len(list((tmp_path / "cut" / "passages").glob("*.parquet"))) > 5
+    assert summary["stages"]["passages"]["documents"] == 310
+    for column in ("document_id", "index", "key", "input_ids"):
+        whole, cut = (
+            [
+                v
+                for file in sorted((tmp_path / name / "passages").glob("*.parquet"))
+                for v in pq.read_table(file)[column].to_pylist()
+            ]
+            for name in ("whole", "cut")
+        )
+        assert whole == cut
+
+
+def test_a_finished_run_without_its_dictionary_is_built_again(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
+) -> None:
+    settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
+    build(tmp_path / "run", keep=("passages", "occurrences"), **settings)
+    before = artefact(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "dictionary")
+    build(tmp_path / "run", keep=("passages",), **settings)
+    assert artefact(tmp_path / "run") == before
+    assert not (tmp_path / "run" / "occurrences").exists()
+
+
+def test_bad_documents_stop_a_strict_run_even_when_found_before(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
+) -> None:
+    settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
+    build(tmp_path / "run", dry_run=True, **settings)
+    listed = (tmp_path / "run" / "bad_documents.jsonl").read_text().splitlines()
+    assert len(listed) == 2
+    assert '"a.txt:155"' in listed[0]
+    with pytest.raises(BadInput, match=r"bad documents \(2 empty\)"):
+        build(tmp_path / "run", on_bad_document="fail", **settings)
+    with pytest.raises(BadInput, match=r"bad document a\.txt:155: empty"):
+        build(tmp_path / "strict", on_bad_document="fail", **settings)
+
+
+def test_a_corpus_of_excluded_tokens_only_is_refused(tmp_path: Path, make_teacher: MakeTeacher) -> None:
+    (tmp_path / "x.txt").write_text("[PAD]\n")
+    with pytest.raises(BadInput, match="no token of this corpus may have senses"):
+        build(
+            tmp_path / "run", corpus=(str(tmp_path / "x.txt"),), teacher=str(make_teacher("bert", pooling="cls_token"))
+        )
+
+
+def test_a_second_driver_is_refused(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
+    from filelock import FileLock
+
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(BadInput, match="another driver works on"):
+        build(tmp_path / "run", corpus=(str(corpus),), teacher=str(make_teacher("bert")))
+
+
+def test_a_full_disk_is_told_in_its_own_words(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from msense import occurrences
+    from msense.errors import MsenseError
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
+    monkeypatch.setattr(
+        occurrences.OccurrenceActor, "_records", lambda *_: type("R", (), {"tofile": staticmethod(full)})
+    )
+    with pytest.raises(MsenseError, match="No space left on device"):
+        build(tmp_path / "run", **settings)
+    monkeypatch.undo()
+    assert not list((tmp_path / "run" / "occurrences").glob("*"))
