@@ -79,7 +79,11 @@ def gather(bench: Bench) -> Figures:
     bench.build()
     after = _bare_rate(bench)
     units = [storage.facts_of(bench.run.unit_file(u.number)) or {} for u in cut_units(bench.run.blocks, _dim(bench))]
-    rate = sum(u["tokens"] for u in units) / (max(u["ended"] for u in units) - min(u["began"] for u in units))
+    rate = 0.0  # on both sides: the sum over processes of tokens over the time from its first batch to its last
+    for actor in {u["actor"] for u in units}:
+        mine = [u for u in units if u["actor"] == actor]
+        seconds = max(u["ended"] for u in mine) - min(u["began"] for u in mine)
+        rate += sum(u["tokens"] for u in mine) / seconds
     bare = (before + after) / 2
     return {
         "gather.ratio": rate / bare,

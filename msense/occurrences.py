@@ -5,6 +5,8 @@ sorted by (token, key, passage, position), so that any range of a shard's or a t
 nothing to decode. Holds one unit: its token ids, and its records (about `UNIT_BYTES` at most).
 """
 
+import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +187,8 @@ class OccurrenceActor:
 
         def write(path: Path) -> dict[str, Any]:
             self._records(passages, selection, unit).tofile(path)
-            return {"began": began, "ended": time.time(), "start_seconds": self.start_seconds}
+            actor = f"{socket.gethostname()}-{os.getpid()}"
+            return {"actor": actor, "began": began, "ended": time.time(), "start_seconds": self.start_seconds}
 
         return storage.publish(self.run.unit_file(unit.number), write, facts)
 
