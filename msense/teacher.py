@@ -141,11 +141,6 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
             f"the tokenizer of teacher {name!r} has {backend.get_vocab_size(with_added_tokens=True)} tokens, its model "
             f"only {text_config.vocab_size} embeddings: give a folder whose tokenizer and model belong together"
         )
-    limits = [x for x in (tokenizer.model_max_length, _positions(text_config)) if x and x < 1 << 24]
-    if config.max_length and limits and config.max_length > min(limits):
-        raise BadInput(
-            f"max_length {config.max_length} is more than the {min(limits)} tokens that this teacher can read"
-        )
     prefix, suffix = special_frame(backend)
     prompt = config.prompt if config.prompt is not None else prompt
     rule = config.special_tokens
@@ -163,7 +158,7 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
         special_tokens=rule,
         normalize=normalize,
         prompt=prompt,
-        max_length=config.max_length or min([*limits, longest or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT]),
+        max_length=_max_length(config.max_length, longest, (tokenizer.model_max_length, _positions(text_config))),
         prefix=prefix,
         suffix=suffix,
         prompt_ids=tuple(backend.encode(prompt, add_special_tokens=False).ids) if prompt else (),
@@ -347,6 +342,14 @@ def _sentence_transformers_settings(folder: Path) -> tuple[Path, str, bool, int 
     prompts = _read_json(folder / "config_sentence_transformers.json") or {}
     prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name") or "", "")
     return body, pooling, "Normalize" in by_kind, longest if isinstance(longest, int) else None, str(prompt)
+
+
+def _max_length(wanted: int | None, usual: int | None, limits: tuple[int | None, ...]) -> int:
+    """Return the longest passage: what is wanted, else what is usual for the teacher, within its limits."""
+    known = [limit for limit in limits if limit and limit < 1 << 24]  # tokenizers write a huge number for "no limit"
+    if wanted and known and wanted > min(known):
+        raise BadInput(f"max_length {wanted} is more than the {min(known)} tokens that this teacher can read")
+    return wanted or min([*known, usual or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT])
 
 
 def _positions(config: Any) -> int | None:  # noqa: ANN401 - a transformers config
