@@ -32,16 +32,12 @@ def show_dry_run(found: dict[str, Any]) -> None:
         ("memory: clustering task", about + size(found["shard_memory"])),
         ("workers", f"{found['workers']} ({found['device']}), {found['units']} units to share"),
     ]
-    if "tokens_per_second" in found:
-        rate = found["tokens_per_second"]
-        rows.append(
-            (
-                "teacher",
-                f"{rate:,.0f} tokens/s in all: {found['needed_tokens'] / rate / 3600:,.2f} hours"
-                if rate
-                else "too little text to time",
-            )
-        )
+    if rate := found.get("tokens_per_second"):
+        seconds = found["needed_tokens"] / rate
+        told = f"{seconds / 3600:,.1f} hours" if seconds > 7200 else f"{seconds / 60:,.1f} minutes"
+        rows.append(("teacher", f"{rate:,.0f} tokens/s in all: {told}"))
+    elif rate == 0:
+        rows.append(("teacher", "too little text to time"))
     part = f" on {found['sample']:.2%} of the documents" if about else ""
     show_table(f"Dry run{part}: nothing read by the teacher yet", rows)
 
