@@ -39,7 +39,7 @@ def show_dry_run(found: dict[str, Any]) -> None:
     elif rate == 0:
         rows.append(("teacher", "too little text to time"))
     part = f" on {found['sample']:.2%} of the documents" if about else ""
-    show_table(f"Dry run{part}: nothing read by the teacher yet", rows)
+    show_table(f"Dry run{part}: what the run would read, write and need", rows)
 
 
 def show_summary(summary: dict[str, Any]) -> None:

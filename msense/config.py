@@ -70,7 +70,7 @@ class BuildConfig(BaseModel):
         1.0, gt=0, le=1, description="stop reading once this share of the wanted occurrences is reached"
     )
     max_points_per_part: int = Field(
-        131072, ge=1024, description="tokens of more points are cut into parts on several workers"
+        131072, ge=1024, description="tokens of more points are cut into parts on several workers; 1024 or more"
     )
     metric: Metric = Field("l2", description="l2, dot or cosine: for clustering, assignment and all that follows")
     special_tokens: Literal["auto", "include", "exclude"] = Field(
@@ -78,7 +78,12 @@ class BuildConfig(BaseModel):
     )
     exemplars: int = Field(3, ge=0, description="example contexts kept a sense")
     seed: int = Field(0, ge=0, description="seed of everything random")
-    workers: int | None = Field(None, ge=1, description="actors and tasks at a time; default: one a GPU, or one a CPU")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="teacher actors and other tasks at a time; default: an actor a GPU (a CPU where "
+        "there is none), a task a CPU",
+    )
     output: str = Field(
         "runs/dictionary", description="run folder (local or URI); the dictionary is its subfolder dictionary/"
     )

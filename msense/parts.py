@@ -57,10 +57,9 @@ def cluster_large(waiting: dict[int, list[Range]], settings: ClusterSettings, re
             max_restarts=3,
             max_task_retries=3,
             scheduling_strategy="SPREAD",
-            name="clustering: parts",
         )
         .remote(settings)
-        for _ in range(max(1, resources.tasks // 2))
+        for _ in range(resources.tasks)
     ]
     try:
         for _ in track("clustering: large tokens", _waves(waiting, settings, actors), len(waiting)):

@@ -1,6 +1,6 @@
 """Stage 2 on Ray: passages files in, the plan's files out.
 
-Two passes over the passages (count, then select), each in a few tasks whose results add up in a tree, so that neither
+Two passes over the passages (count, then select), each in a few tasks whose results add up as they come, so that neither
 the driver nor the result depends on how many tasks there were. A task holds one histogram and one block, a merge of
 results five histograms.
 """

@@ -38,7 +38,8 @@ def connect(workers: int | None = None) -> Resources:
     """Connect to the cluster of RAY_ADDRESS, or start a local Ray; return what to use of it.
 
     Args:
-        workers: actors and tasks at a time; None = a teacher actor a GPU (a CPU where there is none), a task a CPU.
+        workers: actors and tasks at a time, but no more than there are GPUs and CPUs; None = a teacher actor a GPU
+            (a CPU where there is none), a task a CPU.
     """
     if "ray" not in sys.modules:  # Ray reads these when it is imported
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -64,11 +65,10 @@ def connect(workers: int | None = None) -> Resources:
             }
         ray.init(**options)
     offered = ray.cluster_resources()
-    gpus, cpus = int(offered.get("GPU", 0)), int(offered.get("CPU", 1))
+    gpus, cpus = int(offered.get("GPU", 0)), max(1, int(offered.get("CPU", 1)))
+    tasks = min(workers or cpus, cpus)  # so that half a CPU each always leaves room for others
     return Resources(
-        actors=min(workers or gpus, gpus) if gpus else workers or max(1, cpus),
-        tasks=workers or max(1, cpus),
-        device="cuda" if gpus else "cpu",
+        actors=min(workers or gpus, gpus) if gpus else tasks, tasks=tasks, device="cuda" if gpus else "cpu"
     )
 
 

@@ -140,8 +140,8 @@ def test_same_bytes_in_parts_with_other_workers_and_other_folders(
         "senses": 4,
         "metric": metric,
     }
-    build(tmp_path / "whole", workers=2, keep=("centroids",), **settings)
-    build(tmp_path / "parts", workers=1, keep=("centroids",), max_points_per_part=1024, **settings)
+    build(tmp_path / "whole", workers=1, keep=("centroids",), **settings)
+    build(tmp_path / "parts", workers=2, keep=("centroids",), max_points_per_part=1024, **settings)
     assert not list((tmp_path / "whole" / "centroids").glob("token-*.safetensors"))
     cut = list((tmp_path / "parts" / "centroids").glob("token-*.safetensors"))
     assert len(cut) >= 2  # "the" and "bank" at least
@@ -226,6 +226,10 @@ def test_corpus_without_text_and_embeddings_that_are_not_finite(
     save_file(weights, teacher / "model.safetensors")
     with pytest.raises(MsenseError, match=r"too large for float16: give --store-dtype bfloat16"):
         build(tmp_path / "run2", corpus=(str(corpus),), teacher=str(teacher), dtype="float32")
+    weights["encoder.layer.1.output.LayerNorm.bias"] = torch.full((16,), torch.nan)
+    save_file(weights, teacher / "model.safetensors")
+    with pytest.raises(MsenseError, match=r"NaN or infinite embeddings in float32: .*check its weights"):
+        build(tmp_path / "run3", corpus=(str(corpus),), teacher=str(teacher), dtype="float32")
 
 
 @in_process
