@@ -1,28 +1,37 @@
 """Files of a run: URIs in, bytes out, and a done-marker that says a file is whole.
 
 Every output of a stage is written to a temporary name (renamed on a local disk, uploaded from local scratch on an
-object store) and counts only once its marker `<file>.done` exists: JSON with size, sha256 and the stage's facts.
-Holds nothing in memory beyond one copy buffer.
+object store) and counts only once its marker `<file>.done` exists: JSON with size, sha256 and the stage's facts. Every
+JSON file carries its own hash, so that a byte that flipped is noticed. Holds nothing in memory beyond one copy buffer.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
+import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
+from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
+from safetensors import SafetensorError
 
-from msense.errors import BadInput
+from msense.errors import BadInput, MsenseError
 
 MARKER = ".done"
+_SEAL = "seal"  # key of a JSON file's own hash
+_SCRATCH = "msense-"
 _BUFFER = 1 << 20
+S3_CREDENTIALS = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an IAM role"
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -48,6 +57,12 @@ def display_uri(uri: str) -> str:
     if "://" not in uri:
         return uri  # a local path may hold any character
     return re.split(r"[?#]", re.sub(r"://[^/]*@", "://", uri))[0]
+
+
+def s3_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of the S3 client that are no OSErrors, such as missing credentials; none while it is not loaded."""
+    botocore = sys.modules.get("botocore.exceptions")
+    return (botocore.BotoCoreError,) if botocore else ()
 
 
 def is_local(uri: str) -> bool:
@@ -97,18 +112,25 @@ def read_text(uri: str) -> str:
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
-    """Read a JSON object; None when the file is missing or is not one (a torn write)."""
+    """Read what `write_json` wrote; None when the file is missing, torn, edited or damaged."""
     fs, path = filesystem(uri)
     try:
         value = json.loads(fs.cat_file(path))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    if not isinstance(value, dict) or value.pop(_SEAL, None) != _seal(value):
+        return None
+    return value
 
 
 def write_json(uri: str, value: dict[str, Any]) -> None:
-    """Write a JSON object in one atomic step."""
-    write_text(uri, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write a JSON object and its own hash in one atomic step."""
+    plain = json.loads(json.dumps(value))
+    write_text(uri, json.dumps({**plain, _SEAL: _seal(plain)}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_text(uri: str, text: str) -> None:
@@ -146,6 +168,13 @@ def publish(uri: str, write: Callable[[Path], Any], facts: dict[str, Any] | None
     return found
 
 
+def markers(folder: str) -> set[str]:
+    """Return the names of the files in a folder that have a done-marker, the files themselves unseen."""
+    fs, path = filesystem(folder)
+    names = [name.rpartition("/")[2] for name in fs.ls(path, detail=False, refresh=True)] if fs.exists(path) else []
+    return {name.removesuffix(MARKER) for name in names if name.endswith(MARKER)}
+
+
 def facts_of(uri: str, *, verify: bool = False) -> dict[str, Any] | None:
     """Return the facts of a finished file, or None when it does not count (no marker, wrong size, wrong bytes).
 
@@ -154,18 +183,19 @@ def facts_of(uri: str, *, verify: bool = False) -> dict[str, Any] | None:
         verify: also compare the sha256 (reads the whole file).
     """
     marker = read_json(uri + MARKER)
-    if marker is None or "facts" not in marker:
-        return None
-    fs, path = filesystem(uri)
-    try:
-        if fs.size(path) != marker.get("size"):
-            return None
-        if verify and sha256_of_uri(uri) != marker.get("sha256"):
-            return None
-    except FileNotFoundError:
+    if marker is None or not is_whole(uri, marker, verify=verify):
         return None
     facts: dict[str, Any] = marker["facts"]
     return facts
+
+
+def is_whole(uri: str, written: dict[str, Any], *, verify: bool) -> bool:
+    """Tell whether a file is what was written: `size` in bytes and, if `verify`, its `sha256`."""
+    fs, path = filesystem(uri)
+    try:
+        return fs.size(path) == written["size"] and not (verify and sha256_of_uri(uri) != written["sha256"])
+    except (FileNotFoundError, IsADirectoryError):
+        return False
 
 
 def sha256_of(path: Path) -> str:
@@ -196,7 +226,7 @@ def load_arrays(uri: str, names: tuple[str, ...] | None = None) -> dict[str, np.
     from safetensors import safe_open
 
     if not is_local(uri):
-        with tempfile.TemporaryDirectory(prefix="msense-") as scratch:
+        with scratch_folder() as scratch:
             fs, path = filesystem(uri)
             fs.get_file(path, f"{scratch}/file")
             return load_arrays(f"{scratch}/file", names)
@@ -231,11 +261,44 @@ def local_copy(uri: str) -> Path:
     target = base / hashlib.sha256((uri + identity).encode()).hexdigest()[:32]
     if not target.exists():
         base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=base) as scratch:
-            copy = Path(scratch) / "copy"
+        with scratch_folder(base) as scratch:
+            copy = scratch / "copy"
             fs.get(path, str(copy), recursive=fs.isdir(path))
             copy.replace(target)
     return target
+
+
+@contextmanager
+def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+    """Give a folder for temporary files, and remove it; those that killed processes left behind go with it.
+
+    Each is locked by its process, so that one without a holder is known to be left behind.
+
+    Args:
+        parent: where to make it; None = the system's temporary folder.
+    """
+    parent = parent or Path(tempfile.gettempdir())
+    for left in parent.glob(f"{_SCRATCH}*.lock"):
+        _remove_unheld(left)
+    lock = parent / f"{_SCRATCH}{uuid.uuid4().hex[:12]}.lock"  # short: Ray puts sockets into one
+    folder = lock.with_suffix("")
+    with FileLock(lock):
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _remove_unheld(lock: Path) -> None:
+    """Remove a scratch folder whose process is gone."""
+    try:
+        with FileLock(lock, timeout=0):
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    except (Timeout, OSError):  # at work, or another user's
+        return
 
 
 def _umask() -> int:
@@ -245,144 +308,52 @@ def _umask() -> int:
 
 
 def _place(uri: str, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it appears whole or not at all."""
-    if is_local(uri):
-        target = Path(absolute(uri))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            write(scratch)
-            scratch.chmod(0o666 & ~_umask())  # safetensors writes for its owner alone; workers may be other users
-            scratch.replace(target)
-        finally:
+    """Write a file so that it appears whole or not at all.
+
+    Raises:
+        MsenseError: it could not be written; says why, and what to do.
+    """
+    with writing(uri):
+        if is_local(uri):
+            _rename_into(Path(absolute(uri)), write)
+            return
+        with scratch_folder() as folder:
+            write(folder / "file")
+            upload(folder / "file", uri)
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[None]:
+    """Say what could not be written, why, and what to do, where the system only gives an error number.
+
+    Raises:
+        MsenseError: in place of the system's error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise MsenseError(f"cannot write {display_uri(uri)}: {_reason(error)}") from error
+
+
+def _rename_into(target: Path, write: Callable[[Path], Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        write(scratch)
+        scratch.chmod(0o666 & ~_umask())  # safetensors writes for its owner alone; workers may be other users
+        scratch.replace(target)
+    finally:
+        with suppress(OSError):  # a folder that may not be written to any more; the next driver sweeps
             scratch.unlink(missing_ok=True)
-        return
-    with tempfile.TemporaryDirectory(prefix="msense-") as folder:
-        local = Path(folder) / "file"
-        write(local)
-        upload(local, uri)
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """Names of all files in a run folder; nobody else joins strings."""
-
-    root: str
-
-    @property
-    def manifest(self) -> str:
-        """The config and the fingerprints of everything that the results depend on."""
-        return join(self.root, "manifest.json")
-
-    @property
-    def lock(self) -> str:
-        """Held by the driver while it works (local disks)."""
-        return join(self.root, ".lock")
-
-    @property
-    def summary(self) -> str:
-        """What the last driver did: seconds and counts a stage, its peak memory."""
-        return join(self.root, "summary.json")
-
-    @property
-    def bad_documents(self) -> str:
-        """The first hundred bad documents of each reason, one JSON object a line."""
-        return join(self.root, "bad_documents.jsonl")
-
-    @property
-    def tokenizer(self) -> str:
-        """The teacher's tokenizer, as one tokenizer.json."""
-        return join(self.root, "tokenizer.json")
-
-    @property
-    def passages(self) -> str:
-        """Folder of stage 1."""
-        return join(self.root, "passages")
-
-    @property
-    def plan(self) -> str:
-        """Folder of stage 2."""
-        return join(self.root, "plan")
-
-    @property
-    def thresholds(self) -> str:
-        """Per token: threshold key, count in the corpus, stored occurrences."""
-        return join(self.plan, "plan.safetensors")
-
-    @property
-    def blocks(self) -> str:
-        """Per row group of the passages files: what the teacher must read of it."""
-        return join(self.plan, "blocks.parquet")
-
-    @property
-    def duplicates(self) -> str:
-        """Passages that `--dedup` drops: piece, block, row."""
-        return join(self.plan, "duplicates.safetensors")
-
-    @property
-    def units(self) -> str:
-        """How many units and shards the plan was cut into."""
-        return join(self.plan, "units.json")
-
-    @property
-    def occurrences(self) -> str:
-        """Folder of stage 3."""
-        return join(self.root, "occurrences")
-
-    @property
-    def offsets(self) -> str:
-        """Where each shard's rows lie in each unit: int64 [units, shards + 1]."""
-        return join(self.occurrences, "index.safetensors")
-
-    @property
-    def centroids(self) -> str:
-        """Folder of stage 4."""
-        return join(self.root, "centroids")
-
-    @property
-    def contexts(self) -> str:
-        """Folder of the exemplars' contexts, a file a unit, before they are brought together."""
-        return join(self.root, "contexts")
-
-    @property
-    def dictionary(self) -> str:
-        """Folder of stage 5."""
-        return join(self.root, "dictionary")
-
-    @property
-    def contexts_index(self) -> str:
-        """Places of all exemplars, a row group a unit."""
-        return join(self.contexts, "index.parquet")
-
-    @property
-    def finished(self) -> str:
-        """There once the dictionary is whole; the facts of the whole run."""
-        return join(self.root, "finished.json")
-
-    def passages_file(self, piece: int) -> str:
-        """Passages of one piece of the corpus."""
-        return join(self.passages, f"{piece:06d}.parquet")
-
-    def bad_file(self, piece: int) -> str:
-        """The first bad documents of one piece."""
-        return join(self.passages, f"{piece:06d}.bad.json")
-
-    def unit_file(self, unit: int) -> str:
-        """Occurrences of one unit."""
-        return join(self.occurrences, f"{unit:06d}.records")
-
-    def shard_file(self, shard: int) -> str:
-        """Centroids of one shard of token ids."""
-        return join(self.centroids, f"{shard:06d}.safetensors")
-
-    def token_file(self, token: int) -> str:
-        """Centroids of one token that was cut into parts."""
-        return join(self.centroids, f"token-{token:08d}.safetensors")
-
-    def round_file(self, token: int) -> str:
-        """Centroids of such a token after its latest round: the resume point."""
-        return join(self.centroids, f"token-{token:08d}-round.safetensors")
-
-    def contexts_file(self, unit: int) -> str:
-        """Contexts of the exemplars that lie in one unit."""
-        return join(self.contexts, f"{unit:06d}.parquet")
+def _reason(error: Exception) -> str:
+    """Say why a write failed and what to do; safetensors tells the system's error number in its text only."""
+    told = str(error)
+    found = re.search(r"os error (\d+)", told)
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no space left ({told}); free some or give an --output with more room"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission ({told}); allow this user to write there"
+    return told or type(error).__name__

@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from msense import storage
-from msense.errors import BadInput
+from msense.errors import BadInput, MsenseError
 
 
 def write_bytes(data: bytes):  # noqa: ANN201 - a closure for publish
@@ -53,7 +55,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(root: str) -> No
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(MsenseError, match=r"cannot write .*x\.json: disk full"):
         storage.publish(file, fail)
     assert storage.read_json(file) == {"a": 1}
     fs, path = storage.filesystem(root)
@@ -76,6 +78,39 @@ def test_arrays_round_trip_and_may_be_read_by_name(root: str) -> None:
         np.testing.assert_array_equal(array, arrays[name])
         assert array.dtype == arrays[name].dtype
     assert set(storage.load_arrays(file, ("b",))) == {"b"}
+
+
+@pytest.mark.parametrize("place", [b'"n"', b'"size"', b'"sha256"', b'"seal"', b"{"])
+def test_a_byte_that_flipped_in_a_marker_is_noticed(tmp_path: Path, place: bytes) -> None:
+    file = str(tmp_path / "x")
+    storage.publish(file, write_bytes(b"12345"), {"n": 5})
+    marker = Path(file + ".done")
+    data = bytearray(marker.read_bytes())
+    for offset in (0, len(place) + 3):
+        broken = bytearray(data)
+        broken[min(data.index(place) + offset, len(data) - 1)] ^= 1
+        marker.write_bytes(broken)
+        assert storage.facts_of(file) is None
+    marker.write_bytes(data)
+    assert storage.facts_of(file) == {"n": 5}
+
+
+def test_scratch_of_killed_processes_is_removed_and_that_of_others_is_not(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, signal; from pathlib import Path; from msense import storage\n"
+        "with storage.scratch_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'x').write_text('left')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    with storage.scratch_folder(tmp_path) as other:
+        assert not left.exists()
+        with storage.scratch_folder(tmp_path) as folder:
+            assert other.exists()
+            assert folder != other
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
