@@ -26,10 +26,11 @@ from msense.build import THREADS, build_dictionary, cluster_settings
 from msense.cli import run_job
 from msense.config import DEMO_CORPUS, DEMO_TEACHER, BuildConfig
 from msense.occurrences import Duplicates, cut_units, select_unit, unit_passages
+from msense.run_folder import RunFolder
 from msense.runtime import connect
 from msense.sampling import Histogram, select, thresholds
-from msense.storage import RunFolder
-from msense.teacher import TOKEN_BUDGET, describe, locate, pad_batch, resolve_dtype, token_batches
+from msense.teacher import TOKEN_BUDGET, describe, pad_batch, resolve_dtype, token_batches
+from msense.teacher_folder import locate
 from msense.tokens import Passages, PassageSpec
 from msense.units import ClusterSettings, Range, read_ranges, sample
 

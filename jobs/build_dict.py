@@ -1,11 +1,14 @@
 """Build a sense dictionary from a corpus and a teacher: `python jobs/build_dict.py --help`."""
 
+import logging
 import sys
 from typing import Any
 
 from msense.build import build_dictionary
-from msense.cli import run_job, show_table, size
+from msense.cli import run_job, show_table
 from msense.config import BuildConfig, parse_flags
+from msense.text import size
+from msense.tokens import LISTED_BAD_DOCUMENTS
 
 DESCRIPTION = """Read a corpus with a teacher and cluster every token's embeddings into a sense dictionary.
 
@@ -58,9 +61,13 @@ def show_summary(summary: dict[str, Any]) -> None:
                 + (f", {size(facts['bytes'])}" if "bytes" in facts else ""),
             )
         )
-    bad = summary["stages"].get("passages", {}).get("bad documents")
+    passages = summary["stages"].get("passages", {})
+    bad = {key.removeprefix("bad: "): count for key, count in passages.items() if key.startswith("bad: ")}
     if bad:
-        rows.append(("skipped", f"{bad:,} bad documents, the first of each kind in bad_documents.jsonl"))
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in bad.items())
+        total = f"{sum(bad.values()):,} bad document{'s' if sum(bad.values()) > 1 else ''}"
+        where = f"the first {LISTED_BAD_DOCUMENTS} of each kind in bad_documents.jsonl"
+        rows.append(("skipped", f"{total} ({reasons}), {where}"))
     rows.append(("dictionary", summary["dictionary"]))
     show_table("Sense dictionary", rows)
 
@@ -68,6 +75,7 @@ def show_summary(summary: dict[str, Any]) -> None:
 def main() -> None:
     """Build, and show what was built."""
     config = parse_flags(BuildConfig, DESCRIPTION)
+    logging.getLogger("msense").setLevel(config.log_level.upper())
     summary = build_dictionary(config)
     if config.dry_run:
         show_dry_run(summary["estimate"])

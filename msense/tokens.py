@@ -60,10 +60,13 @@ class PassageSpec:
     def __post_init__(self) -> None:
         if self.body_length < 1:
             raise BadInput(
-                f"max_length {self.max_length} leaves no room for text beside special tokens and prompt: raise it"
+                f"max_length {self.max_length} leaves no room for text beside {len(self.prompt)} tokens of prompt and "
+                f"{len(self.prefix) + len(self.suffix)} special tokens: raise --max-length or shorten --prompt"
             )
         if self.stride >= self.body_length:
-            raise BadInput(f"stride {self.stride} must be smaller than the {self.body_length} text tokens of a passage")
+            raise BadInput(
+                f"stride {self.stride} must be smaller than the {self.body_length} text tokens of a passage: lower it"
+            )
 
     @property
     def body_length(self) -> int:
@@ -135,7 +138,8 @@ def special_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...
     start = next((i for i in range(len(whole)) if whole[i : i + len(body)] == body), None)
     if start is None:
         raise BadInput(
-            "this tokenizer changes the text's own tokens when it adds special tokens; msense cannot cut passages with it"
+            "the teacher's tokenizer changes the text's own tokens when it adds special tokens; msense cannot cut "
+            "passages with it: give another teacher"
         )
     return tuple(whole[:start]), tuple(whole[start + len(body) :])
 

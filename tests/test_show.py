@@ -10,9 +10,9 @@ import pytest
 from tiny import make, with_tokenizer, word_piece
 
 from msense.__main__ import main
-from msense.cli import clean
 from msense.dictionary import DictionaryFiles, SenseDictionary
 from msense.dictionary.lookup import exemplar_schema
+from msense.text import clean
 
 BANK, CAPITAL_BANK, RIVER = 2, 7, 3
 EVIL = "\x1b[31mred\x1b[0m \x1b]0;title\x07[bold]x[/bold]\x00\u202egnp\u202c\r\n"

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from msense.config import DEMO_TEACHER, BuildConfig
 from msense.errors import BadInput
-from msense.teacher import Teacher, describe, locate, pad_batch, resolve_dtype, token_batches
+from msense.teacher import Teacher, describe, pad_batch, resolve_dtype, token_batches
+from msense.teacher_folder import locate
 
 MakeTeacher = Callable[..., Path]
 

@@ -7,7 +7,6 @@ In memory: these lists, about 300 bytes a piece; no text.
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 from msense import storage
 from msense.corpus.pydocs import choose_packages, package_version, source_files
 from msense.errors import BadInput, MsenseError
-from msense.storage import display_uri
+from msense.storage import S3_CREDENTIALS, display_uri, s3_errors
+from msense.text import is_utf8, redact
 
 FORMATS = ("txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "csv")
 ACCEPTED = (
@@ -32,6 +32,8 @@ UNKNOWN = -1  # `Piece.first_row` before `number_pieces`, and the count of a pie
 PYDOCS_FILES = 200  # source files in a piece of `pydocs`
 CHUNK_BYTES = 1 << 20
 _CONTENT_KEYS = ("ETag", "etag", "md5Hash", "md5", "blob_id")
+_LISTING = "a corpus"  # what `reading` is told while files are only listed
+_BUCKET = re.compile(r"(?:^|::)(s3|s3a|gs|gcs)://([^/]*)")
 _TIME_KEYS = ("mtime", "LastModified", "updated", "created")
 
 
@@ -74,7 +76,7 @@ class Piece:
 
 
 def list_files(uris: Sequence[str]) -> list[SourceFile]:
-    """The files of a corpus, sorted by name within each URI.
+    """The files of a corpus, sorted by name, whatever the order of the URIs.
 
     Folders and globs are read recursively; names that start with a dot, links to folders and files of unknown suffix
     are passed over.
@@ -85,6 +87,7 @@ def list_files(uris: Sequence[str]) -> list[SourceFile]:
     """
     files: list[SourceFile] = []
     for uri in uris:
+        _check_buckets(uri)
         if uri == "pydocs" or uri.startswith("pydocs:"):
             root, found = _list_pydocs(uri)
         elif uri.startswith("hf://"):
@@ -95,13 +98,17 @@ def list_files(uris: Sequence[str]) -> list[SourceFile]:
         files += [replace(file, name=prefix + file.name) for file in sorted(found, key=lambda file: file.name)]
     by_name: dict[str, SourceFile] = {}
     for file in files:
+        if not is_utf8(file.name):
+            raise BadInput(f"{display_uri(file.uri)}: the name is not UTF-8, and document ids start with it; rename it")
         other = by_name.setdefault(file.name, file)
+        if other is not file and other.uri == file.uri:
+            raise BadInput(f"{display_uri(file.uri)}: the corpus has it twice; name it, or a folder it is in, once")
         if other is not file:
             raise BadInput(
                 f"two files of the corpus have the name {file.name!r}: {display_uri(other.uri)} and "
                 f"{display_uri(file.uri)}; document ids start with it: rename a folder, or give one common folder"
             )
-    return files
+    return sorted(files, key=lambda file: file.name)
 
 
 def cut_pieces(files: Sequence[SourceFile], piece_bytes: int = 16 << 20) -> list[Piece]:
@@ -187,39 +194,55 @@ def reading(uri: str, form: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise BadInput(f"{shown}: no such file or folder; check the path, and the scheme of a remote one") from error
     except PermissionError as error:
-        raise BadInput(f"{shown}: no permission to read it ({error}); allow it, or give other credentials") from error
-    except (ConnectionError, TimeoutError) as error:
-        raise MsenseError(f"{shown}: the connection was lost ({error}); run the same command again") from error
-    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        cause = str(error).partition("\n")[0]
         raise BadInput(
-            f"{shown}: cannot be read as {form} ({cause}); it is damaged or of another kind: restore it or leave it out"
+            f"{shown}: no permission to read it ({_cause(error)}); allow it, or give other credentials"
         ) from error
-    except _s3_errors() as error:
-        raise BadInput(f"{shown}: S3 refused ({error}); give credentials, e.g. AWS_PROFILE or an IAM role") from error
+    except (ConnectionError, TimeoutError) as error:
+        raise MsenseError(f"{shown}: the connection was lost ({_cause(error)}); run the same command again") from error
+    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        remedy = "it is damaged or of another kind: restore it or leave it out"
+        remedy = "check the path" if form == _LISTING else remedy
+        raise BadInput(f"{shown}: cannot be read as {form} ({_cause(error)}); {remedy}") from error
+    except s3_errors() as error:
+        raise BadInput(f"{shown}: S3 refused ({_cause(error)}); give credentials: {S3_CREDENTIALS}") from error
 
 
-def _s3_errors() -> tuple[type[Exception], ...]:
-    """Errors of the S3 client that are no OSErrors, such as missing credentials; none while it is not loaded."""
-    botocore = sys.modules.get("botocore.exceptions")
-    return (botocore.BotoCoreError,) if botocore else ()
+def _cause(error: Exception) -> str:
+    """First line of what a library says, without the credentials that it may quote."""
+    return redact(str(error).partition("\n")[0])
+
+
+def _check_buckets(uri: str) -> None:
+    """Raise for a bucket that no store could take: the store's client would quote the password, or find no words."""
+    for scheme, bucket in _BUCKET.findall(uri):
+        if "@" in bucket:
+            raise BadInput(
+                f"{display_uri(uri)}: {scheme}:// takes no credentials in the URI; leave them out and give them as "
+                + (S3_CREDENTIALS if scheme.startswith("s3") else "GOOGLE_APPLICATION_CREDENTIALS")
+            )
+        if not bucket:
+            raise BadInput(f"{display_uri(uri)}: names no bucket; write {scheme}://bucket/path")
 
 
 def _list_storage(uri: str) -> tuple[str, list[SourceFile]]:
     """Base name of the root, and files, of a file, folder or glob."""
-    filesystem, path = filesystem_of(uri)
+    with reading(uri, _LISTING):
+        filesystem, path = filesystem_of(uri)
     local = isinstance(filesystem, LocalFileSystem)
     if local:
         uri = path = os.path.abspath(path)  # workers run in other folders
-    with reading(uri, "a corpus"):
+    with reading(uri, _LISTING):
         try:
             info = filesystem.info(path)
         except FileNotFoundError:
-            if not re.search(r"[*?[]", path):
+            # In a web address "?" opens the query.
+            if not re.search(r"[*[]" if uri.startswith(("http://", "https://")) else r"[*?[]", path):
                 raise
             info = {"type": "glob"}
         if info["type"] == "file":
             return _one_file(uri, info)
+        if info["type"] == "other":
+            raise _neither(uri)
         if info["type"] == "glob":
             root = _parent(re.split(r"[*?[]", uri)[0])
             found = filesystem.glob(path, detail=True)
@@ -231,19 +254,33 @@ def _list_storage(uri: str) -> tuple[str, list[SourceFile]]:
             found |= filesystem.find(folder, detail=True)
         if local:
             _check_folders([root, *folders] if "**" in path else folders)
-        files = []
-        cut = len(root) if local else len(filesystem_of(root)[1])
-        for name, info in found.items():
-            relative = name[cut:].lstrip("/")
-            form = _format_of(relative)
-            if form and info["type"] != "directory" and not re.search(r"(^|/)\.", relative):
-                if info.get("islink"):  # what counts is the file that the link leads to
-                    with reading(name, form):
-                        info = filesystem.info(name)
-                files.append(SourceFile(f"{root}/{relative}", relative, form, info["size"] or 0, _fingerprint(info)))
+        files = _readable(filesystem, root, found)
     if not files:
         raise BadInput(f"{display_uri(uri)}: no file there that can be read; accepted are {ACCEPTED}")
-    return _base_name(root), files
+    return _base_name(display_uri(root)), files
+
+
+def _readable(filesystem: Any, root: str, found: dict[str, dict[str, Any]]) -> list[SourceFile]:  # noqa: ANN401
+    """The files of a listing that have a known suffix; raises if one of them is a pipe or the like."""
+    files = []
+    cut = len(root) if isinstance(filesystem, LocalFileSystem) else len(filesystem_of(root)[1])
+    for name, info in found.items():
+        relative = name[cut:].lstrip("/")
+        form = _format_of(relative)
+        if not form or info["type"] == "directory" or re.search(r"(^|/)\.", relative):
+            continue
+        if info.get("islink"):  # what counts is the file that the link leads to
+            with reading(name, _LISTING):
+                info = filesystem.info(name)
+        if info["type"] == "other":
+            raise _neither(name)
+        if info["type"] != "directory":
+            files.append(SourceFile(f"{root}/{relative}", relative, form, info["size"] or 0, _fingerprint(info)))
+    return files
+
+
+def _neither(uri: str) -> BadInput:
+    return BadInput(f"{display_uri(uri)}: neither a file nor a folder but a pipe, a socket or a device; leave it out")
 
 
 def _check_folders(paths: Sequence[str]) -> None:
@@ -263,7 +300,7 @@ def _one_file(uri: str, info: dict[str, Any]) -> tuple[str, list[SourceFile]]:
     form = _format_of(name)
     if not form:
         raise BadInput(f"{display_uri(uri)}: not a kind of file that can be read; accepted are {ACCEPTED}")
-    return _base_name(_parent(uri)), [SourceFile(uri, name, form, info["size"] or 0, _fingerprint(info))]
+    return _base_name(display_uri(_parent(uri))), [SourceFile(uri, name, form, info["size"] or 0, _fingerprint(info))]
 
 
 def _list_pydocs(uri: str) -> tuple[str, list[SourceFile]]:
@@ -282,7 +319,7 @@ def _list_hub(uri: str) -> tuple[str, list[SourceFile]]:
 
     shown = display_uri(uri)
     parts = uri.removeprefix("hf://").split(":")
-    if len(parts) > 3 or not parts[0]:
+    if len(parts) > 3 or not parts[0] or "@" in uri:
         raise BadInput(f"{shown}: write hf://dataset[:config][:split]")
     dataset, config, split = parts + [""] * (3 - len(parts))
     filesystem = hub_filesystem()
@@ -300,9 +337,8 @@ def _list_hub(uri: str) -> tuple[str, list[SourceFile]]:
             )
         found = filesystem.ls(f"{root}/{config}/{split}", detail=True, expand_info=True)
     except (OSError, ValueError, errors.HTTPError) as error:
-        cause = str(error).partition("\n")[0]
         raise BadInput(
-            f"{shown}: the Hub gives no parquet files of it ({cause}); check owner/name and the network; "
+            f"{shown}: the Hub gives no parquet files of it ({_cause(error)}); check owner/name and the network; "
             "log in to reach a private or gated dataset: hf auth login"
         ) from error
     files = []

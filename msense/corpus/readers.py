@@ -301,7 +301,7 @@ def _parquet_rows(raw: io.RawIOBase, piece: Piece, text_column: str) -> Iterator
                 f"{display_uri(piece.uri)}: {names.count(name)} columns are named {name!r}; rename or drop some"
             )
         kind = table.schema_arrow.types[names.index(name)]
-        if not (_is_text(kind) or (name == "id" and pa.types.is_integer(kind))):
+        if not (_is_text(kind) or (name == "id" and (pa.types.is_integer(kind) or pa.types.is_null(kind)))):
             wanted = "strings or integers" if name == "id" else "strings"
             raise BadInput(f"{display_uri(piece.uri)}: column {name!r} holds {kind}, not {wanted}; cast it")
     for number in range(piece.start, piece.stop):
