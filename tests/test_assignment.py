@@ -205,3 +205,14 @@ def test_scores_have_the_gradient_of_the_squared_distance() -> None:
     torch.testing.assert_close(by_scores, by_distance)
     (a,), (b,) = torch.autograd.grad(by_scores, x), torch.autograd.grad(by_distance, x)
     torch.testing.assert_close(a, b)
+
+
+def test_scores_of_many_senses_are_cut_too() -> None:
+    sizes = np.array([60_000, 700, 3])
+    ids = np.repeat([0, 1, 2], [2000, 900, 50])
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    seen = 0
+    for batch in ragged_batches(ids, offsets, 1, 1 << 18):
+        assert batch.rows.numel() * batch.senses.shape[1] <= 1 << 18
+        seen += batch.rows.numel() if batch.filled is None else int(batch.filled.sum())
+    assert seen == len(ids)

@@ -1,5 +1,6 @@
 """Words to tokens under three kinds of tokenizers, and exemplars."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -69,6 +70,16 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, text: str) -> None:
     DictionaryFiles(tmp_path).tokenizer.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(DictionaryError, match=r"tokenizer.json is not a tokenizer"):
         d.find("bank")
+
+
+@pytest.mark.parametrize("dropped", ["truncation", "version"])  # the second changes what the file says
+def test_the_same_tokenizer_in_other_words_is_taken(tmp_path: Path, dropped: str) -> None:
+    d = with_tokenizer(word_piece(), tmp_path, [1] * 8)
+    path = DictionaryFiles(tmp_path).tokenizer
+    definition = json.loads(path.read_text())
+    del definition[dropped]
+    path.write_text(json.dumps(definition, indent=2))
+    assert d.find("bank").tokens == [(2, "bank", 1), (7, "Bank", 1)]
 
 
 def test_exemplars_travel_with_the_dictionary_and_are_renumbered_by_merge(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from msense.dictionary import Arrays, DictionaryConfig, DictionaryFiles, SenseDictionary, TeacherName, write_dictionary
 from msense.dictionary.format import DTYPES
 from msense.dictionary.lookup import exemplar_schema
+from msense.tokens import fingerprint
 
 ARRAYS = ("offsets", "counts", "spread", "token_counts")
 
@@ -60,7 +61,7 @@ def with_tokenizer(tokenizer: Tokenizer, folder: Path, sizes: list[int]) -> Sens
     files = DictionaryFiles(folder)
     files.tokenizer.parent.mkdir(parents=True)
     files.tokenizer.write_text(tokenizer.to_str())
-    d = make(sizes)
+    d = make(sizes, tokenizer_fingerprint=fingerprint(tokenizer))
     write_dictionary(folder, d.config, d.offsets, d.counts, d.spread, d.token_counts, [d.centroids])
     return SenseDictionary.load(folder)
 

@@ -105,13 +105,14 @@ def ragged_batches(token_ids: np.ndarray, offsets: np.ndarray, dim: int, element
     k = offsets[ids[start] + 1] - first
 
     block = max(2, elements // dim)
-    for token in np.flatnonzero(n >= block // 2):
+    alone = (n >= block // 2) | (n > elements // k)  # scores [n, k] are limited too
+    for token in np.flatnonzero(alone):
         senses = torch.arange(first[token], first[token] + k[token])[None]
         step = max(1, elements // max(dim, int(k[token])))
         rows = torch.from_numpy(order[start[token] : start[token] + n[token]])
         yield from (Batch(piece[None], None, senses, None) for piece in rows.split(step))
 
-    few = np.flatnonzero(n < block // 2)
+    few = np.flatnonzero(~alone)
     n_step, k_step = _steps(n[few], _OCCURRENCE_STEP), _steps(k[few], _SENSE_STEP)
     by_size = np.lexsort((k[few], n[few], k_step, n_step))
     few, n_step, k_step = few[by_size], n_step[by_size], k_step[by_size]

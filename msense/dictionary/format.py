@@ -11,15 +11,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from msense.config import MAX_SENSES, Metric
+from msense.config import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, Metric
 from msense.dictionary.assignment import as_tensor
+from msense.dictionary.checks import check_arrays
 from msense.errors import DictionaryError
 
 FORMAT_VERSION: Literal[1] = 1
@@ -27,6 +28,11 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 _STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # safetensors' names
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8}
 SHARD_BYTES = 4_000_000_000  # centroids above this are cut into several files
+
+_Name = Annotated[str, Field(max_length=4096)]
+_Text = Annotated[str, Field(max_length=1 << 16)]
+_Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+_Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class FrozenModel(BaseModel):
@@ -38,9 +44,9 @@ class FrozenModel(BaseModel):
 class TeacherName(FrozenModel):
     """The model whose embeddings were clustered."""
 
-    name: str
-    revision: str | None = None
-    fingerprint: str = ""
+    name: _Name
+    revision: _Name | None = None
+    fingerprint: _Name = ""
 
 
 class DictionaryConfig(FrozenModel):
@@ -48,23 +54,27 @@ class DictionaryConfig(FrozenModel):
 
     format_version: Literal[1] = FORMAT_VERSION
     teacher: TeacherName
-    tokenizer_fingerprint: str
-    layer: int = Field(description="hidden layer of the teacher, -1 the last")
-    dim: int = Field(gt=0, description="width D of embeddings and senses")
-    vocab_size: int = Field(gt=0, description="tokens V, with and without senses")
-    senses: int | Literal["auto", "mcl"] = Field(description="the setting, not the number of senses in all")
+    tokenizer_fingerprint: _Name
+    layer: _Int64 = Field(description="hidden layer of the teacher, -1 the last")
+    dim: int = Field(gt=0, le=MAX_DIM, description="width D of embeddings and senses")
+    vocab_size: int = Field(gt=0, le=MAX_VOCABULARY, description="tokens V, with and without senses")
+    senses: Annotated[int, Field(ge=1, le=MAX_SENSES)] | Literal["auto", "mcl"] = Field(
+        description="the setting, not the number of senses in all"
+    )
     dtype: Literal["float16", "bfloat16", "float32"] = Field(default="float16", description="of the centroids")
     metric: Metric = "l2"
-    temperature_unit: float = Field(ge=0, description="mean squared spread of the senses, weighted by their counts")
+    temperature_unit: float = Field(
+        ge=0, le=1e77, description="mean squared spread of the senses, weighted by their counts"
+    )
     special_tokens: Literal["include", "exclude"] = "include"
-    excluded_token_ids: tuple[NonNegativeInt, ...] = ()
-    pooling: str = Field(default="mean", description="as sentence-transformers names it: mean, cls, lasttoken, ...")
+    excluded_token_ids: tuple[Annotated[int, Field(ge=0, lt=MAX_VOCABULARY)], ...] = Field((), max_length=1 << 16)
+    pooling: _Name = Field(default="mean", description="as sentence-transformers names it: mean, cls, lasttoken, ...")
     normalize: bool = Field(default=False, description="whether the teacher's sentence vectors have unit length")
-    prompt: str = ""
-    max_length: NonNegativeInt = Field(default=0, description="longest passage in tokens, 0 = unknown")
-    max_occurrences: NonNegativeInt = Field(description="occurrences clustered a token at most, 0 = all")
-    seed: int = 0
-    quality: dict[str, float] = Field(default_factory=dict)
+    prompt: _Text = ""
+    max_length: _Natural = Field(default=0, description="longest passage in tokens, 0 = unknown")
+    max_occurrences: _Natural = Field(description="occurrences clustered a token at most, 0 = all")
+    seed: _Int64 = 0
+    quality: dict[_Name, float] = Field(default_factory=dict, max_length=100)
 
 
 class Arrays(NamedTuple):
@@ -117,9 +127,10 @@ class DictionaryFiles:
         return self.folder / "README.md"
 
     def inside(self, path: Path) -> Path:
-        """Return a path of this folder unless it is missing or a link leads out of the folder."""
+        """Return a path of this folder unless it is missing, no plain file, or a link leads out of the folder."""
         if not path.is_file():
-            raise DictionaryError(f"{path} is missing: the dictionary is not whole; copy or build it again")
+            what = "is no plain file" if os.path.lexists(path) else "is missing"  # opening a pipe would wait for ever
+            raise DictionaryError(f"{path} {what}: the dictionary is not whole; copy or build it again")
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise DictionaryError(
                 f"{path} links to {path.resolve()}, outside the dictionary: put the file itself there "
@@ -165,33 +176,6 @@ def weight_map(files: DictionaryFiles, slices: int) -> dict[str, str]:
     """Return which file of several holds which tensor."""
     small = dict.fromkeys(Arrays._fields, files.shard(1, slices).name)
     return {**small, **{slice_name(i): files.shard(i + 1, slices).name for i in range(slices)}}
-
-
-def check_arrays(arrays: Arrays, config: DictionaryConfig) -> None:
-    """Refuse small arrays that contradict each other or the config.
-
-    Raises:
-        DictionaryError: naming the array and what is wrong with it.
-    """
-    offsets, counts, spread, token_counts = arrays
-    senses = len(counts)
-    shapes = {"offsets": (config.vocab_size + 1,), "spread": (senses,), "token_counts": (config.vocab_size,)}
-    for name, shape in shapes.items():
-        if (array := getattr(arrays, name)).shape != shape:
-            raise DictionaryError(f"{name} has shape {array.shape}, but config.json and counts ask for {shape}")
-    if offsets[0] != 0 or offsets[-1] != senses or (offsets[1:] < offsets[:-1]).any():
-        raise DictionaryError(f"offsets must rise from 0 to the {senses} senses without ever falling: they are damaged")
-    sizes = np.diff(offsets)
-    if sizes.max() > MAX_SENSES:
-        token = int(sizes.argmax())
-        raise DictionaryError(
-            f"token {token} has {sizes[token]} senses; at most {MAX_SENSES} are possible: build with fewer"
-        )
-    for name, array in (("counts", counts), ("token_counts", token_counts)):
-        if (array < 0).any():
-            raise DictionaryError(f"{name} holds the negative number {array.min()}: the dictionary is damaged")
-    if not (np.isfinite(spread).all() and (spread >= 0).all()):
-        raise DictionaryError("spread holds negative, infinite or NaN values: the dictionary is damaged")
 
 
 def write_dictionary(
@@ -260,6 +244,7 @@ def write_tokenizer(folder: Path | str, tokenizer_json: str) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary name beside a path; what is written there takes the path's name if no error came."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    scratch.unlink(missing_ok=True)  # a link left there would lead the bytes elsewhere
     try:
         yield scratch
         with scratch.open("rb") as file:
@@ -341,7 +326,7 @@ def model_card(config: DictionaryConfig, arrays: Arrays) -> str:
         "occurrences in the corpus": f"{int(arrays.token_counts.sum()):,}",
         "special tokens": config.special_tokens,
         "longest passage": f"{config.max_length} tokens",
-        **{name: f"{value:.6g}" for name, value in sorted(config.quality.items())},
+        **{_one_line(name): f"{value:.6g}" for name, value in sorted(config.quality.items())},
     }
     table = "\n".join(f"| {name} | {_one_line(value)} |" for name, value in facts.items())
     return f"""# Sense dictionary

@@ -1,22 +1,32 @@
-"""From words to a dictionary's tokens, and from tokens to the example contexts of their senses.
+"""From words to a dictionary's tokens.
 
-Comes in: a word and the teacher's tokenizer; a token and exemplars.parquet. Goes out: a `Match` that can explain
-itself; `Exemplar` rows. Holds the tokenizer, and of the exemplars the row groups that a token touches.
+Comes in: a word and the teacher's tokenizer, which nobody vouches for. Goes out: a `Match` that can explain itself.
+Holds the tokenizer.
 """
 
+import hashlib
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from msense.dictionary.format import DictionaryFiles
+from msense.dictionary.checks import shown
+from msense.dictionary.contexts import exemplar_schema
+from msense.dictionary.format import DictionaryConfig
 from msense.errors import DictionaryError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+__all__ = ["Exemplar", "Match", "TokenMatch", "Vocabulary", "exemplar_schema", "read_vocabulary"]
 
+_BYTES, _BYTES_A_TOKEN, _MAX_BYTES = 1 << 20, 512, 64 << 20  # of a tokenizer.json; the longest known has 130 a token
+_MAX_BRACKETS = 1 << 21  # a reader makes about a hundred bytes of each
+_MAX_LETTERS, _MAX_SEARCHES, _MAX_CHARSMAP = 10**8, 16, 1 << 20
+_GROWTH = {"ByteLevel": 2, "NFD": 3, "NFC": 3, "NFKD": 18, "NFKC": 18, "Precompiled": 18, "Lowercase": 2}
 _WORD_STARTS = ("", "Ġ", "▁")  # how byte-level and SentencePiece vocabularies write "after a space"
 
 
@@ -66,25 +76,60 @@ class Match:
         return f"{self.word!r} is unknown to this tokenizer: look up another word or spelling."
 
 
+def read_vocabulary(path: Path, config: DictionaryConfig) -> "Vocabulary":
+    """Read a dictionary's tokenizer.json unless it is far larger than its vocabulary asks for.
+
+    Raises:
+        DictionaryError: the file is not that tokenizer.
+    """
+    limit = min(_BYTES + _BYTES_A_TOKEN * config.vocab_size, _MAX_BYTES)
+    if (size := path.stat().st_size) > limit:
+        raise DictionaryError(
+            f"{path} has {size} bytes, for {config.vocab_size} tokens at most {limit} are read: "
+            "copy or build the dictionary again"
+        )
+    return Vocabulary(path.read_bytes(), config.tokenizer_fingerprint)
+
+
 class Vocabulary:
     """The teacher's tokenizer, for look-ups only."""
 
-    def __init__(self, tokenizer_json: bytes) -> None:
+    def __init__(self, tokenizer_json: bytes, fingerprint: str = "") -> None:
         """Read a tokenizer.
 
+        Args:
+            tokenizer_json: its definition.
+            fingerprint: that the dictionary's config states; empty = none.
+
         Raises:
-            DictionaryError: the text is not that of a tokenizer.json.
+            DictionaryError: the text is not that of a tokenizer.json, or of another tokenizer.
         """
-        try:
-            model = json.loads(tokenizer_json)["model"]
+        brackets = tokenizer_json.count(b"[") + tokenizer_json.count(b"{")
+        if brackets > _MAX_BRACKETS:
+            raise DictionaryError(
+                f"tokenizer.json is not a tokenizer: it has {brackets} brackets, at most {_MAX_BRACKETS} are read; "
+                "copy or build the dictionary again"
+            )
+        with _refused("is not a tokenizer"):
+            definition = json.loads(tokenizer_json)
+            model = definition["model"]
+        _check_steps(definition)  # first: the library normalises added tokens when it reads them
+        with _refused("is not a tokenizer"):
+            self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
             unknown = model.get("unk_id")
             name = model.get("unk_token") if unknown is None else model["vocab"][unknown][0]
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-            raise DictionaryError("tokenizer.json is not a tokenizer: copy or build the dictionary again") from error
-        self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
-        self._unknown = self._tokenizer.token_to_id(name) if isinstance(name, str) else None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+            self._unknown = self._tokenizer.token_to_id(name) if isinstance(name, str) else None
+        if fingerprint and _fingerprint(definition) != fingerprint:
+            # Another version of the library, or the teacher's own file, may write the same tokenizer in other words.
+            from msense.tokens import fingerprint as of_tokenizer
+
+            if (found := of_tokenizer(self._tokenizer)) != fingerprint:
+                raise DictionaryError(
+                    f"tokenizer.json is not the dictionary's tokenizer: its fingerprint is {found}, config.json states "
+                    f"{fingerprint!r}; copy or build the dictionary again"
+                )
 
     def find(self, word: str, sizes: np.ndarray) -> Match:
         """Look a word up under the tokenizer's variants of it.
@@ -92,6 +137,9 @@ class Vocabulary:
         Args:
             word: one word, any case.
             sizes: int64 [V], senses of each token.
+
+        Raises:
+            DictionaryError: the tokenizer fails at the word.
         """
         word = word.strip()
         if not word:
@@ -111,8 +159,63 @@ class Vocabulary:
 
     def _cut(self, text: str) -> list[tuple[int, str]]:
         """Return the tokens of a text; none if any of it is unknown."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with _refused(f"fails at {text!r}"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return [] if self._unknown in encoding.ids else list(zip(encoding.ids, encoding.tokens, strict=True))
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Turn whatever a hostile tokenizer.json brings about into one error, panics of the library among them."""
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # pyo3 makes it a BaseException of no importable type
+        if not panic and not isinstance(error, Exception):
+            raise
+        reason = f"{type(error).__name__}: {shown(error)}"
+        raise DictionaryError(f"tokenizer.json {what} ({reason}): copy or build the dictionary again") from error
+
+
+def _fingerprint(definition: dict[str, Any]) -> str:
+    """Return what `msense.tokens.fingerprint` gives for the tokenizer that a file was written from."""
+    bare = {**definition, "truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
+
+
+def _check_steps(definition: dict[str, Any]) -> None:
+    """Refuse a tokenizer whose steps would make a few letters gigabytes, or search them without end."""
+    added = definition.get("added_tokens")
+    letters = 1000 + (sum(len(str(token)) for token in added) if isinstance(added, list) else 0)
+    growth, searches = 1.0, 0
+    waiting: list[Any] = [definition.get("normalizer"), definition.get("pre_tokenizer")]
+    while waiting and growth * letters <= _MAX_LETTERS and searches <= _MAX_SEARCHES:
+        step = waiting.pop()
+        if isinstance(step, list):
+            waiting += step
+        elif isinstance(step, dict):
+            waiting += [step.get("normalizers"), step.get("pretokenizers")]
+            pattern = step.get("pattern")
+            searches += isinstance(pattern, dict) and "String" not in pattern
+            growth *= _growth(step, pattern)
+    if growth * letters > _MAX_LETTERS or searches > _MAX_SEARCHES:
+        raise DictionaryError(
+            f"tokenizer.json makes texts {growth:.3g} times longer or searches them by {searches} patterns, more than any "
+            "known tokenizer: copy or build the dictionary again"
+        )
+
+
+def _growth(step: dict[str, Any], pattern: object) -> float:
+    """Return how many times longer a normalizer or pre-tokenizer may make a text."""
+    kind = str(step.get("type"))
+    if kind == "Replace":
+        content, plain = str(step.get("content")), pattern.get("String") if isinstance(pattern, dict) else pattern
+        return max(1.0, len(content) / len(plain)) if plain and isinstance(plain, str) else 1.0 + len(content)
+    if kind == "Prepend":
+        return 1.0 + len(str(step.get("prepend")))
+    if kind == "Precompiled" and len(str(step.get("precompiled_charsmap"))) > _MAX_CHARSMAP:
+        return math.inf
+    return _GROWTH.get(kind, 1)
 
 
 class Exemplar(NamedTuple):
@@ -125,32 +228,3 @@ class Exemplar(NamedTuple):
     word: str
     right: str
     document_id: str
-
-
-def exemplar_schema() -> "pa.Schema":
-    """Return the columns of exemplars.parquet."""
-    import pyarrow as pa
-
-    numbers = [("token", pa.int32()), ("sense", pa.int32()), ("rank", pa.int32()), ("distance", pa.float32())]
-    return pa.schema(numbers + [(name, pa.string()) for name in ("left", "word", "right", "document_id")])
-
-
-def read_exemplars(files: DictionaryFiles, token: int | None = None) -> "pa.Table":
-    """Read the exemplars of a token, or all.
-
-    Raises:
-        DictionaryError: the file is truncated, has other columns or leads out of the folder.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = exemplar_schema()
-    if not files.exemplars.exists():
-        return schema.empty_table()
-    path = files.inside(files.exemplars)
-    try:
-        if not pq.read_schema(path).equals(schema):
-            raise DictionaryError(f"{path} does not have the columns of exemplars: it is a foreign file")
-        return pq.read_table(path, filters=None if token is None else [("token", "=", token)])
-    except (pa.ArrowException, OSError) as error:
-        raise DictionaryError(f"{path} cannot be read ({error}): copy or build the dictionary again") from error

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msense.dictionary.format import DTYPES, Arrays, DictionaryConfig, TeacherName, check_arrays
+from msense.config import MAX_DIM, MAX_VOCABULARY
+from msense.dictionary.checks import check_arrays
+from msense.dictionary.format import DTYPES, Arrays, DictionaryConfig, TeacherName
 from msense.errors import BadInput, DictionaryError
 from msense.kmeans import KMeansConfig, cluster_tokens
 
@@ -47,6 +49,11 @@ def cluster_in_memory(
     size = high + 1 if vocab_size is None else vocab_size
     if low < 0 or high >= size:
         raise BadInput(f"token ids go from {low} to {high}, but the vocabulary has the tokens 0 to {size - 1}")
+    if not 0 < size <= MAX_VOCABULARY or not 0 < points.shape[1] <= MAX_DIM:
+        raise BadInput(
+            f"a vocabulary of {size} tokens and embeddings of width {points.shape[1]} were given; a dictionary has at most "
+            f"{MAX_VOCABULARY} tokens and width {MAX_DIM}: number the tokens from 0 on, and give embeddings [N, D]"
+        )
     rows = _sample(ids, max_occurrences, settings.seed)
     tokens, sizes = np.unique(ids[rows], return_counts=True)
     own = points[torch.from_numpy(rows)]

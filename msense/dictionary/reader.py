@@ -5,14 +5,17 @@ file is mapped only once its header is what the config asks for and its size is 
 """
 
 import json
+import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from msense.config import MAX_SENSES
+from msense.dictionary.checks import check_arrays, shown
 from msense.dictionary.format import (
     FORMAT_VERSION,
     ITEM_BYTES,
@@ -21,14 +24,13 @@ from msense.dictionary.format import (
     DictionaryFiles,
     FrozenModel,
     TensorSpecs,
-    check_arrays,
     file_layout,
     slice_name,
     weight_map,
 )
 from msense.errors import DictionaryError
 
-_JSON_BYTES = 16 << 20
+_JSON_BYTES = 4 << 20
 _HEADER_BYTES = 1 << 20
 _Size = Annotated[int, Field(ge=0, lt=1 << 62)]
 
@@ -62,17 +64,24 @@ def open_dictionary(folder: Path) -> tuple[DictionaryConfig, Arrays, tuple[Tenso
     Raises:
         DictionaryError: a file is missing, truncated, foreign, leads out of the folder or contradicts another.
     """
-    files = DictionaryFiles(folder)
+    try:
+        return _open(DictionaryFiles(folder))
+    except OSError as error:
+        raise DictionaryError(
+            f"{folder} cannot be read ({error}): see to its files and rights, or copy it again"
+        ) from error
+
+
+def _open(files: DictionaryFiles) -> tuple[DictionaryConfig, Arrays, tuple[Tensor, ...]]:
     config = _read_config(files)
-    layout = _checked_layout(files, config)
     found: dict[str, Tensor] = {}
     parts = []
-    for path, tensors in layout:
+    for path, tensors in _checked_layout(files, config):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 mapped = {name: file.get_tensor(name) for name in tensors}
-        except SafetensorError as error:
-            raise DictionaryError(f"{path} is no safetensors file ({error}): copy or build it again") from error
+        except (SafetensorError, RuntimeError, MemoryError) as error:  # torch's word for too little address space
+            raise DictionaryError(f"{path} cannot be mapped ({error}): copy or build it again") from error
         found.update(mapped)
         parts += [tensor for name, tensor in mapped.items() if name not in Arrays._fields]
     arrays = Arrays(**{name: found[name].numpy() for name in Arrays._fields})
@@ -81,9 +90,10 @@ def open_dictionary(folder: Path) -> tuple[DictionaryConfig, Arrays, tuple[Tenso
 
 
 def _read_json(path: Path) -> bytes:
-    if path.stat().st_size > _JSON_BYTES:
+    size = path.stat().st_size
+    if size > _JSON_BYTES:
         raise DictionaryError(
-            f"{path} has {path.stat().st_size} bytes; no dictionary has such a file of over {_JSON_BYTES}"
+            f"{path} has {size} bytes; no dictionary has such a file of over {_JSON_BYTES}: copy or build it again"
         )
     return path.read_bytes()
 
@@ -97,41 +107,65 @@ def _read_config(files: DictionaryFiles) -> DictionaryConfig:
         )
     raw = _read_json(files.inside(files.config))
     try:
-        given = json.loads(raw)
+        given = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise DictionaryError(f"{files.config} is not JSON ({error}): copy or build the dictionary again") from error
+        raise DictionaryError(
+            f"{files.config} is not JSON ({shown(error)}): copy or build the dictionary again"
+        ) from error
     version = given.get("format_version") if isinstance(given, dict) else None
     if version is None:
-        raise DictionaryError(f"{files.config} is not the config of a sense dictionary: it states no format_version")
-    if version != FORMAT_VERSION or not isinstance(version, int):
         raise DictionaryError(
-            f"{files.config} has format version {version!r}, this msense reads {FORMAT_VERSION}: update it"
+            f"{files.config} is not the config of a sense dictionary: it states no format_version; give another folder"
+        )
+    if version != FORMAT_VERSION or type(version) is not int:  # True and 1.0 equal 1
+        raise DictionaryError(
+            f"{files.config} has format version {shown(repr(version))}, this msense reads {FORMAT_VERSION}: update it"
         )
     try:
-        return DictionaryConfig.model_validate_json(raw)
+        return DictionaryConfig.model_validate_json(raw, strict=True)
     except ValidationError as error:
-        raise DictionaryError(f"{files.config} is wrong: {_all_errors(error)}") from error
+        raise DictionaryError(
+            f"{files.config} is wrong: {_all_errors(error)}; copy or build the dictionary again"
+        ) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object; where a key comes twice, two readers may see two different files."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} comes twice")
+    return found
 
 
 def _all_errors(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in error.errors()[:10])
+    """Return the first faults of a file, each with its place in it."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)[:5]
+    return "; ".join(f"{shown('.'.join(map(str, e['loc']))) or 'all of it'}: {shown(e['msg'])}" for e in errors)
 
 
 def _checked_layout(files: DictionaryFiles, config: DictionaryConfig) -> list[tuple[Path, TensorSpecs]]:
     """Return the layout of a folder after comparing the header and the size of each file with it."""
-    sharded = files.index.is_file()
+    sharded = os.path.lexists(files.index)
     borders = _read_borders(files) if sharded else [0, _count_senses(files)]
+    if borders[-1] > config.vocab_size * MAX_SENSES:
+        raise DictionaryError(
+            f"{files.folder} speaks of {borders[-1]} senses, but {config.vocab_size} tokens have at most "
+            f"{MAX_SENSES} each: its files do not belong together; copy or build it again"
+        )
     layout = file_layout(files, config, borders)
     for path, expected in layout:
         header = _read_header(files.inside(path))
         if header.keys() != expected.keys():
             raise DictionaryError(
-                f"{path} holds the tensors {sorted(header)}, not {sorted(expected)}: it is a foreign file"
+                f"{path} holds the tensors {shown(sorted(header))}, not {sorted(expected)}: it is a foreign file; "
+                "copy or build the dictionary again"
             )
         for name, wanted in expected.items():
             if header[name] != wanted:
                 raise DictionaryError(
-                    f"{path}: {name} is {header[name]}, but should be {wanted} by config.json and counts"
+                    f"{path}: {name} is {header[name]}, but should be {wanted} by config.json and counts: "
+                    "copy or build the dictionary again"
                 )
     return layout
 
@@ -139,19 +173,22 @@ def _checked_layout(files: DictionaryFiles, config: DictionaryConfig) -> list[tu
 def _count_senses(files: DictionaryFiles) -> int:
     shape = _read_header(files.inside(files.arrays)).get("counts", ("", ()))[1]
     if len(shape) != 1:
-        raise DictionaryError(f"{files.arrays} holds no list of counts: it is a foreign file")
+        raise DictionaryError(f"{files.arrays} holds no list of counts: it is a foreign file; copy or build it again")
     return shape[0]
 
 
 def _read_borders(files: DictionaryFiles) -> list[int]:
     try:
-        index = _Index.model_validate_json(_read_json(files.inside(files.index)))
+        index = _Index.model_validate_json(_read_json(files.inside(files.index)), strict=True)
     except ValidationError as error:
-        raise DictionaryError(f"{files.index} is wrong: {_all_errors(error)}") from error
+        raise DictionaryError(
+            f"{files.index} is wrong: {_all_errors(error)}; copy or build the dictionary again"
+        ) from error
     for name in index.weight_map.values():
         if not re.fullmatch(r"dictionary-\d{5}-of-\d{5}\.safetensors", name):
             raise DictionaryError(
-                f"{files.index} names the file {name!r}; only dictionary-*-of-*.safetensors in its folder may be"
+                f"{files.index} names the file {shown(name)!r}; only dictionary-*-of-*.safetensors in its folder may be: "
+                "copy or build the dictionary again"
             )
     ranges = [index.row_ranges.get(slice_name(i), (-1, -1)) for i in range(len(index.row_ranges))]
     borders = [0, *(end for _, end in ranges)]
@@ -160,7 +197,8 @@ def _read_borders(files: DictionaryFiles) -> list[int]:
     )
     if not whole or borders != sorted(borders) or index.weight_map != weight_map(files, len(ranges)):
         raise DictionaryError(
-            f"{files.index} does not list slices of the centroids that follow one another: it is damaged"
+            f"{files.index} does not list slices of the centroids that follow one another: it is damaged; "
+            "copy or build the dictionary again"
         )
     return borders
 
@@ -174,9 +212,9 @@ def _read_header(path: Path) -> TensorSpecs:
             raise DictionaryError(f"{path} ({size} bytes) is cut off or no safetensors file: copy or build it again")
         raw = file.read(length)
     try:
-        header = _HEADER.validate_json(raw)
+        header = _HEADER.validate_json(raw, strict=True)
     except ValidationError as error:
-        raise DictionaryError(f"{path} has a foreign header: {_all_errors(error)}") from error
+        raise DictionaryError(f"{path} has a foreign header: {_all_errors(error)}; copy or build it again") from error
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
         needed = ITEM_BYTES.get(entry.dtype, 0)
@@ -184,7 +222,8 @@ def _read_header(path: Path) -> TensorSpecs:
             needed *= length  # Python integers: nothing overflows
         if entry.dtype not in ITEM_BYTES or entry.data_offsets != (end, end + needed):
             raise DictionaryError(
-                f"{path}: the bytes of {name} ({entry.dtype} {entry.shape}) are not where they should be"
+                f"{path}: the bytes of {shown(name)} ({shown(entry.dtype)} {entry.shape}) are not where they should be: "
+                "copy or build it again"
             )
         end += needed
     if 8 + len(raw) + end != size:

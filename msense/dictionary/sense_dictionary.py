@@ -5,6 +5,7 @@ embeddings [N, D], or a folder. A loaded dictionary maps its centroids from disk
 sense, 16 a token); `fit` and `merge` hold everything.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch import Tensor
 from msense.config import Metric
 from msense.dictionary import assignment
 from msense.dictionary.assignment import RaggedSenses, as_tensor
+from msense.dictionary.contexts import exemplar_schema, read_exemplars
 from msense.dictionary.format import (
     Arrays,
     DictionaryConfig,
@@ -26,7 +28,7 @@ from msense.dictionary.format import (
     atomic_path,
     write_dictionary,
 )
-from msense.dictionary.lookup import Exemplar, Match, Vocabulary, exemplar_schema, read_exemplars
+from msense.dictionary.lookup import Exemplar, Match, Vocabulary, read_vocabulary
 from msense.dictionary.making import cluster_in_memory, unite, unite_exemplars
 from msense.dictionary.reader import open_dictionary
 from msense.errors import BadInput, DictionaryError
@@ -47,6 +49,7 @@ __all__ = [
 
 ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
 _SAVE_BYTES = 64 << 20
+_SMALLEST, _LARGEST = 1e-37, 1e38  # of float32 numbers to divide by
 
 
 class Senses(NamedTuple):
@@ -137,7 +140,7 @@ class SenseDictionary:
             source = storage.local_copy(inside if of_run else str(source))
         folder = Path(source)
         inner = folder / "dictionary"
-        if not DictionaryFiles(folder).config.exists() and DictionaryFiles(inner).config.exists():
+        if not os.path.lexists(DictionaryFiles(folder).config) and os.path.lexists(DictionaryFiles(inner).config):
             folder = inner
         return cls(*open_dictionary(folder), files=DictionaryFiles(folder))
 
@@ -157,9 +160,13 @@ class SenseDictionary:
             import pyarrow.parquet as pq
 
             with atomic_path(files.exemplars) as scratch:
-                pq.write_table(self._exemplars, scratch, row_group_size=1 << 16)
+                pq.write_table(self._exemplars, scratch, row_group_size=1 << 16, write_statistics=["token"])
         else:
             _copy(self._optional("exemplars"), files.exemplars)
+        if not files.tokenizer.resolve().is_relative_to(files.folder.resolve()):
+            raise DictionaryError(
+                f"{files.tokenizer} lies in {files.tokenizer.resolve()}, outside the folder: take that link away first"
+            )
         _copy(self._optional("tokenizer"), files.tokenizer)
         write_dictionary(files.folder, self.config, *self._arrays, _chunks(self.ragged.parts))
 
@@ -190,12 +197,16 @@ class SenseDictionary:
 
         Raises:
             BadInput: the dictionary has no tokenizer.
-            DictionaryError: its tokenizer.json is damaged.
+            DictionaryError: its tokenizer.json is damaged, or that of another tokenizer.
         """
         return self._vocabulary.find(word, np.diff(self.offsets))
 
     def exemplars(self, token: int) -> list[Exemplar]:
-        """Return the example contexts of a token's senses, by sense and rank; none if the dictionary keeps none."""
+        """Return the example contexts of a token's senses, by sense and rank; none if the dictionary keeps none.
+
+        Raises:
+            DictionaryError: exemplars.parquet is damaged, foreign or does not fit the senses.
+        """
         rows = (Exemplar(*(row[name] for name in Exemplar._fields)) for row in self._exemplar_table(token).to_pylist())
         return sorted(rows, key=lambda exemplar: exemplar[:2])
 
@@ -250,6 +261,7 @@ class SenseDictionary:
                 f"the temperature is {temperature}, but must be above 0 and finite; None takes the nearest sense"
             )
         scale = (temperature or 0.0) * self.config.temperature_unit  # 0 too where every sense is a single point
+        scale = min(scale, _LARGEST) if scale > _SMALLEST else 0.0  # beyond float32 the weights would be NaN
         target = None if out is None else _target(out, embeddings)
         found = assignment.replace(ids, points, self.ragged, metric or self.config.metric, scale or None, target)
         if out is not None:
@@ -318,18 +330,20 @@ class SenseDictionary:
             raise BadInput(
                 "this dictionary has no tokenizer to look words up with: use the token's id with senses(token)"
             )
-        return Vocabulary(path.read_bytes())
+        return read_vocabulary(path, self.config)
 
     def _optional(self, name: str) -> Path | None:
         """Return the path of a file that the dictionary's folder may have."""
         path = getattr(self._files, name) if self._files else None
-        return self._files.inside(path) if self._files and path and path.exists() else None
+        return self._files.inside(path) if self._files and path and os.path.lexists(path) else None
 
     def _exemplar_table(self, token: int | None = None) -> "pa.Table":
         import pyarrow.compute as pc
 
         if self._exemplars is None:
-            return exemplar_schema().empty_table() if self._files is None else read_exemplars(self._files, token)
+            known = token is None or 0 <= token < self.vocab_size
+            here = self._files if known and self._optional("exemplars") else None
+            return read_exemplars(here, self.offsets, token) if here else exemplar_schema().empty_table()
         return self._exemplars if token is None else self._exemplars.filter(pc.equal(self._exemplars["token"], token))
 
     def _checked(self, token_ids: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> tuple[np.ndarray, Tensor]:
