@@ -5,7 +5,6 @@ small arrays (20 bytes a sense), one shard's centroids, and all exemplars while 
 """
 
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from msense import storage
 from msense.config import BuildConfig
 from msense.dictionary.format import DictionaryConfig, DictionaryFiles, TeacherName, write_dictionary, write_tokenizer
 from msense.exemplars import collect
-from msense.storage import RunFolder
+from msense.run_folder import RunFolder
 from msense.teacher import TeacherInfo
 
 
@@ -46,7 +45,7 @@ def assemble(
         context_files: contexts of the exemplars, a file a unit; none = no exemplars.
 
     Returns:
-        Facts: tokens (with senses), senses, points, bytes.
+        `facts`: tokens (with senses), senses, points, bytes; `files`: size and sha256 of each file.
     """
     small = [storage.load_arrays(file, ("tokens", "sizes", "counts", "spread", "inertia")) for file in centroid_files]
     order = _order(small)
@@ -62,14 +61,33 @@ def assemble(
     quality = {"points": float(points), "mean_squared_spread": spread_of_all}
     described = _config(info, config, spread_of_all, quality)
     chunks = _chunks(centroid_files, order, config.store_dtype)
-    with _target(run) as folder:
+    with storage.writing(run.dictionary), _target(run) as folder:
         files = DictionaryFiles(folder)
         write_tokenizer(folder, storage.read_text(run.tokenizer))
         if context_files:
             collect(context_files, files.exemplars)
         write_dictionary(folder, described, offsets, counts, spread, plan["token_counts"], chunks)
-        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    return {"tokens": len(order.tokens), "senses": len(counts), "points": points, "bytes": size}
+        names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+        written: dict[str, dict[str, Any]] = {
+            n: {"size": (folder / n).stat().st_size, "sha256": storage.sha256_of(folder / n)} for n in names
+        }
+    size = sum(entry["size"] for entry in written.values())
+    facts = {"tokens": len(order.tokens), "senses": len(counts), "points": points, "bytes": size}
+    return {"facts": facts, "files": written}
+
+
+def changed_files(run: RunFolder, written: dict[str, dict[str, Any]]) -> list[str]:
+    """Name the files of a finished dictionary that are gone or are not what was written.
+
+    Args:
+        run: the run folder.
+        written: as `assemble` returned them.
+    """
+    return [
+        name
+        for name, entry in written.items()
+        if not storage.is_whole(storage.join(run.dictionary, name), entry, verify=True)
+    ]
 
 
 def _config(info: TeacherInfo, config: BuildConfig, unit: float, quality: dict[str, float]) -> DictionaryConfig:
@@ -127,8 +145,7 @@ def _target(run: RunFolder) -> Iterator[Path]:
     if storage.is_local(run.dictionary):
         yield Path(storage.absolute(run.dictionary))
         return
-    with tempfile.TemporaryDirectory(prefix="msense-") as scratch:
-        folder = Path(scratch)
+    with storage.scratch_folder() as folder:
         yield folder
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         for name in sorted(names, key=lambda n: n == "config.json"):

@@ -11,24 +11,28 @@ import numpy as np
 
 from msense import kmeans, storage
 from msense.parts import cluster_large
+from msense.resume import Journal, finished
 from msense.runtime import Resources, map_tasks
 from msense.units import ClusterSettings, Range, as_stored, exemplar_places, read_ranges, sample, stored
 
 
-def cluster(settings: ClusterSettings, shards: np.ndarray, resources: Resources) -> list[str]:
+def cluster(
+    settings: ClusterSettings, shards: np.ndarray, resources: Resources, journal: Journal | None = None
+) -> list[str]:
     """Cluster every token that has occurrences.
 
     Args:
         settings: run folder and k-means settings.
         shards: int64 [shards + 1], first token of each shard.
         resources: how many tasks at a time.
+        journal: where to note what is kept of earlier drivers and what is made.
 
     Returns:
         The centroid files, in shard order (a shard may have several).
     """
     run = settings.run
     total = len(shards) - 1
-    facts = {shard: storage.facts_of(run.shard_file(shard)) for shard in range(total)}
+    facts = dict(enumerate(finished("clustering", [run.shard_file(n) for n in range(total)], resources, journal)))
     todo = [
         {"shard": shard, "first": int(shards[shard]), "last": int(shards[shard + 1])}
         for shard, f in facts.items()
@@ -40,9 +44,12 @@ def cluster(settings: ClusterSettings, shards: np.ndarray, resources: Resources)
         int(token): [Range(*r) for r in ranges] for f in facts.values() if f for token, ranges in f["large"].items()
     }
     files = [run.shard_file(shard) for shard in range(total)] + [run.token_file(token) for token in sorted(large)]
-    waiting = {token: ranges for token, ranges in large.items() if storage.facts_of(run.token_file(token)) is None}
+    done = finished("clustering", files[total:], resources, journal)
+    waiting = {token: large[token] for token, f in zip(sorted(large), done, strict=True) if f is None}
     if waiting:
         cluster_large(waiting, settings, resources)
+    if journal is not None:
+        journal.add("clustering", made=len(todo) + len(waiting))
     return files
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from msense import storage
 from msense.config import BuildConfig
 from msense.occurrences import GatherSettings, OccurrenceActor, Unit, record_type, select_unit, unit_passages
+from msense.run_folder import RunFolder
 from msense.runtime import Resources, map_actors
-from msense.storage import RunFolder
 from msense.teacher import TOKEN_BUDGET, TeacherInfo, pad_batch, token_batches
 
 TIMED_SECONDS = 10.0

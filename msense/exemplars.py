@@ -19,11 +19,13 @@ from tokenizers import Tokenizer
 from msense import storage
 from msense.dictionary.lookup import exemplar_schema
 from msense.occurrences import Duplicates, Unit
+from msense.resume import Journal, finished
+from msense.run_folder import RunFolder
 from msense.runtime import Resources, map_tasks, run_task
-from msense.storage import RunFolder
 from msense.tokens import open_parquet
 
 ROW_GROUP = 1 << 16  # a look at one token reads the row groups that hold it
+LONGEST_TEXT = 4096  # characters
 WINDOW = 24  # tokens of context on each side
 PLACE = ("token", "sense", "rank", "distance", "unit", "row", "position")
 
@@ -46,7 +48,9 @@ def nearest(sense: np.ndarray, distance: np.ndarray, count: int) -> tuple[np.nda
     return order[chosen], rank[chosen].astype(np.int32)
 
 
-def resolve(run: RunFolder, centroid_files: list[str], units: list[Unit], resources: Resources) -> list[str]:
+def resolve(
+    run: RunFolder, centroid_files: list[str], units: list[Unit], resources: Resources, journal: Journal | None = None
+) -> list[str]:
     """Decode the contexts of all exemplars, a file a unit.
 
     Args:
@@ -54,17 +58,22 @@ def resolve(run: RunFolder, centroid_files: list[str], units: list[Unit], resour
         centroid_files: files of stage 4.
         units: the run's units.
         resources: how many tasks at a time.
+        journal: where to note what is kept of earlier drivers and what is made.
 
     Returns:
         The files.
     """
     index = run.contexts_index
-    if storage.facts_of(index) is None:
+    if finished("exemplars", [index], resources, journal) == [None]:
         run_task(_write_index, index, centroid_files, len(units))
-    todo = [asdict(unit) for unit in units if storage.facts_of(run.contexts_file(unit.number)) is None]
+    files = [run.contexts_file(unit.number) for unit in units]
+    done = finished("exemplars", files, resources, journal)
+    todo = [asdict(unit) for unit, f in zip(units, done, strict=True) if f is None]
     for _ in map_tasks("exemplars", _resolve_unit, todo, resources, run, index):
         pass
-    return [run.contexts_file(unit.number) for unit in units]
+    if journal is not None:
+        journal.add("exemplars", made=len(todo))
+    return files
 
 
 def _write_index(index: str, centroid_files: list[str], units: int) -> None:
@@ -98,7 +107,12 @@ def _resolve_unit(item: dict[str, Any], run: RunFolder, index: str) -> dict[str,
     left, word, right = ([c[i] for c in contexts] for i in range(3))
     columns = [places.column(n).combine_chunks() for n in ("token", "sense", "rank", "distance")]
     columns[3] = pc.sqrt(columns[3])  # squared until here: roots of unequal squares may be equal
-    texts = [pa.array(texts, pa.string()) for texts in (left, word, right, [documents[r] for r in rows.tolist()])]
+    identities = [documents[r] for r in rows.tolist()]
+    cut = (
+        [t[-LONGEST_TEXT:] for t in left],
+        *([t[:LONGEST_TEXT] for t in texts] for texts in (word, right, identities)),
+    )
+    texts = [pa.array(texts, pa.string()) for texts in cut]
     schema = exemplar_schema()
     table = pa.Table.from_arrays([c.cast(f.type) for c, f in zip(columns + texts, schema, strict=True)], schema=schema)
 
@@ -150,4 +164,4 @@ def collect(files: list[str], target: Path) -> None:
     """Bring the contexts of all units together in one local file, by token, sense and rank."""
     table = pa.concat_tables([open_parquet(file).read() for file in files])
     table = table.sort_by([("token", "ascending"), ("sense", "ascending"), ("rank", "ascending")])
-    pq.write_table(table, target, compression="zstd", row_group_size=ROW_GROUP)
+    pq.write_table(table, target, compression="zstd", row_group_size=ROW_GROUP, write_statistics=["token"])

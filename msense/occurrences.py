@@ -16,8 +16,8 @@ import numpy as np
 
 from msense import storage
 from msense.errors import MsenseError
+from msense.run_folder import RunFolder
 from msense.sampling import select
-from msense.storage import RunFolder
 from msense.teacher import TOKEN_BUDGET, Teacher, pad_batch, token_batches
 from msense.tokens import Passages, PassageSpec, open_parquet, read_block
 
@@ -186,7 +186,9 @@ class OccurrenceActor:
         }
 
         def write(path: Path) -> dict[str, Any]:
-            self._records(passages, selection, unit).tofile(path)
+            records = self._records(passages, selection, unit)
+            with path.open("wb") as file:
+                file.write(records.data)  # numpy's tofile would hide the system's error
             actor = f"{socket.gethostname()}-{os.getpid()}"
             return {"actor": actor, "began": began, "ended": time.time(), "start_seconds": self.start_seconds}
 
@@ -225,10 +227,8 @@ def _not_finite(before_the_cast: bool, settings: GatherSettings) -> str:
             f"an embedding is too large for {settings.store_dtype}: "
             "give --store-dtype bfloat16 (larger range), in a new output folder"
         )
-    return (
-        f"the teacher gave NaN or infinite embeddings in {settings.dtype}: "
-        "give --dtype float32, or check its weights, in a new output folder"
-    )
+    remedy = "" if settings.dtype == "float32" else "give --dtype float32, in a new output folder, or "
+    return f"the teacher gave NaN or infinite embeddings in {settings.dtype}: {remedy}check its weights"
 
 
 def write_index(run: RunFolder, units: int) -> dict[str, int]:

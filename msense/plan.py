@@ -18,9 +18,10 @@ from msense import storage
 from msense.config import BuildConfig
 from msense.errors import BadInput
 from msense.occurrences import Duplicates, cut_shards
+from msense.resume import Journal, finished
+from msense.run_folder import RunFolder
 from msense.runtime import Resources, get, reduce_tasks, run_task, submit
 from msense.sampling import Histogram, duplicate_rows, select, thresholds
-from msense.storage import RunFolder
 from msense.teacher import TeacherInfo
 from msense.tokens import open_parquet, read_block
 
@@ -51,13 +52,16 @@ class Selected:
         self.blocks = np.concatenate([self.blocks, other.blocks])
 
 
-def make_plan(given: PlanInput, blocks: Sequence[int], resources: Resources) -> dict[str, Any]:
+def make_plan(
+    given: PlanInput, blocks: Sequence[int], resources: Resources, journal: Journal | None = None
+) -> dict[str, Any]:
     """Write the plan of a run, unless it is there.
 
     Args:
         given: run folder, teacher and config.
         blocks: number of blocks of every passages file.
         resources: how many tasks at a time.
+        journal: where to note what is kept of an earlier driver's plan.
 
     Returns:
         Facts of the plan: passages, tokens, needed, needed_tokens, stored (occurrences written by the teacher), points
@@ -66,9 +70,11 @@ def make_plan(given: PlanInput, blocks: Sequence[int], resources: Resources) -> 
     Raises:
         BadInput: two documents have the same id.
     """
-    facts = storage.facts_of(given.run.thresholds)
-    if facts is not None:
-        return facts
+    run = given.run
+    files = [run.blocks, run.thresholds] + ([run.duplicates] if given.config.dedup else [])
+    found = finished("plan", files, resources, journal)
+    if all(facts is not None for facts in found):
+        return dict(found[1] or {})
     pieces = [(piece, count) for piece, count in enumerate(blocks) if count]
     _find_duplicates(given, pieces, resources)
     slices = [s for i in range(2 * resources.tasks) if (s := pieces[i :: 2 * resources.tasks])]
@@ -76,6 +82,8 @@ def make_plan(given: PlanInput, blocks: Sequence[int], resources: Resources) -> 
     threshold = submit(_thresholds, histogram, given)
     selected = reduce_tasks("plan: select", _select, slices, resources, given, threshold)
     result: dict[str, Any] = run_task(_write, selected, histogram, threshold, given)
+    if journal is not None:
+        journal.add("plan", made=sum(facts is None for facts in found))
     return result
 
 
@@ -154,8 +162,6 @@ def _find_duplicates(given: PlanInput, pieces: list[tuple[int, int]], resources:
     Keys are looked at in ranges of about 32 million, so that a task holds about 2 GB at most.
     """
     run = given.run
-    if storage.facts_of(run.duplicates) is not None:
-        return
     passages = sum(storage.facts_of(run.passages_file(piece))["passages"] for piece, _ in pieces)  # type: ignore[index]
     ranges = max(1, -(-passages // KEYS_AT_A_TIME))
     work = [(n, ranges) for n in range(ranges)]
@@ -166,14 +172,13 @@ def _find_duplicates(given: PlanInput, pieces: list[tuple[int, int]], resources:
                 f"document id {found.repeated!r} is there twice: ids must be unique (or leave the id column out)"
             )
         return
-    if len(found.places):
-        places = found.places[np.lexsort(found.places.T[::-1])]
-        arrays = {name: places[:, i].astype(np.int32) for i, name in enumerate(("piece", "block", "row"))}
+    places = found.places[np.lexsort(found.places.T[::-1])]
+    arrays = {name: places[:, i].astype(np.int32) for i, name in enumerate(("piece", "block", "row"))}
 
-        def write(path: Path) -> None:
-            storage.save_arrays(path, arrays)
+    def write(path: Path) -> None:
+        storage.save_arrays(path, arrays)
 
-        storage.publish(run.duplicates, write)
+    storage.publish(run.duplicates, write)
 
 
 @dataclass

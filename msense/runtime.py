@@ -5,23 +5,31 @@ Ray is started when no cluster is named. Every task asks for half a CPU, so that
 room; how many run at a time is set by the size of the pool.
 """
 
+import atexit
 import copy
 import json
 import logging
 import os
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+from msense import storage
 from msense.errors import BadInput, MsenseError
 
 logger = logging.getLogger(__name__)
 
 TASK_CPUS = 0.5
+RETRIES = 3  # of work whose worker died: a crash is survived, work that always kills its worker is not tried for ever
 REPORT_SECONDS = 10.0
 MERGED_AT_ONCE = 4
+LONGEST_TEMP = 30  # characters of the temporary folder's path: those of Ray's sockets in it must not exceed 107
 Row = dict[str, Any]
 
 
@@ -63,6 +71,8 @@ def connect(workers: int | None = None) -> Resources:
                 "log_to_driver": False,
                 "num_cpus": max(os.cpu_count() or 1, workers or 1),
             }
+            if not os.environ.get("RAY_TMPDIR"):
+                environment["TMPDIR"] = options["_temp_dir"] = _temporary_folder()
         ray.init(**options)
     offered = ray.cluster_resources()
     gpus, cpus = int(offered.get("GPU", 0)), max(1, int(offered.get("CPU", 1)))
@@ -70,6 +80,18 @@ def connect(workers: int | None = None) -> Resources:
     return Resources(
         actors=min(workers or gpus, gpus) if gpus else tasks, tasks=tasks, device="cuda" if gpus else "cpu"
     )
+
+
+def _temporary_folder() -> str:
+    """Return a folder for the files of a local Ray, which is stopped and forgotten when this process ends."""
+    import ray
+
+    usual = Path(tempfile.gettempdir())
+    held = ExitStack()  # left in reverse order; a folder of a killed process goes when the next one is made
+    folder = held.enter_context(storage.scratch_folder(usual if len(str(usual)) <= LONGEST_TEMP else Path("/tmp")))
+    held.callback(ray.shutdown)
+    atexit.register(held.close)  # after Ray's own registration, hence before it
+    return str(folder)
 
 
 def map_data(name: str, work: Callable[[Any], Row], items: Sequence[Any], resources: Resources) -> Iterator[Row]:
@@ -82,7 +104,7 @@ def map_data(name: str, work: Callable[[Any], Row], items: Sequence[Any], resour
 
     if items:
         pool = TaskPoolStrategy(size=min(resources.tasks, len(items)))
-        yield from _run(name, _Guarded(work), items, pool, {"num_cpus": TASK_CPUS})
+        yield from _run(name, _Guarded(work), items, pool, {"num_cpus": TASK_CPUS, "max_retries": RETRIES})
 
 
 def map_actors(name: str, actor: type, arguments: Row, items: Sequence[Any], resources: Resources) -> Iterator[Row]:
@@ -103,6 +125,7 @@ def map_actors(name: str, actor: type, arguments: Row, items: Sequence[Any], res
     if items:
         pool = ActorPoolStrategy(size=min(resources.actors, len(items)), max_tasks_in_flight_per_actor=2)
         needs = {"num_gpus": 1} if resources.device == "cuda" else {"num_cpus": TASK_CPUS}
+        needs |= {"max_restarts": -1, "max_task_retries": RETRIES}  # nodes may come and go; an item has its tries
         yield from _run(name, _GuardedActor, items, pool, {**needs, "fn_constructor_args": (actor, arguments)})
 
 
@@ -181,15 +204,46 @@ def submit(work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - 
 
 
 def get(reference: Any) -> Any:  # noqa: ANN401 - what the task returned
-    """Wait for a result; an error msense raised on purpose, or the system's, comes out as itself."""
+    """Wait for a result, or for several.
+
+    Raises:
+        BadInput, MsenseError, OSError: what the work raised.
+        MsenseError: the work's process died, again and again.
+    """
+    import ray
+
+    with _in_plain_words():
+        return ray.get(reference)
+
+
+@contextmanager
+def _in_plain_words() -> Iterator[None]:
+    """Turn Ray's errors into what the work raised, or into a word about its death."""
     import ray
 
     try:
-        return ray.get(reference)
+        yield
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, MsenseError | OSError):
             raise error.cause from None
+        if isinstance(error.cause, ray.exceptions.RayError):  # what the work was given never came to be
+            raise _died(error.cause) from error
         raise
+    except ray.exceptions.RayError as error:
+        raise _died(error) from error
+
+
+def _died(error: Exception) -> MsenseError:
+    """Say that Ray gave up on a piece of work."""
+    return MsenseError(
+        f"a worker died {RETRIES + 1} times at the same work ({type(error).__name__}: {_first_line(error)}). Often it "
+        "ran out of memory: give --workers a smaller number, or a machine with more memory; Ray's logs tell more "
+        "(those of a local Ray stay if RAY_TMPDIR names a folder)"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _merge(first: Any, *others: Any) -> Any:  # noqa: ANN401 - anything with merge()
@@ -246,9 +300,12 @@ def _run(name: str, function: Any, items: Sequence[Any], pool: Any, options: Row
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     rows = [{"item": json.dumps(item)} for item in items]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(function, compute=pool, **options)
-    for row in track(name, dataset.iter_rows(), len(rows)):
-        yield unwrap(row)
+    with warnings.catch_warnings():  # until Ray 2.64 there is no other way to bound retries
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(function, compute=pool, **options)
+    with _in_plain_words():
+        for row in track(name, dataset.iter_rows(), len(rows)):
+            yield unwrap(row)
 
 
 T = TypeVar("T")

@@ -1,16 +1,21 @@
 """What a run folder holds: `python -m msense status RUN`.
 
-Comes in: a run folder, finished, cut off or at work. Goes out: a table of its stages. Reads the done-markers only.
+Comes in: a run folder, finished, cut off or at work. Goes out: a table of its stages, and what each driver did. Reads
+the done-markers and the journal only.
 """
+
+from typing import Any
 
 from msense import storage
 from msense.cli import show_table
 from msense.errors import BadInput
-from msense.storage import RunFolder
+from msense.run_folder import RunFolder
+
+DRIVERS_SHOWN = 10
 
 
 def show_status(run: str) -> None:
-    """Print how far every stage of a run is.
+    """Print how far every stage of a run is, and what its latest drivers kept of earlier ones and made.
 
     Raises:
         BadInput: there is no run.
@@ -18,7 +23,7 @@ def show_status(run: str) -> None:
     folder = RunFolder(storage.absolute(run))
     manifest = storage.read_json(folder.manifest)
     if manifest is None:
-        raise BadInput(f"{run} is no run folder: it has no manifest.json; give the --output of a build")
+        raise BadInput(f"{run} is no run folder: it has no sound manifest.json; give the --output of a build")
     teacher = manifest["teacher"]
     rows = [("teacher", f"{teacher['name']} ({teacher['dim']} wide, {manifest['pins']['dtype']})")]
     rows.append(("corpus", " ".join(manifest["corpus"])))
@@ -32,6 +37,8 @@ def show_status(run: str) -> None:
     if finished:
         facts = stages["dictionary"]
         rows.append(("", f"{facts['tokens']:,} tokens, {facts['senses']:,} senses, {facts['points']:,} points"))
+    drivers = (storage.read_json(folder.journal) or {}).get("drivers", [])
+    rows += [_driver(number, record) for number, record in list(enumerate(drivers, 1))[-DRIVERS_SHOWN:]]
     show_table(f"Run {run}", rows)
 
 
@@ -42,7 +49,7 @@ def _counts(run: RunFolder) -> dict[str, str]:
     of_units = f" of {units['units']}" if units else ""
     shards = f" of {units['shards']}" if units else ""
     return {
-        "passages": f"{_finished(run.passages)} files",
+        "passages": f"{_finished(run.passages, '.parquet')} files",
         "plan": "done" if plan else "not yet",
         "occurrences": f"{_finished(run.occurrences, '.records')}{of_units} units",
         "clustering": f"{_finished(run.centroids, prefix='0')}{shards} shards",
@@ -55,3 +62,15 @@ def _finished(folder: str, suffix: str = "", prefix: str = "") -> int:
     names = {name.rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)} if fs.exists(path) else set()
     names = {name for name in names if name.startswith(prefix)}
     return sum(name.endswith(suffix + storage.MARKER) and name.removesuffix(storage.MARKER) in names for name in names)
+
+
+def _driver(number: int, record: dict[str, Any]) -> tuple[str, str]:
+    """Say what a driver kept of earlier ones, found damaged, and made, in files of each stage."""
+    told = []
+    for stage, found in record["stages"].items():
+        counts = [f"{found[name]:,} {name}" for name in ("kept", "damaged", "made") if found.get(name)]
+        if "made" not in found and not found.get("kept"):
+            counts.append("begun")
+        told.append(f"{stage} {' + '.join(counts) or 'nothing to do'}")
+    outcome = record["outcome"].split("\n")[0] or f"no word of its end: at work or killed (process {record['pid']})"
+    return f"driver {number}", f"{record['began']}, {record['host']}: {'; '.join(told)}. {outcome}"

@@ -12,7 +12,7 @@ import torch
 from msense.exemplars import PLACE, nearest
 from msense.kmeans import KMeansConfig
 from msense.occurrences import read_rows, record_type
-from msense.storage import RunFolder
+from msense.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,39 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fault_table
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SEEN: dict[tuple[str, str], str] = {}  # what became of (fault, stage)
 
 WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
 WORDS += ["run", "##ning", "##s"]
+
+
+@pytest.fixture
+def outcome() -> Callable[[str, str, str], None]:
+    """Note what became of a fault in a stage, and hold it against the README."""
+
+    def note(fault: str, stage: str, found: str) -> None:
+        SEEN[fault, stage] = found
+        assert fault_table.in_readme().get((fault, stage)) == found
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if SEEN:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(fault_table.table(SEEN))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """After a whole run of all tests, the README must not claim more than they have seen."""
+    whole = not session.config.option.markexpr and not session.config.option.keyword and session.testscollected > 300
+    if whole and exitstatus == 0 and fault_table.in_readme() != SEEN:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.config.get_terminal_writer().line("the README's table of faults holds cells that no test has seen")
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +45,7 @@ def ray() -> Iterator[None]:
     """The Ray that all tests share."""
     from msense.runtime import connect
 
-    connect(workers=2)
+    connect(workers=3)
     import ray as ray_module
 
     yield
@@ -103,7 +130,19 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import ray as ray_module
 
-    from msense import build, clustering, estimate, exemplars, occurrences, parts, plan, runtime, tokens
+    from msense import (
+        build,
+        clustering,
+        estimate,
+        exemplars,
+        occurrences,
+        parts,
+        passages,
+        plan,
+        resume,
+        runtime,
+        tokens,
+    )
 
     def run(work: Callable, items: list) -> Iterator[dict]:
         for item in items:
@@ -123,7 +162,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         "submit": lambda work, *arguments: work(*arguments),
         "get": lambda value: value,
     }
-    for module in (build, clustering, estimate, exemplars, parts, plan):
+    for module in (build, clustering, estimate, exemplars, parts, passages, plan, resume):
         for name, fake in fakes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fake)

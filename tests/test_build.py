@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from msense import SenseDictionary
-from msense.build import build_dictionary, differences
+from msense.build import build_dictionary
 from msense.config import BuildConfig
 from msense.errors import BadInput
-from msense.storage import RunFolder, facts_of
+from msense.manifest import differences
 
 MakeTeacher = Callable[..., Path]
 on_ray = pytest.mark.usefixtures("ray")
@@ -126,45 +126,6 @@ def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [" ".join(rng.choice(words, 24, p=np.array([12, 6] + [1] * 13) / 31)) for _ in range(260)]
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
     return folder
-
-
-@on_ray
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_same_bytes_in_parts_with_other_workers_and_other_folders(
-    tmp_path: Path, long_corpus: Path, make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch, metric: str
-) -> None:
-    settings = {
-        "corpus": (str(long_corpus),),
-        "teacher": str(make_teacher("bert")),
-        "max_occurrences": 4000,
-        "senses": 4,
-        "metric": metric,
-    }
-    build(tmp_path / "whole", workers=1, keep=("centroids",), **settings)
-    build(tmp_path / "parts", workers=2, keep=("centroids",), max_points_per_part=1024, **settings)
-    assert not list((tmp_path / "whole" / "centroids").glob("token-*.safetensors"))
-    cut = list((tmp_path / "parts" / "centroids").glob("token-*.safetensors"))
-    assert len(cut) >= 2  # "the" and "bank" at least
-    assert dictionary_bytes(tmp_path / "whole") == dictionary_bytes(tmp_path / "parts")
-
-
-@on_ray
-def test_goes_on_after_a_stop_and_writes_the_same(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
-    settings = {
-        "corpus": (str(corpus),),
-        "teacher": str(make_teacher("bert")),
-        "keep": ("passages", "occurrences", "centroids"),
-    }
-    build(tmp_path / "whole", **settings)
-    build(tmp_path / "cut", **settings)
-    run = RunFolder(str(tmp_path / "cut"))
-    unit = facts_of(run.unit_file(0))
-    Path(run.finished).unlink()
-    Path(run.shard_file(0)).unlink()
-    (tmp_path / "cut" / "dictionary" / "config.json").unlink()
-    build(tmp_path / "cut", **settings)
-    assert facts_of(run.unit_file(0)) == unit  # clock times included: it was not read again
-    assert dictionary_bytes(tmp_path / "whole") == dictionary_bytes(tmp_path / "cut")
 
 
 @in_process

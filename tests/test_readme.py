@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import make
+from tiny import with_tokenizer
 
 from msense.config import BuildConfig
 
@@ -32,11 +32,8 @@ def test_every_file_and_target_is_there() -> None:
 def test_its_python_runs(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
 
-    dictionary = make([0, 4])
-    dictionary.save(tmp_path / "runs" / "demo")
-    target = tmp_path / "runs" / "demo" / "tokenizer"
-    target.mkdir(exist_ok=True)
-    Tokenizer(models.WordLevel({"[UNK]": 0, "cell": 1}, unk_token="[UNK]")).save(str(target / "tokenizer.json"))
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "cell": 1}, unk_token="[UNK]"))
+    with_tokenizer(tokenizer, tmp_path / "runs" / "demo", [0, 4])
     (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

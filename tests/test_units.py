@@ -15,9 +15,9 @@ from msense.errors import BadInput
 from msense.exemplars import nearest
 from msense.occurrences import cut_shards, cut_units, read_rows, record_type
 from msense.parts import _prefixes, _slice
+from msense.run_folder import RunFolder
 from msense.runtime import Resources, guard, map_tasks, reduce_tasks, unwrap
 from msense.status import show_status
-from msense.storage import RunFolder
 from msense.units import Range, as_stored, exemplar_places, sample, stored
 
 ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=40)

@@ -1,0 +1,140 @@
+"""Stage 1 on Ray: the corpus in, passages files and the list of bad documents out, a task a piece of the corpus.
+
+A task holds what `tokens.write_passages` holds; the driver a few counts a piece.
+"""
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from msense import storage
+from msense.config import BuildConfig
+from msense.corpus import WHOLE, Piece, SourceFile, count_rows, cut_pieces, display_uri, list_files, number_pieces
+from msense.errors import BadInput
+from msense.manifest import check_inputs, inputs
+from msense.resume import Journal, finished
+from msense.run_folder import RunFolder
+from msense.runtime import Resources, map_data, map_tasks, run_task
+from msense.tokens import LISTED_BAD_DOCUMENTS, PassageSpec, write_passages
+
+
+def make_passages(
+    run: RunFolder,
+    config: BuildConfig,
+    spec: PassageSpec,
+    files: list[SourceFile],
+    resources: Resources,
+    journal: Journal,
+) -> tuple[dict[str, Any], list[int]]:
+    """Write the passages of a corpus; pieces that an earlier driver finished are kept.
+
+    Args:
+        run: the run folder, with the tokenizer in it.
+        config: the build's settings.
+        spec: how to cut passages.
+        files: the corpus.
+        resources: how many tasks at a time.
+        journal: where to note what is kept and what is made.
+
+    Returns:
+        Facts (documents, passages, tokens, bad documents in all and by reason), and the number of blocks of every
+        passages file.
+
+    Raises:
+        BadInput: no text at all; a bad document where none is allowed; the corpus changed while it was read.
+    """
+    pieces = _numbered(cut_pieces(files), resources)
+    found = _finished_pieces(run, len(pieces), resources, journal)
+    todo = [{"number": n, **asdict(pieces[n])} for n, f in enumerate(found) if f is None]
+    work = partial(_write_piece, run=run, spec=spec, fail_on_bad=config.on_bad_document == "fail")
+    for row in map_data("passages", work, todo, resources):
+        found[row["number"]] = row
+    journal.add("passages", made=len(todo))
+    if todo:
+        check_inputs(inputs(files), list_files(config.corpus))
+    whole = [f for f in found if f is not None]
+    bad: dict[str, int] = {}
+    for row in whole:
+        for reason, count in row["bad"].items():
+            bad[reason] = bad.get(reason, 0) + count
+    told = "; ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
+    if bad and config.on_bad_document == "fail":
+        raise BadInput(f"the corpus has bad documents ({told}); --on-bad-document skip goes past them")
+    facts = {name: sum(row[name] for row in whole) for name in ("documents", "passages", "tokens")}
+    facts |= {"bad documents": sum(bad.values())}
+    facts |= {f"bad: {reason}": count for reason, count in sorted(bad.items())}
+    run_task(_list_bad_documents, run, len(whole))
+    if not facts["passages"]:
+        named = " ".join(display_uri(uri) for uri in config.corpus)
+        remedy = f"see {run.bad_documents}, and check the path and --text-column" if bad else "check the path"
+        if config.sample < 1:
+            remedy += f", and raise --sample {config.sample}"
+        raise BadInput(f"the corpus {named} has no text ({told or 'no documents in it'}): {remedy}")
+    return facts, [row["blocks"] for row in whole]
+
+
+def _finished_pieces(
+    run: RunFolder, pieces: int, resources: Resources, journal: Journal
+) -> list[dict[str, Any] | None]:
+    """Return the facts of the pieces that are finished; those with bad documents need their list as well."""
+    found = finished("passages", [run.passages_file(n) for n in range(pieces)], resources, journal)
+    listed = [n for n, f in enumerate(found) if f and f["bad"]]
+    lists = finished("passages", [run.bad_file(n) for n in listed], resources)
+    for number in [n for n, f in zip(listed, lists, strict=True) if f is None]:
+        found[number] = None
+    return found
+
+
+def _numbered(pieces: list[Piece], resources: Resources) -> list[Piece]:
+    """Count the rows before each piece of a file that was cut by bytes."""
+    unknown = [n for n, piece in enumerate(pieces) if piece.format in ("txt", "jsonl") and piece.stop != WHOLE]
+    if not unknown:
+        return pieces
+    counts = [0] * len(pieces)
+    for row in map_tasks(
+        "counting rows", _count_piece, [{"number": n, **asdict(pieces[n])} for n in unknown], resources
+    ):
+        counts[row["number"]] = row["rows"]
+    return number_pieces(pieces, counts)
+
+
+def _count_piece(item: dict[str, Any]) -> dict[str, Any]:
+    number = item.pop("number")
+    return {"number": number, "rows": count_rows(Piece(**item))}
+
+
+def _write_piece(item: dict[str, Any], run: RunFolder, spec: PassageSpec, fail_on_bad: bool) -> dict[str, Any]:
+    """Write the passages of one piece, its list of bad documents first."""
+    number = item.pop("number")
+    tokenizer = Tokenizer.from_str(storage.read_text(run.tokenizer))
+
+    def write(path: Path) -> dict[str, Any]:
+        facts = write_passages(Piece(**item), spec, tokenizer, path, fail_on_bad)
+        if listed := facts.pop("listed"):
+            storage.publish(run.bad_file(number), partial(_write_listed, listed))
+        return {**facts, "blocks": len(facts["blocks"])}
+
+    return storage.publish(run.passages_file(number), write, {"number": number})
+
+
+def _write_listed(listed: list[dict[str, str]], path: Path) -> None:
+    path.write_text(json.dumps(listed), encoding="utf-8")
+
+
+def _list_bad_documents(run: RunFolder, pieces: int) -> None:
+    """Write the first hundred bad documents of each reason, in input order."""
+    told: dict[str, int] = {}
+    lines = []
+    for piece in range(pieces):
+        facts = storage.facts_of(run.passages_file(piece)) or {"bad": {}}
+        if not any(told.get(reason, 0) < LISTED_BAD_DOCUMENTS for reason in facts["bad"]):
+            continue
+        for document in json.loads(storage.read_text(run.bad_file(piece))):
+            told[document["reason"]] = told.get(document["reason"], 0) + 1
+            if told[document["reason"]] <= LISTED_BAD_DOCUMENTS:
+                lines.append(json.dumps(document))
+    storage.write_text(run.bad_documents, "".join(line + "\n" for line in lines))

@@ -1,0 +1,111 @@
+"""Going on after a stop: which files of earlier drivers count, and the journal of what each driver did.
+
+Comes in: the names of the files a stage will write. Goes out: the facts of those that are whole, after every byte was
+read and hashed in tasks; what is not whole is removed. The driver holds the facts only.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from msense import storage
+from msense.run_folder import RunFolder
+from msense.runtime import Resources, map_tasks
+
+logger = logging.getLogger(__name__)
+
+FILES_A_TASK = 64
+DRIVERS_KEPT = 100
+
+
+@dataclass
+class Journal:
+    """What the drivers of a run did, a record each; written at the start and the end of every stage.
+
+    A record holds `began` (UTC), `host`, `pid`, `workers`, `stages` (per stage: `kept` files of earlier drivers,
+    `damaged` ones among them, `made` anew; no `made` = the driver never got so far) and `outcome` ("" = none: killed
+    or at work).
+    """
+
+    uri: str
+    drivers: list[dict[str, Any]] = field(default_factory=list)
+
+    @staticmethod
+    def begin(run: RunFolder, workers: int) -> "Journal":
+        """Open a run's journal and begin the record of this driver."""
+        journal = Journal(run.journal, (storage.read_json(run.journal) or {}).get("drivers", []))
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"began": began, "host": socket.gethostname(), "pid": os.getpid(), "workers": workers}
+        journal.drivers = [*journal.drivers, {**record, "stages": {}, "outcome": ""}][-DRIVERS_KEPT:]
+        journal.write()
+        return journal
+
+    def add(self, stage: str, **counts: int) -> None:
+        """Add to the counts of a stage."""
+        found = self.drivers[-1]["stages"].setdefault(stage, {})
+        for name, count in counts.items():
+            found[name] = found.get(name, 0) + count
+        self.write()
+
+    def end(self, outcome: str) -> None:
+        """End this driver's record."""
+        self.drivers[-1]["outcome"] = outcome
+        self.write()
+
+    def write(self) -> None:
+        """Write the journal down."""
+        storage.write_json(self.uri, {"drivers": self.drivers})
+
+
+def finished(
+    stage: str, files: Sequence[str], resources: Resources, journal: Journal | None = None
+) -> list[dict[str, Any] | None]:
+    """Tell which files of a stage an earlier driver has finished.
+
+    Args:
+        stage: for progress and the journal.
+        files: all files of the stage, in one folder.
+        resources: how many tasks at a time.
+        journal: where to note how many are kept and how many were damaged.
+
+    Returns:
+        The facts of each file; None if it is not there, or was cut short, or has a byte that changed. Such a file and
+        its marker are removed.
+    """
+    found: list[dict[str, Any] | None] = [None] * len(files)
+    there = _markers(files)
+    damaged = 0
+    slices = [there[i : i + FILES_A_TASK] for i in range(0, len(there), FILES_A_TASK)]
+    work = [{"numbers": numbers, "files": [files[n] for n in numbers]} for numbers in slices]
+    for row in map_tasks(f"{stage}: checking finished files", _check, work, resources):
+        for number, facts in zip(row["numbers"], row["facts"], strict=True):
+            found[number] = facts
+            if facts is None:
+                damaged += 1
+                logger.warning("%s: %s is damaged or gone; it is made again", stage, files[number])
+    if journal is not None:
+        journal.add(stage, kept=len(there) - damaged, damaged=damaged)
+    return found
+
+
+def _markers(files: Sequence[str]) -> list[int]:
+    """Return the numbers of the files that have a marker, by one listing of their folder."""
+    if not files:
+        return []
+    names = storage.markers(files[0].rpartition("/")[0])
+    return [n for n, file in enumerate(files) if file.rpartition("/")[2] in names]
+
+
+def _check(item: dict[str, Any]) -> dict[str, Any]:
+    """Read and hash some files."""
+    facts = []
+    for file in item["files"]:
+        facts.append(storage.facts_of(file, verify=True))
+        if facts[-1] is None:
+            storage.remove(file)
+            storage.remove(file + storage.MARKER)
+    return {"numbers": item["numbers"], "facts": facts}

@@ -1,0 +1,184 @@
+"""A run folder: the names of all its files, and the lock that keeps a second driver out.
+
+Holds nothing but strings. The lock is the system's own (flock), so that of a driver that died is free at once.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from msense import storage
+from msense.errors import BadInput
+from msense.storage import join
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of all files in a run folder; nobody else joins strings."""
+
+    root: str
+
+    @property
+    def manifest(self) -> str:
+        """The config and the fingerprints of everything that the results depend on."""
+        return join(self.root, "manifest.json")
+
+    @property
+    def lock(self) -> str:
+        """Held by the driver while it works (local disks)."""
+        return join(self.root, ".lock")
+
+    @property
+    def summary(self) -> str:
+        """What the last driver found: seconds and counts a stage, its peak memory."""
+        return join(self.root, "summary.json")
+
+    @property
+    def journal(self) -> str:
+        """What every driver did, stage by stage."""
+        return join(self.root, "journal.json")
+
+    @property
+    def bad_documents(self) -> str:
+        """The first hundred bad documents of each reason, one JSON object a line."""
+        return join(self.root, "bad_documents.jsonl")
+
+    @property
+    def tokenizer(self) -> str:
+        """The teacher's tokenizer, as one tokenizer.json."""
+        return join(self.root, "tokenizer.json")
+
+    @property
+    def passages(self) -> str:
+        """Folder of stage 1."""
+        return join(self.root, "passages")
+
+    @property
+    def plan(self) -> str:
+        """Folder of stage 2."""
+        return join(self.root, "plan")
+
+    @property
+    def thresholds(self) -> str:
+        """Per token: threshold key, count in the corpus, stored occurrences."""
+        return join(self.plan, "plan.safetensors")
+
+    @property
+    def blocks(self) -> str:
+        """Per row group of the passages files: what the teacher must read of it."""
+        return join(self.plan, "blocks.parquet")
+
+    @property
+    def duplicates(self) -> str:
+        """Passages that `--dedup` drops: piece, block, row."""
+        return join(self.plan, "duplicates.safetensors")
+
+    @property
+    def units(self) -> str:
+        """How many units and shards the plan was cut into."""
+        return join(self.plan, "units.json")
+
+    @property
+    def occurrences(self) -> str:
+        """Folder of stage 3."""
+        return join(self.root, "occurrences")
+
+    @property
+    def offsets(self) -> str:
+        """Where each shard's rows lie in each unit: int64 [units, shards + 1]."""
+        return join(self.occurrences, "index.safetensors")
+
+    @property
+    def centroids(self) -> str:
+        """Folder of stage 4."""
+        return join(self.root, "centroids")
+
+    @property
+    def contexts(self) -> str:
+        """Folder of the exemplars' contexts, a file a unit, before they are brought together."""
+        return join(self.root, "contexts")
+
+    @property
+    def dictionary(self) -> str:
+        """Folder of stage 5."""
+        return join(self.root, "dictionary")
+
+    @property
+    def contexts_index(self) -> str:
+        """Places of all exemplars, a row group a unit."""
+        return join(self.contexts, "index.parquet")
+
+    @property
+    def finished(self) -> str:
+        """There once the dictionary is whole; the facts of the whole run."""
+        return join(self.root, "finished.json")
+
+    def outputs(self) -> tuple[str, ...]:
+        """All that the stages write, in their order."""
+        folders = (self.passages, self.plan, self.occurrences, self.centroids, self.contexts, self.dictionary)
+        return (*folders, self.finished)
+
+    def passages_file(self, piece: int) -> str:
+        """Passages of one piece of the corpus."""
+        return join(self.passages, f"{piece:06d}.parquet")
+
+    def bad_file(self, piece: int) -> str:
+        """The first bad documents of one piece."""
+        return join(self.passages, f"{piece:06d}.bad.json")
+
+    def unit_file(self, unit: int) -> str:
+        """Occurrences of one unit."""
+        return join(self.occurrences, f"{unit:06d}.records")
+
+    def shard_file(self, shard: int) -> str:
+        """Centroids of one shard of token ids."""
+        return join(self.centroids, f"{shard:06d}.safetensors")
+
+    def token_file(self, token: int) -> str:
+        """Centroids of one token that was cut into parts."""
+        return join(self.centroids, f"token-{token:08d}.safetensors")
+
+    def round_file(self, token: int) -> str:
+        """Centroids of such a token after its latest round: the resume point."""
+        return join(self.centroids, f"token-{token:08d}-round.safetensors")
+
+    def contexts_file(self, unit: int) -> str:
+        """Contexts of the exemplars that lie in one unit."""
+        return join(self.contexts, f"{unit:06d}.parquet")
+
+
+@contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Hold a run folder on a local disk against a second driver.
+
+    Raises:
+        BadInput: another driver holds it.
+    """
+    if not storage.is_local(run.root):
+        yield
+        return
+    with storage.writing(run.root):
+        storage.make_folder(run.root)
+    try:
+        lock = FileLock(run.lock, timeout=0).acquire()
+    except Timeout as error:
+        last = ((storage.read_json(run.journal) or {}).get("drivers") or [{"pid": "unknown", "host": "unknown"}])[-1]
+        raise BadInput(
+            f"another driver works on {run.root} (process {last['pid']} on host {last['host']}): wait for it, or give "
+            "another --output"
+        ) from error
+    with lock:
+        yield
+
+
+def sweep(run: RunFolder) -> None:
+    """Remove the temporary files of processes that were killed while they wrote into a run folder on a local disk."""
+    if storage.is_local(run.root):
+        found = list(Path(run.root).glob(".*.part"))
+        for folder in run.outputs():
+            found += Path(folder).rglob(".*.part")
+        for left in found:
+            left.unlink(missing_ok=True)

@@ -1,0 +1,121 @@
+"""A driver that may be killed: a build in a process of its own, on the cluster of the test session, in small pieces.
+
+`drive` runs in that process; the patches go to Ray's workers by value, so that each piece of work is logged where it
+is done.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+SMALL = (60_000, 60_000)
+
+
+def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bool = False) -> None:
+    """Cut a small corpus into several units and shards, and log each piece of work when it begins.
+
+    Args:
+        log: file that gets a line "stage number" whenever a worker begins a unit, a shard, ...
+        patch: sets an attribute.
+        light: take a teacher that needs no loading: a function of token, place and length.
+    """
+    from msense import build, clustering, exemplars, occurrences, passages, plan
+
+    write_plan, cluster_shard, resolve_unit = plan._write, clustering.cluster_shard, exemplars._resolve_unit
+    write_piece = passages._write_piece
+
+    def note(stage: str, number: int) -> None:
+        with log.open("a") as file:
+            file.write(f"{stage} {number}\n")
+
+    def small_shards(*arguments: object) -> object:
+        from msense import occurrences
+
+        occurrences.SHARD_BYTES = SMALL
+        return write_plan(*arguments)
+
+    def logged_piece(item: dict, **more: object) -> object:
+        note("passages", item["number"])
+        return write_piece(item, **more)
+
+    def logged_shard(item: dict, *more: object) -> object:
+        note("clustering", item["shard"])
+        return cluster_shard(item, *more)
+
+    def logged_contexts(item: dict, *more: object) -> object:
+        note("exemplars", item["number"])
+        return resolve_unit(item, *more)
+
+    class LightTeacher:
+        def __init__(self, name: str, **settings: object) -> None:
+            pass
+
+        def embed(self, ids: Any, mask: Any) -> Any:  # noqa: ANN401 - arrays in, a tensor out
+            import torch
+
+            place = torch.arange(ids.shape[1]) / torch.from_numpy(mask).sum(dim=1, keepdim=True)
+            return torch.sin((torch.from_numpy(ids) + place)[..., None] * torch.arange(1, 17))
+
+    class LoggedActor(occurrences.OccurrenceActor):
+        def __init__(self, **given: object) -> None:
+            if light:
+                from msense import occurrences
+
+                occurrences.Teacher = LightTeacher
+            super().__init__(**given)
+
+        def __call__(self, item: dict) -> dict:
+            note("occurrences", item["number"])
+            return super().__call__(item)
+
+    patch(occurrences, "UNIT_BYTES", SMALL)
+    patch(plan, "_write", small_shards)
+    patch(passages, "_write_piece", logged_piece)
+    patch(clustering, "cluster_shard", logged_shard)
+    patch(exemplars, "_resolve_unit", logged_contexts)
+    patch(build, "OccurrenceActor", LoggedActor)
+
+
+def drive(settings: dict, address: str, log: str, kill_at: tuple[str, int] | None, light: bool) -> None:
+    """Build, and die when the stage `kill_at[0]` has finished its piece of work number `kill_at[1]`."""
+    os.environ["RAY_ADDRESS"] = address
+    os.environ["RAY_AUTH_MODE"] = "token"
+    from msense import parts, runtime, storage
+    from msense.build import build_dictionary
+    from msense.config import BuildConfig
+
+    in_small_pieces(Path(log), setattr, light)
+    track, write_json = runtime.track, storage.write_json
+
+    def killing_track(name: str, rows: Iterator, total: int) -> Iterator:
+        for number, row in enumerate(track(name, rows, total), 1):
+            if (name, number) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield row
+
+    def killing_write(uri: str, value: dict) -> None:
+        if kill_at and uri.endswith(kill_at[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_json(uri, value)
+
+    runtime.track = parts.track = killing_track
+    storage.write_json = killing_write
+    build_dictionary(BuildConfig(**settings))
+
+
+def start(settings: dict, log: Path, kill_at: tuple[str, int] | None = None, light: bool = False) -> BaseProcess:
+    """Start a driver; its modules are imported once for all drivers, by the server that they are forked from."""
+    import ray
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["driver", "msense.build", "ray.data", "torch", "transformers"])
+    address = ray.get_runtime_context().gcs_address
+    plain = json.loads(json.dumps(settings))
+    process = context.Process(target=drive, args=(plain, address, str(log), kill_at, light))
+    process.start()
+    return process

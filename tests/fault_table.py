@@ -1,0 +1,32 @@
+"""The README's table of faults: fault x stage -> outcome, as the tests find it.
+
+A test that has seen an outcome says so to the fixture `outcome`, which holds it against the README's table; after
+`make test-all` the table is printed, and a cell of the README that no test has seen is an error.
+"""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+STAGES = ("passages", "plan", "occurrences", "clustering", "large tokens", "exemplars", "dictionary")
+
+
+def table(seen: dict[tuple[str, str], str]) -> str:
+    """Return outcomes by (fault, stage) as a Markdown table."""
+    faults = list(dict.fromkeys(fault for fault, _ in seen))
+    lines = ["| fault | " + " | ".join(STAGES) + " |", "|---" * (len(STAGES) + 1) + "|"]
+    lines += [f"| {fault} | " + " | ".join(seen.get((fault, stage), "") for stage in STAGES) + " |" for fault in faults]
+    return "\n".join(lines)
+
+
+def in_readme() -> dict[tuple[str, str], str]:
+    """Return the README's table, empty cells left out."""
+    lines = README.read_text(encoding="utf-8").splitlines()
+    head = "| fault | " + " | ".join(STAGES) + " |"
+    found: dict[tuple[str, str], str] = {}
+    for line in lines[lines.index(head) + 2 :] if head in lines else []:
+        if not line.startswith("|"):
+            break
+        fault, *cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        found |= {(fault, stage): cell for stage, cell in zip(STAGES, cells, strict=True) if cell}
+    return found

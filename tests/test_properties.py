@@ -1,0 +1,400 @@
+"""The project's invariants on random corpora, each against a plain loop that says the same in other words."""
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace as altered
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from tiny import assert_same, exemplars, make
+from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
+from transformers import BertModel
+
+from msense import SenseDictionary, kmeans, occurrences, parts, runtime, tokens
+from msense.build import build_dictionary
+from msense.config import BuildConfig
+from msense.corpus import cut_pieces, list_files
+from msense.dictionary.assignment import RaggedSenses, assign, replace
+from msense.kmeans import batches, blocks, seeding
+from msense.occurrences import cut_units, record_type, select_unit
+from msense.run_folder import RunFolder
+from msense.sampling import Histogram, thresholds
+from msense.tokens import Passages, PassageSpec, open_parquet, passage_keys, read_block, write_passages
+from msense.units import sample
+
+often = settings(max_examples=100, deadline=None, derandomize=True)
+seldom = settings(often, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Passage(NamedTuple):
+    key: int
+    context: int
+    ids: list[int]
+
+
+Taken = dict[int, list[tuple[int, int]]]  # of each token the (passage, position) of its occurrences
+
+
+def walk(passages: list[Passage], spec: PassageSpec, cap: int, per_passage: int) -> Taken:
+    """In the order of (key, corpus order), take each token's first `cap`; 0 = no limit, for both."""
+    taken: Taken = defaultdict(list)
+    for number in sorted(range(len(passages)), key=lambda n: (passages[n].key, n)):
+        _, context, ids = passages[number]
+        body = len(spec.prefix) + len(spec.prompt) + context
+        here: Counter[int] = Counter()
+        for position, token in enumerate(ids):
+            if len(spec.prefix) <= position < body or token in spec.excluded:
+                continue
+            here[token] += 1
+            if (not per_passage or here[token] <= per_passage) and (not cap or len(taken[token]) < cap):
+                taken[token].append((number, position))
+    return {token: sorted(places) for token, places in taken.items() if places}
+
+
+def block_of(passages: list[Passage]) -> Passages:
+    keys, context, ids = zip(*passages, strict=True)
+    flat = np.array([i for own in ids for i in own], np.int32)
+    return Passages(np.array(keys, np.uint64), np.array(context, np.int32), flat, np.cumsum([0, *map(len, ids)]))
+
+
+def merged(things: list, combine: Callable, rng: random.Random, side_by_side: bool = False) -> Any:  # noqa: ANN401
+    """Combine two or three at a time in random order, only neighbours if they must stay in order."""
+    while len(things) > 1:
+        things = things if side_by_side else rng.sample(things, len(things))
+        at = rng.randrange(len(things) - 1)
+        things = [*things[:at], combine(*things[at : at + 3]), *things[at + 3 :]]
+    return things[0]
+
+
+def edges_of(n: int, rng: random.Random, step: int = 1) -> list[tuple[int, int]]:
+    """Cut 0 to n into neighbours at random multiples of step."""
+    inner = range(step, n, step)
+    return list(pairwise([0, *sorted(rng.sample(inner, rng.randint(0, len(inner)))), n]))
+
+
+VOCAB = 6
+BORDERS = [(quarter << octave) - less for octave in range(18, 62) for quarter in (4, 5, 6, 7) for less in (0, 1)]
+KEYS = st.one_of(st.integers(0, 3), st.sampled_from(BORDERS), st.integers(0, 2**64 - 1))  # the first are often equal
+IDS = st.integers(0, VOCAB - 1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@st.composite
+def planned(draw: st.DrawFn) -> tuple[PassageSpec, list[Passage]]:
+    """Passages of any layout; tokens of prefix, prompt and context are also ordinary ones elsewhere."""
+    few = st.lists(IDS, max_size=2).map(tuple)
+    spec = PassageSpec(64, *(draw(few) for _ in range(3)), excluded=draw(st.sets(IDS, max_size=2).map(tuple)))
+    body = st.tuples(KEYS, st.integers(0, 3), st.lists(IDS, min_size=3, max_size=14))
+    drawn = draw(st.lists(body, min_size=1, max_size=40))
+    return spec, [Passage(k, c, [*spec.prefix, *spec.prompt, *ids, *spec.suffix]) for k, c, ids in drawn]
+
+
+@often
+@given(planned(), st.integers(0, 12), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_the_sample_is_that_of_a_walk_in_key_order(
+    case: tuple[PassageSpec, list[Passage]], cap: int, limit: int, rng: random.Random
+) -> None:
+    """Each token gets the first max_occurrences of its occurrences, however the blocks were grouped and merged."""
+    spec, passages = case
+    per_passage = limit if cap else 0
+    cut = [block_of(passages[a:b]) for a, b in edges_of(len(passages), rng)]
+    groups = [Histogram.empty(VOCAB) for _ in range(rng.randint(1, 5))]
+    for block in rng.sample(cut, len(cut)):
+        rng.choice(groups).add(block, spec, per_passage)
+    histogram = merged(groups, runtime._merge, rng)
+    threshold = thresholds(histogram, cap)
+    found, first = [], 0  # the records of all units, one after another: token, key, passage, position
+    for a, b in edges_of(len(cut), rng):
+        unit = Passages.concatenate(cut[a:b])
+        chosen = select_unit(unit, threshold, spec, per_passage)
+        found += zip(chosen.tokens, chosen.keys, (chosen.rows + first).tolist(), chosen.positions.tolist(), strict=True)
+        first += len(unit.keys)
+    columns = [np.array([row[i] for row in found], t) for i, t in ((1, np.uint64), (0, np.int32))]
+    got: Taken = defaultdict(list)
+    for place in sample(*columns, cap)[0].tolist():
+        got[int(found[place][0])].append(found[place][2:])
+    assert {token: sorted(places) for token, places in got.items()} == walk(passages, spec, cap, per_passage)
+    for counts, most in ((histogram.token_counts, 0), (histogram.counts.sum(axis=1), per_passage)):
+        everything = walk(passages, spec, 0, most)
+        assert counts.tolist() == [len(everything.get(token, [])) for token in range(VOCAB)]
+
+
+def test_every_passage_of_a_frequent_token_is_as_likely() -> None:
+    """The sample is uniform over passages, whatever their length, place, number of documents and of occurrences."""
+    rng = random.Random(0)
+    documents = [(f"document {n}", rng.choice([1, 1, 2, 5])) for n in range(70)]
+    lengths = [(rng.choice([0, 1, 1, 4]), rng.randint(1, 9)) for _, count in documents for _ in range(count)]
+    block = block_of([Passage(0, 0, [1] * ones + [0] * others) for ones, others in lengths])
+    holders = np.array([ones > 0 for ones, _ in lengths])
+    seeds, cap, hits, spec = 1500, 20, np.zeros(len(lengths)), PassageSpec(64)
+    for seed in range(seeds):
+        block = altered(block, keys=np.concatenate([passage_keys(name, count, seed) for name, count in documents]))
+        histogram = Histogram.empty(2)
+        histogram.add(block, spec, 1)
+        chosen = select_unit(block, thresholds(histogram, cap), spec, 1)
+        order, _ = sample(chosen.keys, chosen.tokens, cap)
+        hits[chosen.rows[order][chosen.tokens[order] == 1]] += 1
+    assert hits.sum() == hits[holders].sum() == seeds * cap
+    n, share = holders.sum(), cap / holders.sum()
+    spread = ((hits[holders] - seeds * share) ** 2).sum() / (seeds * share * (1 - share)) * (n - 1) / n
+    assert stats.chi2.sf(spread, n - 1) > 1e-6  # drawn without replacement: the plain chi-square would be too lenient
+
+
+LEARNT = ["The river bank is deep.", "Ein Flüsschen, naïve façade — 日本語の川 🙂", "  rivers  run"]
+ODD = ["long" * 40, " " * 50, "\n\n\t", "👩\u200d👩", "🙂🙂", "日本語", "e\u0301", "ﬁ", "\u2028", "\x00", "[SEP]"]
+TEXTS = st.lists(st.one_of(st.text(max_size=25), st.sampled_from([*ODD, *LEARNT])), max_size=12).map("".join)
+WORDY = st.lists(st.text(alphabet="ab.é日🙂", min_size=1, max_size=6), min_size=8, max_size=60).map(" ".join)
+FRAMES = st.sampled_from([((), (), ()), ((7,), (8,), ()), ((7,), (8, 9), (10, 11))])  # prefix, suffix, prompt
+TOKENIZERS = {"word pieces": BertWordPieceTokenizer(), "bytes": ByteLevelBPETokenizer()}
+for tokenizer in TOKENIZERS.values():
+    tokenizer.train_from_iterator(LEARNT * 3, vocab_size=300, show_progress=False)
+
+
+@often
+@given(st.data(), st.sampled_from(list(TOKENIZERS)), FRAMES, st.integers(1, 20), st.booleans())
+def test_passages_read_back_are_the_texts_own_tokens(
+    data: st.DataObject, kind: str, frame: tuple, length: int, sliced: bool
+) -> None:
+    """Bodies one after another are the plain tokenisation; a context repeats the tokens before its body."""
+    prefix, suffix, prompt = frame
+    stride = data.draw(st.integers(0, length - 1))
+    spec = PassageSpec(length + sum(map(len, frame)), prefix, suffix, prompt, stride=stride)
+    texts = [*data.draw(st.lists(WORDY if sliced else TEXTS, max_size=4)), "a b"]
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        for name, value in (("BLOCK_TOKENS", 50), ("BATCH_DOCUMENTS", 3), ("SLICE_CHARACTERS", 40 if sliced else 9999)):
+            patch.setattr(tokens, name, value)
+        corpus, target = Path(folder, "x.jsonl"), Path(folder, "x.parquet")
+        corpus.write_text("".join(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(texts)))
+        facts = write_passages(*cut_pieces(list_files([str(corpus)])), spec, TOKENIZERS[kind], target)
+        read = Passages.concatenate([read_block(str(target), block) for block in range(len(facts["blocks"]))])
+        names = pq.read_table(target)["document_id"].to_pylist()
+    bodies: dict[str, list[int]] = defaultdict(list)
+    for name, context, own in zip(names, read.context, np.split(read.ids, read.offsets[1:-1]), strict=True):
+        ids, body = own.tolist(), bodies[name]
+        start, stop = len(prefix + prompt), len(ids) - len(suffix)
+        assert (*ids[:start], *ids[stop:]) == prefix + prompt + suffix
+        assert len(ids) <= spec.max_length
+        assert context <= stride
+        assert ids[start : start + context] == body[len(body) - context :]
+        body += ids[start + context : stop]
+    plain = {str(n): TOKENIZERS[kind].encode(text, add_special_tokens=False).ids for n, text in enumerate(texts)}
+    assert bodies == {name: ids for name, ids in plain.items() if ids and texts[int(name)].strip()}
+
+
+ROWS = st.lists(st.tuples(st.integers(-4, 4), st.integers(-2047, 2047), st.integers(-24, 4)), min_size=1, max_size=60)
+
+
+@often
+@given(ROWS, st.lists(st.integers(-4, 4), min_size=1, max_size=4), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_parts_add_up_to_the_exact_total_in_any_grouping(
+    rows: list[tuple[int, int, int]], seeds: list[int], m: int, rng: random.Random
+) -> None:
+    """Sums are exact, counts and farthest points those of a loop; the same bits for every cut and order of merging."""
+    x = np.array([[a, b * 2.0**e] for a, b, e in rows], np.float16)
+    k, config = len(seeds), kmeans.KMeansConfig(k=len(seeds))
+    centroids = np.array([[s, 0] for s in seeds], np.float32)  # the second column tells no centroids apart
+    state = kmeans.BlockedState(3, centroids, np.zeros(2, np.float32), np.zeros(k, np.int64))
+    flat = x * np.array([1, 0], np.float16)  # distances in whole numbers, with many ties
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_ROWS", 4)
+        whole = kmeans.partial(x, state, config)
+        cut = edges_of(len(x), rng, step=4)
+        sums = [kmeans.partial(x[a:b], state, config) for a, b in cut]
+        far = [kmeans.farthest(flat[a:b], state, m, config, first_row=a) for a, b in cut]
+    total = merged(sums, lambda *some: kmeans.combine(some), rng, side_by_side=True)
+    farthest = merged(far, lambda *some: kmeans.combine_farthest(some, m), rng)
+    assert [getattr(total, name).tobytes() for name in vars(whole)] == [a.tobytes() for a in vars(whole).values()]
+    own = [min(range(k), key=lambda c: abs(seeds[c] - a)) for a, _, _ in rows]  # the first of equals
+    exact = np.zeros((k, 2), np.int64)
+    np.add.at(exact, own, (x.astype(np.float64) * 2**24).astype(np.int64))
+    assert (total.sums * 2**24).tolist() == exact.tolist()
+    assert total.counts.tolist() == [own.count(c) for c in range(k)]
+    away = [(seeds[c] - a) ** 2 for c, (a, _, _) in zip(own, rows, strict=True)]
+    expected = sorted(range(len(rows)), key=lambda i: (-away[i], i))[:m]
+    assert farthest.rows.tolist() == expected
+    assert farthest.distance.tolist() == [away[i] for i in expected]
+    assert farthest.values.tolist() == flat[expected].tolist()
+
+
+@often
+@given(st.integers(1, 6).flatmap(lambda v: st.lists(st.lists(st.integers(0, 3), min_size=v, max_size=v), min_size=3)))
+def test_merge_moves_exemplars_with_their_senses(sizes: list[list[int]]) -> None:
+    every = [make(own, seed=seed) for seed, own in enumerate(sizes)]
+    for n, d in enumerate(every):
+        rows = [(t, s, r) for t, size in enumerate(sizes[n]) for s in range(size) for r in range((n + s + t) % 3)]
+        d._exemplars = exemplars(rows)
+    together = every[0].merge(*every[1:])
+    one_by_one = merged(every, SenseDictionary.merge, random.Random(len(sizes)), side_by_side=True)
+    for token in range(len(sizes[0])):
+        expected, shift = [], 0
+        for d in every:
+            expected += [e._replace(sense=e.sense + shift) for e in d.exemplars(token)]
+            shift += len(d.senses(token).counts)
+        assert together.exemplars(token) == one_by_one.exemplars(token) == expected
+
+
+@often
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3)), min_size=1, max_size=30))
+def test_merging_an_empty_dictionary_changes_nothing(rows: list[tuple[int, int]]) -> None:
+    ids, x = np.array(rows)[:, 0], np.array([[value, 1] for _, value in rows], np.float32)
+    some, none = (SenseDictionary.fit(ids[:n], x[:n], k=3, vocab_size=5) for n in (len(rows), 0))
+    assert_same(some.merge(none), some)
+    assert_same(none.merge(some), some)
+
+
+@often
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(-3, 3)), max_size=6), min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(-1, 5), *[st.integers(-3, 3)] * 3), min_size=1, max_size=40),
+)
+def test_cosine_ties_go_to_the_lowest_sense(senses: list[list[tuple[int, int]]], rows: list[tuple]) -> None:
+    """Senses along the axes, of any length or zero: their cosines compare like whole numbers."""
+    table = np.zeros((sum(map(len, senses)), 3), np.float32)
+    for row, (axis, size) in zip(table, (s for own in senses for s in own), strict=True):
+        row[axis] = np.sign(size) * 2.0 ** abs(size)
+    ragged = RaggedSenses(np.cumsum([0, *map(len, senses)]), (torch.from_numpy(table),))
+    ids, x = np.array([r[0] for r in rows]), torch.tensor([r[1:] for r in rows], dtype=torch.float32)
+    found, replaced = assign(ids, x, ragged, "cosine").tolist(), replace(ids, x, ragged, "cosine").tolist()
+    for (token, *point), number, value in zip(rows, found, replaced, strict=True):
+        scores = [np.sign(size) * point[axis] for axis, size in (senses[token] if 0 <= token < len(senses) else [])]
+        assert number == (scores.index(max(scores)) if scores else -1)
+        assert value == (table[ragged.offsets[token] + number].tolist() if scores else point)
+
+
+PIECES = {word: (word,) for word in ["the", "bank", "river", "of", "deep", "cat", "sat", "on"]}
+PIECES |= {"running": ("run", "##ning"), "mats": ("mat", "##s"), "Money": ("money",), "zebra": ("[UNK]",)}
+PIECES |= {"a,dog!": ("a", ",", "dog", "!"), "is...": ("is", ".", ".", ".")}
+Corpus = dict[str, list[list[str]]]  # of each file its lines, as words
+
+
+def random_corpus(seed: int, files: int, lines: int, words: int) -> Corpus:
+    rng, corpus = random.Random(seed), {}
+    for n in range(files):
+        chances = [1 / (rank + 1) for rank in range(len(PIECES))]
+        own = [rng.choices(list(PIECES), chances, k=rng.randint(1, words)) for _ in range(lines)]
+        corpus[f"{n}.txt"] = [*own, [], *rng.choices(own, k=3)]  # a blank line and repeated documents
+    return corpus
+
+
+def out_of_order(patch: pytest.MonkeyPatch, rng: random.Random) -> None:
+    """Let finished work come in any order, and results be merged in any order and grouping."""
+
+    def shuffled(function: Callable, place: int) -> Callable:
+        def call(*given: Any) -> Iterator[dict]:  # noqa: ANN401 - handed on
+            items = rng.sample(given[place], len(given[place]))
+            yield from sorted(function(*given[:place], items, *given[place + 1 :]), key=lambda _: rng.random())
+
+        return call
+
+    def reduce(_: str, work: Callable, slices: list, __: object, *common: object) -> object:
+        return merged([work(item, *common) for item in slices], runtime._merge, rng)
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("msense.")]:
+        for name, place in (("map_data", 2), ("map_actors", 3), ("map_tasks", 2)):
+            if hasattr(module, name):
+                patch.setattr(module, name, shuffled(getattr(module, name), place))
+        patch.setattr(module, "reduce_tasks", reduce, raising=False)
+
+
+def read_run(run: RunFolder, files: int, dedup: bool) -> tuple[dict[str, list[int]], list[Passage], list[list[int]]]:
+    """Text tokens of every document; passages in corpus order without duplicates; the numbers of those of each unit."""
+    text, passages, at, seen = defaultdict(list), [], defaultdict(list), set()
+    for piece in range(files):
+        file = open_parquet(run.passages_file(piece))
+        for block in range(file.num_row_groups):
+            for row in file.read_row_group(block).to_pylist():
+                ids = row["input_ids"]
+                text[row["document_id"]] += ids[1 + row["context"] : -1]
+                if not dedup or tuple(ids) not in seen:
+                    at[piece, block].append(len(passages))
+                    passages.append(Passage(row["key"], row["context"], ids))
+                seen.add(tuple(ids))
+    units = cut_units(run.blocks, 16)
+    return text, passages, [[n for p in zip(u.pieces, u.blocks, strict=True) for n in at[p]] for u in units]
+
+
+def check_run(root: Path, corpus: Corpus, config: BuildConfig, teacher: Path) -> None:
+    """Recompute from the corpus what passages, units and dictionary must hold."""
+    run, vocabulary = RunFolder(str(root)), Tokenizer.from_file(str(teacher / "tokenizer.json"))
+    cap, excluded = config.max_occurrences, (0, 2, 3) if config.special_tokens == "exclude" else (0,)
+    spec = PassageSpec(64, (2,), (3,), excluded=excluded)
+    text, passages, units = read_run(run, len(corpus), config.dedup)
+    lines = {f"{name}:{n}": line for name, own in corpus.items() for n, line in enumerate(own) if line}
+    assert text == {n: [vocabulary.token_to_id(p) for w in line for p in PIECES[w]] for n, line in lines.items()}
+    model = BertModel.from_pretrained(teacher).eval()
+    with torch.inference_mode():
+        hidden = [model(torch.tensor([p.ids])).last_hidden_state[0].numpy() for p in passages]
+    stored: Taken = defaultdict(list)
+    for unit, own in enumerate(units):
+        for record in np.fromfile(run.unit_file(unit), record_type(16)):
+            number, position, token = own[record["row"]], int(record["position"]), int(record["token"])
+            assert (passages[number].key, passages[number].ids[position]) == (record["key"], token)
+            np.testing.assert_allclose(record["embedding"].view(np.float16), hidden[number][position], atol=0.02)
+            stored[token].append((number, position))
+    limit = max(1, cap // 20) if cap else 0
+    everything, allowed, taken = (walk(passages, spec, *at_most) for at_most in ((0, 0), (0, limit), (cap, limit)))
+    dictionary = SenseDictionary.load(root)
+    for token in range(dictionary.vocab_size):
+        found = stored[token]
+        assert len(set(found)) == len(found)
+        assert set(taken.get(token, [])) <= set(found) <= set(allowed.get(token, []))
+        assert dictionary.token_counts[token] == len(everything.get(token, []))
+        assert dictionary.senses(token).counts.sum() == len(taken.get(token, []))
+
+
+CORPORA = st.builds(random_corpus, st.integers(0, 999), st.integers(1, 3), st.integers(1, 25), st.integers(1, 40))
+CHOICES = {"max_occurrences": [0, 7, 60], "dedup": [True, False], "stride": [0, 3], "max_length": [12, 40]}
+CHOICES |= {"metric": ["l2", "dot", "cosine"], "special_tokens": ["include", "exclude"], "seed": [0, 1]}
+SETTINGS = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in CHOICES.items()})
+SMALL = [(tokens, "BLOCK_TOKENS", 100), (parts, "ROWS_AT_A_TIME", 10)]
+SMALL += [(occurrences, name, (3000, 3000)) for name in ("UNIT_BYTES", "SHARD_BYTES")]
+SMALL += [(module, "BLOCK_ROWS", 16) for module in (kmeans, blocks, batches, seeding)]
+FIXED = {"dtype": "float32", "senses": 3, "keep": ("passages", "occurrences")}
+
+
+@seldom
+@given(CORPORA, SETTINGS, st.randoms(use_true_random=False))
+@pytest.mark.usefixtures("in_process")
+def test_a_build_loses_and_doubles_nothing_and_its_bytes_depend_on_the_text_alone(
+    make_teacher: Callable[..., Path], corpus: Corpus, chosen: dict[str, Any], rng: random.Random
+) -> None:
+    """Any number of workers, order of finished work, cut into parts and place of the corpus give the same bytes."""
+    teacher, artefacts = make_teacher("bert"), []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for module, name, value in SMALL:
+            patch.setattr(module, name, value)
+        for workers, points in ((2, 1 << 17), (1, 1 << 17), (3, 32)):
+            source, output = Path(folder, f"place{workers}"), Path(folder, f"run{workers}")
+            source.mkdir()
+            for name, lines in corpus.items():
+                (source / name).write_text("".join(" ".join(line) + "\n" for line in lines))
+            given = {"corpus": (str(source),), "teacher": str(teacher), "output": str(output), "workers": workers}
+            config = BuildConfig(**given, **FIXED, **chosen)
+            build_dictionary(config.model_copy(update={"max_points_per_part": points}))
+            if not artefacts:
+                check_run(output, corpus, config, teacher)
+                out_of_order(patch, rng)
+            files = [path for path in (output / "dictionary").rglob("*") if path.is_file()]
+            artefacts.append({str(path.relative_to(output)): path.read_bytes() for path in files})
+            shutil.rmtree(source)
+    assert artefacts[0] == artefacts[1] == artefacts[2]
