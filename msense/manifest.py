@@ -76,8 +76,9 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
         storage.write_json(run.manifest, manifest)
         return
     changes = [c for part in _COMPARED for c in differences(part, before.get(part), manifest[part])]
-    if changes and not storage.markers(run.passages):  # the former run failed before anything was finished
-        storage.remove(run.passages)
+    later = run.outputs()[1:]
+    if changes and not storage.markers(run.passages) and not any(storage.exists(name) for name in later):
+        storage.remove(run.passages)  # the former run failed before anything was finished
         storage.write_json(run.manifest, manifest)
     elif changes:
         shown = "\n".join(f"  {change}" for change in changes[:_SHOWN])

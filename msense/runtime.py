@@ -29,7 +29,7 @@ TASK_CPUS = 0.5
 RETRIES = 3  # of work whose worker died: a crash is survived, work that always kills its worker is not tried for ever
 REPORT_SECONDS = 10.0
 MERGED_AT_ONCE = 4
-LONGEST_TEMP = 30  # characters of the temporary folder's path: those of Ray's sockets in it must not exceed 107
+LONGEST_TEMP = 26  # characters of the temporary folder's path: those of Ray's sockets in it must not exceed 107
 Row = dict[str, Any]
 
 

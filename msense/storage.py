@@ -194,8 +194,10 @@ def is_whole(uri: str, written: dict[str, Any], *, verify: bool) -> bool:
     fs, path = filesystem(uri)
     try:
         return fs.size(path) == written["size"] and not (verify and sha256_of_uri(uri) != written["sha256"])
-    except (FileNotFoundError, IsADirectoryError):
-        return False
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | IsADirectoryError) or error.errno == errno.EIO:  # the last: a bad disk
+            return False
+        raise
 
 
 def sha256_of(path: Path) -> str:
@@ -280,7 +282,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     parent = parent or Path(tempfile.gettempdir())
     for left in parent.glob(f"{_SCRATCH}*.lock"):
         _remove_unheld(left)
-    lock = parent / f"{_SCRATCH}{uuid.uuid4().hex[:12]}.lock"  # short: Ray puts sockets into one
+    lock = parent / f"{_SCRATCH}{uuid.uuid4().hex[:8]}.lock"  # short: Ray puts sockets into one
     folder = lock.with_suffix("")
     with FileLock(lock):
         folder.mkdir(mode=0o700)

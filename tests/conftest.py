@@ -10,6 +10,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SEEN: dict[tuple[str, str], str] = {}  # what became of (fault, stage)
+TOLD: list[str] = []  # figures to be read at the end
 
 WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
 WORDS += ["run", "##ning", "##s"]
@@ -26,10 +27,18 @@ def outcome() -> Callable[[str, str, str], None]:
     return note
 
 
+@pytest.fixture
+def tell() -> Callable[[str], None]:
+    """Print a line at the end of all tests."""
+    return TOLD.append
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if SEEN:
         terminalreporter.section("faults")
         terminalreporter.write_line(fault_table.table(SEEN))
+    for line in TOLD:
+        terminalreporter.write_line(line)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -323,6 +323,14 @@ def test_changed_things_are_refused_by_name(made: Corpus, monkeypatch: pytest.Mo
         outcome("input changed", stage, "refused")
 
 
+def test_a_finished_run_is_never_taken_for_one_that_never_began(made: Corpus) -> None:
+    made.build("run", keep=())
+    before = made.files("run")
+    with pytest.raises(BadInput, match=r"config\.senses: 4 then, 5 now"):
+        made.build("run", senses=5)
+    assert made.files("run") == before
+
+
 def test_a_corpus_that_changes_while_it_is_read_is_refused(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     from msense import passages
 

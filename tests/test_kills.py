@@ -323,16 +323,14 @@ def test_the_command_killed_with_its_own_ray_and_given_again(runs: Runs) -> None
         [*command, "--output", given["output"]], env=outside, capture_output=True, text=True, check=False
     )
     assert again.returncode == 0, again.stderr
-    straight = runs.settings("straight")["output"]
-    done = subprocess.run([*command, "--output", straight], env=outside, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    build_dictionary(BuildConfig(**runs.settings("straight")))
     assert runs.bytes("own") == runs.bytes("straight")
     assert storage.read_json(RunFolder(given["output"]).journal)["drivers"][-1]["stages"]["occurrences"]["kept"] >= 1
     temporary.rmdir()  # which it refuses if anything is left
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments(runs: Runs) -> None:
+def test_twenty_kills_at_random_moments(runs: Runs, tell: Callable[[str], None]) -> None:
     """In two lanes, with a teacher that needs no loading: a driver is killed, and its command given again."""
 
     def run(name: str) -> BaseProcess:
@@ -367,4 +365,4 @@ def test_twenty_kills_at_random_moments(runs: Runs) -> None:
     with ThreadPoolExecutor(2) as lanes:
         again = list(lanes.map(kill_and_resume, range(20)))
     assert len(again) == 20
-    print(f"\n20 kills at random moments: 20 same bytes, {sum(again)} pieces of work begun twice")  # noqa: T201
+    tell(f"20 drivers killed at random moments: 20 times the same bytes, {sum(again)} pieces of work begun twice")
