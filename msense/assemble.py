@@ -67,7 +67,7 @@ def assemble(
         if context_files:
             collect(context_files, files.exemplars)
         write_dictionary(folder, described, offsets, counts, spread, plan["token_counts"], chunks)
-        names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+        names = [path.relative_to(folder).as_posix() for path in files.present()]
         written: dict[str, dict[str, Any]] = {
             n: {"size": (folder / n).stat().st_size, "sha256": storage.sha256_of(folder / n)} for n in names
         }

@@ -22,9 +22,9 @@ from msense.corpus import SourceFile, list_files
 from msense.errors import BadInput, MsenseError
 from msense.estimate import estimate, time_teacher
 from msense.kmeans import KMeansConfig
-from msense.manifest import check_manifest, describe_run
+from msense.manifest import check_manifest, describe_run, made_of
 from msense.occurrences import GatherSettings, OccurrenceActor, Unit, cut_units, record_type, write_index
-from msense.passages import make_passages
+from msense.passages import make_passages, refuse_bad_documents
 from msense.plan import PlanInput, make_plan
 from msense.resume import Journal, finished
 from msense.run_folder import RunFolder, locked, sweep
@@ -66,7 +66,6 @@ class Build:
         yield facts
         facts["seconds"] = round(time.monotonic() - began, 1)
         self.stages[name] = facts
-        self.journal.write()
         logger.info(
             "%s: %s",
             name,
@@ -106,23 +105,25 @@ def build_dictionary(config: BuildConfig) -> dict[str, Any]:
     root = storage.absolute(config.output)
     if scale < 1:
         root = storage.join(root, "estimate")
-    run = RunFolder(root)
     files = list_files(config.corpus)
     info, tokenizer = describe(config.teacher or DEMO_TEACHER, config)
-    with locked(run):
+    with locked(RunFolder(root)):
         resources = connect(config.workers)
         dtype = config.dtype
         if dtype == "auto":
             dtype = run_task(resolve_dtype, dtype, resources.device, device=resources.device)
-        check_manifest(run, describe_run(config, files, info, dtype, resources.device, THREADS))
+        manifest = describe_run(config, files, info, dtype, resources.device, THREADS)
+        run = RunFolder(root, made_of(manifest))
+        check_manifest(run, manifest)
         sweep(run)
         journal = Journal.begin(run, resources.tasks)
         build = Build(config, run, resources, info, tokenizer, dtype, files, scale, journal)
         try:
             summary = _run_stages(build)
-        except (MsenseError, OSError, KeyboardInterrupt) as error:
+        except BaseException as error:
+            kind = "" if isinstance(error, MsenseError) else f"{type(error).__name__}: "
             with suppress(MsenseError):  # the disk may be full: what is told is the first error
-                journal.end(plain(f"failed: {error}") if str(error) else "stopped")
+                journal.end(plain(f"failed: {kind}{error}"))
             raise
         summary["driver_peak"] = _peak_memory()
         storage.write_json(run.summary, summary)
@@ -163,7 +164,7 @@ def _run_stages(build: Build) -> dict[str, Any]:
         facts.update(files.pop("facts"))
         journal.add("dictionary", kept=0, made=1)
     summary = {"stages": build.stages, "dictionary": run.dictionary}
-    storage.write_json(run.finished, {**summary, **files})
+    storage.write_json(run.finished, {**summary, **files, "made_of": run.made_of})
     _drop_intermediates(build)
     return summary
 
@@ -172,13 +173,15 @@ def _finished_before(build: Build) -> dict[str, Any] | None:
     """Return the summary of an earlier driver if its dictionary is there, every byte of it."""
     run = build.run
     done = storage.read_json(run.finished)
-    if done is None:
+    if done is None or done.pop("made_of") != run.made_of:
         return None
+    refuse_bad_documents(done["stages"]["passages"], build.config)
     if changed := run_task(changed_files, run, done.pop("files")):
         logger.warning("dictionary: %s is damaged or gone; the dictionary is made again", ", ".join(changed))
         build.journal.add("dictionary", damaged=1)
         storage.remove(run.finished)
         return None
+    done["dictionary"] = run.dictionary  # the folder may have moved
     logger.info("this dictionary is finished: %s", run.dictionary)
     build.journal.add("dictionary", kept=1)
     _drop_intermediates(build)
@@ -201,6 +204,7 @@ def gather_settings(build: Build) -> GatherSettings:
     return GatherSettings(
         teacher=build.teacher,
         revision=build.info.revision,
+        fingerprint=build.info.fingerprint,
         layer=build.config.layer,
         dtype=build.dtype,
         device=build.resources.device,
@@ -216,9 +220,9 @@ def _occurrences(build: Build, units: list[Unit]) -> None:
     """Stage 3, and the index of all units."""
     run = build.run
     with build.stage("occurrences") as facts:
-        done = finished("occurrences", [run.unit_file(u.number) for u in units], build.resources, build.journal)
+        done = finished("occurrences", run, [run.unit_file(u.number) for u in units], build.resources, build.journal)
         todo = [asdict(unit) for unit, f in zip(units, done, strict=True) if f is None]
-        arguments = {"root": run.root, "settings": gather_settings(build)}
+        arguments = {"run": run, "settings": gather_settings(build)}
         for _ in map_actors("occurrences", OccurrenceActor, arguments, todo, build.resources):
             pass
         build.journal.add("occurrences", made=len(todo))

@@ -32,7 +32,7 @@ def cluster(
     """
     run = settings.run
     total = len(shards) - 1
-    facts = dict(enumerate(finished("clustering", [run.shard_file(n) for n in range(total)], resources, journal)))
+    facts = dict(enumerate(finished("clustering", run, [run.shard_file(n) for n in range(total)], resources, journal)))
     todo = [
         {"shard": shard, "first": int(shards[shard]), "last": int(shards[shard + 1])}
         for shard, f in facts.items()
@@ -44,10 +44,13 @@ def cluster(
         int(token): [Range(*r) for r in ranges] for f in facts.values() if f for token, ranges in f["large"].items()
     }
     files = [run.shard_file(shard) for shard in range(total)] + [run.token_file(token) for token in sorted(large)]
-    done = finished("clustering", files[total:], resources, journal)
+    done = finished("clustering", run, files[total:], resources, journal)
     waiting = {token: large[token] for token, f in zip(sorted(large), done, strict=True) if f is None}
     if waiting:
         cluster_large(waiting, settings, resources)
+    for left in storage.names(run.centroids):
+        if run.is_round(left):  # of a token that is finished
+            storage.remove(storage.join(run.centroids, left))
     if journal is not None:
         journal.add("clustering", made=len(todo) + len(waiting))
     return files
@@ -95,7 +98,7 @@ def cluster_shard(item: dict[str, int], settings: ClusterSettings) -> dict[str, 
     def write(path: Path) -> None:
         storage.save_arrays(path, arrays)
 
-    return storage.publish(run.shard_file(shard), write, {"shard": shard, "large": large})
+    return run.publish(run.shard_file(shard), write, {"shard": shard, "large": large})
 
 
 def _capped(rows: int, settings: ClusterSettings) -> int:

@@ -89,7 +89,7 @@ class TeacherTimer(OccurrenceActor):
 def time_teacher(run: RunFolder, settings: GatherSettings, units: list[Unit], resources: Resources) -> float:
     """Return the tokens a second that all workers together would read; 0.0 if the corpus is too small to tell."""
     largest = sorted(units, key=lambda unit: -unit.stored)[: resources.actors]
-    arguments = {"root": run.root, "settings": settings}
+    arguments = {"run": run, "settings": settings}
     timed = list(
         map_actors("timing the teacher", TeacherTimer, arguments, [asdict(unit) for unit in largest], resources)
     )

@@ -49,7 +49,7 @@ def nearest(sense: np.ndarray, distance: np.ndarray, count: int) -> tuple[np.nda
 
 
 def resolve(
-    run: RunFolder, centroid_files: list[str], units: list[Unit], resources: Resources, journal: Journal | None = None
+    run: RunFolder, centroid_files: list[str], units: list[Unit], resources: Resources, journal: Journal
 ) -> list[str]:
     """Decode the contexts of all exemplars, a file a unit.
 
@@ -64,19 +64,19 @@ def resolve(
         The files.
     """
     index = run.contexts_index
-    if finished("exemplars", [index], resources, journal) == [None]:
-        run_task(_write_index, index, centroid_files, len(units))
+    unknown = finished("exemplars", run, [index], resources, journal) == [None]
+    if unknown:
+        run_task(_write_index, run, centroid_files, len(units))
     files = [run.contexts_file(unit.number) for unit in units]
-    done = finished("exemplars", files, resources, journal)
+    done = finished("exemplars", run, files, resources, journal)
     todo = [asdict(unit) for unit, f in zip(units, done, strict=True) if f is None]
     for _ in map_tasks("exemplars", _resolve_unit, todo, resources, run, index):
         pass
-    if journal is not None:
-        journal.add("exemplars", made=len(todo))
+    journal.add("exemplars", made=len(todo) + unknown)
     return files
 
 
-def _write_index(index: str, centroid_files: list[str], units: int) -> None:
+def _write_index(run: RunFolder, centroid_files: list[str], units: int) -> None:
     """Sort the places of all exemplars by unit, a row group a unit."""
     names = tuple(f"exemplar_{name}" for name in PLACE)
     arrays = [storage.load_arrays(file, names) for file in centroid_files]
@@ -90,7 +90,7 @@ def _write_index(index: str, centroid_files: list[str], units: int) -> None:
             for start, stop in pairwise(borders):
                 writer.write_table(table.slice(start, stop - start), row_group_size=max(1, stop - start))
 
-    storage.publish(index, write)
+    run.publish(run.contexts_index, write)
 
 
 def _resolve_unit(item: dict[str, Any], run: RunFolder, index: str) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _resolve_unit(item: dict[str, Any], run: RunFolder, index: str) -> dict[str,
     def write(path: Path) -> None:
         pq.write_table(table, path)
 
-    storage.publish(run.contexts_file(unit.number), write)
+    run.publish(run.contexts_file(unit.number), write)
     return {}
 
 

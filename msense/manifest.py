@@ -4,6 +4,7 @@ Comes in: what this driver would make the run of. Goes out: nothing, or the erro
 absolute paths and numbers of workers are not in it.
 """
 
+import hashlib
 import json
 import platform
 from dataclasses import asdict
@@ -42,7 +43,7 @@ def describe_run(
         "format": FORMAT,
         "config": {**config.of_results(), "teacher": info.name},
         "corpus": [display_uri(uri) for uri in config.corpus],
-        "inputs": inputs(files),
+        "inputs": {f.name: f"{f.size} {f.fingerprint}" for f in files},
         "teacher": json.loads(json.dumps(asdict(info))),
         "pins": {
             "dtype": dtype,
@@ -56,9 +57,10 @@ def describe_run(
     }
 
 
-def inputs(files: list[SourceFile]) -> dict[str, str]:
-    """Return size and fingerprint of each file of the corpus, by its name relative to the corpus."""
-    return {f.name: f"{f.size} {f.fingerprint}" for f in files}
+def made_of(manifest: dict[str, Any]) -> str:
+    """Return the hash of all in a manifest on which the results depend."""
+    compared = {part: manifest[part] for part in _COMPARED}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
 def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
@@ -84,19 +86,6 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
         shown = "\n".join(f"  {change}" for change in changes[:_SHOWN])
         more = f"\n  ... and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         raise BadInput(f"the run in {run.root} was made with other things:\n{shown}{more}\nTo go on, {_remedy(run)}")
-
-
-def check_inputs(before: dict[str, str], files: list[SourceFile]) -> None:
-    """Refuse a corpus that changed while it was read.
-
-    Raises:
-        BadInput: naming the first file that differs.
-    """
-    if changes := differences("inputs", before, inputs(files)):
-        raise BadInput(
-            f"the corpus changed while it was read: {changes[0]}; let it rest, and give another --output or delete the "
-            "run folder to start afresh"
-        )
 
 
 def _remedy(run: RunFolder) -> str:

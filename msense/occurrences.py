@@ -19,6 +19,7 @@ from msense.errors import MsenseError
 from msense.run_folder import RunFolder
 from msense.sampling import select
 from msense.teacher import TOKEN_BUDGET, Teacher, pad_batch, token_batches
+from msense.teacher_folder import body_folder, weights_fingerprint
 from msense.tokens import Passages, PassageSpec, open_parquet, read_block
 
 UNIT_BYTES = (8 << 20, 768 << 20)  # least and most bytes of records a unit aims at
@@ -138,6 +139,7 @@ class GatherSettings:
 
     teacher: str
     revision: str | None
+    fingerprint: str
     layer: int
     dtype: str
     device: str
@@ -151,9 +153,13 @@ class GatherSettings:
 class OccurrenceActor:
     """Loads the teacher once and writes a file for every unit it is given."""
 
-    def __init__(self, root: str, settings: GatherSettings) -> None:
-        """Load the teacher and the plan of the run folder `root`."""
-        self.run = RunFolder(root)
+    def __init__(self, run: RunFolder, settings: GatherSettings) -> None:
+        """Load the teacher and the plan of a run.
+
+        Raises:
+            MsenseError: the teacher's weights are not those that the run began with.
+        """
+        self.run = run
         self.settings = settings
         plan = storage.load_arrays(self.run.thresholds)
         self.threshold, self.shards = plan["threshold"], plan["shards"]
@@ -168,6 +174,11 @@ class OccurrenceActor:
             threads=settings.threads,
         )
         self.start_seconds = time.time() - began
+        if weights_fingerprint(body_folder(settings.teacher, settings.revision)) != settings.fingerprint:
+            raise MsenseError(
+                f"the weights of teacher {settings.teacher!r} changed, or this node has others: bring the former back, or "
+                "give another --output to start afresh"
+            )
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Write one unit; return its facts (counts, offsets of the shards in rows, clock times of its work)."""
@@ -192,7 +203,7 @@ class OccurrenceActor:
             actor = f"{socket.gethostname()}-{os.getpid()}"
             return {"actor": actor, "began": began, "ended": time.time(), "start_seconds": self.start_seconds}
 
-        return storage.publish(self.run.unit_file(unit.number), write, facts)
+        return self.run.publish(self.run.unit_file(unit.number), write, facts)
 
     def _records(self, passages: Passages, selection: Selection, unit: Unit) -> np.ndarray:
         """Run the teacher over the needed passages and put every stored embedding in its place."""
@@ -244,7 +255,7 @@ def write_index(run: RunFolder, units: int) -> dict[str, int]:
     def write(path: Path) -> None:
         storage.save_arrays(path, {"offsets": np.stack(offsets)})
 
-    storage.publish(run.offsets, write)
+    run.publish(run.offsets, write)
     return {"tokens": tokens, "occurrences": occurrences}
 
 

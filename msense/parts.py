@@ -210,13 +210,13 @@ def _write_round(settings: ClusterSettings, state: kmeans.BlockedState) -> None:
     def write(path: Path) -> None:
         storage.save_arrays(path, arrays)
 
-    storage.publish(settings.run.round_file(state.token_id), write)
+    settings.run.publish(settings.run.round_file(state.token_id), write)
 
 
 def _resume(settings: ClusterSettings, token: int) -> kmeans.BlockedState | None:
     """Return where an earlier run left a token."""
     file = settings.run.round_file(token)
-    if storage.facts_of(file, verify=True) is None:
+    if storage.facts_of(file, verify=True, made_of=settings.run.made_of) is None:
         return None
     arrays = storage.load_arrays(file)
     return kmeans.BlockedState(
@@ -251,6 +251,6 @@ def _write_token(
     def write(path: Path) -> None:
         storage.save_arrays(path, arrays)
 
-    storage.publish(settings.run.token_file(state.token_id), write)
+    settings.run.publish(settings.run.token_file(state.token_id), write)
     for name in (settings.run.round_file(state.token_id), settings.run.round_file(state.token_id) + storage.MARKER):
         storage.remove(name)

@@ -13,9 +13,8 @@ from tokenizers import Tokenizer
 
 from msense import storage
 from msense.config import BuildConfig
-from msense.corpus import WHOLE, Piece, SourceFile, count_rows, cut_pieces, display_uri, list_files, number_pieces
+from msense.corpus import WHOLE, Piece, SourceFile, count_rows, cut_pieces, display_uri, fingerprint_of, number_pieces
 from msense.errors import BadInput
-from msense.manifest import check_inputs, inputs
 from msense.resume import Journal, finished
 from msense.run_folder import RunFolder
 from msense.runtime import Resources, map_data, map_tasks, run_task
@@ -49,27 +48,25 @@ def make_passages(
     """
     pieces = _numbered(cut_pieces(files), resources)
     found = _finished_pieces(run, len(pieces), resources, journal)
-    todo = [{"number": n, **asdict(pieces[n])} for n, f in enumerate(found) if f is None]
+    known = {file.uri: f"{file.size} {file.fingerprint}" for file in files}
+    todo = [{"number": n, "known": known[p.uri], **asdict(p)} for n, p in enumerate(pieces) if found[n] is None]
     work = partial(_write_piece, run=run, spec=spec, fail_on_bad=config.on_bad_document == "fail")
     for row in map_data("passages", work, todo, resources):
         found[row["number"]] = row
     journal.add("passages", made=len(todo))
-    if todo:
-        check_inputs(inputs(files), list_files(config.corpus))
     whole = [f for f in found if f is not None]
     bad: dict[str, int] = {}
     for row in whole:
         for reason, count in row["bad"].items():
             bad[reason] = bad.get(reason, 0) + count
-    told = "; ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
-    if bad and config.on_bad_document == "fail":
-        raise BadInput(f"the corpus has bad documents ({told}); --on-bad-document skip goes past them")
     facts = {name: sum(row[name] for row in whole) for name in ("documents", "passages", "tokens")}
     facts |= {"bad documents": sum(bad.values())}
     facts |= {f"bad: {reason}": count for reason, count in sorted(bad.items())}
+    refuse_bad_documents(facts, config)
     run_task(_list_bad_documents, run, len(whole))
     if not facts["passages"]:
         named = " ".join(display_uri(uri) for uri in config.corpus)
+        told = _told(facts)
         remedy = f"see {run.bad_documents}, and check the path and --text-column" if bad else "check the path"
         if config.sample < 1:
             remedy += f", and raise --sample {config.sample}"
@@ -77,13 +74,29 @@ def make_passages(
     return facts, [row["blocks"] for row in whole]
 
 
+def refuse_bad_documents(facts: dict[str, Any], config: BuildConfig) -> None:
+    """Raise if there are bad documents and the config allows none.
+
+    Raises:
+        BadInput: with their number by reason.
+    """
+    if facts["bad documents"] and config.on_bad_document == "fail":
+        raise BadInput(f"the corpus has bad documents ({_told(facts)}); --on-bad-document skip goes past them")
+
+
+def _told(facts: dict[str, Any]) -> str:
+    """Say how many bad documents there are of each reason."""
+    reasons = ((name.removeprefix("bad: "), count) for name, count in facts.items() if name.startswith("bad: "))
+    return "; ".join(f"{count} {reason}" for reason, count in reasons)
+
+
 def _finished_pieces(
     run: RunFolder, pieces: int, resources: Resources, journal: Journal
 ) -> list[dict[str, Any] | None]:
     """Return the facts of the pieces that are finished; those with bad documents need their list as well."""
-    found = finished("passages", [run.passages_file(n) for n in range(pieces)], resources, journal)
+    found = finished("passages", run, [run.passages_file(n) for n in range(pieces)], resources, journal)
     listed = [n for n, f in enumerate(found) if f and f["bad"]]
-    lists = finished("passages", [run.bad_file(n) for n in listed], resources)
+    lists = finished("passages", run, [run.bad_file(n) for n in listed], resources)
     for number in [n for n, f in zip(listed, lists, strict=True) if f is None]:
         found[number] = None
     return found
@@ -108,17 +121,23 @@ def _count_piece(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_piece(item: dict[str, Any], run: RunFolder, spec: PassageSpec, fail_on_bad: bool) -> dict[str, Any]:
-    """Write the passages of one piece, its list of bad documents first."""
-    number = item.pop("number")
+    """Write the passages of one piece, its list of bad documents first, unless its file changes meanwhile."""
+    number, known = item.pop("number"), item.pop("known")
     tokenizer = Tokenizer.from_str(storage.read_text(run.tokenizer))
 
     def write(path: Path) -> dict[str, Any]:
-        facts = write_passages(Piece(**item), spec, tokenizer, path, fail_on_bad)
+        piece = Piece(**item)
+        facts = write_passages(piece, spec, tokenizer, path, fail_on_bad)
+        if (now := fingerprint_of(piece.uri)) not in (None, known):
+            raise BadInput(
+                f"the corpus changed while it was read: {piece.name} was {known}, is {now}; bring the former file "
+                "back and run the same command again, or give another --output"
+            )
         if listed := facts.pop("listed"):
-            storage.publish(run.bad_file(number), partial(_write_listed, listed))
+            run.publish(run.bad_file(number), partial(_write_listed, listed))
         return {**facts, "blocks": len(facts["blocks"])}
 
-    return storage.publish(run.passages_file(number), write, {"number": number})
+    return run.publish(run.passages_file(number), write, {"number": number})
 
 
 def _write_listed(listed: list[dict[str, str]], path: Path) -> None:

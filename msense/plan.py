@@ -52,9 +52,7 @@ class Selected:
         self.blocks = np.concatenate([self.blocks, other.blocks])
 
 
-def make_plan(
-    given: PlanInput, blocks: Sequence[int], resources: Resources, journal: Journal | None = None
-) -> dict[str, Any]:
+def make_plan(given: PlanInput, blocks: Sequence[int], resources: Resources, journal: Journal) -> dict[str, Any]:
     """Write the plan of a run, unless it is there.
 
     Args:
@@ -72,7 +70,7 @@ def make_plan(
     """
     run = given.run
     files = [run.blocks, run.thresholds] + ([run.duplicates] if given.config.dedup else [])
-    found = finished("plan", files, resources, journal)
+    found = finished("plan", run, files, resources, journal)
     if all(facts is not None for facts in found):
         return dict(found[1] or {})
     pieces = [(piece, count) for piece, count in enumerate(blocks) if count]
@@ -82,8 +80,7 @@ def make_plan(
     threshold = submit(_thresholds, histogram, given)
     selected = reduce_tasks("plan: select", _select, slices, resources, given, threshold)
     result: dict[str, Any] = run_task(_write, selected, histogram, threshold, given)
-    if journal is not None:
-        journal.add("plan", made=sum(facts is None for facts in found))
+    journal.add("plan", made=sum(facts is None for facts in found))
     return result
 
 
@@ -137,7 +134,7 @@ def _write(selected: Selected, histogram: Histogram, threshold: np.ndarray, give
     def write_blocks(path: Path) -> None:
         pq.write_table(table, path)
 
-    storage.publish(given.run.blocks, write_blocks)
+    given.run.publish(given.run.blocks, write_blocks)
     cap = given.config.max_occurrences
     points = np.minimum(selected.stored, cap) if cap else selected.stored
     total = dict(zip(_ROW, blocks.sum(axis=0).tolist(), strict=True))
@@ -153,7 +150,7 @@ def _write(selected: Selected, histogram: Histogram, threshold: np.ndarray, give
     def write_plan(path: Path) -> None:
         storage.save_arrays(path, arrays)
 
-    return storage.publish(given.run.thresholds, write_plan, facts)
+    return given.run.publish(given.run.thresholds, write_plan, facts)
 
 
 def _find_duplicates(given: PlanInput, pieces: list[tuple[int, int]], resources: Resources) -> None:
@@ -178,7 +175,7 @@ def _find_duplicates(given: PlanInput, pieces: list[tuple[int, int]], resources:
     def write(path: Path) -> None:
         storage.save_arrays(path, arrays)
 
-    storage.publish(run.duplicates, write)
+    run.publish(run.duplicates, write)
 
 
 @dataclass

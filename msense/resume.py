@@ -62,12 +62,13 @@ class Journal:
 
 
 def finished(
-    stage: str, files: Sequence[str], resources: Resources, journal: Journal | None = None
+    stage: str, run: RunFolder, files: Sequence[str], resources: Resources, journal: Journal | None = None
 ) -> list[dict[str, Any] | None]:
     """Tell which files of a stage an earlier driver has finished.
 
     Args:
         stage: for progress and the journal.
+        run: the run; a file made of other things does not count.
         files: all files of the stage, in one folder.
         resources: how many tasks at a time.
         journal: where to note how many are kept and how many were damaged.
@@ -81,7 +82,7 @@ def finished(
     damaged = 0
     slices = [there[i : i + FILES_A_TASK] for i in range(0, len(there), FILES_A_TASK)]
     work = [{"numbers": numbers, "files": [files[n] for n in numbers]} for numbers in slices]
-    for row in map_tasks(f"{stage}: checking finished files", _check, work, resources):
+    for row in map_tasks(f"{stage}: checking finished files", _check, work, resources, run.made_of):
         for number, facts in zip(row["numbers"], row["facts"], strict=True):
             found[number] = facts
             if facts is None:
@@ -100,11 +101,11 @@ def _markers(files: Sequence[str]) -> list[int]:
     return [n for n, file in enumerate(files) if file.rpartition("/")[2] in names]
 
 
-def _check(item: dict[str, Any]) -> dict[str, Any]:
+def _check(item: dict[str, Any], made_of: str) -> dict[str, Any]:
     """Read and hash some files."""
     facts = []
     for file in item["files"]:
-        facts.append(storage.facts_of(file, verify=True))
+        facts.append(storage.facts_of(file, verify=True, made_of=made_of))
         if facts[-1] is None:
             storage.remove(file)
             storage.remove(file + storage.MARKER)

@@ -3,10 +3,13 @@
 Holds nothing but strings. The lock is the system's own (flock), so that of a driver that died is free at once.
 """
 
-from collections.abc import Iterator
+import os
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -20,6 +23,11 @@ class RunFolder:
     """Names of all files in a run folder; nobody else joins strings."""
 
     root: str
+    made_of: str = ""  # hash of the manifest: files of a run made of other things do not count
+
+    def publish(self, uri: str, write: Callable[[Path], Any], facts: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Write a file of this run and its done-marker, as `storage.publish`."""
+        return storage.publish(uri, write, facts, self.made_of)
 
     @property
     def manifest(self) -> str:
@@ -30,6 +38,11 @@ class RunFolder:
     def lock(self) -> str:
         """Held by the driver while it works (local disks)."""
         return join(self.root, ".lock")
+
+    @property
+    def holder(self) -> str:
+        """Who holds the lock."""
+        return join(self.root, ".driver")
 
     @property
     def summary(self) -> str:
@@ -145,6 +158,10 @@ class RunFolder:
         """Centroids of such a token after its latest round: the resume point."""
         return join(self.centroids, f"token-{token:08d}-round.safetensors")
 
+    def is_round(self, name: str) -> bool:
+        """Tell whether a file of the centroids' folder is a `round_file`, or its marker."""
+        return "-round.safetensors" in name
+
     def contexts_file(self, unit: int) -> str:
         """Contexts of the exemplars that lie in one unit."""
         return join(self.contexts, f"{unit:06d}.parquet")
@@ -162,23 +179,30 @@ def locked(run: RunFolder) -> Iterator[None]:
         return
     with storage.writing(run.root):
         storage.make_folder(run.root)
+    holder = Path(run.holder)
     try:
         lock = FileLock(run.lock, timeout=0).acquire()
     except Timeout as error:
-        last = ((storage.read_json(run.journal) or {}).get("drivers") or [{"pid": "unknown", "host": "unknown"}])[-1]
-        raise BadInput(
-            f"another driver works on {run.root} (process {last['pid']} on host {last['host']}): wait for it, or give "
-            "another --output"
-        ) from error
+        told = holder.read_text(encoding="utf-8") if holder.is_file() else "not known which"
+        raise BadInput(f"another driver works on {run.root} ({told}): wait for it, or give another --output") from error
     with lock:
-        yield
+        holder.write_text(f"process {os.getpid()} on host {socket.gethostname()}", encoding="utf-8")
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
 
 
 def sweep(run: RunFolder) -> None:
     """Remove the temporary files of processes that were killed while they wrote into a run folder on a local disk."""
-    if storage.is_local(run.root):
-        found = list(Path(run.root).glob(".*.part"))
-        for folder in run.outputs():
-            found += Path(folder).rglob(".*.part")
-        for left in found:
-            left.unlink(missing_ok=True)
+    if not storage.is_local(run.root):
+        return
+    ours = {
+        Path(name).name
+        for name in (run.manifest, run.journal, run.summary, run.tokenizer, run.bad_documents, run.finished, run.units)
+    }
+    found = [p for p in Path(run.root).glob(".*.part") if p.name[1:].rpartition(".")[0].rpartition(".")[0] in ours]
+    for folder in run.outputs()[:-1]:
+        found += Path(folder).rglob(".*.part")
+    for left in filter(storage.is_scratch, found):
+        left.unlink(missing_ok=True)

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 TASK_CPUS = 0.5
 RETRIES = 3  # of work whose worker died: a crash is survived, work that always kills its worker is not tried for ever
+RESTARTS = 10  # of an actor: nodes may come and go, but one that dies while it is made is not made for ever
+_MEMORY = "Often it ran out of memory: give --workers a smaller number, or a machine with more memory"
 REPORT_SECONDS = 10.0
 MERGED_AT_ONCE = 4
 LONGEST_TEMP = 26  # characters of the temporary folder's path: those of Ray's sockets in it must not exceed 107
@@ -51,6 +53,7 @@ def connect(workers: int | None = None) -> Resources:
     """
     if "ray" not in sys.modules:  # Ray reads these when it is imported
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # else without end
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # a local Ray is closed to other users of the machine
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # its progress is told by `track`
         if not os.environ.get("RAY_ADDRESS"):
@@ -125,7 +128,7 @@ def map_actors(name: str, actor: type, arguments: Row, items: Sequence[Any], res
     if items:
         pool = ActorPoolStrategy(size=min(resources.actors, len(items)), max_tasks_in_flight_per_actor=2)
         needs = {"num_gpus": 1} if resources.device == "cuda" else {"num_cpus": TASK_CPUS}
-        needs |= {"max_restarts": -1, "max_task_retries": RETRIES}  # nodes may come and go; an item has its tries
+        needs |= {"max_restarts": RESTARTS, "max_task_retries": RETRIES}
         yield from _run(name, _GuardedActor, items, pool, {**needs, "fn_constructor_args": (actor, arguments)})
 
 
@@ -221,29 +224,40 @@ def _in_plain_words() -> Iterator[None]:
     """Turn Ray's errors into what the work raised, or into a word about its death."""
     import ray
 
+    died = (
+        ray.exceptions.WorkerCrashedError,
+        ray.exceptions.RayActorError,
+        ray.exceptions.OutOfMemoryError,
+        ray.exceptions.NodeDiedError,
+    )
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, MsenseError | OSError):
-            raise error.cause from None
-        if isinstance(error.cause, ray.exceptions.RayError):  # what the work was given never came to be
-            raise _died(error.cause) from error
+        if failure := _failure(error.cause):
+            raise failure from None
+        if isinstance(error.cause, died):  # what the work was given never came to be
+            raise _gone(error.cause) from error
         raise
-    except ray.exceptions.RayError as error:
-        raise _died(error) from error
+    except died as error:
+        raise _gone(error) from error
 
 
-def _died(error: Exception) -> MsenseError:
+def _gone(error: Exception) -> MsenseError:
     """Say that Ray gave up on a piece of work."""
+    first = next(iter(str(error).strip().splitlines()), "")
     return MsenseError(
-        f"a worker died {RETRIES + 1} times at the same work ({type(error).__name__}: {_first_line(error)}). Often it "
-        "ran out of memory: give --workers a smaller number, or a machine with more memory; Ray's logs tell more "
-        "(those of a local Ray stay if RAY_TMPDIR names a folder)"
+        f"a worker died again and again at the same work ({type(error).__name__}: {first}). {_MEMORY}; Ray's logs tell "
+        "more (those of a local Ray stay if RAY_TMPDIR names a folder)"
     )
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+def _failure(error: BaseException | None) -> Exception | None:
+    """Return what to tell of an error that msense or the system raised on purpose; None for a bug."""
+    if isinstance(error, MsenseError | OSError):
+        return error
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the second is torch's
+        return MsenseError(f"out of memory ({type(error).__name__}: {error}). {_MEMORY}")
+    return None
 
 
 def _merge(first: Any, *others: Any) -> Any:  # noqa: ANN401 - anything with merge()
@@ -265,8 +279,11 @@ def guard(work: Callable[[Any], Row], item: Any) -> Row:  # noqa: ANN401 - any J
     """Run work so that an error of msense or of the system travels as a row, not as a traceback through Ray."""
     try:
         return {"result": json.dumps(work(item)), "error": "", "usage": False}
-    except (MsenseError, OSError) as error:
-        return {"result": "", "error": str(error), "usage": isinstance(error, BadInput)}
+    except (MsenseError, OSError, MemoryError, RuntimeError) as error:
+        failure = _failure(error)
+        if failure is None:
+            raise
+        return {"result": "", "error": str(failure), "usage": isinstance(failure, BadInput)}
 
 
 class _Guarded:
@@ -284,11 +301,12 @@ class _GuardedActor:
     """An actor's function; what its making raises is told with the first item."""
 
     def __init__(self, actor: type, arguments: Row) -> None:
-        self.failure: Row | None = None
-        try:
+        def make(arguments: Row) -> Row:
             self.actor = actor(**arguments)
-        except MsenseError as error:
-            self.failure = {"result": "", "error": str(error), "usage": isinstance(error, BadInput)}
+            return {}
+
+        made = guard(make, arguments)
+        self.failure = made if made["error"] else None
 
     def __call__(self, row: Row) -> Row:
         return self.failure or guard(self.actor, json.loads(row["item"]))

@@ -31,9 +31,7 @@ def show_status(run: str) -> None:
     stages = finished["stages"] if finished else {}
     for name, count in _counts(folder).items():
         rows.append((name, f"done, {stages[name]['seconds']:,.1f} s" if name in stages else count))
-    rows.append(
-        ("dictionary", finished["dictionary"] if finished else "not yet; the build's command goes on from here")
-    )
+    rows.append(("dictionary", folder.dictionary if finished else "not yet; the build's command goes on from here"))
     if finished:
         facts = stages["dictionary"]
         rows.append(("", f"{facts['tokens']:,} tokens, {facts['senses']:,} senses, {facts['points']:,} points"))

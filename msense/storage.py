@@ -142,13 +142,16 @@ def write_text(uri: str, text: str) -> None:
     _place(uri, write)
 
 
-def publish(uri: str, write: Callable[[Path], Any], facts: dict[str, Any] | None = None) -> dict[str, Any]:
+def publish(
+    uri: str, write: Callable[[Path], Any], facts: dict[str, Any] | None = None, made_of: str = ""
+) -> dict[str, Any]:
     """Write a file through `write(local path)`, then its done-marker.
 
     Args:
         uri: where the file goes.
         write: writes the whole file to the local path it is given; a dict it returns is added to the facts.
         facts: what the stage wants to remember about the file (JSON values).
+        made_of: the hash of all that the file depends on.
 
     Returns:
         The facts as the marker holds them.
@@ -164,26 +167,31 @@ def publish(uri: str, write: Callable[[Path], Any], facts: dict[str, Any] | None
         digest["sha256"] = sha256_of(path)
 
     _place(uri, write_and_hash)
-    write_json(uri + MARKER, {**digest, "facts": found})
+    write_json(uri + MARKER, {**digest, "made_of": made_of, "facts": found})
     return found
 
 
 def markers(folder: str) -> set[str]:
     """Return the names of the files in a folder that have a done-marker, the files themselves unseen."""
+    return {name.removesuffix(MARKER) for name in names(folder) if name.endswith(MARKER)}
+
+
+def names(folder: str) -> list[str]:
+    """Return the names of all that is in a folder; none if it is not there."""
     fs, path = filesystem(folder)
-    names = [name.rpartition("/")[2] for name in fs.ls(path, detail=False, refresh=True)] if fs.exists(path) else []
-    return {name.removesuffix(MARKER) for name in names if name.endswith(MARKER)}
+    return [name.rpartition("/")[2] for name in fs.ls(path, detail=False, refresh=True)] if fs.exists(path) else []
 
 
-def facts_of(uri: str, *, verify: bool = False) -> dict[str, Any] | None:
+def facts_of(uri: str, *, verify: bool = False, made_of: str = "") -> dict[str, Any] | None:
     """Return the facts of a finished file, or None when it does not count (no marker, wrong size, wrong bytes).
 
     Args:
         uri: the file.
         verify: also compare the sha256 (reads the whole file).
+        made_of: what the file must have been made of; "" = anything.
     """
     marker = read_json(uri + MARKER)
-    if marker is None or not is_whole(uri, marker, verify=verify):
+    if marker is None or made_of not in ("", marker["made_of"]) or not is_whole(uri, marker, verify=verify):
         return None
     facts: dict[str, Any] = marker["facts"]
     return facts
@@ -281,8 +289,9 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     """
     parent = parent or Path(tempfile.gettempdir())
     for left in parent.glob(f"{_SCRATCH}*.lock"):
-        _remove_unheld(left)
-    lock = parent / f"{_SCRATCH}{uuid.uuid4().hex[:8]}.lock"  # short: Ray puts sockets into one
+        if re.fullmatch(rf"{_SCRATCH}[0-9a-f]{{8}}", left.stem):  # ours by its name
+            _remove_unheld(left)
+    lock = parent / f"{_SCRATCH}{_unique()}.lock"  # short: Ray puts sockets into one
     folder = lock.with_suffix("")
     with FileLock(lock):
         folder.mkdir(mode=0o700)
@@ -303,10 +312,27 @@ def _remove_unheld(lock: Path) -> None:
         return
 
 
+def _unique() -> str:
+    return uuid.uuid4().hex[:8]
+
+
+def scratch_name(path: Path) -> Path:
+    """Return a temporary name beside a path, told from all others by `is_scratch`."""
+    return path.with_name(f".{path.name}.{_unique()}.part")
+
+
+def is_scratch(path: Path) -> bool:
+    """Tell whether a name is a temporary one of ours."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.part", path.name) is not None
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+_MODE = 0o666 & ~_umask()  # once: to look at it is to change it for all threads
 
 
 def _place(uri: str, write: Callable[[Path], Any]) -> None:
@@ -339,10 +365,10 @@ def writing(uri: str) -> Iterator[None]:
 
 def _rename_into(target: Path, write: Callable[[Path], Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
+    scratch = scratch_name(target)
     try:
         write(scratch)
-        scratch.chmod(0o666 & ~_umask())  # safetensors writes for its owner alone; workers may be other users
+        scratch.chmod(_MODE)  # safetensors writes for its owner alone; workers may be other users
         scratch.replace(target)
     finally:
         with suppress(OSError):  # a folder that may not be written to any more; the next driver sweeps

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from msense.config import MAX_DIM, MAX_TOKEN_NUMBERS, MAX_VOCABULARY, BuildConfig
 from msense.errors import BadInput
-from msense.teacher_folder import check_weights, loading, locate, read_settings, weights_fingerprint
+from msense.teacher_folder import body_folder, check_weights, loading, locate, read_settings, weights_fingerprint
 from msense.tokens import PassageSpec, fingerprint, special_frame
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Teacher:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-        body = read_settings(locate(name, revision))[0]
+        body = body_folder(name, revision)
         model = _load_body(body, name, getattr(torch, dtype))
         self.layer = layer
         self.device = device

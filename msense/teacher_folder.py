@@ -132,6 +132,11 @@ def read_settings(folder: Path) -> tuple[Path, str, bool, int | None, str]:
     return body, pooling, "Normalize" in by_kind, usual, str(prompt)
 
 
+def body_folder(name: str, revision: str | None) -> Path:
+    """Return the folder of a teacher's weights, as `locate` finds it."""
+    return read_settings(locate(name, revision))[0]
+
+
 def check_weights(name: str, folder: Path, vocab_size: int) -> None:
     """Refuse weights that are missing, pickled, damaged or incomplete; reads the files' headers only."""
     files = sorted(folder.glob("*.safetensors"))

@@ -1,5 +1,6 @@
 """Faults of files, disks and rights, in every stage of a build without Ray: found, told, and mended by the next run."""
 
+import itertools
 import os
 import pkgutil
 import re
@@ -69,20 +70,24 @@ class Corpus:
     def build(self, name: str = "run", **settings: object) -> dict:
         return build_dictionary(BuildConfig(**{**self.settings, "output": str(self.folder / name), **settings}))
 
-    def stop_at(self, function: str, name: str = "run", **settings: object) -> None:
-        """Build until a function is called."""
+    def stop_at(self, function: str, name: str = "run", calls: int = 1, **settings: object) -> None:
+        """Build until a function is called so often."""
+        real, counted = pkgutil.resolve_name(function), itertools.count(1)
 
-        def stop(*_: object) -> None:
-            raise StoppedError
+        def stop(*arguments: object) -> object:
+            if next(counted) == calls:
+                raise StoppedError
+            return real(*arguments)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(function, stop)
             with pytest.raises(StoppedError):
                 self.build(name, **settings)
 
-    def files(self, name: str, below: str = "dictionary") -> dict[str, bytes]:
+    def files(self, name: str, below: str = "dictionary", markers: bool = True) -> dict[str, bytes]:
         folder = self.folder / name / below
-        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = (p for p in sorted(folder.rglob("*")) if p.is_file() and (markers or p.suffix != ".done"))
+        return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
     def journal(self, name: str = "run") -> list[dict]:
         return storage.read_json(RunFolder(str(self.folder / name)).journal)["drivers"]
@@ -134,14 +139,14 @@ def test_a_damaged_file_is_found_and_made_again(whole: Corpus, damage: str, outc
                 (whole.folder / "run" / "finished.json").unlink()
             DAMAGES[damage](whole.folder / "run" / name)
             whole.build("run", keep=ALL)
-            for below in ("dictionary", "occurrences", "centroids", "passages"):
-                markers = {n: b for n, b in whole.files("run", below).items() if not n.endswith(".done")}
-                expected = {n: b for n, b in whole.files("whole", below).items() if not n.endswith(".done")}
-                assert markers == expected, (name, below)
+            for below in ("dictionary", "occurrences", "centroids", "passages", "plan"):
+                assert whole.files("run", below, markers=False) == whole.files("whole", below, markers=False), name
             assert records(whole, "run") == records(whole, "whole")
             stages = whole.journal()[-1]["stages"]
-            redone = {s: found.get("made", 0) for s, found in stages.items() if found.get("made")}
-            assert sum(redone.values()) <= (3 if name != "plan/duplicates.safetensors" else 4), (name, redone)
+            own = "clustering" if stage == "large tokens" else stage
+            again = name == "occurrences/index.safetensors"  # is always made
+            assert again or stages[own].get("made"), (name, stages)
+            assert sum(counts.get("made", 0) for counts in stages.values()) <= 5, (name, stages)
         outcome(damage, stage, "made again")
 
 
@@ -158,7 +163,8 @@ def test_any_byte_of_any_file_may_flip(whole: Corpus) -> None:
         data[rng.integers(len(data))] ^= 1 << rng.integers(8)
         (whole.folder / "run" / name).write_bytes(data)
         whole.build("run", keep=ALL)
-        assert whole.files("run") == whole.files("whole"), name
+        for below in ("dictionary", "plan", *ALL):
+            assert whole.files("run", below, markers=False) == whole.files("whole", below, markers=False), name
         shutil.rmtree(whole.folder / "run")
 
 
@@ -284,8 +290,18 @@ def test_lost_rights_are_told_and_the_next_run_goes_on(
 
 # --- other things than before -----------------------------------------------------------------------------------------
 
+INSIDE = {
+    "passages": "msense.passages.write_passages",
+    "plan": "msense.plan._select",
+    "occurrences": "msense.occurrences.select_unit",
+    "clustering": "msense.clustering.read_ranges",
+    "large tokens": "msense.parts.prepare",
+    "exemplars": "msense.exemplars._context",
+    "dictionary": "msense.assemble.write_dictionary",
+}
 
-def test_changed_things_are_refused_by_name(made: Corpus, monkeypatch: pytest.MonkeyPatch, outcome: Outcome) -> None:
+
+def test_changed_things_are_refused_by_name(made: Corpus, patch: pytest.MonkeyPatch, outcome: Outcome) -> None:
     made.build("run")
     before = made.files("run")
     afresh = r"[\s\S]*start afresh, give another --output or delete"
@@ -294,12 +310,12 @@ def test_changed_things_are_refused_by_name(made: Corpus, monkeypatch: pytest.Mo
             made.build("run", **{setting: value})
     version = metadata.version
     for package in PINNED_PACKAGES:
-        monkeypatch.setattr(
+        patch.setattr(
             "msense.manifest.metadata.version", lambda name, other=package: "0.9" if name == other else version(name)
         )
         with pytest.raises(BadInput, match=rf"pins\.{package}: '.*' then, '0\.9' now{afresh}"):
             made.build("run")
-    monkeypatch.undo()
+    patch.undo()
     weights = made.teacher / "model.safetensors"
     data = weights.read_bytes()
     flip_a_byte(weights)
@@ -319,7 +335,10 @@ def test_changed_things_are_refused_by_name(made: Corpus, monkeypatch: pytest.Mo
     (made.folder / "corpus" / "c.txt").unlink()
     made.build("run", workers=3, log_level="warning", max_points_per_part=2048, keep=("passages",))
     assert made.files("run") == before
-    for stage in FILES:
+    for stage, function in INSIDE.items():
+        made.stop_at(function, stage, calls=2 if stage == "passages" else 1)  # the second of two files
+        with pytest.raises(BadInput, match=rf"config\.senses: 4 then, 5 now{afresh}"):
+            made.build(stage, senses=5)
         outcome("input changed", stage, "refused")
 
 
@@ -340,20 +359,60 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(made: Corpus, monkeyp
         (made.folder / "corpus" / "b.txt").write_text("the cat\n")
         return write(*arguments)
 
+    made.build("whole")
+    text = made.folder / "corpus" / "b.txt"
+    before, times = text.read_bytes(), text.stat()
     monkeypatch.setattr(passages, "write_passages", meddling)
-    with pytest.raises(BadInput, match=r"the corpus changed while it was read: inputs\.b\.txt"):
+    with pytest.raises(BadInput, match=r"the corpus changed while it was read: b\.txt was .*, is .* bring the former"):
+        made.build("run")
+    monkeypatch.setattr(passages, "write_passages", write)
+    text.write_bytes(before)
+    os.utime(text, ns=(times.st_atime_ns, times.st_mtime_ns))
+    made.build("run")  # nothing of the changed file is taken for the file
+    assert made.files("run") == made.files("whole")
+
+
+def test_weights_that_change_before_they_are_loaded_are_refused(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe = build_module.describe
+
+    def then_change(*arguments: object) -> object:
+        found = describe(*arguments)
+        flip_a_byte(made.teacher / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(build_module, "describe", then_change)
+    with pytest.raises(MsenseError, match=r"the weights of teacher .* changed, or this node has others"):
         made.build("run")
 
 
-INSIDE = {
-    "passages": "msense.passages.write_passages",
-    "plan": "msense.plan._select",
-    "occurrences": "msense.occurrences.select_unit",
-    "clustering": "msense.clustering.read_ranges",
-    "large tokens": "msense.parts.prepare",
-    "exemplars": "msense.exemplars._context",
-    "dictionary": "msense.assemble.write_dictionary",
-}
+def test_files_of_a_run_made_of_other_things_do_not_count(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker of a killed driver writes late, after the same folder was begun with other settings."""
+    made.build("whole", keep=ALL)
+    made.build("other", seed=1, keep=ALL)
+
+    def late(run: RunFolder) -> None:
+        for name in ("passages", "plan", "occurrences", "centroids"):
+            if not (made.folder / "run" / name).exists():
+                shutil.copytree(made.folder / "other" / name, made.folder / "run" / name)
+
+    monkeypatch.setattr(build_module, "sweep", late)
+    made.build("run", keep=ALL)
+    assert made.files("run") == made.files("whole")
+    assert made.journal()[-1]["stages"]["occurrences"]["kept"] == 0
+
+
+def test_a_strict_run_refuses_what_a_finished_run_skipped(made: Corpus) -> None:
+    made.build("run")
+    with pytest.raises(BadInput, match=r"bad documents \(2 empty\)"):
+        made.build("run", on_bad_document="fail")
+
+
+def test_a_finished_run_may_be_moved(made: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    made.build("run")
+    (made.folder / "run").rename(made.folder / "moved")
+    assert made.build("moved")["dictionary"] == str(made.folder / "moved" / "dictionary")
+    show_status(str(made.folder / "moved"))
+    assert "run/dictionary" not in capsys.readouterr().out.replace("\n", "")
 
 
 @pytest.mark.parametrize("stage", INSIDE)
@@ -408,9 +467,9 @@ def test_only_what_keep_names_is_left(made: Corpus, keep: tuple[str, ...], monke
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     made.stop_at("msense.exemplars._context", keep=keep)
-    (made.folder / "run" / "plan" / ".plan.safetensors.1.part").write_bytes(b"left by a killed process")
+    (made.folder / "run" / "plan" / ".plan.safetensors.0123abcd.part").write_bytes(b"left by a killed process")
     (made.folder / "run" / "dictionary" / "tokenizer").mkdir(parents=True)
-    (made.folder / "run" / "dictionary" / "tokenizer" / ".tokenizer.json.2.part").write_bytes(b"so is this")
+    (made.folder / "run" / "dictionary" / "tokenizer" / ".tokenizer.json.89ef0123.part").write_bytes(b"so is this")
     made.build("run", keep=keep)
     always = {".lock", "bad_documents.jsonl", "dictionary", "finished.json", "journal.json", "manifest.json", "plan"}
     left = {p.name for p in (made.folder / "run").iterdir()}
@@ -423,10 +482,11 @@ def test_only_what_keep_names_is_left(made: Corpus, keep: tuple[str, ...], monke
 def test_nothing_of_somebody_else_is_removed(made: Corpus) -> None:
     """A folder that is no run folder keeps its own files, also those named like temporary ones."""
     (made.folder / "run" / "mine").mkdir(parents=True)
-    mine = made.folder / "run" / "mine" / ".x.part"
-    mine.write_text("mine")
+    mine = [made.folder / "run" / name for name in (".x.part", ".x.0123abcd.part", "mine/.x.0123abcd.part")]
+    for path in mine:
+        path.write_text("mine")
     made.build("run", keep=())
-    assert mine.read_text() == "mine"
+    assert [path.read_text() for path in mine] == ["mine"] * 3
     (made.folder / "other" / "passages").mkdir(parents=True)
     with pytest.raises(BadInput, match=r"passages is there, but no manifest\.json"):
         made.build("other")
@@ -446,6 +506,11 @@ def test_status_tells_what_each_driver_kept_and_made(
     show_status(str(whole.folder / "stopped"))
     first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("driver")]
     assert f"occurrences {units} made" in first
-    assert "at work or killed" in first
+    assert "failed: StoppedError" in first
     assert f"occurrences {units - 2} kept + 1 damaged + 2 made" in second
     assert second.rstrip().endswith("finished")
+    run = RunFolder(str(whole.folder / "stopped"))
+    drivers = storage.read_json(run.journal)["drivers"]
+    storage.write_json(run.journal, {"drivers": [*drivers, {**drivers[0], "stages": {"plan": {}}, "outcome": ""}]})
+    show_status(run.root)
+    assert "plan begun. no word of its end: at work or killed (process" in capsys.readouterr().out

@@ -80,6 +80,15 @@ class Runs:
         assert not list((self.folder / name).rglob(".*.part"))
         assert not list((self.folder / name).rglob("*-round*"))
 
+    def quiet(self, name: str) -> None:
+        """Wait until the workers of a killed driver are gone."""
+        seen, since = None, time.monotonic()
+        while time.monotonic() - since < 2:
+            now = self.begun(name), self.finished(name)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            time.sleep(0.1)
+
     def finished(self, name: str) -> set[str]:
         """Return the pieces of work whose marker is there."""
         stages = {"passages": "*.parquet.done", "occurrences": "0*.records.done", "centroids": "0*.safetensors.done"}
@@ -110,17 +119,23 @@ def runs(ray: None, tmp_path_factory: pytest.TempPathFactory, make_teacher: Make
     return made
 
 
-def killed_once(function: Callable, flag: Path, at: str = "") -> Callable:
-    """Return the function, but its first worker dies: at once, or where it first calls `at` of `storage`."""
+def killed_once(function: Callable, flag: Path, at: str = "", calls: int = 1) -> Callable:
+    """Return the function, but its first worker dies: at once, or where it calls `at` of `storage` so often."""
 
     def call(*arguments: object, **named: object) -> object:
         from msense import storage
+        from msense.dictionary import format as dictionary_format
 
-        def die(*_: object) -> object:
-            if not flag.exists():
+        left = [calls]
+
+        def die(*given: object) -> object:
+            left[0] -= 1
+            if not flag.exists() and not left[0]:
+                if given and isinstance(given[0], Path):  # in the midst of a write
+                    given[0].with_name(f".{given[0].name}.0123abcd.part").write_bytes(b"half")
                 flag.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return original(*_)
+            return original(*given)
 
         if not at:
             original = function
@@ -128,6 +143,8 @@ def killed_once(function: Callable, flag: Path, at: str = "") -> Callable:
         original = getattr(storage, at)
         if not flag.exists() and getattr(original, "__name__", "") != "die":
             setattr(storage, at, die)
+            if hasattr(dictionary_format, at):
+                setattr(dictionary_format, at, die)
         return function(*arguments, **named)
 
     return call
@@ -141,10 +158,11 @@ def test_a_worker_killed_in_each_stage_changes_nothing(
     flags = runs.folder / "flags"
     flags.mkdir()
     places = [(passages, "_write_piece", "write_json"), (plan, "_count", ""), (plan, "_select", "")]
+    places += [(plan, "_duplicates", ""), (plan, "_write", "write_json"), (build, "write_index", "write_json")]
     places += [(clustering, "cluster_shard", "write_json"), (exemplars, "_resolve_unit", "write_json")]
     for module, name, at in places:
         monkeypatch.setattr(module, name, killed_once(getattr(module, name), flags / name, at))
-    monkeypatch.setattr(build, "assemble", killed_once(assemble.assemble, flags / "assemble", "sha256_of"))
+    monkeypatch.setattr(build, "assemble", killed_once(assemble.assemble, flags / "assemble", "scratch_name", 4))
     actor, worker = build.OccurrenceActor, parts.PartWorker
 
     class DyingActor(actor):
@@ -161,12 +179,16 @@ def test_a_worker_killed_in_each_stage_changes_nothing(
     monkeypatch.setattr(parts, "PartWorker", DyingWorker)
     build_dictionary(BuildConfig(**runs.settings("run")))
     runs.same("run")
-    killed = ["_write_piece", "_count", "_select", "actor", "cluster_shard", "worker", "_resolve_unit", "assemble"]
+    killed = ["_write_piece", "_duplicates", "_count", "_select", "_write", "actor", "write_index", "cluster_shard"]
+    killed += ["worker", "_resolve_unit", "assemble"]
     assert {path.name for path in flags.iterdir()} == set(killed)
     begun = runs.begun("run")
     assert begun.keys() == runs.begun("whole").keys()
     again = Counter(key.split()[0] for key, count in begun.items() for _ in range(count - 1))
     assert again == {"passages": 1, "occurrences": 1, "clustering": 1, "exemplars": 1}
+    build_dictionary(BuildConfig(**runs.settings("run")))
+    journal = storage.read_json(RunFolder(str(runs.folder / "run")).journal)["drivers"]
+    assert journal[-1]["stages"] == {"dictionary": {"kept": 1}}  # nothing of the dead worker was taken for a file of it
     for stage in ("passages", "plan", "occurrences", "clustering", "large tokens", "exemplars", "dictionary"):
         outcome("worker killed", stage, "same run goes on")
 
@@ -188,6 +210,7 @@ def test_drivers_killed_in_each_stage_one_after_the_other(runs: Runs, outcome: O
         process = driver.start(settings, runs.log("chain"), kill_at)
         process.join()
         assert process.exitcode == -signal.SIGKILL, stage
+        runs.quiet("chain")
         done, before = runs.finished("chain"), runs.begun("chain")
         assert sum(before.values()) <= len(done) + (list(KILLS).index(stage) + 1) * settings["workers"]
         if stage in ("passages", "occurrences", "clustering", "exemplars"):
@@ -274,9 +297,18 @@ def test_work_that_always_kills_its_worker_is_given_up(tmp_path: Path) -> None:
         lambda: list(runtime.map_actors("x", Deadly, {}, [0, 1, 2], resources)),
     ):
         tried.write_text("")
-        with pytest.raises(MsenseError, match=r"a worker died 4 times at the same work .*ran out of memory"):
+        with pytest.raises(MsenseError, match=r"a worker died again and again .*ran out of memory"):
             run()
         assert tried.read_text().count("1\n") == 4
+
+    class Stillborn:
+        def __init__(self) -> None:
+            deadly(1)
+
+    tried.write_text("")
+    with pytest.raises(MsenseError, match=r"a worker died again and again"):
+        list(runtime.map_actors("x", Stillborn, {}, [0], resources))
+    assert tried.read_text().count("1\n") == runtime.RESTARTS + 1
 
 
 @pytest.mark.slow
@@ -324,7 +356,8 @@ def test_the_command_killed_with_its_own_ray_and_given_again(runs: Runs) -> None
     )
     assert again.returncode == 0, again.stderr
     build_dictionary(BuildConfig(**runs.settings("straight")))
-    assert runs.bytes("own") == runs.bytes("straight")
+    for name, data in runs.bytes("straight").items():  # shards of the test session's workers may be smaller
+        assert name.startswith("centroids") or "index" in name or runs.bytes("own")[name] == data
     assert storage.read_json(RunFolder(given["output"]).journal)["drivers"][-1]["stages"]["occurrences"]["kept"] >= 1
     temporary.rmdir()  # which it refuses if anything is left
 
@@ -344,7 +377,7 @@ def test_twenty_kills_at_random_moments(runs: Runs, tell: Callable[[str], None])
     assert runs.records("once") == runs.records("whole")
 
     def kill_and_resume(number: int) -> int:
-        rng = np.random.default_rng()
+        rng = np.random.default_rng(number)
         for attempt in range(20):  # until the moment falls before the end
             name = f"random-{number}-{attempt}"
             process = run(name)
@@ -353,6 +386,8 @@ def test_twenty_kills_at_random_moments(runs: Runs, tell: Callable[[str], None])
             process.join()
             if process.exitcode == -signal.SIGKILL:
                 break
+        assert process.exitcode == -signal.SIGKILL
+        runs.quiet(name)
         process = run(name)
         process.join()
         assert process.exitcode == 0

@@ -99,6 +99,7 @@ def test_a_stop_at_any_write_and_the_same_command_again(
 ) -> None:
     settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
     settings |= {"max_occurrences": 6000, "max_points_per_part": 1024, "dedup": True}
+    settings |= {"keep": ("passages", "occurrences", "centroids")}
     step = {"now": 0, "stop": -1}
 
     def counted(function: Callable) -> Callable:

@@ -1,7 +1,6 @@
 """Files of a run: whole or not there, counted only with a marker that fits them."""
 
 import json
-import os
 import stat
 import subprocess
 import sys
@@ -111,14 +110,23 @@ def test_scratch_of_killed_processes_is_removed_and_that_of_others_is_not(tmp_pa
             assert folder != other
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert not list(tmp_path.iterdir())
+    (tmp_path / "msense-data").mkdir()
+    (tmp_path / "msense-data.lock").touch()
+    with storage.scratch_folder(tmp_path):
+        assert len(list(tmp_path.glob("msense-data*"))) == 2  # not ours
 
 
 def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
-    before = os.umask(0o022)
-    try:
-        storage.publish(str(tmp_path / "x"), lambda path: storage.save_arrays(path, {"a": np.zeros(1)}))
-    finally:
-        os.umask(before)
+    code = (
+        "import os, sys; os.umask(0o022)\n"
+        "import numpy as np; from msense import storage\n"
+        "storage.publish(sys.argv[1], lambda path: storage.save_arrays(path, {'a': np.zeros(1)}))\n"
+        "print(oct(os.umask(0)))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x")], check=True, capture_output=True, text=True
+    ).stdout
+    assert told == "0o22\n"
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
 
 

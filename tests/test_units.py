@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msense import occurrences, storage
-from msense.errors import BadInput
+from msense.errors import BadInput, MsenseError
 from msense.exemplars import nearest
 from msense.occurrences import cut_shards, cut_units, read_rows, record_type
 from msense.parts import _prefixes, _slice
@@ -155,6 +155,21 @@ def test_tasks_add_up_in_order_and_errors_come_back_as_themselves() -> None:
 
 def refuse_it(item: int) -> dict:
     raise BadInput(f"no {item}")
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names it."""
+
+
+def test_a_lack_of_memory_is_told_and_a_bug_is_not_hidden() -> None:
+    def fail(error: Exception) -> dict:
+        raise error
+
+    for error in (MemoryError("no room"), OutOfMemoryError("CUDA out of memory")):
+        with pytest.raises(MsenseError, match=r"out of memory \(\w+: .*\)\. Often .*--workers"):
+            unwrap(guard(fail, error))
+    with pytest.raises(RuntimeError, match="a bug"):
+        guard(fail, RuntimeError("a bug"))
 
 
 def test_guarded_work_hands_errors_over_as_rows() -> None:

@@ -7,6 +7,7 @@ from msense.corpus.files import (
     count_rows,
     cut_pieces,
     display_uri,
+    fingerprint_of,
     list_files,
     number_pieces,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "count_rows",
     "cut_pieces",
     "display_uri",
+    "fingerprint_of",
     "list_files",
     "number_pieces",
     "read_documents",

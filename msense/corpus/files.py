@@ -111,6 +111,17 @@ def list_files(uris: Sequence[str]) -> list[SourceFile]:
     return sorted(files, key=lambda file: file.name)
 
 
+def fingerprint_of(uri: str) -> str | None:
+    """Return size and fingerprint of a file of the corpus as it is now; None where `pydocs` or the Hub pins it."""
+    if uri.startswith(("pydocs", "hf://")):
+        return None
+    with reading(uri, _LISTING):
+        filesystem, path = filesystem_of(uri)
+        filesystem.invalidate_cache()
+        info = filesystem.info(path)
+    return f"{info['size'] or 0} {_fingerprint(info)}"
+
+
 def cut_pieces(files: Sequence[SourceFile], piece_bytes: int = 16 << 20) -> list[Piece]:
     """Cut files into pieces whose borders depend on the files and `piece_bytes` only.
 

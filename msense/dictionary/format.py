@@ -22,6 +22,7 @@ from msense.config import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, Metric
 from msense.dictionary.assignment import as_tensor
 from msense.dictionary.checks import check_arrays
 from msense.errors import DictionaryError
+from msense.storage import scratch_name
 
 FORMAT_VERSION: Literal[1] = 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -125,6 +126,11 @@ class DictionaryFiles:
     def card(self) -> Path:
         """The model card."""
         return self.folder / "README.md"
+
+    def present(self) -> list[Path]:
+        """Return those of its files that are there, in order of their names."""
+        named = [self.config, self.arrays, self.index, self.exemplars, self.tokenizer, self.card]
+        return sorted(p for p in (*named, *self.folder.glob("dictionary-*-of-*.safetensors")) if p.is_file())
 
     def inside(self, path: Path) -> Path:
         """Return a path of this folder unless it is missing, no plain file, or a link leads out of the folder."""
@@ -243,7 +249,7 @@ def write_tokenizer(folder: Path | str, tokenizer_json: str) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary name beside a path; what is written there takes the path's name if no error came."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    scratch = scratch_name(path)
     scratch.unlink(missing_ok=True)  # a link left there would lead the bytes elsewhere
     try:
         yield scratch
