@@ -1,6 +1,6 @@
 """What all jobs share: logging, exit codes, and the table at the end.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or bad input. Log lines go to stderr, results to stdout.
+Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 130 Ctrl-C. Log lines go to stderr, results to stdout.
 """
 
 import logging
