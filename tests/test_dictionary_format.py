@@ -99,8 +99,8 @@ def test_a_failed_write_leaves_no_dictionary(tmp_path: Path, chunks: list[np.nda
 
 
 def test_centroids_are_mapped_not_read(tmp_path: Path) -> None:
-    rows = 1 << 14
-    d = make([rows], dim=512)
+    rows = 1 << 16
+    d = make([rows // 2] * 2, dim=512)  # 64 MB, beside which the modules that loading imports are small
     d.save(tmp_path)
     code = (
         "import resource, sys; from msense import SenseDictionary; import torch, numpy as np;"
