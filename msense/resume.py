@@ -24,10 +24,10 @@ DRIVERS_KEPT = 100
 
 @dataclass
 class Journal:
-    """What the drivers of a run did, a record each; written at the start and the end of every stage.
+    """What the drivers of a run did, a record each; written whenever a count is known.
 
-    A record holds `began` (UTC), `host`, `pid`, `workers`, `stages` (per stage: `kept` files of earlier drivers,
-    `damaged` ones among them, `made` anew; no `made` = the driver never got so far) and `outcome` ("" = none: killed
+    A record holds `began` (UTC), `host`, `pid`, `workers`, `stages` (per stage: files `kept` of earlier drivers, found
+    `damaged`, and `made`; no `made` = the driver never got so far) and `outcome` ("" = none: killed
     or at work).
     """
 

@@ -84,7 +84,7 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
     Raises:
         BadInput: the folder, model config, tokenizer or a setting does not fit.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = locate(name, config.revision)
     body, pooling, normalize, longest, prompt = read_settings(folder)
@@ -92,15 +92,7 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
         model_config = AutoConfig.from_pretrained(body, trust_remote_code=False)
         text_config = model_config.get_text_config()
     layers, dim, vocab_size = _sizes(name, text_config)
-    if not any(any(body.glob(pattern)) for pattern in _VOCABULARIES):
-        raise BadInput(f"teacher {name!r} has no tokenizer: put its tokenizer.json beside config.json")
-    with loading(f"{name!r}: its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(body, trust_remote_code=False)
-    if not getattr(tokenizer, "is_fast", False):
-        raise BadInput(
-            f"teacher {name!r} has no fast tokenizer (tokenizer.json), whose character offsets msense needs: convert it "
-            "with transformers, or give another teacher"
-        )
+    tokenizer = _load_tokenizer(name, body)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -144,6 +136,22 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
     )
     info.passage_spec(config)  # refuses a stride or prompt that does not fit, before anything is written
     return info, backend
+
+
+def _load_tokenizer(name: str, body: Path) -> Any:  # noqa: ANN401 - a transformers tokenizer
+    """Load a teacher's tokenizer; refuse one that is missing or gives no character offsets."""
+    from transformers import AutoTokenizer
+
+    if not any(any(body.glob(pattern)) for pattern in _VOCABULARIES):
+        raise BadInput(f"teacher {name!r} has no tokenizer: put its tokenizer.json beside config.json")
+    with loading(f"{name!r}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(body, trust_remote_code=False)
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadInput(
+            f"teacher {name!r} has no fast tokenizer (tokenizer.json), whose character offsets msense needs: convert it "
+            "with transformers, or give another teacher"
+        )
+    return tokenizer
 
 
 def _sizes(name: str, config: Any) -> tuple[int, int, int]:  # noqa: ANN401 - a transformers config

@@ -1,6 +1,8 @@
 """Files of a run: whole or not there, counted only with a marker that fits them."""
 
+import errno
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -44,6 +46,25 @@ def test_a_file_counts_only_whole_and_with_its_marker(root: str) -> None:
     storage.remove(file)
     assert not storage.exists(file)
     storage.remove(file)
+
+
+def test_a_disk_that_cannot_be_read_is_damage_and_a_lost_right_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(tmp_path / "x")
+    storage.publish(file, write_bytes(b"12345"))
+
+    def refuse(number: int) -> None:
+        def read(uri: str) -> str:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(storage, "sha256_of_uri", read)
+
+    refuse(errno.EIO)
+    assert storage.facts_of(file, verify=True) is None
+    refuse(errno.EACCES)
+    with pytest.raises(PermissionError):
+        storage.facts_of(file, verify=True)
 
 
 def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(root: str) -> None:
