@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
 
@@ -16,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from msense import kmeans
 from msense.errors import BadInput, MsenseError
-from msense.kmeans import BLOCK_ROWS, Clusters, KMeansConfig, Metric, batches, cluster_tokens, seeding
+from msense.kmeans import BLOCK_ROWS, Clusters, KMeansConfig, Metric, batches, cluster_tokens, lloyd, seeding
 
 Matrix = np.ndarray[Any, Any]
 
@@ -203,6 +204,88 @@ def test_a_token_does_not_depend_on_its_neighbours(metric: Metric) -> None:
         np.testing.assert_allclose(alone.centroids, same, atol=1e-5)
 
 
+MIXED = np.array([30, 100, 9, 500, 470, BLOCKED, 64, 60, 33, 450, 700, BLOCKED, 100, 61, 2, 40])
+MIXED_K = np.array([20, 7, 12, 20, 17, 9, 64, 3, 1, 23, 24, 1, 40, 20, 5, 8])
+
+
+def mixed(dim: int = 12) -> tuple[Matrix, Matrix]:
+    """Points and ids for MIXED: every way of computing, and many K."""
+    rng = np.random.default_rng(8)
+    return rng.normal(size=(MIXED.sum(), dim)).astype(np.float16), rng.permutation(1000)[: len(MIXED)]
+
+
+def alone(result: Clusters, sizes: Matrix, token: int) -> Clusters:
+    """One token's part of a result."""
+    rows, senses = np.r_[0, np.cumsum(sizes)], np.r_[0, np.cumsum(result.sizes)]
+    cut = {"assignment": rows, "distance": rows} | dict.fromkeys(("centroids", "counts", "spread"), senses)
+    each = np.arange(len(sizes) + 1)
+    edges = {name: cut.get(name, each) for name in Clusters.__dataclass_fields__}
+    return Clusters(**{name: getattr(result, name)[e[token] : e[token + 1]] for name, e in edges.items()})
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_k_for_each_token_gives_the_bytes_of_that_k_alone(metric: Metric) -> None:
+    x, ids = mixed()
+    starts = np.cumsum(MIXED) - MIXED
+    together = cluster_tokens(x, MIXED, ids, KMeansConfig(k=2, metric=metric), senses=MIXED_K)
+    assert together.sizes.tolist() == np.minimum(MIXED, MIXED_K).tolist()
+    check_consistent(together, x, MIXED, metric)
+    for t, k in enumerate(MIXED_K.tolist()):
+        single = one(x[starts[t] : starts[t] + MIXED[t]], KMeansConfig(k=k, metric=metric), ids[t])
+        same_bytes(alone(together, MIXED, t), single)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 30), st.integers(0, 9)), min_size=1, max_size=8),
+    gram=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_any_k_for_any_token(tokens: list[tuple[int, int, int]], gram: bool, threads: int) -> None:
+    sizes, senses, ids = np.array(tokens).T
+    x = np.random.default_rng(1).integers(-2, 3, (sizes.sum(), 3)).astype(np.float16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "GRAM_ROWS", 384 if gram else 0)
+        result = cluster_tokens(x, sizes, ids, KMeansConfig(), senses=senses, threads=threads)
+        last = one(x[len(x) - sizes[-1] :], KMeansConfig(k=int(senses[-1])), ids[-1])
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    distinct = [len(np.unique(x[owner == t] + 0.0, axis=0)) for t in range(len(sizes))]
+    assert result.sizes.tolist() == np.minimum(distinct, senses).tolist()
+    check_consistent(result, x, sizes)
+    same_bytes(alone(result, sizes, len(sizes) - 1), last)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_any_number_of_threads_gives_the_same_bytes(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(batches.BATCH_FLOATS, "cpu", 12 * 128)  # many batches
+    x, ids = mixed()
+    expected = cluster_tokens(x, MIXED, ids, KMeansConfig(), senses=MIXED_K)
+    same_bytes(cluster_tokens(x, MIXED, ids, KMeansConfig(), senses=MIXED_K, threads=threads), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_callers_threads_of_torch_are_left_alone(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("planted")
+
+    def in_a_new_thread() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    seen: list[int] = []
+    torch.set_num_threads(3)
+    try:
+        one(np.eye(30, dtype=np.float16), KMeansConfig(k=3))
+        assert (torch.get_num_threads(), in_a_new_thread()) == (3, 3)
+        monkeypatch.setattr(batches, "lloyd", fail)
+        with pytest.raises(RuntimeError, match="planted"):
+            cluster_tokens(np.eye(30, dtype=np.float16), np.array([30]), np.array([1]), KMeansConfig(), threads=threads)
+        assert (torch.get_num_threads(), in_a_new_thread(), seen) == (3, 3, [1])
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_draws_are_uniform_and_depend_on_their_own_coordinates_only() -> None:
     config = KMeansConfig(k=20, seed=-5)
     ids = np.arange(2000)
@@ -213,6 +296,10 @@ def test_draws_are_uniform_and_depend_on_their_own_coordinates_only() -> None:
     assert (np.abs(counts - 16000) < 5 * np.sqrt(16000 * 0.9)).all()
     assert len(np.unique(u)) == u.size
     assert (seeding.draws(ids[1234:1235], config)[0] == u[1234]).all()
+    fewer = seeding.draws(ids, config, np.where(ids % 2, 20, 7))  # of 3 candidates
+    assert (fewer[1::2] == u[1::2]).all()
+    assert (fewer[::2, :, :3] == u[::2, :, :3]).all()
+    assert (fewer[::2, :, 3] == u[::2, :, 0]).all()
     assert not (seeding.draws(ids, KMeansConfig(k=20, seed=-4)) == u).any()
 
 
@@ -236,7 +323,7 @@ def test_any_points_give_min_k_distinct_senses(
     x = points.astype(np.float16)
     with pytest.MonkeyPatch.context() as patch:
         if not seeded:
-            patch.setattr(batches, "greedy_seeds", first_point_always)
+            patch.setattr(lloyd, "greedy_seeds", first_point_always)
         patch.setattr(batches, "GRAM_ROWS", 64 if gram else 0)
         result = one(x, KMeansConfig(k=k, metric=metric, seed=seed))
     directions = np.round(x / np.linalg.norm(x.astype(float), axis=1, keepdims=True).clip(1e-9), 6)
@@ -296,7 +383,7 @@ def test_one_cluster_is_the_exact_mean(n: int) -> None:
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("n", [GRAM, DIRECT])
 def test_empty_clusters_are_refilled(n: int, metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "greedy_seeds", first_point_always)
+    monkeypatch.setattr(lloyd, "greedy_seeds", first_point_always)
     x, _ = planted(n, 5, 8, 2, directions=metric == "cosine")
     result = one(x, KMeansConfig(k=5, metric=metric))
     assert result.sizes.tolist() == [5]
@@ -305,7 +392,7 @@ def test_empty_clusters_are_refilled(n: int, metric: Metric, monkeypatch: pytest
 
 @pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
 def test_senses_that_stay_empty_are_dropped(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (batches, seeding):
+    for module in (lloyd, seeding):
         monkeypatch.setattr(module, "greedy_seeds", first_point_always)
     x = np.random.default_rng(1).normal(size=(n + 5, 3)).astype(np.float16)
     x[n:] = 1
@@ -338,7 +425,7 @@ def test_the_farthest_point_fills_an_empty_cluster() -> None:
 
 @pytest.mark.parametrize("n", [GRAM, DIRECT])
 def test_ties_go_to_the_lowest_sense(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "greedy_seeds", lambda *_: torch.tensor([[2, 0]]))
+    monkeypatch.setattr(lloyd, "greedy_seeds", lambda *_: torch.tensor([[2, 0]]))
     x = np.tile(np.array([[-1], [0], [1], [0]], np.float16), (n // 4, 1))  # the mean is exactly 0
     result = one(x, KMeansConfig(k=2, max_rounds=1))
     assert result.assignment[:4].tolist() == [1, 0, 0, 0]
@@ -432,3 +519,17 @@ def test_points_of_another_kind_are_refused(points: Matrix) -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(BadInput, match="2 sizes of sum 4 do not fit 2 token ids and 3 points"):
         cluster_tokens(np.zeros((3, 2), np.float16), np.array([2, 2]), np.array([1, 2]), KMeansConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"senses": np.array([2, 0])}, "senses of token 2 are 0, but must be from 1 to 65534"),
+        ({"senses": np.array([65_535, 0])}, "senses of token 1 are 65535, but must be from 1 to 65534"),
+        ({"senses": np.array([2])}, r"senses of shape \(1,\) do not fit 2 token ids"),
+        ({"threads": 0}, "threads is 0, but must be 1 or more"),
+    ],
+)
+def test_senses_and_threads_out_of_range_are_refused(given: dict[str, Any], match: str) -> None:
+    with pytest.raises(BadInput, match=match):
+        cluster_tokens(np.zeros((3, 2), np.float16), np.array([2, 1]), np.array([1, 2]), KMeansConfig(), **given)

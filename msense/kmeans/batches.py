@@ -1,37 +1,39 @@
 """k-means per token: many small tokens in batches, large ones in blocks that several workers may share.
 
-In: points [N, D] as stored, grouped by token. Out: `Clusters`, as NumPy arrays.
+In: points [N, D] as stored, grouped by token, and each token's K. Out: `Clusters`, as NumPy arrays.
 Tokens of up to BLOCK_ROWS points run in batches; a larger token runs in blocks of exactly BLOCK_ROWS rows through
 `seed_centroids`, `partial`, `update` and `finish`, whose results do not depend on how its blocks are cut into parts.
-Holds one batch (about 24 bytes x BATCH_FLOATS) or one block; never a float32 copy of all points. No Ray.
+Holds a batch (about 24 bytes x BATCH_FLOATS) or a block a thread; never a float32 copy of all points. No Ray.
 """
 
-import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial as bind
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from msense.config import MAX_SENSES
 from msense.errors import BadInput
 from msense.kmeans.blocks import farthest, finish, partial, seed_centroids, summary, update
+from msense.kmeans.lloyd import lloyd, sum_rows, table_of
 from msense.kmeans.seeding import (
     BLOCK_ROWS,
     SEED_POINTS,
     FewDistinct,
     KMeansConfig,
-    Metric,
     Points,
     as_points,
     centroids_of,
     check_points,
     draws,
     few_distinct,
-    greedy_seeds,
     read_points,
 )
 
-COMPACT_AT = 0.75  # a batch is copied without its converged tokens once no more than this share of them runs
 GRAM_ROWS = 384  # up to here a token's inner products are cheaper to keep than to compute again every round
 BATCH_FLOATS = {"cpu": 1 << 20, "cuda": 1 << 26}  # values of a batch: what stays in a core's cache, what fills a GPU
 
@@ -62,22 +64,27 @@ class _Task:
     starts: NDArray[np.int64]  # [T] first row of a token
     sizes: NDArray[np.int64]  # [T] rows of a token
     token_ids: NDArray[np.int64]  # [T]
-    config: KMeansConfig
+    senses: NDArray[np.int64]  # [T] K of a token
+    config: KMeansConfig  # its k is not used
     device: torch.device
     opens: NDArray[np.int64]  # [T] first sense of a token
     result: Clusters  # sizes: room for that many senses; counts are 0 where it is not used
 
 
-def cluster_tokens(
+def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, and four things with defaults
     points: Points,
     sizes: NDArray[np.int64],
     token_ids: NDArray[np.int64],
     config: KMeansConfig,
     *,
+    senses: NDArray[np.int64] | None = None,
     device: str | torch.device = "cpu",
     key_order: NDArray[np.int64] | None = None,
+    threads: int = 1,
 ) -> Clusters:
     """Cluster every token's points.
+
+    A token's result depends on its points, id, K and key order, and on `config`; not on other tokens, nor on `threads`.
 
     Lloyd's algorithm from greedy k-means++ seeds. Ties go to the lowest sense; an empty sense takes the point farthest
     from its centroid (of equals the first), several empty senses several points. Rounds inside a batch sum in float32;
@@ -88,12 +95,14 @@ def cluster_tokens(
         sizes: int64 [T], points of each token, with sum N.
         token_ids: int64 [T]; with `config.seed` they fix each token's random draws.
         config: settings.
+        senses: int64 [T], each token's K; None: `config.k` for all.
         device: where batches and blocks are computed.
         key_order: int64 [N], a point's rank by key inside its token; a token of more than BLOCK_ROWS points is seeded
             from the first SEED_POINTS by it. None: the rows are in that order.
+        threads: batches computed at a time, each on one thread of torch.
 
     Raises:
-        BadInput: the arrays do not fit together.
+        BadInput: the arrays do not fit together, or a K or `threads` is out of range.
         MsenseError: a value is NaN or infinite; names the token.
     """
     view = as_points(points)
@@ -101,23 +110,84 @@ def cluster_tokens(
         raise BadInput(
             f"{len(sizes)} sizes of sum {int(sizes.sum())} do not fit {len(token_ids)} token ids and {len(view)} points"
         )
+    if threads < 1:
+        raise BadInput(f"threads is {threads}, but must be 1 or more")
+    k = _checked_senses(senses, token_ids, config)
     check_points(view, sizes, token_ids)
-    with torch.inference_mode():
-        found = few_distinct(view, sizes, config.k, config.metric, BLOCK_ROWS)
-        room = np.where(found.few, found.distinct, np.minimum(sizes, config.k))
+    with one_torch_thread(), torch.inference_mode():
+        found = few_distinct(view, sizes, k, config.metric, BLOCK_ROWS)
+        room = np.where(found.few, found.distinct, np.minimum(sizes, k))
         opens, starts = np.cumsum(room) - room, np.cumsum(sizes) - sizes
         result = _empty_result(room, len(view), view.shape[1])
-        task = _Task(view, starts, sizes, token_ids, config, torch.device(device), opens, result)
+        task = _Task(view, starts, sizes, token_ids, k, config, torch.device(device), opens, result)
         _keep_distinct(task, found)
         widths = np.where(found.few, 0, _padded(sizes))
-        for width in np.unique(widths[(widths > 0) & (widths <= BLOCK_ROWS)]).tolist():
-            tokens = np.flatnonzero(widths == width)
-            step = max(1, BATCH_FLOATS.get(task.device.type, BATCH_FLOATS["cuda"]) // (width * view.shape[1]))
-            for at in range(0, len(tokens), step):
-                _cluster_batch(task, tokens[at : at + step], width)
-        for token in np.flatnonzero(widths > BLOCK_ROWS).tolist():
-            _cluster_blocked(task, token, key_order)
+        jobs = [
+            bind(_cluster_blocked, task, token, key_order) for token in np.flatnonzero(widths > BLOCK_ROWS).tolist()
+        ]
+        jobs += [bind(_cluster_batch, task, tokens, width) for tokens, width in _batches(task, widths)]
+        _run(jobs, threads)
     return _without_gaps(task)
+
+
+def _checked_senses(
+    senses: NDArray[np.int64] | None, token_ids: NDArray[np.int64], config: KMeansConfig
+) -> NDArray[np.int64]:
+    """Each token's K, int64 [T]."""
+    if senses is None:
+        return np.full(len(token_ids), config.k)
+    if senses.shape != token_ids.shape:
+        raise BadInput(f"senses of shape {senses.shape} do not fit {len(token_ids)} token ids: give each token its K")
+    wrong = np.flatnonzero((senses < 1) | (senses > MAX_SENSES))
+    if len(wrong):
+        raise BadInput(
+            f"senses of token {token_ids[wrong[0]]} are {senses[wrong[0]]}, but must be from 1 to {MAX_SENSES}"
+        )
+    return senses.astype(np.int64)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Give torch one thread for a while: with more, thousands of small operations wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(jobs: Sequence[Callable[[], None]], threads: int) -> None:
+    """Do jobs that write to different places, in any order."""
+    if threads == 1:
+        for job in jobs:
+            job()
+        return
+    # torch holds the number of its threads per thread, and a default for new ones, which the caller set to 1 as well
+    pool = ThreadPoolExecutor(threads, "kmeans", torch.set_num_threads, (1,))
+    try:
+        for done in [pool.submit(job) for job in jobs]:
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(task: _Task, widths: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Cut tokens of up to BLOCK_ROWS points into batches: their numbers, and the points that each is padded to.
+
+    Tokens of like K go together. Where a batch's products have a row for every sense, those go by padded K too: float32
+    products of another number of rows may be rounded otherwise.
+    """
+    room = BATCH_FLOATS.get(task.device.type, BATCH_FLOATS["cuda"])
+    exact = np.where(widths > GRAM_ROWS, _padded_senses(task.senses), 0)
+    order = np.lexsort((task.senses, exact, -widths))  # the largest first, so that threads end together
+    order = order[(widths[order] > 0) & (widths[order] <= BLOCK_ROWS)]
+    alike = np.diff(widths[order], prepend=0) | np.diff(exact[order], prepend=0)
+    for tokens in np.split(order, np.flatnonzero(alike)[1:]):
+        width = int(widths[tokens[0]]) if len(tokens) else 0
+        step = max(1, room // max(1, width * task.points.shape[1]))
+        for at in range(0, len(tokens), step):
+            yield tokens[at : at + step], width
 
 
 def _empty_result(room: NDArray[np.int64], points: int, width: int) -> Clusters:
@@ -161,8 +231,14 @@ def _padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return -(-sizes // step) * step
 
 
+def _padded_senses(senses: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Round K up to 4 steps an octave."""
+    step = 2 ** (np.log2(np.maximum(senses, 4)).astype(np.int64) - 2)
+    return -(-senses // step) * step
+
+
 def _keep_distinct(task: _Task, found: FewDistinct) -> None:
-    """Make every distinct point a sense, where a token has at most k of them."""
+    """Make every distinct point a sense, where a token has at most K of them."""
     token = np.repeat(np.arange(len(task.sizes)), found.distinct)
     number = np.arange(len(token)) - (np.cumsum(found.distinct) - found.distinct)[token]
     place = task.opens[token] + number
@@ -174,147 +250,42 @@ def _keep_distinct(task: _Task, found: FewDistinct) -> None:
         task.result.centroids[place[at : at + BLOCK_ROWS]] = values.numpy()
 
 
+@torch.inference_mode()
 def _cluster_batch(task: _Task, tokens: NDArray[np.int64], width: int) -> None:
-    """Cluster B tokens of more than k distinct points, each padded to `width` points."""
-    config, device, k = task.config, task.device, task.config.k
+    """Cluster B tokens of more than K distinct points, each padded to `width` points and to the most senses."""
+    config, device, senses = task.config, task.device, task.senses[tokens]
+    k = int((senses if width <= GRAM_ROWS else _padded_senses(senses)).max())
     starts, sizes = task.starts[tokens, None], task.sizes[tokens, None]
     real = np.arange(width) < sizes
     rows = np.where(real, starts + np.arange(width), starts)
     stored = task.points.index_select(0, torch.from_numpy(rows.ravel()).to(task.points.device))
     mask = torch.from_numpy(real).to(device)
     values = read_points(stored.view(*rows.shape, -1), config.metric, device).mul_(mask[..., None])
-    uniforms = torch.from_numpy(draws(task.token_ids[tokens], config)).to(device)
-    gram = width <= GRAM_ROWS
-    own, rounds = _lloyd(_table(values, mask, gram, config.metric), mask, uniforms, gram, config)
-    sums = _sum_rows(values.double(), own, k)
+    uniforms = torch.from_numpy(draws(task.token_ids[tokens], replace(config, k=k), senses)).to(device)
+    gram, used = width <= GRAM_ROWS, np.arange(k) < senses[:, None]
+    table = table_of(values, mask, gram, config.metric)
+    own, rounds = lloyd(table, mask, torch.from_numpy(~used).to(device), uniforms, gram, config)
+    sums = sum_rows(values.double(), own, k)
     counts = torch.zeros(len(tokens), k, dtype=torch.float64, device=device).scatter_add_(1, own, mask.double())
     centroids = centroids_of(sums, counts, config.metric)
     sense = (own + k * torch.arange(len(tokens), device=device)[:, None]).flatten()
     away = values.flatten(0, 1).sub_(centroids.flatten(0, 1).index_select(0, sense)).square_().sum(1)
 
-    result, place = task.result, task.opens[tokens, None] + np.arange(k)
+    result, place = task.result, (task.opens[tokens, None] + np.arange(k))[used]
     flat, distance = sense.cpu().numpy()[real.ravel()], away.cpu().numpy()[real.ravel()]
-    squares = np.bincount(flat, weights=distance, minlength=place.size).reshape(place.shape)
+    squares = np.bincount(flat, weights=distance, minlength=used.size).reshape(used.shape)
     members = counts.cpu().numpy()
     result.assignment[rows[real]], result.distance[rows[real]] = flat % k, distance
-    result.centroids[place], result.counts[place] = centroids.cpu().numpy(), members
-    result.spread[place] = np.sqrt(squares / np.maximum(members, 1))
+    result.centroids[place], result.counts[place] = centroids.cpu().numpy()[used], members[used]
+    result.spread[place] = np.sqrt(squares / np.maximum(members, 1))[used]
     result.inertia[tokens], result.rounds[tokens] = squares.sum(1), rounds.cpu().numpy()
 
 
-def _table(values: torch.Tensor, mask: torch.Tensor, gram: bool, metric: Metric) -> torch.Tensor:
-    """What `_lloyd` works on: points centred by their token's mean [B, n, D], or their inner products [B, n, n]."""
-    if metric != "cosine":  # float32 is precise near 0; unit vectors are near it as they are
-        values = (values - (values.sum(1) / mask.sum(1, keepdim=True))[:, None]).mul_(mask[..., None])
-    return torch.bmm(values, values.transpose(1, 2)) if gram else values
-
-
-def _sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
-    """Sum the rows [B, n, W] of each cluster, by `own` int64 [B, n]: [B, K, W], in an order that is always the same."""
-    batch, _, width = rows.shape
-    if rows.device.type == "cpu":
-        index = own + k * torch.arange(batch)[:, None]
-        return rows.new_zeros(batch * k, width).index_add_(0, index.flatten(), rows.flatten(0, 1)).view(batch, k, width)
-    # index_add on a GPU adds in whatever order its threads arrive
-    return torch.bmm(rows.new_zeros(batch, k, rows.shape[1]).scatter_(1, own[:, None], 1.0), rows)
-
-
-def _rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows [B, L, W] of each token's table [B, n, W], by int64 [B, L]."""
-    return table[torch.arange(len(table), device=table.device)[:, None], index]
-
-
-def _lloyd(
-    table: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor, gram: bool, config: KMeansConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run Lloyd's algorithm on a batch of B tokens of n points (padding included, where `table` is 0).
-
-    Works on `sums`, the rows of `table` summed by cluster. If the rows are points, those are centroids times counts.
-    If the rows are inner products with all points, those are the inner products of centroids and points, times counts:
-    all that distances need, and a round costs no product of matrices.
-
-    Args:
-        table: float32 [B, n, D] points, or [B, n, n] their inner products.
-        mask: bool [B, n], false on padding.
-        uniforms: float64 [B, K, L] for seeding.
-        gram: whether `table` holds inner products.
-        config: metric, tol and max_rounds.
-
-    Returns:
-        Each point's cluster, int64 [B, n] (arbitrary on padding), and the rounds, int64 [B].
-    """
-    norms = table.diagonal(dim1=1, dim2=2).clone() if gram else table.square().sum(2)  # squared lengths [B, n]
-
-    def distances(index: torch.Tensor) -> torch.Tensor:
-        chosen = _rows(table, index)
-        products = chosen if gram else torch.bmm(chosen, table.transpose(1, 2))
-        return torch.add(norms[:, None], products, alpha=-2).add_(norms.gather(1, index)[..., None]).clamp_(min=0)
-
-    seeds = greedy_seeds(distances, mask, uniforms)
-    sums, squares, counts = _rows(table, seeds), norms.gather(1, seeds), torch.ones(seeds.shape, device=mask.device)
-    own, rounds = seeds.new_zeros(mask.shape), seeds.new_zeros(len(mask))
-    place = torch.arange(len(mask), device=mask.device)  # of the tokens in `table` among those of the batch
-    running = torch.ones_like(place, dtype=torch.bool)  # which of them have not converged
-    before = torch.full(place.shape, math.inf, dtype=torch.float64, device=mask.device)
-    for number in range(1, config.max_rounds + 1):
-        low, nearest = _scores(table, sums, squares, counts, gram, config.metric).min(1)  # the first of equals
-        away = (low + norms).clamp_(min=0).mul_(mask)
-        inertia = away.sum(1, dtype=torch.float64)
-        counts = torch.zeros_like(counts).scatter_add_(1, nearest, mask.float())
-        settled = (before - inertia <= config.tol * before) & (counts > 0).all(1) & (number > 1)
-        stop = running & (settled | (number == config.max_rounds))
-        own[place[stop]], rounds[place[stop]] = nearest[stop], number
-        running, before = running & ~stop, inertia
-        left = int(running.sum())
-        if not left:
-            break
-        if left <= COMPACT_AT * len(place):
-            keep = running.nonzero()[:, 0]
-            table, mask, norms, nearest, away, counts, place, running, before = (
-                x[keep] for x in (table, mask, norms, nearest, away, counts, place, running, before)
-            )
-        sums, squares, counts = _update(table, nearest, away, counts, gram)
-    return own, rounds
-
-
-def _scores(
-    table: torch.Tensor, sums: torch.Tensor, squares: torch.Tensor, counts: torch.Tensor, gram: bool, metric: Metric
-) -> torch.Tensor:
-    """Squared distances from centroids to points, less the points' squared lengths: [B, K, n].
-
-    `squares` [B, K] are the squared lengths of the summed points. A sum that float32 cannot tell from 0 has no
-    direction: under "cosine" its centroid is 0.
-    """
-    scale = 1 / counts
-    if metric == "cosine":
-        scale = torch.where(squares > 1e-6 * counts * counts, squares.clamp_min(1e-30).rsqrt(), 0.0)
-    offset = (scale * scale * squares)[..., None]
-    if gram:
-        return torch.addcmul(offset, sums, scale[..., None], value=-2)
-    return torch.baddbmm(offset, sums * scale[..., None], table.transpose(1, 2), alpha=-2)
-
-
-def _update(
-    table: torch.Tensor, nearest: torch.Tensor, away: torch.Tensor, counts: torch.Tensor, gram: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums, their squared lengths and counts of the new clusters; an empty one takes the farthest point as its sum."""
-    k = counts.shape[1]
-    sums = _sum_rows(table, nearest, k)
-    own = sums.gather(1, nearest[:, None])[:, 0, :, None] if gram else sums  # gram: a point times its cluster's sum
-    squares = _sum_rows(own, nearest, k)[..., 0] if gram else own.square().sum(2)
-    token, cluster = (counts == 0).nonzero(as_tuple=True)
-    if len(token):
-        rank = (counts == 0).cumsum(1)[token, cluster] - 1
-        point = away.sort(dim=1, descending=True, stable=True).indices[token, rank]
-        sums[token, cluster] = table[token, point]
-        squares[token, cluster] = table[token, point, point] if gram else table[token, point].square().sum(1)
-        counts = counts.clamp_min(1)
-    return sums, squares, counts
-
-
+@torch.inference_mode()
 def _cluster_blocked(task: _Task, token: int, key_order: NDArray[np.int64] | None) -> None:
     """Cluster one large token: what the driver of parts does, with a single part."""
-    config, device, result = task.config, task.device, task.result
+    device, result = task.device, task.result
+    config = replace(task.config, k=int(task.senses[token]))
     rows = slice(task.starts[token], task.starts[token] + task.sizes[token])
     points = task.points[rows]
     first = points[:SEED_POINTS]

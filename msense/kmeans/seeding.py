@@ -128,19 +128,29 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x
 
 
-def draws(token_ids: NDArray[np.int64], config: KMeansConfig) -> NDArray[np.float64]:
+def draws(
+    token_ids: NDArray[np.int64], config: KMeansConfig, senses: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
     """Uniform numbers in (0, 1) for greedy k-means++: float64 [T, K, L], L candidates at each of K steps.
 
     Each number is a hash of (seed, token id, step, candidate) and of nothing else. L is 2 + floor(ln K), as Arthur and
     Vassilvitskii (2007) and scikit-learn have it.
+
+    Args:
+        token_ids: int64 [T].
+        config: seed, and K of the array.
+        senses: int64 [T], each token's own K, at most that; a token of fewer candidates than L draws its first one
+            again, which cannot win then. None: `config.k`.
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
+    own = 2 + np.log(np.full(len(token_ids), config.k) if senses is None else senses).astype(np.int64)
     steps = np.arange(config.k, dtype=np.uint64)
     candidates = np.arange(2 + int(math.log(config.k)), dtype=np.uint64)
+    candidates = candidates * (candidates < own[:, None])
     state = _mix(np.array([config.seed % 2**64], dtype=np.uint64) + golden)
     state = _mix(state ^ _mix(token_ids.astype(np.uint64) + golden))
     state = _mix(state[:, None] ^ _mix(steps + golden))
-    state = _mix(state[:, :, None] ^ _mix(candidates + golden))
+    state = _mix(state[:, :, None] ^ _mix(candidates + golden)[:, None])
     return ((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
@@ -199,7 +209,7 @@ def seed_in_blocks(
         for block in blocks:
             shift = shift + read_points(block, config.metric, device).double().sum(0)
         shift = (shift / len(points)).float()
-    found = few_distinct(points, np.array([len(points)]), config.k, config.metric, len(points))
+    found = few_distinct(points, np.array([len(points)]), np.array([config.k]), config.metric, len(points))
     if found.few[0]:
         return torch.from_numpy(found.first).to(points.device), shift
 
@@ -220,7 +230,7 @@ def seed_in_blocks(
 
 @dataclass(frozen=True)
 class FewDistinct:
-    """Tokens with at most k distinct points: there every distinct point is a sense, and no clustering is needed."""
+    """Tokens with at most K distinct points: there every distinct point is a sense, and no clustering is needed."""
 
     few: NDArray[np.bool_]  # [T]
     distinct: NDArray[np.int64]  # [T], 0 for other tokens
@@ -229,33 +239,35 @@ class FewDistinct:
     first: NDArray[np.int64]  # [G]: the first row of each distinct point
 
 
-def few_distinct(points: torch.Tensor, sizes: NDArray[np.int64], k: int, metric: Metric, max_rows: int) -> FewDistinct:
-    """Find the tokens with at most `k` distinct points; a token of no points is one.
+def few_distinct(
+    points: torch.Tensor, sizes: NDArray[np.int64], senses: NDArray[np.int64], metric: Metric, max_rows: int
+) -> FewDistinct:
+    """Find the tokens with at most K distinct points; a token of no points is one.
 
     Rows are compared by a 64-bit hash of their values. A first look at a few components clears almost every token.
 
     Args:
         points: [N, D], rows grouped by token.
         sizes: int64 [T], rows of each token.
-        k: most distinct points that count as few.
+        senses: int64 [T], K: most distinct points that count as few.
         metric: under "cosine" points of one direction are the same.
         max_rows: tokens of more rows than that are left out.
     """
     token = np.repeat(np.arange(len(sizes)), sizes)
-    suspect = (sizes <= k) & (sizes <= max_rows)
-    unclear = (sizes > k) & (sizes <= max_rows)
+    suspect = (sizes <= senses) & (sizes <= max_rows)
+    unclear = (sizes > senses) & (sizes <= max_rows)
     rows = np.flatnonzero(unclear[token])
     # only a lower bound is needed here, so token and 40 bits of hash share one word, and a plain sort is enough
     words = np.sort(
         token[rows].astype(np.uint64) << np.uint64(40) | _keys(points, rows, metric, LEADING) >> np.uint64(24)
     )
     new = np.diff(words, prepend=np.uint64(2**64 - 1)) != 0
-    suspect |= unclear & (np.bincount((words[new] >> np.uint64(40)).astype(np.int64), minlength=len(sizes)) <= k)
+    suspect |= unclear & (np.bincount((words[new] >> np.uint64(40)).astype(np.int64), minlength=len(sizes)) <= senses)
 
     rows = np.flatnonzero(suspect[token])
     group, first = _group(token[rows], _keys(points, rows, metric, points.shape[1]))
     distinct = np.bincount(token[rows[first]], minlength=len(sizes))
-    few = suspect & (distinct <= k)
+    few = suspect & (distinct <= senses)
     kept, kept_group = few[token[rows]], few[token[rows[first]]]
     number = np.cumsum(kept_group) - 1
     return FewDistinct(few, distinct * few, rows[kept], number[group[kept]], rows[first[kept_group]])
