@@ -71,7 +71,7 @@ def drive(points: Matrix, cuts: list[int], config: KMeansConfig, token: int = 7)
     )
 
 
-def first_point_always(_: object, mask: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def first_point_always(_: object, __: object, ___: object, uniforms: torch.Tensor) -> torch.Tensor:
     """Stands in for `greedy_seeds`: every seed is point 0, so that all clusters but one start empty."""
     return torch.zeros(uniforms.shape[:2], dtype=torch.int64)
 

@@ -6,10 +6,12 @@ Tokens of up to BLOCK_ROWS points run in batches; a larger token runs in blocks 
 Holds a batch (about 24 bytes x BATCH_FLOATS) or a block a thread; never a float32 copy of all points. No Ray.
 """
 
+import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial as bind
 
 import numpy as np
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from msense.config import MAX_SENSES
 from msense.errors import BadInput
 from msense.kmeans.blocks import farthest, finish, partial, seed_centroids, summary, update
-from msense.kmeans.lloyd import lloyd, sum_rows, table_of
+from msense.kmeans.lloyd import lloyd
 from msense.kmeans.seeding import (
     BLOCK_ROWS,
     SEED_POINTS,
@@ -69,6 +71,7 @@ class _Task:
     device: torch.device
     opens: NDArray[np.int64]  # [T] first sense of a token
     result: Clusters  # sizes: room for that many senses; counts are 0 where it is not used
+    scratch: threading.local = field(default_factory=threading.local)
 
 
 def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, and four things with defaults
@@ -175,19 +178,22 @@ def _run(jobs: Sequence[Callable[[], None]], threads: int) -> None:
 def _batches(task: _Task, widths: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int]]:
     """Cut tokens of up to BLOCK_ROWS points into batches: their numbers, and the points that each is padded to.
 
-    Tokens of like K go together. Where a batch's products have a row for every sense, those go by padded K too: float32
-    products of another number of rows may be rounded otherwise.
+    Tokens of like K go together; where `lloyd` multiplies candidates by points, only those of one number of candidates:
+    float32 products of another shape may be rounded otherwise.
     """
-    room = BATCH_FLOATS.get(task.device.type, BATCH_FLOATS["cuda"])
-    exact = np.where(widths > GRAM_ROWS, _padded_senses(task.senses), 0)
+    exact = np.where(widths > GRAM_ROWS, np.log(task.senses).astype(np.int64), 0)
     order = np.lexsort((task.senses, exact, -widths))  # the largest first, so that threads end together
     order = order[(widths[order] > 0) & (widths[order] <= BLOCK_ROWS)]
-    alike = np.diff(widths[order], prepend=0) | np.diff(exact[order], prepend=0)
-    for tokens in np.split(order, np.flatnonzero(alike)[1:]):
-        width = int(widths[tokens[0]]) if len(tokens) else 0
-        step = max(1, room // max(1, width * task.points.shape[1]))
+    border = (np.diff(widths[order]) != 0) | (np.diff(exact[order]) != 0)
+    for tokens in np.split(order, np.flatnonzero(border) + 1) if len(order) else []:
+        width, k = int(widths[tokens[0]]), int(task.senses[tokens].max())
+        step = max(1, _floats(task) // (width * max(k, width if width <= GRAM_ROWS else task.points.shape[1])))
         for at in range(0, len(tokens), step):
             yield tokens[at : at + step], width
+
+
+def _floats(task: _Task) -> int:
+    return BATCH_FLOATS.get(task.device.type, BATCH_FLOATS["cuda"])
 
 
 def _empty_result(room: NDArray[np.int64], points: int, width: int) -> Clusters:
@@ -231,12 +237,6 @@ def _padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return -(-sizes // step) * step
 
 
-def _padded_senses(senses: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Round K up to 4 steps an octave."""
-    step = 2 ** (np.log2(np.maximum(senses, 4)).astype(np.int64) - 2)
-    return -(-senses // step) * step
-
-
 def _keep_distinct(task: _Task, found: FewDistinct) -> None:
     """Make every distinct point a sense, where a token has at most K of them."""
     token = np.repeat(np.arange(len(task.sizes)), found.distinct)
@@ -253,32 +253,74 @@ def _keep_distinct(task: _Task, found: FewDistinct) -> None:
 @torch.inference_mode()
 def _cluster_batch(task: _Task, tokens: NDArray[np.int64], width: int) -> None:
     """Cluster B tokens of more than K distinct points, each padded to `width` points and to the most senses."""
-    config, device, senses = task.config, task.device, task.senses[tokens]
-    k = int((senses if width <= GRAM_ROWS else _padded_senses(senses)).max())
-    starts, sizes = task.starts[tokens, None], task.sizes[tokens, None]
-    real = np.arange(width) < sizes
-    rows = np.where(real, starts + np.arange(width), starts)
-    stored = task.points.index_select(0, torch.from_numpy(rows.ravel()).to(task.points.device))
-    mask = torch.from_numpy(real).to(device)
-    values = read_points(stored.view(*rows.shape, -1), config.metric, device).mul_(mask[..., None])
+    config, device, senses, k = task.config, task.device, task.senses[tokens], int(task.senses[tokens].max())
+    real, used = np.arange(width) < task.sizes[tokens, None], np.arange(k) < senses[:, None]
     uniforms = torch.from_numpy(draws(task.token_ids[tokens], replace(config, k=k), senses)).to(device)
-    gram, used = width <= GRAM_ROWS, np.arange(k) < senses[:, None]
-    table = table_of(values, mask, gram, config.metric)
-    own, rounds = lloyd(table, mask, torch.from_numpy(~used).to(device), uniforms, gram, config)
-    sums = sum_rows(values.double(), own, k)
-    counts = torch.zeros(len(tokens), k, dtype=torch.float64, device=device).scatter_add_(1, own, mask.double())
-    centroids = centroids_of(sums, counts, config.metric)
-    sense = (own + k * torch.arange(len(tokens), device=device)[:, None]).flatten()
-    away = values.flatten(0, 1).sub_(centroids.flatten(0, 1).index_select(0, sense)).square_().sum(1)
+    mask, unused = torch.from_numpy(real).to(device), torch.from_numpy(~used).to(device)
+    gram = width <= GRAM_ROWS
+    own, rounds = lloyd(_table(task, tokens, mask, gram), mask, unused, uniforms, gram, config)
 
+    rows = (task.starts[tokens, None] + np.arange(width))[real]
+    sense = (own.cpu().numpy() + k * np.arange(len(tokens))[:, None])[real]
+    centroids, distance = _finished(task, rows, sense, used.size)
     result, place = task.result, (task.opens[tokens, None] + np.arange(k))[used]
-    flat, distance = sense.cpu().numpy()[real.ravel()], away.cpu().numpy()[real.ravel()]
-    squares = np.bincount(flat, weights=distance, minlength=used.size).reshape(used.shape)
-    members = counts.cpu().numpy()
-    result.assignment[rows[real]], result.distance[rows[real]] = flat % k, distance
-    result.centroids[place], result.counts[place] = centroids.cpu().numpy()[used], members[used]
-    result.spread[place] = np.sqrt(squares / np.maximum(members, 1))[used]
+    counts = np.bincount(sense, minlength=used.size).reshape(used.shape)
+    squares = np.bincount(sense, weights=distance, minlength=used.size).reshape(used.shape)
+    result.assignment[rows], result.distance[rows] = sense % k, distance
+    result.centroids[place], result.counts[place] = centroids[used.ravel()], counts[used]
+    result.spread[place] = np.sqrt(squares / np.maximum(counts, 1))[used]
     result.inertia[tokens], result.rounds[tokens] = squares.sum(1), rounds.cpu().numpy()
+
+
+def _table(task: _Task, tokens: NDArray[np.int64], mask: torch.Tensor, gram: bool) -> torch.Tensor:
+    """What `lloyd` works on: points centred by their token's mean [B, n, D], or their inner products [B, n, n]."""
+    (batch, n), width = mask.shape, task.points.shape[1]
+    step = max(1, _floats(task) // (n * width)) if gram else batch
+    table = _reused(task, "table", (batch, n, n)) if gram else None
+    for first in range(0, batch, step):
+        own = mask[first : first + step]
+        rows = (torch.from_numpy(task.starts[tokens[first : first + step], None] + np.arange(n)) * own.cpu()).flatten()
+        stored = _reused(task, "stored", (len(rows), width), task.points)
+        torch.index_select(task.points, 0, rows.to(stored.device), out=stored)
+        values = _reused(task, "values", (len(own), n, width))
+        read_points(stored.view_as(values), task.config.metric, task.device, values)
+        padding = (~own).flatten().nonzero()[:, 0]
+        values.flatten(0, 1).index_fill_(0, padding, 0)
+        if task.config.metric != "cosine":  # float32 is precise near 0; unit vectors are near it as they are
+            values.sub_((values.sum(1) / own.sum(1, keepdim=True))[:, None]).flatten(0, 1).index_fill_(0, padding, 0)
+        if table is None:
+            return values
+        torch.bmm(values, values.transpose(1, 2), out=table[first : first + step])
+    return table
+
+
+def _reused(task: _Task, name: str, shape: tuple[int, ...], like: torch.Tensor | None = None) -> torch.Tensor:
+    """Memory of a thread, with whatever was left there: the system takes longer to hand out pages than we to fill them."""
+    numel, held = math.prod(shape), getattr(task.scratch, name, None)
+    if held is None or held.numel() < numel:
+        held = torch.empty(numel, device=task.device) if like is None else like.new_empty(numel)
+        setattr(task.scratch, name, held)
+    return held[:numel].view(shape)
+
+
+def _finished(
+    task: _Task, rows: NDArray[np.int64], sense: NDArray[np.int64], senses: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Centroids [S, D] of rows [R] by their sense [R], and each row's squared distance to its own [R]."""
+    at, own = torch.from_numpy(rows).to(task.points.device), torch.from_numpy(sense).to(task.device)
+    step = max(1, _floats(task) // (4 * task.points.shape[1]))  # what several copies of stay in the cache
+    sums = torch.zeros(senses, task.points.shape[1], dtype=torch.float64, device=task.device)
+
+    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for some, index in zip(own.split(step), at.split(step), strict=True):
+            yield some, read_points(task.points.index_select(0, index), task.config.metric, task.device)
+
+    for some, values in blocks():
+        sums.index_add_(0, some, values.double())  # exact, so the order of additions does not matter
+    counts = torch.bincount(own, minlength=senses)
+    centroids = centroids_of(sums, counts, task.config.metric)
+    away = [values.sub_(centroids.index_select(0, some)).square_().sum(1) for some, values in blocks()]
+    return centroids.cpu().numpy(), torch.cat(away).cpu().numpy()
 
 
 @torch.inference_mode()

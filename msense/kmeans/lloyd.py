@@ -5,34 +5,43 @@ In: points or their inner products, uniform numbers for the seeds. Out: each poi
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from msense.kmeans.seeding import KMeansConfig, Metric, greedy_seeds
 
-COMPACT_AT = 0.75  # a batch is copied without its converged tokens once no more than this share of them runs
+# Kinds of device where index_add adds in order, and where it pays to add and multiply only what has changed. A GPU adds
+# in whatever order its threads arrive; there sums are products with a matrix of 0 and 1.
+SPARSE = {"cpu"}
 
 
-def table_of(values: torch.Tensor, mask: torch.Tensor, gram: bool, metric: Metric) -> torch.Tensor:
-    """What `_lloyd` works on: points centred by their token's mean [B, n, D], or their inner products [B, n, n]."""
-    if metric != "cosine":  # float32 is precise near 0; unit vectors are near it as they are
-        values = (values - (values.sum(1) / mask.sum(1, keepdim=True))[:, None]).mul_(mask[..., None])
-    return torch.bmm(values, values.transpose(1, 2)) if gram else values
+@dataclass
+class _Batch:
+    """The B tokens of a batch that have not converged; n points and K clusters each, padding included."""
 
+    table: torch.Tensor  # [A, n, W] points, or their inner products (W = n); 0 on padding
+    at: torch.Tensor  # int64 [B] where the token is in the table
+    place: torch.Tensor  # int64 [B] where its result goes
+    mask: torch.Tensor  # bool [B, n] false on padding
+    unused: torch.Tensor  # bool [B, K] true on clusters past the token's own K
+    norms: torch.Tensor  # [B, n] squared lengths of points
+    sums: torch.Tensor  # [B, K, W] rows of the table summed by cluster
+    products: torch.Tensor  # [B, K, n] inner products of the summed points and all points; maybe the same as sums
+    squares: torch.Tensor  # [B, K] squared lengths of the summed points
+    counts: torch.Tensor  # [B, K] points of a cluster, at least 1
+    single: torch.Tensor  # bool [B, K] true where the sum is one point that does not belong to the cluster yet
+    own: torch.Tensor  # int64 [B, n] each point's cluster; -1 before the first round
+    before: torch.Tensor  # float64 [B] inertia of the last round
 
-def sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
-    """Sum the rows [B, n, W] of each cluster, by `own` int64 [B, n]: [B, K, W], in an order that is always the same."""
-    batch, _, width = rows.shape
-    if rows.device.type == "cpu":
-        index = own + k * torch.arange(batch)[:, None]
-        return rows.new_zeros(batch * k, width).index_add_(0, index.flatten(), rows.flatten(0, 1)).view(batch, k, width)
-    # index_add on a GPU adds in whatever order its threads arrive
-    return torch.bmm(rows.new_zeros(batch, k, rows.shape[1]).scatter_(1, own[:, None], 1.0), rows)
-
-
-def _rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows [B, L, W] of each token's table [B, n, W], by int64 [B, L]."""
-    return table[torch.arange(len(table), device=table.device)[:, None], index]
+    def keep(self, which: torch.Tensor) -> None:
+        """Drop all tokens but int64 [B']."""
+        gram, table = self.products is self.sums, self.table
+        for name in vars(self).keys() - {"table", "products"}:
+            setattr(self, name, getattr(self, name)[which])
+        self.products = self.sums if gram else self.products[which]
+        if table.device.type not in SPARSE:
+            self.table, self.at = table[self.at], torch.arange(len(which), device=table.device)
 
 
 def lloyd(
@@ -45,9 +54,9 @@ def lloyd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run Lloyd's algorithm on a batch of B tokens of n points (padding included, where `table` is 0).
 
-    Works on `sums`, the rows of `table` summed by cluster. If the rows are points, those are centroids times counts.
-    If the rows are inner products with all points, those are the inner products of centroids and points, times counts:
-    all that distances need, and a round costs no product of matrices.
+    A round needs the inner products of summed clusters and points. If the rows of `table` are points, it multiplies
+    them by the sums that have changed. If they are inner products with all points, their sums are those products, and
+    a round costs no product of matrices. On a CPU only the points that changed their cluster are added up.
 
     Args:
         table: float32 [B, n, D] points, or [B, n, n] their inner products.
@@ -60,72 +69,134 @@ def lloyd(
     Returns:
         Each point's cluster, int64 [B, n] (arbitrary on padding), and the rounds, int64 [B].
     """
-    norms = table.diagonal(dim1=1, dim2=2).clone() if gram else table.square().sum(2)  # squared lengths [B, n]
-
-    def distances(index: torch.Tensor) -> torch.Tensor:
-        chosen = _rows(table, index)
-        products = chosen if gram else torch.bmm(chosen, table.transpose(1, 2))
-        return torch.add(norms[:, None], products, alpha=-2).add_(norms.gather(1, index)[..., None]).clamp_(min=0)
-
-    seeds = greedy_seeds(distances, mask, uniforms)
-    sums, squares, counts = _rows(table, seeds), norms.gather(1, seeds), torch.ones(seeds.shape, device=mask.device)
-    own, rounds = seeds.new_zeros(mask.shape), seeds.new_zeros(len(mask))
-    penalty = torch.zeros_like(counts).masked_fill_(unused, math.inf)
-    place = torch.arange(len(mask), device=mask.device)  # of the tokens in `table` among those of the batch
-    running = torch.ones_like(place, dtype=torch.bool)  # which of them have not converged
-    before = torch.full(place.shape, math.inf, dtype=torch.float64, device=mask.device)
+    batch = _seeded(table, mask, unused, uniforms, gram)
+    clusters, rounds = torch.zeros_like(batch.own), torch.zeros_like(batch.place)
     for number in range(1, config.max_rounds + 1):
-        offset, scale = _offset_and_scale(squares, counts, config.metric)
-        offset = (offset + penalty)[..., None]
-        if gram:
-            scores = torch.addcmul(offset, sums, scale[..., None], value=-2)
-        else:
-            scores = torch.baddbmm(offset, sums * scale[..., None], table.transpose(1, 2), alpha=-2)
-        low, nearest = scores.min(1)  # of distances less norms; the first of equals
-        away = (low + norms).clamp_(min=0).mul_(mask)
+        low, nearest = _scores(batch, config.metric).min(1)  # the first of equals
+        away = (low + batch.norms).clamp_(min=0).mul_(batch.mask)
         inertia = away.sum(1, dtype=torch.float64)
-        counts = unused.float().scatter_add_(1, nearest, mask.float())
-        settled = (before - inertia <= config.tol * before) & (counts > 0).all(1) & (number > 1)
-        stop = running & (settled | (number == config.max_rounds))
-        own[place[stop]], rounds[place[stop]] = nearest[stop], number
-        running, before = running & ~stop, inertia
-        left = int(running.sum())
-        if not left:
-            break
-        if left <= COMPACT_AT * len(place):
-            keep = running.nonzero()[:, 0]
-            table, mask, unused, penalty, norms, nearest, away, counts, place, running, before = (
-                x[keep] for x in (table, mask, unused, penalty, norms, nearest, away, counts, place, running, before)
-            )
-        sums, squares, counts = _update(table, nearest, away, counts, gram)
-    return own, rounds
+        batch.counts = batch.unused.float().scatter_add_(1, nearest, batch.mask.float())
+        settled = (batch.before - inertia <= config.tol * batch.before) & (batch.counts > 0).all(1)
+        running = ~settled if 1 < number < config.max_rounds else torch.full_like(settled, number < config.max_rounds)
+        if not running.all():
+            clusters[batch.place[~running]], rounds[batch.place[~running]] = nearest[~running], number
+            left = running.nonzero()[:, 0]
+            if not len(left):
+                break
+            nearest, away, inertia = nearest[left], away[left], inertia[left]
+            batch.keep(left)
+        batch.before = inertia
+        _update(batch, nearest, away)
+    return clusters, rounds
 
 
-def _offset_and_scale(squares: torch.Tensor, counts: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared lengths of centroids, and what their sums are to be multiplied by: both [B, K].
+def _seeded(
+    table: torch.Tensor, mask: torch.Tensor, unused: torch.Tensor, uniforms: torch.Tensor, gram: bool
+) -> _Batch:
+    """Start with a point a cluster."""
+    norms = table.diagonal(dim1=1, dim2=2).clone() if gram else torch.linalg.vector_norm(table, dim=2).square_()
 
-    `squares` [B, K] are the squared lengths of the summed points. A sum that float32 cannot tell from 0 has no
-    direction: under "cosine" its centroid is 0.
+    def scores(index: torch.Tensor) -> torch.Tensor:
+        rows, lengths = _rows(table, index), norms.gather(1, index)[..., None]
+        if gram:
+            return torch.add(lengths, rows, alpha=-2, out=rows)
+        return torch.baddbmm(lengths, rows, table.transpose(1, 2), alpha=-2)
+
+    seeds = greedy_seeds(scores, norms, mask, uniforms)
+    place, sums = torch.arange(len(mask), device=mask.device), _rows(table, seeds)
+    batch = _Batch(
+        table=table,
+        at=place,
+        place=place,
+        mask=mask,
+        unused=unused,
+        norms=norms,
+        sums=sums,
+        products=sums if gram else sums.new_zeros(*seeds.shape, table.shape[1]),
+        squares=norms.gather(1, seeds),
+        counts=torch.ones_like(sums[..., 0]),
+        single=torch.ones_like(unused),
+        own=torch.full_like(mask, -1, dtype=torch.int64),
+        before=torch.full_like(norms[:, 0], math.inf, dtype=torch.float64),
+    )
+    _multiply(batch, ~unused)
+    return batch
+
+
+def _scores(batch: _Batch, metric: Metric) -> torch.Tensor:
+    """Squared distances from centroids to points, less the points' squared lengths: [B, K, n].
+
+    A sum that float32 cannot tell from 0 has no direction: under "cosine" its centroid is 0.
     """
-    scale = 1 / counts
+    scale = 1 / batch.counts
     if metric == "cosine":
-        scale = torch.where(squares > 1e-6 * counts * counts, squares.clamp_min(1e-30).rsqrt(), 0.0)
-    return scale * scale * squares, scale
+        straight = batch.squares > 1e-6 * batch.counts * batch.counts
+        scale = torch.where(straight, batch.squares.clamp_min(1e-30).rsqrt(), 0.0)
+    offset = (scale * scale * batch.squares).masked_fill_(batch.unused, math.inf)
+    return torch.addcmul(offset[..., None], batch.products, scale[..., None], value=-2)
 
 
-def _update(
-    table: torch.Tensor, nearest: torch.Tensor, away: torch.Tensor, counts: torch.Tensor, gram: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums, their squared lengths and counts of the new clusters; an empty one takes the farthest point as its sum."""
-    k = counts.shape[1]
-    sums = sum_rows(table, nearest, k)
-    own = sums.gather(1, nearest[:, None])[:, 0, :, None] if gram else sums  # gram: a point times its cluster's sum
-    squares = sum_rows(own, nearest, k)[..., 0] if gram else own.square().sum(2)
-    token, cluster = (counts == 0).nonzero(as_tuple=True)
+def _update(batch: _Batch, nearest: torch.Tensor, away: torch.Tensor) -> None:
+    """Take over new clusters int64 [B, n]; an empty one takes the point farthest from its centroid as its sum."""
+    table, k, gram = batch.table, batch.sums.shape[1], batch.products is batch.sums
+    empty, changed = batch.counts == 0, batch.single
+    if table.device.type not in SPARSE:
+        batch.sums, changed = _sum_rows(table, nearest, k), ~batch.unused
+    elif changed.all():  # only before the first round
+        batch.sums.zero_().flatten(0, 1).index_add_(0, _flat(nearest, k), table.flatten(0, 1))
+    else:
+        sums = batch.sums.masked_fill_(changed[..., None], 0).flatten(0, 1)
+        token, point = ((nearest != batch.own) & batch.mask).nonzero(as_tuple=True)
+        rows = table.flatten(0, 1).index_select(0, batch.at[token] * table.shape[1] + point)
+        for clusters in (nearest, batch.own):
+            index = clusters[token, point] + k * token
+            sums.index_add_(0, index, rows)
+            changed.flatten().index_fill_(0, index, True)
+            rows.neg_()
+    token, cluster = empty.nonzero(as_tuple=True)
     if len(token):
-        rank = (counts == 0).cumsum(1)[token, cluster] - 1
+        rank = empty.cumsum(1)[token, cluster] - 1
         point = away.sort(dim=1, descending=True, stable=True).indices[token, rank]
-        sums[token, cluster] = table[token, point]
-        squares[token, cluster] = table[token, point, point] if gram else table[token, point].square().sum(1)
-        counts = counts.clamp_min(1)
-    return sums, squares, counts
+        batch.sums[token, cluster] = table[batch.at[token], point]
+        batch.counts.clamp_(min=1)
+    if gram:
+        batch.products = batch.sums
+    _multiply(batch, changed | empty)
+    inside = batch.products.gather(1, nearest[:, None])[:, 0]  # inner products of points and the sum of their cluster
+    batch.squares = _sum_rows(inside[..., None], nearest, k)[..., 0]
+    if len(token):
+        batch.squares[token, cluster] = batch.norms[token, point]
+    batch.own, batch.single = nearest, empty
+
+
+def _multiply(batch: _Batch, changed: torch.Tensor) -> None:
+    """Bring products up to date with sums that have changed, bool [B, K]."""
+    if batch.products is batch.sums:
+        return
+    if batch.table.device.type not in SPARSE:
+        batch.products = torch.bmm(batch.sums, batch.table.transpose(1, 2))
+        return
+    # a token at a time: how a product is rounded may depend on its shape, and so must not on the token's neighbours
+    at = batch.at.tolist()
+    for token, rows in enumerate(changed.nonzero()[:, 1].split(changed.sum(1).tolist())):
+        products = batch.sums[token].index_select(0, rows) @ batch.table[at[token]].T
+        batch.products[token].index_copy_(0, rows, products)
+
+
+def _flat(own: torch.Tensor, k: int) -> torch.Tensor:
+    """Number the clusters int64 [B, n] of all tokens through: [B n]."""
+    return (own + k * torch.arange(len(own), device=own.device)[:, None]).flatten()
+
+
+def _sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
+    """Sum the rows [B, n, W] of each cluster, by `own` int64 [B, n]: [B, K, W], in an order that is always the same."""
+    batch, n, width = rows.shape
+    if rows.device.type in SPARSE:
+        sums = rows.new_zeros(batch * k, width).index_add_(0, _flat(own, k), rows.flatten(0, 1))
+        return sums.view(batch, k, width)
+    return torch.bmm(rows.new_zeros(batch, k, n).scatter_(1, own[:, None], 1.0), rows)
+
+
+def _rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows [B, L, W] of each token's table [B, n, W], by int64 [B, L]."""
+    return table.flatten(0, 1).index_select(0, _flat(index, table.shape[1])).view(*index.shape, table.shape[2])

@@ -78,18 +78,21 @@ def as_points(points: Points) -> torch.Tensor:
     return points.detach() if isinstance(points, torch.Tensor) else torch.from_dlpack(np.ascontiguousarray(points))
 
 
-def read_points(points: torch.Tensor, metric: Metric, device: str | torch.device) -> torch.Tensor:
-    """Values that k-means works on, as a fresh float32 tensor of the same shape [..., D].
+def read_points(
+    points: torch.Tensor, metric: Metric, device: str | torch.device, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Values that k-means works on, as a fresh float32 tensor of the same shape [..., D], or written to `out`.
 
     Stored float16 values are taken as they are. Other dtypes are rounded to the grid of float16, multiples of 2^-24;
     under "cosine" points are scaled to length 1 (zero vectors stay zero) and then rounded to it. So float64 sums of
     values are exact, and hence the same in any order, while rows x largest |value| stays under 2^29.
     """
-    values = points.to(device).to(torch.float32, copy=True)
+    values = torch.empty(points.shape, device=device) if out is None else out
+    values.copy_(points)
     if metric == "cosine":
         wide = values.double()
         wide /= torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(1e-300)
-        return wide.mul_(GRID).round_().div_(GRID).float()
+        return values.copy_(wide.mul_(GRID).round_().div_(GRID))
     if points.dtype != torch.float16:
         values.mul_(GRID).round_().div_(GRID)
     return values
@@ -155,7 +158,7 @@ def draws(
 
 
 def greedy_seeds(
-    distances: Callable[[torch.Tensor], torch.Tensor], mask: torch.Tensor, uniforms: torch.Tensor
+    scores: Callable[[torch.Tensor], torch.Tensor], norms: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor
 ) -> torch.Tensor:
     """Greedy k-means++ for a batch of B tokens of at most n points.
 
@@ -163,7 +166,9 @@ def greedy_seeds(
     that leaves the smallest sum of such distances (Arthur and Vassilvitskii 2007).
 
     Args:
-        distances: maps points int64 [B, L] to their squared distances from all points, float32 [B, L, n], >= 0.
+        scores: maps points int64 [B, L] to their squared distances from all points less those points' squared lengths,
+            float32 [B, L, n]; a fresh tensor.
+        norms: float32 [B, n], squared lengths of points, 0 on padding.
         mask: bool [B, n], true on points and false on padding, which is never chosen.
         uniforms: float64 [B, K, L] in (0, 1); row 0 needs one number.
 
@@ -171,21 +176,23 @@ def greedy_seeds(
         int64 [B, K], the chosen points.
     """
     token, sizes = torch.arange(len(mask), device=mask.device), mask.sum(1, keepdim=True)
-    chosen = (uniforms[:, 0, 0] * sizes[:, 0]).long()
+    chosen = (uniforms[:, 0, :1] * sizes).long()
     seeds = [chosen]
-    near = distances(chosen[:, None])[:, 0] * mask
+    near = scores(chosen)[:, 0].mul_(mask)  # to the nearest seed, less norms; stays 0 on padding
     for step in range(1, uniforms.shape[1]):
-        near[token, chosen] = 0.0  # rounding may leave a trace of weight on a point that is a seed already
+        near.scatter_(1, chosen, -norms.gather(1, chosen))  # rounding may leave a trace of weight on a seed
+        weights = (near + norms).clamp_(min=0)
         # whole numbers, because a GPU adds fractions up in an order of its own
-        unit = near.sum(1, keepdim=True, dtype=torch.float64).clamp_(min=1e-300) / WEIGHT
-        weights = (near / unit).long().cumsum(1)
+        unit = weights.sum(1, keepdim=True, dtype=torch.float64).clamp_(min=1e-300) / WEIGHT
+        weights = (weights / unit).long().cumsum(1)
         targets = (uniforms[:, step] * weights[:, -1:]).long()
         candidates = torch.minimum(torch.searchsorted(weights, targets, right=True), sizes - 1)
-        trial = torch.minimum(distances(candidates), near[:, None])
+        trial = scores(candidates)
+        torch.minimum(trial, near[:, None], out=trial)
         best = trial.sum(2).argmin(1)
-        chosen, near = candidates[token, best], trial[token, best]
+        chosen, near = candidates[token, best, None], trial[token, best]
         seeds.append(chosen)
-    return torch.stack(seeds, 1)
+    return torch.cat(seeds, 1)
 
 
 def seed_in_blocks(
@@ -218,14 +225,13 @@ def seed_in_blocks(
 
     norms = torch.cat([centred(block).square_().sum(1) for block in blocks])
 
-    def distances(index: torch.Tensor) -> torch.Tensor:
-        rows = centred(points.index_select(0, index[0].to(points.device)))
-        products = torch.cat([rows @ centred(block).T for block in blocks], 1)
-        return torch.add(norms, products, alpha=-2).add_(norms[index[0], None]).clamp_(min=0)[None]
+    def scores(index: torch.Tensor) -> torch.Tensor:
+        rows, lengths = centred(points.index_select(0, index[0].to(points.device))), norms[index[0], None]
+        return torch.cat([torch.addmm(lengths, rows, centred(block).T, alpha=-2) for block in blocks], 1)[None]
 
     uniforms = torch.from_numpy(draws(np.array([token_id]), config)).to(device)
     everywhere = torch.ones(1, len(points), dtype=torch.bool, device=device)
-    return greedy_seeds(distances, everywhere, uniforms)[0].to(points.device), shift
+    return greedy_seeds(scores, norms[None], everywhere, uniforms)[0].to(points.device), shift
 
 
 @dataclass(frozen=True)
