@@ -43,6 +43,7 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.workers: int = given.workers
+        self.senses: int = given.senses
         self.config = BuildConfig(
             corpus=tuple(given.corpus),
             teacher=DEMO_TEACHER,
@@ -189,12 +190,12 @@ def kmeans(bench: Bench) -> Figures:
     ours = dict(zip(*(np.concatenate([f[n] for f in found]).tolist() for n in ("tokens", "inertia")), strict=True))
     tokens, points = bench.points()
     token, start, count = np.unique(tokens, return_index=True, return_counts=True)
-    more = count > bench.config.senses
+    more = count > bench.senses
     chosen = [points[a : a + n].astype(np.float32) for a, n in zip(start[more], count[more], strict=True)]
     peers = {
-        "default": min(_sklearn(chosen, bench.config.senses, None) for _ in range(2)),
-        "one_thread": min(_sklearn(chosen, bench.config.senses, 1) for _ in range(2)),
-        "one_thread_a_core": min(_sklearn_processes(chosen, bench.config.senses, bench.workers) for _ in range(2)),
+        "default": min(_sklearn(chosen, bench.senses, None) for _ in range(2)),
+        "one_thread": min(_sklearn(chosen, bench.senses, 1) for _ in range(2)),
+        "one_thread_a_core": min(_sklearn_processes(chosen, bench.senses, bench.workers) for _ in range(2)),
     }
     best = min(peers, key=lambda name: peers[name][0])
     theirs = peers[best][1]

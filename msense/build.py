@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,26 @@ from tokenizers import Tokenizer
 
 from msense import clustering, exemplars, storage
 from msense.assemble import assemble, changed_files
-from msense.config import DEMO_CORPUS, DEMO_SAMPLE, DEMO_SEED, DEMO_TEACHER, BuildConfig
+from msense.config import DEMO_CORPUS, DEMO_SAMPLE, DEMO_SEED, DEMO_TEACHER, BuildConfig, SenseBudget
 from msense.corpus import SourceFile, list_files
 from msense.errors import BadInput, MsenseError
 from msense.estimate import estimate, time_teacher
 from msense.kmeans import KMeansConfig
 from msense.manifest import check_manifest, describe_run, made_of
+from msense.mcl import MclConfig
 from msense.occurrences import GatherSettings, OccurrenceActor, Unit, cut_units, record_type, write_index
 from msense.passages import make_passages, refuse_bad_documents
 from msense.plan import PlanInput, make_plan
 from msense.resume import Journal, finished
 from msense.run_folder import RunFolder, locked, sweep
 from msense.runtime import Resources, connect, map_actors, run_task
+from msense.senses import SenseSettings, count_senses
 from msense.teacher import TeacherInfo, describe, resolve_dtype
 from msense.text import plain
 
 logger = logging.getLogger(__name__)
 
+REFERENCE_SENSES = 20  # of an encoder, in the paper
 THREADS = 1  # of every teacher actor and clustering task
 
 
@@ -107,6 +110,8 @@ def build_dictionary(config: BuildConfig) -> dict[str, Any]:
         root = storage.join(root, "estimate")
     files = list_files(config.corpus)
     info, tokenizer = describe(config.teacher or DEMO_TEACHER, config)
+    if config.reference and "senses" not in config.model_fields_set:
+        config = config.model_copy(update={"senses": "mcl" if info.decoder else REFERENCE_SENSES})
     with locked(RunFolder(root)):
         resources = connect(config.workers)
         dtype = config.dtype
@@ -149,14 +154,20 @@ def _run_stages(build: Build) -> dict[str, Any]:
         facts.update(make_plan(PlanInput(run, build.info, config, build.scale), blocks, resources, journal))
         if not facts["stored"]:
             raise BadInput("no token of this corpus may have senses (all are excluded special tokens): give other text")
+    budget = SenseBudget.parse(config.sense_budget).senses(facts["kinds"], build.info.dim)
     units = cut_units(run.blocks, build.info.dim)
     if config.dry_run:
         return {"stages": build.stages, "estimate": _estimate(build, units)}
     shards = storage.load_arrays(run.thresholds, ("shards",))["shards"]
     storage.write_json(run.units, {"units": len(units), "shards": len(shards) - 1})
     _occurrences(build, units)
+    settings = cluster_settings(config, run, build.info, resources.device)
+    if settings.senses_by_token:
+        rule = SenseSettings(settings, budget, MclConfig(**config.mcl) if config.senses == "mcl" else None)  # type: ignore[arg-type]
+        with build.stage("senses") as facts:
+            facts.update(count_senses(rule, shards, resources, journal))
     with build.stage("clustering") as facts:
-        centroid_files = clustering.cluster(cluster_settings(config, run, build.info), shards, resources, journal)
+        centroid_files = clustering.cluster(settings, shards, resources, journal)
         facts["shards"] = len(shards) - 1
     with build.stage("dictionary") as facts:
         contexts = exemplars.resolve(run, centroid_files, units, resources, journal) if config.exemplars else []
@@ -239,8 +250,12 @@ def _estimate(build: Build, units: list[Unit]) -> dict[str, Any]:
     return found
 
 
-def cluster_settings(config: BuildConfig, run: RunFolder, info: TeacherInfo) -> clustering.ClusterSettings:
+def cluster_settings(
+    config: BuildConfig, run: RunFolder, info: TeacherInfo, device: str = "cpu"
+) -> clustering.ClusterSettings:
     """Return what the clustering tasks need to know."""
+    fixed = config.senses if isinstance(config.senses, int) else None
+    settings = KMeansConfig(k=fixed or 1, metric=config.metric, seed=config.seed)
     return clustering.ClusterSettings(
         run=run,
         dim=info.dim,
@@ -248,14 +263,22 @@ def cluster_settings(config: BuildConfig, run: RunFolder, info: TeacherInfo) -> 
         max_occurrences=config.max_occurrences,
         max_points_per_part=config.max_points_per_part,
         exemplars=config.exemplars,
-        kmeans=KMeansConfig(k=config.senses, metric=config.metric, seed=config.seed),
+        kmeans=replace(settings, tol=1e-4, max_rounds=300) if config.reference else settings,
+        senses_by_token=fixed is None,
+        device=device,
     )
 
 
 def _drop_intermediates(build: Build) -> None:
     """Remove what `--keep` does not name."""
-    run, keep = build.run, build.config.keep
-    for name, folder in (("occurrences", run.occurrences), ("centroids", run.centroids), ("passages", run.passages)):
-        if name not in keep:
+    run = build.run
+    folders = {
+        run.occurrences: "occurrences",
+        run.senses_folder: "centroids",
+        run.centroids: "centroids",
+        run.passages: "passages",
+    }
+    for folder, name in folders.items():
+        if name not in build.config.keep:
             storage.remove(folder)
     storage.remove(run.contexts)

@@ -1,4 +1,4 @@
-"""Stage 4 on Ray: unit files in, centroids out, a file a shard.
+"""Stage 4, second half, on Ray: unit files in, centroids out, a file a shard.
 
 A task reads its shard's rows from every unit (one range each) and clusters its tokens. It holds the shard twice (its
 rows and its points). Tokens of more than `max_points_per_part` points are left to `parts`.
@@ -13,7 +13,17 @@ from msense import kmeans, storage
 from msense.parts import cluster_large
 from msense.resume import Journal, finished
 from msense.runtime import Resources, map_tasks
-from msense.units import ClusterSettings, Range, as_stored, exemplar_places, read_ranges, sample, stored
+from msense.units import (
+    ClusterSettings,
+    Range,
+    as_stored,
+    exemplar_places,
+    read_ranges,
+    sample,
+    senses_of,
+    shard_ranges,
+    stored,
+)
 
 
 def cluster(
@@ -38,7 +48,7 @@ def cluster(
         for shard, f in facts.items()
         if f is None
     ]
-    for row in map_tasks("clustering", cluster_shard, todo, resources, settings):
+    for row in map_tasks("clustering", cluster_shard, todo, resources, settings, needs=resources.clustering):
         facts[row["shard"]] = row
     large = {
         int(token): [Range(*r) for r in ranges] for f in facts.values() if f for token, ranges in f["large"].items()
@@ -59,9 +69,7 @@ def cluster(
 def cluster_shard(item: dict[str, int], settings: ClusterSettings) -> dict[str, Any]:
     """Cluster one shard; tokens that must be cut into parts are only named, with the rows they have in every unit."""
     run, shard = settings.run, item["shard"]
-    offsets = storage.load_arrays(run.offsets)["offsets"]
-    ranges = [Range(unit, int(row[shard]), int(row[shard + 1])) for unit, row in enumerate(offsets)]
-    rows = sum(r.stop - r.start for r in ranges)
+    ranges, rows = shard_ranges(settings, shard)
     large: dict[str, list[tuple[int, int, int]]] = {}
     if item["last"] - item["first"] == 1 and _capped(rows, settings) > settings.max_points_per_part:
         large[str(item["first"])] = [(r.unit, r.start, r.stop) for r in ranges if r.stop > r.start]
@@ -79,7 +87,15 @@ def cluster_shard(item: dict[str, int], settings: ClusterSettings) -> dict[str, 
     order, key_order = sample(records["key"], records["token"], settings.max_occurrences)
     tokens, sizes = np.unique(records["token"][order], return_counts=True)
     points = stored(records["embedding"][order], settings.store_dtype)
-    clusters = kmeans.cluster_tokens(points, sizes, tokens, settings.kmeans, key_order=key_order)
+    clusters = kmeans.cluster_tokens(
+        points,
+        sizes,
+        tokens,
+        settings.kmeans,
+        senses=senses_of(settings, tokens),
+        device=settings.device,
+        key_order=key_order,
+    )
     del points
     places = {name: records[name][order] for name in ("token", "row", "position")} | {"unit": unit[order]}
     nearest_places = exemplar_places(

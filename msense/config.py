@@ -6,14 +6,25 @@ all errors of a config are shown at once.
 
 import argparse
 import difflib
+import re
 import reprlib
 import types
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from msense.errors import BadInput
 from msense.text import is_utf8, plain, redact
@@ -27,12 +38,54 @@ MAX_VOCABULARY = 1 << 22  # the largest of today's is below 2^19
 MAX_DIM = 1 << 16
 MAX_TOKEN_NUMBERS = 1 << 28  # of one token's centroids, which are read at once: 1 GiB in float32
 MAX_EXEMPLARS = 1024  # of one sense
-LATER_SENSES = ("auto", "mcl")
 MANY = 2**31 - 1  # more of anything fits no array of ours
 SHOWN_ERRORS = 20
 
 Metric = Literal["l2", "dot", "cosine"]
+SenseRule = Literal["auto", "mcl"]
 Intermediate = Literal["passages", "occurrences", "centroids"]
+
+
+@dataclass(frozen=True)
+class SenseBudget:
+    """How many senses all tokens share: an average, or the bytes of their centroids."""
+
+    average: float = 0.0
+    size: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "SenseBudget":
+        """Read `10`, `2.5`, `60MB` or `2GB`; ValueError for anything else."""
+        found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(?:([kMGT]?)i?B)?", text.strip(), re.ASCII)
+        if not found:
+            raise ValueError("must be an average number of senses, such as 10, or a size, such as 60MB")
+        amount = float(found[1])
+        if text.strip().endswith("B"):
+            return cls(size=int(amount * 1000 ** " kMGT".index(found[2] or " ")))
+        if amount < 1:
+            raise ValueError("must be at least 1, as every token needs a sense")
+        return cls(average=amount)
+
+    def senses(self, tokens: int, dim: int) -> int:
+        """Return the senses in all for so many tokens and centroids of 2 bytes a value.
+
+        Raises:
+            BadInput: a size that has not room for one sense a token.
+        """
+        if self.size < tokens * sense_bytes(dim) and not self.average:
+            raise BadInput(
+                f"--sense-budget: {self.size:,} bytes have no room for one sense for each of {tokens:,} tokens; give "
+                f"{-(-tokens * sense_bytes(dim) // 10**6)}MB or more"
+            )
+        return int(self.average * tokens) if self.average else self.size // sense_bytes(dim)
+
+
+DEFAULT_BUDGET = SenseBudget(average=5.0)
+
+
+def sense_bytes(dim: int) -> int:
+    """Return the bytes that a sense takes in a dictionary: its centroid, count and spread."""
+    return 2 * dim + 12
 
 
 class BuildConfig(BaseModel):
@@ -75,7 +128,24 @@ class BuildConfig(BaseModel):
     prompt: str | None = Field(
         None, description="text before every passage; default: the teacher's default prompt, if it has one"
     )
-    senses: int = Field(20, ge=1, le=MAX_SENSES, description="senses a token (K); auto and mcl are not available yet")
+    senses: int | SenseRule = Field(
+        "auto",
+        description="senses of a token, at most (K); auto: shares --sense-budget out among tokens so that the distortion of "
+        "the whole corpus is least; mcl: a share of the token's Markov clusters, the paper's rule for decoders",
+    )
+    sense_budget: str = Field(
+        f"{DEFAULT_BUDGET.average:g}",
+        description="for auto: senses a token on average (5), or the size of all centroids (60MB, 2GB)",
+    )
+    mcl: dict[str, float] = Field(
+        {}, description="options of mcl, such as inflation=1.65 expansion=2 share=0.1 least=5 (see the README)"
+    )
+    n_init: int = Field(1, ge=1, le=1000, description="k-means runs a token, of which the best is kept")
+    reference: bool = Field(
+        False,
+        description="the paper's choices wherever no other is given: 20 senses (mcl for a decoder), assignment by dot product, "
+        "special tokens included, any number of occurrences from one passage, scikit-learn's tolerance",
+    )
     max_occurrences: int = Field(1000, ge=0, le=MANY, description="occurrences to cluster a token, 0 = all")
     coverage: float = Field(
         1.0, gt=0, le=1, description="stop reading once this share of the wanted occurrences is reached"
@@ -113,12 +183,55 @@ class BuildConfig(BaseModel):
         False, description="with --dry-run: time a short forward pass and estimate the teacher's hours"
     )
 
-    @field_validator("senses", mode="before")
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_paper(cls, values: dict[str, Any]) -> dict[str, Any]:
+        asked = str(values.get("reference", "")).lower() in ("true", "1", "yes", "on")
+        return {"metric": "dot", "special_tokens": "include", **values} if asked else values
+
+    @field_validator("senses", mode="plain")
     @classmethod
     def _known_senses(cls, value: object) -> object:
-        if value in LATER_SENSES:
-            raise ValueError(f"{value!r} is not available yet; give a number of senses, for example 20")
-        return value
+        if value in get_args(SenseRule):
+            return value
+        number = int(value) if isinstance(value, int | str) and str(value).strip().isdecimal() else 0
+        if isinstance(value, bool) or not 1 <= number <= MAX_SENSES:
+            raise ValueError(f"must be a number from 1 to {MAX_SENSES}, auto or mcl")
+        return number
+
+    @field_validator("sense_budget", mode="before")
+    @classmethod
+    def _known_budget(cls, value: object) -> object:
+        SenseBudget.parse(str(value))
+        return str(value)
+
+    @field_validator("mcl", mode="before")
+    @classmethod
+    def _pairs(cls, value: object) -> object:
+        """Take `name=value` words of the command line for what they are."""
+        if not isinstance(value, list | tuple):
+            return value
+        pairs = [str(pair).partition("=") for pair in value]
+        if wrong := [name for name, mark, _ in pairs if not mark]:
+            raise ValueError(f"{wrong[0]} has no value; give name=value, such as inflation=1.65")
+        return {name: text for name, _, text in pairs}
+
+    @field_validator("mcl")
+    @classmethod
+    def _known_options(cls, values: dict[str, float]) -> dict[str, float]:
+        from msense.mcl import MclConfig  # torch
+
+        known = [field.name for field in fields(MclConfig)]
+        if unknown := [name for name in values if name not in known]:
+            raise ValueError(f"{plain(unknown[0])} is no option of mcl; these are: {', '.join(known)}")
+        try:
+            made = TypeAdapter(MclConfig).validate_python(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            raise ValueError(f"{first['loc'][0]}: {first['msg']}") from error
+        except BadInput as error:
+            raise ValueError(str(error)) from error
+        return {name: getattr(made, name) for name in values}
 
     @field_validator("corpus", "keep", mode="before")
     @classmethod
@@ -153,7 +266,7 @@ class BuildConfig(BaseModel):
     @property
     def per_passage(self) -> int:
         """Most occurrences of one token to take from one passage: a twentieth of the cap (0 = no limit)."""
-        return max(1, self.max_occurrences // 20) if self.max_occurrences else 0
+        return max(1, self.max_occurrences // 20) if self.max_occurrences and not self.reference else 0
 
     def of_results(self) -> dict[str, Any]:
         """Return the settings on which the results depend; changing one of them needs a new run folder."""
@@ -245,16 +358,15 @@ def _flag(annotation: Any, default: object, description: str | None) -> dict[str
     text = (description or "").replace("%", "%%") + (f" (default: {shown})" if shown not in (None, "", False) else "")
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
-    if get_origin(annotation) is tuple:
-        return {"nargs": "*", "help": text, "metavar": "X"}
+    if get_origin(annotation) in (tuple, dict):
+        return {"nargs": "*", "help": text, "metavar": "X" if get_origin(annotation) is tuple else "NAME=VALUE"}
     options = (
         [a for a in get_args(annotation) if a is not type(None)]
         if get_origin(annotation) in (Union, types.UnionType)
         else [annotation]
     )
-    if get_origin(options[0]) is Literal:
-        return {"help": text, "metavar": "|".join(str(a) for a in get_args(options[0]))}
-    return {"help": text, "metavar": {int: "N", float: "F"}.get(options[0], "X")}
+    shapes = [get_args(a) if get_origin(a) is Literal else [{int: "N", float: "F"}.get(a, "X")] for a in options]
+    return {"help": text, "metavar": "|".join(str(name) for shape in shapes for name in shape)}
 
 
 def _read_yaml(file: str) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from msense import storage
-from msense.config import BuildConfig
+from msense.config import BuildConfig, SenseBudget, sense_bytes
+from msense.kmeans import POINTS_A_SENSE
+from msense.mcl import MclConfig
 from msense.occurrences import GatherSettings, OccurrenceActor, Unit, record_type, select_unit, unit_passages
 from msense.run_folder import RunFolder
 from msense.runtime import Resources, map_actors
@@ -38,7 +40,7 @@ def estimate(
     stored = arrays["stored"] * scale
     points = np.minimum(stored, config.max_occurrences) if config.max_occurrences else stored
     seen = points[points > 0]
-    senses = float(np.minimum(seen, config.senses).sum())
+    senses = float(_most_senses(seen, config, info.dim))
     record = record_type(info.dim).itemsize
     fs, folder = storage.filesystem(run.passages)
     largest = max(
@@ -61,9 +63,21 @@ def estimate(
         "senses": senses,
         "passages_bytes": fs.du(folder) * scale,
         "occurrences_bytes": plan["stored"] * scale * record,
-        "dictionary_bytes": senses * (info.dim * 2 + 12),
+        "dictionary_bytes": senses * sense_bytes(info.dim),
         "shard_memory": 2.0 * largest * record,
     }
+
+
+def _most_senses(points: np.ndarray, config: BuildConfig, dim: int) -> float:
+    """Return the most senses that tokens of so many points can have in all."""
+    if config.senses == "mcl":  # what the points cannot exceed, as every point may be a cluster
+        mcl = MclConfig(**config.mcl)  # type: ignore[arg-type]
+        share = np.where(points > mcl.large, mcl.large_share, mcl.share)
+        return float(np.minimum(points, np.maximum(mcl.least, share * points)).sum())
+    if config.senses == "auto":
+        half = float(np.maximum(1, points // POINTS_A_SENSE).sum())
+        return min(half, SenseBudget.parse(config.sense_budget).senses(len(points), dim))
+    return float(np.minimum(points, config.senses).sum())
 
 
 class TeacherTimer(OccurrenceActor):

@@ -16,8 +16,8 @@ import numpy as np
 
 from msense import kmeans, storage
 from msense.exemplars import PLACE, nearest
-from msense.runtime import TASK_CPUS, Resources, Row, get, submit, track
-from msense.units import ClusterSettings, Range, as_stored, exemplar_places, read_ranges, stored
+from msense.runtime import Resources, Row, get, submit, track
+from msense.units import ClusterSettings, Range, as_stored, exemplar_places, read_ranges, senses_of, stored
 
 PARTS_HELD = 4
 ROWS_AT_A_TIME = 1 << 16
@@ -53,7 +53,7 @@ def cluster_large(waiting: dict[int, list[Range]], settings: ClusterSettings, re
     actors = [
         ray.remote(PartWorker)
         .options(
-            num_cpus=TASK_CPUS,
+            **resources.clustering,
             max_restarts=3,
             max_task_retries=3,
             scheduling_strategy="SPREAD",
@@ -62,7 +62,7 @@ def cluster_large(waiting: dict[int, list[Range]], settings: ClusterSettings, re
         for _ in range(resources.tasks)
     ]
     try:
-        for _ in track("clustering: large tokens", _waves(waiting, settings, actors), len(waiting)):
+        for _ in track("clustering: large tokens", _waves(waiting, settings, resources, actors), len(waiting)):
             pass
     finally:
         for actor in actors:
@@ -87,7 +87,9 @@ def prepare(token: int, ranges: list[Range], settings: ClusterSettings) -> Prepa
     seeding = _prefixes(ranges, all_ranges[by_key[: kmeans.SEED_POINTS]])
     records, _ = read_ranges(settings, seeding)
     order = np.argsort(records["key"], kind="stable")
-    state = kmeans.seed_centroids(stored(records["embedding"][order], settings.store_dtype), token, settings.kmeans)
+    config = replace(settings.kmeans, k=int(senses_of(settings, np.array([token]))[0]))
+    points = stored(records["embedding"][order], settings.store_dtype)
+    state = kmeans.seed_centroids(points, token, config, device=settings.device)
     rows = max(1, settings.max_points_per_part // kmeans.BLOCK_ROWS) * kmeans.BLOCK_ROWS
     parts = [Part(token, first, tuple(_slice(chosen, first, first + rows))) for first in range(0, len(by_key), rows)]
     return Prepared(tuple(parts), state)
@@ -121,16 +123,17 @@ class PartWorker:
 
     def partial(self, part: Part, state: kmeans.BlockedState) -> kmeans.Partial:
         """Return sums and counts of one round."""
-        return kmeans.partial(self._points(part)[0], state, self.settings.kmeans)
+        return kmeans.partial(self._points(part)[0], state, self.settings.kmeans, device=self.settings.device)
 
     def farthest(self, part: Part, state: kmeans.BlockedState, count: int) -> kmeans.Farthest:
         """Return the points farthest from their centroids."""
-        return kmeans.farthest(self._points(part)[0], state, count, self.settings.kmeans, first_row=part.first_row)
+        points, settings = self._points(part)[0], self.settings
+        return kmeans.farthest(points, state, count, settings.kmeans, first_row=part.first_row, device=settings.device)
 
     def finish(self, part: Part, state: kmeans.BlockedState) -> tuple[kmeans.Finished, dict[str, np.ndarray]]:
         """Return squared distances per block and sense (but not per point), and the places of the part's exemplars."""
         points, places = self._points(part)
-        done = kmeans.finish(points, state, self.settings.kmeans)
+        done = kmeans.finish(points, state, self.settings.kmeans, device=self.settings.device)
         senses, rows = np.array([done.squares.shape[1]]), np.array([len(done.assignment)])
         nearest_places = exemplar_places(
             (done.assignment, done.distance), senses, rows, places, self.settings.exemplars
@@ -147,11 +150,13 @@ class PartWorker:
         return self.held[part]
 
 
-def _waves(waiting: dict[int, list[Range]], settings: ClusterSettings, actors: list[Any]) -> Iterator[Row]:
+def _waves(
+    waiting: dict[int, list[Range]], settings: ClusterSettings, resources: Resources, actors: list[Any]
+) -> Iterator[Row]:
     """Work through the tokens in groups whose parts the actors can hold; yield once a token."""
     room = PARTS_HELD * len(actors)
     wave: dict[int, Prepared] = {}
-    for token, prepared in _prepared(waiting, settings, len(actors)):
+    for token, prepared in _prepared(waiting, settings, resources):
         if wave and sum(len(p.parts) for p in wave.values()) + len(prepared.parts) > room:
             yield from _cluster_wave(wave, settings, actors)
             wave = {}
@@ -161,13 +166,13 @@ def _waves(waiting: dict[int, list[Range]], settings: ClusterSettings, actors: l
 
 
 def _prepared(
-    waiting: dict[int, list[Range]], settings: ClusterSettings, at_a_time: int
+    waiting: dict[int, list[Range]], settings: ClusterSettings, resources: Resources
 ) -> Iterator[tuple[int, Prepared]]:
     """Prepare the tokens a few at a time; yield them in order."""
     running: deque[tuple[int, Any]] = deque()
     for token, ranges in sorted(waiting.items()):
-        running.append((token, submit(prepare, token, ranges, settings)))
-        if len(running) >= at_a_time:
+        running.append((token, submit(prepare, token, ranges, settings, needs=resources.clustering)))
+        if len(running) >= resources.tasks:
             first, reference = running.popleft()
             yield first, get(reference)
     for last, reference in running:

@@ -105,8 +105,18 @@ class RunFolder:
         return join(self.occurrences, "index.safetensors")
 
     @property
+    def senses_folder(self) -> str:
+        """Folder of stage 4, first half: how many senses each token gets."""
+        return join(self.root, "senses")
+
+    @property
+    def senses(self) -> str:
+        """Number of senses of every token: int64 [V]."""
+        return join(self.senses_folder, "senses.safetensors")
+
+    @property
     def centroids(self) -> str:
-        """Folder of stage 4."""
+        """Folder of stage 4, second half."""
         return join(self.root, "centroids")
 
     @property
@@ -131,8 +141,8 @@ class RunFolder:
 
     def outputs(self) -> tuple[str, ...]:
         """All that the stages write, in their order."""
-        folders = (self.passages, self.plan, self.occurrences, self.centroids, self.contexts, self.dictionary)
-        return (*folders, self.finished)
+        folders = (self.passages, self.plan, self.occurrences, self.senses_folder, self.centroids)
+        return (*folders, self.contexts, self.dictionary, self.finished)
 
     def passages_file(self, piece: int) -> str:
         """Passages of one piece of the corpus."""
@@ -145,6 +155,10 @@ class RunFolder:
     def unit_file(self, unit: int) -> str:
         """Occurrences of one unit."""
         return join(self.occurrences, f"{unit:06d}.records")
+
+    def curves_file(self, shard: int) -> str:
+        """What is known of the tokens of one shard: variance curves, or with mcl numbers of senses."""
+        return join(self.senses_folder, f"{shard:06d}.safetensors")
 
     def shard_file(self, shard: int) -> str:
         """Centroids of one shard of token ids."""

@@ -26,6 +26,7 @@ from msense.errors import BadInput, MsenseError
 logger = logging.getLogger(__name__)
 
 TASK_CPUS = 0.5
+TASK_GPUS = 0.5  # of a clustering task: one reads while the other computes
 RETRIES = 3  # of work whose worker died: a crash is survived, work that always kills its worker is not tried for ever
 RESTARTS = 10  # of an actor: nodes may come and go, but one that dies while it is made is not made for ever
 _MEMORY = "Often it ran out of memory: give --workers a smaller number, or a machine with more memory"
@@ -41,7 +42,12 @@ class Resources:
 
     actors: int  # teacher actors at a time
     tasks: int  # other tasks at a time
-    device: str  # "cuda" or "cpu", one kind for all teacher actors
+    device: str  # "cuda" or "cpu", one kind for all teacher actors, and for all that clusters
+
+    @property
+    def clustering(self) -> dict[str, float]:
+        """What Ray is to set aside for a task or actor that clusters."""
+        return {"num_cpus": TASK_CPUS} | ({"num_gpus": TASK_GPUS} if self.device == "cuda" else {})
 
 
 def connect(workers: int | None = None) -> Resources:
@@ -138,15 +144,16 @@ def map_tasks(
     items: Sequence[Any],
     resources: Resources,
     *common: Any,  # noqa: ANN401 - handed on to `work`
+    needs: dict[str, float] | None = None,
 ) -> Iterator[Row]:
     """Run `work(item, *common)` on every item in plain Ray tasks; yield the rows it returns, in any order.
 
-    For short work: Ray Data's scheduler starts about ten tasks a second.
+    `needs` is what Ray is to set aside for each. For short work: Ray Data's scheduler starts about ten tasks a second.
 
     Raises:
         BadInput, MsenseError: what the work raised.
     """
-    for _, reference in track(name, _window(name, work, items, resources, common), len(items)):
+    for _, reference in track(name, _window(name, work, items, resources, common, needs), len(items)):
         yield get(reference)
 
 
@@ -175,12 +182,17 @@ def reduce_tasks(name: str, work: Callable[..., Any], slices: Sequence[Any], res
 
 
 def _window(
-    name: str, work: Callable[..., Any], items: Sequence[Any], resources: Resources, common: tuple[Any, ...]
+    name: str,
+    work: Callable[..., Any],
+    items: Sequence[Any],
+    resources: Resources,
+    common: tuple[Any, ...],
+    needs: dict[str, float] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Keep as many tasks running as there are workers; yield (number, object reference) of each as it is done."""
     import ray
 
-    task = ray.remote(work).options(name=name, num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
+    task = ray.remote(work).options(name=name, scheduling_strategy="SPREAD", **(needs or {"num_cpus": TASK_CPUS}))
     running: dict[Any, int] = {}
     for number, item in enumerate(items):
         if len(running) >= resources.tasks:
@@ -199,11 +211,11 @@ def run_task(work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> 
     return get(ray.remote(work).options(num_cpus=TASK_CPUS, num_gpus=int(device == "cuda")).remote(*arguments))
 
 
-def submit(work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - an ObjectRef
-    """Start one task and return a reference to its result."""
+def submit(work: Callable[..., Any], *arguments: Any, needs: dict[str, float] | None = None) -> Any:  # noqa: ANN401 - an ObjectRef
+    """Start one task, for which Ray sets aside what it `needs`, and return a reference to its result."""
     import ray
 
-    return ray.remote(work).options(num_cpus=TASK_CPUS).remote(*arguments)
+    return ray.remote(work).options(**(needs or {"num_cpus": TASK_CPUS})).remote(*arguments)
 
 
 def get(reference: Any) -> Any:  # noqa: ANN401 - what the task returned

@@ -54,6 +54,7 @@ class TeacherInfo:
     suffix: tuple[int, ...]
     prompt_ids: tuple[int, ...]
     excluded: tuple[int, ...]
+    decoder: bool = False  # a language model that reads from left to right
 
     def passage_spec(self, config: BuildConfig) -> PassageSpec:
         """Return how to cut this teacher's passages."""
@@ -105,7 +106,7 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
             f"the tokenizer of teacher {name!r} has {backend.get_vocab_size(with_added_tokens=True)} tokens, its model "
             f"only {vocab_size} embeddings: give a folder whose tokenizer and model belong together"
         )
-    if config.senses * dim > MAX_TOKEN_NUMBERS:
+    if isinstance(config.senses, int) and config.senses * dim > MAX_TOKEN_NUMBERS:
         raise BadInput(
             f"{config.senses} senses of {dim} dimensions are too many numbers for one token: give --senses "
             f"{MAX_TOKEN_NUMBERS // dim} or less"
@@ -133,6 +134,7 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
         suffix=suffix,
         prompt_ids=tuple(backend.encode(prompt, add_special_tokens=False).ids) if prompt else (),
         excluded=excluded_tokens(tokenizer, rule, config.special_tokens == "auto"),
+        decoder=_is_decoder(text_config.model_type),
     )
     info.passage_spec(config)  # refuses a stride or prompt that does not fit, before anything is written
     return info, backend
@@ -152,6 +154,16 @@ def _load_tokenizer(name: str, body: Path) -> Any:  # noqa: ANN401 - a transform
             "with transformers, or give another teacher"
         )
     return tokenizer
+
+
+def _is_decoder(model_type: str) -> bool:
+    """Tell whether models of a type predict the next token and nothing else."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def _sizes(name: str, config: Any) -> tuple[int, int, int]:  # noqa: ANN401 - a transformers config

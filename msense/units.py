@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from msense import storage
 from msense.exemplars import PLACE, nearest
 from msense.kmeans import KMeansConfig
 from msense.occurrences import read_rows, record_type
 from msense.run_folder import RunFolder
+
+ROWS_AT_A_TIME = 256  # of a large token's, where only the first by key are wanted
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,9 @@ class ClusterSettings:
     max_occurrences: int
     max_points_per_part: int
     exemplars: int
-    kmeans: KMeansConfig
+    kmeans: KMeansConfig  # its k is used where `senses_by_token` is false
+    senses_by_token: bool  # each token's K is in the run's file `senses`
+    device: str  # "cuda" or "cpu"
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,40 @@ def read_ranges(settings: ClusterSettings, ranges: Sequence[Range]) -> tuple[np.
         unit[start:stop] = r.unit
         start = stop
     return records, unit
+
+
+def shard_ranges(settings: ClusterSettings, shard: int) -> tuple[list[Range], int]:
+    """Return where a shard's rows lie in every unit, and how many there are."""
+    offsets = storage.load_arrays(settings.run.offsets, ("offsets",))["offsets"]
+    ranges = [Range(unit, int(row[shard]), int(row[shard + 1])) for unit, row in enumerate(offsets)]
+    return ranges, sum(r.stop - r.start for r in ranges)
+
+
+def first_by_key(settings: ClusterSettings, ranges: Sequence[Range], count: int) -> np.ndarray:
+    """Read the first `count` rows by key of one token, ties in corpus order: records [n], in corpus order.
+
+    Rows of a unit are in the order of their keys: of each range no more is read than can matter. Holds `count` rows and
+    ROWS_AT_A_TIME more.
+    """
+    found = np.empty(0, record_type(settings.dim))
+    for r in ranges:
+        for start in range(r.start, min(r.stop, r.start + count), ROWS_AT_A_TIME):
+            stop = min(start + ROWS_AT_A_TIME, r.stop, r.start + count)
+            read, _ = read_ranges(settings, [Range(r.unit, start, stop)])
+            last = read["key"][-1]
+            found = np.concatenate([found, read])
+            found = found[np.sort(np.argsort(found["key"], kind="stable")[:count])]
+            if len(found) == count and last > found["key"].max():
+                break
+    return found
+
+
+def senses_of(settings: ClusterSettings, tokens: np.ndarray) -> np.ndarray:
+    """Return the number of senses that each token is to have: int64 [T], of token ids int64 [T]."""
+    if not settings.senses_by_token:
+        return np.full(len(tokens), settings.kmeans.k)
+    numbers: np.ndarray = storage.load_arrays(settings.run.senses, ("senses",))["senses"][tokens]
+    return numbers
 
 
 def sample(keys: np.ndarray, tokens: np.ndarray, max_occurrences: int) -> tuple[np.ndarray, np.ndarray]:

@@ -151,6 +151,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         plan,
         resume,
         runtime,
+        senses,
         tokens,
     )
 
@@ -166,13 +167,15 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         "connect": lambda workers=None: runtime.Resources(actors=workers or 2, tasks=workers or 2, device="cpu"),
         "map_data": lambda name, work, items, resources: run(work, items),
         "map_actors": lambda name, actor, arguments, items, resources: run(actor(**arguments), items) if items else (),
-        "map_tasks": lambda name, work, items, resources, *common: run(lambda item: work(item, *common), items),
+        "map_tasks": lambda name, work, items, resources, *common, needs=None: run(
+            lambda item: work(item, *common), items
+        ),
         "reduce_tasks": reduce,
         "run_task": lambda work, *arguments, device="cpu": work(*arguments),
-        "submit": lambda work, *arguments: work(*arguments),
+        "submit": lambda work, *arguments, needs=None: work(*arguments),
         "get": lambda value: value,
     }
-    for module in (build, clustering, estimate, exemplars, parts, passages, plan, resume):
+    for module in (build, clustering, estimate, exemplars, parts, passages, plan, resume, senses):
         for name, fake in fakes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fake)

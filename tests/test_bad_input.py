@@ -372,11 +372,16 @@ BOMB = "a: &a [x, x]\n" + "".join(
 )
 # fmt: off
 SETTINGS: list[tuple[str, Spoil, str]] = [
-    ("no senses", lambda d: ["--senses", "0"], r"senses: .*greater than or equal to 1 \(given: '0'\)"),
-    ("too many senses", lambda d: ["--senses", "70000"], r"senses: .*less than or equal to 65534 \(given: '70000'\)"),
-    ("senses auto", lambda d: ["--senses", "auto"], r"'auto' is not available yet; give a number of senses"),
-    ("senses mcl", lambda d: ["--senses", "mcl"], r"'mcl' is not available yet; give a number of senses"),
-    ("senses in letters", lambda d: ["--senses", "abc"], r"senses: .*valid integer.* \(given: 'abc'\)"),
+    ("no senses", lambda d: ["--senses", "0"], r"senses: must be a number from 1 to 65534, auto or mcl \(given: '0'\)"),
+    ("too many senses", lambda d: ["--senses", "70000"], r"senses: must be a number from 1 to 65534, auto or mcl \(given: '70000'\)"),
+    ("a budget in letters", lambda d: ["--sense-budget", "much"], r"sense_budget: must be an average .* or a size, .*'much'"),
+    ("a budget below one sense", lambda d: ["--sense-budget", "0.5"], r"sense_budget: must be at least 1.*'0.5'"),
+    ("an unknown option of mcl", lambda d: ["--mcl", "power=2"], r"mcl: power is no option of mcl; these are: expansion"),
+    ("an option of mcl without value", lambda d: ["--mcl", "inflation"], r"mcl: inflation has no value; give name=value"),
+    ("mcl without inflation", lambda d: ["--mcl", "inflation=1"], r"mcl: Markov .*inflation is 1.0, but must be above 1"),
+    ("half an expansion", lambda d: ["--mcl", "expansion=2.5"], r"mcl: expansion: .*integer"),
+    ("no runs of k-means", lambda d: ["--n-init", "0"], r"n_init: .*greater than or equal to 1"),
+    ("senses in letters", lambda d: ["--senses", "abc"], r"senses: must be a number from 1 to 65534, auto or mcl \(given: 'abc'\)"),
     ("a cap beyond all", lambda d: ["--max-occurrences", "9" * 30], r"max_occurrences: .*less than or equal to 2147483647"),
     ("an unknown flag", lambda d: ["--colour", ESCAPE], r"unrecognized arguments: --colour red"),
     ("an unknown key", yaml("sense: 3"), r"sense: there is no such setting; is it senses\? \(given: 3\)"),
@@ -411,9 +416,9 @@ def test_wrong_settings_end_with_2(tmp_path: Path, run: Run, monkeypatch: Patch,
 
 @in_process
 def test_all_wrong_settings_are_told_at_once(tmp_path: Path, run: Run) -> None:
-    told = run(*yaml("colour: red\nsenses: mcl\n")(tmp_path), "--coverage", "1.5", "--metric", "l3", "--stride", "-1")
+    told = run(*yaml("colour: red\nsenses: few\n")(tmp_path), "--coverage", "1.5", "--metric", "l3", "--stride", "-1")
     assert told.code == 2
-    for words in ("colour: there is no such", "'mcl' is not available", "coverage: ", "metric: ", "stride: "):
+    for words in ("colour: there is no such", "senses: must be a number", "coverage: ", "metric: ", "stride: "):
         assert words in told.text
 
 

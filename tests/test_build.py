@@ -136,7 +136,7 @@ def test_finished_run_is_taken_as_it_is_and_changes_are_refused(
     first = build(tmp_path / "run", **settings)
     again = build(tmp_path / "run", workers=1, **settings)
     assert again["stages"] == first["stages"]
-    with pytest.raises(BadInput, match=r"config.senses: 20 then, 7 now[\s\S]*another --output"):
+    with pytest.raises(BadInput, match=r"config.senses: 'auto' then, 7 now[\s\S]*another --output"):
         build(tmp_path / "run", senses=7, **settings)
     with pytest.raises(BadInput, match=r"teacher\.fingerprint"):
         build(
@@ -271,13 +271,13 @@ def test_job_end_to_end_with_the_real_teacher(tmp_path: Path) -> None:
 
 def test_wrong_usage_exits_with_2() -> None:
     done = subprocess.run(
-        [sys.executable, "jobs/build_dict.py", "--senses", "auto", "--corpus", "x"],
+        [sys.executable, "jobs/build_dict.py", "--senses", "few", "--corpus", "x"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
-    assert "'auto' is not available yet" in done.stderr
+    assert "senses: must be a number from 1" in done.stderr
     done = subprocess.run(
         [sys.executable, "jobs/build_dict.py", "--corpus", "/no/such/text.txt"],
         capture_output=True,

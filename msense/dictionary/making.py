@@ -5,17 +5,20 @@ centroids. Holds all of them, and a sorted copy of the embeddings.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from msense.config import MAX_DIM, MAX_VOCABULARY
+from msense.allocation import Curves, allocate
+from msense.config import MAX_DIM, MAX_VOCABULARY, SenseBudget
 from msense.dictionary.checks import check_arrays
 from msense.dictionary.format import DTYPES, Arrays, DictionaryConfig, TeacherName
 from msense.errors import BadInput, DictionaryError
-from msense.kmeans import KMeansConfig, cluster_tokens
+from msense.kmeans import CURVE_POINTS, GRID, KMeansConfig, cluster_tokens, variance_curves
+from msense.mcl import MCL_POINTS, MclConfig, mcl_senses
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,6 +30,7 @@ def cluster_in_memory(
     ids: np.ndarray,
     points: Tensor,
     settings: KMeansConfig,
+    rule: SenseBudget | MclConfig | None = None,
     vocab_size: int | None = None,
     max_occurrences: int = 0,
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
@@ -37,6 +41,7 @@ def cluster_in_memory(
         ids: int64 [N], in any order.
         points: floating point [N, D].
         settings: of k-means.
+        rule: how many senses each token gets; None: `settings.k`.
         vocab_size: number V of tokens; None: the largest id + 1.
         max_occurrences: rows clustered a token at most, chosen at random; 0 = all.
         dtype: of the centroids.
@@ -58,17 +63,19 @@ def cluster_in_memory(
     tokens, sizes = np.unique(ids[rows], return_counts=True)
     own = points[torch.from_numpy(rows)]
     own = own.float() if own.dtype == torch.float64 else own
-    clusters = cluster_tokens(own, sizes, tokens, settings)
+    counts = np.bincount(ids, minlength=size)
+    senses = None if rule is None else _senses(own, Curves(sizes, counts[tokens], np.empty(0)), tokens, settings, rule)
+    clusters = cluster_tokens(own, sizes, tokens, settings, senses=senses, threads=torch.get_num_threads())
     starts = np.zeros(size + 1, np.int64)
     starts[tokens + 1] = clusters.sizes
-    arrays = Arrays(np.cumsum(starts), clusters.counts, clusters.spread, np.bincount(ids, minlength=size))
+    arrays = Arrays(np.cumsum(starts), clusters.counts, clusters.spread, counts)
     config = DictionaryConfig(
         teacher=TeacherName(name="in memory"),
         tokenizer_fingerprint="",
         layer=-1,
         dim=points.shape[1],
         vocab_size=size,
-        senses=settings.k,
+        senses=settings.k if rule is None else "mcl" if isinstance(rule, MclConfig) else "auto",
         dtype=dtype,
         metric=settings.metric,
         temperature_unit=_mean_squared_spread(arrays),
@@ -76,6 +83,21 @@ def cluster_in_memory(
         seed=settings.seed,
     )
     return config, arrays, (torch.from_numpy(clusters.centroids).to(DTYPES[dtype]),)
+
+
+def _senses(
+    points: Tensor, known: Curves, tokens: np.ndarray, settings: KMeansConfig, rule: SenseBudget | MclConfig
+) -> np.ndarray:
+    """Return each token's number of senses, int64 [T], from evenly spaced rows of its points [N, D]."""
+    wanted = np.minimum(known.points, MCL_POINTS if isinstance(rule, MclConfig) else CURVE_POINTS)
+    token = np.repeat(np.arange(len(wanted)), wanted)
+    number = np.arange(len(token)) - (np.cumsum(wanted) - wanted)[token]
+    rows = (np.cumsum(known.points) - known.points)[token] + number * known.points[token] // wanted[token]
+    looked_at = points[torch.from_numpy(rows)]
+    if isinstance(rule, MclConfig):
+        return mcl_senses(looked_at, wanted, rule, token_ids=tokens)
+    curves = replace(known, variance=variance_curves(looked_at, wanted, tokens, settings))
+    return allocate(curves, GRID, rule.senses(len(tokens), points.shape[1]), points.shape[1])
 
 
 def unite(contents: Sequence[Content]) -> Content:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msense.config import Metric
+from msense.config import DEFAULT_BUDGET, Metric, SenseBudget
 from msense.dictionary import assignment
 from msense.dictionary.assignment import RaggedSenses, as_tensor
 from msense.dictionary.contexts import exemplar_schema, read_exemplars
@@ -33,6 +33,7 @@ from msense.dictionary.making import cluster_in_memory, unite, unite_exemplars
 from msense.dictionary.reader import open_dictionary
 from msense.errors import BadInput, DictionaryError
 from msense.kmeans import KMeansConfig
+from msense.mcl import MclConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -274,7 +275,7 @@ class SenseDictionary:
         token_ids: np.ndarray | Tensor,
         embeddings: np.ndarray | Tensor,
         *,
-        k: int = 20,
+        k: int | SenseBudget | MclConfig = DEFAULT_BUDGET,
         metric: Metric = "l2",
         seed: int = 0,
         vocab_size: int | None = None,
@@ -286,7 +287,8 @@ class SenseDictionary:
         Args:
             token_ids: integers [N], in any order.
             embeddings: floating point [N, D].
-            k: senses a token, at most; fewer where it has fewer distinct points.
+            k: senses a token, at most; fewer where it has fewer distinct points. A `SenseBudget` is shared out so that
+                the distortion of all embeddings is least, `MclConfig` is the paper's rule for decoders.
             metric: l2, dot or cosine.
             seed: of everything random.
             vocab_size: number V of tokens; default: the largest id + 1.
@@ -302,8 +304,9 @@ class SenseDictionary:
         """
         points, ids = as_tensor(embeddings), _integers(token_ids)
         _check_shapes(ids, points)
-        settings = KMeansConfig(k=k, metric=metric, seed=seed)
-        return cls(*cluster_in_memory(ids, points, settings, vocab_size, max_occurrences, dtype))
+        rule, fixed = (None, k) if isinstance(k, int) else (k, 1)
+        settings = KMeansConfig(k=fixed, metric=metric, seed=seed)
+        return cls(*cluster_in_memory(ids, points, settings, rule, vocab_size, max_occurrences, dtype))
 
     def merge(self, *others: "SenseDictionary") -> "SenseDictionary":
         """Return the union: each token's senses one after the other in the order of the arguments, occurrences added.

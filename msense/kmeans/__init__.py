@@ -15,10 +15,14 @@ from msense.kmeans.blocks import (
     summary,
     update,
 )
+from msense.kmeans.curve import CURVE_POINTS, GRID, POINTS_A_SENSE, variance_curves
 from msense.kmeans.seeding import BLOCK_ROWS, SEED_POINTS, KMeansConfig, Metric
 
 __all__ = [
     "BLOCK_ROWS",
+    "CURVE_POINTS",
+    "GRID",
+    "POINTS_A_SENSE",
     "SEED_POINTS",
     "BlockedState",
     "Clusters",
@@ -36,4 +40,5 @@ __all__ = [
     "seed_centroids",
     "summary",
     "update",
+    "variance_curves",
 ]

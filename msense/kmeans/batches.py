@@ -124,7 +124,7 @@ def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, a
         result = _empty_result(room, len(view), view.shape[1])
         task = _Task(view, starts, sizes, token_ids, k, config, torch.device(device), opens, result)
         _keep_distinct(task, found)
-        widths = np.where(found.few, 0, _padded(sizes))
+        widths = np.where(found.few, 0, padded(sizes))
         jobs = [
             bind(_cluster_blocked, task, token, key_order) for token in np.flatnonzero(widths > BLOCK_ROWS).tolist()
         ]
@@ -228,7 +228,7 @@ def _without_gaps(task: _Task) -> Clusters:
     )
 
 
-def _padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+def padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Round sizes up to 8 steps an octave.
 
     A token's batch is that wide whatever else is in it, so that its float32 results do not depend on its neighbours.

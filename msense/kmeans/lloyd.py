@@ -97,13 +97,13 @@ def _seeded(
     norms = table.diagonal(dim1=1, dim2=2).clone() if gram else torch.linalg.vector_norm(table, dim=2).square_()
 
     def scores(index: torch.Tensor) -> torch.Tensor:
-        rows, lengths = _rows(table, index), norms.gather(1, index)[..., None]
+        rows, lengths = rows_of(table, index), norms.gather(1, index)[..., None]
         if gram:
             return torch.add(lengths, rows, alpha=-2, out=rows)
         return torch.baddbmm(lengths, rows, table.transpose(1, 2), alpha=-2)
 
     seeds = greedy_seeds(scores, norms, mask, uniforms)
-    place, sums = torch.arange(len(mask), device=mask.device), _rows(table, seeds)
+    place, sums = torch.arange(len(mask), device=mask.device), rows_of(table, seeds)
     batch = _Batch(
         table=table,
         at=place,
@@ -141,7 +141,7 @@ def _update(batch: _Batch, nearest: torch.Tensor, away: torch.Tensor) -> None:
     table, k, gram = batch.table, batch.sums.shape[1], batch.products is batch.sums
     empty, changed = batch.counts == 0, batch.single
     if table.device.type not in SPARSE:
-        batch.sums, changed = _sum_rows(table, nearest, k), ~batch.unused
+        batch.sums, changed = sum_rows(table, nearest, k), ~batch.unused
     elif changed.all():  # only before the first round
         batch.sums.zero_().flatten(0, 1).index_add_(0, _flat(nearest, k), table.flatten(0, 1))
     else:
@@ -163,7 +163,7 @@ def _update(batch: _Batch, nearest: torch.Tensor, away: torch.Tensor) -> None:
         batch.products = batch.sums
     _multiply(batch, changed | empty)
     inside = batch.products.gather(1, nearest[:, None])[:, 0]  # inner products of points and the sum of their cluster
-    batch.squares = _sum_rows(inside[..., None], nearest, k)[..., 0]
+    batch.squares = sum_rows(inside[..., None], nearest, k)[..., 0]
     if len(token):
         batch.squares[token, cluster] = batch.norms[token, point]
     batch.own, batch.single = nearest, empty
@@ -188,7 +188,7 @@ def _flat(own: torch.Tensor, k: int) -> torch.Tensor:
     return (own + k * torch.arange(len(own), device=own.device)[:, None]).flatten()
 
 
-def _sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
+def sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
     """Sum the rows [B, n, W] of each cluster, by `own` int64 [B, n]: [B, K, W], in an order that is always the same."""
     batch, n, width = rows.shape
     if rows.device.type in SPARSE:
@@ -197,6 +197,6 @@ def _sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
     return torch.bmm(rows.new_zeros(batch, k, n).scatter_(1, own[:, None], 1.0), rows)
 
 
-def _rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def rows_of(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows [B, L, W] of each token's table [B, n, W], by int64 [B, L]."""
     return table.flatten(0, 1).index_select(0, _flat(index, table.shape[1])).view(*index.shape, table.shape[2])

@@ -1,0 +1,111 @@
+"""Stage 4, first half, on Ray: unit files in, the number of senses of each token (K) out, for `--senses auto` and `mcl`.
+
+A task a shard looks at a sample of each token's points, the first by key: with auto it writes down variance curves,
+with mcl the numbers themselves. One task brings them together, for auto by sharing out the budget. A shard's task holds
+its rows twice (of a shard that is one large token only the sample), the last task `allocation` and 150 bytes a token.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msense import storage
+from msense.allocation import Curves, allocate
+from msense.kmeans import CURVE_POINTS, GRID, variance_curves
+from msense.mcl import MCL_POINTS, MclConfig, mcl_senses
+from msense.resume import Journal, finished
+from msense.runtime import Resources, map_tasks, run_task
+from msense.units import ClusterSettings, first_by_key, read_ranges, sample, shard_ranges, stored
+
+
+@dataclass(frozen=True)
+class SenseSettings:
+    """What the tasks of this stage need to know."""
+
+    clustering: ClusterSettings
+    budget: int  # senses in all, for auto
+    mcl: MclConfig | None  # None: auto
+
+
+def count_senses(
+    settings: SenseSettings, shards: np.ndarray, resources: Resources, journal: Journal | None = None
+) -> dict[str, Any]:
+    """Find the number of senses of every token and write it down.
+
+    Args:
+        settings: run folder and rule.
+        shards: int64 [shards + 1], first token of each shard.
+        resources: how many tasks at a time.
+        journal: where to note what is kept of earlier drivers and what is made.
+
+    Returns:
+        Facts: senses in all, and those of the token with most (`largest`).
+    """
+    run = settings.clustering.run
+    files = [run.curves_file(number) for number in range(len(shards) - 1)]
+    *done, whole = finished("senses", run, [*files, run.senses], resources, journal)
+    if whole is None:
+        todo = [
+            {"shard": number, "first": int(shards[number]), "last": int(shards[number + 1])}
+            for number, facts in enumerate(done)
+            if facts is None
+        ]
+        for _ in map_tasks("senses", look_at_shard, todo, resources, settings, needs=resources.clustering):
+            pass
+        whole = run_task(_bring_together, files, settings)
+        if journal is not None:
+            journal.add("senses", made=len(todo) + 1)
+    return {name: whole[name] for name in ("senses", "largest")}
+
+
+def look_at_shard(item: dict[str, int], settings: SenseSettings) -> dict[str, Any]:
+    """Write down the curves, or with mcl the numbers of senses, of a shard's tokens."""
+    own, shard = settings.clustering, item["shard"]
+    wanted = CURVE_POINTS if settings.mcl is None else MCL_POINTS
+    cap = min(wanted, own.max_occurrences) if own.max_occurrences else wanted
+    ranges, rows = shard_ranges(own, shard)
+    if item["last"] - item["first"] == 1:
+        records, rows_of_tokens = first_by_key(own, ranges, cap), np.array([rows])
+    else:
+        records, _ = read_ranges(own, ranges)
+        rows_of_tokens = np.unique(records["token"], return_counts=True)[1]
+    chosen, key_rank = sample(records["key"], records["token"], cap)
+    chosen = chosen[np.lexsort((key_rank, records["token"][chosen]))]  # the first by key come first
+    tokens, sizes = np.unique(records["token"][chosen], return_counts=True)
+    points = stored(records["embedding"][chosen], own.store_dtype)
+    arrays = {
+        "tokens": tokens.astype(np.int64),
+        "points": np.minimum(rows_of_tokens, own.max_occurrences or rows_of_tokens)[: len(tokens)],
+    }
+    if settings.mcl is None:
+        arrays["variance"] = variance_curves(points, sizes, tokens, own.kmeans, device=own.device)
+    else:
+        arrays["senses"] = mcl_senses(points, sizes, settings.mcl, token_ids=tokens, device=own.device)
+
+    def write(path: Path) -> None:
+        storage.save_arrays(path, arrays)
+
+    return own.run.publish(own.run.curves_file(shard), write)
+
+
+def _bring_together(files: list[str], settings: SenseSettings) -> dict[str, Any]:
+    """Write the file of all numbers; return its facts."""
+    own = settings.clustering
+    of_shards = [storage.load_arrays(file) for file in files]
+    arrays = {name: np.concatenate([shard[name] for shard in of_shards]) for name in of_shards[0]}
+    tokens, occurrences = arrays["tokens"], storage.load_arrays(own.run.thresholds, ("token_counts",))["token_counts"]
+    if settings.mcl is None:
+        curves = Curves(arrays["points"], occurrences[tokens], arrays["variance"])
+        numbers = allocate(curves, GRID, settings.budget, own.dim)
+    else:
+        numbers = arrays["senses"]
+    senses = np.zeros(len(occurrences), np.int64)
+    senses[tokens] = numbers
+
+    def write(path: Path) -> None:
+        storage.save_arrays(path, {"senses": senses})
+
+    facts = {"senses": int(numbers.sum()), "largest": int(numbers.max(initial=0))}
+    return own.run.publish(own.run.senses, write, facts)
