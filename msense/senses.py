@@ -46,12 +46,12 @@ def count_senses(
     run = settings.clustering.run
     files = [run.curves_file(number) for number in range(len(shards) - 1)]
     *done, whole = finished("senses", run, [*files, run.senses], resources, journal)
-    if whole is None:
-        todo = [
-            {"shard": number, "first": int(shards[number]), "last": int(shards[number + 1])}
-            for number, facts in enumerate(done)
-            if facts is None
-        ]
+    todo = [
+        {"shard": number, "first": int(shards[number]), "last": int(shards[number + 1])}
+        for number, facts in enumerate(done)
+        if facts is None
+    ]
+    if todo or whole is None:
         for _ in map_tasks("senses", look_at_shard, todo, resources, settings, needs=resources.clustering):
             pass
         whole = run_task(_bring_together, files, settings)

@@ -29,7 +29,7 @@ def show_status(run: str) -> None:
     rows.append(("corpus", " ".join(manifest["corpus"])))
     finished = storage.read_json(folder.finished)
     stages = finished["stages"] if finished else {}
-    for name, count in _counts(folder).items():
+    for name, count in _counts(folder, not isinstance(manifest["config"]["senses"], int)).items():
         rows.append((name, f"done, {stages[name]['seconds']:,.1f} s" if name in stages else count))
     rows.append(("dictionary", folder.dictionary if finished else "not yet; the build's command goes on from here"))
     if finished:
@@ -40,16 +40,18 @@ def show_status(run: str) -> None:
     show_table(f"Run {run}", rows)
 
 
-def _counts(run: RunFolder) -> dict[str, str]:
-    """Say how many files of every stage are finished."""
+def _counts(run: RunFolder, by_token: bool) -> dict[str, str]:
+    """Say how many files of every stage are finished; `by_token`: whether each token gets a number of senses."""
     plan = storage.facts_of(run.thresholds)
     units = storage.read_json(run.units)
     of_units = f" of {units['units']}" if units else ""
     shards = f" of {units['shards']}" if units else ""
+    numbers = {"senses": "done" if storage.facts_of(run.senses) else "not yet"} if by_token else {}
     return {
         "passages": f"{_finished(run.passages, '.parquet')} files",
         "plan": "done" if plan else "not yet",
         "occurrences": f"{_finished(run.occurrences, '.records')}{of_units} units",
+        **numbers,
         "clustering": f"{_finished(run.centroids, prefix='0')}{shards} shards",
     }
 

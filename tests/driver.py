@@ -24,10 +24,10 @@ def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bo
         patch: sets an attribute.
         light: take a teacher that needs no loading: a function of token, place and length.
     """
-    from msense import build, clustering, exemplars, occurrences, passages, plan
+    from msense import build, clustering, exemplars, occurrences, passages, plan, senses
 
     write_plan, cluster_shard, resolve_unit = plan._write, clustering.cluster_shard, exemplars._resolve_unit
-    write_piece = passages._write_piece
+    write_piece, look_at_shard = passages._write_piece, senses.look_at_shard
 
     def note(stage: str, number: int) -> None:
         with log.open("a") as file:
@@ -46,6 +46,10 @@ def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bo
     def logged_shard(item: dict, *more: object) -> object:
         note("clustering", item["shard"])
         return cluster_shard(item, *more)
+
+    def logged_look(item: dict, *more: object) -> object:
+        note("senses", item["shard"])
+        return look_at_shard(item, *more)
 
     def logged_contexts(item: dict, *more: object) -> object:
         note("exemplars", item["number"])
@@ -76,6 +80,7 @@ def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bo
     patch(occurrences, "UNIT_BYTES", SMALL)
     patch(plan, "_write", small_shards)
     patch(passages, "_write_piece", logged_piece)
+    patch(senses, "look_at_shard", logged_look)
     patch(clustering, "cluster_shard", logged_shard)
     patch(exemplars, "_resolve_unit", logged_contexts)
     patch(build, "OccurrenceActor", LoggedActor)

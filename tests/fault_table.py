@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
-STAGES = ("passages", "plan", "occurrences", "clustering", "large tokens", "exemplars", "dictionary")
+STAGES = ("passages", "plan", "occurrences", "senses", "clustering", "large tokens", "exemplars", "dictionary")
 
 
 def table(seen: dict[tuple[str, str], str]) -> str:

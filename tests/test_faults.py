@@ -34,6 +34,7 @@ FILES = {
     "passages": ("passages/000000.parquet", "passages/000001.parquet.done", "passages/000000.bad.json"),
     "plan": ("plan/plan.safetensors", "plan/blocks.parquet", "plan/duplicates.safetensors", "plan/plan.safetensors.done"),
     "occurrences": ("occurrences/000001.records", "occurrences/000002.records.done", "occurrences/index.safetensors"),
+    "senses": ("senses/000001.safetensors", "senses/000002.safetensors.done", "senses/senses.safetensors"),
     "clustering": ("centroids/000001.safetensors", "centroids/000002.safetensors.done"),
     "large tokens": ("centroids/token-00000004.safetensors", "centroids/token-00000004.safetensors.done"),
     "exemplars": ("contexts/index.parquet", "contexts/000001.parquet", "contexts/000002.parquet.done"),
@@ -65,7 +66,7 @@ class Corpus:
             (folder / "corpus" / f"{name}.txt").write_text("\n".join([*lines, *lines[:5], ""]) + "\n")
         self.teacher = shutil.copytree(teacher, folder / "teacher")
         self.settings = {"corpus": (str(folder / "corpus"),), "teacher": str(self.teacher), "dtype": "float32"}
-        self.settings |= {"senses": 4, "max_occurrences": 6000, "max_points_per_part": 1024, "dedup": True}
+        self.settings |= {"max_occurrences": 6000, "max_points_per_part": 1024, "dedup": True}
 
     def build(self, name: str = "run", **settings: object) -> dict:
         return build_dictionary(BuildConfig(**{**self.settings, "output": str(self.folder / name), **settings}))
@@ -185,6 +186,7 @@ PLACES = {
     "passages": "passages/000001.parquet",
     "plan": "plan/blocks.parquet",
     "occurrences": "occurrences/000002.records",
+    "senses": "senses/senses.safetensors",
     "clustering": "centroids/000001.safetensors",
     "large tokens": "centroids/token-00000004-round.safetensors",
     "exemplars": "contexts/000001.parquet",
@@ -227,7 +229,7 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(
         def call(*arguments: object) -> object:
             if function is rename_into and not str(arguments[0]).endswith(PLACES[stage]):
                 return function(*arguments)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
             try:
                 return function(*arguments)
             finally:
@@ -294,6 +296,7 @@ INSIDE = {
     "passages": "msense.passages.write_passages",
     "plan": "msense.plan._select",
     "occurrences": "msense.occurrences.select_unit",
+    "senses": "msense.senses.sample",
     "clustering": "msense.clustering.read_ranges",
     "large tokens": "msense.parts.prepare",
     "exemplars": "msense.exemplars._context",
@@ -337,7 +340,7 @@ def test_changed_things_are_refused_by_name(made: Corpus, patch: pytest.MonkeyPa
     assert made.files("run") == before
     for stage, function in INSIDE.items():
         made.stop_at(function, stage, calls=2 if stage == "passages" else 1)  # the second of two files
-        with pytest.raises(BadInput, match=rf"config\.senses: 4 then, 5 now{afresh}"):
+        with pytest.raises(BadInput, match=rf"config\.senses: 'auto' then, 5 now{afresh}"):
             made.build(stage, senses=5)
         outcome("input changed", stage, "refused")
 
@@ -345,7 +348,7 @@ def test_changed_things_are_refused_by_name(made: Corpus, patch: pytest.MonkeyPa
 def test_a_finished_run_is_never_taken_for_one_that_never_began(made: Corpus) -> None:
     made.build("run", keep=())
     before = made.files("run")
-    with pytest.raises(BadInput, match=r"config\.senses: 4 then, 5 now"):
+    with pytest.raises(BadInput, match=r"config\.senses: 'auto' then, 5 now"):
         made.build("run", senses=5)
     assert made.files("run") == before
 
@@ -474,8 +477,9 @@ def test_only_what_keep_names_is_left(made: Corpus, keep: tuple[str, ...], monke
     (made.folder / "run" / "dictionary" / "tokenizer" / ".tokenizer.json.89ef0123.part").write_bytes(b"so is this")
     made.build("run", keep=keep)
     always = {".lock", "bad_documents.jsonl", "dictionary", "finished.json", "journal.json", "manifest.json", "plan"}
+    kept = {"senses"} if "centroids" in keep else set()  # they say how many centroids there are to be
     left = {p.name for p in (made.folder / "run").iterdir()}
-    assert left - {".lock"} == (always | {"summary.json", "tokenizer.json"} | set(keep)) - {".lock"}
+    assert left - {".lock"} == (always | {"summary.json", "tokenizer.json"} | set(keep) | kept) - {".lock"}
     assert not list((made.folder / "run").rglob(".*.part"))
     assert not list((made.folder / "run").rglob("*-round*"))
     assert not list(scratch.iterdir())

@@ -16,7 +16,7 @@ import driver
 import numpy as np
 import pytest
 
-from msense import assemble, build, clustering, exemplars, parts, passages, plan, runtime, storage
+from msense import assemble, build, clustering, exemplars, parts, passages, plan, runtime, senses, storage
 from msense.build import build_dictionary
 from msense.config import BuildConfig
 from msense.errors import MsenseError
@@ -45,7 +45,7 @@ class Runs:
 
     def settings(self, name: str, **more: object) -> dict:
         given = {"corpus": (str(self.folder / "corpus"),), "teacher": str(self.teacher), "dtype": "float32"}
-        given |= {"senses": 4, "max_occurrences": 4000, "max_points_per_part": 1024, "keep": KEPT, "workers": 2}
+        given |= {"max_occurrences": 4000, "max_points_per_part": 1024, "keep": KEPT, "workers": 2}
         return {**given, "output": str(self.folder / name), **more}
 
     def log(self, name: str) -> Path:
@@ -92,7 +92,7 @@ class Runs:
     def finished(self, name: str) -> set[str]:
         """Return the pieces of work whose marker is there."""
         stages = {"passages": "*.parquet.done", "occurrences": "0*.records.done", "centroids": "0*.safetensors.done"}
-        stages["contexts"] = "0*.parquet.done"
+        stages |= {"senses": "0*.safetensors.done", "contexts": "0*.parquet.done"}
         names = {"centroids": "clustering", "contexts": "exemplars"}
         return {
             f"{names.get(folder, folder)} {int(path.name.partition('.')[0])}"
@@ -159,6 +159,7 @@ def test_a_worker_killed_in_each_stage_changes_nothing(
     flags.mkdir()
     places = [(passages, "_write_piece", "write_json"), (plan, "_count", ""), (plan, "_select", "")]
     places += [(plan, "_duplicates", ""), (plan, "_write", "write_json"), (build, "write_index", "write_json")]
+    places += [(senses, "look_at_shard", "write_json"), (senses, "_bring_together", "write_json")]
     places += [(clustering, "cluster_shard", "write_json"), (exemplars, "_resolve_unit", "write_json")]
     for module, name, at in places:
         monkeypatch.setattr(module, name, killed_once(getattr(module, name), flags / name, at))
@@ -180,16 +181,16 @@ def test_a_worker_killed_in_each_stage_changes_nothing(
     build_dictionary(BuildConfig(**runs.settings("run")))
     runs.same("run")
     killed = ["_write_piece", "_duplicates", "_count", "_select", "_write", "actor", "write_index", "cluster_shard"]
-    killed += ["worker", "_resolve_unit", "assemble"]
+    killed += ["worker", "_resolve_unit", "assemble", "look_at_shard", "_bring_together"]
     assert {path.name for path in flags.iterdir()} == set(killed)
     begun = runs.begun("run")
     assert begun.keys() == runs.begun("whole").keys()
     again = Counter(key.split()[0] for key, count in begun.items() for _ in range(count - 1))
-    assert again == {"passages": 1, "occurrences": 1, "clustering": 1, "exemplars": 1}
+    assert again == {"passages": 1, "occurrences": 1, "senses": 1, "clustering": 1, "exemplars": 1}
     build_dictionary(BuildConfig(**runs.settings("run")))
     journal = storage.read_json(RunFolder(str(runs.folder / "run")).journal)["drivers"]
     assert journal[-1]["stages"] == {"dictionary": {"kept": 1}}  # nothing of the dead worker was taken for a file of it
-    for stage in ("passages", "plan", "occurrences", "clustering", "large tokens", "exemplars", "dictionary"):
+    for stage in ("passages", "plan", "occurrences", "senses", "clustering", "large tokens", "exemplars", "dictionary"):
         outcome("worker killed", stage, "same run goes on")
 
 
@@ -197,6 +198,7 @@ KILLS = {
     "passages": ("passages", 2),
     "plan": ("plan: select", 1),
     "occurrences": ("occurrences", 2),
+    "senses": ("senses", 2),
     "clustering": ("clustering", 2),
     "large tokens": ("clustering: large tokens", 1),
     "exemplars": ("exemplars", 2),
@@ -213,7 +215,7 @@ def test_drivers_killed_in_each_stage_one_after_the_other(runs: Runs, outcome: O
         runs.quiet("chain")
         done, before = runs.finished("chain"), runs.begun("chain")
         assert sum(before.values()) <= len(done) + (list(KILLS).index(stage) + 1) * settings["workers"]
-        if stage in ("passages", "occurrences", "clustering", "exemplars"):
+        if stage in ("passages", "occurrences", "senses", "clustering", "exemplars"):
             assert sum(key.startswith(stage) for key in done) >= 2
         outcome("driver killed", stage, "next run goes on")
         (runs.folder / f"done-{stage}").write_text("\n".join(f"{key} {before[key]}" for key in done))
@@ -258,7 +260,8 @@ def test_workers_ray_blocks_parts_and_finish_order_do_not_matter(
     name = f"workers-{workers}"
     driver.in_small_pieces(runs.log(name), monkeypatch.setattr)
     if workers > 1:
-        for module, work in ((passages, "_write_piece"), (clustering, "cluster_shard"), (exemplars, "_resolve_unit")):
+        works = [(passages, "_write_piece"), (senses, "look_at_shard")]
+        for module, work in (*works, (clustering, "cluster_shard"), (exemplars, "_resolve_unit")):
             monkeypatch.setattr(module, work, last_first(getattr(module, work)))
         actor = build.OccurrenceActor
 
@@ -341,7 +344,7 @@ def test_the_command_killed_with_its_own_ray_and_given_again(runs: Runs) -> None
     temporary = Path(tempfile.mkdtemp(dir="/tmp"))
     given = runs.settings("own")
     command = [sys.executable, "jobs/build_dict.py", "--corpus", *given["corpus"], "--teacher", given["teacher"]]
-    command += ["--dtype", "float32", "--senses", "4", "--max-occurrences", "4000", "--keep", *KEPT]
+    command += ["--dtype", "float32", "--max-occurrences", "4000", "--keep", *KEPT]
     command += ["--max-points-per-part", "1024", "--workers", "2"]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     outside |= {"TMPDIR": str(temporary)}
