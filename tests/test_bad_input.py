@@ -372,8 +372,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
 )
 # fmt: off
 SETTINGS: list[tuple[str, Spoil, str]] = [
-    ("no senses", lambda d: ["--senses", "0"], r"senses: must be a number from 1 to 65534, auto or mcl \(given: '0'\)"),
-    ("too many senses", lambda d: ["--senses", "70000"], r"senses: must be a number from 1 to 65534, auto or mcl \(given: '70000'\)"),
+    ("no senses", lambda d: ["--senses", "0"], r"senses: must be a number from 1 to 65534, .*\(given: '0'\)"),
+    ("too many senses", lambda d: ["--senses", "70000"], r"senses: must be a number from 1 to 65534, .*\(given: '70000'\)"),
     ("a budget in letters", lambda d: ["--sense-budget", "much"], r"sense_budget: must be an average .* or a size, .*'much'"),
     ("a budget below one sense", lambda d: ["--sense-budget", "0.5"], r"sense_budget: must be at least 1.*'0.5'"),
     ("an unknown option of mcl", lambda d: ["--mcl", "power=2"], r"mcl: power is no option of mcl; these are: expansion"),
@@ -381,7 +381,7 @@ SETTINGS: list[tuple[str, Spoil, str]] = [
     ("mcl without inflation", lambda d: ["--mcl", "inflation=1"], r"mcl: Markov .*inflation is 1.0, but must be above 1"),
     ("half an expansion", lambda d: ["--mcl", "expansion=2.5"], r"mcl: expansion: .*integer"),
     ("no runs of k-means", lambda d: ["--n-init", "0"], r"n_init: .*greater than or equal to 1"),
-    ("senses in letters", lambda d: ["--senses", "abc"], r"senses: must be a number from 1 to 65534, auto or mcl \(given: 'abc'\)"),
+    ("senses in letters", lambda d: ["--senses", "abc"], r"senses: must be a number from 1 to 65534, .*\(given: 'abc'\)"),
     ("a cap beyond all", lambda d: ["--max-occurrences", "9" * 30], r"max_occurrences: .*less than or equal to 2147483647"),
     ("an unknown flag", lambda d: ["--colour", ESCAPE], r"unrecognized arguments: --colour red"),
     ("an unknown key", yaml("sense: 3"), r"sense: there is no such setting; is it senses\? \(given: 3\)"),

@@ -1,0 +1,278 @@
+"""How many senses a token gets: curves against real runs, budgets against the best of all allocations, and builds."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msense import SenseDictionary, storage
+from msense.allocation import Curves, allocate
+from msense.build import build_dictionary
+from msense.config import BuildConfig, SenseBudget
+from msense.errors import BadInput, MsenseError
+from msense.kmeans import CURVE_POINTS, GRID, KMeansConfig, Metric, cluster_tokens, variance_curves
+from msense.mcl import MclConfig, mcl_senses
+from msense.occurrences import record_type
+from msense.run_folder import RunFolder
+from msense.units import ClusterSettings, Range, first_by_key
+
+MakeTeacher = Callable[..., Path]
+WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
+
+
+def mixture(points: int, clusters: int, width: int = 16, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centers = 6 * rng.normal(size=(clusters, width)) / np.sqrt(width)
+    x = centers[rng.integers(0, clusters, points)] + 0.4 * rng.normal(size=(points, width))
+    return x.astype(np.float16)
+
+
+def one_curve(points: np.ndarray, metric: Metric = "l2", token: int = 3) -> np.ndarray:
+    config = KMeansConfig(metric=metric)
+    return variance_curves(points, np.array([len(points)]), np.array([token]), config)[0]
+
+
+# --- curves
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize(("n", "clusters"), [(40, 3), (300, 9), (CURVE_POINTS, 25)])
+def test_a_curve_is_near_that_of_full_runs(n: int, clusters: int, metric: Metric) -> None:
+    points = mixture(n, clusters)
+    curve = one_curve(points, metric)
+    known = max(1, n // 2) >= GRID
+    assert np.isnan(curve[~known]).all()
+    for k, variance in zip(GRID[known].tolist(), curve[known], strict=True):
+        full = cluster_tokens(points, np.array([n]), np.array([3]), KMeansConfig(k=k, metric=metric)).inertia[0]
+        assert variance * (n - k) == pytest.approx(full, rel=1e-5 if k == 1 else 0.35)
+    assert (np.diff(curve[known]) <= 0).all()
+
+
+def test_a_curve_shows_planted_clusters() -> None:
+    rng = np.random.default_rng(0)
+    points = (10 * np.eye(16)[rng.integers(0, 4, 200)] + 0.01 * rng.normal(size=(200, 16))).astype(np.float16)
+    curve = one_curve(points)
+    at = {int(k): value for k, value in zip(GRID, curve, strict=True)}
+    assert at[3] > 5
+    assert at[4] < 0.01
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(1, 90), min_size=1, max_size=6), seed=st.integers(0, 9))
+def test_a_curve_does_not_depend_on_neighbours(sizes: list[int], seed: int) -> None:
+    points = [mixture(n, 4, seed=seed + i) for i, n in enumerate(sizes)]
+    ids = np.arange(len(sizes)) + 5
+    together = variance_curves(np.concatenate(points), np.array(sizes), ids, KMeansConfig())
+    for x, token, curve in zip(points, ids, together, strict=True):
+        np.testing.assert_array_equal(one_curve(x, token=int(token)), curve)
+
+
+def test_curves_of_few_and_of_equal_points() -> None:
+    points = np.ones((1 + 2 + 50, 4), np.float16)
+    curves = variance_curves(points, np.array([1, 2, 50]), np.arange(3), KMeansConfig())
+    assert (np.nan_to_num(curves) == 0).all()
+    assert np.isfinite(curves).sum(1).tolist() == [1, 1, (GRID <= 25).sum()]
+    points[-1] = np.nan
+    with pytest.raises(MsenseError, match="token 2 has an embedding that is NaN"):
+        variance_curves(points, np.array([1, 2, 50]), np.arange(3), KMeansConfig())
+
+
+# --- budgets
+
+
+def distortion(curves: Curves, senses: np.ndarray) -> float:
+    """The corpus's distortion, where the K of every token is in the grid."""
+    variance = curves.variance[np.arange(len(senses)), np.searchsorted(GRID, senses)]
+    return float((curves.occurrences * variance * (curves.points - senses) / curves.points).sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_other_allocation_of_the_same_size_is_better(data: st.DataObject) -> None:
+    """Against all allocations of two or three tokens: convex curves, K to 4, which are all in the grid."""
+    tokens = data.draw(st.integers(2, 3))
+    falls = [sorted(data.draw(st.tuples(*[st.floats(0.1, 9)] * 3)), reverse=True) for _ in range(tokens)]
+    points = np.array(data.draw(st.lists(st.integers(8, 9), min_size=tokens, max_size=tokens)))
+    sums = np.array([np.cumsum([sum(f) + 1, *(-x for x in f)]) for f in falls])  # distortions, convex in K
+    variance = np.full((tokens, len(GRID)), np.nan)
+    variance[:, :4] = sums / (points[:, None] - GRID[:4])
+    occurrences = points * np.array(data.draw(st.lists(st.integers(1, 50), min_size=tokens, max_size=tokens)))
+    curves, budget = Curves(points, occurrences, variance), data.draw(st.integers(tokens, 4 * tokens))
+    found = allocate(curves, GRID, budget, 8)
+    assert found.sum() == budget
+    others = (np.array(k) for k in itertools.product(range(1, 5), repeat=tokens) if sum(k) <= budget)
+    assert distortion(curves, found) <= min(distortion(curves, k) for k in others) * (1 + 1e-9) + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    points=st.lists(st.integers(1, 3000), min_size=1, max_size=30),
+    average=st.floats(1, 40),
+    flat=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_an_allocation_keeps_its_bounds(points: list[int], average: float, flat: bool, seed: int) -> None:
+    rng, n = np.random.default_rng(seed), np.array(points)
+    falling = np.zeros((len(n), len(GRID))) if flat else GRID ** -rng.uniform(0, 2, (len(n), 1))
+    known = np.maximum(1, np.minimum(n, CURVE_POINTS) // 2)[:, None] >= GRID
+    curves = Curves(n, n * rng.integers(1, 9, len(n)), np.where(known, falling * rng.uniform(0.1, 9), np.nan))
+    budget = int(average * len(n))
+    found = allocate(curves, GRID, budget, 384)
+    assert (found >= 1).all()
+    assert (found <= np.maximum(1, n // 2)).all()
+    assert found.sum() == (len(n) if flat else min(budget, np.maximum(1, n // 2).sum()))
+    order = rng.permutation(len(n))
+    moved = allocate(Curves(n[order], curves.occurrences[order], curves.variance[order]), GRID, budget, 384)
+    assert (found[order] != moved).sum() <= 2  # but for who is at the budget's edge where gains are equal
+
+
+def test_frequent_and_varied_tokens_get_more() -> None:
+    points = np.full(4, 400)
+    shape = GRID**-0.5
+    variance = np.stack([shape, shape, 9 * shape, 0 * shape])
+    found = allocate(Curves(points, np.array([400, 4000, 400, 400]), variance), GRID, 100, 8)
+    assert found[1] > 2 * found[0]
+    assert found[2] > 2 * found[0]
+    assert found[3] == 1  # nothing to gain
+    assert found.sum() == 100
+
+
+def test_budgets_in_words() -> None:
+    assert SenseBudget.parse("2.5").senses(10, 384) == 25
+    assert SenseBudget.parse("78kB").senses(10, 384) == 100  # 780 bytes a sense
+    assert SenseBudget.parse("2 GB") == SenseBudget(size=2 * 10**9)
+    for wrong in ("", "0.9", "-3", "10%", "1e3", "5 senses", "nan"):
+        with pytest.raises(ValueError, match="must be"):
+            SenseBudget.parse(wrong)
+    with pytest.raises(BadInput, match=r"100 bytes have no room for one sense for each of 10 tokens; give 1MB or more"):
+        SenseBudget(size=100).senses(10, 384)
+    with pytest.raises(BadInput, match="3 senses are too few for 4 tokens"):
+        allocate(Curves(np.ones(4, int), np.ones(4, int), np.zeros((4, len(GRID)))), GRID, 3, 8)
+
+
+# --- in memory
+
+
+def test_a_dictionary_in_memory_follows_its_budget() -> None:
+    x = np.concatenate([mixture(900, 30), mixture(100, 2, seed=1), mixture(3, 1, seed=2)])
+    ids = np.repeat([4, 2, 9], [900, 100, 3])
+    budgeted = SenseDictionary.fit(ids, x, k=SenseBudget(average=12.0))
+    sizes = {token: len(budgeted.senses(token).counts) for token in (2, 4, 9)}
+    assert sum(sizes.values()) == 36
+    assert sizes[4] > 20
+    assert sizes[9] == 1
+    assert budgeted.config.senses == "auto"
+    fixed = SenseDictionary.fit(ids, x, k=18)  # 18 + 18 + 3 senses: more of them, and yet worse
+    error = [((d.replace(ids, x.astype(np.float32)) - x) ** 2).sum() for d in (budgeted, fixed)]
+    assert error[0] < error[1]
+    by_clusters = SenseDictionary.fit(ids, x, k=MclConfig(inflation=2.0))
+    assert by_clusters.config.senses == "mcl"
+    expected = mcl_senses(x[np.argsort(ids, kind="stable")], np.array([100, 900, 3]), MclConfig(inflation=2.0))
+    assert [len(by_clusters.senses(token).counts) for token in (2, 4, 9)] == expected.tolist()
+
+
+# --- builds
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    chances = np.array([12, 6] + [1] * 13) / 31
+    (tmp_path / "corpus.txt").write_text(
+        "\n".join(" ".join(rng.choice(WORDS, 24, p=chances)) for _ in range(150)) + "\n"
+    )
+    return tmp_path / "corpus.txt"
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("rule", ["auto", "mcl"])
+def test_a_build_gives_the_senses_that_its_points_ask_for(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, rule: str
+) -> None:
+    """A shard's sample is cut as in the build, so its numbers can be found again from the stored points."""
+    output = tmp_path / "run"
+    config = BuildConfig(
+        corpus=(str(corpus),),
+        teacher=str(make_teacher("bert")),
+        dtype="float32",
+        senses=rule,
+        sense_budget="7",
+        mcl={"inflation": "1.8"},
+        max_occurrences=100,
+        keep=("occurrences", "centroids"),
+        output=str(output),
+    )
+    summary = build_dictionary(config)
+    dictionary, run = SenseDictionary.load(output), RunFolder(str(output))
+    numbers = storage.load_arrays(run.senses)["senses"]
+    got = np.diff(dictionary.offsets)
+    assert (got <= numbers).all()
+    assert got.sum() > 0.95 * numbers.sum()
+    assert summary["stages"]["senses"]["senses"] == numbers.sum()
+    assert dictionary.config.senses == rule
+    with_points = np.flatnonzero(numbers)
+    stored = np.concatenate([np.fromfile(p, record_type(16)) for p in sorted(output.glob("occurrences/*.records"))])
+    by_key = stored[np.lexsort((stored["key"], stored["token"]))]
+    rank = np.arange(len(by_key)) - np.searchsorted(by_key["token"], by_key["token"])
+    chosen = by_key[rank < 100]
+    tokens, sizes = np.unique(chosen["token"], return_counts=True)
+    points = torch.from_numpy(chosen["embedding"].copy()).view(torch.float16)
+    if rule == "mcl":
+        expected = mcl_senses(points, sizes, MclConfig(inflation=1.8))
+    else:
+        curves = Curves(sizes, dictionary.token_counts[tokens], variance_curves(points, sizes, tokens, KMeansConfig()))
+        expected = allocate(curves, GRID, 7 * len(tokens), 16)
+        assert expected.sum() == 7 * len(tokens)
+    assert with_points.tolist() == tokens.tolist()
+    assert numbers[tokens].tolist() == expected.tolist()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_budget_without_room_is_refused_before_the_teacher_reads(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
+) -> None:
+    teacher = str(make_teacher("bert"))
+    config = BuildConfig(corpus=(str(corpus),), teacher=teacher, sense_budget="500B", output=str(tmp_path / "run"))
+    with pytest.raises(BadInput, match=r"--sense-budget: 500 bytes have no room .* 17 tokens; give 1MB or more"):
+        build_dictionary(config)
+    assert not (tmp_path / "run" / "occurrences").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_reference_follows_the_paper(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
+    given = {"corpus": (str(corpus),), "dtype": "float32", "reference": True, "keep": ("centroids",)}
+    for kind, senses in (("bert", 20), ("llama", "mcl")):
+        output = tmp_path / kind
+        config = BuildConfig(teacher=str(make_teacher(kind)), output=str(output), **given)
+        assert (config.metric, config.special_tokens, config.per_passage) == ("dot", "include", 0)
+        build_dictionary(config)
+        dictionary = SenseDictionary.load(output)
+        assert (dictionary.config.senses, dictionary.config.metric) == (senses, "dot")
+        assert dictionary.config.special_tokens == "include"
+        assert (output / "senses").exists() == (senses == "mcl")
+    own = BuildConfig(corpus=("x",), reference=True, metric="l2", senses=7, special_tokens="auto")
+    assert (own.metric, own.senses, own.special_tokens) == ("l2", 7, "auto")
+
+
+def test_the_first_rows_by_key_are_found_whatever_the_units(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    run = RunFolder(str(tmp_path))
+    (tmp_path / "occurrences").mkdir()
+    every, ranges = [], []
+    for unit, rows in enumerate((700, 0, 3, 400, 1200)):
+        records = np.zeros(rows, record_type(2))
+        records["key"] = np.sort(rng.integers(0, 1000, rows))  # many equal keys
+        records["row"], records["position"] = np.arange(rows), unit
+        (tmp_path / "occurrences" / f"{unit:06d}.records").write_bytes(records.tobytes())
+        ranges.append(Range(unit, 0, rows))
+        every.append(records)
+    whole = np.concatenate(every)
+    config = ClusterSettings(run, 2, "float16", 0, 1024, 0, KMeansConfig(), True, "cpu")
+    for count in (1, 10, 300, 1500, 5000):
+        expected = whole[np.sort(np.argsort(whole["key"], kind="stable")[:count])]
+        np.testing.assert_array_equal(first_by_key(config, ranges, count), expected)
