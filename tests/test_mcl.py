@@ -1,0 +1,338 @@
+"""Markov clustering: the clusters are those of the package `markov-clustering`, and K follows the paper's rule."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
+
+from msense import mcl
+from msense.errors import BadInput, MsenseError
+from msense.mcl import MclConfig, markov_clusters, mcl_senses
+
+Matrix = np.ndarray[Any, Any]
+Clusters = list[tuple[int, ...]]
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of a test's size are split, merged and kept in float32 as ones of thousands of nodes are."""
+    monkeypatch.setattr(mcl, "SPLIT_WORK", 0)
+    monkeypatch.setattr(mcl, "SPLIT_WIDTH", 2)
+    monkeypatch.setattr(mcl, "BATCH_VALUES", 500)
+    monkeypatch.setattr(mcl, "EXACT_NODES", 20)
+
+
+def package(similarity: Matrix, config: MclConfig | None = None) -> Clusters:
+    """What the package finds; `parts` of the mcl module, as the package itself imports a drawing library."""
+    package = pytest.importorskip("markov_clustering.mcl")
+    config = config or MclConfig()
+    flow = package.run_mcl(
+        np.array(similarity, dtype=np.float64),
+        expansion=config.expansion,
+        inflation=config.inflation,
+        loop_value=config.loop_value,
+        iterations=config.max_rounds,
+        pruning_threshold=config.prune,
+        pruning_frequency=config.prune_every,
+        convergence_check_frequency=config.check_every,
+    )
+    return package.get_clusters(flow)
+
+
+def one(similarity: Matrix, config: MclConfig | None = None) -> Clusters:
+    return markov_clusters([similarity], config or MclConfig())[0]
+
+
+def similarities(points: Matrix, offset: float = 0.01) -> Matrix:
+    x = points.astype(np.float64)
+    return 1 / (offset + np.sqrt(((x[:, None] - x) ** 2).sum(2)))
+
+
+def mixture(points: int, clusters: int, width: int, spread: float, seed: int) -> Matrix:
+    rng = np.random.default_rng(seed)
+    centers = 3 * rng.normal(size=(clusters, width))
+    return (centers[rng.integers(0, clusters, points)] + spread * rng.normal(size=(points, width))).astype(np.float16)
+
+
+def planted(sizes: list[int], inside: float = 1.0, between: float = 0.0, seed: int = 0) -> tuple[Matrix, Clusters]:
+    """A graph of blocks, its nodes shuffled; and the blocks."""
+    block = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    graph = np.where(block[:, None] == block, inside, between)
+    np.fill_diagonal(graph, 0)
+    return graph, sorted(tuple(np.flatnonzero(block == b).tolist()) for b in range(len(sizes)))
+
+
+def labels(clusters: Clusters, nodes: int) -> Matrix:
+    """Each node's first cluster; -1 for none."""
+    found = np.full(nodes, -1)
+    for number, cluster in reversed(list(enumerate(clusters))):
+        found[list(cluster)] = number
+    return found
+
+
+def random_graph(rng: np.random.Generator) -> Matrix:
+    """A symmetric graph of up to 24 nodes: weights of few values (many ties) or of any, with few or many edges."""
+    nodes = int(rng.integers(1, 25))
+    weights = rng.integers(1, 4, (nodes, nodes)) if rng.random() < 0.5 else rng.random((nodes, nodes))
+    upper = np.triu(weights * (rng.random((nodes, nodes)) < rng.choice([0.1, 0.3, 0.7, 1])), 1)
+    return (upper + upper.T).astype(np.float64)
+
+
+# ---- clusters
+
+
+def test_two_cliques_joined_by_an_edge() -> None:
+    graph = np.zeros((9, 9))
+    graph[:4, :4] = graph[4:, 4:] = 1
+    graph[3, 4] = graph[4, 3] = 1
+    np.fill_diagonal(graph, 0)
+    assert one(graph) == [(0, 1, 2, 3), (4, 5, 6, 7, 8)] == package(graph)
+
+
+@pytest.mark.parametrize("between", [0.0, 0.001])
+def test_planted_blocks_are_found(between: float) -> None:
+    graph, blocks = planted([40, 3, 1, 17, 60, 2, 9], between=between)
+    assert one(graph) == blocks == package(graph)
+
+
+@pytest.mark.parametrize(
+    ("points", "clusters", "width", "spread"),
+    [(250, 12, 384, 0.05), (250, 30, 4, 0.1), (230, 1, 2, 1.0), (230, 5, 16, 0.3), (120, 20, 3, 0.1)],
+)
+def test_mixtures_are_clustered_as_by_the_package(points: int, clusters: int, width: int, spread: float) -> None:
+    graph = similarities(mixture(points, clusters, width, spread, seed=points + width))
+    theirs, ours = package(graph), one(graph)
+    assert len(ours) == len(theirs)
+    assert adjusted_rand_score(labels(theirs, points), labels(ours, points)) > 0.999
+
+
+OPTIONS = {
+    "inflation": 1.3,
+    "expansion": 3,
+    "loop_value": 0,
+    "prune": 0,
+    "prune_every": 2,
+    "check_every": 3,
+    "max_rounds": 2,
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_is_the_packages(option: str) -> None:
+    config = MclConfig(**{option: OPTIONS[option]})
+    graphs = [similarities(mixture(n, 8, 3, 0.4, seed=n)) for n in (20, 45)] + [planted([5, 9, 12], 1, 0.05)[0]]
+    assert markov_clusters(graphs, config) == [package(graph, config) for graph in graphs]
+
+
+def test_max_rounds_stop_before_clusters_have_formed() -> None:
+    graph = planted([9, 9, 9], between=0.1)[0]
+    assert (len(one(graph, MclConfig(max_rounds=1))), len(one(graph))) == (1, 3)
+
+
+def test_a_node_between_two_clusters_is_in_both() -> None:
+    graph = np.zeros((7, 7))
+    for clique in ((0, 1, 2), (4, 5, 6)):
+        for a, b in itertools.permutations(clique, 2):
+            graph[a, b] = 10
+    graph[3, [2, 4]] = graph[[2, 4], 3] = 1
+    assert one(graph) == [(0, 1, 2, 3), (3, 4, 5, 6)] == package(graph)
+
+
+def test_weights_may_lack_symmetry() -> None:
+    graph = np.random.default_rng(5).random((30, 30)) ** 8
+    assert one(graph) == package(graph)
+
+
+def test_a_node_without_edges() -> None:
+    graph = planted([4, 5])[0]
+    graph = np.pad(graph, (0, 1))
+    assert one(graph)[-1] == (9,)
+    assert one(graph, MclConfig(loop_value=0)) == package(graph, MclConfig(loop_value=0)) == one(graph)[:-1]
+
+
+def test_the_smallest_graphs() -> None:
+    graphs = [np.zeros((0, 0)), np.zeros((1, 1)), np.full((1, 1), 7.0), np.ones((2, 2)), np.zeros((3, 3))]
+    assert markov_clusters(graphs, MclConfig()) == [[], [(0,)], [(0,)], [(0, 1)], [(0,), (1,), (2,)]]
+    assert markov_clusters([], MclConfig()) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), option=st.sampled_from([None, *OPTIONS]))
+def test_random_graphs_as_the_package(seed: int, option: str | None) -> None:
+    config = MclConfig(**({option: OPTIONS[option]} if option else {}))
+    rng = np.random.default_rng(seed)
+    graphs = [random_graph(rng) for _ in range(4)]
+    assert markov_clusters(graphs, config) == [package(graph, config) for graph in graphs]
+
+
+@pytest.mark.usefixtures("small_limits")
+def test_split_and_merged_flows_give_the_same_clusters() -> None:
+    rng = np.random.default_rng(11)
+    graphs = [random_graph(rng) for _ in range(60)]
+    graphs += [planted(rng.integers(1, 12, 9).tolist(), 1, 0.0, seed=s)[0] for s in range(5)]
+    graphs += [similarities(mixture(60, 12, 3, 0.1, seed=s)) for s in range(5)]
+    for config in (MclConfig(), MclConfig(prune=0), MclConfig(max_rounds=3), MclConfig(check_every=4)):
+        found = markov_clusters(graphs, config, threads=2)
+        assert [len(x) for x in found] == [len(package(graph, config)) for graph in graphs]
+        assert sum(a == package(graph, config) for a, graph in zip(found, graphs, strict=True)) >= 68
+
+
+@pytest.mark.usefixtures("small_limits")
+def test_a_flow_is_split_into_its_components() -> None:
+    graph, blocks = planted([30, 7, 12, 1, 3])
+    flow = mcl._start(torch.from_numpy(np.stack([graph, graph.T])), np.array([53, 53]), 0, MclConfig())
+    parts = mcl._split(flow)
+    found = [sorted(row[row >= 0].tolist()) for part in parts for row in part.nodes]
+    assert sorted(map(tuple, found)) == sorted(blocks * 2)
+    assert all(torch.allclose(part.values.sum(2), torch.from_numpy(part.nodes >= 0).to(part.values)) for part in parts)
+
+
+def test_a_long_chain_is_left_whole() -> None:
+    chain = np.diag(np.ones(199), 1)
+    assert (
+        len(np.unique(mcl._components(torch.from_numpy(chain + chain.T).float()[None], torch.arange(200)[None]))) == 1
+    )
+
+
+def test_order_of_nodes_does_not_matter() -> None:
+    graph = similarities(mixture(90, 14, 3, 0.2, seed=3))
+    order = np.random.default_rng(0).permutation(90)
+    moved = [tuple(sorted(order[list(cluster)].tolist())) for cluster in one(graph[np.ix_(order, order)])]
+    assert sorted(moved) == one(graph)
+
+
+def test_a_batch_is_as_one_by_one_in_any_number_of_threads() -> None:
+    graphs = [similarities(mixture(n, 6, 3, 0.3, seed=n)) for n in (5, 90, 17, 200, 17, 64, 1, 33)]
+    alone = [one(graph) for graph in graphs]
+    assert markov_clusters(graphs, MclConfig()) == alone
+    assert markov_clusters(graphs, MclConfig(), threads=3) == alone
+    assert markov_clusters([torch.from_numpy(graph) for graph in graphs], MclConfig()) == alone
+    stacked = torch.from_numpy(np.stack([graphs[2], graphs[4]])).float()
+    assert markov_clusters(stacked, MclConfig()) == [alone[2], alone[4]]
+
+
+def test_the_input_and_the_callers_threads_are_left_alone() -> None:
+    graph, threads = planted([5, 6])[0], torch.get_num_threads()
+    before = graph.copy()
+    markov_clusters([graph, graph], MclConfig(), threads=2)
+    assert (graph == before).all()
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("graph", "told"),
+    [
+        (np.zeros((2, 3)), r"similarity 1 has shape \(2, 3\)"),
+        (np.array([[0, -1.0], [-1, 0]]), "similarity 1 has a weight that is negative"),
+        (np.array([[0, np.nan], [1, 0]]), "similarity 1 has a weight that is negative, NaN"),
+        (np.array([[0, np.inf], [1, 0]]), "similarity 1 .* infinite"),
+    ],
+)
+def test_bad_graphs_are_named(graph: Matrix, told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        markov_clusters([np.ones((2, 2)), graph], MclConfig())
+
+
+def test_all_bad_settings_are_told_at_once() -> None:
+    with pytest.raises(BadInput) as caught:
+        MclConfig(expansion=1, inflation=1.0, loop_value=-1, max_rounds=0, prune=1, prune_every=0, check_every=0)
+    for name in (
+        "expansion is 1,",
+        "inflation",
+        "loop_value",
+        "max_rounds",
+        "prune is 1,",
+        "prune_every",
+        "check_every",
+    ):
+        assert name in str(caught.value)
+    with pytest.raises(
+        BadInput, match=r"offset is 0, .*; share is 2, .*; large_share is nan, .*; large is -1, .*; least"
+    ):
+        MclConfig(offset=0, share=2, large_share=float("nan"), large=-1, least=0)
+
+
+# ---- K
+
+
+def pairs(groups: int, members: int = 2) -> Matrix:
+    """Groups of points 1 apart, in shuffled order, 100 from each other."""
+    points = np.stack([np.repeat(np.arange(groups) * 100.0, members), np.tile(np.arange(members), groups)], 1)
+    return np.random.default_rng(groups).permutation(points).astype(np.float32)
+
+
+def senses(points: list[Matrix], config: MclConfig | None = None, **more: Any) -> list[int]:  # noqa: ANN401
+    sizes = np.array([len(x) for x in points])
+    return mcl_senses(np.concatenate(points), sizes, config or MclConfig(), **more).tolist()
+
+
+def test_the_rule() -> None:
+    few = np.arange(8, dtype=np.float32).reshape(4, 2)
+    assert senses([few, few[:0], few[:1], pairs(5), pairs(37), pairs(99)]) == [4, 0, 1, 5, 5, 9]
+    assert senses([pairs(950, members=1)]) == [380]
+    assert senses([pairs(89)], MclConfig(large=88)) == [int(0.4 * 89)]
+    assert senses([pairs(89)], MclConfig(large=89, share=0.3)) == [int(0.3 * 89)]
+    assert senses([pairs(30), few], MclConfig(least=2)) == [3, 2]
+    assert senses([pairs(30)], MclConfig(share=1, least=1)) == [30]
+    assert senses([pairs(30)], MclConfig(share=0, large_share=0, least=1)) == [1]
+
+
+def test_senses_are_a_share_of_the_packages_clusters() -> None:
+    points = [mixture(n, n // 2, 2, 0.02, seed=n) for n in (70, 130, 240)]
+    theirs = [len(package(similarities(x))) for x in points]
+    assert max(theirs) >= 60
+    assert senses(points) == [max(5, int(0.1 * count)) for count in theirs]
+    assert senses(points, MclConfig(share=0.5, least=1)) == [int(0.5 * count) for count in theirs]
+    assert senses(points, MclConfig(share=0.5, least=1, offset=1.0)) == [
+        max(1, int(0.5 * len(package(similarities(x, 1.0))))) for x in points
+    ]
+
+
+def test_equal_points_are_one_cluster() -> None:
+    config = MclConfig(share=1, least=1)
+    same = np.full((80, 6), 0.37, np.float16)
+    tripled = np.repeat(pairs(12, members=1), 3, axis=0).astype(np.float16)
+    assert [senses([x], config) for x in (same, same[:5], same[:1], tripled[:, :2])] == [[1], [1], [1], [12]]
+    assert senses([same]) == [5]
+    # a pair's edge of 1 / offset = 100 beside loops of 1 sends walkers to and fro: the package parts them, so do we
+    assert senses([same[:2]], config) == [2] == [len(package(similarities(same[:2])))]
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+def test_points_of_any_stored_type(kind: torch.dtype) -> None:
+    points = torch.from_numpy(pairs(40)).to(kind)
+    assert mcl_senses(points, np.array([80]), MclConfig(least=1), threads=2).tolist() == [4]
+
+
+def test_a_large_token_is_judged_by_its_first_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mcl, "MCL_POINTS", 100)
+    points = [pairs(50), pairs(500, members=1), pairs(50)]
+    joined = [np.concatenate(points[:2]), points[2]]
+    assert senses(joined, MclConfig(share=0.5, least=1)) == [25, 25]
+
+
+def test_threads_and_neighbours_change_nothing() -> None:
+    points = [mixture(n, max(1, n // 3), 2, 0.05, seed=n) for n in (9, 61, 150, 75, 0 + 3, 99)]
+    config = MclConfig(share=0.5, least=1)
+    alone = [senses([x], config)[0] for x in points]
+    assert senses(points, config) == alone == senses(points, config, threads=3)
+
+
+def test_bad_points_are_named() -> None:
+    points = np.concatenate([pairs(5), pairs(5)])
+    points[13, 1] = np.nan
+    with pytest.raises(MsenseError, match="token 77 has an embedding that is NaN or infinite"):
+        mcl_senses(points, np.array([10, 10]), MclConfig(), token_ids=np.array([5, 77]))
+    with pytest.raises(MsenseError, match="token 1 has"):
+        mcl_senses(points, np.array([10, 10]), MclConfig())
+    with pytest.raises(BadInput, match="2 sizes of sum 19 do not fit 20 points"):
+        mcl_senses(points, np.array([10, 9]), MclConfig())
+    with pytest.raises(BadInput, match="2 sizes do not fit 1 token ids"):
+        mcl_senses(points, np.array([10, 10]), MclConfig(), token_ids=np.array([5]))
+    with pytest.raises(BadInput, match="points are float64"):
+        mcl_senses(points.astype(np.float64), np.array([20]), MclConfig())
