@@ -16,7 +16,15 @@ import torch
 
 from msense import storage
 from msense.config import BuildConfig
-from msense.dictionary.format import DictionaryConfig, DictionaryFiles, TeacherName, write_dictionary, write_tokenizer
+from msense.dictionary.format import (
+    Arrays,
+    DictionaryConfig,
+    DictionaryFiles,
+    TeacherName,
+    corpus_distortion,
+    write_dictionary,
+    write_tokenizer,
+)
 from msense.exemplars import collect
 from msense.run_folder import RunFolder
 from msense.teacher import TeacherInfo
@@ -58,7 +66,8 @@ def assemble(
     inertia = math.fsum(x for arrays in small for x in arrays["inertia"].tolist())
     points = int(counts.sum())
     spread_of_all = inertia / max(1, points)
-    quality = {"points": float(points), "mean_squared_spread": spread_of_all}
+    distortion = corpus_distortion(Arrays(offsets, counts, spread, plan["token_counts"]))
+    quality = {"points": float(points), "mean_squared_spread": spread_of_all, "corpus_distortion": distortion}
     described = _config(info, config, spread_of_all, quality)
     chunks = _chunks(centroid_files, order, config.store_dtype)
     with storage.writing(run.dictionary), _target(run) as folder:

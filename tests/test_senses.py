@@ -14,6 +14,7 @@ from msense import SenseDictionary, storage
 from msense.allocation import Curves, allocate
 from msense.build import build_dictionary
 from msense.config import BuildConfig, SenseBudget
+from msense.dictionary.format import corpus_distortion
 from msense.errors import BadInput, MsenseError
 from msense.kmeans import CURVE_POINTS, GRID, KMeansConfig, Metric, cluster_tokens, variance_curves
 from msense.mcl import MclConfig, mcl_senses
@@ -170,6 +171,8 @@ def test_a_dictionary_in_memory_follows_its_budget() -> None:
     fixed = SenseDictionary.fit(ids, x, k=18)  # 18 + 18 + 3 senses: more of them, and yet worse
     error = [((d.replace(ids, x.astype(np.float32)) - x) ** 2).sum() for d in (budgeted, fixed)]
     assert error[0] < error[1]
+    per_token = [corpus_distortion(d._arrays) for d in (budgeted, fixed)]  # all embeddings were clustered
+    assert per_token == pytest.approx([e / len(ids) for e in error], rel=1e-3)
     by_clusters = SenseDictionary.fit(ids, x, k=MclConfig(inflation=2.0))
     assert by_clusters.config.senses == "mcl"
     expected = mcl_senses(x[np.argsort(ids, kind="stable")], np.array([100, 900, 3]), MclConfig(inflation=2.0))

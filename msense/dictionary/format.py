@@ -87,6 +87,16 @@ class Arrays(NamedTuple):
     token_counts: np.ndarray  # int64 [V]: occurrences in the whole corpus
 
 
+def corpus_distortion(arrays: Arrays) -> float:
+    """Mean squared distance of an embedding to its sense: each token's over its points, weighted by its occurrences."""
+    sizes = np.diff(arrays.offsets)
+    token = np.repeat(np.arange(len(sizes)), sizes)
+    squares = np.bincount(token, weights=arrays.counts * arrays.spread.astype(np.float64) ** 2, minlength=len(sizes))
+    points = np.bincount(token, weights=arrays.counts, minlength=len(sizes))
+    occurrences = np.where(points > 0, arrays.token_counts, 0)
+    return float(occurrences @ (squares / np.maximum(points, 1)) / max(1, occurrences.sum()))
+
+
 @dataclass(frozen=True)
 class DictionaryFiles:
     """Names of all files of a dictionary folder; nobody else joins strings."""
@@ -319,11 +329,12 @@ def model_card(config: DictionaryConfig, arrays: Arrays) -> str:
     """Return the dictionary's README: what it is, where it comes from, its figures, how to load it, its licence."""
     teacher = config.teacher.name + (f" (revision {config.teacher.revision})" if config.teacher.revision else "")
     clustered = int((np.diff(arrays.offsets) > 0).sum())
+    largest = int(np.diff(arrays.offsets).max(initial=0))
     facts = {
         "teacher": teacher,
         "layer": config.layer,
         "pooling": config.pooling,
-        "senses": f"{len(arrays.counts):,} of {clustered:,} tokens (setting: {config.senses} a token at most)",
+        "senses": f"{len(arrays.counts):,} of {clustered:,} tokens, {largest:,} of one at most (setting: {config.senses})",
         "vocabulary": f"{config.vocab_size:,} tokens",
         "width": f"{config.dim}, stored as {config.dtype}",
         "metric": config.metric,
