@@ -154,7 +154,8 @@ def _run_stages(build: Build) -> dict[str, Any]:
         facts.update(make_plan(PlanInput(run, build.info, config, build.scale), blocks, resources, journal))
         if not facts["stored"]:
             raise BadInput("no token of this corpus may have senses (all are excluded special tokens): give other text")
-    budget = SenseBudget.parse(config.sense_budget).senses(facts["kinds"], build.info.dim)
+    shared = SenseBudget.parse(config.sense_budget)
+    budget = shared.senses(facts["kinds"], build.info.dim) if config.senses == "auto" else 0
     units = cut_units(run.blocks, build.info.dim)
     if config.dry_run:
         return {"stages": build.stages, "estimate": _estimate(build, units)}

@@ -45,6 +45,11 @@ class Resources:
     device: str  # "cuda" or "cpu", one kind for all teacher actors, and for all that clusters
 
     @property
+    def clusterers(self) -> int:
+        """Actors that cluster at a time."""
+        return int(self.actors / TASK_GPUS) if self.device == "cuda" else self.tasks
+
+    @property
     def clustering(self) -> dict[str, float]:
         """What Ray is to set aside for a task or actor that clusters."""
         return {"num_cpus": TASK_CPUS} | ({"num_gpus": TASK_GPUS} if self.device == "cuda" else {})
