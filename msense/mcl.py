@@ -21,7 +21,7 @@ from msense.kmeans.seeding import Points, as_points, check_points
 Cluster: TypeAlias = tuple[int, ...]
 
 MCL_POINTS = 4000  # a token of more points is judged by its first ones; so many are left of the paper's merged samples
-EXACT_NODES = 160  # flows of more live nodes are float32, whose errors of 1e-7 the later rounds in float64 smooth away
+EXACT_NODES = 128  # flows of more live nodes are float32, whose errors of 1e-7 the later rounds in float64 smooth away
 CHUNK_VALUES = 1 << 21  # flow values that a thread starts with, but at least one graph: what its share of a cache holds
 BATCH_VALUES = 1 << 17  # flow values of graphs that start in one batch
 SMALL_VALUES = 1 << 15  # blocks of up to so many values share a batch, where calls cost more than the work in them
@@ -133,7 +133,7 @@ def markov_clusters(
     for at, x in enumerate(graphs):
         if x.ndim != 2 or x.shape[0] != x.shape[1]:
             raise BadInput(f"similarity {at} has shape {tuple(x.shape)}: Markov clustering takes square matrices")
-        if x.numel() and not (float(x.min()) >= 0 and float(x.max()) < np.inf):  # NaN fails both
+        if x.numel() and not (float(x.amin()) >= 0 and float(x.amax()) < np.inf):  # NaN fails both
             raise BadInput(f"similarity {at} has a weight that is negative, NaN or infinite: make weights finite, >= 0")
     sizes = np.array([len(x) for x in graphs], dtype=np.int64)
 
