@@ -1,0 +1,1 @@
+"""What `jobs/bench.py` measures: a module a subject, and the run that they share."""
