@@ -256,7 +256,7 @@ def cluster_settings(
 ) -> clustering.ClusterSettings:
     """Return what the clustering tasks need to know."""
     fixed = config.senses if isinstance(config.senses, int) else None
-    settings = KMeansConfig(k=fixed or 1, metric=config.metric, seed=config.seed)
+    settings = KMeansConfig(k=fixed or 1, metric=config.metric, seed=config.seed, n_init=config.n_init)
     return clustering.ClusterSettings(
         run=run,
         dim=info.dim,

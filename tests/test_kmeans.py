@@ -71,9 +71,9 @@ def drive(points: Matrix, cuts: list[int], config: KMeansConfig, token: int = 7)
     )
 
 
-def first_point_always(_: object, __: object, ___: object, uniforms: torch.Tensor) -> torch.Tensor:
+def first_point_always(_: object, __: object, ___: object, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Stands in for `greedy_seeds`: every seed is point 0, so that all clusters but one start empty."""
-    return torch.zeros(uniforms.shape[:2], dtype=torch.int64)
+    return torch.zeros(uniforms.shape[:2], dtype=torch.int64), torch.zeros(len(uniforms))
 
 
 def same_bytes(a: Clusters, b: Clusters) -> None:
@@ -260,7 +260,10 @@ def test_any_number_of_threads_gives_the_same_bytes(threads: int, monkeypatch: p
     monkeypatch.setitem(batches.BATCH_FLOATS, "cpu", 12 * 128)  # many batches
     x, ids = mixed()
     expected = cluster_tokens(x, MIXED, ids, KMeansConfig(), senses=MIXED_K)
-    same_bytes(cluster_tokens(x, MIXED, ids, KMeansConfig(), senses=MIXED_K, threads=threads), expected)
+    for blocks in (8, 0):  # a large token is one thread's work, or that of all
+        monkeypatch.setattr(batches, "SHARED_BLOCKS", blocks)
+        monkeypatch.setattr(seeding, "HELD_FLOATS", blocks * 12 * BLOCK_ROWS // 4)
+        same_bytes(cluster_tokens(x, MIXED, ids, KMeansConfig(), senses=MIXED_K, threads=threads), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -286,6 +289,110 @@ def test_the_callers_threads_of_torch_are_left_alone(threads: int, monkeypatch: 
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_more_runs_are_never_worse(metric: Metric) -> None:
+    x, ids = mixed()
+    results = [
+        cluster_tokens(x, MIXED, ids, KMeansConfig(metric=metric, n_init=n), senses=MIXED_K, threads=2) for n in (1, 3)
+    ]
+    once, more = (result.inertia[MIXED <= BLOCK_ROWS] for result in results)  # blocks choose among seeds, not results
+    assert (more <= once).all()
+    assert (more < once).sum() >= 5
+    check_consistent(results[1], x, MIXED, metric)
+    single = one(x[: MIXED[0]], KMeansConfig(k=int(MIXED_K[0]), metric=metric, n_init=3), ids[0])
+    same_bytes(alone(results[1], MIXED, 0), single)
+
+
+@pytest.mark.parametrize("good", [0, 1, 2])
+@pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
+def test_the_best_of_several_runs_is_kept(n: int, good: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs but one start from two seeds of one of three clusters, which no round repairs."""
+    x, labels = planted(n, 3, 8, 6)
+    bad = torch.from_numpy(np.r_[np.flatnonzero(labels == 0)[:2], np.flatnonzero(labels == 1)[:1]])
+    runs = itertools.count()
+
+    def seeds(*given: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return real(*given) if next(runs) == good else (bad[None], torch.full((1,), 1e9))
+
+    real = seeding.greedy_seeds
+    for module in (lloyd, seeding):
+        monkeypatch.setattr(module, "greedy_seeds", seeds)
+    result = one(x, KMeansConfig(k=3, n_init=3))
+    assert next(runs) == 3
+    assert adjusted_rand_score(labels, result.assignment) == 1.0
+    check_consistent(result, x, [n])
+
+
+def test_parts_give_the_same_bytes_with_several_seedings() -> None:
+    x = np.random.default_rng(3).normal(size=(BLOCKED, 4)).astype(np.float16)
+    config = KMeansConfig(k=9, n_init=4, max_rounds=6)
+    same_bytes(drive(x, [1], config), one(x, config))
+    assert (one(x, config).centroids != one(x, KMeansConfig(k=9, max_rounds=6)).centroids).any()
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_points_move_alone_where_clusters_are_small(metric: Metric) -> None:
+    """No move of a single point lowers the inertia by more than the tolerance (plain Lloyd leaves many that do)."""
+    rng = np.random.default_rng(1)
+    improvable = {}
+    for few in (2, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lloyd, "FEW", few)
+            left = 0
+            for token in range(20):
+                x = rng.normal(size=(24, 6)).astype(np.float16)
+                result = one(x, KMeansConfig(k=12, metric=metric), token)
+                check_consistent(result, x, [24], metric)
+                left += any(
+                    inertia_of(x, np.where(np.arange(24) == i, c, result.assignment), metric)
+                    < result.inertia[0] * (1 - 4e-4)
+                    for i in range(24)
+                    for c in range(12)
+                )
+        improvable[few] = left
+    assert improvable[2] == 0
+    assert improvable[0] >= 10
+
+
+def inertia_of(points: Matrix, assignment: Matrix, metric: Metric) -> float:
+    x, total = points.astype(np.float64), 0.0
+    if metric == "cosine":
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for c in np.unique(assignment):
+        own = x[assignment == c]
+        mean = own.mean(0)
+        total += float(((own - (mean / np.linalg.norm(mean) if metric == "cosine" else mean)) ** 2).sum())
+    return total
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_the_way_of_a_gpu_agrees_with_that_of_a_cpu(metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU tensors: batches of a GPU's size, and sums and products as matrix products."""
+    x, ids = mixed()
+    config = KMeansConfig(metric=metric)
+    expected = cluster_tokens(x, MIXED, ids, config, senses=MIXED_K)
+    monkeypatch.setattr(lloyd, "SPARSE", set())
+    monkeypatch.setitem(batches.BATCH_FLOATS, "cpu", batches.BATCH_FLOATS["cuda"])
+    result = cluster_tokens(x, MIXED, ids, config, senses=MIXED_K)
+    assert result.sizes.tolist() == expected.sizes.tolist()
+    check_consistent(result, x, MIXED, metric)
+    assert result.inertia.sum() == pytest.approx(expected.inertia.sum(), rel=1e-3)
+    same_bytes(cluster_tokens(x, MIXED, ids, config, senses=MIXED_K), result)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_gpu_agrees_with_a_cpu(metric: Metric) -> None:
+    x, ids = mixed(64)
+    config = KMeansConfig(metric=metric)
+    expected = cluster_tokens(x, MIXED, ids, config, senses=MIXED_K)
+    result, again = (cluster_tokens(x, MIXED, ids, config, senses=MIXED_K, device="cuda") for _ in range(2))
+    assert result.sizes.tolist() == expected.sizes.tolist()
+    check_consistent(result, x, MIXED, metric)
+    assert result.inertia.sum() == pytest.approx(expected.inertia.sum(), rel=1e-2)
+    same_bytes(again, result)
+
+
 def test_draws_are_uniform_and_depend_on_their_own_coordinates_only() -> None:
     config = KMeansConfig(k=20, seed=-5)
     ids = np.arange(2000)
@@ -296,6 +403,8 @@ def test_draws_are_uniform_and_depend_on_their_own_coordinates_only() -> None:
     assert (np.abs(counts - 16000) < 5 * np.sqrt(16000 * 0.9)).all()
     assert len(np.unique(u)) == u.size
     assert (seeding.draws(ids[1234:1235], config)[0] == u[1234]).all()
+    assert (seeding.draws(ids, config, run=0) == u).all()
+    assert not (seeding.draws(ids, config, run=1) == u).any()
     fewer = seeding.draws(ids, config, np.where(ids % 2, 20, 7))  # of 3 candidates
     assert (fewer[1::2] == u[1::2]).all()
     assert (fewer[::2, :, :3] == u[::2, :, :3]).all()
@@ -425,7 +534,7 @@ def test_the_farthest_point_fills_an_empty_cluster() -> None:
 
 @pytest.mark.parametrize("n", [GRAM, DIRECT])
 def test_ties_go_to_the_lowest_sense(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lloyd, "greedy_seeds", lambda *_: torch.tensor([[2, 0]]))
+    monkeypatch.setattr(lloyd, "greedy_seeds", lambda *_: (torch.tensor([[2, 0]]), torch.zeros(1)))
     x = np.tile(np.array([[-1], [0], [1], [0]], np.float16), (n // 4, 1))  # the mean is exactly 0
     result = one(x, KMeansConfig(k=2, max_rounds=1))
     assert result.assignment[:4].tolist() == [1, 0, 0, 0]
@@ -506,8 +615,9 @@ def test_blocked_tokens_are_seeded_by_key(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_settings_are_all_checked() -> None:
-    with pytest.raises(BadInput, match=r"k is 0, .*; metric is 'l1', .*; tol is 1.5, .*; max_rounds is 0, "):
-        KMeansConfig(k=0, metric="l1", tol=1.5, max_rounds=0)
+    match = r"k is 0, .*; metric is 'l1', .*; n_init is 0, .*; tol is 1.5, .*; max_rounds is 0, "
+    with pytest.raises(BadInput, match=match):
+        KMeansConfig(k=0, metric="l1", n_init=0, tol=1.5, max_rounds=0)
 
 
 @pytest.mark.parametrize("points", [np.zeros((3, 2)), np.zeros((3, 2), np.int8), np.zeros(3, np.float16)])

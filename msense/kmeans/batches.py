@@ -8,10 +8,8 @@ Holds a batch (about 24 bytes x BATCH_FLOATS) or a block a thread; never a float
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial as bind
 
 import numpy as np
@@ -20,7 +18,16 @@ from numpy.typing import NDArray
 
 from msense.config import MAX_SENSES
 from msense.errors import BadInput
-from msense.kmeans.blocks import farthest, finish, partial, seed_centroids, summary, update
+from msense.kmeans.blocks import (
+    combine,
+    combine_farthest,
+    farthest,
+    finish,
+    partial,
+    seed_centroids,
+    summary,
+    update,
+)
 from msense.kmeans.lloyd import lloyd
 from msense.kmeans.seeding import (
     BLOCK_ROWS,
@@ -35,9 +42,11 @@ from msense.kmeans.seeding import (
     few_distinct,
     read_points,
 )
+from msense.kmeans.threads import ALONE, Threads, open_threads
 
+SHARED_BLOCKS = 4  # a token of so many blocks a thread is clustered by all threads together
 GRAM_ROWS = 384  # up to here a token's inner products are cheaper to keep than to compute again every round
-BATCH_FLOATS = {"cpu": 1 << 20, "cuda": 1 << 26}  # values of a batch: what stays in a core's cache, what fills a GPU
+BATCH_FLOATS = {"cpu": 1 << 21, "cuda": 1 << 26}  # values of a batch: what stays in a cache, what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,18 @@ class Clusters:
     rounds: NDArray[np.int64]  # [T] rounds of assignment; 0 where every distinct point is a sense
 
 
+class _Scratch(threading.local):
+    """Memory of each thread, used again and again: to be given fresh pages takes longer than to fill them."""
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return a tensor with anything in it; what was taken by that name before is gone."""
+        numel, held = math.prod(shape), getattr(self, name, None)
+        if held is None or held.numel() < numel:
+            held = torch.empty(numel, dtype=dtype, device=device)
+            setattr(self, name, held)
+        return held[:numel].view(shape)
+
+
 @dataclass(frozen=True)
 class _Task:
     """What `cluster_tokens` was given, and its results as they fill up."""
@@ -71,7 +92,8 @@ class _Task:
     device: torch.device
     opens: NDArray[np.int64]  # [T] first sense of a token
     result: Clusters  # sizes: room for that many senses; counts are 0 where it is not used
-    scratch: threading.local = field(default_factory=threading.local)
+    key_order: NDArray[np.int64] | None  # [N]
+    scratch: _Scratch
 
 
 def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, and four things with defaults
@@ -102,7 +124,7 @@ def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, a
         device: where batches and blocks are computed.
         key_order: int64 [N], a point's rank by key inside its token; a token of more than BLOCK_ROWS points is seeded
             from the first SEED_POINTS by it. None: the rows are in that order.
-        threads: batches computed at a time, each on one thread of torch.
+        threads: batches (or shares of a token's blocks) computed at a time, each on one thread of torch.
 
     Raises:
         BadInput: the arrays do not fit together, or a K or `threads` is out of range.
@@ -117,19 +139,25 @@ def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, a
         raise BadInput(f"threads is {threads}, but must be 1 or more")
     k = _checked_senses(senses, token_ids, config)
     check_points(view, sizes, token_ids)
-    with one_torch_thread(), torch.inference_mode():
+    with open_threads(threads) as pool, torch.inference_mode():
         found = few_distinct(view, sizes, k, config.metric, BLOCK_ROWS)
         room = np.where(found.few, found.distinct, np.minimum(sizes, k))
         opens, starts = np.cumsum(room) - room, np.cumsum(sizes) - sizes
         result = _empty_result(room, len(view), view.shape[1])
-        task = _Task(view, starts, sizes, token_ids, k, config, torch.device(device), opens, result)
+        task = _Task(
+            view, starts, sizes, token_ids, k, config, torch.device(device), opens, result, key_order, _Scratch()
+        )
         _keep_distinct(task, found)
         widths = np.where(found.few, 0, padded(sizes))
+        shared = widths > BLOCK_ROWS * SHARED_BLOCKS * threads
+        for token in np.flatnonzero(shared).tolist():
+            _cluster_blocked(task, token, pool)
         jobs = [
-            bind(_cluster_blocked, task, token, key_order) for token in np.flatnonzero(widths > BLOCK_ROWS).tolist()
+            bind(_cluster_blocked, task, token, ALONE)
+            for token in np.flatnonzero((widths > BLOCK_ROWS) & ~shared).tolist()
         ]
         jobs += [bind(_cluster_batch, task, tokens, width) for tokens, width in _batches(task, widths)]
-        _run(jobs, threads)
+        pool.map(lambda job: job(), jobs)
     return _without_gaps(task)
 
 
@@ -147,32 +175,6 @@ def _checked_senses(
             f"senses of token {token_ids[wrong[0]]} are {senses[wrong[0]]}, but must be from 1 to {MAX_SENSES}"
         )
     return senses.astype(np.int64)
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Give torch one thread for a while: with more, thousands of small operations wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _run(jobs: Sequence[Callable[[], None]], threads: int) -> None:
-    """Do jobs that write to different places, in any order."""
-    if threads == 1:
-        for job in jobs:
-            job()
-        return
-    # torch holds the number of its threads per thread, and a default for new ones, which the caller set to 1 as well
-    pool = ThreadPoolExecutor(threads, "kmeans", torch.set_num_threads, (1,))
-    try:
-        for done in [pool.submit(job) for job in jobs]:
-            done.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _batches(task: _Task, widths: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int]]:
@@ -250,98 +252,99 @@ def _keep_distinct(task: _Task, found: FewDistinct) -> None:
         task.result.centroids[place[at : at + BLOCK_ROWS]] = values.numpy()
 
 
-@torch.inference_mode()
 def _cluster_batch(task: _Task, tokens: NDArray[np.int64], width: int) -> None:
     """Cluster B tokens of more than K distinct points, each padded to `width` points and to the most senses."""
     config, device, senses, k = task.config, task.device, task.senses[tokens], int(task.senses[tokens].max())
     real, used = np.arange(width) < task.sizes[tokens, None], np.arange(k) < senses[:, None]
-    uniforms = torch.from_numpy(draws(task.token_ids[tokens], replace(config, k=k), senses)).to(device)
     mask, unused = torch.from_numpy(real).to(device), torch.from_numpy(~used).to(device)
-    gram = width <= GRAM_ROWS
-    own, rounds = lloyd(_table(task, tokens, mask, gram), mask, unused, uniforms, gram, config)
-
-    rows = (task.starts[tokens, None] + np.arange(width))[real]
-    sense = (own.cpu().numpy() + k * np.arange(len(tokens))[:, None])[real]
-    centroids, distance = _finished(task, rows, sense, used.size)
-    result, place = task.result, (task.opens[tokens, None] + np.arange(k))[used]
-    counts = np.bincount(sense, minlength=used.size).reshape(used.shape)
-    squares = np.bincount(sense, weights=distance, minlength=used.size).reshape(used.shape)
-    result.assignment[rows], result.distance[rows] = sense % k, distance
-    result.centroids[place], result.counts[place] = centroids[used.ravel()], counts[used]
-    result.spread[place] = np.sqrt(squares / np.maximum(counts, 1))[used]
-    result.inertia[tokens], result.rounds[tokens] = squares.sum(1), rounds.cpu().numpy()
+    gram, result = width <= GRAM_ROWS, task.result
+    table = _table(task, tokens, mask, gram)
+    rows, token = (task.starts[tokens, None] + np.arange(width))[real], np.nonzero(real)[0]
+    for run in range(config.n_init):
+        uniforms = torch.from_numpy(draws(task.token_ids[tokens], replace(config, k=k), senses, run)).to(device)
+        own, rounds = lloyd(table, mask, unused, uniforms, gram, config)
+        sense = own.cpu().numpy()[real]
+        centroids, distance = _finished(task, rows, sense + k * token, used.size)
+        counts, squares = (
+            np.bincount(sense + k * token, weights=x, minlength=used.size).reshape(used.shape) for x in (None, distance)
+        )
+        better = squares.sum(1) < result.inertia[tokens] if run else np.ones(len(tokens), bool)
+        mine, now = better[token], used & better[:, None]
+        place = (task.opens[tokens, None] + np.arange(k))[now]
+        result.assignment[rows[mine]], result.distance[rows[mine]] = sense[mine], distance[mine]
+        result.centroids[place], result.counts[place] = centroids[now.ravel()], counts[now]
+        result.spread[place] = np.sqrt(squares / np.maximum(counts, 1))[now]
+        result.inertia[tokens[better]] = squares[better].sum(1)
+        result.rounds[tokens[better]] = rounds.cpu().numpy()[better]
 
 
 def _table(task: _Task, tokens: NDArray[np.int64], mask: torch.Tensor, gram: bool) -> torch.Tensor:
     """What `lloyd` works on: points centred by their token's mean [B, n, D], or their inner products [B, n, n]."""
     (batch, n), width = mask.shape, task.points.shape[1]
     step = max(1, _floats(task) // (n * width)) if gram else batch
-    table = _reused(task, "table", (batch, n, n)) if gram else None
+    table = task.scratch.take("table", (batch, n, n if gram else width), torch.float32, task.device)
     for first in range(0, batch, step):
         own = mask[first : first + step]
-        rows = (torch.from_numpy(task.starts[tokens[first : first + step], None] + np.arange(n)) * own.cpu()).flatten()
-        stored = _reused(task, "stored", (len(rows), width), task.points)
-        torch.index_select(task.points, 0, rows.to(stored.device), out=stored)
-        values = _reused(task, "values", (len(own), n, width))
-        read_points(stored.view_as(values), task.config.metric, task.device, values)
-        padding = (~own).flatten().nonzero()[:, 0]
-        values.flatten(0, 1).index_fill_(0, padding, 0)
+        rows = torch.from_numpy(task.starts[tokens[first : first + step], None] + np.arange(n)) * own.cpu()
+        name, padding = "values" if gram else "table", (~own).flatten().nonzero()[:, 0]
+        values = _values(task, rows.flatten(), name).index_fill_(0, padding, 0).view(*own.shape, width)
         if task.config.metric != "cosine":  # float32 is precise near 0; unit vectors are near it as they are
             values.sub_((values.sum(1) / own.sum(1, keepdim=True))[:, None]).flatten(0, 1).index_fill_(0, padding, 0)
-        if table is None:
-            return values
-        torch.bmm(values, values.transpose(1, 2), out=table[first : first + step])
+        if gram:
+            torch.bmm(values, values.transpose(1, 2), out=table[first : first + step])
     return table
 
 
-def _reused(task: _Task, name: str, shape: tuple[int, ...], like: torch.Tensor | None = None) -> torch.Tensor:
-    """Memory of a thread, with whatever was left there: the system takes longer to hand out pages than we to fill them."""
-    numel, held = math.prod(shape), getattr(task.scratch, name, None)
-    if held is None or held.numel() < numel:
-        held = torch.empty(numel, device=task.device) if like is None else like.new_empty(numel)
-        setattr(task.scratch, name, held)
-    return held[:numel].view(shape)
+def _values(task: _Task, rows: torch.Tensor, name: str) -> torch.Tensor:
+    """Read rows int64 [R] into the thread's memory of that name: float32 [R, D]."""
+    shape, points = (len(rows), task.points.shape[1]), task.points
+    stored = task.scratch.take("stored", shape, points.dtype, points.device)
+    torch.index_select(points, 0, rows.to(points.device), out=stored)
+    return read_points(
+        stored, task.config.metric, task.device, task.scratch.take(name, shape, torch.float32, task.device)
+    )
 
 
 def _finished(
     task: _Task, rows: NDArray[np.int64], sense: NDArray[np.int64], senses: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Centroids [S, D] of rows [R] by their sense [R], and each row's squared distance to its own [R]."""
-    at, own = torch.from_numpy(rows).to(task.points.device), torch.from_numpy(sense).to(task.device)
-    step = max(1, _floats(task) // (4 * task.points.shape[1]))  # what several copies of stay in the cache
-    sums = torch.zeros(senses, task.points.shape[1], dtype=torch.float64, device=task.device)
-
-    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for some, index in zip(own.split(step), at.split(step), strict=True):
-            yield some, read_points(task.points.index_select(0, index), task.config.metric, task.device)
-
-    for some, values in blocks():
-        sums.index_add_(0, some, values.double())  # exact, so the order of additions does not matter
-    counts = torch.bincount(own, minlength=senses)
-    centroids = centroids_of(sums, counts, task.config.metric)
-    away = [values.sub_(centroids.index_select(0, some)).square_().sum(1) for some, values in blocks()]
-    return centroids.cpu().numpy(), torch.cat(away).cpu().numpy()
+    width, at, own = task.points.shape[1], torch.from_numpy(rows), torch.from_numpy(sense).to(task.device)
+    step = max(1, _floats(task) // (16 * width))  # what several copies of stay in the cache
+    sums, distance = torch.zeros(senses, width, dtype=torch.float64, device=task.device), []
+    wide = task.scratch.take("wide", (min(step, len(rows)), width), torch.float64, task.device)
+    for some, index in zip(at.split(step), own.split(step), strict=True):
+        part = wide if len(some) == len(wide) else wide[: len(some)]
+        sums.index_add_(0, index, part.copy_(_values(task, some, "values")))  # exact: the order does not matter
+    centroids = centroids_of(sums, torch.bincount(own, minlength=senses), task.config.metric)
+    for some, index in zip(at.split(step), own.split(step), strict=True):
+        distance.append(_values(task, some, "values").sub_(centroids.index_select(0, index)).square_().sum(1))
+    return centroids.cpu().numpy(), torch.cat(distance).cpu().numpy()
 
 
-@torch.inference_mode()
-def _cluster_blocked(task: _Task, token: int, key_order: NDArray[np.int64] | None) -> None:
-    """Cluster one large token: what the driver of parts does, with a single part."""
+def _cluster_blocked(task: _Task, token: int, threads: Threads) -> None:
+    """Cluster one large token: what the driver of parts does, with a part a thread."""
     device, result = task.device, task.result
     config = replace(task.config, k=int(task.senses[token]))
     rows = slice(task.starts[token], task.starts[token] + task.sizes[token])
     points = task.points[rows]
     first = points[:SEED_POINTS]
-    if key_order is not None:
-        order = np.argsort(key_order[rows], kind="stable")[:SEED_POINTS]
+    if task.key_order is not None:
+        order = np.argsort(task.key_order[rows], kind="stable")[:SEED_POINTS]
         first = points.index_select(0, torch.from_numpy(order).to(points.device))
-    state = seed_centroids(first, int(task.token_ids[token]), config, device=device)
+    state = seed_centroids(first, int(task.token_ids[token]), config, device=device, threads=threads)
+    size = -(-len(points) // (BLOCK_ROWS * threads.count)) * BLOCK_ROWS
+    parts = points.split(size)
     while state.final is None:
-        total = partial(points, state, config, device=device)
-        empty = int((total.counts == 0).sum())
-        far = farthest(points, state, empty, config, device=device) if empty else None
+        total = combine(threads.map(bind(partial, state=state, config=config, device=device), parts))
+        far, empty = None, int((total.counts == 0).sum())
+        if empty:
+            found = [farthest(p, state, empty, config, first_row=i * size, device=device) for i, p in enumerate(parts)]
+            far = combine_farthest(found, empty)
         state = update(state, total, config, far)
-    finished = finish(points, state, config, device=device)
-    result.assignment[rows], result.distance[rows] = finished.assignment, finished.distance
+    finished = threads.map(bind(finish, state=state, config=config, device=device), parts)
+    result.assignment[rows] = np.concatenate([part.assignment for part in finished])
+    result.distance[rows] = np.concatenate([part.distance for part in finished])
     senses = slice(task.opens[token], task.opens[token] + len(state.final))
     result.centroids[senses], result.rounds[token] = state.final, state.rounds
-    result.counts[senses], result.spread[senses], result.inertia[token] = summary(state, [finished])
+    result.counts[senses], result.spread[senses], result.inertia[token] = summary(state, finished)

@@ -21,9 +21,11 @@ from msense.kmeans.seeding import (
     as_points,
     centroids_of,
     check_points,
+    lowest,
     read_points,
     seed_in_blocks,
 )
+from msense.kmeans.threads import ALONE, Threads
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,12 @@ class Finished:
 
 
 def seed_centroids(
-    points: Points, token_id: int, config: KMeansConfig, *, device: str | torch.device = "cpu"
+    points: Points,
+    token_id: int,
+    config: KMeansConfig,
+    *,
+    device: str | torch.device = "cpu",
+    threads: Threads = ALONE,
 ) -> BlockedState:
     """Choose the centroids that a blocked token starts from.
 
@@ -76,6 +83,7 @@ def seed_centroids(
         token_id: fixes the random draws, with `config.seed`.
         config: settings; if there are at most `config.k` distinct points, each is a centroid.
         device: where distances are computed.
+        threads: that compute them; any number gives the same bytes.
 
     Raises:
         MsenseError: a value is NaN or infinite.
@@ -83,7 +91,7 @@ def seed_centroids(
     view = as_points(points)
     check_points(view, np.array([len(view)]), np.array([token_id]))
     with torch.inference_mode():
-        chosen, shift = seed_in_blocks(view, int(token_id), config, device)
+        chosen, shift = seed_in_blocks(view, int(token_id), config, device, threads)
         centroids = read_points(view.index_select(0, chosen), config.metric, "cpu")
     return BlockedState(int(token_id), centroids.numpy(), shift.cpu().numpy(), np.zeros(len(chosen), np.int64))
 
@@ -93,17 +101,21 @@ def _assigned(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Per block of BLOCK_ROWS rows: values [b, D], nearest centroid int64 [b], squared distance to it [b].
 
+    The values are gone once the next block is asked for: all blocks use the same memory, as fresh pages cost more than
+    what is done with them.
+
     This is the only place where blocked points meet centroids, and always in the same shapes: it gives the same bytes
     for a block wherever the block is processed.
     """
     shift = torch.from_numpy(state.shift).to(device)
     centroids = torch.from_numpy(state.centroids).to(device) - shift
     offset = centroids.square().sum(1)[:, None]
+    room = torch.empty(2, min(BLOCK_ROWS, len(view)), view.shape[1], device=device)
     for block in view.split(BLOCK_ROWS):
-        values = read_points(block, metric, device)
-        centred = values - shift
-        low, own = torch.addmm(offset, centroids, centred.T, alpha=-2).min(0)  # the first of equals
-        yield values, own, (low + centred.square_().sum(1)).clamp_(min=0)
+        values, centred = room[:, : len(block)]
+        torch.sub(read_points(block, metric, device, values), shift, out=centred)
+        low, own = lowest(torch.addmm(offset, centroids, centred.T, alpha=-2))
+        yield values, own, (low + torch.linalg.vector_norm(centred, dim=1).square_()).clamp_(min=0)
 
 
 def partial(
@@ -128,8 +140,10 @@ def partial(
         sums = torch.zeros(k, view.shape[1], dtype=torch.float64, device=device)
         counts = torch.zeros(k, dtype=torch.int64, device=device)
         inertia = []
+        wide = torch.empty(min(BLOCK_ROWS, len(view)), view.shape[1], dtype=torch.float64, device=device)
         for values, own, away in _assigned(view, state, config.metric, device):
-            sums.index_add_(0, own, values.double())  # exact, so the order of additions does not matter
+            # exact, so the order of additions does not matter
+            sums.index_add_(0, own, wide[: len(values)].copy_(values))
             counts += torch.bincount(own, minlength=k)
             inertia.append(away.sum(dtype=torch.float64))
         return Partial(sums.cpu().numpy(), counts.cpu().numpy(), torch.stack(inertia).cpu().numpy())

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.kmeans.batches import one_torch_thread, padded
-from msense.kmeans.lloyd import rows_of, sum_rows
+from msense.kmeans.batches import padded
+from msense.kmeans.lloyd import sum_rows
 from msense.kmeans.seeding import (
     KMeansConfig,
     Metric,
@@ -24,6 +24,7 @@ from msense.kmeans.seeding import (
     greedy_seeds,
     read_points,
 )
+from msense.kmeans.threads import open_threads
 
 CURVE_POINTS = 512  # points of a token to look at
 POINTS_A_SENSE = 2  # with fewer, senses are single points, which say nothing of occurrences to come
@@ -61,7 +62,7 @@ def variance_curves(
     check_points(view, sizes, token_ids)
     found = np.full((len(sizes), len(GRID)), np.nan)
     starts, widths = np.cumsum(sizes) - sizes, padded(sizes)
-    with one_torch_thread(), torch.inference_mode():
+    with open_threads(1), torch.inference_mode():
         for width in np.unique(widths).tolist():
             tokens = np.flatnonzero(widths == width)
             grid = GRID[np.maximum(1, width // POINTS_A_SENSE) >= GRID]
@@ -99,10 +100,12 @@ def _distortions(
     """
     norms, products = values.square().sum(2), torch.bmm(values, values.transpose(1, 2))
 
-    def scores(index: torch.Tensor) -> torch.Tensor:
-        return torch.add(norms.gather(1, index)[..., None], rows_of(products, index), alpha=-2)
+    token = torch.arange(len(mask), device=mask.device)[:, None]
 
-    own = scores(greedy_seeds(scores, norms, mask, uniforms)).cummin(1).indices
+    def scores(index: torch.Tensor) -> torch.Tensor:
+        return torch.add(norms.gather(1, index)[..., None], products[token, index], alpha=-2)
+
+    own = scores(greedy_seeds(scores, norms, mask, uniforms)[0]).cummin(1).indices
     total, found = norms.sum(1, dtype=torch.float64), []
     for k in grid.tolist():
         sums = sum_rows(values, own[:, k - 1], k)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from msense.kmeans.seeding import KMeansConfig, Metric, greedy_seeds
+from msense.kmeans.seeding import KMeansConfig, Metric, greedy_seeds, lowest
 
 # Kinds of device where index_add adds in order, and where it pays to add and multiply only what has changed. A GPU adds
 # in whatever order its threads arrive; there sums are products with a matrix of 0 and 1.
 SPARSE = {"cpu"}
+FEW = 2  # points a cluster, on average: of such tokens points also move one by one
 
 
 @dataclass
@@ -21,6 +22,7 @@ class _Batch:
     """The B tokens of a batch that have not converged; n points and K clusters each, padding included."""
 
     table: torch.Tensor  # [A, n, W] points, or their inner products (W = n); 0 on padding
+    turned: tuple[torch.Tensor, ...]  # A views [W, n] of the table
     at: torch.Tensor  # int64 [B] where the token is in the table
     place: torch.Tensor  # int64 [B] where its result goes
     mask: torch.Tensor  # bool [B, n] false on padding
@@ -37,7 +39,7 @@ class _Batch:
     def keep(self, which: torch.Tensor) -> None:
         """Drop all tokens but int64 [B']."""
         gram, table = self.products is self.sums, self.table
-        for name in vars(self).keys() - {"table", "products"}:
+        for name in vars(self).keys() - {"table", "turned", "products"}:
             setattr(self, name, getattr(self, name)[which])
         self.products = self.sums if gram else self.products[which]
         if table.device.type not in SPARSE:
@@ -53,6 +55,10 @@ def lloyd(
     config: KMeansConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run Lloyd's algorithm on a batch of B tokens of n points (padding included, where `table` is 0).
+
+    Where clusters have but two points on average, Lloyd's rounds end in poor optima, which points then leave one by one:
+    the move that lowers a token's inertia most, while it does so by more than `config.tol`. This is Hartigan's method
+    (Telgarsky and Vattani, Hartigan's Method: k-means Clustering without Voronoi, AISTATS 2010). It needs inner products.
 
     A round needs the inner products of summed clusters and points. If the rows of `table` are points, it multiplies
     them by the sums that have changed. If they are inner products with all points, their sums are those products, and
@@ -72,7 +78,7 @@ def lloyd(
     batch = _seeded(table, mask, unused, uniforms, gram)
     clusters, rounds = torch.zeros_like(batch.own), torch.zeros_like(batch.place)
     for number in range(1, config.max_rounds + 1):
-        low, nearest = _scores(batch, config.metric).min(1)  # the first of equals
+        low, nearest = lowest(_scores(batch, config.metric))
         away = (low + batch.norms).clamp_(min=0).mul_(batch.mask)
         inertia = away.sum(1, dtype=torch.float64)
         batch.counts = batch.unused.float().scatter_add_(1, nearest, batch.mask.float())
@@ -87,6 +93,9 @@ def lloyd(
             batch.keep(left)
         batch.before = inertia
         _update(batch, nearest, away)
+    if gram:
+        few = (mask.sum(1) <= FEW * (~unused).sum(1)).nonzero()[:, 0]
+        clusters[few] = _exchanged(table, few, mask[few], unused[few], clusters[few], config)
     return clusters, rounds
 
 
@@ -96,16 +105,19 @@ def _seeded(
     """Start with a point a cluster."""
     norms = table.diagonal(dim1=1, dim2=2).clone() if gram else torch.linalg.vector_norm(table, dim=2).square_()
 
-    def scores(index: torch.Tensor) -> torch.Tensor:
-        rows, lengths = rows_of(table, index), norms.gather(1, index)[..., None]
-        if gram:
-            return torch.add(lengths, rows, alpha=-2, out=rows)
-        return torch.baddbmm(lengths, rows, table.transpose(1, 2), alpha=-2)
+    flat, turned, place = table.flatten(0, 1), table.transpose(1, 2), torch.arange(len(mask), device=mask.device)
+    first = (place * mask.shape[1])[:, None]  # row of a token
 
-    seeds = greedy_seeds(scores, norms, mask, uniforms)
-    place, sums = torch.arange(len(mask), device=mask.device), rows_of(table, seeds)
+    def scores(index: torch.Tensor) -> torch.Tensor:
+        rows = flat.index_select(0, (first + index).flatten()).view(*index.shape, -1)
+        lengths = norms.gather(1, index)[..., None]
+        return rows.mul_(-2).add_(lengths) if gram else torch.baddbmm(lengths, rows, turned, alpha=-2)
+
+    seeds, _ = greedy_seeds(scores, norms, mask, uniforms)
+    sums = flat.index_select(0, (first + seeds).flatten()).view(*seeds.shape, -1)
     batch = _Batch(
         table=table,
+        turned=turned.unbind(),
         at=place,
         place=place,
         mask=mask,
@@ -133,7 +145,7 @@ def _scores(batch: _Batch, metric: Metric) -> torch.Tensor:
         straight = batch.squares > 1e-6 * batch.counts * batch.counts
         scale = torch.where(straight, batch.squares.clamp_min(1e-30).rsqrt(), 0.0)
     offset = (scale * scale * batch.squares).masked_fill_(batch.unused, math.inf)
-    return torch.addcmul(offset[..., None], batch.products, scale[..., None], value=-2)
+    return (batch.products * (-2 * scale)[..., None]).add_(offset[..., None])
 
 
 def _update(batch: _Batch, nearest: torch.Tensor, away: torch.Tensor) -> None:
@@ -177,10 +189,10 @@ def _multiply(batch: _Batch, changed: torch.Tensor) -> None:
         batch.products = torch.bmm(batch.sums, batch.table.transpose(1, 2))
         return
     # a token at a time: how a product is rounded may depend on its shape, and so must not on the token's neighbours
-    at = batch.at.tolist()
-    for token, rows in enumerate(changed.nonzero()[:, 1].split(changed.sum(1).tolist())):
-        products = batch.sums[token].index_select(0, rows) @ batch.table[at[token]].T
-        batch.products[token].index_copy_(0, rows, products)
+    rows = changed.flatten().nonzero()[:, 0]
+    sums = batch.sums.flatten(0, 1).index_select(0, rows).split(changed.sum(1).tolist())
+    products = [some @ batch.turned[at] for some, at in zip(sums, batch.at.tolist(), strict=True)]
+    batch.products.flatten(0, 1).index_copy_(0, rows, torch.cat(products))
 
 
 def _flat(own: torch.Tensor, k: int) -> torch.Tensor:
@@ -197,6 +209,50 @@ def sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
     return torch.bmm(rows.new_zeros(batch, k, n).scatter_(1, own[:, None], 1.0), rows)
 
 
-def rows_of(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows [B, L, W] of each token's table [B, n, W], by int64 [B, L]."""
-    return table.flatten(0, 1).index_select(0, _flat(index, table.shape[1])).view(*index.shape, table.shape[2])
+def _exchanged(
+    table: torch.Tensor,
+    at: torch.Tensor,
+    mask: torch.Tensor,
+    unused: torch.Tensor,
+    own: torch.Tensor,
+    config: KMeansConfig,
+) -> torch.Tensor:
+    """Move single points of B tokens, those `at` int64 [B] in `table`, to other clusters; takes and returns clusters."""
+    result, place, k = own.clone(), torch.arange(len(at), device=at.device), unused.shape[1]
+    sums, counts = sum_rows(table[at], own, k), unused.new_zeros(unused.shape, dtype=torch.float32)
+    counts.scatter_add_(1, own, mask.float())
+    squares = sum_rows(sums.gather(1, own[:, None])[:, 0, :, None], own, k)[..., 0]
+    norms = table.diagonal(dim1=1, dim2=2)[at]
+    for _ in range(config.max_rounds):
+        worth = _worth(squares, counts, config.metric)
+        inside = sums.gather(1, own[:, None])[:, 0]
+        fewer, members = squares.gather(1, own) - 2 * inside + norms, counts.gather(1, own)
+        leaving = worth.gather(1, own) - _worth(fewer, members - 1, config.metric)
+        more = (2 * sums).add_(squares[..., None]).add_(norms[:, None])
+        joining = worth[..., None] - _worth(more, counts[..., None] + 1, config.metric)
+        joining.masked_fill_(unused[..., None], math.inf).scatter_(1, own[:, None], math.inf)
+        cost, target = lowest(joining)
+        change, point = cost.add_(leaving).masked_fill_(~mask, math.inf).min(1)
+        total = norms.sum(1)
+        enough = config.tol * (total - worth.sum(1)).clamp_(min=0) + 1e-6 * total  # float32 tells no smaller ones
+        going = (-change > enough).nonzero()[:, 0]
+        if not len(going):
+            break
+        at, place, mask, unused, own, sums, counts, squares, norms, point, target, fewer, more = (
+            x[going] for x in (at, place, mask, unused, own, sums, counts, squares, norms, point, target, fewer, more)
+        )
+        token = torch.arange(len(at), device=at.device)
+        old, new, row = own[token, point], target[token, point], table[at, point]
+        sums[token, old], sums[token, new] = sums[token, old] - row, sums[token, new] + row
+        squares[token, old], squares[token, new] = fewer[token, point], more[token, new, point]
+        counts[token, old], counts[token, new] = counts[token, old] - 1, counts[token, new] + 1
+        own[token, point] = result[place, point] = new
+    return result
+
+
+def _worth(squares: torch.Tensor, counts: torch.Tensor, metric: Metric) -> torch.Tensor:
+    """How much lower inertia is than the sum of the points' squared lengths, by a cluster of this sum and count."""
+    if metric == "cosine":
+        lengths = squares.clamp(min=0).sqrt()
+        return torch.where(squares > 1e-6 * counts * counts, 2 * lengths - counts, 0.0)
+    return squares / counts.clamp(min=1)
