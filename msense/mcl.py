@@ -1,9 +1,9 @@
 """Markov clustering: how many senses a token of a decoder teacher gets, by the rule of the paper.
 
 In: similarity matrices [n, n], or points [N, D] grouped by token. Out: the clusters of each graph, or K of each token.
-Only rows of the flow that are not yet zero are kept (a zero row stays zero), a graph that has fallen into components
-goes on as several small matrices, and small graphs run in batches. Holds, for each thread, at most 32 bytes x n^2 for
-the graph of n nodes at work (0.5 GB at MCL_POINTS) and 16 bytes x n x D for its points. No Ray.
+Only nodes that walkers still come to keep their place in the flow, a graph that has fallen into components goes on as
+several small ones, and small graphs run in batches. Each thread holds 22 bytes x n^2 for the graph it works on (0.35 GB
+at MCL_POINTS; 0.55 GB without pruning, where all is float64), and 16 bytes x n x D for its points. No Ray.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,15 +19,14 @@ from msense.errors import BadInput
 from msense.kmeans.seeding import Points, as_points, check_points
 
 Cluster: TypeAlias = tuple[int, ...]
+_Part: TypeAlias = tuple[int, NDArray[np.int64], NDArray[np.int64]]  # a component's block, rows and columns
 
 MCL_POINTS = 4000  # a token of more points is judged by its first ones; so many are left of the paper's merged samples
 EXACT_NODES = 128  # flows of more live nodes are float32, whose errors of 1e-7 the later rounds in float64 smooth away
-CHUNK_VALUES = 1 << 21  # flow values that a thread starts with, but at least one graph: what its share of a cache holds
-BATCH_VALUES = 1 << 17  # flow values of graphs that start in one batch
-SMALL_VALUES = 1 << 15  # blocks of up to so many values share a batch, where calls cost more than the work in them
+BATCH_VALUES = 1 << 17  # flow values of a batch of small graphs: what stays in a core's cache
 SPLIT_WORK = 1 << 22  # a flow whose product takes fewer multiplications is not worth looking for components
 LABEL_PASSES = 12  # most passes of labels over a graph in search of its components
-SPLIT_WIDTH = 16  # components of up to so many nodes share a batch; above, a batch spans a factor of 2
+SPLIT_WIDTH = 16  # components of up to so many nodes go on in one flow; above, a flow spans a factor of 2
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,8 @@ def mcl_senses(
 
     K is int(share * clusters), or int(large_share * clusters) where they are more than `large`: rounded down; at least
     `least`. A token of fewer than `least` points has K = its points. A token of more than MCL_POINTS points is judged by
-    its first MCL_POINTS. Rounds end early where the clusters cannot be enough for more than `least`.
+    its first MCL_POINTS. Rounds end early where the clusters cannot be enough for more than `least`. Equal points are at
+    distance 0: three or more gather in one cluster, but two alone, with an edge of 100 beside loops of 1, are parted.
 
     Args:
         points: [N, D] float16, bfloat16 or float32, rows grouped by token.
@@ -194,7 +194,6 @@ def mcl_senses(
     rule = np.where(counts > config.large, config.large_share * counts, config.share * counts).astype(np.int64)
     rule = np.maximum(rule, config.least)
     enough = int(np.flatnonzero(np.maximum.accumulate(rule) <= config.least)[-1])  # up to here the rule says `least`
-
     large = np.flatnonzero(judged > enough)
 
     def weights(batch: NDArray[np.int64]) -> torch.Tensor:
@@ -206,22 +205,14 @@ def mcl_senses(
     return senses
 
 
-def _chunks(sizes: NDArray[np.int64], threads: int) -> list[list[NDArray[np.int64]]]:
-    """Cut graphs into chunks of up to CHUNK_VALUES values, and those into batches; graphs of like size together."""
-    most = min(CHUNK_VALUES, int((sizes**2).sum()) // (4 * threads))
-    order = np.argsort(-sizes, kind="stable")
-    chunks: list[list[NDArray[np.int64]]] = []
-    at, room = 0, 0
-    while at < np.count_nonzero(sizes):
-        values = int(sizes[order[at]]) ** 2
-        batch = order[at : at + max(1, BATCH_VALUES // values)]
-        at, batch = at + len(batch), batch[sizes[batch] > 0]
-        if room < values * len(batch):
-            chunks.append([])
-            room = most
-        chunks[-1].append(batch)
-        room -= values * len(batch)
-    return chunks
+def _batches(sizes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Cut graphs into batches of up to BATCH_VALUES padded values, or of one graph; like sizes together, large first."""
+    order = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
+    batches = []
+    while len(order):
+        batches.append(order[: max(1, BATCH_VALUES // int(sizes[order[0]]) ** 2)])
+        order = order[len(batches[-1]) :]
+    return batches
 
 
 def _in_threads(
@@ -233,45 +224,32 @@ def _in_threads(
 ) -> Iterable[tuple[int, list[Cluster]]]:
     """Cluster graphs in Python threads, each with one thread of torch, which the caller gets back as it was.
 
-    Args:
-        weights: makes the padded weights, float64 [B, n, n], of some graphs.
-        sizes: int64 [G], nodes of each graph.
-        config: settings.
-        enough: see `_rounds`.
-        threads: how many.
-
-    Yields:
-        A graph and its clusters; none for a graph of no nodes.
+    `weights` makes the padded weights of some of the graphs, float64 [B, n, n]; `sizes` int64 [G] are their nodes;
+    for `enough` see `_rounds`. Yields graphs and their clusters, graphs of no nodes left out.
     """
     before = torch.get_num_threads()
 
-    def work(chunk: list[NDArray[np.int64]]) -> Iterable[tuple[int, list[Cluster]]]:
+    def work(batch: NDArray[np.int64]) -> Iterable[tuple[int, list[Cluster]]]:
         if threads > 1:
             torch.set_num_threads(1)
-        graphs = np.concatenate(chunk)
-        firsts = np.cumsum([0, *map(len, chunk)]).tolist()
         with torch.inference_mode():
-            flows = [_start(weights(x), sizes[x], first, config) for x, first in zip(chunk, firsts, strict=False)]
-            return zip(graphs.tolist(), _rounds(flows, len(graphs), config, enough), strict=True)
+            flow = _start(weights(batch), sizes[batch], config)
+            return zip(batch.tolist(), _rounds(flow, config, enough), strict=True)
 
     if threads <= 1:
-        for chunk in _chunks(sizes, 1):
-            yield from work(chunk)
+        for batch in _batches(sizes):
+            yield from work(batch)
         return
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for done in pool.map(work, _chunks(sizes, threads)):
+            for done in pool.map(work, _batches(sizes)):
                 yield from done
     finally:
         torch.set_num_threads(before)
 
 
 def _similarities(
-    points: torch.Tensor,
-    starts: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-    offset: float,
-    device: str | torch.device,
+    points: torch.Tensor, starts: NDArray[np.int64], sizes: NDArray[np.int64], offset: float, device: str | torch.device
 ) -> torch.Tensor:
     """1 / (offset + Euclidean distance) of each token's points: float64 [B, n, n], 0 on padding.
 
@@ -290,8 +268,8 @@ def _similarities(
     return weights if mask.all() else weights.mul_(real[:, None] & real[..., None])
 
 
-def _start(weights: torch.Tensor, sizes: NDArray[np.int64], first: int, config: MclConfig) -> _Flow:
-    """The flow of graphs `first` and on before any round; weights float64 [B, n, n] from rows to columns are reused."""
+def _start(weights: torch.Tensor, sizes: NDArray[np.int64], config: MclConfig) -> _Flow:
+    """The flow before any round, of weights float64 [B, n, n] from rows to columns, which are written over."""
     width = weights.shape[1]
     real = np.arange(width) < sizes[:, None]
     if config.loop_value > 0:
@@ -303,14 +281,15 @@ def _start(weights: torch.Tensor, sizes: NDArray[np.int64], first: int, config: 
     live = torch.arange(width, device=weights.device).expand(len(weights), width)
     nodes = np.where(real, np.arange(width), -1)
     values = weights.float() if rough else weights
-    return _Flow(values, live, nodes, np.arange(first, first + len(weights)), 1.0)
+    return _Flow(values, live, nodes, np.arange(len(weights)), 1.0)
 
 
-def _rounds(flows: list[_Flow], graphs: int, config: MclConfig, enough: int = 0) -> list[list[Cluster]]:
-    """Let flows run until each graph has converged, and read its clusters.
+def _rounds(flow: _Flow, config: MclConfig, enough: int) -> list[list[Cluster]]:
+    """Let graphs run until each has converged, and read its clusters.
 
     A graph of at most `enough` live nodes stops at once; what is read then is only sure to be as few clusters.
     """
+    flows, graphs = [flow], len(flow.graph)
     found: list[set[Cluster]] = [set() for _ in range(graphs)]
     for number in range(1, config.max_rounds + 1):
         moving, live = np.zeros(graphs, np.int64), np.zeros(graphs, np.int64)
@@ -328,7 +307,7 @@ def _rounds(flows: list[_Flow], graphs: int, config: MclConfig, enough: int = 0)
             for block in np.flatnonzero(ends).tolist():
                 found[flow.graph[block]].update(_read_clusters(flow, block))
             left += _split(_blocks(flow, ~ends) if ends.any() else flow) if not ends.all() else []
-        flows = _merged(left)
+        flows = left
         if not flows:
             break
     return [sorted(clusters) for clusters in found]
@@ -403,26 +382,6 @@ def _without_dead(flow: _Flow, values: torch.Tensor) -> tuple[_Flow, NDArray[np.
     return _Flow(values, live, flow.nodes, flow.graph, flow.full), counts
 
 
-def _merged(flows: list[_Flow]) -> list[_Flow]:
-    """Put small blocks of like width into one flow."""
-    groups: dict[int, list[_Flow]] = {}
-    for at, flow in enumerate(flows):
-        small = flow.values.dtype == torch.float64 and flow.values[0].numel() <= SMALL_VALUES
-        groups.setdefault(flow.values.shape[1].bit_length() if small else -1 - at, []).append(flow)
-    merged = []
-    for some in groups.values():
-        if len(some) > 1:
-            n, size = (max(flow.values.shape[axis] for flow in some) for axis in (1, 2))
-            pad = torch.nn.functional.pad
-            values = [pad(x.values, (0, size - x.values.shape[2], 0, n - x.values.shape[1])) for x in some]
-            live = [pad(x.live, (0, size - x.live.shape[1])) for x in some]
-            nodes = [np.pad(x.nodes, ((0, 0), (0, n - x.nodes.shape[1])), constant_values=-1) for x in some]
-            graph, full = np.concatenate([x.graph for x in some]), max(x.full for x in some)
-            some = [_Flow(torch.cat(values), torch.cat(live), np.concatenate(nodes), graph, full)]
-        merged += some
-    return merged
-
-
 def _blocks(flow: _Flow, kept: NDArray[np.bool_]) -> _Flow:
     some = torch.from_numpy(np.flatnonzero(kept)).to(flow.live.device)
     return _Flow(flow.values[some], flow.live[some], flow.nodes[kept], flow.graph[kept], flow.full)
@@ -445,23 +404,35 @@ def _split(flow: _Flow) -> list[_Flow]:
     full = float(edges.mean())
     if full > flow.full / 2:  # two components of equal size halve it
         return [flow]
-    live, width = flow.live.cpu().numpy(), values.shape[1]
-    label = _components(edges, flow.live) + width * np.arange(len(values))[:, None]
-    block, row = np.nonzero(flow.nodes >= 0)
-    parts, part = np.unique(label[block, row], return_inverse=True)
-    if len(parts) == len(values):
+    labels, live = _components(edges, flow.live), flow.live.cpu().numpy()
+    alive = (values.amax(1) > 0).cpu().numpy()
+    parts: dict[int, list[_Part]] = {}
+    for block, label in enumerate(labels):
+        real = np.flatnonzero(flow.nodes[block] >= 0)
+        some = np.flatnonzero(alive[block])
+        for value in np.unique(label[real]):
+            rows, columns = real[label[real] == value], some[label[live[block, some]] == value]
+            if len(columns):  # else a node without edges, which is in no cluster
+                parts.setdefault(max(len(rows), SPLIT_WIDTH).bit_length(), []).append((block, rows, columns))
+    if sum(map(len, parts.values())) <= len(values):
         return [_Flow(values, flow.live, flow.nodes, flow.graph, full)]
-    column_block, column = np.nonzero((values.amax(1) > 0).cpu().numpy())
-    column_part = np.searchsorted(parts, label[column_block, live[column_block, column]])
-    block_of = np.zeros(len(parts), np.int64)
-    block_of[part] = block
-    rows, columns = _listed(part, row, len(parts)), _listed(column_part, column, len(parts))
-    wide = 2.0 ** np.ceil(np.log2(np.maximum((rows >= 0).sum(1), SPLIT_WIDTH)))
-    wide[(columns >= 0).sum(1) == 0] = 0  # a node without edges, which is in no cluster
-    return [
-        _cut(flow, block_of[chosen], rows[chosen], columns[chosen])
-        for chosen in (np.flatnonzero(wide == size) for size in np.unique(wide[wide > 0]))
-    ]
+    return [_cut(flow, live, like) for like in parts.values()]
+
+
+def _cut(flow: _Flow, live: NDArray[np.int64], parts: list[_Part]) -> _Flow:
+    """The flow of components, given the block, rows and columns of each, and `flow.live` in NumPy."""
+    n, size = max(len(rows) for _, rows, _ in parts), max(len(columns) for _, _, columns in parts)
+    values = flow.values.new_zeros(len(parts), n, size)
+    places, nodes = np.zeros((len(parts), size), np.int64), np.full((len(parts), n), -1)
+    for at, (block, rows, columns) in enumerate(parts):
+        chosen = flow.values[block].index_select(0, torch.from_numpy(rows).to(values.device))
+        chosen = chosen.index_select(1, torch.from_numpy(columns).to(values.device))
+        values[at, : len(rows), : len(columns)] = chosen
+        places[at, : len(columns)] = np.searchsorted(rows, live[block, columns])
+        nodes[at, : len(rows)] = flow.nodes[block, rows]
+    values = values.double() if size <= EXACT_NODES else values
+    graph = flow.graph[[block for block, _, _ in parts]]
+    return _Flow(values, torch.from_numpy(places).to(values.device), nodes, graph, 1.0)
 
 
 def _components(edges: torch.Tensor, live: torch.Tensor) -> NDArray[np.int64]:
@@ -479,28 +450,3 @@ def _components(edges: torch.Tensor, live: torch.Tensor) -> NDArray[np.int64]:
             return labels.long().cpu().numpy()
         labels = told
     return np.zeros(labels.shape, np.int64)
-
-
-def _listed(group: NDArray[np.int64], items: NDArray[np.int64], groups: int) -> NDArray[np.int64]:
-    """Items of each group in their order: int64 [groups, most], padded with -1."""
-    counts = np.bincount(group, minlength=groups)
-    order = np.argsort(group, kind="stable")
-    place = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
-    listed = np.full((groups, int(counts.max())), -1)
-    listed[group[order], place] = items[order]
-    return listed
-
-
-def _cut(flow: _Flow, block: NDArray[np.int64], rows: NDArray[np.int64], columns: NDArray[np.int64]) -> _Flow:
-    """The flow of P parts, given the block [P], and the rows and columns [P, most] (padded with -1) of each."""
-    rows, columns = (x[:, : int((x >= 0).sum(1).max())] for x in (rows, columns))
-    place = np.zeros(flow.nodes.shape, np.int64)  # of a row in its part; parts share none
-    at, row = np.nonzero(rows >= 0)
-    place[block[at], rows[at, row]] = row
-    device = flow.values.device
-    b, r, c = (torch.from_numpy(x).to(device) for x in (block[:, None, None], rows[..., None], columns[:, None]))
-    values = flow.values[b, r.clamp_min(0), c.clamp_min(0)] * ((r >= 0) & (c >= 0))
-    values = values.double() if values.shape[2] <= EXACT_NODES else values
-    live = np.where(columns >= 0, place[block[:, None], flow.live.cpu().numpy()[block[:, None], columns]], 0)
-    nodes = np.where(rows >= 0, flow.nodes[block[:, None], rows], -1)
-    return _Flow(values, torch.from_numpy(live).to(device), nodes, flow.graph[block], 1.0)

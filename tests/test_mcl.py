@@ -20,7 +20,7 @@ Clusters = list[tuple[int, ...]]
 
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs of a test's size are split, merged and kept in float32 as ones of thousands of nodes are."""
+    """Graphs of a test's size are split and kept in float32 as ones of thousands of nodes are."""
     monkeypatch.setattr(mcl, "SPLIT_WORK", 0)
     monkeypatch.setattr(mcl, "SPLIT_WIDTH", 2)
     monkeypatch.setattr(mcl, "BATCH_VALUES", 500)
@@ -171,7 +171,7 @@ def test_random_graphs_as_the_package(seed: int, option: str | None) -> None:
 
 
 @pytest.mark.usefixtures("small_limits")
-def test_split_and_merged_flows_give_the_same_clusters() -> None:
+def test_split_flows_give_the_same_clusters() -> None:
     rng = np.random.default_rng(11)
     graphs = [random_graph(rng) for _ in range(60)]
     graphs += [planted(rng.integers(1, 12, 9).tolist(), 1, 0.0, seed=s)[0] for s in range(5)]
@@ -185,7 +185,7 @@ def test_split_and_merged_flows_give_the_same_clusters() -> None:
 @pytest.mark.usefixtures("small_limits")
 def test_a_flow_is_split_into_its_components() -> None:
     graph, blocks = planted([30, 7, 12, 1, 3])
-    flow = mcl._start(torch.from_numpy(np.stack([graph, graph.T])), np.array([53, 53]), 0, MclConfig())
+    flow = mcl._start(torch.from_numpy(np.stack([graph, graph.T])), np.array([53, 53]), MclConfig())
     parts = mcl._split(flow)
     found = [sorted(row[row >= 0].tolist()) for part in parts for row in part.nodes]
     assert sorted(map(tuple, found)) == sorted(blocks * 2)
