@@ -1,17 +1,17 @@
-"""Measure what the README claims: `python jobs/bench.py NAME ... --corpus FILES`.
+"""Measure what the README claims: `python jobs/bench.py NAME... --corpus FILES`.
 
 Every figure that matters is a ratio of two things measured side by side in this run. The last line of the output is one
-JSON object. A library to compare with that is not installed is left out: `pip install "msense[bench]"` brings all.
+flat JSON object. Other libraries come with `pip install msense[bench]`; figures against one that is missing are left out.
 """
 
 import argparse
+import importlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from typing import NamedTuple
 
-from benches import clustering, reading, replacing, senses
 from benches.shared import Bench, Figures
 
 from msense.cli import run_job
@@ -19,49 +19,61 @@ from msense.config import DEMO_CORPUS
 
 logger = logging.getLogger("msense.bench")
 
-BENCHES: dict[str, Callable[[Bench], Figures]] = {
-    f.__name__: f
-    for f in (
-        reading.gather,
-        reading.plan,
-        clustering.kmeans,
-        clustering.stage,
-        clustering.scaling,
-        clustering.sizes,
-        senses.senses,
-        senses.mcl,
-        replacing.replace,
-        reading.driver,
-    )
+
+class Subject(NamedTuple):
+    """Where a benchmark is, and what it measures and needs."""
+
+    module: str  # of jobs/benches; its function is called as the benchmark is
+    what: str
+
+
+BENCHES = {
+    "gather": Subject(
+        "occurrences", "occurrences stage over the bare forward pass; builds the shared run of --corpus anew"
+    ),
+    "plan": Subject("plan", "planning pass on a made-up stream of tokens; needs nothing"),
+    "kmeans": Subject("clustering", "k-means against scikit-learn, FAISS and SuperKMeans, and its limit; shared run"),
+    "scaling": Subject("clustering", "clustering stage with all workers over one, and its ceiling; shared run"),
+    "sizes": Subject("sizes", "k-means against the same for many sizes of tokens, K and width; needs nothing"),
+    "mcl": Subject("markov", "Markov clustering against the package markov-clustering; shared run"),
+    "senses": Subject("senses", "senses by budget against 20 for every token; --data with banking77/ and coarsewsd/"),
+    "replace": Subject("replacing", "replacing embeddings over one product with them; shared run"),
+    "driver": Subject("occurrences", "driver's memory for a corpus ten times larger; needs nothing"),
 }
 
 
-def main() -> None:
-    """Run the measurements asked for and print one JSON object last."""
-    told = "\n".join(f"  {name:8} {(f.__doc__ or '').splitlines()[0]}" for name, f in BENCHES.items())
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    listed = "\n".join(f"  {name:<9}{subject.what}" for name, subject in BENCHES.items())
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}\n{told}", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=f"benchmarks (the shared run is of --corpus in --output, made by the first that needs it):\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="+", choices=BENCHES, metavar="NAME", help="what to measure, see above")
+    parser.add_argument("names", nargs="+", choices=BENCHES, metavar="NAME", help="what to measure, in this order")
     parser.add_argument("--corpus", nargs="+", default=[DEMO_CORPUS], metavar="URI", help="text of the shared run")
-    parser.add_argument("--data", metavar="DIR", help="for senses: folder with banking77/ and coarsewsd/")
+    parser.add_argument("--data", metavar="DIR", help="folder of labelled data, for senses")
     parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes of each side (default: one a core)",
+        help="processes or threads of each side (default: one a core)",
     )
     parser.add_argument("--senses", type=int, default=20, metavar="K", help="senses a token (default: 20)")
     parser.add_argument("--max-occurrences", type=int, default=1000, metavar="N", help="cap a token (default: 1000)")
-    parser.add_argument(
-        "--output", default="runs/bench", help="run folder that the measurements share (default: runs/bench)"
-    )
-    given = parser.parse_args()
+    parser.add_argument("--output", default="runs/bench", help="folder of the shared run (default: runs/bench)")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Run the benchmarks asked for and print one JSON object last."""
+    given = parse()
     bench = Bench(given)
     figures: Figures = {}
-    for name in dict.fromkeys(given.names):
-        found = BENCHES[name](bench)
+    for name in given.names:
+        measure = getattr(importlib.import_module(f"benches.{BENCHES[name].module}"), name)
+        found: Figures = measure(bench)
         for key, value in found.items():
             logger.info("%s %.4g", key, value)
         figures |= found

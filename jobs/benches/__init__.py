@@ -1,1 +1,1 @@
-"""What `jobs/bench.py` measures: a module a subject, and the run that they share."""
+"""The benchmarks of `jobs/bench.py`, a module a subject."""

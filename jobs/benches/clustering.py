@@ -1,271 +1,208 @@
-"""k-means per token: the kernel and the stage against other libraries, against the bare products, and over workers."""
+"""The clustering stage and its kernel: against other libraries, against bare products, and with more workers.
+
+In: the points of the shared run. Out: ratios; a peer's time over ours where nothing else is said. Holds the points as
+stored, as float32, and once more in the peers' processes.
+"""
 
 import logging
 import multiprocessing
-import os
-import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from benches import peers
-from benches.shared import Bench, Figures, in_turn, timed
+from benches.peers import available, faiss_loop, faiss_settings, inertias, sklearn_loop, superkmeans_loop
+from benches.shared import Bench, Figures, Tokens
+from benches.turns import Processes, Turns, in_turn
 from msense import clustering, storage
 from msense.kmeans import Clusters, KMeansConfig, cluster_tokens
-from msense.runtime import Resources, connect
+from msense.runtime import Resources, connect, map_tasks
 from msense.units import ClusterSettings
 
 logger = logging.getLogger("msense.bench")
-CORES = os.cpu_count() or 1
-# settings of FAISS from the cheapest on: initialisation, rounds, redos
-FAISS = [(0, 10, 1), (1, 5, 1), (1, 8, 1), (1, 10, 1), (1, 15, 1), (1, 25, 1), (0, 25, 5), (1, 25, 2), (1, 25, 3)]
 
+GOOD_ENOUGH = 1.01  # of scikit-learn's total inertia: what FAISS is tuned to reach
+LARGE = 200  # points of a token that `over_limit` looks at
+TURNS = 3
+SUPERKMEANS_EVERY = 8
+SCALING_SECONDS = 20.0  # of work for one worker, at least
 
-class Sample:
-    """Points of tokens that are to be clustered: grouped float16 [N, D], and float32 a token for other libraries."""
-
-    def __init__(self, points: np.ndarray, sizes: np.ndarray, k: int) -> None:
-        self.points, self.sizes, self.k = points, sizes.astype(np.int64), k
-        self.ids = np.arange(len(sizes))
-        self.tokens = [p.astype(np.float32) for p in np.split(points, np.cumsum(sizes)[:-1])]
-
-    def ours(self, threads: int) -> Clusters:
-        """Cluster them with the kernel."""
-        return cluster_tokens(self.points, self.sizes, self.ids, KMeansConfig(k=self.k), threads=threads)
-
-    def products(self, rounds: np.ndarray) -> None:
-        """The products of centroids and points that the rounds of each token need, and nothing else."""
-        every = torch.from_numpy(np.concatenate(self.tokens))
-        centroids = torch.randn(self.k, every.shape[1])
-        for points, times in zip(every.split(self.sizes.tolist()), rounds.tolist(), strict=True):
-            for _ in range(times):
-                torch.mm(centroids, points.T)
-
-
-def of_run(bench: Bench, least: int) -> Sample:
-    """Return the shared run's points of tokens of at least so many, cut at the cap."""
-    tokens, points = bench.points()
-    _, start, count = np.unique(tokens, return_index=True, return_counts=True)
-    rows = [np.arange(a, a + n) for a, n in zip(start[count >= least], count[count >= least], strict=True)]
-    return Sample(points[np.concatenate(rows)], count[count >= least], bench.senses)
+Ways = dict[str, Callable[[], Any]]
 
 
 def kmeans(bench: Bench) -> Figures:
-    """Kernel on all cores against scikit-learn, FAISS and SuperKMeans on the same points, and against bare products."""
+    """The stage, reading and writing included, and its kernel over loops of other libraries on the same points."""
     bench.build()
-    sample = of_run(bench, bench.senses + 1)
-    found = sample.ours(CORES)  # warm
-    own = [lambda: timed(lambda: sample.ours(CORES))]
-    against = {
-        "default": partial(peers.sklearn, sample.tokens, sample.k, None),
-        "one_thread": partial(peers.sklearn, sample.tokens, sample.k, 1),
-        "one_thread_a_core": partial(peers.on_each_core, peers.sklearn, sample.tokens, sample.k, CORES),
-    }
-    results: dict[str, list[float]] = {}
-
-    def clocked(name: str, loop: Callable[[], tuple[float, list[float]]]) -> float:
-        seconds, results[name] = loop()
-        return seconds
-
-    ours, *theirs = in_turn(own + [partial(clocked, name, loop) for name, loop in against.items()], 3)
-    ratios = dict(zip(against, (seconds / ours for seconds in theirs), strict=True))
-    inertia = np.array(results["one_thread"])
-    again = np.array(peers.sklearn(sample.tokens, sample.k, None, seed=1)[1])
-    figures = {
-        "kmeans.kernel_speedup": min(ratios.values()),
-        **{f"kmeans.kernel_speedup_{name}": ratio for name, ratio in ratios.items()},
-        "kmeans.kernel_s": ours,
-        "kmeans.tokens": float(len(sample.sizes)),
-        "kmeans.points": float(sample.sizes.sum()),
-        "kmeans.inertia_ratio": found.inertia.sum() / inertia.sum(),
-        "kmeans.token_p95": np.percentile(found.inertia / inertia, 95) / np.percentile(again / inertia, 95),
-    }
-    return figures | _against_faiss(sample, inertia) | _against_superkmeans(sample, inertia) | _over_limit(bench)
-
-
-def _against_faiss(sample: Sample, inertia: np.ndarray) -> Figures:
-    """The cheapest setting of FAISS that comes within 1 % of scikit-learn's inertia, over the kernel."""
-    if not peers.installed("faiss", "FAISS"):
-        return {}
-    tried = []
-    for init, niter, nredo in FAISS:
-        loop = partial(peers.faiss_clustering, init=init, niter=niter, nredo=nredo)
-        seconds, theirs = loop(sample.tokens, sample.k, CORES)
-        logger.info(
-            "FAISS init %d niter %d nredo %d: %.2f s, inertia %.4f",
-            init,
-            niter,
-            nredo,
-            seconds,
-            sum(theirs) / inertia.sum(),
-        )
-        tried.append((sum(theirs) / inertia.sum() > 1.01, seconds, loop, sum(theirs)))
-    poor, _, loop, reached = min(tried, key=lambda one: one[:2])
-    sides = [
-        lambda: timed(lambda: sample.ours(CORES)),
-        lambda: loop(sample.tokens, sample.k, CORES)[0],
-        lambda: peers.on_each_core(loop, sample.tokens, sample.k, CORES)[0],
-    ]
-    ours, together, apart = in_turn(sides, 3)
-    return {
-        "kmeans.vs_faiss": min(together, apart) / ours,
-        "kmeans.faiss_inertia": reached / inertia.sum(),
-        "kmeans.faiss_within_1_percent": float(not poor),
-    }
+    tokens = bench.tokens()
+    tokens = tokens.where(tokens.sizes > bench.senses)
+    arrays, k = tokens.arrays(), bench.senses
+    figures = {"kmeans.tokens": float(len(arrays)), "kmeans.points": float(tokens.sizes.sum())}
+    with Processes(bench.workers) as processes:
+        processes.give(arrays)
+        first = inertias(arrays, processes.run(partial(sklearn_loop, k=k, threads=1)))
+        second = inertias(arrays, processes.run(partial(sklearn_loop, k=k, threads=1, state=1)))
+        ways: Ways = {"stage": _stage(bench), "kernel": _kernel(tokens, k, bench.workers)}
+        ways |= {
+            "sklearn.default": partial(sklearn_loop, arrays, k),
+            "sklearn.one_thread": partial(sklearn_loop, arrays, k, 1),
+            "sklearn.one_thread_a_core": partial(processes.run, partial(sklearn_loop, k=k, threads=1)),
+        }
+        if available("faiss"):
+            settings = _tuned(arrays, k, processes, float(first.sum()))
+            figures |= {f"kmeans.faiss_{name}": float(value) for name, value in settings.items()}
+            ways |= {
+                "faiss.default": partial(faiss_loop, arrays, k, **settings),
+                "faiss.one_thread": partial(faiss_loop, arrays, k, 1, **settings),
+                "faiss.one_thread_a_core": partial(processes.run, partial(faiss_loop, k=k, threads=1, **settings)),
+            }
+        ways["stage"]()  # once before the clock: Ray's workers import torch
+        turns = in_turn(ways, TURNS)
+        figures |= _superkmeans(bench, tokens, arrays, first, processes) if available("superkmeans") else {}
+    ours: Clusters = turns.results["kernel"]
+    figures |= _quality(ours.inertia, first, second) | _against(turns, arrays, first)
+    del arrays, turns
+    return figures | {"kmeans.over_limit": over_limit(tokens.where(tokens.sizes >= LARGE), k, TURNS + 2)}
 
 
-def _against_superkmeans(sample: Sample, inertia: np.ndarray) -> Figures:
-    """SuperKMeans over the kernel, with the inertia that it reaches."""
-    if not peers.installed("superkmeans", "SuperKMeans"):
-        return {}
-    try:
-        reached = sum(peers.superkmeans(sample.tokens, sample.k, CORES)[1])
-    except (RuntimeError, ValueError) as error:
-        logger.info("SuperKMeans does not take these sizes: %s", error)
-        return {}
-    sides = [
-        lambda: timed(lambda: sample.ours(CORES)),
-        lambda: peers.superkmeans(sample.tokens, sample.k, CORES)[0],
-        lambda: peers.on_each_core(peers.superkmeans, sample.tokens, sample.k, CORES)[0],
-    ]
-    ours, together, apart = in_turn(sides, 3)
-    return {"kmeans.vs_superkmeans": min(together, apart) / ours, "kmeans.superkmeans_inertia": reached / inertia.sum()}
-
-
-def _over_limit(bench: Bench) -> Figures:
-    """One thread, tokens of 200 points or more: the kernel over the bare products of the rounds that it made."""
-    sample = of_run(bench, 200)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    rounds = sample.ours(1).rounds
-    ours, bare = in_turn([lambda: timed(lambda: sample.ours(1)), lambda: timed(lambda: sample.products(rounds))], 5)
-    torch.set_num_threads(before)
-    return {"kmeans.over_limit": ours / bare}
-
-
-def stage(bench: Bench) -> Figures:
-    """The whole clustering stage on Ray, reading and writing included, against scikit-learn on one thread a core."""
-    bench.build()
+def _stage(bench: Bench) -> Callable[[], list[str]]:
     settings, shards = bench.cluster_settings(), storage.load_arrays(bench.run.thresholds)["shards"]
     resources = connect(bench.workers)
-    sample = of_run(bench, bench.senses + 1)
-    _pass(settings, shards, resources)  # has the workers import torch
-    sides = [
-        lambda: _pass(settings, shards, resources),
-        lambda: peers.on_each_core(peers.sklearn, sample.tokens, sample.k, bench.workers)[0],
-    ]
-    ours, theirs = in_turn(sides, 3)
-    return {"kmeans.speedup": theirs / ours, "kmeans.stage_s": ours}
+
+    def stage() -> list[str]:
+        storage.remove(bench.run.centroids)
+        return clustering.cluster(settings, shards, resources)
+
+    return stage
 
 
-def _pass(settings: ClusterSettings, shards: np.ndarray, resources: Resources) -> float:
-    """Cluster every shard once; return the seconds."""
-    storage.remove(settings.run.centroids)
-    return timed(lambda: clustering.cluster(settings, shards, resources))
+def _kernel(tokens: Tokens, k: int, threads: int) -> Callable[[], Clusters]:
+    return partial(cluster_tokens, tokens.points, tokens.sizes, tokens.ids, KMeansConfig(k=k), threads=threads)
+
+
+def _tuned(arrays: list[np.ndarray], k: int, processes: Processes, target: float) -> dict[str, Any]:
+    """FAISS's settings, tuned on all tokens, which the processes hold."""
+    return faiss_settings(arrays, k, GOOD_ENOUGH * target, processes, seconds=60)
+
+
+def _quality(ours: np.ndarray, first: np.ndarray, second: np.ndarray) -> Figures:
+    """Inertias [T]: ours, and scikit-learn's from its first and second random state."""
+    known = first > 1e-6 * first.sum() / len(first)  # else all distinct points are centroids
+    tail = np.percentile(ours[known] / first[known], 95)
+    return {
+        "kmeans.inertia_ratio": float(ours.sum() / first.sum()),
+        "kmeans.token_p95": float(tail / np.percentile(second[known] / first[known], 95)),
+    }
+
+
+def _against(turns: Turns, arrays: list[np.ndarray], first: np.ndarray) -> Figures:
+    """Speedups over each library's best way, and its total inertia over scikit-learn's."""
+    best = turns.best("sklearn") or ""
+    figures = {
+        "kmeans.kernel_speedup": turns.ratio(best, "kernel"),
+        "kmeans.kernel_speedup_default": turns.ratio("sklearn.default", "kernel"),
+        "kmeans.kernel_s": float(np.median(turns.seconds["kernel"])),
+        "kmeans.speedup": turns.ratio(best, "stage"),
+        "kmeans.speedup_default": turns.ratio("sklearn.default", "stage"),
+        "kmeans.stage_s": float(np.median(turns.seconds["stage"])),
+    }
+    if way := turns.best("faiss"):
+        total = inertias(arrays, turns.results[way]).sum()
+        figures |= {"kmeans.vs_faiss": turns.ratio(way, "kernel"), "kmeans.faiss_inertia": float(total / first.sum())}
+    show(turns, best, way)
+    return figures
+
+
+def show(turns: Turns, *counted: str | None) -> None:
+    """Log what was timed; an asterisk marks the ways that count."""
+    for name, seconds in turns.seconds.items():
+        logger.info("  %-30s %s s%s", name, " ".join(f"{s:.2f}" for s in seconds), " *" if name in counted else "")
+
+
+def _superkmeans(
+    bench: Bench, tokens: Tokens, arrays: list[np.ndarray], first: np.ndarray, processes: Processes
+) -> Figures:
+    """Every so manieth token only, as SuperKMeans takes milliseconds to prepare for each."""
+    some, k = slice(None, None, SUPERKMEANS_EVERY), bench.senses
+    chosen = np.isin(np.arange(len(arrays)), np.arange(len(arrays))[some])
+    processes.give(arrays[some])
+    ways: Ways = {
+        "kernel": _kernel(tokens.where(chosen), k, bench.workers),
+        "superkmeans.default": partial(superkmeans_loop, arrays[some], k),
+        "superkmeans.one_thread_a_core": partial(processes.run, partial(superkmeans_loop, k=k, threads=1)),
+    }
+    turns = in_turn(ways, TURNS)
+    way = turns.best("superkmeans") or ""
+    show(turns, way)
+    total = inertias(arrays[some], turns.results[way]).sum()
+    return {
+        "kmeans.vs_superkmeans": turns.ratio(way, "kernel"),
+        "kmeans.superkmeans_inertia": float(total / first[some].sum()),
+    }
+
+
+def over_limit(tokens: Tokens, k: int, turns: int, budget: float = np.inf) -> float:
+    """Time of the kernel over that of the bare products of its rounds, [K, D] @ [D, n] in float32; one thread."""
+    arrays = [torch.from_numpy(p) for p in tokens.arrays()]
+    kernel = _kernel(tokens, k, 1)
+    rounds, centroids = kernel().rounds.tolist(), torch.randn(k, tokens.points.shape[1])
+
+    def products() -> None:
+        for points, count in zip(arrays, rounds, strict=True):
+            for _ in range(count):
+                torch.mm(centroids, points.T)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    products()
+    timed = in_turn({"kernel": kernel, "products": products}, turns, budget)
+    torch.set_num_threads(before)
+    return timed.ratio("kernel", "products")
 
 
 def scaling(bench: Bench) -> Figures:
-    """Two workers over one, on Ray and as bare processes that do the same shards."""
+    """Throughput of the clustering stage's tasks with all workers over one: on Ray, and in bare processes."""
     bench.build()
     settings, shards = bench.cluster_settings(), storage.load_arrays(bench.run.thresholds)["shards"]
-    connect(2)
-    passes = 12  # so that a side takes a while
+    once = [{"shard": n, "first": int(a), "last": int(b)} for n, (a, b) in enumerate(pairwise(shards))]
+    connect(bench.workers)
+    one, every = (Resources(n, n, "cpu") for n in (1, bench.workers))
 
-    def on_ray(workers: int) -> float:
-        resources = Resources(actors=workers, tasks=workers, device="cpu")
-        return sum(_pass(settings, shards, resources) for _ in range(passes))
+    def on_ray(resources: Resources, items: list[dict[str, int]]) -> int:
+        work = map_tasks("clustering", clustering.cluster_shard, items, resources, settings, needs=resources.clustering)
+        return sum(1 for _ in work)
 
-    on_ray(2)
-    sides = [partial(on_ray, 1), partial(on_ray, 2)]
-    sides += [partial(_bare, settings, len(shards) - 1, workers, passes) for workers in (1, 2)]
-    one, two, bare_one, bare_two = in_turn(sides, 3)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as single, context.Pool(bench.workers) as pool:
+        work = partial(_shard, settings=settings)
+        for warm in (
+            lambda: on_ray(every, once * 2),
+            lambda: single.map(work, once),
+            lambda: pool.map(work, once * 2, 1),
+        ):
+            warm()
+        alone = in_turn({"pass": lambda: single.map(work, once, 1)}, 1).seconds["pass"][0]
+        items = once * max(1, int(np.ceil(SCALING_SECONDS / alone)))
+        timed = in_turn(
+            {
+                "ray.one": partial(on_ray, one, items),
+                "ray.every": partial(on_ray, every, items),
+                "bare.one": partial(single.map, work, items, 1),
+                "bare.every": partial(pool.map, work, items, 1),
+            },
+            TURNS,
+        )
+    show(timed)
     return {
-        "kmeans.scaling": one / two,
-        "kmeans.ceiling": bare_one / bare_two,
-        "kmeans.scaling_of_ceiling": (one / two) / (bare_one / bare_two),
-        "kmeans.ray_over_bare": two / bare_two,
+        "kmeans.scaling": timed.ratio("ray.one", "ray.every"),
+        "kmeans.ceiling": timed.ratio("bare.one", "bare.every"),
+        "kmeans.ray_over_bare": timed.ratio("ray.every", "bare.every"),
+        "kmeans.scaling_s": float(np.median(timed.seconds["ray.one"])),
     }
 
 
-def _bare(settings: ClusterSettings, shards: int, processes: int, passes: int) -> float:
-    """Do every shard so often in bare processes that draw from one queue; return the seconds."""
-    context = multiprocessing.get_context("spawn")
-    todo, start, ended = context.Queue(), context.Barrier(processes + 1), context.Queue()
-    workers = [context.Process(target=_draw, args=(settings, todo, start, ended)) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
-    for number in [*range(shards)] * passes:
-        todo.put(number)
-    for _ in workers:
-        todo.put(None)
-    start.wait()
-    began = time.time()
-    seconds = max(ended.get() for _ in workers) - began
-    for worker in workers:
-        worker.join()
-    return seconds
-
-
-def _draw(settings: ClusterSettings, todo: Any, start: Any, ended: Any) -> None:  # noqa: ANN401 - multiprocessing's
+def _shard(item: dict[str, int], settings: ClusterSettings) -> None:
     torch.set_num_threads(1)
-    shards = storage.load_arrays(settings.run.thresholds)["shards"].tolist()
-    start.wait()
-    while (number := todo.get()) is not None:
-        item = {"shard": number, "first": shards[number], "last": shards[number + 1]}
-        clustering.cluster_shard(item, settings)
-    ended.put(time.time())
-
-
-def _seconds(loop: peers.Loop, sample: Sample) -> float:
-    return loop(sample.tokens, sample.k, CORES)[0]
-
-
-def sizes(bench: Bench) -> Figures:
-    """Few and many points, senses and dimensions (synthetic mixtures): over bare products, FAISS and SuperKMeans."""
-    figures: Figures = {}
-    for dim in (384, 4096):
-        for n in (21, 200, 1000, 10_000, 100_000):
-            for k in (5, 20, 200):
-                if k < n and n * dim * 8 < 2e9:
-                    for name, value in _cell(n, k, dim).items():
-                        figures[f"sizes.n{n}_k{k}_d{dim}.{name}"] = value
-    return figures
-
-
-def _cell(n: int, k: int, dim: int) -> Figures:
-    """One size, all on all cores; as many tokens as make about 4 GFLOP a round."""
-    rng = np.random.default_rng(0)
-    count = max(1, min(2000, int(2e9 // (2 * n * k * dim))), int(2e7 // (n * dim)))
-    count = min(count, int(4e8 // (n * dim)) or 1)
-    centers = rng.normal(size=(4 * k, dim)).astype(np.float32)
-    points = np.empty((count * n, dim), np.float16)
-    for at in range(0, len(points), 4096):
-        rows = points[at : at + 4096]
-        rows[:] = centers[rng.integers(0, len(centers), len(rows))] + rng.standard_normal(rows.shape, np.float32)
-    sample = Sample(points, np.full(count, n), k)
-    found = sample.ours(CORES)
-    names, sides = ["ours"], [lambda: timed(lambda: sample.ours(CORES))]
-    names, sides = [*names, "over_limit"], [*sides, lambda: timed(lambda: sample.products(found.rounds))]
-    figures: Figures = {}
-    loops: dict[str, peers.Loop] = {}
-    if peers.installed("faiss", "FAISS"):
-        loops["faiss"] = partial(peers.faiss_clustering, init=1, niter=10)
-    if peers.installed("superkmeans", "SuperKMeans"):
-        loops["superkmeans"] = peers.superkmeans
-    for name, loop in loops.items():
-        try:
-            _, reached = loop(sample.tokens, k, CORES)
-        except (RuntimeError, ValueError) as error:
-            logger.info("%s does not take %d points in %d senses: %s", name, n, k, error)
-            continue
-        figures[f"inertia_over_{name}"] = found.inertia.sum() / sum(reached)
-        names, sides = [*names, f"vs_{name}"], [*sides, partial(_seconds, loop, sample)]
-    seconds = dict(zip(names, in_turn(sides, 2), strict=True))
-    ours = seconds.pop("ours")
-    figures["over_limit"] = ours / seconds.pop("over_limit")
-    figures |= {name: value / ours for name, value in seconds.items()}
-    logger.info("%d tokens of n %d, K %d, D %d: %.3f s, %s", count, n, k, dim, ours, figures)
-    return figures
+    clustering.cluster_shard(item, settings)

@@ -1,113 +1,143 @@
-"""The same work by other libraries: loops over tokens that tell their seconds and the inertia of every token.
+"""Loops over tokens with other libraries' k-means, and what a clustering is worth.
 
-Points are float32 [n, D] a token, ready in memory; one that is not installed is skipped with a word.
+In: each token's points, float32 [n, D]. Out: each token's assignment, int [n]. All of a token's points are clustered
+(FAISS and SuperKMeans would by default look at a sample), and every loop ends with the assignment, which ours has too.
 """
 
 import importlib.util
 import logging
-import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from benches.turns import Processes
+
 logger = logging.getLogger("msense.bench")
 
-Tokens = Sequence[np.ndarray]  # points [n, D] of each token
-Loop = Callable[[Tokens, int, int | None], tuple[float, list[float]]]  # tokens, K, threads -> seconds, inertia
+PEERS = {
+    "threadpoolctl": "threadpoolctl",
+    "faiss": "faiss-cpu",
+    "superkmeans": "superkmeans",
+    "markov_clustering": "markov-clustering",
+}
+FAISS_NITER = (8, 25)
+FAISS_NREDO = (1, 2, 4, 6, 8, 12, 20)
+EVERYTHING = 1 << 30
 
 
-def installed(module: str, package: str) -> bool:
-    """Tell whether a peer is there; say so if not."""
+def available(module: str) -> bool:
+    """Tell whether a library is installed, and if not, how to install it."""
     there = importlib.util.find_spec(module) is not None
     if not there:
-        logger.info('%s is not installed: left out (pip install "msense[bench]")', package)
+        logger.info("%s is not installed, its figures are left out: pip install msense[bench]", PEERS[module])
     return there
 
 
-def inertia_of(points: np.ndarray, centroids: np.ndarray) -> float:
-    """Sum of squared distances to the nearest centroid, in float64."""
-    x, c = points.astype(np.float64), centroids.astype(np.float64)
-    away = (x * x).sum(1) + ((c * c).sum(1) - 2 * x @ c.T).min(1)
-    return float(np.maximum(away, 0).sum())
-
-
-def sklearn(tokens: Tokens, k: int, threads: int | None, seed: int = 0) -> tuple[float, list[float]]:
-    """scikit-learn's KMeans as the paper's code calls it; `threads` None: its own default."""
-    from sklearn.cluster import KMeans
+@contextmanager
+def at_most(threads: int | None) -> Iterator[None]:
+    """Bound the threads of all numerical libraries; None leaves them as they are."""
+    if threads is None:
+        yield
+        return
     from threadpoolctl import threadpool_limits
 
-    with warnings.catch_warnings(), threadpool_limits(threads):
+    with threadpool_limits(threads):
+        yield
+
+
+def sklearn_loop(points: Sequence[np.ndarray], k: int, threads: int | None = None, state: int = 0) -> list[np.ndarray]:
+    """Cluster token by token with scikit-learn's KMeans, as the reference does."""
+    from sklearn.cluster import KMeans
+
+    with warnings.catch_warnings(), at_most(threads):
         warnings.simplefilter("ignore")  # fewer distinct points than clusters
-        KMeans(2, n_init="auto", random_state=0).fit(tokens[0])
-        began = time.perf_counter()
-        inertia = [float(KMeans(k, n_init="auto", random_state=seed).fit(p).inertia_) for p in tokens]
-        return time.perf_counter() - began, inertia
+        return [KMeans(n_clusters=k, n_init="auto", random_state=state).fit(p).labels_ for p in points]
 
 
-def faiss_clustering(
-    tokens: Tokens, k: int, threads: int | None, init: int = 0, niter: int = 25, nredo: int = 1
-) -> tuple[float, list[float]]:
-    """FAISS's Clustering over a flat index; `init` 0 is random points, 1 k-means++, 2 AFK-MC2."""
+def faiss_loop(
+    points: Sequence[np.ndarray], k: int, threads: int | None = None, niter: int = 25, nredo: int = 1
+) -> list[np.ndarray]:
+    """Cluster token by token with FAISS from k-means++ seeds, which its default, random points, is no match for."""
     import faiss
 
-    if threads:
-        faiss.omp_set_num_threads(threads)
-    found, began = [], time.perf_counter()
-    for points in tokens:
-        clustering = faiss.Clustering(points.shape[1], k)
-        clustering.init_method, clustering.niter, clustering.nredo = init, niter, nredo
-        clustering.seed, clustering.min_points_per_centroid = 1234, 1
-        clustering.max_points_per_centroid = len(points)
-        clustering.train(points, faiss.IndexFlatL2(points.shape[1]))
-        found.append(faiss.vector_to_array(clustering.centroids).reshape(k, -1))
-    seconds = time.perf_counter() - began
-    return seconds, [inertia_of(p, c) for p, c in zip(tokens, found, strict=True)]
+    usual = faiss.omp_get_max_threads()
+    found = []
+    with at_most(threads):
+        faiss.omp_set_num_threads(threads or usual)
+        for p in points:
+            settings: dict[str, Any] = {
+                "niter": niter,
+                "nredo": nredo,
+                "init_method": faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
+            }
+            settings |= {"min_points_per_centroid": 1, "max_points_per_centroid": EVERYTHING}
+            kmeans = faiss.Kmeans(p.shape[1], k, check_input_data_for_NaNs=False, **settings)
+            kmeans.train(p)
+            found.append(kmeans.assign(p)[1])
+        faiss.omp_set_num_threads(usual)
+    return found
 
 
-def superkmeans(tokens: Tokens, k: int, threads: int | None) -> tuple[float, list[float]]:
-    """SuperKMeans without sampling, flat, 25 rounds at most."""
+def superkmeans_loop(points: Sequence[np.ndarray], k: int, threads: int | None = None) -> list[np.ndarray]:
+    """Cluster token by token with SuperKMeans."""
     from superkmeans import SuperKMeans
 
-    options = {"iters": 25, "hierarchical": False, "sampling_fraction": 1.0, "max_points_per_cluster": 1 << 30}
-    began = time.perf_counter()
-    found = [SuperKMeans(k, p.shape[1], n_threads=threads or 0, **options).train(p) for p in tokens]
-    seconds = time.perf_counter() - began
-    return seconds, [inertia_of(p, c) for p, c in zip(tokens, found, strict=True)]
+    found = []
+    for p in points:
+        settings: dict[str, Any] = {
+            "hierarchical": False,
+            "sampling_fraction": 1.0,
+            "max_points_per_cluster": EVERYTHING // k,
+        }
+        kmeans = SuperKMeans(k, p.shape[1], iters=25, n_threads=threads or 0, **settings)
+        found.append(kmeans.assign(p, kmeans.train(p)))
+    return found
 
 
-def on_each_core(loop: Loop, tokens: Tokens, k: int, processes: int) -> tuple[float, list[float]]:
-    """Run a loop in one process of one thread a core, tokens dealt out by turns; all is ready before the clock starts.
+def inertia(points: np.ndarray, assignment: np.ndarray) -> float:
+    """Sum of squared distances to the means of the points of each cluster."""
+    values = points - points.mean(0)
+    order = np.argsort(assignment, kind="stable")
+    _, start, count = np.unique(assignment[order], return_index=True, return_counts=True)
+    sums = np.add.reduceat(values[order], start, axis=0, dtype=np.float64)
+    total = np.einsum("nd,nd->", values, values, dtype=np.float64)
+    return float(total - (np.square(sums).sum(1) / count).sum())
 
-    Returns:
-        Seconds from the first start to the last end, and the inertia of each token.
+
+def inertias(points: Sequence[np.ndarray], assignments: Sequence[np.ndarray]) -> np.ndarray:
+    """Inertia of every token, float64 [T]."""
+    return np.array([max(0.0, inertia(p, a)) for p, a in zip(points, assignments, strict=True)])
+
+
+def faiss_settings(
+    points: Sequence[np.ndarray], k: int, target: float, processes: Processes | None, seconds: float = 30.0
+) -> dict[str, Any]:
+    """Find FAISS's cheapest number of iterations and of runs that brings the total inertia to a target.
+
+    Args:
+        points: of each token.
+        k: clusters.
+        target: total inertia that is good enough.
+        processes: hold these points and try for us; None: tried here.
+        seconds: after so many, or when nothing is good enough, the best so far is taken.
     """
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(processes), context.Queue()
-    workers = [
-        context.Process(target=_share, args=(loop, tokens[i::processes], k, i, start, results))
-        for i in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
-    told = sorted(results.get() for _ in workers)
-    for worker in workers:
-        worker.join()
-    seconds = max(ended for _, _, ended, _ in told) - min(began for _, began, _, _ in told)
-    inertia = np.empty(len(tokens))
-    for number, _, _, share in told:
-        inertia[number::processes] = share
-    return seconds, inertia.tolist()
-
-
-def _share(loop: Loop, tokens: Tokens, k: int, number: int, start: Any, results: Any) -> None:  # noqa: ANN401 - multiprocessing's
-    import torch
-
-    torch.set_num_threads(1)
-    loop(tokens[:1], k, 1)
-    start.wait()
-    began = time.time()
-    seconds, inertia = loop(tokens, k, 1)
-    results.put((number, began, began + seconds, inertia))
+    began, lowest = time.perf_counter(), np.inf
+    best: dict[str, Any] = {}
+    for nredo in FAISS_NREDO:
+        for niter in FAISS_NITER:
+            settings: dict[str, Any] = {"niter": niter, "nredo": nredo}
+            if processes is None:
+                found = faiss_loop(points, k, **settings)
+            else:
+                found = processes.run(partial(faiss_loop, k=k, threads=1, **settings))
+            total = float(inertias(points, found).sum())
+            if total < lowest:
+                best, lowest = settings, total
+            if total <= target or time.perf_counter() - began > seconds:
+                return best
+    return best

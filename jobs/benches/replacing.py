@@ -1,18 +1,17 @@
-"""Embeddings replaced by their nearest senses."""
+"""Replacing embeddings by senses, against a product of the same embeddings. Holds 500,000 embeddings twice."""
 
 import time
 
 import numpy as np
 
 from benches.shared import Bench, Figures
+from msense import SenseDictionary
 from msense.occurrences import Duplicates, cut_units, unit_passages
 
 
 def replace(bench: Bench) -> Figures:
     """Replacing 500k embeddings by their nearest senses over one product with 20 vectors, both on one thread."""
     import torch
-
-    from msense import SenseDictionary
 
     bench.build()
     dictionary = SenseDictionary.load(bench.run.dictionary)

@@ -1,257 +1,201 @@
-"""How many senses: a shared budget against the same number for all, at equal size; Markov clustering against its package."""
+"""Senses shared out by budget against the same number for every token, at equal size.
+
+In: Banking77 (`banking77/{train,test}.csv`, columns text and label) and CoarseWSD (`coarsewsd/WORD/{train,test}.data.txt`,
+lines `position<TAB>words`, and `.gold.txt`), read by the demo teacher. Out: distortion, few-shot accuracy of the replaced
+teacher, and how well senses tell those of people apart. Holds the embeddings of one of the two as float16, and the
+replaced ones as float32.
+"""
 
 import csv
 import logging
-import os
-import warnings
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
 
-from benches import peers
-from benches.shared import Bench, Figures, in_turn, timed
+from benches.shared import Bench, Figures
 from msense import SenseDictionary
 from msense.config import DEFAULT_BUDGET, DEMO_TEACHER, SenseBudget, sense_bytes
-from msense.errors import BadInput
-from msense.mcl import MclConfig, markov_clusters
-from msense.teacher import token_batches
-from msense.teacher_folder import locate
+from msense.dictionary.format import Arrays, corpus_distortion
+from msense.teacher import TOKEN_BUDGET, Teacher, describe, pad_batch, resolve_dtype, token_batches
 
 logger = logging.getLogger("msense.bench")
-CAP, SHOTS, DRAWS = 1000, 8, 10
+
+CAP, FIXED, MORE = 1000, 20, 50
+SHOTS, DRAWS = 8, 10
+TRIES = 5  # to make both dictionaries of one size
+Dictionaries = dict[str, SenseDictionary]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Read:
-    """Texts as the teacher sees them."""
+    """Passages as the teacher read them: P of them, N tokens."""
 
-    ids: np.ndarray  # int32 [N]
+    ids: np.ndarray  # int64 [N]
+    offsets: np.ndarray  # int64 [P + 1]
     embeddings: np.ndarray  # float16 [N, D]
-    offsets: np.ndarray  # int64 [texts + 1]
-    targets: np.ndarray  # int64 [texts], row of the word asked for; -1 if there is none
 
-    def pooled(self, embeddings: np.ndarray) -> np.ndarray:
-        """Mean of each text's embeddings, scaled to length 1: [texts, D]."""
-        sums = np.add.reduceat(embeddings.astype(np.float32), self.offsets[:-1])
-        return sums / np.linalg.norm(sums, axis=1, keepdims=True)
+
+@dataclass(frozen=True)
+class Places:
+    """Words of the CoarseWSD set in their contexts: M occurrences."""
+
+    word: np.ndarray  # str [M]
+    row: np.ndarray  # int64 [M], of the word's first token
+    gold: np.ndarray  # str [M]
 
 
 class Reader:
-    """The demo teacher in bfloat16."""
+    """The demo teacher and its tokenizer."""
 
-    def __init__(self) -> None:
-        from transformers import AutoModel, AutoTokenizer
+    def __init__(self, bench: Bench) -> None:
+        info, self.tokenizer = describe(DEMO_TEACHER, bench.config)
+        self.tokenizer.enable_truncation(info.max_length)
+        self.vocab_size = info.vocab_size
+        dtype = resolve_dtype("auto", "cpu")
+        self.teacher = Teacher(DEMO_TEACHER, revision=None, layer=-1, dtype=dtype, device="cpu", threads=bench.workers)
 
-        folder = locate(DEMO_TEACHER)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
-
-    def read(self, texts: Sequence[Sequence[str]], targets: Sequence[int] | None = None) -> Read:
-        """Read texts given as words; `targets` are numbers of words."""
-        encoded = self.tokenizer(list(map(list, texts)), is_split_into_words=True, truncation=True, max_length=256)
-        ids = encoded["input_ids"]
-        lengths = np.array([len(x) for x in ids])
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        embeddings = np.empty((offsets[-1], self.model.config.hidden_size), np.float16)
-        for batch in token_batches(lengths, 4096):
-            padded, mask = torch.zeros(2, len(batch), lengths[batch].max(), dtype=torch.int64)
-            for row, text in enumerate(batch):
-                padded[row, : lengths[text]] = torch.tensor(ids[text])
-                mask[row, : lengths[text]] = 1
-            with torch.inference_mode():
-                hidden = self.model(input_ids=padded, attention_mask=mask).last_hidden_state.float().numpy()
-            for row, text in enumerate(batch):
-                embeddings[offsets[text] : offsets[text + 1]] = hidden[row, : lengths[text]]
-        places = np.full(len(texts), -1)
-        for text, word in enumerate(targets or ()):
-            words = encoded.word_ids(text)
-            places[text] = offsets[text] + words.index(word) if word in words else -1
-        return Read(np.concatenate([np.array(x, np.int32) for x in ids]), embeddings, offsets, places)
+    def read(self, encodings: list[Any]) -> Read:
+        """Run the teacher over what the tokenizer made."""
+        rows = [np.array(encoding.ids) for encoding in encodings]
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+        found: np.ndarray | None = None
+        for batch in token_batches(np.diff(offsets), TOKEN_BUDGET["cpu"]):
+            ids, mask = pad_batch([rows[i] for i in batch])
+            hidden = self.teacher.embed(ids, mask).float().numpy()
+            if found is None:
+                found = np.empty((offsets[-1], hidden.shape[2]), np.float16)
+            for number, i in enumerate(batch):
+                found[offsets[i] : offsets[i + 1]] = hidden[number, : len(rows[i])]
+        return Read(np.concatenate(rows).astype(np.int64), offsets, found if found is not None else np.empty((0, 0)))
 
 
 def senses(bench: Bench) -> Figures:
-    """Auto against K = 20 at equal size, on banking77/ and coarsewsd/ of --data: distortion and two tasks."""
-    if bench.data is None or not bench.data.is_dir():
-        raise BadInput("senses needs --data DIR with banking77/{train,test}.csv and coarsewsd/WORD/*.{data,gold}.txt")
-    reader = Reader()
-    return _banking(bench.data / "banking77", reader) | _coarsewsd(bench.data / "coarsewsd", reader)
+    """Banking77, then CoarseWSD."""
+    banking, coarse = bench.data("banking77"), bench.data("coarsewsd")
+    reader = Reader(bench)
+    return _banking(reader, banking) | _coarse(reader, coarse)
 
 
-def _fitted(train: Read) -> dict[str, SenseDictionary]:
-    """Dictionaries of the training texts: K 20 and 50, auto of the very size of K 20, and auto as it comes."""
+def dictionaries(read: Read, vocab_size: int) -> Dictionaries:
+    """Make those that are compared: `auto` has exactly as many senses as `k20`, or as near as it can come to it."""
 
     def fit(k: int | SenseBudget) -> SenseDictionary:
-        return SenseDictionary.fit(train.ids, train.embeddings, k=k, max_occurrences=CAP)
+        return SenseDictionary.fit(read.ids, read.embeddings, k=k, vocab_size=vocab_size, max_occurrences=CAP)
 
-    made = {"k20": fit(20), "k50": fit(50)}
-    size = len(made["k20"]) * sense_bytes(train.embeddings.shape[1])
-    return {**made, "auto": fit(SenseBudget(size=size)), "auto_default": fit(DEFAULT_BUDGET)}
-
-
-def _distortions(name: str, made: dict[str, SenseDictionary], texts: dict[str, Read]) -> Figures:
-    """Sizes, and mean squared distances of all embeddings to their senses; of tokens unknown to a dictionary none."""
-    figures: Figures = {f"senses.{name}_size_{key}": float(len(d)) for key, d in made.items()}
-    for part, text in texts.items():
-        given = text.embeddings.astype(np.float32)
-        for key, dictionary in made.items():
-            known = np.diff(dictionary.offsets)[np.minimum(text.ids, dictionary.vocab_size - 1)] > 0
-            known &= text.ids < dictionary.vocab_size
-            away = ((dictionary.replace(text.ids, given) - given) ** 2).sum(1)
-            figures[f"senses.{name}_{part}_distortion_{key}"] = float(away[known].mean())
-        ratio = figures[f"senses.{name}_{part}_distortion_auto"] / figures[f"senses.{name}_{part}_distortion_k20"]
-        figures[f"senses.{name}_{part}_distortion_ratio"] = ratio
-    return figures
+    fixed = fit(FIXED)
+    wanted = len(fixed)
+    auto = fit(SenseBudget(size=wanted * sense_bytes(fixed.dim)))
+    budget = wanted
+    for _ in range(TRIES):  # a token of few distinct points may have fewer senses than it was given
+        if len(auto) == wanted:
+            break
+        budget += wanted - len(auto)
+        auto = fit(SenseBudget(size=budget * sense_bytes(fixed.dim)))
+    return {"k20": fixed, "auto": auto, "k50": fit(MORE), "default": fit(DEFAULT_BUDGET)}
 
 
-def _banking(folder: Path, reader: Reader) -> Figures:
-    """Accuracy of the replaced teacher: 8 shots a class, logistic regression, ten draws, paired."""
-    from scipy import stats
+def distortion(dictionary: SenseDictionary, read: Read, replaced: np.ndarray) -> float:
+    """Mean squared distance of embeddings to what they were replaced by, over tokens that have senses."""
+    known = np.diff(dictionary.offsets)[read.ids] > 0
+    difference = read.embeddings[known] - replaced[known]
+    return float(np.square(difference).sum(1).mean(dtype=np.float64))
 
-    texts, labels = {}, {}
+
+def _banking(reader: Reader, folder: Path) -> Figures:
+    """Distortion and few-shot accuracy."""
+    labels, parts = {}, {}
     for part in ("train", "test"):
         with (folder / f"{part}.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        texts[part] = reader.read([row["text"].split() for row in rows])
         labels[part] = np.array([row["label"] for row in rows])
-    made = _fitted(texts["train"])
-    figures = _distortions("banking77", made, texts)
-    accuracy = {"teacher": _shots({part: x.pooled(x.embeddings) for part, x in texts.items()}, labels)}
-    for key, d in made.items():
-        vectors = {part: x.pooled(d.replace(x.ids, x.embeddings.astype(np.float32))) for part, x in texts.items()}
-        accuracy[key] = _shots(vectors, labels)
+        parts[part] = reader.read(reader.tokenizer.encode_batch([row["text"] for row in rows]))
+        logger.info("banking77 %s: %d tokens", part, len(parts[part].ids))
+    plain = {part: read.embeddings.astype(np.float32) for part, read in parts.items()}
+    accuracy = {"teacher": few_shot(parts, plain, labels)}
+    figures: Figures = {}
+    for name, dictionary in dictionaries(parts["train"], reader.vocab_size).items():
+        replaced = {part: dictionary.replace(read.ids, plain[part]) for part, read in parts.items()}
+        figures[f"senses.size_{name}"] = float(len(dictionary))
+        figures[f"senses.distortion_{name}"] = distortion(dictionary, parts["train"], replaced["train"])
+        figures[f"senses.test_distortion_{name}"] = distortion(dictionary, parts["test"], replaced["test"])
+        figures[f"senses.in_sample_distortion_{name}"] = corpus_distortion(
+            Arrays(dictionary.offsets, dictionary.counts, dictionary.spread, dictionary.token_counts)
+        )
+        accuracy[name] = few_shot(parts, replaced, labels)
+        logger.info("banking77 %s: %d senses, accuracy %.4f", name, len(dictionary), accuracy[name].mean())
+    for kind in ("distortion", "test_distortion", "in_sample_distortion"):
+        figures[f"senses.{kind}_ratio"] = figures[f"senses.{kind}_auto"] / figures[f"senses.{kind}_k20"]
+    figures |= {f"senses.banking77_{name}": float(found.mean()) for name, found in accuracy.items()}
     gain = accuracy["auto"] - accuracy["k20"]
-    low, high = stats.t.interval(0.95, len(gain) - 1, gain.mean(), stats.sem(gain))
-    figures |= {f"senses.banking77_{key}": float(found.mean()) for key, found in accuracy.items()}
-    told = {"gain": gain.mean(), "gain_low": low, "gain_high": high}
-    return figures | {f"senses.banking77_{key}": float(value) for key, value in told.items()}
+    low, high = stats.t.interval(0.95, DRAWS - 1, gain.mean(), stats.sem(gain))
+    figures |= {"senses.banking77_gain": float(gain.mean())}
+    return figures | {"senses.banking77_gain_low": float(low), "senses.banking77_gain_high": float(high)}
 
 
-def _shots(vectors: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray:
-    """Test accuracies of ten draws [DRAWS]."""
-    from sklearn.linear_model import LogisticRegression
-
+def few_shot(parts: dict[str, Read], values: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray:
+    """Accuracy of logistic regression on mean-pooled embeddings from a few texts a class, float64 [DRAWS]."""
+    pooled = {part: _pooled(values[part], read.offsets) for part, read in parts.items()}
     found = []
     for seed in range(DRAWS):
         rng = np.random.default_rng(seed)
-        each = [rng.permutation(np.flatnonzero(labels["train"] == c))[:SHOTS] for c in np.unique(labels["train"])]
-        rows = np.concatenate(each)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a hundred rounds, as MTEB has it, end before convergence
-            model = LogisticRegression(max_iter=100, random_state=seed)
-            model.fit(vectors["train"][rows], labels["train"][rows])
-        found.append((model.predict(vectors["test"]) == labels["test"]).mean())
+        by_class = [rng.permutation(np.flatnonzero(labels["train"] == c))[:SHOTS] for c in np.unique(labels["train"])]
+        chosen = np.concatenate(by_class)
+        model = LogisticRegression(max_iter=100).fit(pooled["train"][chosen], labels["train"][chosen])
+        found.append(model.score(pooled["test"], labels["test"]))
     return np.array(found)
 
 
-def _coarsewsd(folder: Path, reader: Reader) -> Figures:
-    """Accuracy over words: senses of a target word are named by the majority of its training occurrences."""
-    texts, words, golds = {}, {}, {}
-    for part in ("train", "test"):
-        lines, places, word_of, gold = [], [], [], []
-        for word in sorted(path.name for path in folder.iterdir()):
-            for line in (folder / word / f"{part}.data.txt").read_text(encoding="utf-8").splitlines():
-                place, text = line.split("\t", 1)
-                lines.append(text.split(" "))
-                places.append(int(place))
-                word_of.append(word)
-            gold += (folder / word / f"{part}.gold.txt").read_text(encoding="utf-8").split()
-        texts[part] = reader.read(lines, places)
-        words[part], golds[part] = np.array(word_of), np.array(gold)
-    made = _fitted(texts["train"])
-    figures = _distortions("coarsewsd", made, texts)
-    for key, d in made.items():
-        found = [
-            _named(d, texts, {p: (words[p] == w) & (texts[p].targets >= 0) for p in texts}, golds)
-            for w in set(words["train"])
-        ]
-        figures[f"senses.coarsewsd_{key}"] = float(np.mean(found))
-    return figures
+def _pooled(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Mean of each passage's embeddings, at length 1: float32 [P, D]."""
+    mean = np.add.reduceat(values, offsets[:-1], axis=0) / np.diff(offsets)[:, None]
+    return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True))
 
 
-def _named(
-    dictionary: SenseDictionary, texts: dict[str, Read], chosen: dict[str, np.ndarray], golds: dict[str, np.ndarray]
-) -> float:
-    """Accuracy of one word: each of its senses says the label that most of its training occurrences have."""
-    import pandas as pd
-
-    tables = {}
-    for part, text in texts.items():
-        rows = text.targets[chosen[part]]
-        sense = dictionary.assign(text.ids[rows], text.embeddings[rows].astype(np.float32))
-        tables[part] = pd.DataFrame({"token": text.ids[rows], "sense": sense, "gold": golds[part][chosen[part]]})
-    names = tables["train"].groupby(["token", "sense"])["gold"].agg(lambda gold: gold.mode()[0])
-    told = tables["test"].join(names.rename("told"), on=["token", "sense"])["told"]
-    return float((told.fillna(tables["train"]["gold"].mode()[0]) == tables["test"]["gold"]).mean())
-
-
-def mcl(bench: Bench) -> Figures:
-    """Markov clustering of 200 tokens of 500 points against the package markov-clustering, dense and sparse."""
-    if not peers.installed("markov_clustering", "markov-clustering"):
-        return {}
-    bench.build()
-    weights = [_similarity(points) for points in _subsets(bench, 200, 500)]
-    config, cores = MclConfig(), os.cpu_count() or 1
-    ours = markov_clusters(weights, config, threads=cores)
-    theirs: dict[str, list[list[tuple[int, ...]]]] = {}
-
-    def package(kind: str, some: list[np.ndarray]) -> float:
-        import markov_clustering
-        from scipy.sparse import csc_matrix
-
-        given = [csc_matrix(w) if kind == "sparse" else w for w in some]
-
-        def work() -> None:
-            theirs[kind] = [
-                markov_clustering.get_clusters(markov_clustering.run_mcl(w, inflation=1.65, expansion=2)) for w in given
+def _coarse(reader: Reader, folder: Path) -> Figures:
+    """Word senses: each of ours is named by the majority of the training occurrences that fall into it."""
+    train, known = _contexts(reader, folder, "train")
+    test, asked = _contexts(reader, folder, "test")
+    figures: Figures = {}
+    words = np.unique(asked.word)
+    figures["senses.coarsewsd_words"] = float(len(words))
+    for name, dictionary in dictionaries(train, reader.vocab_size).items():
+        keys = [read.ids << 20 | dictionary.assign(read.ids, read.embeddings) & 0xFFFFF for read in (train, test)]
+        accuracy = []
+        for word in words:
+            own = [
+                (k[p.row[p.word == word]], p.gold[p.word == word]) for k, p in zip(keys, (known, asked), strict=True)
             ]
-
-        return timed(work)
-
-    few = weights[:10]  # of the slower kind, which is the sparse one, ten tokens tell enough
-    sparse, dense_few = in_turn([lambda: package("sparse", few), lambda: package("dense", few)], 1)
-    own, dense = in_turn(
-        [lambda: timed(lambda: markov_clusters(weights, config, threads=cores)), lambda: package("dense", weights)], 3
-    )
-    agreement = [_agreement(a, b, len(w)) for a, b, w in zip(ours, theirs["dense"], weights, strict=True)]
-    return {
-        "mcl.speedup": dense * min(1.0, sparse / dense_few) / own,
-        "mcl.speedup_sparse": dense * (sparse / dense_few) / own,
-        "mcl.agreement": float(np.mean(agreement)),
-        "mcl.agreement_least": float(np.min(agreement)),
-        "mcl.equal_clusters": float(np.mean([a == b for a, b in zip(ours, theirs["dense"], strict=True)])),
-        "mcl.ms_a_token": own / len(weights) * 1000,
-    }
+            accuracy.append(_accuracy(own[0], own[1]))
+        figures[f"senses.coarsewsd_{name}"] = float(np.mean(accuracy))
+        figures[f"senses.coarsewsd_size_{name}"] = float(len(dictionary))
+        logger.info("coarsewsd %s: %d senses, accuracy %.4f", name, len(dictionary), np.mean(accuracy))
+    return figures | {"senses.coarsewsd_gain": figures["senses.coarsewsd_auto"] - figures["senses.coarsewsd_k20"]}
 
 
-def _subsets(bench: Bench, count: int, size: int) -> list[np.ndarray]:
-    """Points [size, D] of so many tokens: the first of each token that has enough, then others of the largest ones."""
-    tokens, points = bench.points()
-    _, start, number = np.unique(tokens, return_index=True, return_counts=True)
-    found = [points[a : a + size] for a, n in zip(start, number, strict=True) if n >= size]
-    rng = np.random.default_rng(0)
-    large = [(a, n) for a, n in zip(start, number, strict=True) if n >= 3 * size // 2]
-    for at in range(count - len(found)):
-        a, n = large[at % len(large)]
-        found.append(points[a + np.sort(rng.permutation(n)[:size])])
-    return found[:count]
+def _contexts(reader: Reader, folder: Path, part: str) -> tuple[Read, Places]:
+    words, texts, places, gold = [], [], [], []
+    for word in sorted(path.name for path in folder.iterdir() if path.is_dir()):
+        lines = (folder / word / f"{part}.data.txt").read_text(encoding="utf-8").splitlines()
+        gold += (folder / word / f"{part}.gold.txt").read_text(encoding="utf-8").split()
+        words += [word] * len(lines)
+        texts += [line.partition("\t")[2].split(" ") for line in lines]
+        places += [int(line.partition("\t")[0]) for line in lines]
+    encodings = reader.tokenizer.encode_batch(texts, is_pretokenized=True)
+    read = reader.read(encodings)
+    first = [e.word_ids.index(p) if p in e.word_ids else -1 for e, p in zip(encodings, places, strict=True)]
+    there = np.array(first) >= 0  # else the passage is longer than the teacher reads
+    logger.info("coarsewsd %s: %d tokens, %d contexts, %d cut off", part, len(read.ids), len(there), (~there).sum())
+    return read, Places(np.array(words)[there], (read.offsets[:-1] + first)[there], np.array(gold)[there])
 
 
-def _similarity(points: np.ndarray) -> np.ndarray:
-    """1 / (0.01 + Euclidean distance): float64 [n, n]."""
-    from scipy.spatial.distance import cdist
-
-    return 1 / (0.01 + cdist(points.astype(np.float64), points.astype(np.float64)))
-
-
-def _agreement(ours: list[tuple[int, ...]], theirs: list[tuple[int, ...]], nodes: int) -> float:
-    """Adjusted Rand index; a node in several clusters counts with the first."""
-    from sklearn.metrics import adjusted_rand_score
-
-    labels = np.full((2, nodes), -1)
-    for row, clusters in enumerate((ours, theirs)):
-        for number, cluster in reversed(list(enumerate(clusters))):
-            labels[row, list(cluster)] = number
-    return float(adjusted_rand_score(labels[0], labels[1]))
+def _accuracy(known: tuple[np.ndarray, np.ndarray], asked: tuple[np.ndarray, np.ndarray]) -> float:
+    """Name senses by the majority of what is known, (keys [M], gold [M]), and hold the names against what is asked."""
+    keys, gold = known
+    frequent = Counter(gold.tolist()).most_common(1)[0][0]  # for senses that no training occurrence of the word is in
+    names = {key: Counter(gold[keys == key].tolist()).most_common(1)[0][0] for key in np.unique(keys).tolist()}
+    return float(np.mean([names.get(key, frequent) == g for key, g in zip(*asked, strict=True)]))

@@ -1,9 +1,10 @@
-"""The run that the measurements share: a corpus and the demo teacher in, a run folder that keeps all intermediates out."""
+"""What benchmarks share: one real run, its points by token, and figures by name.
+
+In: the command line of `jobs/bench.py`. Out: the run's settings, files and points. Holds the points that are asked for.
+"""
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from msense import storage
 from msense.build import build_dictionary, cluster_settings
 from msense.config import DEMO_TEACHER, BuildConfig
+from msense.errors import BadInput
 from msense.run_folder import RunFolder
 from msense.teacher import describe
 from msense.units import ClusterSettings, Range, read_ranges, sample
@@ -19,13 +21,30 @@ from msense.units import ClusterSettings, Range, read_ranges, sample
 Figures = dict[str, float]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Points [N, D] grouped by token, as they are stored."""
+
+    ids: np.ndarray  # int64 [T]
+    sizes: np.ndarray  # int64 [T], points of each
+    points: np.ndarray  # float16 [N, D]
+
+    def where(self, chosen: np.ndarray) -> "Tokens":
+        """Return some of the tokens, by a mask [T]."""
+        return Tokens(self.ids[chosen], self.sizes[chosen], self.points[np.repeat(chosen, self.sizes)])
+
+    def arrays(self) -> list[np.ndarray]:
+        """Return each token's points as an array of its own, float32 [n, D], as other libraries want them."""
+        return [part.astype(np.float32) for part in np.split(self.points, np.cumsum(self.sizes)[:-1])]
+
+
 class Bench:
-    """One real run that several measurements share: its occurrences and centroids are kept."""
+    """One real run that several benchmarks share: its occurrences and centroids are kept."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.workers: int = given.workers
         self.senses: int = given.senses
-        self.data = Path(given.data) if given.data else None
+        self._data: str | None = given.data
         self.config = BuildConfig(
             corpus=tuple(given.corpus),
             teacher=DEMO_TEACHER,
@@ -36,6 +55,11 @@ class Bench:
             keep=("passages", "occurrences", "centroids"),
         )
         self.run = RunFolder(storage.absolute(given.output))
+
+    @property
+    def dim(self) -> int:
+        """Width D of the teacher's embeddings."""
+        return describe(DEMO_TEACHER, self.config)[0].dim
 
     def build(self, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - settings
         """Build the dictionary of the shared run, or take it as it is."""
@@ -50,19 +74,25 @@ class Bench:
         order, _ = sample(records["key"], records["token"], settings.max_occurrences)
         return records["token"][order], records["embedding"][order].view(np.float16)
 
+    def tokens(self) -> Tokens:
+        """Read the clustered points, by token."""
+        ids, points = self.points()
+        token, sizes = np.unique(ids, return_counts=True)
+        return Tokens(token.astype(np.int64), sizes, points)
+
     def cluster_settings(self) -> ClusterSettings:
         """Return the settings of the clustering stage."""
         return cluster_settings(self.config, self.run, describe(DEMO_TEACHER, self.config)[0])
 
+    def data(self, name: str) -> Path:
+        """Return a folder of labelled data.
 
-def in_turn(sides: Sequence[Callable[[], float]], times: int) -> list[float]:
-    """Return the median seconds of several measurements made turn by turn, each of which tells its own."""
-    found = [[side() for side in sides] for _ in range(times)]
-    return [statistics.median(seconds) for seconds in zip(*found, strict=True)]
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Return the seconds that a piece of work takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+        Raises:
+            BadInput: no --data, or it has not that folder.
+        """
+        if self._data is None:
+            raise BadInput(f"this benchmark reads {name}/: say with --data where the folders of labelled data are")
+        folder = Path(self._data, name)
+        if not folder.is_dir():
+            raise BadInput(f"{folder} is not there: --data must name a folder that holds {name}/")
+        return folder

@@ -1,7 +1,9 @@
-"""What comes before clustering: the plan, the teacher's pass, and the driver's memory."""
+"""The occurrences stage against the bare model, and the driver's memory as the corpus grows.
+
+In: a corpus; out: ratios. Holds a unit's passages in each process of the bare model.
+"""
 
 import json
-import math
 import multiprocessing
 import subprocess
 import sys
@@ -18,10 +20,8 @@ from msense.build import THREADS
 from msense.config import DEMO_TEACHER, BuildConfig
 from msense.occurrences import Duplicates, cut_units, select_unit, unit_passages
 from msense.run_folder import RunFolder
-from msense.sampling import Histogram, select, thresholds
 from msense.teacher import TOKEN_BUDGET, describe, pad_batch, resolve_dtype, token_batches
 from msense.teacher_folder import locate
-from msense.tokens import Passages, PassageSpec
 
 
 def gather(bench: Bench) -> Figures:
@@ -31,7 +31,7 @@ def gather(bench: Bench) -> Figures:
     before = _bare_rate(bench)
     bench.build()
     after = _bare_rate(bench)
-    units = [storage.facts_of(bench.run.unit_file(u.number)) or {} for u in cut_units(bench.run.blocks, _dim(bench))]
+    units = [storage.facts_of(bench.run.unit_file(u.number)) or {} for u in cut_units(bench.run.blocks, bench.dim)]
     rate = 0.0  # on both sides: the sum over processes of tokens over the time from its first batch to its last
     for actor in {u["actor"] for u in units}:
         mine = [u for u in units if u["actor"] == actor]
@@ -45,10 +45,6 @@ def gather(bench: Bench) -> Figures:
         "gather.bare_spread": abs(before - after) / bare,
         "gather.start_s": max(u["start_seconds"] for u in units),
     }
-
-
-def _dim(bench: Bench) -> int:
-    return describe(DEMO_TEACHER, bench.config)[0].dim
 
 
 def _bare_rate(bench: Bench) -> float:
@@ -91,37 +87,6 @@ def _bare_forward(run: RunFolder, config: BuildConfig, number: int, of: int, sta
         for ids, mask in batches:
             model(input_ids=ids, attention_mask=mask)
     results.put((sum(int(mask.sum()) for _, mask in batches), began, time.time()))
-
-
-def plan(bench: Bench) -> Figures:
-    """The planning pass on a Zipf stream of N = 6 cap V ln V token ids in passages of 100."""
-    vocab, cap, length = 5000, 200, 100
-    total = int(6 * cap * vocab * math.log(vocab))
-    rng = np.random.default_rng(0)
-    cumulative = np.cumsum(1 / np.arange(1, vocab + 1))
-    spec, block = PassageSpec(max_length=length), 65_536 // length
-    histogram, seconds = Histogram.empty(vocab), 0.0
-    blocks = []
-    for start in range(0, total // length, block):
-        count = min(block, total // length - start)
-        ids = np.searchsorted(cumulative, rng.random(count * length) * cumulative[-1]).astype(np.int32)
-        keys = rng.integers(0, 2**64, count, dtype=np.uint64)
-        blocks.append(Passages(keys, np.zeros(count, np.int32), ids, np.arange(count + 1, dtype=np.int64) * length))
-    per_passage = cap // 20
-    began = time.process_time()
-    for passages in blocks:
-        histogram.add(passages, spec, per_passage)
-    threshold = thresholds(histogram, cap)
-    read = sum(len(np.unique(p.rows()[select(p, threshold, spec, per_passage)])) for p in blocks)
-    seconds = time.process_time() - began
-    covered = thresholds(histogram, cap, 0.95)
-    read_covered = sum(len(np.unique(p.rows()[select(p, covered, spec, per_passage)])) for p in blocks)
-    passages_in_all = sum(len(p.keys) for p in blocks)
-    return {
-        "plan.read_fraction": read / passages_in_all,
-        "plan.coverage_fraction": read_covered / passages_in_all,
-        "plan.tokens_per_s_core": passages_in_all * length / seconds,
-    }
 
 
 def driver(bench: Bench) -> Figures:

@@ -1,0 +1,130 @@
+"""The benchmarks: what the command line tells, one from end to end, and their loops of other libraries."""
+
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+JOBS = Path(__file__).parents[1] / "jobs"
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The folder of the jobs as Python has it when one of them is started."""
+    monkeypatch.syspath_prepend(str(JOBS))
+    yield
+    for name in [name for name in sys.modules if name == "bench" or name.partition(".")[0] == "benches"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def peers(jobs: None) -> ModuleType:
+    from benches import peers
+
+    return peers
+
+
+def planted(tokens: int, n: int = 60, k: int = 4, dim: int = 16) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [
+        (10 * rng.normal(size=(k, dim))[np.arange(n) % k] + rng.normal(size=(n, dim))).astype(np.float16).astype("f4")
+        for _ in range(tokens)
+    ]
+
+
+def test_help_names_every_benchmark(jobs: None, capsys: pytest.CaptureFixture[str]) -> None:
+    import bench
+
+    with pytest.raises(SystemExit) as ended:
+        bench.parse(["--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "--data" in told
+    for name, subject in bench.BENCHES.items():
+        assert f"  {name} " in told
+        assert (JOBS / "benches" / f"{subject.module}.py").exists()
+
+
+def test_last_line_is_one_flat_json_object(
+    jobs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench
+    from benches import plan
+
+    monkeypatch.setattr(plan, "VOCABULARY", 500)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "plan", "--output", str(tmp_path)])
+    bench.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(figures) == {"plan.read_fraction", "plan.coverage_fraction", "plan.tokens_per_s_core"}
+    assert all(value > 0 for value in figures.values())
+
+
+def test_missing_library_is_named_once_and_left_out(
+    peers: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from benches import markov
+
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
+    with caplog.at_level("INFO", logger="msense.bench"):
+        assert markov.mcl(None) == {}
+    (line,) = caplog.messages
+    assert "pip install msense[bench]" in line
+
+
+def test_loops_find_what_was_planted(peers: ModuleType) -> None:
+    from msense.kmeans import KMeansConfig, cluster_tokens
+
+    points = planted(5)
+    sizes = np.array([len(p) for p in points])
+    clusters = cluster_tokens(np.concatenate(points), sizes, np.arange(5), KMeansConfig(k=4))
+    ours = peers.inertias(points, np.split(clusters.assignment, np.cumsum(sizes)[:-1]))
+    np.testing.assert_allclose(ours, clusters.inertia, rtol=1e-4)
+    loops = [peers.sklearn_loop]
+    if peers.available("faiss"):
+        settings = peers.faiss_settings(points, 4, 1.01 * float(ours.sum()), None)
+        loops.append(partial(peers.faiss_loop, **settings))
+    for loop in loops:
+        np.testing.assert_allclose(peers.inertias(points, loop(points, 4, threads=1)), ours, rtol=1e-3)
+    if peers.available("superkmeans"):  # from random points: it may miss some
+        assert [len(found) for found in peers.superkmeans_loop(points, 4, 1)] == sizes.tolist()
+
+
+def test_processes_keep_order_and_raise(jobs: None) -> None:
+    from benches.turns import Processes
+
+    with Processes(2) as processes:
+        processes.give([3, 1, 2])
+        assert processes.run(sorted) == [2, 1, 3]  # dealt out: 3 and 2, 1
+        with pytest.raises(TypeError):
+            processes.run(partial(sorted, nonsense=1))
+        processes.give([])
+        assert processes.run(sorted) == []
+
+
+def test_ratios_are_medians_over_turns(jobs: None) -> None:
+    from benches.turns import Turns, in_turn
+
+    turns = Turns({"a": np.array([2.0, 30.0, 9.0]), "b.x": np.array([1.0, 10.0, 1.0]), "b.y": np.ones(3)}, {})
+    assert turns.ratio("a", "b.x") == 3.0
+    assert turns.best("b") in ("b.x", "b.y")
+    assert turns.best("c") is None
+    found = in_turn({"one": lambda: 1, "two": lambda: 2}, 3, budget=0)
+    assert found.results == {"one": 1, "two": 2}
+    assert all(len(seconds) == 1 for seconds in found.seconds.values())
+
+
+def test_labelled_data_must_be_named(jobs: None, tmp_path: Path) -> None:
+    import bench
+    from benches.shared import Bench
+
+    from msense.errors import BadInput
+
+    with pytest.raises(BadInput, match="say with --data"):
+        Bench(bench.parse(["senses"])).data("banking77")
+    with pytest.raises(BadInput, match="must name a folder that holds banking77/"):
+        Bench(bench.parse(["senses", "--data", str(tmp_path)])).data("banking77")
