@@ -1,35 +1,42 @@
 """Tokens too large for one worker: their rows' ranges in, a centroids file a token out.
 
-A token's points are cut, in corpus order, into parts that stay on several workers. Every round each worker returns
-float64 sums and counts of its parts (K x (8 D + 8) bytes a part), they are added up in part order, and the new centroids
-go back; the driver writes them down, and a later run goes on from there. A worker holds `PARTS_HELD` parts at most and
-reads others anew each round; the driver holds the sums of one round.
+A token's points are cut, in corpus order, into parts that stay on several workers. Every round each worker adds up the
+float64 sums and counts of its parts, the driver adds up those of the workers, sends out the new centroids and, while
+the workers compute, writes them down: a later run goes on from there. Each token goes round at its own pace.
+
+What that costs, for N points of width D in P parts, K senses and W workers; n = N ceil(P / W) / P are the points of the
+worker with most, u those of them that are in none of the PARTS_HELD parts it holds, B = 16,384 rows read at a time:
+
+    seconds a round    a n D K + e n D + f u (20 + 2 D) + b W (12 D + 16) K + c
+    bytes a round      to each worker 4 K D + 4 D + 8 K, from each K (8 D + 8), and some 500: no part, no block counts
+    reads, of 20 + 2 D bytes: N once and u again every round; first SEED_POINTS and some windows, in a task a token
+    memory of a worker (n - u) (2 D + 16) + 8 B D, or 12 B D where u > 0, + 24 K D, over what torch takes
+    memory of the driver 32 K D, and about 200 for each unit and part, of each token that is under way
+    memory to prepare  SEED_POINTS (6 D + 60), over what torch takes
+
+`jobs/benches/parts.py` holds it against measurement. With D = 384 on two cores of 2026: a 4e-11 s, e 1.1e-9 s,
+f 6e-10 s (from the system's cache; a disk of 200 MB/s has 5e-9), c 6 ms; b is that of the network. On a GPU a worker
+keeps points there, 2 D bytes each, where they fit, else in its own memory, whence every round moves them.
 """
 
+import logging
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from msense import kmeans, storage
-from msense.exemplars import PLACE, nearest
+from msense.part_worker import PARTS_HELD, Part, PartWorker, Places, add_up, cut, nearest_of, pieces
 from msense.runtime import Resources, Row, get, submit, track
-from msense.units import ClusterSettings, Range, as_stored, exemplar_places, read_ranges, senses_of, stored
+from msense.units import ClusterSettings, Range, as_stored, read_ranges, senses_of, stored
 
-PARTS_HELD = 4
-ROWS_AT_A_TIME = 1 << 16
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Part:
-    """A slice of one token's points, in corpus order."""
-
-    token: int
-    first_row: int  # inside the token, a multiple of kmeans.BLOCK_ROWS
-    ranges: tuple[Range, ...]
+WINDOW = 64  # rows of a unit, and as many more as chance may need, that are looked at for a token's first rows by key
 
 
 @dataclass(frozen=True)
@@ -48,164 +55,160 @@ def cluster_large(waiting: dict[int, list[Range]], settings: ClusterSettings, re
         settings: run folder and k-means settings.
         resources: how many workers.
     """
+    with part_workers(settings, resources) as workers:
+        rows = cluster_on(workers, waiting, settings, resources)
+        for _ in track("clustering: large tokens", rows, len(waiting)):
+            pass
+
+
+@contextmanager
+def part_workers(settings: ClusterSettings, resources: Resources) -> Iterator[list[Any]]:
+    """Start as many actors as there may be tasks, and end them."""
     import ray
 
-    actors = [
-        ray.remote(PartWorker)
-        .options(
-            **resources.clustering,
-            max_restarts=3,
-            max_task_retries=3,
-            scheduling_strategy="SPREAD",
-        )
-        .remote(settings)
-        for _ in range(resources.tasks)
-    ]
+    needs = {**resources.clustering, "max_restarts": 3, "max_task_retries": 3, "scheduling_strategy": "SPREAD"}
+    workers = [ray.remote(PartWorker).options(**needs).remote(settings) for _ in range(resources.tasks)]
     try:
-        for _ in track("clustering: large tokens", _waves(waiting, settings, resources, actors), len(waiting)):
-            pass
+        yield workers
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        for worker in workers:
+            ray.kill(worker)
+
+
+def cluster_on(
+    workers: Sequence[Any], waiting: dict[int, list[Range]], settings: ClusterSettings, resources: Resources
+) -> Iterator[Row]:
+    """Run rounds until every token has converged, each at its own pace; yield once a token.
+
+    A token is taken in as soon as the workers can hold its parts; one of more parts than they can hold has them alone.
+    """
+    room, load = PARTS_HELD * len(workers), [0] * len(workers)
+    coming = _prepared(waiting, settings, resources)
+    following = next(coming, None)
+    working: deque[_Token] = deque()
+    while working or following:
+        while following and (not working or sum(load) + len(following.parts) <= room):
+            working.append(_take_in(following, settings, workers, load))
+            following = next(coming, None)
+        token = working.popleft()
+        if token.close_round(settings):
+            working.append(token)
+            continue
+        for number, _, parts in token.homes:
+            load[number] -= parts
+        yield {}
+
+
+def _prepared(waiting: dict[int, list[Range]], settings: ClusterSettings, resources: Resources) -> Iterator[Prepared]:
+    """Prepare the tokens a few at a time; yield them in order."""
+    running: deque[Any] = deque()
+    for token, ranges in sorted(waiting.items()):
+        running.append(submit(prepare, token, ranges, settings, needs=resources.clustering))
+        if len(running) >= resources.tasks:
+            yield get(running.popleft())
+    while running:
+        yield get(running.popleft())
 
 
 def prepare(token: int, ranges: list[Range], settings: ClusterSettings) -> Prepared:
-    """Find a token's points (the first `max_occurrences` by key), cut them into parts, and seed it.
-
-    Reads the token's rows once; holds 8 bytes a row and the seeding points.
-    """
-    keys, range_of = [], []
-    for number, r in enumerate(ranges):
-        for start in range(r.start, r.stop, ROWS_AT_A_TIME):
-            records, _ = read_ranges(settings, [Range(r.unit, start, min(start + ROWS_AT_A_TIME, r.stop))])
-            keys.append(records["key"].copy())
-        range_of.append(np.full(r.stop - r.start, number, dtype=np.int32))
-    all_keys, all_ranges = np.concatenate(keys), np.concatenate(range_of)
-    by_key = np.argsort(all_keys, kind="stable")[: settings.max_occurrences or None]
-    # rows of a unit are in the order of their keys, so the first by key are the first of every range
-    chosen = _prefixes(ranges, all_ranges[by_key])
-    seeding = _prefixes(ranges, all_ranges[by_key[: kmeans.SEED_POINTS]])
-    records, _ = read_ranges(settings, seeding)
-    order = np.argsort(records["key"], kind="stable")
+    """Find a token's points (the first `max_occurrences` by key), cut them into parts, and seed it."""
+    chosen = _first(settings, ranges, settings.max_occurrences) if settings.max_occurrences else ranges
+    records, _ = read_ranges(settings, _first(settings, chosen, kmeans.SEED_POINTS))
+    embeddings = records["embedding"][np.argsort(records["key"], kind="stable")]
+    del records
     config = replace(settings.kmeans, k=int(senses_of(settings, np.array([token]))[0]))
-    points = stored(records["embedding"][order], settings.store_dtype)
-    state = kmeans.seed_centroids(points, token, config, device=settings.device)
+    state = kmeans.seed_centroids(stored(embeddings, settings.store_dtype), token, config, device=settings.device)
     rows = max(1, settings.max_points_per_part // kmeans.BLOCK_ROWS) * kmeans.BLOCK_ROWS
-    parts = [Part(token, first, tuple(_slice(chosen, first, first + rows))) for first in range(0, len(by_key), rows)]
+    total = sum(r.stop - r.start for r in chosen)
+    parts = [Part(token, first, tuple(cut(chosen, first, first + rows))) for first in range(0, total, rows)]
     return Prepared(tuple(parts), state)
 
 
-def _prefixes(ranges: list[Range], chosen: np.ndarray) -> list[Range]:
-    """Cut every range down to its number of chosen rows."""
-    counts = np.bincount(chosen, minlength=len(ranges)).tolist()
-    return [Range(r.unit, r.start, r.start + count) for r, count in zip(ranges, counts, strict=True) if count]
+def _first(settings: ClusterSettings, ranges: list[Range], count: int) -> list[Range]:
+    """Cut a token's ranges down to its first `count` rows by key, ties in corpus order.
+
+    Rows of a unit are in the order of their keys, and keys are random: where the cut lies in a range is nearly known.
+    Only a window of rows around is read, a wider one where it holds no cut.
+    """
+    rows = np.array([r.stop - r.start for r in ranges])
+    if count >= rows.sum():
+        return ranges
+    expected, chance = rows * (count / rows.sum()), WINDOW + 4 * np.sqrt(rows)
+    low = np.maximum(expected - chance, 0).astype(np.int64)
+    high = np.minimum(np.ceil(expected + chance), rows).astype(np.int64)
+    while True:
+        cuts = zip(ranges, low.tolist(), high.tolist(), strict=True)
+        windows = [Range(r.unit, r.start + first, r.start + last) for r, first, last in cuts]
+        keys = [records["key"].copy() for records in pieces(settings, windows)]
+        by_key = np.argsort(np.concatenate(keys), kind="stable")[: count - low.sum()]
+        taken = np.bincount(np.repeat(np.arange(len(ranges)), high - low)[by_key], minlength=len(ranges))
+        width, below, above = high - low, (taken == 0) & (low > 0), (taken == high - low) & (high < rows)
+        if not (below | above).any():
+            return _prefixes(ranges, low + taken)
+        low, high = low - np.minimum(width, low) * below, high + np.minimum(width, rows - high) * above
 
 
-def _slice(ranges: list[Range], first: int, last: int) -> Iterator[Range]:
-    """Cut rows [first, last) out of ranges laid end to end."""
-    at = 0
-    for r in ranges:
-        start, stop = max(first, at), min(last, at + r.stop - r.start)
-        if start < stop:
-            yield Range(r.unit, r.start + start - at, r.start + stop - at)
-        at += r.stop - r.start
+def _prefixes(ranges: list[Range], counts: np.ndarray) -> list[Range]:
+    """Cut every range down to its number of rows."""
+    cut = zip(ranges, counts.tolist(), strict=True)
+    return [Range(r.unit, r.start, r.start + count) for r, count in cut if count]
 
 
-class PartWorker:
-    """An actor that keeps its parts' points in memory and answers the driver's questions about them."""
+@dataclass
+class _Token:
+    """A token whose rounds are under way, as the driver sees it."""
 
-    def __init__(self, settings: ClusterSettings) -> None:
-        import torch
+    state: kmeans.BlockedState
+    homes: list[tuple[int, Any, int]]  # worker's number, reference to its parts in order, how many
+    workers: Sequence[Any]
+    given: Any = None  # reference to the state that the workers were asked with
+    asked: deque[Any] = field(default_factory=deque)
 
-        torch.set_num_threads(1)
-        self.settings = settings
-        self.held: dict[Part, tuple[Any, dict[str, np.ndarray]]] = {}
+    def ask(self) -> None:
+        """Have the workers begin a round."""
+        import ray
 
-    def partial(self, part: Part, state: kmeans.BlockedState) -> kmeans.Partial:
-        """Return sums and counts of one round."""
-        return kmeans.partial(self._points(part)[0], state, self.settings.kmeans, device=self.settings.device)
+        self.given = ray.put(self.state)
+        self.asked = deque(self.workers[w].partial.remote(parts, self.given) for w, parts, _ in self.homes)
 
-    def farthest(self, part: Part, state: kmeans.BlockedState, count: int) -> kmeans.Farthest:
-        """Return the points farthest from their centroids."""
-        points, settings = self._points(part)[0], self.settings
-        return kmeans.farthest(points, state, count, settings.kmeans, first_row=part.first_row, device=settings.device)
+    def close_round(self, settings: ClusterSettings) -> bool:
+        """Add up what the workers found and begin the next round, or write the token's file; tell if it goes on."""
+        import ray
 
-    def finish(self, part: Part, state: kmeans.BlockedState) -> tuple[kmeans.Finished, dict[str, np.ndarray]]:
-        """Return squared distances per block and sense (but not per point), and the places of the part's exemplars."""
-        points, places = self._points(part)
-        done = kmeans.finish(points, state, self.settings.kmeans, device=self.settings.device)
-        senses, rows = np.array([done.squares.shape[1]]), np.array([len(done.assignment)])
-        nearest_places = exemplar_places(
-            (done.assignment, done.distance), senses, rows, places, self.settings.exemplars
-        )
-        return replace(done, assignment=done.assignment[:0], distance=done.distance[:0]), nearest_places
-
-    def _points(self, part: Part) -> tuple[Any, dict[str, np.ndarray]]:
-        if part not in self.held:
-            if len(self.held) >= PARTS_HELD:
-                self.held.pop(next(iter(self.held)))
-            records, unit = read_ranges(self.settings, list(part.ranges))
-            places = {name: records[name].copy() for name in ("token", "row", "position")} | {"unit": unit}
-            self.held[part] = stored(np.ascontiguousarray(records["embedding"]), self.settings.store_dtype), places
-        return self.held[part]
+        total = add_up(get(self.asked.popleft()) for _ in self.homes)
+        far = None
+        if empty := int((total.counts == 0).sum()):
+            asked = [self.workers[w].farthest.remote(parts, self.given, empty) for w, parts, _ in self.homes]
+            far = kmeans.combine_farthest(get(asked), empty)
+        self.state = state = kmeans.update(self.state, total, settings.kmeans, far)
+        logger.debug("token %d: round %d, inertia %.9g", state.token_id, state.rounds, state.inertia)
+        if state.final is None:
+            self.ask()
+            _write_round(settings, state)  # while the workers compute
+            return True
+        self.given = ray.put(state)
+        _write_token(settings, state, get([self.workers[w].finish.remote(p, self.given) for w, p, _ in self.homes]))
+        return False
 
 
-def _waves(
-    waiting: dict[int, list[Range]], settings: ClusterSettings, resources: Resources, actors: list[Any]
-) -> Iterator[Row]:
-    """Work through the tokens in groups whose parts the actors can hold; yield once a token."""
-    room = PARTS_HELD * len(actors)
-    wave: dict[int, Prepared] = {}
-    for token, prepared in _prepared(waiting, settings, resources):
-        if wave and sum(len(p.parts) for p in wave.values()) + len(prepared.parts) > room:
-            yield from _cluster_wave(wave, settings, actors)
-            wave = {}
-        wave[token] = prepared
-    if wave:
-        yield from _cluster_wave(wave, settings, actors)
-
-
-def _prepared(
-    waiting: dict[int, list[Range]], settings: ClusterSettings, resources: Resources
-) -> Iterator[tuple[int, Prepared]]:
-    """Prepare the tokens a few at a time; yield them in order."""
-    running: deque[tuple[int, Any]] = deque()
-    for token, ranges in sorted(waiting.items()):
-        running.append((token, submit(prepare, token, ranges, settings, needs=resources.clustering)))
-        if len(running) >= resources.tasks:
-            first, reference = running.popleft()
-            yield first, get(reference)
-    for last, reference in running:
-        yield last, get(reference)
-
-
-def _cluster_wave(wave: dict[int, Prepared], settings: ClusterSettings, actors: list[Any]) -> Iterator[Row]:
-    """Run rounds until every token of the wave has converged; a converged token leaves the rounds."""
+def _take_in(prepared: Prepared, settings: ClusterSettings, workers: Sequence[Any], load: list[int]) -> _Token:
+    """Give a token's parts to the workers that have fewest, neighbours to the same one, and begin its rounds."""
     import ray
 
-    home = {part: actors[i % len(actors)] for i, part in enumerate(p for t in wave.values() for p in t.parts)}
-    states = {token: _resume(settings, token) or prepared.state for token, prepared in wave.items()}
-    while states:
-        asked = {}
-        for token, state in states.items():
-            given = ray.put(state)
-            asked[token] = given, [home[part].partial.remote(part, given) for part in wave[token].parts]
-        for token, (given, references) in asked.items():
-            parts = wave[token].parts
-            total = kmeans.combine(get(references))
-            far = None
-            if empty := int((total.counts == 0).sum()):
-                found = get([home[part].farthest.remote(part, given, empty) for part in parts])
-                far = kmeans.combine_farthest(found, empty)
-            state = kmeans.update(states[token], total, settings.kmeans, far)
-            if state.final is None:
-                states[token] = state
-                _write_round(settings, state)
-                continue
-            del states[token]
-            final = ray.put(state)
-            _write_token(settings, state, get([home[part].finish.remote(part, final) for part in parts]))
-            yield {}
+    before = list(load)
+    for _ in prepared.parts:
+        load[load.index(min(load))] += 1
+    counts = [after - had for after, had in zip(load, before, strict=True)]
+    stops = np.cumsum(counts).tolist()
+    homes = [
+        (worker, ray.put(prepared.parts[stop - count : stop]), count)
+        for worker, (count, stop) in enumerate(zip(counts, stops, strict=True))
+        if count
+    ]
+    state = _resume(settings, prepared.state.token_id) or prepared.state
+    token = _Token(state, homes, workers)
+    token.ask()
+    return token
 
 
 def _write_round(settings: ClusterSettings, state: kmeans.BlockedState) -> None:
@@ -235,14 +238,11 @@ def _resume(settings: ClusterSettings, token: int) -> kmeans.BlockedState | None
 
 
 def _write_token(
-    settings: ClusterSettings, state: kmeans.BlockedState, parts: list[tuple[kmeans.Finished, dict[str, np.ndarray]]]
+    settings: ClusterSettings, state: kmeans.BlockedState, parts: list[tuple[kmeans.Finished, Places]]
 ) -> None:
     """Write the centroids file of a finished token and forget its rounds."""
     assert state.final is not None
     counts, spread, inertia = kmeans.summary(state, [done for done, _ in parts])
-    places = {f"exemplar_{name}": np.concatenate([p[f"exemplar_{name}"] for _, p in parts]) for name in PLACE}
-    chosen, rank = nearest(places["exemplar_sense"], places["exemplar_distance"], settings.exemplars)
-    places = {name: column[chosen] for name, column in places.items()} | {"exemplar_rank": rank}
     arrays = {
         "tokens": np.array([state.token_id]),
         "sizes": np.array([len(counts)]),
@@ -250,7 +250,7 @@ def _write_token(
         "counts": counts,
         "spread": spread,
         "inertia": np.array([inertia]),
-        **places,
+        **nearest_of([places for _, places in parts], settings.exemplars),
     }
 
     def write(path: Path) -> None:

@@ -14,7 +14,8 @@ from msense import occurrences, storage
 from msense.errors import BadInput, MsenseError
 from msense.exemplars import nearest
 from msense.occurrences import cut_shards, cut_units, read_rows, record_type
-from msense.parts import _prefixes, _slice
+from msense.part_worker import cut
+from msense.parts import _prefixes
 from msense.run_folder import RunFolder
 from msense.runtime import Resources, guard, map_tasks, reduce_tasks, unwrap
 from msense.status import show_status
@@ -124,9 +125,9 @@ def test_stored_bits_round_trip() -> None:
 
 def test_parts_cut_ranges_without_gap() -> None:
     ranges = [Range(0, 10, 14), Range(2, 0, 3), Range(5, 7, 12)]
-    assert list(_slice(ranges, 0, 5)) == [Range(0, 10, 14), Range(2, 0, 1)]
-    assert list(_slice(ranges, 5, 12)) == [Range(2, 1, 3), Range(5, 7, 12)]
-    assert _prefixes(ranges, np.array([2, 0, 0])) == [Range(0, 10, 12), Range(5, 7, 8)]
+    assert list(cut(ranges, 0, 5)) == [Range(0, 10, 14), Range(2, 0, 1)]
+    assert list(cut(ranges, 5, 12)) == [Range(2, 1, 3), Range(5, 7, 12)]
+    assert _prefixes(ranges, np.array([2, 0, 1])) == [Range(0, 10, 12), Range(5, 7, 8)]
 
 
 @pytest.mark.usefixtures("ray")

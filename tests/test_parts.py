@@ -1,0 +1,241 @@
+"""Large tokens in parts: what is read, what travels, and the same bytes however the work is cut and shared out."""
+
+import math
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from msense import kmeans, part_worker, parts, storage
+from msense.clustering import cluster_shard
+from msense.kmeans import KMeansConfig
+from msense.occurrences import read_rows, record_type
+from msense.part_worker import Part, PartWorker, _exact, add_up, cut
+from msense.run_folder import RunFolder
+from msense.runtime import Resources
+from msense.units import ClusterSettings, Range, stored
+
+DIM, TOKENS, ROWS = 8, (3, 5), 5000
+
+
+def write_run(folder: Path, rows: int = ROWS, units: int = 3) -> ClusterSettings:
+    """A run folder with two large tokens in every unit, and a K for each in its file of senses."""
+    run, rng = RunFolder(str(folder)), np.random.default_rng(0)
+    settings = ClusterSettings(run, DIM, "float16", 0, 1024, 3, KMeansConfig(k=4, max_rounds=12), True, "cpu")
+    centres = rng.normal(size=(12, DIM)) * 4
+    for unit in range(units):
+        records = np.zeros(rows // units * len(TOKENS), record_type(DIM))
+        records["token"] = np.repeat(TOKENS, rows // units)
+        records["key"] = rng.integers(0, 1 << 14, len(records))  # with ties
+        records["row"], records["position"] = np.arange(len(records)), rng.integers(0, 99, len(records))
+        values = centres[rng.integers(0, 12, len(records))] + rng.normal(size=(len(records), DIM))
+        records["embedding"] = values.astype(np.float16).view(np.uint16)
+        records[:] = records[np.lexsort((records["key"], records["token"]))]
+        run.publish(run.unit_file(unit), lambda path, records=records: path.write_bytes(records.data) and None)
+    senses = np.zeros(9, np.int64)
+    senses[list(TOKENS)] = 7, 11
+    borders = np.arange(10) * len(records) // 9
+    borders[:] = [0, 0, 0, 0, *[rows // units] * 2, *[len(records)] * 4]
+    index = {"offsets": np.stack([borders] * units)}
+    run.publish(run.senses, lambda path: storage.save_arrays(path, {"senses": senses}))
+    run.publish(run.offsets, lambda path: storage.save_arrays(path, index))
+    return settings
+
+
+def waiting(rows: int = ROWS, units: int = 3) -> dict[int, list[Range]]:
+    own = rows // units
+    return {
+        token: [Range(unit, number * own, (number + 1) * own) for unit in range(units)]
+        for number, token in enumerate(TOKENS)
+    }
+
+
+def token_files(settings: ClusterSettings) -> dict[int, bytes]:
+    """Take the files of the large tokens away, and return what was in them."""
+    found = {token: Path(settings.run.token_file(token)) for token in TOKENS}
+    data = {token: path.read_bytes() for token, path in found.items()}
+    assert sorted(p.name for p in Path(settings.run.centroids).iterdir()) == sorted(
+        name for path in found.values() for name in (path.name, path.name + storage.MARKER)
+    )  # no round is left
+    for path in found.values():
+        path.unlink()
+    return data
+
+
+@pytest.mark.usefixtures("ray")
+def test_workers_and_parts_do_not_matter_on_ray(tmp_path: Path) -> None:
+    settings, found = write_run(tmp_path), []
+    for workers, points in ((1, 1024), (2, 2048)):  # five parts of each token on one worker; three on two
+        own = replace(settings, max_points_per_part=points)
+        parts.cluster_large(waiting(), own, Resources(actors=workers, tasks=workers, device="cpu"))
+        found.append(token_files(own))
+    assert found[0] == found[1]
+    sizes = {}
+    for token, data in found[0].items():
+        (tmp_path / "found").write_bytes(data)
+        sizes[token] = int(storage.load_arrays(str(tmp_path / "found"))["sizes"][0])
+    assert sizes == {3: 7, 5: 11}
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("cap", [0, 3000])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_parts_give_what_a_token_in_one_piece_gives(
+    tmp_path: Path, cap: int, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = write_run(tmp_path)
+    config = replace(settings.kmeans, metric=metric)
+    settings = replace(settings, kmeans=config, max_occurrences=cap)
+    found = []
+    for workers, points, held in ((1, 1024, 4), (2, 1024, 1), (3, 2048, 4), (2, 4096, 2)):
+        monkeypatch.setattr(part_worker, "PARTS_HELD", held)
+        monkeypatch.setattr(parts, "PARTS_HELD", held)
+        own = replace(settings, max_points_per_part=points)
+        parts.cluster_large(waiting(), own, Resources(actors=workers, tasks=workers, device="cpu"))
+        found.append(token_files(own))
+    assert all(files == found[0] for files in found)
+    whole = replace(settings, max_points_per_part=ROWS)
+    for token in TOKENS:
+        cluster_shard({"shard": token, "first": token, "last": token + 1}, whole)
+        in_one = storage.load_arrays(settings.run.shard_file(token))
+        (tmp_path / "found").write_bytes(found[0][token])
+        for name, array in storage.load_arrays(str(tmp_path / "found")).items():
+            np.testing.assert_array_equal(array, in_one[name], err_msg=name)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Rows read from unit files, by part_worker and by all else."""
+    rows: Counter[str] = Counter()
+
+    def count(name: str) -> Callable[..., np.ndarray]:
+        def read(uri: str, dim: int, start: int, stop: int) -> np.ndarray:
+            rows[name] += stop - start
+            return read_rows(uri, dim, start, stop)
+
+        return read
+
+    monkeypatch.setattr(part_worker, "read_rows", count("pieces"))
+    monkeypatch.setattr("msense.units.read_rows", count("ranges"))
+    return rows
+
+
+def test_a_token_is_prepared_from_its_first_points_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counter[str]
+) -> None:
+    settings = write_run(tmp_path, 60_000)
+    monkeypatch.setattr(kmeans, "SEED_POINTS", 2000)
+    prepared = parts.prepare(3, waiting(60_000)[3], settings)
+    assert counted["ranges"] == 2000
+    assert counted["pieces"] < 4500  # of 60,000 rows, to find where the first 2000 end
+    assert sum(r.stop - r.start for part in prepared.parts for r in part.ranges) == 60_000
+    assert len(prepared.state.centroids) == 7
+
+
+def test_rows_of_parts_that_are_held_are_read_once(tmp_path: Path, counted: Counter[str]) -> None:
+    settings = write_run(tmp_path, 6 * 1024)
+    prepared = parts.prepare(3, waiting(6 * 1024)[3], settings)
+    worker, counted["pieces"] = PartWorker(settings), 0
+    assert len(prepared.parts) == part_worker.PARTS_HELD + 2
+    for number in (1, 2, 3):
+        worker.partial(prepared.parts, prepared.state)
+        assert counted["pieces"] == (6 + 2 * (number - 1)) * 1024
+        assert list(worker.held) == list(prepared.parts[: part_worker.PARTS_HELD])
+    far = worker.farthest(prepared.parts, prepared.state, 3)
+    assert (np.diff(far.distance) <= 0).all()
+    state = kmeans.update(prepared.state, worker.partial(prepared.parts, prepared.state), KMeansConfig(max_rounds=1))
+    worker.finish(prepared.parts, state)
+    assert not worker.held
+
+
+def test_what_travels_does_not_grow_with_the_points(tmp_path: Path) -> None:
+    settings = write_run(tmp_path, 30 * 1024)
+    sizes = []
+    for points in (2, 30):
+        prepared = parts.prepare(3, list(cut(waiting(30 * 1024)[3], 0, points * 1024)), settings)
+        worker, state = PartWorker(settings), prepared.state
+        told = [pickle.dumps(worker.partial(prepared.parts, state), 5)]
+        total = worker.partial(prepared.parts, state)
+        state = kmeans.update(state, total, replace(settings.kmeans, max_rounds=1))
+        done, places = worker.finish(prepared.parts, state)
+        sizes.append([*map(len, told), len(total.inertia), len(done.squares), len(places["exemplar_rank"])])
+    (few, few_inertia, few_squares, few_places), (many, many_inertia, many_squares, many_places) = sizes
+    assert abs(many - few) <= 40
+    assert max(few_inertia, many_inertia, few_squares, many_squares) <= 4
+    assert few_places == many_places == 3 * 7
+    assert many < 7 * (8 * DIM + 8) + 1000
+
+
+FLOATS = st.lists(st.floats(0, 1e30), min_size=1, max_size=60)
+
+
+@given(FLOATS, FLOATS)
+def test_a_few_numbers_stand_for_an_exact_sum(first: list[float], second: list[float]) -> None:
+    few = [*_exact(np.array(first)), *_exact(np.array(second))]
+    assert math.fsum(few) == math.fsum([*first, *second])
+    assert len(_exact(np.array(first * 50))) <= 40
+
+
+UNITS = st.lists(st.tuples(st.integers(1, 1500), st.integers(1, 2000), st.integers(0, 2000)), min_size=1, max_size=4)
+
+
+@hypothesis_settings(deadline=None, max_examples=60)
+@given(UNITS, st.floats(0, 1.1))
+def test_first_rows_by_key_are_found_from_windows(units: list[tuple[int, int, int]], share: float) -> None:
+    """Also where keys are not spread evenly, so that windows have to grow: n keys of a unit lie in [low, low + width)."""
+    rng = np.random.default_rng(0)
+    keys = [np.sort(rng.integers(low, low + width, n).astype(np.uint64)) for n, width, low in units]
+    count = int(share * sum(map(len, keys)))
+
+    def read(_: object, ranges: list[Range]) -> list[np.ndarray]:
+        return [keys[r.unit][r.start : r.stop].view([("key", "<u8")]) for r in ranges]
+
+    ranges = [Range(unit, 0, len(k)) for unit, k in enumerate(keys)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "pieces", read)
+        patch.setattr(parts, "WINDOW", 1)
+        found = parts._first(None, ranges, count)
+    chosen = np.argsort(np.concatenate(keys), kind="stable")[:count]
+    number = np.repeat(np.arange(len(keys)), [len(k) for k in keys])[chosen]
+    assert {r.unit: (r.start, r.stop) for r in found} == {u: (0, n) for u, n in Counter(number.tolist()).items()}
+
+
+def test_parts_go_to_the_workers_that_have_fewest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.put", lambda value: value)
+    monkeypatch.setattr(parts._Token, "ask", lambda self: None)
+    settings, load = write_run(tmp_path), [2, 0, 1]
+    state = kmeans.BlockedState(3, *[np.zeros(1)] * 3)
+    made = [Part(3, 1024 * number, ()) for number in range(5)]
+    token = parts._take_in(parts.Prepared(tuple(made), state), settings, "abc", load)
+    assert [(worker, [p.first_row // 1024 for p in own], count) for worker, own, count in token.homes] == [
+        (0, [0], 1),
+        (1, [1, 2, 3], 3),
+        (2, [4], 1),
+    ]
+    assert load == [3, 3, 2]
+
+
+def test_sums_of_any_grouping_are_those_of_the_whole(tmp_path: Path) -> None:
+    settings = write_run(tmp_path)
+    prepared = parts.prepare(5, waiting()[5], settings)
+    whole = PartWorker(settings).partial(prepared.parts, prepared.state)
+    for at in range(1, len(prepared.parts)):
+        two = [PartWorker(settings).partial(p, prepared.state) for p in (prepared.parts[:at], prepared.parts[at:])]
+        total = add_up(iter(two))
+        np.testing.assert_array_equal(total.sums, whole.sums)
+        np.testing.assert_array_equal(total.counts, whole.counts)
+        assert math.fsum(total.inertia) == math.fsum(whole.inertia)
+    rows = [
+        record for r in waiting()[5] for record in [read_rows(settings.run.unit_file(r.unit), DIM, r.start, r.stop)]
+    ]
+    points = stored(np.ascontiguousarray(np.concatenate(rows)["embedding"]), "float16")
+    plain = kmeans.partial(points, prepared.state, settings.kmeans)
+    np.testing.assert_array_equal(plain.sums, whole.sums)
+    assert math.fsum(plain.inertia) == math.fsum(whole.inertia)
