@@ -6,7 +6,7 @@ small results, scattered over the heap, would otherwise hold on to as much memor
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -63,6 +63,10 @@ class PartWorker:
         torch.set_num_threads(1)
         self.settings = settings
         self.held: dict[Part, tuple[Any, Places]] = {}
+
+    def do(self, work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - whatever the work takes and gives
+        """Do other work with this worker's settings."""
+        return work(*arguments, self.settings)
 
     def partial(self, parts: Sequence[Part], state: kmeans.BlockedState) -> kmeans.Partial:
         """Return sums, counts and inertia of one round."""

@@ -9,10 +9,10 @@ worker with most, u those of them that are in none of the PARTS_HELD parts it ho
 
     seconds a round    a n D K + e n D + f u (20 + 2 D) + b W (12 D + 16) K + c
     bytes a round      to each worker 4 K D + 4 D + 8 K, from each K (8 D + 8), and some 500: no part, no block counts
-    reads, of 20 + 2 D bytes: N once and u again every round; first SEED_POINTS and some windows, in a task a token
+    reads, of 20 + 2 D bytes: N once and u again every round; first SEED_POINTS and some windows
     memory of a worker (n - u) (2 D + 16) + 8 B D, or 12 B D where u > 0, + 24 K D, over what torch takes
     memory of the driver 32 K D, and about 200 for each unit and part, of each token that is under way
-    memory to prepare  SEED_POINTS (6 D + 60), over what torch takes
+    of it to prepare a token: SEED_POINTS (6 D + 60) more
 
 `jobs/benches/parts.py` holds it against measurement. With D = 384 on two cores of 2026: a 4e-11 s, e 1.1e-9 s,
 f 6e-10 s (from the system's cache; a disk of 200 MB/s has 5e-9), c 6 ms; b is that of the network. On a GPU a worker
@@ -31,7 +31,7 @@ import numpy as np
 
 from msense import kmeans, storage
 from msense.part_worker import PARTS_HELD, Part, PartWorker, Places, add_up, cut, nearest_of, pieces
-from msense.runtime import Resources, Row, get, submit, track
+from msense.runtime import Resources, Row, get, track
 from msense.units import ClusterSettings, Range, as_stored, read_ranges, senses_of, stored
 
 logger = logging.getLogger(__name__)
@@ -56,18 +56,18 @@ def cluster_large(waiting: dict[int, list[Range]], settings: ClusterSettings, re
         resources: how many workers.
     """
     with part_workers(settings, resources) as workers:
-        rows = cluster_on(workers, waiting, settings, resources)
+        rows = cluster_on(workers, waiting, settings)
         for _ in track("clustering: large tokens", rows, len(waiting)):
             pass
 
 
 @contextmanager
 def part_workers(settings: ClusterSettings, resources: Resources) -> Iterator[list[Any]]:
-    """Start as many actors as there may be tasks, and end them."""
+    """Start as many actors as may cluster at a time, and end them."""
     import ray
 
     needs = {**resources.clustering, "max_restarts": 3, "max_task_retries": 3, "scheduling_strategy": "SPREAD"}
-    workers = [ray.remote(PartWorker).options(**needs).remote(settings) for _ in range(resources.tasks)]
+    workers = [ray.remote(PartWorker).options(**needs).remote(settings) for _ in range(resources.clusterers)]
     try:
         yield workers
     finally:
@@ -75,15 +75,13 @@ def part_workers(settings: ClusterSettings, resources: Resources) -> Iterator[li
             ray.kill(worker)
 
 
-def cluster_on(
-    workers: Sequence[Any], waiting: dict[int, list[Range]], settings: ClusterSettings, resources: Resources
-) -> Iterator[Row]:
+def cluster_on(workers: Sequence[Any], waiting: dict[int, list[Range]], settings: ClusterSettings) -> Iterator[Row]:
     """Run rounds until every token has converged, each at its own pace; yield once a token.
 
     A token is taken in as soon as the workers can hold its parts; one of more parts than they can hold has them alone.
     """
     room, load = PARTS_HELD * len(workers), [0] * len(workers)
-    coming = _prepared(waiting, settings, resources)
+    coming = _prepared(waiting, workers)
     following = next(coming, None)
     working: deque[_Token] = deque()
     while working or following:
@@ -99,12 +97,12 @@ def cluster_on(
         yield {}
 
 
-def _prepared(waiting: dict[int, list[Range]], settings: ClusterSettings, resources: Resources) -> Iterator[Prepared]:
-    """Prepare the tokens a few at a time; yield them in order."""
+def _prepared(waiting: dict[int, list[Range]], workers: Sequence[Any]) -> Iterator[Prepared]:
+    """Have the workers, which hold all GPUs, prepare tokens, one each at a time; yield them in order."""
     running: deque[Any] = deque()
-    for token, ranges in sorted(waiting.items()):
-        running.append(submit(prepare, token, ranges, settings, needs=resources.clustering))
-        if len(running) >= resources.tasks:
+    for number, (token, ranges) in enumerate(sorted(waiting.items())):
+        running.append(workers[number % len(workers)].do.remote(prepare, token, ranges))
+        if len(running) >= len(workers):
             yield get(running.popleft())
     while running:
         yield get(running.popleft())

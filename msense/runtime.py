@@ -216,11 +216,11 @@ def run_task(work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> 
     return get(ray.remote(work).options(num_cpus=TASK_CPUS, num_gpus=int(device == "cuda")).remote(*arguments))
 
 
-def submit(work: Callable[..., Any], *arguments: Any, needs: dict[str, float] | None = None) -> Any:  # noqa: ANN401 - an ObjectRef
-    """Start one task, for which Ray sets aside what it `needs`, and return a reference to its result."""
+def submit(work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - an ObjectRef
+    """Start one task and return a reference to its result."""
     import ray
 
-    return ray.remote(work).options(**(needs or {"num_cpus": TASK_CPUS})).remote(*arguments)
+    return ray.remote(work).options(num_cpus=TASK_CPUS).remote(*arguments)
 
 
 def get(reference: Any) -> Any:  # noqa: ANN401 - what the task returned

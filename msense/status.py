@@ -29,7 +29,7 @@ def show_status(run: str) -> None:
     rows.append(("corpus", " ".join(manifest["corpus"])))
     finished = storage.read_json(folder.finished)
     stages = finished["stages"] if finished else {}
-    for name, count in _counts(folder, not isinstance(manifest["config"]["senses"], int)).items():
+    for name, count in _counts(folder, not isinstance(manifest.get("config", {}).get("senses", 0), int)).items():
         rows.append((name, f"done, {stages[name]['seconds']:,.1f} s" if name in stages else count))
     rows.append(("dictionary", folder.dictionary if finished else "not yet; the build's command goes on from here"))
     if finished:

@@ -172,7 +172,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         "reduce_tasks": reduce,
         "run_task": lambda work, *arguments, device="cpu": work(*arguments),
-        "submit": lambda work, *arguments, needs=None: work(*arguments),
+        "submit": lambda work, *arguments: work(*arguments),
         "get": lambda value: value,
     }
     for module in (build, clustering, estimate, exemplars, parts, passages, plan, resume, senses):
