@@ -55,6 +55,7 @@ class Clusters:
 
     A centroid is the mean (under "cosine" the mean scaled to length 1) of exactly the points assigned to it. They were
     assigned to the nearest centroid of the round before, so near a border a point may be a hair closer to another.
+    (In a token of few points a cluster, single points may have moved on since, where that lowers the inertia.)
     """
 
     sizes: NDArray[np.int64]  # [T] senses of each token
@@ -131,10 +132,7 @@ def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, a
         MsenseError: a value is NaN or infinite; names the token.
     """
     view = as_points(points)
-    if len(sizes) != len(token_ids) or int(sizes.sum()) != len(view) or (len(sizes) and int(sizes.min()) < 0):
-        raise BadInput(
-            f"{len(sizes)} sizes of sum {int(sizes.sum())} do not fit {len(token_ids)} token ids and {len(view)} points"
-        )
+    _check_sizes(view, sizes, token_ids)
     if threads < 1:
         raise BadInput(f"threads is {threads}, but must be 1 or more")
     k = _checked_senses(senses, token_ids, config)
@@ -159,6 +157,13 @@ def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, a
         jobs += [bind(_cluster_batch, task, tokens, width) for tokens, width in _batches(task, widths)]
         pool.map(lambda job: job(), jobs)
     return _without_gaps(task)
+
+
+def _check_sizes(view: torch.Tensor, sizes: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+    if len(sizes) != len(token_ids) or int(sizes.sum()) != len(view) or (len(sizes) and int(sizes.min()) < 0):
+        raise BadInput(
+            f"{len(sizes)} sizes of sum {int(sizes.sum())} do not fit {len(token_ids)} token ids and {len(view)} points"
+        )
 
 
 def _checked_senses(

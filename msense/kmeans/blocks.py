@@ -2,7 +2,7 @@
 
 In: some rows of the token, and its state. Out: sums and counts that add up, the next state, final results; none depends
 on how the blocks are cut into parts while rows x largest |value| stays under 2^29 (see `read_points`). The rounds are
-`partial`, `combine`, (`farthest`,) `update`; then `finish`. Holds one block in float32.
+`partial`, `combine`, (`farthest`,) `update`; then `finish`. Holds a block twice in float32 and once in float64.
 """
 
 import math

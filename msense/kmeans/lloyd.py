@@ -56,9 +56,10 @@ def lloyd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run Lloyd's algorithm on a batch of B tokens of n points (padding included, where `table` is 0).
 
-    Where clusters have but two points on average, Lloyd's rounds end in poor optima, which points then leave one by one:
-    the move that lowers a token's inertia most, while it does so by more than `config.tol`. This is Hartigan's method
-    (Telgarsky and Vattani, Hartigan's Method: k-means Clustering without Voronoi, AISTATS 2010). It needs inner products.
+    Where clusters have but two points on average, Lloyd's rounds end in poor optima, which points then leave one by
+    one: the move that lowers a token's inertia most, while it does so by more than `config.tol`. This is Hartigan's
+    method (Telgarsky and Vattani, Hartigan's Method: k-means Clustering without Voronoi, AISTATS 2010). It needs inner
+    products.
 
     A round needs the inner products of summed clusters and points. If the rows of `table` are points, it multiplies
     them by the sums that have changed. If they are inner products with all points, their sums are those products, and
@@ -217,7 +218,7 @@ def _exchanged(
     own: torch.Tensor,
     config: KMeansConfig,
 ) -> torch.Tensor:
-    """Move single points of B tokens, those `at` int64 [B] in `table`, to other clusters; takes and returns clusters."""
+    """Move single points of B tokens, those `at` int64 [B] in `table`, to other clusters; returns the clusters."""
     result, place, k = own.clone(), torch.arange(len(at), device=at.device), unused.shape[1]
     sums, counts = sum_rows(table[at], own, k), unused.new_zeros(unused.shape, dtype=torch.float32)
     counts.scatter_add_(1, own, mask.float())

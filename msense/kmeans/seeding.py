@@ -2,7 +2,7 @@
 
 In: points [N, D] as stored, token ids, settings. Out: blocks of float32 values, tokens of few distinct points, rows to
 start from. Every draw is a hash of (seed, token id, step, candidate): a token's seeds depend on no other token, nor on
-the order of work. Holds about 40 bytes a row, one block of values and candidates x points distances.
+the order of work. Holds about 40 bytes a row, HELD_FLOATS of a large token's values, candidates x points distances.
 """
 
 import math
@@ -143,8 +143,8 @@ def draws(
 ) -> NDArray[np.float64]:
     """Uniform numbers in (0, 1) for greedy k-means++: float64 [T, K, L], L candidates at each of K steps.
 
-    Each number is a hash of (seed, run, token id, step, candidate) and of nothing else. L is 2 + floor(ln K), as Arthur and
-    Vassilvitskii (2007) and scikit-learn have it.
+    Each number is a hash of (seed, run, token id, step, candidate) and of nothing else. L is 2 + floor(ln K), as
+    Arthur and Vassilvitskii (2007) and scikit-learn have it.
 
     Args:
         token_ids: int64 [T].
