@@ -152,7 +152,7 @@ def few_shot(parts: dict[str, Read], values: dict[str, np.ndarray], labels: dict
 
 def _pooled(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Mean of each passage's embeddings, at length 1: float32 [P, D]."""
-    mean = np.add.reduceat(values, offsets[:-1], axis=0) / np.diff(offsets)[:, None]
+    mean = np.add.reduceat(values, offsets[:-1], axis=0) / np.diff(offsets).astype(np.float32)[:, None]
     return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True))
 
 

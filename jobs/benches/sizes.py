@@ -3,7 +3,8 @@
 In: made-up points, mixtures of twice K normal distributions that overlap, whose variance falls from one component to
 the next as that of embeddings does. Out: a table, and each cell's ratios: peers' times over ours, and our inertia over
 theirs. FAISS has as many runs and iterations as bring its inertia near ours; all cores for everybody, and what is
-fastest for a library counts. Holds the points of a cell as float16 and float32 here, and as float32 in other processes.
+fastest for a library counts. A slow library has only some of a cell's tokens, and its time for all is taken to be in
+proportion. Holds the points of a cell as float16 and float32 here, and as float32 in other processes.
 """
 
 import logging
@@ -19,7 +20,7 @@ from benches.clustering import GOOD_ENOUGH, over_limit
 from benches.peers import available, faiss_loop, faiss_settings, inertias, sklearn_loop, superkmeans_loop
 from benches.shared import Bench, Figures, Tokens
 from benches.turns import Processes, Turns, in_turn
-from msense.kmeans import KMeansConfig, cluster_tokens
+from msense.kmeans import Clusters, KMeansConfig, cluster_tokens
 
 logger = logging.getLogger("msense.bench")
 
@@ -28,9 +29,12 @@ CELL_BYTES = 2e9  # of float16 and float32 points
 CELL_SECONDS = 0.5  # of our work
 PROBE_VALUES = 4e6  # what is clustered to see how long a cell takes
 MOST_VALUES, MOST_TOKENS = 6e7, 1000
+PEER_SECONDS = 0.7  # of a library's loop; a slower library has fewer of the tokens, at least one
+SLOW = 1.5  # seconds of one token that are taken once
 TURNS, TURN_SECONDS = 3, 3.0
 SEPARATION = 2.0  # of the distributions' means, in their own deviations
 Loop = Callable[..., list[np.ndarray]]
+Shape = tuple[int, int, int]  # points of a token, K, D
 
 
 def sizes(bench: Bench) -> Figures:
@@ -40,10 +44,15 @@ def sizes(bench: Bench) -> Figures:
         name: loop for name, loop in (("faiss", faiss_loop), ("superkmeans", superkmeans_loop)) if available(name)
     }
     figures: Figures = {}
+    warm = [np.random.default_rng(0).standard_normal((64, 8), dtype=np.float32)] * bench.workers
     logger.info(
         "cell (tokens): peers' seconds over ours; our inertia over theirs; over the bare products of the rounds"
     )
     with Processes(bench.workers) as processes:
+        processes.give(warm)
+        for loop in loops.values():
+            loop(warm, 4)
+            processes.run(partial(loop, k=4, threads=1))
         for n, k, dim in product(SIZES, SENSES, WIDTHS):
             if k < n and 6 * n * dim <= CELL_BYTES:
                 found = cell((n, k, dim), loops, processes, bench.workers)
@@ -62,33 +71,56 @@ def mixture(tokens: int, n: int, k: int, dim: int) -> Tokens:
     return Tokens(np.arange(tokens), np.full(tokens, n), points.reshape(-1, dim))
 
 
-def cell(shape: tuple[int, int, int], loops: dict[str, Loop], processes: Processes, workers: int) -> Figures:
-    """Time one size of tokens: points, senses, width."""
-    n, k, dim = shape
-
-    def ours(tokens: Tokens, threads: int = workers) -> Any:  # noqa: ANN401 - Clusters
-        return cluster_tokens(tokens.points, tokens.sizes, tokens.ids, KMeansConfig(k=k), threads=threads)
-
-    probe = mixture(int(np.clip(PROBE_VALUES / (n * dim), 1, MOST_TOKENS)), n, k, dim)
-    ours(probe)
-    began = time.perf_counter()
-    ours(probe)
-    wanted = len(probe.ids) * CELL_SECONDS / (time.perf_counter() - began)
-    count = int(np.clip(wanted, 1, max(1, min(MOST_TOKENS, MOST_VALUES / (n * dim)))))
-    tokens = mixture(count, n, k, dim)
-    arrays, clusters = tokens.arrays(), ours(tokens)
-    processes.give(arrays if count > 1 else [])
+def cell(shape: Shape, loops: dict[str, Loop], processes: Processes, workers: int) -> Figures:
+    """Time tokens of one size."""
+    tokens, ours = _fitting(shape, workers), partial(_ours, k=shape[1], threads=workers)
+    arrays, inertia, k = tokens.arrays(), ours(tokens).inertia, shape[1]
+    processes.give(arrays)
     ways: dict[str, Callable[[], Any]] = {"kernel": partial(ours, tokens)}
+    had: dict[str, int] = {}  # tokens of each way
+    once: dict[str, tuple[float, list[np.ndarray]]] = {}
     for name, loop in loops.items():
-        settings = _settings(name, arrays, k, clusters.inertia)
-        ways[f"{name}.default"] = partial(loop, arrays, k, **settings)
-        if count > 1:
-            ways[f"{name}.processes"] = partial(processes.run, partial(loop, k=k, threads=1, **settings))
+        settings = _settings(name, arrays, k, inertia)
+        began = time.perf_counter()
+        found = loop(arrays[:1], k, **settings)
+        seconds = time.perf_counter() - began
+        if seconds > SLOW:
+            once[name] = seconds, found
+            continue
+        each = int(np.clip(PEER_SECONDS / seconds, 1, max(1, len(arrays) // workers)))
+        ways[f"{name}.default"] = partial(loop, arrays[:each], k, **settings)
+        had[f"{name}.default"] = each
+        if each * workers <= len(arrays):
+            ways[f"{name}.processes"] = partial(processes.run, partial(_first, loop, each, k=k, threads=1, **settings))
+            had[f"{name}.processes"] = each * workers
     turns = in_turn(ways, TURNS, TURN_SECONDS)
-    figures = _told(turns, loops, arrays, clusters.inertia.sum())
+    for way, count in had.items():
+        turns.seconds[way] *= len(arrays) / count
+    for name, (seconds, found) in once.items():
+        turns.seconds[name], turns.results[name] = np.array([seconds * len(arrays)]), found
+    figures = _told(turns, loops, arrays, inertia)
     figures["over_limit"] = over_limit(tokens, k, TURNS, TURN_SECONDS)
-    logger.info("n %d, K %d, D %d (%d): %s", n, k, dim, count, ", ".join(f"{a} {b:.3g}" for a, b in figures.items()))
+    told = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
+    logger.info("n %d, K %d, D %d (%d): %s", *shape, len(arrays), told)
     return figures
+
+
+def _ours(tokens: Tokens, k: int, threads: int) -> Clusters:
+    return cluster_tokens(tokens.points, tokens.sizes, tokens.ids, KMeansConfig(k=k), threads=threads)
+
+
+def _first(loop: Loop, count: int, points: list[np.ndarray], **options: Any) -> list[np.ndarray]:  # noqa: ANN401 - the loop's
+    """Have a process look at the first of its tokens only."""
+    return loop(points[:count], **options)
+
+
+def _fitting(shape: Shape, workers: int) -> Tokens:
+    """Make as many tokens as keep us busy for a while."""
+    n, k, dim = shape
+    probe = mixture(int(np.clip(PROBE_VALUES / (n * dim), 1, MOST_TOKENS)), *shape)
+    timed = in_turn({"kernel": partial(_ours, probe, k, workers)}, 2)
+    wanted = len(probe.ids) * CELL_SECONDS / float(timed.seconds["kernel"].min())
+    return mixture(int(np.clip(wanted, 1, max(1, min(MOST_TOKENS, MOST_VALUES / (n * dim))))), *shape)
 
 
 def _settings(name: str, arrays: list[np.ndarray], k: int, ours: np.ndarray) -> dict[str, Any]:
@@ -99,10 +131,12 @@ def _settings(name: str, arrays: list[np.ndarray], k: int, ours: np.ndarray) -> 
     return faiss_settings(arrays[some], k, GOOD_ENOUGH * float(ours[some].sum()), None, seconds=TURN_SECONDS)
 
 
-def _told(turns: Turns, loops: dict[str, Loop], arrays: list[np.ndarray], ours: float) -> Figures:
+def _told(turns: Turns, loops: dict[str, Loop], arrays: list[np.ndarray], ours: np.ndarray) -> Figures:
     figures: Figures = {}
     for name in loops:
         best = turns.best(name) or ""
-        figures[f"vs_{name}"] = turns.ratio(best, "kernel")
-        figures[f"inertia_vs_{name}"] = ours / float(inertias(arrays, turns.results[best]).sum())
+        found = turns.results[best]  # of the first tokens: processes have them dealt out by turns
+        theirs = inertias(arrays[: len(found)], found).sum()
+        figures[f"vs_{name}"] = float(np.median(turns.seconds[best]) / np.median(turns.seconds["kernel"]))
+        figures[f"inertia_vs_{name}"] = float(ours[: len(found)].sum() / theirs)
     return figures
