@@ -1,6 +1,7 @@
 """Markov clustering: the clusters are those of the package `markov-clustering`, and K follows the paper's rule."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
+from threadpoolctl import threadpool_limits
 
 from msense import mcl
 from msense.errors import BadInput, MsenseError
@@ -16,6 +18,16 @@ from msense.mcl import MclConfig, markov_clusters, mcl_senses
 
 Matrix = np.ndarray[Any, Any]
 Clusters = list[tuple[int, ...]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The package's many small products in two threads crawl on a machine that does something else as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -28,7 +40,7 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def package(similarity: Matrix, config: MclConfig | None = None) -> Clusters:
-    """What the package finds; `parts` of the mcl module, as the package itself imports a drawing library."""
+    """What the package finds."""
     package = pytest.importorskip("markov_clustering.mcl")
     config = config or MclConfig()
     flow = package.run_mcl(

@@ -23,7 +23,7 @@ from tiny import assert_same, exemplars, make
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
 from transformers import BertModel
 
-from msense import SenseDictionary, kmeans, occurrences, parts, runtime, tokens
+from msense import SenseDictionary, kmeans, occurrences, part_worker, runtime, tokens
 from msense.build import build_dictionary
 from msense.config import BuildConfig
 from msense.corpus import cut_pieces, list_files
@@ -366,7 +366,7 @@ CORPORA = st.builds(random_corpus, st.integers(0, 999), st.integers(1, 3), st.in
 CHOICES = {"max_occurrences": [0, 7, 60], "dedup": [True, False], "stride": [0, 3], "max_length": [12, 40]}
 CHOICES |= {"metric": ["l2", "dot", "cosine"], "special_tokens": ["include", "exclude"], "seed": [0, 1]}
 SETTINGS = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in CHOICES.items()})
-SMALL = [(tokens, "BLOCK_TOKENS", 100), (parts, "ROWS_AT_A_TIME", 10)]
+SMALL = [(tokens, "BLOCK_TOKENS", 100), (part_worker, "BLOCKS_AT_A_TIME", 2)]
 SMALL += [(occurrences, name, (3000, 3000)) for name in ("UNIT_BYTES", "SHARD_BYTES")]
 SMALL += [(module, "BLOCK_ROWS", 16) for module in (kmeans, blocks, batches, seeding)]
 FIXED = {"dtype": "float32", "senses": 3, "keep": ("passages", "occurrences")}
