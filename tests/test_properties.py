@@ -300,9 +300,10 @@ def out_of_order(patch: pytest.MonkeyPatch, rng: random.Random) -> None:
     """Let finished work come in any order, and results be merged in any order and grouping."""
 
     def shuffled(function: Callable, place: int) -> Callable:
-        def call(*given: Any) -> Iterator[dict]:  # noqa: ANN401 - handed on
+        def call(*given: Any, **needs: Any) -> Iterator[dict]:  # noqa: ANN401 - handed on
             items = rng.sample(given[place], len(given[place]))
-            yield from sorted(function(*given[:place], items, *given[place + 1 :]), key=lambda _: rng.random())
+            done = function(*given[:place], items, *given[place + 1 :], **needs)
+            yield from sorted(done, key=lambda _: rng.random())
 
         return call
 
