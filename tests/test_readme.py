@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_every_flag_is_there() -> None:
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     known = {"--" + name.replace("_", "-") for name in BuildConfig.model_fields} | {"--config", "--help"}
-    known |= {"--senses", "--exemplars", "--output", "--corpus"}  # of show and bench too
+    known |= {"--senses", "--exemplars", "--output", "--corpus", "--data"}  # of show and bench too
     assert flags <= known
     assert len(flags) > 10
 
