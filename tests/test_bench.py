@@ -128,3 +128,33 @@ def test_labelled_data_must_be_named(jobs: None, tmp_path: Path) -> None:
         Bench(bench.parse(["senses"])).data("banking77")
     with pytest.raises(BadInput, match="must name a folder that holds banking77/"):
         Bench(bench.parse(["senses", "--data", str(tmp_path)])).data("banking77")
+
+
+def test_senses_are_compared_at_equal_size(jobs: None, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from benches import senses
+
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        rows = "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(100))
+        (tmp_path / f"{part}.csv").write_text("text,label\n" + rows)
+
+    def read(encodings: list[str]) -> object:  # passages of 8 tokens, of which some are frequent and of many senses
+        ids = np.minimum(rng.geometric(0.5, 8 * len(encodings)), 6)
+        label = np.repeat(np.arange(len(encodings)) % 2, 8)
+        points = rng.normal(size=(len(ids), 16)) * ids[:, None] ** -0.5 + label[:, None]
+        return senses.Read(ids, np.arange(len(encodings) + 1) * 8, points.astype(np.float16))
+
+    tokenizer = SimpleNamespace(encode_batch=lambda texts: texts)
+    figures = senses._banking(SimpleNamespace(tokenizer=tokenizer, read=read, vocab_size=10), tmp_path)
+    assert figures["senses.size_auto"] == figures["senses.size_k20"]
+    assert 0 < figures["senses.in_sample_distortion_auto"] <= 1.05 * figures["senses.in_sample_distortion_k20"]
+    assert figures["senses.distortion_ratio"] < 1.05
+    assert figures["senses.distortion_k20"] == pytest.approx(figures["senses.in_sample_distortion_k20"], rel=0.1)
+    assert (
+        figures["senses.banking77_gain_low"]
+        <= figures["senses.banking77_gain"]
+        <= figures["senses.banking77_gain_high"]
+    )
+    assert figures["senses.banking77_teacher"] > 0.9

@@ -183,7 +183,7 @@ def scaling(bench: Bench) -> Figures:
             lambda: pool.map(work, once * 2, 1),
         ):
             warm()
-        alone = in_turn({"pass": lambda: single.map(work, once, 1)}, 1).seconds["pass"][0]
+        alone = in_turn({"pass": lambda: single.map(work, once, 1)}, 2).seconds["pass"].min()
         items = once * max(1, int(np.ceil(SCALING_SECONDS / alone)))
         timed = in_turn(
             {

@@ -28,10 +28,10 @@ SIZES, SENSES, WIDTHS = (21, 200, 1_000, 10_000, 100_000), (5, 20, 200), (384, 4
 CELL_BYTES = 2e9  # of float16 and float32 points
 CELL_SECONDS = 0.5  # of our work
 PROBE_VALUES = 4e6  # what is clustered to see how long a cell takes
-MOST_VALUES, MOST_TOKENS = 6e7, 1000
-PEER_SECONDS = 0.7  # of a library's loop; a slower library has fewer of the tokens, at least one
+MOST_VALUES, MOST_TOKENS = 3e7, 1000
+PEER_SECONDS = 0.3  # of a library's loop; a slower library has fewer of the tokens, at least one
 SLOW = 1.5  # seconds of one token that are taken once
-TURNS, TURN_SECONDS = 3, 3.0
+TURNS, TURN_SECONDS = 3, 2.5
 SEPARATION = 2.0  # of the distributions' means, in their own deviations
 Loop = Callable[..., list[np.ndarray]]
 Shape = tuple[int, int, int]  # points of a token, K, D
@@ -99,7 +99,7 @@ def cell(shape: Shape, loops: dict[str, Loop], processes: Processes, workers: in
     for name, (seconds, found) in once.items():
         turns.seconds[name], turns.results[name] = np.array([seconds * len(arrays)]), found
     figures = _told(turns, loops, arrays, inertia)
-    figures["over_limit"] = over_limit(tokens, k, TURNS, TURN_SECONDS)
+    figures["over_limit"] = over_limit(tokens, k, TURNS, TURN_SECONDS / 2)
     told = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
     logger.info("n %d, K %d, D %d (%d): %s", *shape, len(arrays), told)
     return figures
