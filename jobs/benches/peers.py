@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from benches.turns import Processes
 
 logger = logging.getLogger("msense.bench")
 
 PEERS = {
-    "threadpoolctl": "threadpoolctl",
     "faiss": "faiss-cpu",
     "superkmeans": "superkmeans",
     "markov_clustering": "markov-clustering",
@@ -44,8 +44,6 @@ def at_most(threads: int | None) -> Iterator[None]:
     if threads is None:
         yield
         return
-    from threadpoolctl import threadpool_limits
-
     with threadpool_limits(threads):
         yield
 

@@ -28,7 +28,7 @@ from msense.kmeans.blocks import (
     summary,
     update,
 )
-from msense.kmeans.lloyd import lloyd
+from msense.kmeans.lloyd import lloyd, self_products
 from msense.kmeans.seeding import (
     BLOCK_ROWS,
     SEED_POINTS,
@@ -236,11 +236,11 @@ def _without_gaps(task: _Task) -> Clusters:
 
 
 def padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Round sizes up to 8 steps an octave.
+    """Round sizes up to 8 steps an octave, and to whole 16.
 
     A token's batch is that wide whatever else is in it, so that its float32 results do not depend on its neighbours.
     """
-    step = 2 ** (np.log2(np.maximum(sizes, 8)).astype(np.int64) - 3)
+    step = 2 ** np.maximum(np.log2(np.maximum(sizes, 1)).astype(np.int64) - 3, 4)
     return -(-sizes // step) * step
 
 
@@ -262,25 +262,16 @@ def _cluster_batch(task: _Task, tokens: NDArray[np.int64], width: int) -> None:
     config, device, senses, k = task.config, task.device, task.senses[tokens], int(task.senses[tokens].max())
     real, used = np.arange(width) < task.sizes[tokens, None], np.arange(k) < senses[:, None]
     mask, unused = torch.from_numpy(real).to(device), torch.from_numpy(~used).to(device)
-    gram, result = width <= GRAM_ROWS, task.result
+    gram = width <= GRAM_ROWS
     table = _table(task, tokens, mask, gram)
-    rows, token = (task.starts[tokens, None] + np.arange(width))[real], np.nonzero(real)[0]
+    found = None
     for run in range(config.n_init):
         uniforms = torch.from_numpy(draws(task.token_ids[tokens], replace(config, k=k), senses, run)).to(device)
-        own, rounds = lloyd(table, mask, unused, uniforms, gram, config)
-        sense = own.cpu().numpy()[real]
-        centroids, distance = _finished(task, rows, sense + k * token, used.size)
-        counts, squares = (
-            np.bincount(sense + k * token, weights=x, minlength=used.size).reshape(used.shape) for x in (None, distance)
-        )
-        better = squares.sum(1) < result.inertia[tokens] if run else np.ones(len(tokens), bool)
-        mine, now = better[token], used & better[:, None]
-        place = (task.opens[tokens, None] + np.arange(k))[now]
-        result.assignment[rows[mine]], result.distance[rows[mine]] = sense[mine], distance[mine]
-        result.centroids[place], result.counts[place] = centroids[now.ravel()], counts[now]
-        result.spread[place] = np.sqrt(squares / np.maximum(counts, 1))[now]
-        result.inertia[tokens[better]] = squares[better].sum(1)
-        result.rounds[tokens[better]] = rounds.cpu().numpy()[better]
+        now = lloyd(table, mask, unused, uniforms, gram, config)
+        found = now if found is None else now.where_lower(found)
+    assert found is not None
+    task.result.rounds[tokens] = found.rounds.cpu().numpy()
+    _finish(task, tokens, found.own.cpu().numpy()[real])
 
 
 def _table(task: _Task, tokens: NDArray[np.int64], mask: torch.Tensor, gram: bool) -> torch.Tensor:
@@ -296,7 +287,7 @@ def _table(task: _Task, tokens: NDArray[np.int64], mask: torch.Tensor, gram: boo
         if task.config.metric != "cosine":  # float32 is precise near 0; unit vectors are near it as they are
             values.sub_((values.sum(1) / own.sum(1, keepdim=True))[:, None]).flatten(0, 1).index_fill_(0, padding, 0)
         if gram:
-            torch.bmm(values, values.transpose(1, 2), out=table[first : first + step])
+            self_products(values, table[first : first + step])
     return table
 
 
@@ -310,21 +301,31 @@ def _values(task: _Task, rows: torch.Tensor, name: str) -> torch.Tensor:
     )
 
 
-def _finished(
-    task: _Task, rows: NDArray[np.int64], sense: NDArray[np.int64], senses: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Centroids [S, D] of rows [R] by their sense [R], and each row's squared distance to its own [R]."""
-    width, at, own = task.points.shape[1], torch.from_numpy(rows), torch.from_numpy(sense).to(task.device)
-    step = max(1, _floats(task) // (16 * width))  # what several copies of stay in the cache
-    sums, distance = torch.zeros(senses, width, dtype=torch.float64, device=task.device), []
-    wide = task.scratch.take("wide", (min(step, len(rows)), width), torch.float64, task.device)
-    for some, index in zip(at.split(step), own.split(step), strict=True):
-        part = wide if len(some) == len(wide) else wide[: len(some)]
-        sums.index_add_(0, index, part.copy_(_values(task, some, "values")))  # exact: the order does not matter
-    centroids = centroids_of(sums, torch.bincount(own, minlength=senses), task.config.metric)
-    for some, index in zip(at.split(step), own.split(step), strict=True):
-        distance.append(_values(task, some, "values").sub_(centroids.index_select(0, index)).square_().sum(1))
-    return centroids.cpu().numpy(), torch.cat(distance).cpu().numpy()
+def _finish(task: _Task, tokens: NDArray[np.int64], sense: NDArray[np.int64]) -> None:
+    """Write the result of B tokens, whose rows have these senses [R]; some tokens at a time, which stay in the cache."""
+    result, config, width = task.result, task.config, task.points.shape[1]
+    step, ends, first = _floats(task) // (8 * width), np.cumsum(task.sizes[tokens]), 0
+    while first < len(tokens):
+        start = int(ends[first] - task.sizes[tokens[first]])
+        last = max(first + 1, int(np.searchsorted(ends, start + step, side="right")))
+        some, own = tokens[first:last], sense[start : ends[last - 1]]
+        sizes, room = task.sizes[some], result.sizes[some]
+        opens = np.cumsum(room) - room  # of each token here
+        rows = np.arange(len(own)) + np.repeat(task.starts[some] - (np.cumsum(sizes) - sizes), sizes)
+        place = np.arange(int(room.sum())) + np.repeat(task.opens[some] - opens, room)
+        number = torch.from_numpy(own + np.repeat(opens, sizes))  # of the sense among those of these tokens
+        index, counts = number.to(task.device), torch.bincount(number, minlength=len(place))
+        values = _values(task, torch.from_numpy(rows), "values")
+        wide = task.scratch.take("wide", values.shape, torch.float64, task.device).copy_(values)
+        sums = wide.new_zeros(len(place), width).index_add_(0, index, wide)  # exact: the order does not matter
+        centroids = centroids_of(sums, counts.to(task.device), config.metric)
+        away = values.sub_(centroids.index_select(0, index)).square_().sum(1).cpu()
+        squares = torch.bincount(number, away.double(), minlength=len(place))
+        torch.from_numpy(result.centroids).index_copy_(0, torch.from_numpy(place), centroids.cpu())
+        result.counts[place], result.spread[place] = counts, (squares / counts.clamp(min=1)).sqrt_()
+        result.assignment[rows], result.distance[rows] = own, away
+        result.inertia[some] = np.add.reduceat(squares.numpy(), opens)
+        first = last
 
 
 def _cluster_blocked(task: _Task, token: int, threads: Threads) -> None:

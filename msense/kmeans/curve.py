@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from msense.kmeans.batches import padded
-from msense.kmeans.lloyd import sum_rows
+from msense.kmeans.lloyd import sum_rows, sum_values
 from msense.kmeans.seeding import (
     KMeansConfig,
     Metric,
@@ -113,6 +113,6 @@ def _distortions(
         if metric == "cosine":  # centroids of length 1: what is lost is twice (points - lengths of the sums)
             found.append(2 * (total - lengths.sqrt().sum(1)))
         else:
-            members = sum_rows(mask[..., None].float(), own[:, k - 1], k)[..., 0].clamp_(min=1)
+            members = sum_values(mask.float(), own[:, k - 1], k).clamp_(min=1)
             found.append(total - (lengths / members).sum(1))
     return torch.stack(found, 1)

@@ -7,6 +7,7 @@ In: points or their inner products, uniform numbers for the seeds. Out: each poi
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from msense.kmeans.seeding import KMeansConfig, Metric, greedy_seeds, lowest
@@ -17,14 +18,32 @@ SPARSE = {"cpu"}
 FEW = 2  # points a cluster, on average: of such tokens points also move one by one
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a run found for B tokens of n points."""
+
+    own: torch.Tensor  # int64 [B, n] each point's cluster (arbitrary on padding)
+    rounds: torch.Tensor  # int64 [B] of assignment
+    inertia: torch.Tensor  # float64 [B] of the last round, in float32's precision
+
+    def where_lower(self, other: "Found") -> "Found":
+        """Take what is of this run where its inertia is lower, and of the other elsewhere."""
+        lower = self.inertia < other.inertia
+        return Found(
+            torch.where(lower[:, None], self.own, other.own),
+            torch.where(lower, self.rounds, other.rounds),
+            torch.where(lower, self.inertia, other.inertia),
+        )
+
+
 @dataclass
 class _Batch:
     """The B tokens of a batch that have not converged; n points and K clusters each, padding included."""
 
     table: torch.Tensor  # [A, n, W] points, or their inner products (W = n); 0 on padding
     turned: tuple[torch.Tensor, ...]  # A views [W, n] of the table
-    at: torch.Tensor  # int64 [B] where the token is in the table
     place: torch.Tensor  # int64 [B] where its result goes
+    rows: torch.Tensor  # int64 [B, n] where the points are among all rows of the table
     mask: torch.Tensor  # bool [B, n] false on padding
     unused: torch.Tensor  # bool [B, K] true on clusters past the token's own K
     norms: torch.Tensor  # [B, n] squared lengths of points
@@ -43,7 +62,7 @@ class _Batch:
             setattr(self, name, getattr(self, name)[which])
         self.products = self.sums if gram else self.products[which]
         if table.device.type not in SPARSE:
-            self.table, self.at = table[self.at], torch.arange(len(which), device=table.device)
+            self.table, self.rows = table[which], _rows(len(which), table)
 
 
 def lloyd(
@@ -53,7 +72,7 @@ def lloyd(
     uniforms: torch.Tensor,
     gram: bool,
     config: KMeansConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Found:
     """Run Lloyd's algorithm on a batch of B tokens of n points (padding included, where `table` is 0).
 
     Where clusters have but two points on average, Lloyd's rounds end in poor optima, which points then leave one by
@@ -72,12 +91,9 @@ def lloyd(
         uniforms: float64 [B, K, L] for seeding.
         gram: whether `table` holds inner products.
         config: metric, tol and max_rounds.
-
-    Returns:
-        Each point's cluster, int64 [B, n] (arbitrary on padding), and the rounds, int64 [B].
     """
     batch = _seeded(table, mask, unused, uniforms, gram)
-    clusters, rounds = torch.zeros_like(batch.own), torch.zeros_like(batch.place)
+    found = Found(torch.zeros_like(batch.own), torch.zeros_like(batch.place), torch.zeros_like(batch.before))
     for number in range(1, config.max_rounds + 1):
         low, nearest = lowest(_scores(batch, config.metric))
         away = (low + batch.norms).clamp_(min=0).mul_(batch.mask)
@@ -86,7 +102,8 @@ def lloyd(
         settled = (batch.before - inertia <= config.tol * batch.before) & (batch.counts > 0).all(1)
         running = ~settled if 1 < number < config.max_rounds else torch.full_like(settled, number < config.max_rounds)
         if not running.all():
-            clusters[batch.place[~running]], rounds[batch.place[~running]] = nearest[~running], number
+            ended, at = (~running).nonzero()[:, 0], batch.place[~running]
+            found.own[at], found.rounds[at], found.inertia[at] = nearest[ended], number, inertia[ended]
             left = running.nonzero()[:, 0]
             if not len(left):
                 break
@@ -96,8 +113,8 @@ def lloyd(
         _update(batch, nearest, away)
     if gram:
         few = (mask.sum(1) <= FEW * (~unused).sum(1)).nonzero()[:, 0]
-        clusters[few] = _exchanged(table, few, mask[few], unused[few], clusters[few], config)
-    return clusters, rounds
+        found.own[few], found.inertia[few] = _exchanged(table, few, mask[few], unused[few], found.own[few], config)
+    return found
 
 
 def _seeded(
@@ -107,20 +124,21 @@ def _seeded(
     norms = table.diagonal(dim1=1, dim2=2).clone() if gram else torch.linalg.vector_norm(table, dim=2).square_()
 
     flat, turned, place = table.flatten(0, 1), table.transpose(1, 2), torch.arange(len(mask), device=mask.device)
-    first = (place * mask.shape[1])[:, None]  # row of a token
+    every, lengths_of = _rows(len(mask), table), norms.flatten()
 
     def scores(index: torch.Tensor) -> torch.Tensor:
-        rows = flat.index_select(0, (first + index).flatten()).view(*index.shape, -1)
-        lengths = norms.gather(1, index)[..., None]
-        return rows.mul_(-2).add_(lengths) if gram else torch.baddbmm(lengths, rows, turned, alpha=-2)
+        at = (every[:, :1] + index).flatten()
+        rows = flat.index_select(0, at).view(*index.shape, -1)
+        lengths = lengths_of.index_select(0, at).view(*index.shape, 1)
+        return torch.add(lengths, rows, alpha=-2, out=rows) if gram else torch.baddbmm(lengths, rows, turned, alpha=-2)
 
     seeds, _ = greedy_seeds(scores, norms, mask, uniforms)
-    sums = flat.index_select(0, (first + seeds).flatten()).view(*seeds.shape, -1)
+    sums = flat.index_select(0, (every[:, :1] + seeds).flatten()).view(*seeds.shape, -1)
     batch = _Batch(
         table=table,
         turned=turned.unbind(),
-        at=place,
         place=place,
+        rows=every,
         mask=mask,
         unused=unused,
         norms=norms,
@@ -141,7 +159,7 @@ def _scores(batch: _Batch, metric: Metric) -> torch.Tensor:
 
     A sum that float32 cannot tell from 0 has no direction: under "cosine" its centroid is 0.
     """
-    scale = 1 / batch.counts
+    scale = batch.counts.reciprocal()
     if metric == "cosine":
         straight = batch.squares > 1e-6 * batch.counts * batch.counts
         scale = torch.where(straight, batch.squares.clamp_min(1e-30).rsqrt(), 0.0)
@@ -158,25 +176,25 @@ def _update(batch: _Batch, nearest: torch.Tensor, away: torch.Tensor) -> None:
     elif changed.all():  # only before the first round
         batch.sums.zero_().flatten(0, 1).index_add_(0, _flat(nearest, k), table.flatten(0, 1))
     else:
-        sums = batch.sums.masked_fill_(changed[..., None], 0).flatten(0, 1)
-        token, point = ((nearest != batch.own) & batch.mask).nonzero(as_tuple=True)
-        rows = table.flatten(0, 1).index_select(0, batch.at[token] * table.shape[1] + point)
-        for clusters in (nearest, batch.own):
-            index = clusters[token, point] + k * token
-            sums.index_add_(0, index, rows)
-            changed.flatten().index_fill_(0, index, True)
-            rows.neg_()
+        if changed.any():
+            batch.sums.masked_fill_(changed[..., None], 0)
+        moved = ((nearest != batch.own) & batch.mask).flatten().nonzero()[:, 0]
+        new, old = (_flat(own, k).index_select(0, moved) for own in (nearest, batch.own))
+        rows = table.flatten(0, 1).index_select(0, batch.rows.flatten().index_select(0, moved))
+        batch.sums.flatten(0, 1).index_add_(0, new, rows).index_add_(0, old, rows, alpha=-1)
+        if not gram:
+            changed.flatten().index_fill_(0, torch.cat([new, old]), True)
     token, cluster = empty.nonzero(as_tuple=True)
     if len(token):
         rank = empty.cumsum(1)[token, cluster] - 1
         point = away.sort(dim=1, descending=True, stable=True).indices[token, rank]
-        batch.sums[token, cluster] = table[batch.at[token], point]
+        batch.sums[token, cluster] = table.flatten(0, 1)[batch.rows[token, point]]
         batch.counts.clamp_(min=1)
     if gram:
         batch.products = batch.sums
     _multiply(batch, changed | empty)
     inside = batch.products.gather(1, nearest[:, None])[:, 0]  # inner products of points and the sum of their cluster
-    batch.squares = sum_rows(inside[..., None], nearest, k)[..., 0]
+    batch.squares = sum_values(inside, nearest, k)
     if len(token):
         batch.squares[token, cluster] = batch.norms[token, point]
     batch.own, batch.single = nearest, empty
@@ -192,13 +210,30 @@ def _multiply(batch: _Batch, changed: torch.Tensor) -> None:
     # a token at a time: how a product is rounded may depend on its shape, and so must not on the token's neighbours
     rows = changed.flatten().nonzero()[:, 0]
     sums = batch.sums.flatten(0, 1).index_select(0, rows).split(changed.sum(1).tolist())
-    products = [some @ batch.turned[at] for some, at in zip(sums, batch.at.tolist(), strict=True)]
+    tokens = (batch.rows[:, 0] // batch.table.shape[1]).tolist()
+    products = [some @ batch.turned[token] for some, token in zip(sums, tokens, strict=True)]
     batch.products.flatten(0, 1).index_copy_(0, rows, torch.cat(products))
+
+
+def _rows(tokens: int, table: torch.Tensor) -> torch.Tensor:
+    """Number the rows of the first tokens of a table [B, n, W] through: int64 [tokens, n]."""
+    return torch.arange(tokens * table.shape[1], device=table.device).view(tokens, -1)
 
 
 def _flat(own: torch.Tensor, k: int) -> torch.Tensor:
     """Number the clusters int64 [B, n] of all tokens through: [B n]."""
     return (own + k * torch.arange(len(own), device=own.device)[:, None]).flatten()
+
+
+def self_products(points: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the inner products of each token's points [B, n, D] to `out` [B, n, n].
+
+    NumPy computes only half of a product with itself, and mirrors it: on a CPU 1.5 times as fast as torch.
+    """
+    if points.device.type == "cpu":
+        np.matmul(points.numpy(), points.numpy().transpose(0, 2, 1), out=out.numpy())
+    else:
+        torch.bmm(points, points.transpose(1, 2), out=out)
 
 
 def sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
@@ -210,6 +245,13 @@ def sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
     return torch.bmm(rows.new_zeros(batch, k, n).scatter_(1, own[:, None], 1.0), rows)
 
 
+def sum_values(values: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
+    """Sum the values [B, n] of each cluster, by `own` int64 [B, n]: [B, K], in an order that is always the same."""
+    if values.device.type in SPARSE:
+        return values.new_zeros(len(values), k).scatter_add_(1, own, values)
+    return sum_rows(values[..., None], own, k)[..., 0]
+
+
 def _exchanged(
     table: torch.Tensor,
     at: torch.Tensor,
@@ -217,13 +259,14 @@ def _exchanged(
     unused: torch.Tensor,
     own: torch.Tensor,
     config: KMeansConfig,
-) -> torch.Tensor:
-    """Move single points of B tokens, those `at` int64 [B] in `table`, to other clusters; returns the clusters."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move single points of B tokens, those `at` int64 [B] in `table`, to other clusters; returns those, and inertias."""
     result, place, k = own.clone(), torch.arange(len(at), device=at.device), unused.shape[1]
     sums, counts = sum_rows(table[at], own, k), unused.new_zeros(unused.shape, dtype=torch.float32)
     counts.scatter_add_(1, own, mask.float())
-    squares = sum_rows(sums.gather(1, own[:, None])[:, 0, :, None], own, k)[..., 0]
+    squares = sum_values(sums.gather(1, own[:, None])[:, 0], own, k)
     norms = table.diagonal(dim1=1, dim2=2)[at]
+    inertia = norms.sum(1, dtype=torch.float64)
     for _ in range(config.max_rounds):
         worth = _worth(squares, counts, config.metric)
         inside = sums.gather(1, own[:, None])[:, 0]
@@ -234,8 +277,9 @@ def _exchanged(
         joining.masked_fill_(unused[..., None], math.inf).scatter_(1, own[:, None], math.inf)
         cost, target = lowest(joining)
         change, point = cost.add_(leaving).masked_fill_(~mask, math.inf).min(1)
-        total = norms.sum(1)
-        enough = config.tol * (total - worth.sum(1)).clamp_(min=0) + 1e-6 * total  # float32 tells no smaller ones
+        total = norms.sum(1, dtype=torch.float64)
+        inertia[place] = left = (total - worth.sum(1)).clamp_(min=0)
+        enough = config.tol * left + 1e-6 * total  # float32 tells no smaller ones
         going = (-change > enough).nonzero()[:, 0]
         if not len(going):
             break
@@ -248,7 +292,7 @@ def _exchanged(
         squares[token, old], squares[token, new] = fewer[token, point], more[token, new, point]
         counts[token, old], counts[token, new] = counts[token, old] - 1, counts[token, new] + 1
         own[token, point] = result[place, point] = new
-    return result
+    return result, inertia
 
 
 def _worth(squares: torch.Tensor, counts: torch.Tensor, metric: Metric) -> torch.Tensor:

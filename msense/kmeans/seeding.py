@@ -24,7 +24,7 @@ BLOCK_ROWS = 1024  # rows looked at in one go; a token of more points is cluster
 SEED_POINTS = 65_536  # such a token is seeded from its first points by key
 HELD_FLOATS = 1 << 25  # values of seeding points that are kept as float32; the others are read anew at every step
 GRID = 2.0**24  # values are whole multiples of 1 / GRID, as every float16 is
-WEIGHT = 2.0**40  # sum of the weights that candidates are drawn by
+WEIGHT = 2.0**60  # sum of the weights that the first candidates are drawn by; it falls from step to step
 LEADING = 8  # components that tell almost all distinct points apart
 
 
@@ -37,7 +37,7 @@ class KMeansConfig:
         metric: "l2" and "dot" cluster by squared Euclidean distance (with "dot", only assignment to a finished
             dictionary differs); "cosine" clusters points scaled to length 1 around centroids of length 1.
         seed: of the random draws; any integer.
-        n_init: runs from different seeds, of which a token keeps the one of lowest inertia (of equals the first). A
+        n_init: runs from different seeds, of which a token keeps the one whose last round has the lowest inertia. A
             token clustered in blocks runs once, from the seeds of lowest inertia on the points it is seeded from.
         tol: a token stops when a round lowers its inertia by no more than this fraction.
         max_rounds: most rounds of assignment.
@@ -195,24 +195,26 @@ def greedy_seeds(
     Returns:
         The chosen points int64 [B, K], and the points' sum of squared distances to the nearest of them, less norms [B].
     """
-    token, sizes, minus = torch.arange(len(mask), device=mask.device), mask.sum(1, keepdim=True), -norms
-    chosen, last = (uniforms[:, 0, :1] * sizes).long(), sizes - 1
-    seeds = [chosen]
+    steps, sizes = uniforms.unbind(1), mask.sum(1, keepdim=True)
+    row, last = torch.arange(len(mask), device=mask.device) * uniforms.shape[2], sizes - 1
+    chosen = (steps[0][:, :1] * sizes).long()
+    seeds = chosen.repeat(1, len(steps))
     near = scores(chosen)[:, 0].mul_(mask)  # to the nearest seed, less norms; stays 0 on padding
-    for step in range(1, uniforms.shape[1]):
-        near.scatter_(1, chosen, minus.gather(1, chosen))  # rounding may leave a trace of weight on a seed
-        weights = (near + norms).clamp_(min=0)
+    scale = None
+    for step in range(1, len(steps)):
+        weights = (near + norms).clamp_(min=0).scatter_(1, seeds, 0)  # rounding may leave a trace of weight on a seed
+        if scale is None:
+            scale = WEIGHT / weights.sum(1, keepdim=True, dtype=torch.float64).clamp_(min=1e-200)
         # whole numbers, because a GPU adds fractions up in an order of its own
-        scale = WEIGHT / weights.sum(1, keepdim=True, dtype=torch.float64).clamp_(min=1e-300)
-        weights = (weights * scale).long().cumsum(1)
-        targets = (uniforms[:, step] * weights[:, -1:]).long()
-        candidates = torch.minimum(torch.searchsorted(weights, targets, right=True), last)
+        whole = (weights * scale).long().cumsum(1)
+        targets = (steps[step] * whole[:, -1:]).long()
+        candidates = torch.minimum(torch.searchsorted(whole, targets, right=True), last)
         trial = scores(candidates)
         torch.minimum(trial, near[:, None], out=trial)
         best = trial.sum(2).argmin(1)
-        chosen, near = candidates[token, best, None], trial[token, best]
-        seeds.append(chosen)
-    return torch.cat(seeds, 1), near.sum(1)
+        seeds[:, step] = candidates.flatten().index_select(0, best.add_(row))
+        near = trial.flatten(0, 1).index_select(0, best)
+    return seeds, near.sum(1)
 
 
 def seed_in_blocks(

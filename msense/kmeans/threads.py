@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,7 +36,7 @@ ALONE = Threads()
 
 @contextmanager
 def open_threads(count: int) -> Iterator[Threads]:
-    """Start threads, each with one thread of torch; the caller has one, too, until they end.
+    """Start threads, each with one thread of torch and of NumPy; the caller has one, too, until they end.
 
     With more, thousands of small operations wait for each other's threads (25 times as slow on two cores).
     """
@@ -44,7 +45,8 @@ def open_threads(count: int) -> Iterator[Threads]:
     # torch holds the number of its threads per thread, and a default for new ones, which is now 1 as well
     pool = ThreadPoolExecutor(count, "kmeans", torch.set_num_threads, (1,)) if count > 1 else None
     try:
-        yield Threads(count, pool)
+        with threadpool_limits(1, "blas"):
+            yield Threads(count, pool)
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
