@@ -3,7 +3,8 @@
 In: points [N, D] as stored, grouped by token, and each token's K. Out: `Clusters`, as NumPy arrays.
 Tokens of up to BLOCK_ROWS points run in batches; a larger token runs in blocks of exactly BLOCK_ROWS rows through
 `seed_centroids`, `partial`, `update` and `finish`, whose results do not depend on how its blocks are cut into parts.
-Holds a batch (about 24 bytes x BATCH_FLOATS) or a block a thread; never a float32 copy of all points. No Ray.
+Holds a batch (about 24 bytes x BATCH_FLOATS) or a block a thread, and 12 bytes a point of a large token; never a float32
+copy of all points. No Ray.
 """
 
 import math
@@ -19,6 +20,9 @@ from numpy.typing import NDArray
 from msense.config import MAX_SENSES
 from msense.errors import BadInput
 from msense.kmeans.blocks import (
+    BlockedState,
+    Kept,
+    Partial,
     combine,
     combine_farthest,
     farthest,
@@ -44,7 +48,7 @@ from msense.kmeans.seeding import (
 )
 from msense.kmeans.threads import ALONE, Threads, open_threads
 
-SHARED_BLOCKS = 4  # a token of so many blocks a thread is clustered by all threads together
+SHARED_BLOCKS, SHARED_TOKENS = 4, 4  # a token of more blocks a thread, of which there are fewer a thread, is shared
 GRAM_ROWS = 384  # up to here a token's inner products are cheaper to keep than to compute again every round
 BATCH_FLOATS = {"cpu": 1 << 21, "cuda": 1 << 26}  # values of a batch: what stays in a cache, what fills a GPU
 
@@ -147,7 +151,8 @@ def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, a
         )
         _keep_distinct(task, found)
         widths = np.where(found.few, 0, padded(sizes))
-        shared = widths > BLOCK_ROWS * SHARED_BLOCKS * threads
+        blocked = widths[widths > BLOCK_ROWS].sum()
+        shared = widths > max(BLOCK_ROWS * SHARED_BLOCKS * threads, blocked // (SHARED_TOKENS * threads))
         for token in np.flatnonzero(shared).tolist():
             _cluster_blocked(task, token, pool)
         jobs = [
@@ -341,8 +346,13 @@ def _cluster_blocked(task: _Task, token: int, threads: Threads) -> None:
     state = seed_centroids(first, int(task.token_ids[token]), config, device=device, threads=threads)
     size = -(-len(points) // (BLOCK_ROWS * threads.count)) * BLOCK_ROWS
     parts = points.split(size)
+    kept = [Kept() for _ in parts]
+
+    def one_round(number: int, state: BlockedState) -> Partial:
+        return partial(parts[number], state, config, device=device, kept=kept[number])
+
     while state.final is None:
-        total = combine(threads.map(bind(partial, state=state, config=config, device=device), parts))
+        total = combine(threads.map(bind(one_round, state=state), range(len(parts))))
         far, empty = None, int((total.counts == 0).sum())
         if empty:
             found = [farthest(p, state, empty, config, first_row=i * size, device=device) for i, p in enumerate(parts)]

@@ -7,7 +7,7 @@ on how the blocks are cut into parts while rows x largest |value| stays under 2^
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -97,12 +97,11 @@ def seed_centroids(
 
 
 def _assigned(
-    view: torch.Tensor, state: BlockedState, metric: Metric, device: str | torch.device
+    view: torch.Tensor, state: BlockedState, metric: Metric, device: str | torch.device, lengths: list[torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Per block of BLOCK_ROWS rows: values [b, D], nearest centroid int64 [b], squared distance to it [b].
+    """Per block of BLOCK_ROWS rows: its points as stored, nearest centroid int64 [b], squared distance to it [b].
 
-    The values are gone once the next block is asked for: all blocks use the same memory, as fresh pages cost more than
-    what is done with them.
+    `lengths` are the centred points' squared lengths, a tensor a block; those missing are added.
 
     This is the only place where blocked points meet centroids, and always in the same shapes: it gives the same bytes
     for a block wherever the block is processed.
@@ -110,16 +109,31 @@ def _assigned(
     shift = torch.from_numpy(state.shift).to(device)
     centroids = torch.from_numpy(state.centroids).to(device) - shift
     offset = centroids.square().sum(1)[:, None]
-    room = torch.empty(2, min(BLOCK_ROWS, len(view)), view.shape[1], device=device)
-    for block in view.split(BLOCK_ROWS):
-        values, centred = room[:, : len(block)]
-        torch.sub(read_points(block, metric, device, values), shift, out=centred)
+    room = torch.empty(min(BLOCK_ROWS, len(view)), view.shape[1], device=device)  # fresh pages cost more than the work
+    for number, block in enumerate(view.split(BLOCK_ROWS)):
+        centred = read_points(block, metric, device, room[: len(block)]).sub_(shift)
         low, own = lowest(torch.addmm(offset, centroids, centred.T, alpha=-2))
-        yield values, own, (low + torch.linalg.vector_norm(centred, dim=1).square_()).clamp_(min=0)
+        if number == len(lengths):
+            lengths.append(torch.linalg.vector_norm(centred, dim=1).square_())
+        yield block, own, low.add_(lengths[number]).clamp_(min=0)
+
+
+@dataclass
+class Kept:
+    """What a part may keep from round to round, 12 bytes a point: then only points that changed cluster are added up."""
+
+    lengths: list[torch.Tensor] = field(default_factory=list)  # see `_assigned`
+    own: list[torch.Tensor] = field(default_factory=list)  # int64 [b] of each block: its points' clusters
+    sums: torch.Tensor | None = None  # float64 [K, D]
 
 
 def partial(
-    points: Points, state: BlockedState, config: KMeansConfig, *, device: str | torch.device = "cpu"
+    points: Points,
+    state: BlockedState,
+    config: KMeansConfig,
+    *,
+    device: str | torch.device = "cpu",
+    kept: Kept | None = None,
 ) -> Partial:
     """Assign a part's points to the nearest centroid and sum them up.
 
@@ -128,25 +142,35 @@ def partial(
         state: the same for all parts of a round.
         config: settings.
         device: where blocks are computed.
+        kept: of this part's last round, brought up to date; a fresh one, or None, gives the same bytes.
 
     Raises:
         MsenseError: a value is NaN or infinite (looked for in the first round).
     """
-    view = as_points(points)
+    view, kept = as_points(points), kept or Kept()
     if state.rounds == 0:
         check_points(view, np.array([len(view)]), np.array([state.token_id]))
-    k = len(state.centroids)
+    k, width = len(state.centroids), view.shape[1]
     with torch.inference_mode():
-        sums = torch.zeros(k, view.shape[1], dtype=torch.float64, device=device)
+        sums = torch.zeros(k, width, dtype=torch.float64, device=device) if kept.sums is None else kept.sums
         counts = torch.zeros(k, dtype=torch.int64, device=device)
-        inertia = []
-        wide = torch.empty(min(BLOCK_ROWS, len(view)), view.shape[1], dtype=torch.float64, device=device)
-        for values, own, away in _assigned(view, state, config.metric, device):
-            # exact, so the order of additions does not matter
-            sums.index_add_(0, own, wide[: len(values)].copy_(values))
+        wide = torch.empty(min(BLOCK_ROWS, len(view)), width, dtype=torch.float64, device=device)
+        inertia: list[torch.Tensor] = []
+        owns: list[torch.Tensor] = []
+        for block, own, away in _assigned(view, state, config.metric, device, kept.lengths):
+            new, old, moved = own, None, block
+            if kept.own:
+                at = (own != (old := kept.own[len(owns)])).nonzero()[:, 0]
+                new, old, moved = own[at], old[at], block.index_select(0, at.to(block.device))
+            values = wide[: len(moved)].copy_(read_points(moved, config.metric, device))
+            sums.index_add_(0, new, values)  # exact, so the order of additions does not matter
+            if old is not None:
+                sums.index_add_(0, old, values, alpha=-1)
             counts += torch.bincount(own, minlength=k)
             inertia.append(away.sum(dtype=torch.float64))
-        return Partial(sums.cpu().numpy(), counts.cpu().numpy(), torch.stack(inertia).cpu().numpy())
+            owns.append(own)
+        kept.own, kept.sums = owns, sums
+        return Partial(sums.cpu().numpy().copy(), counts.cpu().numpy(), torch.stack(inertia).cpu().numpy())
 
 
 def combine(parts: Sequence[Partial]) -> Partial:
@@ -174,11 +198,11 @@ def farthest(
     view = as_points(points)
     found = Farthest(np.empty(0, np.float32), np.empty(0, np.int64), np.empty((0, view.shape[1]), np.float32))
     with torch.inference_mode():
-        for number, (values, _, away) in enumerate(_assigned(view, state, config.metric, device)):
+        for number, (block, _, away) in enumerate(_assigned(view, state, config.metric, device, [])):
             top = away.sort(descending=True, stable=True).indices[:m]
             rows = top.cpu().numpy() + (first_row + number * BLOCK_ROWS)
-            block = Farthest(away[top].cpu().numpy(), rows, values[top].cpu().numpy())
-            found = combine_farthest([found, block], m)
+            values = read_points(block.index_select(0, top.to(block.device)), config.metric, "cpu").numpy()
+            found = combine_farthest([found, Farthest(away[top].cpu().numpy(), rows, values)], m)
     return found
 
 
@@ -225,9 +249,9 @@ def finish(
     final = torch.from_numpy(state.final).to(device)
     assignment, distance, squares = [], [], []
     with torch.inference_mode():
-        for values, own, _ in _assigned(view, state, config.metric, device):
+        for block, own, _ in _assigned(view, state, config.metric, device, []):
             sense = number[own]
-            away = values.sub_(final[sense]).square_().sum(1).cpu().numpy()
+            away = read_points(block, config.metric, device).sub_(final[sense]).square_().sum(1).cpu().numpy()
             assignment.append(sense.cpu().numpy().astype(np.int32))
             distance.append(away)
             squares.append(np.bincount(assignment[-1], weights=away, minlength=len(final)))

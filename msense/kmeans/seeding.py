@@ -21,7 +21,7 @@ from msense.kmeans.threads import Threads
 Points: TypeAlias = NDArray[np.generic] | torch.Tensor
 
 BLOCK_ROWS = 1024  # rows looked at in one go; a token of more points is clustered in blocks of so many
-SEED_POINTS = 65_536  # such a token is seeded from its first points by key
+SEED_POINTS = 8192  # such a token is seeded from its first points by key
 HELD_FLOATS = 1 << 25  # values of seeding points that are kept as float32; the others are read anew at every step
 GRID = 2.0**24  # values are whole multiples of 1 / GRID, as every float16 is
 WEIGHT = 2.0**60  # sum of the weights that the first candidates are drawn by; it falls from step to step
