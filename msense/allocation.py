@@ -59,6 +59,8 @@ def allocate(curves: Curves, grid: NDArray[np.int64], budget: int, dim: int) -> 
     tokens = len(curves.points)
     if budget < tokens:
         raise BadInput(f"{budget:,} senses are too few for {tokens:,} tokens, each of which needs one")
+    if not tokens:
+        return np.zeros(0, np.int64)
     most = np.clip(curves.points // POINTS_A_SENSE, 1, min(MAX_SENSES, MAX_TOKEN_NUMBERS // dim))
     found = []
     for at in range(0, tokens, TOKENS_AT_A_TIME):

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import assert_same, make
 
+from msense.config import SenseBudget
 from msense.dictionary import SenseDictionary, TeacherName
 from msense.dictionary.format import DTYPES
 from msense.errors import BadInput, DictionaryError
+from msense.mcl import MclConfig
 
 
 def test_numpy_in_numpy_out_and_torch_in_torch_out() -> None:
@@ -140,6 +142,20 @@ def test_merge_refuses_too_many_senses() -> None:
     d = make([40_000], dim=1)
     with pytest.raises(DictionaryError, match="token 0 has 80000 senses"):
         d.merge(d)
+
+
+def test_fit_takes_any_integer_for_k_and_nothing_else() -> None:
+    x, ids = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32), np.repeat([0, 1], 25)
+    assert_same(SenseDictionary.fit(ids, x, k=np.int64(3)), SenseDictionary.fit(ids, x, k=3))
+    for wrong in ("auto", 3.0, None):
+        with pytest.raises(BadInput, match=f"k is {wrong!r}, but must be a whole number, a SenseBudget or an MclConf"):
+            SenseDictionary.fit(ids, x, k=wrong)
+
+
+@pytest.mark.parametrize("k", [3, SenseBudget(average=5.0), MclConfig()])
+def test_fit_of_nothing_is_a_dictionary_of_nothing(k: int | SenseBudget | MclConfig) -> None:
+    d = SenseDictionary.fit(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), k=k, vocab_size=7)
+    assert (len(d), d.vocab_size, d.dim) == (0, 7, 4)
 
 
 def test_importing_msense_is_light() -> None:

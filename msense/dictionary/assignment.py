@@ -6,7 +6,6 @@ Comes in: token ids [N], embeddings [N, D] on any device, and the ragged senses 
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -63,15 +62,6 @@ class Batch(NamedTuple):
     filled: Tensor | None
     senses: Tensor
     present: Tensor | None
-
-
-def as_tensor(array: np.ndarray | Tensor) -> Tensor:
-    """Wrap an array as a tensor without a copy; a read-only one too, as nothing in msense writes to its input."""
-    if isinstance(array, Tensor):
-        return array
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def with_senses(token_ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from msense.config import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, Metric
-from msense.dictionary.assignment import as_tensor
+from msense.dictionary.arguments import as_tensor
 from msense.dictionary.checks import check_arrays
 from msense.errors import DictionaryError
 from msense.storage import scratch_name

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from msense.config import DEFAULT_BUDGET, Metric, SenseBudget
 from msense.dictionary import assignment
-from msense.dictionary.assignment import RaggedSenses, as_tensor
+from msense.dictionary.arguments import checked, target_of, whole_number
+from msense.dictionary.assignment import RaggedSenses
 from msense.dictionary.contexts import exemplar_schema, read_exemplars
 from msense.dictionary.format import (
     Arrays,
@@ -263,7 +264,7 @@ class SenseDictionary:
             )
         scale = (temperature or 0.0) * self.config.temperature_unit  # 0 too where every sense is a single point
         scale = min(scale, _LARGEST) if scale > _SMALLEST else 0.0  # beyond float32 the weights would be NaN
-        target = None if out is None else _target(out, embeddings)
+        target = None if out is None else target_of(out, embeddings)
         found = assignment.replace(ids, points, self.ragged, metric or self.config.metric, scale or None, target)
         if out is not None:
             return out
@@ -302,10 +303,9 @@ class SenseDictionary:
             BadInput: shapes, types or settings do not fit.
             MsenseError: an embedding is NaN or infinite.
         """
-        points, ids = as_tensor(embeddings), _integers(token_ids)
-        _check_shapes(ids, points)
-        rule, fixed = (None, k) if isinstance(k, int) else (k, 1)
-        settings = KMeansConfig(k=fixed, metric=metric, seed=seed)
+        ids, points = checked(token_ids, embeddings)
+        rule = k if isinstance(k, SenseBudget | MclConfig) else None
+        settings = KMeansConfig(k=1 if rule else whole_number(k), metric=metric, seed=seed)
         return cls(*cluster_in_memory(ids, points, settings, rule, vocab_size, max_occurrences, dtype))
 
     def merge(self, *others: "SenseDictionary") -> "SenseDictionary":
@@ -350,42 +350,13 @@ class SenseDictionary:
         return self._exemplars if token is None else self._exemplars.filter(pc.equal(self._exemplars["token"], token))
 
     def _checked(self, token_ids: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> tuple[np.ndarray, Tensor]:
-        """Return token ids as NumPy and embeddings as torch after a look at shapes and types."""
-        ids, points = _integers(token_ids), as_tensor(embeddings)
-        _check_shapes(ids, points)
+        """Return token ids as NumPy and embeddings as torch after a look at shapes, types and width."""
+        ids, points = checked(token_ids, embeddings)
         if points.shape[1] != self.dim:
             raise BadInput(
                 f"embeddings have width {points.shape[1]}, the dictionary {self.dim}: they are of another model"
             )
         return ids, points
-
-
-def _integers(token_ids: np.ndarray | Tensor) -> np.ndarray:
-    ids = token_ids.detach().cpu().numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
-    if ids.dtype.kind not in "iu" or ids.ndim != 1:
-        raise BadInput(f"token ids are {ids.dtype} {ids.shape}, but must be integers [N]")
-    return ids.astype(np.int64, copy=False)
-
-
-def _check_shapes(ids: np.ndarray, points: Tensor) -> None:
-    if points.ndim != 2 or not points.is_floating_point():
-        raise BadInput(f"embeddings are {points.dtype} {tuple(points.shape)}, but must be floating point [N, D]")
-    if len(ids) != len(points):
-        raise BadInput(f"{len(ids)} token ids came with {len(points)} embeddings; each embedding needs its token")
-
-
-def _target(out: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> Tensor:
-    """Return `out` as a tensor that writes through to it."""
-    wanted = f"{embeddings.dtype} {tuple(embeddings.shape)}"
-    if isinstance(out, Tensor) != isinstance(embeddings, Tensor) or f"{out.dtype} {tuple(out.shape)}" != wanted:
-        raise BadInput(
-            f"out is {type(out).__name__} {out.dtype} {tuple(out.shape)}, but must be like the embeddings: {wanted}"
-        )
-    if isinstance(out, Tensor):
-        return out
-    if not out.flags.writeable:
-        raise BadInput("out is read-only: give an array that may be written to, or none")
-    return torch.from_numpy(out)
 
 
 def _copy(source: Path | None, target: Path) -> None:
