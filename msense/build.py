@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from msense import clustering, exemplars, storage
 from msense.assemble import assemble, changed_files
-from msense.config import DEMO_CORPUS, DEMO_SAMPLE, DEMO_SEED, DEMO_TEACHER, BuildConfig, SenseBudget
+from msense.config import DEMO_CORPUS, DEMO_SAMPLE, DEMO_SEED, DEMO_TEACHER, BuildConfig, SenseBudget, sense_bytes
 from msense.corpus import SourceFile, list_files
 from msense.errors import BadInput, MsenseError
 from msense.estimate import estimate, time_teacher
@@ -154,8 +154,7 @@ def _run_stages(build: Build) -> dict[str, Any]:
         facts.update(make_plan(PlanInput(run, build.info, config, build.scale), blocks, resources, journal))
         if not facts["stored"]:
             raise BadInput("no token of this corpus may have senses (all are excluded special tokens): give other text")
-    shared = SenseBudget.parse(config.sense_budget)
-    budget = shared.senses(facts["kinds"], build.info.dim) if config.senses == "auto" else 0
+    budget = _budget(config, facts["kinds"], build.info.dim)
     units = cut_units(run.blocks, build.info.dim)
     if config.dry_run:
         return {"stages": build.stages, "estimate": _estimate(build, units)}
@@ -179,6 +178,17 @@ def _run_stages(build: Build) -> dict[str, Any]:
     storage.write_json(run.finished, {**summary, **files, "made_of": run.made_of})
     _drop_intermediates(build)
     return summary
+
+
+def _budget(config: BuildConfig, tokens: int, dim: int) -> int:
+    """Return how many senses so many tokens share with auto."""
+    budget = SenseBudget.parse(config.sense_budget).senses(tokens, dim)
+    if config.senses == "auto" and budget < tokens:
+        raise BadInput(
+            f"--sense-budget {config.sense_budget} has no room for one sense for each of {tokens:,} tokens: give "
+            f"{-(-tokens * sense_bytes(dim) // 10**6)}MB or more, in a new output folder"
+        )
+    return budget
 
 
 def _finished_before(build: Build) -> dict[str, Any] | None:

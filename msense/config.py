@@ -6,6 +6,7 @@ all errors of a config are shown at once.
 
 import argparse
 import difflib
+import math
 import re
 import reprlib
 import types
@@ -48,44 +49,41 @@ Intermediate = Literal["passages", "occurrences", "centroids"]
 
 @dataclass(frozen=True)
 class SenseBudget:
-    """How many senses all tokens share: an average, or the bytes of their centroids."""
+    """How many senses all tokens share: on average, or the bytes of all senses in a dictionary.
+
+    Raises:
+        BadInput: it is neither an average from 1 on nor a size.
+    """
 
     average: float = 0.0
     size: int = 0
 
+    def __post_init__(self) -> None:
+        if not ((1 <= self.average < math.inf and self.size == 0) or (self.size > 0 and self.average == 0)):
+            raise BadInput("must be an average from 1 on, as every token needs a sense, or a size above 0")
+
     @classmethod
     def parse(cls, text: str) -> "SenseBudget":
-        """Read `10`, `2.5`, `60MB` or `2GB`; ValueError for anything else."""
-        found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(?:([kMGT]?)i?B)?", text.strip(), re.ASCII)
+        """Read `10`, `2.5`, `60MB` or `2GB`; BadInput for anything else."""
+        found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(?:([kMGT]?)B)?", text.strip(), re.ASCII)
         if not found:
-            raise ValueError("must be an average number of senses, such as 10, or a size, such as 60MB")
+            raise BadInput("must be an average number of senses, such as 10, or a size, such as 60MB")
         amount = float(found[1])
         if text.strip().endswith("B"):
             return cls(size=int(amount * 1000 ** " kMGT".index(found[2] or " ")))
-        if amount < 1:
-            raise ValueError("must be at least 1, as every token needs a sense")
         return cls(average=amount)
 
-    def senses(self, tokens: int, dim: int) -> int:
-        """Return the senses in all for so many tokens and centroids of 2 bytes a value.
-
-        Raises:
-            BadInput: a size that has not room for one sense a token.
-        """
-        if self.size < tokens * sense_bytes(dim) and not self.average:
-            raise BadInput(
-                f"--sense-budget: {self.size:,} bytes have no room for one sense for each of {tokens:,} tokens; give "
-                f"{-(-tokens * sense_bytes(dim) // 10**6)}MB or more"
-            )
-        return int(self.average * tokens) if self.average else self.size // sense_bytes(dim)
+    def senses(self, tokens: int, dim: int, value_bytes: int = 2) -> int:
+        """Return the senses in all for so many tokens; of a size as many as it has room for, be they too few."""
+        return int(self.average * tokens) if self.average else self.size // sense_bytes(dim, value_bytes)
 
 
 DEFAULT_BUDGET = SenseBudget(average=5.0)
 
 
-def sense_bytes(dim: int) -> int:
-    """Return the bytes that a sense takes in a dictionary: its centroid, count and spread."""
-    return 2 * dim + 12
+def sense_bytes(dim: int, value_bytes: int = 2) -> int:
+    """Return the bytes that a sense takes in a dictionary: its centroid of D values, count and spread."""
+    return value_bytes * dim + 12
 
 
 class BuildConfig(BaseModel):
@@ -135,7 +133,7 @@ class BuildConfig(BaseModel):
     )
     sense_budget: str = Field(
         f"{DEFAULT_BUDGET.average:g}",
-        description="for auto: senses a token on average (5), or the size of all centroids (60MB, 2GB)",
+        description="for auto: senses a token on average (5), or the bytes of all senses (60MB, 2GB)",
     )
     mcl: dict[str, float] = Field(
         {}, description="options of mcl, such as inflation=1.65 expansion=2 share=0.1 least=5 (see the README)"
@@ -202,7 +200,10 @@ class BuildConfig(BaseModel):
     @field_validator("sense_budget", mode="before")
     @classmethod
     def _known_budget(cls, value: object) -> object:
-        SenseBudget.parse(str(value))
+        try:
+            SenseBudget.parse(str(value))
+        except BadInput as error:
+            raise ValueError(str(error)) from error
         return str(value)
 
     @field_validator("mcl", mode="before")

@@ -375,7 +375,7 @@ SETTINGS: list[tuple[str, Spoil, str]] = [
     ("no senses", lambda d: ["--senses", "0"], r"senses: must be a number from 1 to 65534, .*\(given: '0'\)"),
     ("too many senses", lambda d: ["--senses", "70000"], r"senses: must be a number from 1 to 65534, .*\(given: '70000'\)"),
     ("a budget in letters", lambda d: ["--sense-budget", "much"], r"sense_budget: must be an average .* or a size, .*'much'"),
-    ("a budget below one sense", lambda d: ["--sense-budget", "0.5"], r"sense_budget: must be at least 1.*'0.5'"),
+    ("a budget below one sense", lambda d: ["--sense-budget", "0.5"], r"sense_budget: must be an average from 1 on.*'0.5'"),
     ("an unknown option of mcl", lambda d: ["--mcl", "power=2"], r"mcl: power is no option of mcl; these are: expansion"),
     ("an option of mcl without value", lambda d: ["--mcl", "inflation"], r"mcl: inflation has no value; give name=value"),
     ("mcl without inflation", lambda d: ["--mcl", "inflation=1"], r"mcl: Markov .*inflation is 1.0, but must be above 1"),

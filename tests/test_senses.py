@@ -147,11 +147,12 @@ def test_budgets_in_words() -> None:
     assert SenseBudget.parse("2.5").senses(10, 384) == 25
     assert SenseBudget.parse("78kB").senses(10, 384) == 100  # 780 bytes a sense
     assert SenseBudget.parse("2 GB") == SenseBudget(size=2 * 10**9)
-    for wrong in ("", "0.9", "-3", "10%", "1e3", "5 senses", "nan"):
-        with pytest.raises(ValueError, match="must be"):
+    for wrong in ("", "0.9", "-3", "10%", "1e3", "5 senses", "nan", "0MB", "60MiB"):
+        with pytest.raises(BadInput, match="must be"):
             SenseBudget.parse(wrong)
-    with pytest.raises(BadInput, match=r"100 bytes have no room for one sense for each of 10 tokens; give 1MB or more"):
-        SenseBudget(size=100).senses(10, 384)
+    for average, size in ((0, 0), (0.5, 0), (float("nan"), 0), (float("inf"), 0), (0, -1), (5, 100)):
+        with pytest.raises(BadInput, match=r"must be an average from 1 on, .* or a size above 0"):
+            SenseBudget(average, size)
     with pytest.raises(BadInput, match="3 senses are too few for 4 tokens"):
         allocate(Curves(np.ones(4, int), np.ones(4, int), np.zeros((4, len(GRID)))), GRID, 3, 8)
 
@@ -173,6 +174,8 @@ def test_a_dictionary_in_memory_follows_its_budget() -> None:
     assert error[0] < error[1]
     per_token = [corpus_distortion(d._arrays) for d in (budgeted, fixed)]  # all embeddings were clustered
     assert per_token == pytest.approx([e / len(ids) for e in error], rel=1e-3)
+    room = SenseBudget(size=40 * (4 * x.shape[1] + 12))
+    assert len(SenseDictionary.fit(ids, x, k=room, dtype="float32")) == 40
     by_clusters = SenseDictionary.fit(ids, x, k=MclConfig(inflation=2.0))
     assert by_clusters.config.senses == "mcl"
     expected = mcl_senses(x[np.argsort(ids, kind="stable")], np.array([100, 900, 3]), MclConfig(inflation=2.0))
@@ -241,9 +244,12 @@ def test_a_budget_without_room_is_refused_before_the_teacher_reads(
 ) -> None:
     teacher = str(make_teacher("bert"))
     config = BuildConfig(corpus=(str(corpus),), teacher=teacher, sense_budget="500B", output=str(tmp_path / "run"))
-    with pytest.raises(BadInput, match=r"--sense-budget: 500 bytes have no room .* 17 tokens; give 1MB or more"):
+    told = r"--sense-budget 500B has no room .* 17 tokens: give 1MB or more, in a new output folder"
+    with pytest.raises(BadInput, match=told):
         build_dictionary(config)
     assert not (tmp_path / "run" / "occurrences").exists()
+    mended = {"sense_budget": "1MB", "output": str(tmp_path / "new")}
+    assert build_dictionary(config.model_copy(update=mended))["stages"]["senses"]["senses"] > 17
 
 
 @pytest.mark.usefixtures("in_process")

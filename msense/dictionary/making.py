@@ -64,7 +64,8 @@ def cluster_in_memory(
     own = points[torch.from_numpy(rows)]
     own = own.float() if own.dtype == torch.float64 else own
     counts = np.bincount(ids, minlength=size)
-    senses = None if rule is None else _senses(own, Curves(sizes, counts[tokens], np.empty(0)), tokens, settings, rule)
+    known = Curves(sizes, counts[tokens], np.empty(0))
+    senses = None if rule is None else _senses(own, known, tokens, settings, rule, DTYPES[dtype].itemsize)
     clusters = cluster_tokens(own, sizes, tokens, settings, senses=senses, threads=torch.get_num_threads())
     starts = np.zeros(size + 1, np.int64)
     starts[tokens + 1] = clusters.sizes
@@ -86,18 +87,23 @@ def cluster_in_memory(
 
 
 def _senses(
-    points: Tensor, known: Curves, tokens: np.ndarray, settings: KMeansConfig, rule: SenseBudget | MclConfig
+    points: Tensor,
+    known: Curves,
+    tokens: np.ndarray,
+    settings: KMeansConfig,
+    rule: SenseBudget | MclConfig,
+    value_bytes: int,
 ) -> np.ndarray:
     """Return each token's number of senses, int64 [T], from evenly spaced rows of its points [N, D]."""
     wanted = np.minimum(known.points, MCL_POINTS if isinstance(rule, MclConfig) else CURVE_POINTS)
     token = np.repeat(np.arange(len(wanted)), wanted)
     number = np.arange(len(token)) - (np.cumsum(wanted) - wanted)[token]
     rows = (np.cumsum(known.points) - known.points)[token] + number * known.points[token] // wanted[token]
-    looked_at = points[torch.from_numpy(rows)]
+    looked_at, dim = points[torch.from_numpy(rows)], points.shape[1]
     if isinstance(rule, MclConfig):
         return mcl_senses(looked_at, wanted, rule, token_ids=tokens)
     curves = replace(known, variance=variance_curves(looked_at, wanted, tokens, settings))
-    return allocate(curves, GRID, rule.senses(len(tokens), points.shape[1]), points.shape[1])
+    return allocate(curves, GRID, rule.senses(len(tokens), dim, value_bytes), dim)
 
 
 def unite(contents: Sequence[Content]) -> Content:
