@@ -142,7 +142,7 @@ class BuildConfig(BaseModel):
     reference: bool = Field(
         False,
         description="the paper's choices wherever no other is given: 20 senses (mcl for a decoder), assignment by dot product, "
-        "special tokens included, any number of occurrences from one passage, scikit-learn's tolerance",
+        "special tokens included, any number of occurrences from one passage, 300 rounds, a tolerance of 1e-4",
     )
     max_occurrences: int = Field(1000, ge=0, le=MANY, description="occurrences to cluster a token, 0 = all")
     coverage: float = Field(
@@ -184,7 +184,10 @@ class BuildConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _as_the_paper(cls, values: dict[str, Any]) -> dict[str, Any]:
-        asked = str(values.get("reference", "")).lower() in ("true", "1", "yes", "on")
+        try:
+            asked = TypeAdapter(bool).validate_python(values.get("reference", False))
+        except ValidationError:  # told with all other errors
+            return values
         return {"metric": "dot", "special_tokens": "include", **values} if asked else values
 
     @field_validator("senses", mode="plain")

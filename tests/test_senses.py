@@ -264,6 +264,10 @@ def test_the_reference_follows_the_paper(tmp_path: Path, corpus: Path, make_teac
         assert (dictionary.config.senses, dictionary.config.metric) == (senses, "dot")
         assert dictionary.config.special_tokens == "include"
         assert (output / "senses").exists() == (senses == "mcl")
+    assert [BuildConfig(reference=word).metric for word in ("y", "t", "ON", 1, 1.0)] == [
+        "dot"
+    ] * 5  # what YAML may hold
+    assert BuildConfig(reference="no").metric == "l2"
     own = BuildConfig(corpus=("x",), reference=True, metric="l2", senses=7, special_tokens="auto")
     assert (own.metric, own.senses, own.special_tokens) == ("l2", 7, "auto")
 
