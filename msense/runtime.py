@@ -46,8 +46,8 @@ class Resources:
 
     @property
     def clusterers(self) -> int:
-        """Actors that cluster at a time."""
-        return int(self.actors / TASK_GPUS) if self.device == "cuda" else self.tasks
+        """Actors that cluster at a time: no more than there is room for, or they would be waited for without end."""
+        return int(min(self.actors / TASK_GPUS, self.tasks / TASK_CPUS)) if self.device == "cuda" else self.tasks
 
     @property
     def clustering(self) -> dict[str, float]:
