@@ -32,7 +32,7 @@ def show_dry_run(found: dict[str, Any]) -> None:
         ("disk: occurrences", about + size(found["occurrences_bytes"])),
         ("disk: dictionary", about + size(found["dictionary_bytes"]) + " and exemplars"),
         ("memory: teacher actor", f"weights and {size(found['unit_memory'])} a unit"),
-        ("memory: clustering task", about + size(found["shard_memory"])),
+        ("memory: clustering task", about + size(found["clustering_memory"])),
         ("workers", f"{found['workers']} ({found['device']}), {found['units']} units to share"),
     ]
     if rate := found.get("tokens_per_second"):

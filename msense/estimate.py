@@ -13,8 +13,9 @@ import numpy as np
 from msense import storage
 from msense.config import BuildConfig, SenseBudget, sense_bytes
 from msense.kmeans import POINTS_A_SENSE
-from msense.mcl import MclConfig
+from msense.mcl import MCL_POINTS, MclConfig
 from msense.occurrences import GatherSettings, OccurrenceActor, Unit, record_type, select_unit, unit_passages
+from msense.part_worker import PARTS_HELD
 from msense.run_folder import RunFolder
 from msense.runtime import Resources, map_actors
 from msense.teacher import TOKEN_BUDGET, TeacherInfo, pad_batch, token_batches
@@ -43,9 +44,6 @@ def estimate(
     senses = float(_most_senses(seen, config, info.dim))
     record = record_type(info.dim).itemsize
     fs, folder = storage.filesystem(run.passages)
-    largest = max(
-        (stored[a:b].sum() for a, b in zip(arrays["shards"][:-1], arrays["shards"][1:], strict=True)), default=0
-    )
     return {
         "sample": share,
         "documents": passages["documents"] * scale,
@@ -64,8 +62,20 @@ def estimate(
         "passages_bytes": fs.du(folder) * scale,
         "occurrences_bytes": plan["stored"] * scale * record,
         "dictionary_bytes": senses * sense_bytes(info.dim),
-        "shard_memory": 2.0 * largest * record,
+        "clustering_memory": float(_clustering_memory(stored, points, arrays["shards"], config, info.dim)),
     }
+
+
+def _clustering_memory(
+    stored: np.ndarray, points: np.ndarray, shards: np.ndarray, config: BuildConfig, dim: int
+) -> float:
+    """Return the most bytes that a task or worker holds: a shard twice and a graph of mcl, or parts of a large token."""
+    first = shards[:-1]
+    large = (np.diff(shards) == 1) & (points[first] > config.max_points_per_part)
+    shard = 2 * record_type(dim).itemsize * np.add.reduceat(stored, first)[~large].max(initial=0)
+    graph = 22 * min(MCL_POINTS, points.max()) ** 2 if config.senses == "mcl" else 0
+    parts = np.minimum(points[first][large], PARTS_HELD * config.max_points_per_part).max(initial=0)
+    return max(shard + graph, parts * (2 * dim + 16))
 
 
 def _most_senses(points: np.ndarray, config: BuildConfig, dim: int) -> float:

@@ -2,7 +2,8 @@
 
 A task a shard looks at a sample of each token's points, the first by key: with auto it writes down variance curves,
 with mcl the numbers themselves. One task brings them together, for auto by sharing out the budget. A shard's task holds
-its rows twice (of a shard that is one large token only the sample), the last task `allocation` and 150 bytes a token.
+its rows twice (of a shard that is one large token only the sample) and what the rule looks at; the last task what
+`allocation` holds, and 150 bytes a token.
 """
 
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ from msense import SenseDictionary
 from msense.build import build_dictionary
 from msense.config import BuildConfig
 from msense.errors import BadInput
+from msense.estimate import _clustering_memory
 from msense.manifest import differences
 
 MakeTeacher = Callable[..., Path]
@@ -204,6 +205,18 @@ def test_dry_run_tells_what_the_build_then_does(tmp_path: Path, corpus: Path, ma
     assert (told["needed"], told["stored"]) == (plan["needed"], plan["stored"])
     assert told["senses"] >= summary["stages"]["dictionary"]["senses"]
     assert summary["stages"]["occurrences"]["occurrences"] == told["stored"]
+
+
+def test_a_dry_run_tells_the_memory_of_what_clusters() -> None:
+    """Shards twice, but of a token that is cut into parts only those that a worker holds; with mcl a graph as well."""
+    stored, shards = np.array([10, 20, 9000, 40]), np.array([0, 2, 3, 4])
+    for given, expected in (
+        ({"max_points_per_part": 9000}, 2 * 9000 * 28),
+        ({"max_points_per_part": 1024}, 4 * 1024 * 24),
+        ({"max_points_per_part": 5000}, 9000 * 24),
+        ({"max_points_per_part": 9000, "senses": "mcl"}, 2 * 9000 * 28 + 22 * 4000**2),
+    ):
+        assert _clustering_memory(stored, stored, shards, BuildConfig(**given), dim=4) == expected
 
 
 @on_ray
