@@ -162,6 +162,35 @@ def test_a_finished_run_without_its_dictionary_is_built_again(
     assert not (tmp_path / "run" / "occurrences").exists()
 
 
+@pytest.mark.parametrize("senses", ["auto", "mcl"])
+def test_a_run_folder_on_an_object_store_gives_the_same_bytes_and_goes_on(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, senses: str
+) -> None:
+    """On fsspec's store in memory, which has neither renames nor locks that we could use."""
+    given = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert")), "dtype": "float32", "senses": senses}
+    given |= {"max_occurrences": 6000, "max_points_per_part": 1024, "keep": ("passages", "occurrences", "centroids")}
+    build_dictionary(BuildConfig(output=str(tmp_path / "here"), **given))
+    root = f"memory://{tmp_path.name}/there"
+    fs, path = storage.filesystem(root)
+
+    def there() -> dict[str, bytes]:
+        folder = f"{path}/dictionary/"
+        return {str(name).removeprefix(folder): fs.cat_file(name) for name in fs.find(folder)}
+
+    build_dictionary(BuildConfig(output=root, **given))
+    assert there() == artefact(tmp_path / "here")
+    assert fs.glob(f"{path}/centroids/token-*.safetensors")
+    assert not fs.glob(f"{path}/centroids/*-round*")
+    fs.pipe_file(f"{path}/finished.json", b"{")
+    fs.pipe_file(f"{path}/senses/senses.safetensors", b"cut short")
+    fs.rm(f"{path}/dictionary/config.json")
+    build_dictionary(BuildConfig(output=root, **given))
+    assert there() == artefact(tmp_path / "here")
+    stages = storage.read_json(f"{root}/journal.json")["drivers"][-1]["stages"]
+    assert (stages["senses"]["damaged"], stages["senses"]["made"], stages["occurrences"]["made"]) == (1, 1, 0)
+    fs.rm(path, recursive=True)
+
+
 def test_bad_documents_stop_a_strict_run_even_when_found_before(
     tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
 ) -> None:
