@@ -93,23 +93,15 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
         model_config = AutoConfig.from_pretrained(body, trust_remote_code=False)
         text_config = model_config.get_text_config()
     layers, dim, vocab_size = _sizes(name, text_config)
+    _check_settings(config, layers, dim)
     tokenizer = _load_tokenizer(name, body)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    if not -layers - 1 <= config.layer <= layers:
-        raise BadInput(
-            f"layer {config.layer} is not there: this teacher has layers 0 (embeddings) to {layers}; choose with --layer"
-        )
     if backend.get_vocab_size(with_added_tokens=True) > vocab_size:
         raise BadInput(
             f"the tokenizer of teacher {name!r} has {backend.get_vocab_size(with_added_tokens=True)} tokens, its model "
             f"only {vocab_size} embeddings: give a folder whose tokenizer and model belong together"
-        )
-    if isinstance(config.senses, int) and config.senses * dim > MAX_TOKEN_NUMBERS:
-        raise BadInput(
-            f"{config.senses} senses of {dim} dimensions are too many numbers for one token: give --senses "
-            f"{MAX_TOKEN_NUMBERS // dim} or less"
         )
     check_weights(name, body, vocab_size)
     prefix, suffix = special_frame(backend)
@@ -138,6 +130,19 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
     )
     info.passage_spec(config)  # refuses a stride or prompt that does not fit, before anything is written
     return info, backend
+
+
+def _check_settings(config: BuildConfig, layers: int, dim: int) -> None:
+    """Refuse settings that do not fit a teacher of so many layers and dimensions."""
+    if not -layers - 1 <= config.layer <= layers:
+        raise BadInput(
+            f"layer {config.layer} is not there: this teacher has layers 0 (embeddings) to {layers}; choose with --layer"
+        )
+    if isinstance(config.senses, int) and config.senses * dim > MAX_TOKEN_NUMBERS:
+        raise BadInput(
+            f"{config.senses} senses of {dim} dimensions are too many numbers for one token: give --senses "
+            f"{MAX_TOKEN_NUMBERS // dim} or less"
+        )
 
 
 def _load_tokenizer(name: str, body: Path) -> Any:  # noqa: ANN401 - a transformers tokenizer
