@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from benches.shared import Bench, Figures
@@ -44,8 +43,6 @@ BENCHES = {
     ),
     "driver": Subject("occurrences", "driver's memory for a corpus ten times larger; needs nothing"),
 }
-FOLDER = Path(__file__).parent / "benches"
-BENCHES = {name: subject for name, subject in BENCHES.items() if (FOLDER / f"{subject.module}.py").exists()}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -118,6 +118,14 @@ def test_ratios_are_medians_over_turns(jobs: None) -> None:
     assert all(len(seconds) == 1 for seconds in found.seconds.values())
 
 
+def test_constants_of_the_cost_model_are_found_also_where_a_term_is_always_0(jobs: None) -> None:
+    from benches.parts import _least_squares
+
+    terms = np.array([[1e9, 2e6, 0, 1], [4e9, 3e6, 0, 1], [5e9, 9e6, 0, 1], [2e9, 9e6, 0, 1]])
+    constants = np.array([4e-11, 1e-9, 0, 6e-3])
+    np.testing.assert_allclose(_least_squares(terms / (terms @ constants)[:, None]), constants, rtol=1e-6)
+
+
 def test_labelled_data_must_be_named(jobs: None, tmp_path: Path) -> None:
     import bench
     from benches.shared import Bench

@@ -1,19 +1,16 @@
 """Large tokens in parts: rounds, bytes, memory and time, held against the cost model of `msense.parts`.
 
-`python jobs/benches/parts.py` writes two million synthetic points in the format of a run's unit files (1.7 GB in the
-temporary folder), fits the model's constants on a few small tokens, predicts larger ones and measures them on a local
-Ray. Every ratio is of things timed in this run, in turn. The last line of the output is one JSON object.
+Writes two million synthetic points in the format of a run's unit files (1.7 GB in the temporary folder), fits the
+model's constants on a few small tokens, predicts larger ones and measures them on a local Ray. Every ratio is of things
+timed in this run, in turn.
 """
 
-import argparse
-import json
 import logging
 import math
 import multiprocessing
 import os
 import pickle
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,31 +19,24 @@ from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from benches.shared import Bench, Figures
 from msense import kmeans, part_worker
 from msense import parts as stage
-from msense.cli import run_job
 from msense.occurrences import record_type
 from msense.run_folder import RunFolder
 from msense.runtime import Resources, connect
 from msense.units import ClusterSettings, Range, read_ranges, stored
 
 logger = logging.getLogger("msense.bench")
-Figures = dict[str, float]
 
 DIM, SENSES, UNITS, UNIT_ROWS = 384, 20, 8, 1 << 18
 PART, ROUNDS, REPEATS = 1 << 17, 6, 3
 SMALL = ((1 << 17, 20, 1 << 16), (1 << 17, 64, 1 << 16), (1 << 18, 20, 1 << 16), (1 << 18, 20, 1 << 14))
 LARGE = (1, 2, 4, 8, 16)  # parts of PART points
-
-
-class Shared(Protocol):
-    """What a benchmark is given."""
-
-    workers: int
 
 
 class Case(NamedTuple):
@@ -110,7 +100,7 @@ class Measured(NamedTuple):
     driver_bytes: float
 
 
-def parts(bench: Shared) -> Figures:
+def parts(bench: Bench) -> Figures:
     """Measure large tokens: `parts.*_ratio` are the model over what is measured, for tokens it was not fitted on."""
     resources = connect(bench.workers)
     with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +202,7 @@ def _least_squares(terms: np.ndarray) -> np.ndarray:
     """Return constants that are not negative, with which rows of terms come nearest to 1."""
     from sklearn.linear_model import LinearRegression
 
-    size = terms.max(0)
+    size = np.where(terms.any(0), terms.max(0), 1)  # with many workers no part is read anew: no constant for that
     fit = LinearRegression(positive=True, fit_intercept=False).fit(terms / size, np.ones(len(terms)))
     found: np.ndarray = fit.coef_ / size
     return found
@@ -324,15 +314,3 @@ def _bare_round(ends: list[Connection]) -> float:
     for end in ends:
         end.recv()
     return (time.perf_counter() - began) / ROUNDS
-
-
-def main() -> None:
-    """Measure, and print one JSON object last."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one a core")
-    found = parts(parser.parse_args())
-    sys.stdout.write(json.dumps({name: float(f"{value:.4g}") for name, value in found.items()}) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(run_job(main))
