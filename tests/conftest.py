@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fault_table
+import fsspec
 import pytest
+from fsspec import AbstractFileSystem
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SEEN: dict[tuple[str, str], str] = {}  # what became of (fault, stage)
@@ -48,6 +50,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if whole and exitstatus == 0 and fault_table.in_readme() != SEEN:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         session.config.get_terminal_writer().line("the README's table of faults holds cells that no test has seen")
+
+
+@pytest.fixture
+def memory() -> Iterator[AbstractFileSystem]:
+    """The store in memory, empty."""
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    yield filesystem
+    filesystem.store.clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,7 @@
-"""The corpus: URIs in, documents out. `files` says what there is, `readers` reads it, `pydocs` is the embedded one."""
+"""The corpus: URIs in, documents out. `files` says what there is, `pieces` cuts it, `readers` reads it, `pydocs` is built in."""
 
-from msense.corpus.files import (
-    WHOLE,
-    Piece,
-    SourceFile,
-    count_rows,
-    cut_pieces,
-    display_uri,
-    fingerprint_of,
-    list_files,
-    number_pieces,
-)
+from msense.corpus.files import SourceFile, display_uri, fingerprint_of, list_files
+from msense.corpus.pieces import WHOLE, Piece, count_rows, cut_pieces, number_pieces
 from msense.corpus.readers import BadDocument, Document, read_documents
 
 __all__ = [

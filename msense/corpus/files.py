@@ -1,8 +1,8 @@
-"""Which files a corpus has, and the pieces they are cut into: one piece becomes one passages file.
+"""Which files a corpus has.
 
 In: corpus URIs (files, folders and globs on any fsspec storage, `hf://` datasets, `pydocs`). Out: `SourceFile`s with
-fingerprints and `Piece`s with fixed borders, in an order that depends on names only; `readers` reads them.
-In memory: these lists, about 300 bytes a piece; no text.
+fingerprints, in an order that depends on names only; `pieces` cuts them, `readers` reads them.
+In memory: this list, about 300 bytes a file; no text.
 """
 
 import os
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from msense import storage
@@ -27,10 +26,6 @@ ACCEPTED = (
     "*.txt and *.jsonl (also .gz and .zst), *.parquet, *.csv, a folder or glob of those, "
     "hf://dataset[:config][:split], pydocs[:package,...]"
 )
-WHOLE = -1  # `Piece.stop` of a piece that is a whole file
-UNKNOWN = -1  # `Piece.first_row` before `number_pieces`, and the count of a piece that needs none
-PYDOCS_FILES = 200  # source files in a piece of `pydocs`
-CHUNK_BYTES = 1 << 20
 _CONTENT_KEYS = ("ETag", "etag", "md5Hash", "md5", "blob_id")
 _LISTING = "a corpus"  # what `reading` is told while files are only listed
 _BUCKET = re.compile(r"(?:^|::)(s3|s3a|gs|gcs)://([^/]*)")
@@ -54,25 +49,6 @@ class SourceFile:
     format: str
     size: int
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class Piece:
-    """An input file, or a fixed range of it.
-
-    Attributes:
-        uri: see `SourceFile`; so are name and format. The name opens the id of every document of the piece.
-        start: first byte (txt, jsonl), row group (parquet) or source file (pydocs).
-        stop: the border behind the last one; `WHOLE` for a whole file.
-        first_row: number of its first row in the file; `UNKNOWN` until `number_pieces`.
-    """
-
-    uri: str
-    name: str
-    format: str
-    start: int
-    stop: int
-    first_row: int
 
 
 def list_files(uris: Sequence[str]) -> list[SourceFile]:
@@ -120,61 +96,6 @@ def fingerprint_of(uri: str) -> str | None:
         filesystem.invalidate_cache()
         info = filesystem.info(path)
     return f"{info['size'] or 0} {_fingerprint(info)}"
-
-
-def cut_pieces(files: Sequence[SourceFile], piece_bytes: int = 16 << 20) -> list[Piece]:
-    """Cut files into pieces whose borders depend on the files and `piece_bytes` only.
-
-    Parquet is cut between row groups (only footers are read), lines by bytes; compressed files and csv stay whole.
-
-    Raises:
-        BadInput: a parquet file without a readable footer.
-    """
-    pieces: list[Piece] = []
-    for file in files:
-        ranges = [(0, WHOLE, 0)]
-        if file.format == "parquet":
-            ranges = _row_group_ranges(file, piece_bytes)
-        elif file.format == "pydocs":
-            count = len(source_files(_package_of(file)))
-            ranges = [(i, min(i + PYDOCS_FILES, count), 0) for i in range(0, count, PYDOCS_FILES)]
-        elif file.format in ("txt", "jsonl") and file.size > piece_bytes:
-            starts = range(0, file.size, piece_bytes)
-            ranges = [(i, min(i + piece_bytes, file.size), UNKNOWN if i else 0) for i in starts]
-        pieces += [Piece(file.uri, file.name, file.format, *limits) for limits in ranges]
-    return pieces
-
-
-def count_rows(piece: Piece) -> int:
-    """Lines that start in the byte range of a piece; `UNKNOWN` for a piece of another kind, whose rows need no count.
-
-    Raises:
-        BadInput: the file cannot be read.
-    """
-    if piece.format not in ("txt", "jsonl") or piece.stop == WHOLE:
-        return UNKNOWN
-    # A line starts at byte 0 and behind every newline, but none starts at `stop` or at the end of the file.
-    first = max(piece.start - 1, 0)
-    rows = 1 if piece.start == 0 else 0
-    left = piece.stop - 1 - first
-    filesystem, path = filesystem_of(piece.uri)
-    with reading(piece.uri, piece.format), filesystem.open(path, "rb") as stream:
-        stream.seek(first)
-        while left > 0 and (chunk := stream.read(min(left, CHUNK_BYTES))):
-            rows += chunk.count(b"\n")
-            left -= len(chunk)
-    return rows
-
-
-def number_pieces(pieces: Sequence[Piece], counts: Sequence[int]) -> list[Piece]:
-    """Fill in `first_row`, from what `count_rows` gave for each of the pieces of `cut_pieces`, in their order."""
-    numbered: list[Piece] = []
-    row = 0
-    for piece, count in zip(pieces, counts, strict=True):
-        row = row if piece.first_row == UNKNOWN else piece.first_row  # the first piece of a file has row 0
-        numbered.append(replace(piece, first_row=row))
-        row += count
-    return numbered
 
 
 def filesystem_of(uri: str) -> tuple[Any, str]:
@@ -367,23 +288,6 @@ def _folders(filesystem: Any, path: str) -> list[str]:  # noqa: ANN401 - fsspec 
     return sorted(_base_name(info["name"]) for info in infos if info["type"] == "directory")
 
 
-def _row_group_ranges(file: SourceFile, piece_bytes: int) -> list[tuple[int, int, int]]:
-    """(start, stop, first_row) of runs of row groups of at most `piece_bytes` of (uncompressed) data, one at least."""
-    filesystem, path = filesystem_of(file.uri)
-    with reading(file.uri, "parquet"), filesystem.open(path, "rb") as stream:
-        metadata = pq.ParquetFile(stream).metadata
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    ranges: list[tuple[int, int, int]] = []
-    start = first_row = row = size = 0
-    for i, group in enumerate(groups):
-        if i > start and size + group.total_byte_size > piece_bytes:
-            ranges.append((start, i, first_row))
-            start, first_row, size = i, row, 0
-        row += group.num_rows
-        size += group.total_byte_size
-    return [*ranges, (start, len(groups), first_row)] if groups else []
-
-
 def _fingerprint(info: dict[str, Any]) -> str:
     """What an fsspec listing says of a file's content: a hash (and a commit) where the store has one, else its time."""
     commit = getattr(info.get("last_commit"), "oid", None)
@@ -394,10 +298,6 @@ def _fingerprint(info: dict[str, Any]) -> str:
 
 def _format_of(name: str) -> str:
     return next((form for form in FORMATS if name.lower().endswith(f".{form}")), "")
-
-
-def _package_of(file: SourceFile | Piece) -> str:
-    return file.uri.removeprefix("pydocs:")
 
 
 def _parent(uri: str) -> str:

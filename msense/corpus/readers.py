@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from msense.corpus.files import CHUNK_BYTES, UNKNOWN, WHOLE, Piece, display_uri, filesystem_of, reading
+from msense.corpus.files import display_uri, filesystem_of, reading
+from msense.corpus.pieces import CHUNK_BYTES, UNKNOWN, WHOLE, Piece
 from msense.corpus.pydocs import PARSE_ERRORS, docstrings, source_files
 from msense.errors import BadInput
 

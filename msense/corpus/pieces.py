@@ -1,0 +1,109 @@
+"""The pieces that a corpus's files are cut into: one piece becomes one passages file.
+
+In: `SourceFile`s. Out: `Piece`s with fixed borders, in the order of the files; `readers` reads them.
+In memory: this list, about 300 bytes a piece, and the footer of one parquet file; no text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow.parquet as pq
+
+from msense.corpus.files import SourceFile, filesystem_of, reading
+from msense.corpus.pydocs import source_files
+
+WHOLE = -1  # `Piece.stop` of a piece that is a whole file
+UNKNOWN = -1  # `Piece.first_row` before `number_pieces`, and the count of a piece that needs none
+PYDOCS_FILES = 200  # source files in a piece of `pydocs`
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An input file, or a fixed range of it.
+
+    Attributes:
+        uri: see `SourceFile`; so are name and format. The name opens the id of every document of the piece.
+        start: first byte (txt, jsonl), row group (parquet) or source file (pydocs).
+        stop: the border behind the last one; `WHOLE` for a whole file.
+        first_row: number of its first row in the file; `UNKNOWN` until `number_pieces`.
+    """
+
+    uri: str
+    name: str
+    format: str
+    start: int
+    stop: int
+    first_row: int
+
+
+def cut_pieces(files: Sequence[SourceFile], piece_bytes: int = 16 << 20) -> list[Piece]:
+    """Cut files into pieces whose borders depend on the files and `piece_bytes` only.
+
+    Parquet is cut between row groups (only footers are read), lines by bytes; compressed files and csv stay whole.
+
+    Raises:
+        BadInput: a parquet file without a readable footer.
+    """
+    pieces: list[Piece] = []
+    for file in files:
+        ranges = [(0, WHOLE, 0)]
+        if file.format == "parquet":
+            ranges = _row_group_ranges(file, piece_bytes)
+        elif file.format == "pydocs":
+            count = len(source_files(file.uri.removeprefix("pydocs:")))
+            ranges = [(i, min(i + PYDOCS_FILES, count), 0) for i in range(0, count, PYDOCS_FILES)]
+        elif file.format in ("txt", "jsonl") and file.size > piece_bytes:
+            starts = range(0, file.size, piece_bytes)
+            ranges = [(i, min(i + piece_bytes, file.size), UNKNOWN if i else 0) for i in starts]
+        pieces += [Piece(file.uri, file.name, file.format, *limits) for limits in ranges]
+    return pieces
+
+
+def count_rows(piece: Piece) -> int:
+    """Lines that start in the byte range of a piece; `UNKNOWN` for a piece of another kind, whose rows need no count.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    if piece.format not in ("txt", "jsonl") or piece.stop == WHOLE:
+        return UNKNOWN
+    # A line starts at byte 0 and behind every newline, but none starts at `stop` or at the end of the file.
+    first = max(piece.start - 1, 0)
+    rows = 1 if piece.start == 0 else 0
+    left = piece.stop - 1 - first
+    filesystem, path = filesystem_of(piece.uri)
+    with reading(piece.uri, piece.format), filesystem.open(path, "rb") as stream:
+        stream.seek(first)
+        while left > 0 and (chunk := stream.read(min(left, CHUNK_BYTES))):
+            rows += chunk.count(b"\n")
+            left -= len(chunk)
+    return rows
+
+
+def number_pieces(pieces: Sequence[Piece], counts: Sequence[int]) -> list[Piece]:
+    """Fill in `first_row`, from what `count_rows` gave for each of the pieces of `cut_pieces`, in their order."""
+    numbered: list[Piece] = []
+    row = 0
+    for piece, count in zip(pieces, counts, strict=True):
+        row = row if piece.first_row == UNKNOWN else piece.first_row  # the first piece of a file has row 0
+        numbered.append(replace(piece, first_row=row))
+        row += count
+    return numbered
+
+
+def _row_group_ranges(file: SourceFile, piece_bytes: int) -> list[tuple[int, int, int]]:
+    """(start, stop, first_row) of runs of row groups of at most `piece_bytes` of (uncompressed) data, one at least."""
+    filesystem, path = filesystem_of(file.uri)
+    with reading(file.uri, "parquet"), filesystem.open(path, "rb") as stream:
+        metadata = pq.ParquetFile(stream).metadata
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    ranges: list[tuple[int, int, int]] = []
+    start = first_row = row = size = 0
+    for i, group in enumerate(groups):
+        if i > start and size + group.total_byte_size > piece_bytes:
+            ranges.append((start, i, first_row))
+            start, first_row, size = i, row, 0
+        row += group.num_rows
+        size += group.total_byte_size
+    return [*ranges, (start, len(groups), first_row)] if groups else []

@@ -1,0 +1,197 @@
+"""The corpora that are no folders: docstrings of installed packages, and datasets of the Hub."""
+
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from documents import pairs, pieces_of, read, write_table
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from msense.corpus import (
+    files,
+    list_files,
+    pieces,
+    read_documents,
+)
+from msense.corpus.pydocs import docstrings
+from msense.errors import BadInput
+
+Patch = pytest.MonkeyPatch
+Pack = Callable[[bytes], bytes]
+
+
+# --- pydocs
+
+PACKAGE = {
+    "__init__.py": '"""The package."""\nraise RuntimeError("imported")\n',
+    "broken.py": "def f(:\n",
+    "nul.py": '"""x"""\0',
+    "sub/deep.py": '''
+class Outer:
+    """Outer   text.
+
+        Indented.
+    Last.
+    """
+
+    class Inner:
+        """Inner."""
+
+        async def method(self):
+            """Method."""
+
+            def local():
+                "Local."
+
+    @property
+    def size(self):
+        """Get."""
+
+    @size.setter
+    def size(self, value):
+        """Set."""
+
+    def silent(self):
+        pass
+
+
+if True:
+    try:
+        pass
+    except ValueError:
+
+        def fallback():
+            """   """
+''',
+}
+
+
+@pytest.fixture
+def tiny_package(tmp_path: Path, monkeypatch: Patch) -> None:
+    for name, source in PACKAGE.items():
+        (tmp_path / "tinydocs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tinydocs" / name).write_text(source)
+    (tmp_path / "tinymodule.py").write_text('"""A module."""\n')
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_pydocs_reads_docstrings_without_import(tiny_package: None) -> None:
+    rows = read("pydocs:tinydocs")
+    assert pairs(rows) == [
+        ("tinydocs/__init__.py", "The package."),
+        ("tinydocs/broken.py", "unparsable source"),
+        ("tinydocs/nul.py", "unparsable source"),
+        ("tinydocs/sub/deep.py:Outer", "Outer   text.\n\n    Indented.\nLast."),
+        ("tinydocs/sub/deep.py:Outer.Inner", "Inner."),
+        ("tinydocs/sub/deep.py:Outer.Inner.method", "Method."),
+        ("tinydocs/sub/deep.py:Outer.Inner.method.local", "Local."),
+        ("tinydocs/sub/deep.py:Outer.size", "Get."),
+        ("tinydocs/sub/deep.py:Outer.size#2", "Set."),
+        ("tinydocs/sub/deep.py:fallback", "empty"),
+    ]
+    assert "SyntaxError" in rows[1].detail
+    assert "tinydocs" not in sys.modules
+
+
+def test_pydocs_pieces_names_and_samples(tiny_package: None, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(pieces, "PYDOCS_FILES", 3)
+    uris = ["pydocs:tinydocs", "pydocs:tinymodule,numpy"]
+    found = [p for p in pieces_of(*uris) if p.name != "pydocs/numpy"]
+    assert [(p.name, p.start, p.stop) for p in found] == [
+        ("pydocs/tinydocs", 0, 3),
+        ("pydocs/tinydocs", 3, 4),
+        ("pydocs/tinymodule", 0, 1),
+    ]
+    assert pairs(list(read_documents(found[2]))) == [("pydocs/tinymodule.py", "A module.")]
+    assert len(read("pydocs:tinydocs")) == 10
+    samples = [[row.id.split(":")[0] for row in read("pydocs:tinydocs", sample=0.5, seed=i)] for i in range(20)]
+    # A source file is in with all its documents, or out.
+    assert {names.count("tinydocs/sub/deep.py") for names in samples} == {0, 7}
+    assert {names.count("tinydocs/broken.py") for names in samples} == {0, 1}
+
+
+def test_pydocs_fingerprint_is_the_version(tiny_package: None) -> None:
+    files = list_files(["pydocs:sklearn,tinydocs"])
+    assert files[0].fingerprint == importlib.metadata.version("scikit-learn")
+    assert files[1].fingerprint.startswith("changed ")
+    assert files[1].size == sum(len(source) for source in PACKAGE.values())
+
+
+@pytest.mark.parametrize("name", ["nosuchpackage", "numpy.linalg", "specless"])
+def test_pydocs_of_a_missing_package(name: str, monkeypatch: Patch) -> None:
+    monkeypatch.setitem(sys.modules, "specless", ModuleType("specless"))
+    with pytest.raises(BadInput, match=rf"no package '{name}' is installed here; pip install it"):
+        list_files([f"pydocs:numpy,{name}"])
+
+
+def test_pydocs_without_source_or_defaults(monkeypatch: Patch) -> None:
+    with pytest.raises(BadInput, match="'sys' has no Python source here"):
+        list_files(["pydocs:sys"])
+    monkeypatch.setattr("msense.corpus.pydocs.DEFAULT_PACKAGES", ("nosuchpackage", "numpy"))
+    assert [file.name for file in list_files(["pydocs"])] == ["numpy"]
+    monkeypatch.setattr("msense.corpus.pydocs.DEFAULT_PACKAGES", ("nosuchpackage",))
+    with pytest.raises(BadInput, match="none of nosuchpackage is installed"):
+        list_files(["pydocs"])
+
+
+def test_docstrings_take_no_warnings_and_name_repeats() -> None:
+    source = b'"""\\d"""\ndef f():\n    "1"\ndef f():\n    "2"\ndef f():\n    "3"\n'
+    assert docstrings(source) == [("", "\\d"), ("f", "1"), ("f#2", "2"), ("f#3", "3")]
+
+
+# --- hf://
+
+
+class FakeHub(DirFileSystem):
+    """A local folder that answers like the Hub's filesystem, with a commit in expanded listings."""
+
+    def ls(self, path: str, detail: bool = True, expand_info: bool = False, **options: object) -> list:
+        infos = super().ls(path, detail=detail, **options)
+        return [info | {"last_commit": SimpleNamespace(oid="c0ffee")} for info in infos] if expand_info else infos
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: Patch) -> Callable[..., None]:
+    root = tmp_path / "datasets" / "org" / "name@refs%2Fconvert%2Fparquet"
+    monkeypatch.setattr(files, "hub_filesystem", lambda: FakeHub(str(tmp_path), LocalFileSystem()))
+
+    def add(place: str, *texts: str) -> None:
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        write_table(root / place, text=list(texts))
+
+    return add
+
+
+def test_hub_dataset_with_one_config(hub: Callable[..., None]) -> None:
+    hub("plain/train/0001.parquet", "two")
+    hub("plain/train/0000.parquet", "one")
+    hub("plain/test/0000.parquet", "test")
+    assert pairs(read("hf://org/name")) == [
+        ("plain/train/0000.parquet:0", "one"),
+        ("plain/train/0001.parquet:0", "two"),
+    ]
+    assert pairs(read("hf://org/name::test")) == [("plain/test/0000.parquet:0", "test")]
+    (file,) = list_files(["hf://org/name:plain:test"])
+    assert file.fingerprint.startswith("c0ffee ")
+    assert file.uri == "hf://datasets/org/name@refs%2Fconvert%2Fparquet/plain/test/0000.parquet"
+    names = {file.name for file in list_files(["hf://org/name", "pydocs:numpy"])}
+    assert names == {"name/plain/train/0000.parquet", "name/plain/train/0001.parquet", "pydocs/numpy"}
+
+
+def test_hub_configs_and_splits_are_listed_when_unclear(hub: Callable[..., None]) -> None:
+    hub("a/train/0000.parquet", "a")
+    hub("b/validation/0000.parquet", "b")
+    with pytest.raises(BadInput, match="hf://org/name: no config 'default'; name one of a, b: hf://org/name:CONFIG"):
+        list_files(["hf://org/name"])
+    with pytest.raises(BadInput, match="no split 'train'; name one of validation: hf://org/name:b:SPLIT"):
+        list_files(["hf://org/name:b"])
+    with pytest.raises(BadInput, match=r"hf://org/none: the Hub gives no parquet files of it .*hf auth login"):
+        list_files(["hf://org/none"])
+    with pytest.raises(BadInput, match="write hf://dataset"):
+        list_files(["hf://org/name:a:train:x"])
+    hub("default/train/0000.parquet", "default")
+    assert [text for _, text in pairs(read("hf://org/name"))] == ["default"]

@@ -1,0 +1,219 @@
+"""Documents of every form: bad ones, long ones, samples, and pieces that change nothing."""
+
+import gzip
+import io
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from documents import pairs, pieces_of, read, write_table, zstd
+from fsspec import AbstractFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msense.corpus import (
+    BadDocument,
+    count_rows,
+    cut_pieces,
+    list_files,
+    number_pieces,
+    read_documents,
+    readers,
+)
+
+Patch = pytest.MonkeyPatch
+Pack = Callable[[bytes], bytes]
+
+
+# --- bad documents
+
+
+def test_bad_lines_of_txt(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 10)
+    (tmp_path / "a.txt").write_bytes(b"\xff\n \t\n0123456789\r\n0123456789a\nend")
+    rows = read(tmp_path / "a.txt")
+    assert [text for _, text in pairs(rows)] == ["not UTF-8", "empty", "0123456789", "too long", "end"]
+    assert rows[0] == BadDocument(
+        "a.txt:0", "not UTF-8", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+    )
+    assert rows[3] == BadDocument("a.txt:3", "too long", "more than 10 bytes")
+
+
+def test_bad_lines_of_jsonl(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "ok", "id": "first"}',
+        b'{"text": ',
+        b"[1]",
+        b'{"id": "x"}',
+        b'{"text": null}',
+        b'{"text": 3}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "ok", "id": "\\ud800"}',
+        b'{"text": "\xff"}',
+        b'{"text": " "}',
+        b"[" * 100_000,
+        b"",
+        b'{"text": "\\ud83d\\ude00"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    rows = read(tmp_path / "a.jsonl")
+    assert [text for _, text in pairs(rows)] == [
+        *["ok", "bad JSON", "bad JSON", "no text", "no text", "no text", "not UTF-8", "not UTF-8", "not UTF-8"],
+        *["empty", "bad JSON", "empty", "😀"],
+    ]
+    assert rows[2] == BadDocument("a.jsonl:2", "bad JSON", "a list, not an object")
+    assert rows[3] == BadDocument("a.jsonl:3", "no text", "NoneType instead of a string")
+    assert [row.id for row in rows] == ["first", *(f"a.jsonl:{i}" for i in range(1, 13))]
+
+
+def test_bad_rows_of_csv(tmp_path: Path) -> None:
+    rows = b'n,text\n1,good\n2,a\rb\n3,\xff\n4\n5, \n6,"caf\xc3\xa9"\n7,"open\nto the end\n'
+    (tmp_path / "a.csv").write_bytes(rows)
+    assert [text for _, text in pairs(read(tmp_path / "a.csv"))] == [
+        *["good", "bad CSV row", "not UTF-8", "no text", "empty", "café", "bad CSV row"]
+    ]
+
+
+def test_bad_rows_of_parquet(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 10)
+    broken = pa.array([b"\xff", b"good"]).view(pa.string())  # written as it is: Arrow does not look
+    texts = pa.concat_arrays([broken, pa.array([None, " ", "x" * 11, "é" * 5])])
+    rows = read(write_table(tmp_path / "a.parquet", text=texts))
+    assert [text for _, text in pairs(rows)] == ["not UTF-8", "good", "no text", "empty", "too long", "é" * 5]
+
+
+LONG = 20 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "pack"),
+    [
+        ("a.txt", b"one\n" + b"x" * LONG + b"\ntwo\n", bytes),
+        ("a.txt.gz", b"one\n" + b"x" * LONG + b"\ntwo\n", gzip.compress),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "' + b"x" * LONG + b'"}\n{"text": "two"}\n', bytes),
+        ("a.csv", b"id,text\n,one\n,plain" + b"x" * LONG + b"\n,two\n", bytes),
+        ("a.csv", b'id,text\n,one\n,"a ""q""\n' + b"x" * LONG + b'\n,"",\nb","c"\n,two\n', bytes),
+        ("a.csv", b'id,text\n,one\n,"' + b'a line, ""with"" quotes\n' * (LONG // 24) + b'b","c"\n,two\n', bytes),
+    ],
+)
+def test_a_long_line_is_skipped_with_bounded_memory(
+    tmp_path: Path, monkeypatch: Patch, name: str, raw: bytes, pack: Pack
+) -> None:
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1 << 16)
+    (tmp_path / name).write_bytes(pack(raw))
+    tracemalloc.start()
+    rows = pairs(read(tmp_path / name))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == [(f"{name}:0", "one"), (f"{name}:1", "too long"), (f"{name}:2", "two")]
+    assert peak < LONG / 4
+
+
+def test_a_large_row_group_is_read_with_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"{i:01000}" for i in range(LONG // 1000)]}), path, compression="none")
+    (piece,) = pieces_of(path)
+    tracemalloc.start()
+    assert sum(len(row.text) for row in read_documents(piece)) == LONG // 1000 * 1000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > LONG * 0.9
+    assert peak < LONG / 4
+
+
+def test_no_piece_reads_past_its_end_for_a_long_line(memory: AbstractFileSystem, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 10)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 7)
+    memory.pipe("/d/a.txt", b"x" * 1000 + b"\nlast")
+    for start, rows in [(0, 1), (100, 0)]:
+        stream = io.BufferedReader(memory.open("/d/a.txt"))
+        assert len(list(readers._lines(stream, start, start + 100))) == rows
+        assert start + 100 <= stream.tell() < start + 107
+    assert pairs(read("memory://d", piece_bytes=100)) == [("a.txt:0", "too long"), ("a.txt:1", "last")]
+
+
+# --- pieces change nothing
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lines=st.lists(st.tuples(st.text("ab é😀\r\x00\ufeff", max_size=9), st.sampled_from(["\n", "\r\n"])), max_size=12),
+    last=st.sampled_from(["", "end", "é"]),
+    piece_bytes=st.integers(1, 40),
+    limit=st.sampled_from([4, 1000]),
+)
+def test_pieces_of_txt_equal_the_whole(lines: list[tuple[str, str]], last: str, piece_bytes: int, limit: int) -> None:
+    raw = ("".join(text + end for text, end in lines) + last).encode()
+    fsspec.filesystem("memory").pipe("/pieces/a.txt", raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "MAX_DOCUMENT_BYTES", limit)
+        whole = read("memory://pieces/a.txt")
+        assert read("memory://pieces/a.txt", piece_bytes=piece_bytes) == whole
+    expected = [line.removesuffix(b"\r") for line in raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
+    expected = expected if expected[-1] or raw == b"\xef\xbb\xbf" else expected[:-1]
+    assert [row.id for row in whole] == [f"a.txt:{i}" for i in range(len(expected))]
+    if limit == 1000:
+        reasons = ["empty" if not line.decode().strip() else line.decode() for line in expected]
+        assert [text for _, text in pairs(whole)] == reasons
+    pieces = cut_pieces(list_files(["memory://pieces/a.txt"]), piece_bytes)
+    if len(pieces) > 1:
+        assert sum(count_rows(piece) for piece in pieces) == len(expected)
+        assert (pieces[0].start, pieces[-1].stop) == (0, len(raw))
+        assert [p.stop for p in pieces[:-1]] == [p.start for p in pieces[1:]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.sampled_from(['{"text": "a"}', '{"id": "x", "text": "é"}', "", "{", '{"n": 1}']), max_size=12),
+    piece_bytes=st.integers(1, 60),
+)
+def test_pieces_of_jsonl_equal_the_whole(rows: list[str], piece_bytes: int) -> None:
+    # A first record that has the text: later ones without it are bad documents in every piece.
+    raw = "\n".join(['{"text": "first"}', *rows]).encode()
+    fsspec.filesystem("memory").pipe("/pieces/a.jsonl", raw)
+    assert read("memory://pieces/a.jsonl", piece_bytes=piece_bytes) == read("memory://pieces/a.jsonl")
+
+
+def test_rows_are_numbered_in_each_file_of_several(memory: AbstractFileSystem) -> None:
+    memory.pipe({"/d/a.txt": b"1\n2\n3\n4", "/d/b.txt.gz": gzip.compress(b"x\ny"), "/d/c.txt": b"5\n\n7\n8\n"})
+    pieces = cut_pieces(list_files(["memory://d"]), piece_bytes=4)
+    assert [p.first_row for p in pieces] == [0, -1, 0, 0, -1]
+    counts = [count_rows(p) for p in pieces]
+    assert counts == [2, 2, -1, 3, 1]
+    assert [p.first_row for p in number_pieces(pieces, counts)] == [0, 2, 0, 0, 3]
+    with pytest.raises(ValueError, match=r"no row number; see number_pieces"):
+        list(read_documents(pieces[1]))
+
+
+def test_small_and_compressed_files_are_one_piece(memory: AbstractFileSystem) -> None:
+    memory.pipe({"/d/a.txt.zst": zstd(b"x\n" * 99), "/d/b.csv": b"text\nx\n", "/d/c.txt": b"x\n"})
+    assert [(p.start, p.stop, p.first_row) for p in pieces_of("memory://d", piece_bytes=2)] == [(0, -1, 0)] * 3
+
+
+# --- samples
+
+
+def test_sample_is_about_the_share_and_the_same_for_any_pieces(memory: AbstractFileSystem) -> None:
+    memory.pipe("/d/a.txt", b"".join(b"line %d\n" % i for i in range(4000)))
+    whole, kept = read("memory://d"), read("memory://d", sample=0.25, seed=3)
+    assert 850 < len(kept) < 1150
+    assert set(kept) < set(whole)
+    assert read("memory://d", piece_bytes=777, sample=0.25, seed=3) == kept
+    assert read("memory://d", sample=0.25, seed=4) != kept
+    assert set(kept) <= set(read("memory://d", sample=0.5, seed=3))
+    assert read("memory://d", sample=1.0) == whole
+    assert read("memory://d", sample=0.0) == []
+
+
+def test_sample_goes_by_the_id_column(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "x", "id": f"doc{i}"}) for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text("\n".join(reversed(lines)))
+    kept = {row.id for row in read(tmp_path / "a.jsonl", sample=0.3)}
+    assert 0 < len(kept) < 200
+    assert {row.id for row in read(tmp_path / "b.jsonl", sample=0.3)} == kept
