@@ -21,7 +21,6 @@ from msense.corpus.pydocs import docstrings
 from msense.errors import BadInput
 
 Patch = pytest.MonkeyPatch
-Pack = Callable[[bytes], bytes]
 
 
 # --- pydocs
