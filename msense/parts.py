@@ -110,8 +110,8 @@ def _prepared(waiting: dict[int, list[Range]], workers: Sequence[Any]) -> Iterat
 
 def prepare(token: int, ranges: list[Range], settings: ClusterSettings) -> Prepared:
     """Find a token's points (the first `max_occurrences` by key), cut them into parts, and seed it."""
-    chosen = _first(settings, ranges, settings.max_occurrences) if settings.max_occurrences else ranges
-    records, _ = read_ranges(settings, _first(settings, chosen, kmeans.SEED_POINTS))
+    chosen = first_by_key(settings, ranges, settings.max_occurrences) if settings.max_occurrences else ranges
+    records, _ = read_ranges(settings, first_by_key(settings, chosen, kmeans.SEED_POINTS))
     embeddings = records["embedding"][np.argsort(records["key"], kind="stable")]
     del records
     config = replace(settings.kmeans, k=int(senses_of(settings, np.array([token]))[0]))
@@ -122,7 +122,7 @@ def prepare(token: int, ranges: list[Range], settings: ClusterSettings) -> Prepa
     return Prepared(tuple(parts), state)
 
 
-def _first(settings: ClusterSettings, ranges: list[Range], count: int) -> list[Range]:
+def first_by_key(settings: ClusterSettings, ranges: list[Range], count: int) -> list[Range]:
     """Cut a token's ranges down to its first `count` rows by key, ties in corpus order.
 
     Rows of a unit are in the order of their keys, and keys are random: where the cut lies in a range is nearly known.

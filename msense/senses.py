@@ -16,9 +16,10 @@ from msense import storage
 from msense.allocation import Curves, allocate
 from msense.kmeans import CURVE_POINTS, GRID, variance_curves
 from msense.mcl import MCL_POINTS, MclConfig, mcl_senses
+from msense.parts import first_by_key
 from msense.resume import Journal, finished
 from msense.runtime import Resources, map_tasks, run_task
-from msense.units import ClusterSettings, first_by_key, read_ranges, sample, shard_ranges, stored
+from msense.units import ClusterSettings, read_ranges, sample, shard_ranges, stored
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,9 @@ def look_at_shard(item: dict[str, int], settings: SenseSettings) -> dict[str, An
     wanted = CURVE_POINTS if settings.mcl is None else MCL_POINTS
     cap = min(wanted, own.max_occurrences) if own.max_occurrences else wanted
     ranges, rows = shard_ranges(own, shard)
-    if item["last"] - item["first"] == 1:
-        records, rows_of_tokens = first_by_key(own, ranges, cap), np.array([rows])
-    else:
-        records, _ = read_ranges(own, ranges)
-        rows_of_tokens = np.unique(records["token"], return_counts=True)[1]
+    alone = item["last"] - item["first"] == 1
+    records, _ = read_ranges(own, first_by_key(own, ranges, cap) if alone else ranges)
+    rows_of_tokens = np.array([rows]) if alone else np.unique(records["token"], return_counts=True)[1]
     chosen, key_rank = sample(records["key"], records["token"], cap)
     chosen = chosen[np.lexsort((key_rank, records["token"][chosen]))]  # the first by key come first
     tokens, sizes = np.unique(records["token"][chosen], return_counts=True)

@@ -15,8 +15,6 @@ from msense.kmeans import KMeansConfig
 from msense.occurrences import read_rows, record_type
 from msense.run_folder import RunFolder
 
-ROWS_AT_A_TIME = 256  # of a large token's, where only the first by key are wanted
-
 
 @dataclass(frozen=True)
 class ClusterSettings:
@@ -60,25 +58,6 @@ def shard_ranges(settings: ClusterSettings, shard: int) -> tuple[list[Range], in
     offsets = storage.load_arrays(settings.run.offsets, ("offsets",))["offsets"]
     ranges = [Range(unit, int(row[shard]), int(row[shard + 1])) for unit, row in enumerate(offsets)]
     return ranges, sum(r.stop - r.start for r in ranges)
-
-
-def first_by_key(settings: ClusterSettings, ranges: Sequence[Range], count: int) -> np.ndarray:
-    """Read the first `count` rows by key of one token, ties in corpus order: records [n], in corpus order.
-
-    Rows of a unit are in the order of their keys: of each range no more is read than can matter. Holds `count` rows and
-    ROWS_AT_A_TIME more.
-    """
-    found = np.empty(0, record_type(settings.dim))
-    for r in ranges:
-        for start in range(r.start, min(r.stop, r.start + count), ROWS_AT_A_TIME):
-            stop = min(start + ROWS_AT_A_TIME, r.stop, r.start + count)
-            read, _ = read_ranges(settings, [Range(r.unit, start, stop)])
-            last = read["key"][-1]
-            found = np.concatenate([found, read])
-            found = found[np.sort(np.argsort(found["key"], kind="stable")[:count])]
-            if len(found) == count and last > found["key"].max():
-                break
-    return found
 
 
 def senses_of(settings: ClusterSettings, tokens: np.ndarray) -> np.ndarray:

@@ -201,7 +201,7 @@ def test_first_rows_by_key_are_found_from_windows(units: list[tuple[int, int, in
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "pieces", read)
         patch.setattr(parts, "WINDOW", 1)
-        found = parts._first(None, ranges, count)
+        found = parts.first_by_key(None, ranges, count)
     chosen = np.argsort(np.concatenate(keys), kind="stable")[:count]
     number = np.repeat(np.arange(len(keys)), [len(k) for k in keys])[chosen]
     assert {r.unit: (r.start, r.stop) for r in found} == {u: (0, n) for u, n in Counter(number.tolist()).items()}

@@ -19,8 +19,9 @@ from msense.errors import BadInput, MsenseError
 from msense.kmeans import CURVE_POINTS, GRID, KMeansConfig, Metric, cluster_tokens, variance_curves
 from msense.mcl import MclConfig, mcl_senses
 from msense.occurrences import record_type
+from msense.parts import first_by_key
 from msense.run_folder import RunFolder
-from msense.units import ClusterSettings, Range, first_by_key
+from msense.units import ClusterSettings, Range, read_ranges
 
 MakeTeacher = Callable[..., Path]
 WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
@@ -288,4 +289,5 @@ def test_the_first_rows_by_key_are_found_whatever_the_units(tmp_path: Path) -> N
     config = ClusterSettings(run, 2, "float16", 0, 1024, 0, KMeansConfig(), True, "cpu")
     for count in (1, 10, 300, 1500, 5000):
         expected = whole[np.sort(np.argsort(whole["key"], kind="stable")[:count])]
-        np.testing.assert_array_equal(first_by_key(config, ranges, count), expected)
+        found, _ = read_ranges(config, first_by_key(config, ranges, count))
+        np.testing.assert_array_equal(found, expected)
