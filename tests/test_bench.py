@@ -126,6 +126,19 @@ def test_constants_of_the_cost_model_are_found_also_where_a_term_is_always_0(job
     np.testing.assert_allclose(_least_squares(terms / (terms @ constants)[:, None]), constants, rtol=1e-6)
 
 
+def test_gather_deletes_no_folder_of_somebody_else(jobs: None, tmp_path: Path) -> None:
+    import bench
+    from benches.occurrences import gather
+    from benches.shared import Bench
+
+    from msense.errors import BadInput
+
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(BadInput, match=r"is no run folder, and gather would delete all in it: give another --output"):
+        gather(Bench(bench.parse(["gather", "--output", str(tmp_path)])))
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_labelled_data_must_be_named(jobs: None, tmp_path: Path) -> None:
     import bench
     from benches.shared import Bench
