@@ -34,7 +34,13 @@ def show_status(run: str) -> None:
     rows.append(("dictionary", folder.dictionary if finished else "not yet; the build's command goes on from here"))
     if finished:
         facts = stages["dictionary"]
-        rows.append(("", f"{facts['tokens']:,} tokens, {facts['senses']:,} senses, {facts['points']:,} points"))
+        told = f"{facts['tokens']:,} tokens, {facts['senses']:,} senses, {facts['points']:,} points"
+        rows.append(
+            (
+                "",
+                told + (f", {stages['senses']['largest']:,} senses of one token at most" if "senses" in stages else ""),
+            )
+        )
     drivers = (storage.read_json(folder.journal) or {}).get("drivers", [])
     rows += [_driver(number, record) for number, record in list(enumerate(drivers, 1))[-DRIVERS_SHOWN:]]
     show_table(f"Run {run}", rows)

@@ -510,7 +510,9 @@ def test_status_tells_what_each_driver_kept_and_made(
     whole.build("stopped", keep=ALL)
     monkeypatch.setenv("COLUMNS", "400")
     show_status(str(whole.folder / "stopped"))
-    first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("driver")]
+    shown = capsys.readouterr().out
+    assert re.search(r" points, [0-9]+ senses of one token at most *\n", shown)
+    first, second = [line for line in shown.splitlines() if line.startswith("driver")]
     assert f"occurrences {units} made" in first
     assert "failed: StoppedError" in first
     assert f"occurrences {units - 2} kept + 1 damaged + 2 made" in second
