@@ -4,13 +4,17 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fault_table
 import fsspec
 import pytest
 from fsspec import AbstractFileSystem
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if TYPE_CHECKING:
+    from faulty import Corpus
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported
 SEEN: dict[tuple[str, str], str] = {}  # what became of (fault, stage)
 TOLD: list[str] = []  # figures to be read at the end
 
@@ -217,3 +221,28 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "BLOCK_TOKENS", 1500)
     monkeypatch.setattr(occurrences, "UNIT_BYTES", (60_000, 60_000))
     monkeypatch.setattr(occurrences, "SHARD_BYTES", (60_000, 60_000))
+
+
+@pytest.fixture
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """Patches that a test may undo without undoing those of its fixtures."""
+    with pytest.MonkeyPatch.context() as context:
+        yield context
+
+
+@pytest.fixture
+def made(tmp_path: Path, make_teacher: Callable[..., Path]) -> "Corpus":
+    """A corpus and a teacher to build from, again and again."""
+    from faulty import Corpus
+
+    return Corpus(tmp_path, make_teacher("bert"))
+
+
+@pytest.fixture
+def whole(made: "Corpus") -> "Corpus":
+    """With "whole", a finished run that keeps all; and "stopped", the same, stopped just before it dropped contexts."""
+    from faulty import ALL
+
+    made.build("whole", keep=ALL)
+    made.stop_at("msense.build._drop_intermediates", "stopped", keep=ALL)
+    return made

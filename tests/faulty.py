@@ -1,0 +1,82 @@
+"""A corpus, a teacher, and builds of them without Ray that may be stopped and spoilt."""
+
+import itertools
+import pkgutil
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msense import storage
+from msense.build import build_dictionary
+from msense.config import BuildConfig
+from msense.occurrences import record_type
+from msense.run_folder import RunFolder
+
+MakeTeacher = Callable[..., Path]
+Outcome = Callable[[str, str, str], None]
+WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
+ALL = ("passages", "occurrences", "centroids")
+
+
+class StoppedError(BaseException):
+    """The process ends here."""
+
+
+class Corpus:
+    """A corpus and a teacher in a folder, and what a build of them gives."""
+
+    def __init__(self, folder: Path, teacher: Path) -> None:
+        self.folder = folder
+        rng = np.random.default_rng(0)
+        (folder / "corpus").mkdir()
+        chances = np.array([12, 6] + [1] * 13) / 31
+        for name in "ab":
+            lines = [" ".join(rng.choice(WORDS, 24, p=chances)) for _ in range(150)]
+            (folder / "corpus" / f"{name}.txt").write_text("\n".join([*lines, *lines[:5], ""]) + "\n")
+        self.teacher = shutil.copytree(teacher, folder / "teacher")
+        self.settings = {"corpus": (str(folder / "corpus"),), "teacher": str(self.teacher), "dtype": "float32"}
+        self.settings |= {"max_occurrences": 6000, "max_points_per_part": 1024, "dedup": True}
+
+    def build(self, name: str = "run", **settings: object) -> dict:
+        return build_dictionary(BuildConfig(**{**self.settings, "output": str(self.folder / name), **settings}))
+
+    def stop_at(self, function: str, name: str = "run", calls: int = 1, **settings: object) -> None:
+        """Build until a function is called so often."""
+        real, counted = pkgutil.resolve_name(function), itertools.count(1)
+
+        def stop(*arguments: object) -> object:
+            if next(counted) == calls:
+                raise StoppedError
+            return real(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(function, stop)
+            with pytest.raises(StoppedError):
+                self.build(name, **settings)
+
+    def files(self, name: str, below: str = "dictionary", markers: bool = True) -> dict[str, bytes]:
+        folder = self.folder / name / below
+        files = (p for p in sorted(folder.rglob("*")) if p.is_file() and (markers or p.suffix != ".done"))
+        return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+    def journal(self, name: str = "run") -> list[dict]:
+        return storage.read_json(RunFolder(str(self.folder / name)).journal)["drivers"]
+
+
+def records(made: Corpus, name: str) -> tuple[int, int]:
+    """Return the number of stored occurrences, and of different ones."""
+    found = [
+        np.fromfile(path, record_type(16))[["row", "position"]].tolist()
+        for path in sorted((made.folder / name / "occurrences").glob("*.records"))
+    ]
+    places = [(unit, *place) for unit, rows in enumerate(found) for place in rows]
+    return len(places), len(set(places))
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 4
+    path.write_bytes(data)
