@@ -77,6 +77,19 @@ def ray() -> Iterator[None]:
     ray_module.shutdown()
 
 
+def _write_settings(folder: Path, pooling: str | None, prompt: str | None) -> None:
+    """Make a sentence-transformers folder of a teacher's."""
+    if pooling:
+        modules = [{"name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+        modules.append({"name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"})
+        (folder / "1_Pooling").mkdir()
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
+    if prompt:
+        settings = {"prompts": {"query": prompt}, "default_prompt_name": "query"}
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+
+
 @pytest.fixture(scope="session")
 def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write a small random teacher into a folder.
@@ -134,18 +147,34 @@ def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
             model = LlamaModel(LlamaConfig(**sizes, max_position_embeddings=64, initializer_range=0.5))
         model.save_pretrained(folder)
         PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names).save_pretrained(folder)
-        if pooling:
-            modules = [{"name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
-            modules.append({"name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"})
-            (folder / "1_Pooling").mkdir()
-            (folder / "modules.json").write_text(json.dumps(modules))
-            (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
-        if prompt:
-            settings = {"prompts": {"query": prompt}, "default_prompt_name": "query"}
-            (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+        _write_settings(folder, pooling, prompt)
         return folder
 
     return make
+
+
+class Remote:
+    """Stands for what `ray.remote` returns: calls go straight through."""
+
+    def __init__(self, target: Callable) -> None:
+        self.target = target
+
+    def options(self, **_: object) -> "Remote":
+        return self
+
+    def remote(self, *arguments: object, **named: object) -> object:
+        result = self.target(*arguments, **named)
+        return Actor(result) if isinstance(self.target, type) else result
+
+
+class Actor:
+    """Stands for an actor's handle."""
+
+    def __init__(self, target: object) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Remote:
+        return Remote(getattr(self._target, name))
 
 
 @pytest.fixture
@@ -194,26 +223,6 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, fake in fakes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fake)
-
-    class Remote:
-        """Stands for what `ray.remote` returns: calls go straight through."""
-
-        def __init__(self, target: Callable) -> None:
-            self.target = target
-
-        def options(self, **_: object) -> "Remote":
-            return self
-
-        def remote(self, *arguments: object, **named: object) -> object:
-            result = self.target(*arguments, **named)
-            return Actor(result) if isinstance(self.target, type) else result
-
-    class Actor:
-        def __init__(self, target: object) -> None:
-            self._target = target
-
-        def __getattr__(self, name: str) -> Remote:
-            return Remote(getattr(self._target, name))
 
     monkeypatch.setattr(ray_module, "remote", Remote)
     monkeypatch.setattr(ray_module, "put", lambda value: value)

@@ -49,9 +49,13 @@ def test_a_curve_is_near_that_of_full_runs(n: int, clusters: int, metric: Metric
     curve = one_curve(points, metric)
     known = max(1, n // 2) >= GRID
     assert np.isnan(curve[~known]).all()
-    for k, variance in zip(GRID[known].tolist(), curve[known], strict=True):
-        full = cluster_tokens(points, np.array([n]), np.array([3]), KMeansConfig(k=k, metric=metric)).inertia[0]
-        assert variance * (n - k) == pytest.approx(full, rel=1e-5 if k == 1 else 0.35)
+    numbers = GRID[known].tolist()
+    configs = [KMeansConfig(k=k, metric=metric) for k in numbers]
+    full = np.array([cluster_tokens(points, np.array([n]), np.array([3]), config).inertia[0] for config in configs])
+    above = curve[known] * (n - GRID[known]) / full - 1
+    assert above[0] == pytest.approx(0, abs=1e-5)  # one sense
+    assert np.abs(above).max() < 0.35  # a full run may find a better optimum, or a worse one
+    assert np.median(np.abs(above)) < 0.06
     assert (np.diff(curve[known]) <= 0).all()
 
 
