@@ -141,6 +141,15 @@ def test_gather_deletes_no_folder_of_somebody_else(jobs: None, tmp_path: Path) -
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+def test_wrong_settings_are_told_and_not_raised(jobs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench
+
+    from msense.cli import run_job
+
+    monkeypatch.setattr(sys, "argv", ["bench.py", "plan", "--senses", "0", "--workers", "0"])
+    assert run_job(bench.main) == 2
+
+
 def test_labelled_data_must_be_named(jobs: None, tmp_path: Path) -> None:
     import bench
     from benches.shared import Bench

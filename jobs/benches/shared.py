@@ -12,7 +12,7 @@ import numpy as np
 
 from msense import storage
 from msense.build import build_dictionary, cluster_settings
-from msense.config import DEMO_TEACHER, BuildConfig
+from msense.config import DEMO_TEACHER, BuildConfig, validate
 from msense.errors import BadInput
 from msense.run_folder import RunFolder
 from msense.teacher import describe
@@ -45,15 +45,9 @@ class Bench:
         self.workers: int = given.workers
         self.senses: int = given.senses
         self._data: str | None = given.data
-        self.config = BuildConfig(
-            corpus=tuple(given.corpus),
-            teacher=DEMO_TEACHER,
-            workers=given.workers,
-            senses=given.senses,
-            max_occurrences=given.max_occurrences,
-            output=given.output,
-            keep=("passages", "occurrences", "centroids"),
-        )
+        settings = {name: getattr(given, name) for name in ("corpus", "workers", "senses", "max_occurrences", "output")}
+        keep = ("passages", "occurrences", "centroids")
+        self.config = validate(BuildConfig, {**settings, "teacher": DEMO_TEACHER, "keep": keep})
         self.run = RunFolder(storage.absolute(given.output))
 
     @property
