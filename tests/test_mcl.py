@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
-from msense import mcl
 from msense.errors import BadInput, MsenseError
-from msense.mcl import MclConfig, markov_clusters, mcl_senses
+from msense.mcl import MclConfig, clusters, components, flow, markov_clusters, mcl_senses
+from msense.mcl import senses as rule
 
 Matrix = np.ndarray[Any, Any]
 Clusters = list[tuple[int, ...]]
@@ -33,10 +33,10 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs of a test's size are split and kept in float32 as ones of thousands of nodes are."""
-    monkeypatch.setattr(mcl, "SPLIT_WORK", 0)
-    monkeypatch.setattr(mcl, "SPLIT_WIDTH", 2)
-    monkeypatch.setattr(mcl, "BATCH_VALUES", 500)
-    monkeypatch.setattr(mcl, "EXACT_NODES", 20)
+    monkeypatch.setattr(components, "SPLIT_WORK", 0)
+    monkeypatch.setattr(components, "SPLIT_WIDTH", 2)
+    monkeypatch.setattr(clusters, "BATCH_VALUES", 500)
+    monkeypatch.setattr(flow, "EXACT_NODES", 20)
 
 
 def package(similarity: Matrix, config: MclConfig | None = None) -> Clusters:
@@ -197,8 +197,8 @@ def test_split_flows_give_the_same_clusters() -> None:
 @pytest.mark.usefixtures("small_limits")
 def test_a_flow_is_split_into_its_components() -> None:
     graph, blocks = planted([30, 7, 12, 1, 3])
-    flow = mcl._start(torch.from_numpy(np.stack([graph, graph.T])), np.array([53, 53]), MclConfig())
-    parts = mcl._split(flow)
+    whole = flow.start(torch.from_numpy(np.stack([graph, graph.T])), np.array([53, 53]), MclConfig())
+    parts = components.split(whole)
     found = [sorted(row[row >= 0].tolist()) for part in parts for row in part.nodes]
     assert sorted(map(tuple, found)) == sorted(blocks * 2)
     assert all(torch.allclose(part.values.sum(2), torch.from_numpy(part.nodes >= 0).to(part.values)) for part in parts)
@@ -207,7 +207,8 @@ def test_a_flow_is_split_into_its_components() -> None:
 def test_a_long_chain_is_left_whole() -> None:
     chain = np.diag(np.ones(199), 1)
     assert (
-        len(np.unique(mcl._components(torch.from_numpy(chain + chain.T).float()[None], torch.arange(200)[None]))) == 1
+        len(np.unique(components._components(torch.from_numpy(chain + chain.T).float()[None], torch.arange(200)[None])))
+        == 1
     )
 
 
@@ -322,7 +323,7 @@ def test_points_of_any_stored_type(kind: torch.dtype) -> None:
 
 
 def test_a_large_token_is_judged_by_its_first_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcl, "MCL_POINTS", 100)
+    monkeypatch.setattr(rule, "MCL_POINTS", 100)
     points = [pairs(50), pairs(500, members=1), pairs(50)]
     joined = [np.concatenate(points[:2]), points[2]]
     assert senses(joined, MclConfig(share=0.5, least=1)) == [25, 25]
