@@ -123,6 +123,17 @@ def test_mixtures_are_clustered_as_by_the_package(points: int, clusters: int, wi
     assert adjusted_rand_score(labels(theirs, points), labels(ours, points)) > 0.999
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_points_are_parted_as_by_the_package(seed: int) -> None:
+    points = mixture(200, 1, 8, 1.0, seed=seed)
+    points[-20:] = points[:20]
+    graph = similarities(points)
+    assert one(graph) == package(graph)
+    assert flow.start(torch.from_numpy(graph)[None], np.array([200]), MclConfig()).values.dtype == torch.float64
+    graph = similarities(points[:-20])
+    assert flow.start(torch.from_numpy(graph)[None], np.array([180]), MclConfig()).values.dtype == torch.float32
+
+
 OPTIONS = {
     "inflation": 1.3,
     "expansion": 3,

@@ -40,9 +40,10 @@ def start(weights: torch.Tensor, sizes: NDArray[np.int64], config: MclConfig) ->
     if config.loop_value > 0:
         loops = torch.from_numpy(real * config.loop_value).to(weights.device)
         weights.diagonal(dim1=1, dim2=2).copy_(loops)
-    _normalize(weights)
+    sums = _normalize(weights)
     # without pruning, what is left of a value however small decides; high powers leave the range of float32
     rough = width > EXACT_NODES and config.prune > 0 and config.inflation * config.expansion <= 8
+    rough = rough and not _have_twins(sums)
     live = torch.arange(width, device=weights.device).expand(len(weights), width)
     nodes = np.where(real, np.arange(width), -1)
     values = weights.float() if rough else weights
@@ -111,10 +112,21 @@ def exact_if_small(values: torch.Tensor) -> torch.Tensor:
     return values.double() if values.shape[2] <= EXACT_NODES else values
 
 
-def _normalize(values: torch.Tensor) -> None:
-    """Scale rows of [B, n, L] to sum 1, in place; a row of zeros stays."""
+def _normalize(values: torch.Tensor) -> torch.Tensor:
+    """Scale rows of [B, n, L] to sum 1, in place, and return their sums [B, n, 1]; a row of zeros stays."""
     sums = values.sum(2, keepdim=True)
-    values.div_(sums.masked_fill_(sums == 0, 1.0))
+    values.div_(sums.masked_fill(sums == 0, 1.0))
+    return sums
+
+
+def _have_twins(sums: torch.Tensor) -> bool:
+    """Whether two nodes of a graph may have the same edges, such as equal points: their weights [B, n, 1] sum to the same.
+
+    Walkers go to both of them alike, until a difference in rounding grows, by the power of `inflation` in a round, to an
+    advantage of one. Rounds in float64 converge before that.
+    """
+    ordered = sums.flatten(1).sort().values
+    return bool((ordered.diff() < 1e-12 * ordered[:, :-1]).any())
 
 
 def _taken(values: torch.Tensor, axis: int, index: torch.Tensor) -> torch.Tensor:
