@@ -55,7 +55,7 @@ def markov_clusters(
 
     def weights(batch: NDArray[np.int64]) -> torch.Tensor:
         if len(batch) == 1:
-            return graphs[batch[0]].T[None].to(device, torch.float64, copy=True)
+            return graphs[batch[0]].T[None].to(device, torch.float64).clone(memory_format=torch.contiguous_format)
         width = int(sizes[batch].max())
         padded = torch.zeros(len(batch), width, width, dtype=torch.float64, device=device)
         for place, at in enumerate(batch):
