@@ -123,15 +123,20 @@ def test_mixtures_are_clustered_as_by_the_package(points: int, clusters: int, wi
     assert adjusted_rand_score(labels(theirs, points), labels(ours, points)) > 0.999
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_equal_points_are_parted_as_by_the_package(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "times"), [(0, 2), (1, 2), (2, 3)])
+def test_equal_points_are_parted_as_by_the_package(seed: int, times: int) -> None:
     points = mixture(200, 1, 8, 1.0, seed=seed)
-    points[-20:] = points[:20]
+    points[-20:] = np.tile(points[: 20 // (times - 1)], (times - 1, 1))
     graph = similarities(points)
     assert one(graph) == package(graph)
-    assert flow.start(torch.from_numpy(graph)[None], np.array([200]), MclConfig()).values.dtype == torch.float64
-    graph = similarities(points[:-20])
-    assert flow.start(torch.from_numpy(graph)[None], np.array([180]), MclConfig()).values.dtype == torch.float32
+    begun = flow.start(torch.from_numpy(graph)[None], np.array([200]), MclConfig())
+    assert begun.values.dtype == torch.float32
+    assert sorted(map(len, begun.twins[0])) == [times] * (20 // (times - 1))
+
+
+def test_nodes_that_tie_but_are_no_twins_start_in_float64() -> None:
+    graph = planted([50, 50, 50], between=0.1)[0]
+    assert flow.start(torch.from_numpy(graph)[None], np.array([150]), MclConfig()).values.dtype == torch.float64
 
 
 OPTIONS = {

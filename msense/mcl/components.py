@@ -3,6 +3,7 @@
 In: a flow. Out: flows of its components, those of like size in one. Holds a copy of what is not zero.
 """
 
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -38,7 +39,7 @@ def split(flow: Flow) -> list[Flow]:
             if len(columns):  # else a node without edges, which is in no cluster
                 parts.setdefault(max(len(rows), SPLIT_WIDTH).bit_length(), []).append((block, rows, columns))
     if sum(map(len, parts.values())) <= len(values):
-        return [Flow(values, flow.live, flow.nodes, flow.graph, full)]
+        return [replace(flow, full=full)]
     return [_cut(flow, live, like) for like in parts.values()]
 
 
@@ -54,7 +55,7 @@ def _cut(flow: Flow, live: NDArray[np.int64], parts: list[_Part]) -> Flow:
         places[at, : len(columns)] = np.searchsorted(rows, live[block, columns])
         nodes[at, : len(rows)] = flow.nodes[block, rows]
     graph = flow.graph[[block for block, _, _ in parts]]
-    return Flow(exact_if_small(values), torch.from_numpy(places).to(values.device), nodes, graph, 1.0)
+    return exact_if_small(Flow(values, torch.from_numpy(places).to(values.device), nodes, graph, 1.0, flow.twins))
 
 
 def _components(edges: torch.Tensor, live: torch.Tensor) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ In: weights of graphs [B, n, n]. Out: after each round the flow [B, n, L], of wh
 keep their place; at the end its clusters. Holds two flows and their product's steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from msense.mcl.config import MclConfig
+from msense.mcl.twins import find_twins, make_equal
 
 Cluster: TypeAlias = tuple[int, ...]
 
@@ -32,6 +33,7 @@ class Flow:
     nodes: NDArray[np.int64]  # [B, n]: the row's node in its graph, ascending; -1 on padding
     graph: NDArray[np.int64]  # [B]: which graph of the batch a block belongs to
     full: float  # share of values that were not zero when components were last looked for
+    twins: list[list[NDArray[np.int64]]]  # of each graph of the batch, see `find_twins`; none if it started in float64
 
 
 def start(weights: torch.Tensor, sizes: NDArray[np.int64], config: MclConfig) -> Flow:
@@ -44,11 +46,12 @@ def start(weights: torch.Tensor, sizes: NDArray[np.int64], config: MclConfig) ->
     sums = _normalize(weights)
     # without pruning, what is left of a value however small decides; high powers leave the range of float32
     rough = width > EXACT_NODES and config.prune > 0 and config.inflation * config.expansion <= 8
-    rough = rough and not _have_twins(sums)
+    twins = [find_twins(x[:n, :n], y[:n, 0]) for x, y, n in zip(weights, sums, sizes, strict=True)] if rough else []
+    rough = rough and None not in twins
     live = torch.arange(width, device=weights.device).expand(len(weights), width)
     nodes = np.where(real, np.arange(width), -1)
     values = weights.float() if rough else weights
-    return Flow(values, live, nodes, np.arange(len(weights)), 1.0)
+    return Flow(values, live, nodes, np.arange(len(weights)), 1.0, [some or [] for some in twins])
 
 
 def one_round(flow: Flow, config: MclConfig, prune: bool) -> torch.Tensor:
@@ -86,13 +89,14 @@ def without_dead(flow: Flow, values: torch.Tensor) -> tuple[Flow, NDArray[np.int
     if keep <= COMPACT * values.shape[2]:
         order = alive.int().sort(dim=1, descending=True, stable=True).indices[:, :keep]  # in the order they had
         values, live = _taken(values, 2, order), live.gather(1, order)
-    return Flow(exact_if_small(values), live, flow.nodes, flow.graph, flow.full), counts
+    return exact_if_small(replace(flow, values=values, live=live)), counts
 
 
 def some_blocks(flow: Flow, kept: NDArray[np.bool_]) -> Flow:
     """The flow of some of the blocks, by a mask [B]."""
     some = torch.from_numpy(np.flatnonzero(kept)).to(flow.live.device)
-    return Flow(flow.values[some], flow.live[some], flow.nodes[kept], flow.graph[kept], flow.full)
+    values, live = flow.values[some], flow.live[some]
+    return replace(flow, values=values, live=live, nodes=flow.nodes[kept], graph=flow.graph[kept])
 
 
 def read_clusters(flow: Flow, block: int) -> set[Cluster]:
@@ -103,9 +107,16 @@ def read_clusters(flow: Flow, block: int) -> set[Cluster]:
     return {tuple(nodes[some].tolist()) for some in comers}
 
 
-def exact_if_small(values: torch.Tensor) -> torch.Tensor:
-    """Values [B, n, L] in float64 if L is at most EXACT_NODES."""
-    return values.double() if values.shape[2] <= EXACT_NODES else values
+def exact_if_small(flow: Flow) -> Flow:
+    """The flow in float64, twins made equal, if it has at most EXACT_NODES columns and was float32."""
+    if flow.values.dtype == torch.float64 or flow.values.shape[2] > EXACT_NODES:
+        return flow
+    values = flow.values.double()
+    for block, (graph, nodes) in enumerate(zip(flow.graph, flow.nodes, strict=True)):
+        if flow.twins[graph]:
+            rows = [np.flatnonzero(np.isin(nodes, some)) for some in flow.twins[graph]]
+            make_equal(values[block], flow.live[block].cpu().numpy(), rows)
+    return replace(flow, values=values)
 
 
 def _normalize(values: torch.Tensor) -> torch.Tensor:
@@ -113,16 +124,6 @@ def _normalize(values: torch.Tensor) -> torch.Tensor:
     sums = values.sum(2, keepdim=True)
     values.div_(sums.masked_fill(sums == 0, 1.0))
     return sums
-
-
-def _have_twins(sums: torch.Tensor) -> bool:
-    """Whether two nodes of a graph may have the same edges, such as equal points: their weights [B, n, 1] sum to the same.
-
-    Walkers go to both of them alike, until a difference in rounding grows, by the power of `inflation` in a round, to an
-    advantage of one. Rounds in float64 converge before that.
-    """
-    ordered = sums.flatten(1).sort().values
-    return bool((ordered.diff() < 1e-12 * ordered[:, :-1]).any())
 
 
 def _taken(values: torch.Tensor, axis: int, index: torch.Tensor) -> torch.Tensor:
