@@ -40,16 +40,15 @@ def kmeans(bench: Bench) -> Figures:
     tokens = tokens.where(tokens.sizes > bench.senses)
     arrays, k = tokens.arrays(), bench.senses
     figures = {"kmeans.tokens": float(len(arrays)), "kmeans.points": float(tokens.sizes.sum())}
-    shares = [tokens.where(np.arange(len(arrays)) % bench.workers == n) for n in range(bench.workers)]
     with Processes(bench.workers) as processes, Processes(bench.workers) as own:
         processes.give(arrays)
-        own.give(shares)
+        own.give(shared(tokens, bench.workers))
         first = inertias(arrays, processes.run(partial(sklearn_loop, k=k, threads=1)))
         second = inertias(arrays, processes.run(partial(sklearn_loop, k=k, threads=1, state=1)))
         ways: Ways = {
             "stage": _stage(bench),
-            "kernel.threads": _kernel(tokens, k, bench.workers),
-            "kernel.one_thread_a_core": partial(own.run, partial(_kernel_loop, k=k)),
+            "kernel.threads": kernel(tokens, k, bench.workers),
+            "kernel.one_thread_a_core": partial(own.run, partial(kernel_loop, k=k)),
             "sklearn.default": partial(sklearn_loop, arrays, k),
             "sklearn.one_thread": partial(sklearn_loop, arrays, k, 1),
             "sklearn.one_thread_a_core": partial(processes.run, partial(sklearn_loop, k=k, threads=1)),
@@ -82,14 +81,20 @@ def _stage(bench: Bench) -> Callable[[], list[str]]:
     return stage
 
 
-def _kernel(tokens: Tokens, k: int, threads: int) -> Callable[[], Clusters]:
+def shared(tokens: Tokens, count: int) -> list[Tokens]:
+    """Deal tokens out by turns."""
+    return [tokens.where(np.arange(len(tokens.ids)) % count == number) for number in range(count)]
+
+
+def kernel(tokens: Tokens, k: int, threads: int) -> Callable[[], Clusters]:
+    """Our way."""
     return partial(cluster_tokens, tokens.points, tokens.sizes, tokens.ids, KMeansConfig(k=k), threads=threads)
 
 
-def _kernel_loop(shares: list[Tokens], k: int) -> list[None]:
+def kernel_loop(shares: list[Tokens], k: int) -> list[None]:
     """What a worker on one core does; nothing goes back, as it writes what it finds itself."""
     for tokens in shares:
-        _kernel(tokens, k, 1)()
+        kernel(tokens, k, 1)()
     return [None] * len(shares)
 
 
@@ -140,7 +145,7 @@ def _superkmeans(
     chosen = np.isin(np.arange(len(arrays)), np.arange(len(arrays))[some])
     processes.give(arrays[some])
     ways: Ways = {
-        "kernel": _kernel(tokens.where(chosen), k, bench.workers),
+        "kernel": kernel(tokens.where(chosen), k, bench.workers),
         "superkmeans.default": partial(superkmeans_loop, arrays[some], k),
         "superkmeans.one_thread_a_core": partial(processes.run, partial(superkmeans_loop, k=k, threads=1)),
     }
@@ -157,8 +162,8 @@ def _superkmeans(
 def over_limit(tokens: Tokens, k: int, turns: int, budget: float = np.inf) -> float:
     """Time of the kernel over that of the bare products of its rounds, [K, D] @ [D, n] in float32; one thread."""
     arrays = [torch.from_numpy(p) for p in tokens.arrays()]
-    kernel = _kernel(tokens, k, 1)
-    rounds, centroids = kernel().rounds.tolist(), torch.randn(k, tokens.points.shape[1])
+    ours = kernel(tokens, k, 1)
+    rounds, centroids = ours().rounds.tolist(), torch.randn(k, tokens.points.shape[1])
 
     def products() -> None:
         for points, count in zip(arrays, rounds, strict=True):
@@ -168,7 +173,7 @@ def over_limit(tokens: Tokens, k: int, turns: int, budget: float = np.inf) -> fl
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     products()
-    timed = in_turn({"kernel": kernel, "products": products}, turns, budget)
+    timed = in_turn({"kernel": ours, "products": products}, turns, budget)
     torch.set_num_threads(before)
     return timed.ratio("kernel", "products")
 

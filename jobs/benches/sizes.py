@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from benches.clustering import GOOD_ENOUGH, over_limit
+from benches.clustering import GOOD_ENOUGH, kernel, kernel_loop, over_limit, shared
 from benches.peers import available, faiss_loop, faiss_settings, inertias, sklearn_loop, superkmeans_loop
 from benches.shared import Bench, Figures, Tokens
 from benches.turns import Processes, Turns, in_turn
-from msense.kmeans import Clusters, KMeansConfig, cluster_tokens
 
 logger = logging.getLogger("msense.bench")
 
@@ -48,14 +47,14 @@ def sizes(bench: Bench) -> Figures:
     logger.info(
         "cell (tokens): peers' seconds over ours; our inertia over theirs; over the bare products of the rounds"
     )
-    with Processes(bench.workers) as processes:
+    with Processes(bench.workers) as processes, Processes(bench.workers) as own:
         processes.give(warm)
         for loop in loops.values():
             loop(warm, 4)
             processes.run(partial(loop, k=4, threads=1))
         for n, k, dim in product(SIZES, SENSES, WIDTHS):
             if k < n and 6 * n * dim <= CELL_BYTES:
-                found = cell((n, k, dim), loops, processes, bench.workers)
+                found = cell((n, k, dim), loops, processes, own, bench.workers)
                 figures |= {f"kmeans.n{n}_k{k}_d{dim}.{name}": value for name, value in found.items()}
     return figures
 
@@ -71,12 +70,16 @@ def mixture(tokens: int, n: int, k: int, dim: int) -> Tokens:
     return Tokens(np.arange(tokens), np.full(tokens, n), points.reshape(-1, dim))
 
 
-def cell(shape: Shape, loops: dict[str, Loop], processes: Processes, workers: int) -> Figures:
-    """Time tokens of one size."""
-    tokens, ours = _fitting(shape, workers), partial(_ours, k=shape[1], threads=workers)
-    arrays, inertia, k = tokens.arrays(), ours(tokens).inertia, shape[1]
+def cell(shape: Shape, loops: dict[str, Loop], processes: Processes, own: Processes, workers: int) -> Figures:
+    """Time tokens of one size; other libraries in `processes`, we in our `own`."""
+    tokens, k = _fitting(shape, workers), shape[1]
+    arrays, threads = tokens.arrays(), kernel(tokens, k, workers)
+    inertia = threads().inertia
     processes.give(arrays)
-    ways: dict[str, Callable[[], Any]] = {"kernel": partial(ours, tokens)}
+    own.give(shared(tokens, workers))
+    ways: dict[str, Callable[[], Any]] = {"kernel.threads": threads}
+    if len(arrays) >= workers:
+        ways["kernel.processes"] = partial(own.run, partial(kernel_loop, k=k))
     had: dict[str, int] = {}  # tokens of each way
     once: dict[str, tuple[float, list[np.ndarray]]] = {}
     for name, loop in loops.items():
@@ -105,10 +108,6 @@ def cell(shape: Shape, loops: dict[str, Loop], processes: Processes, workers: in
     return figures
 
 
-def _ours(tokens: Tokens, k: int, threads: int) -> Clusters:
-    return cluster_tokens(tokens.points, tokens.sizes, tokens.ids, KMeansConfig(k=k), threads=threads)
-
-
 def _first(loop: Loop, count: int, points: list[np.ndarray], **options: Any) -> list[np.ndarray]:  # noqa: ANN401 - the loop's
     """Have a process look at the first of its tokens only."""
     return loop(points[:count], **options)
@@ -118,7 +117,7 @@ def _fitting(shape: Shape, workers: int) -> Tokens:
     """Make as many tokens as keep us busy for a while."""
     n, k, dim = shape
     probe = mixture(int(np.clip(PROBE_VALUES / (n * dim), 1, MOST_TOKENS)), *shape)
-    timed = in_turn({"kernel": partial(_ours, probe, k, workers)}, 2)
+    timed = in_turn({"kernel": kernel(probe, k, workers)}, 2)
     wanted = len(probe.ids) * CELL_SECONDS / float(timed.seconds["kernel"].min())
     return mixture(int(np.clip(wanted, 1, max(1, min(MOST_TOKENS, MOST_VALUES / (n * dim))))), *shape)
 
@@ -133,10 +132,11 @@ def _settings(name: str, arrays: list[np.ndarray], k: int, ours: np.ndarray) -> 
 
 def _told(turns: Turns, loops: dict[str, Loop], arrays: list[np.ndarray], ours: np.ndarray) -> Figures:
     figures: Figures = {}
+    kernel = turns.seconds[turns.best("kernel") or ""]
     for name in loops:
         best = turns.best(name) or ""
         found = turns.results[best]  # of the first tokens: processes have them dealt out by turns
         theirs = inertias(arrays[: len(found)], found).sum()
-        figures[f"vs_{name}"] = float(np.median(turns.seconds[best]) / np.median(turns.seconds["kernel"]))
+        figures[f"vs_{name}"] = float(np.median(turns.seconds[best]) / np.median(kernel))
         figures[f"inertia_vs_{name}"] = float(ours[: len(found)].sum() / theirs)
     return figures

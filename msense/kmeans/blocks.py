@@ -26,6 +26,7 @@ from msense.kmeans.seeding import (
     seed_in_blocks,
 )
 from msense.kmeans.threads import ALONE, Threads
+from msense.products import product
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def _assigned(
     room = torch.empty(min(BLOCK_ROWS, len(view)), view.shape[1], device=device)  # fresh pages cost more than the work
     for number, block in enumerate(view.split(BLOCK_ROWS)):
         centred = read_points(block, metric, device, room[: len(block)]).sub_(shift)
-        low, own = lowest(torch.addmm(offset, centroids, centred.T, alpha=-2))
+        scores = product(centroids, centred.T)
+        low, own = lowest(torch.add(offset, scores, alpha=-2, out=scores))
         if number == len(lengths):
             lengths.append(torch.linalg.vector_norm(centred, dim=1).square_())
         yield block, own, low.add_(lengths[number]).clamp_(min=0)

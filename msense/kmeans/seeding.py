@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from msense.config import MAX_SENSES, Metric
 from msense.errors import BadInput, MsenseError
 from msense.kmeans.threads import Threads
+from msense.products import product
 
 Points: TypeAlias = NDArray[np.generic] | torch.Tensor
 
@@ -263,7 +264,7 @@ def seed_in_blocks(
 
     def scores(index: torch.Tensor) -> torch.Tensor:
         rows, lengths = centred(points.index_select(0, index[0].to(points.device))), norms[index[0], None]
-        return joined(lambda block: torch.addmm(lengths, rows, block.T, alpha=-2))[None]
+        return joined(lambda block: product(rows, block.T).mul_(-2).add_(lengths))[None]
 
     everywhere, best, least = torch.ones(1, len(points), dtype=torch.bool, device=device), None, math.inf
     for run in range(config.n_init):

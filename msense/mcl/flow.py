@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from msense.mcl.config import MclConfig
 from msense.mcl.twins import find_twins, make_equal
+from msense.products import product
 
 Cluster: TypeAlias = tuple[int, ...]
 
@@ -137,12 +138,7 @@ def _taken(values: torch.Tensor, axis: int, index: torch.Tensor) -> torch.Tensor
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """[B, n, L] @ [B, L, L]."""
-    if left.dtype == torch.float32 and left.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        # oneDNN uses what the processor has; MKL, which torch takes elsewhere, half of it on an AMD one
-        linear = torch.ops.mkldnn._linear_pointwise
-        each = [linear(a, b.T, None, "none", [], "") for a, b in zip(left, right, strict=True)]
-        return torch.stack(each) if len(each) > 1 else each[0][None]
-    return torch.bmm(left, right)
+    return product(left[0], right[0])[None] if len(left) == 1 else torch.bmm(left, right)
 
 
 def _raise(values: torch.Tensor, power: float) -> None:
