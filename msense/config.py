@@ -35,6 +35,7 @@ DEMO_CORPUS = "pydocs:pandas,sklearn,torch"
 DEMO_SAMPLE = 0.18  # about 650,000 tokens, a minute of teacher on two cores
 DEMO_SEED = 274  # of the sample: it holds modules on the demo's five words
 MAX_SENSES = 65_534  # labels are uint16, and 65535 says "none"
+LARGEST_VALUE = 1e15  # of an embedding that k-means takes: float32 holds sums of such squares of any width
 MAX_VOCABULARY = 1 << 22  # the largest of today's is below 2^19
 MAX_DIM = 1 << 16
 MAX_TOKEN_NUMBERS = 1 << 28  # of one token's centroids, which are read at once: 1 GiB in float32

@@ -5,6 +5,7 @@ sorted by (token, key, passage, position), so that any range of a shard's or a t
 nothing to decode. Holds one unit: its token ids, and its records (about `UNIT_BYTES` at most).
 """
 
+import math
 import os
 import socket
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from msense import storage
+from msense.config import LARGEST_VALUE
 from msense.errors import MsenseError
 from msense.run_folder import RunFolder
 from msense.sampling import select
@@ -223,20 +225,22 @@ class OccurrenceActor:
             flat = torch.from_numpy(place * mask.shape[1] + selection.positions[target]).to(hidden.device)
             chosen = hidden.flatten(0, 1).index_select(0, flat)
             as_stored = chosen.to(getattr(torch, self.settings.store_dtype))
-            if not bool(torch.isfinite(as_stored).all()):
-                raise MsenseError(
-                    f"unit {unit.number}: {_not_finite(bool(torch.isfinite(chosen).all()), self.settings)}"
-                )
+            if not bool((as_stored.abs() <= LARGEST_VALUE).all()):  # NaN is not, either
+                raise MsenseError(f"unit {unit.number}: {_unfit(float(chosen.abs().max()), self.settings)}")
             records["embedding"][target] = as_stored.view(torch.uint16).cpu().numpy()
         return records
 
 
-def _not_finite(before_the_cast: bool, settings: GatherSettings) -> str:
-    """Say what was not finite, and what to do."""
-    if before_the_cast:
+def _unfit(largest: float, settings: GatherSettings) -> str:
+    """Say what is wrong with values of which this is the largest, or NaN, and what to do."""
+    if largest <= LARGEST_VALUE:
         return (
             f"an embedding is too large for {settings.store_dtype}: "
             "give --store-dtype bfloat16 (larger range), in a new output folder"
+        )
+    if LARGEST_VALUE < largest < math.inf:
+        return (
+            f"the teacher gave a value of {largest:.3g}, but k-means takes up to {LARGEST_VALUE:g}: check its weights"
         )
     remedy = "" if settings.dtype == "float32" else "give --dtype float32, in a new output folder, or "
     return f"the teacher gave NaN or infinite embeddings in {settings.dtype}: {remedy}check its weights"

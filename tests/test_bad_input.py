@@ -340,8 +340,9 @@ TEACHERS: list[tuple[str, Spoil, tuple[str, ...], int, str]] = [
     ("of NaN embeddings", lambda t: bias(t, float("nan")), F32, 1, r"NaN or infinite embeddings in float32: .*check its weights"),
     ("of NaN in bfloat16", lambda t: bias(t, float("nan")), BF16, 1, r"NaN or infinite .*in bfloat16: give --dtype float32"),
     ("of infinite embeddings", lambda t: bias(t, float("inf")), F32, 1, r"NaN or infinite embeddings in float32"),
-    ("of embeddings too large", lambda t: bias(t, 1e30), F32, 1, r"too large for float16: give --store-dtype bfloat16"),
-    ("of large ones in bfloat16", lambda t: bias(t, 1e30), (*F32, "--store-dtype", "bfloat16"), 0, r"dictionary"),
+    ("of embeddings too large", lambda t: bias(t, 1e10), F32, 1, r"too large for float16: give --store-dtype bfloat16"),
+    ("of large ones in bfloat16", lambda t: bias(t, 1e10), (*F32, "--store-dtype", "bfloat16"), 0, r"dictionary"),
+    ("of embeddings too large for all", lambda t: bias(t, 1e30), (*F32, "--store-dtype", "bfloat16"), 1, r"of 1e\+30, but"),
 ]
 # fmt: on
 

@@ -133,7 +133,7 @@ def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, a
 
     Raises:
         BadInput: the arrays do not fit together, or a K or `threads` is out of range.
-        MsenseError: a value is NaN or infinite; names the token.
+        MsenseError: a value is NaN, infinite or above LARGEST_VALUE; names the token.
     """
     view = as_points(points)
     _check_sizes(view, sizes, token_ids)

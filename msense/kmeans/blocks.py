@@ -87,7 +87,7 @@ def seed_centroids(
         threads: that compute them; any number gives the same bytes.
 
     Raises:
-        MsenseError: a value is NaN or infinite.
+        MsenseError: a value is NaN, infinite or above LARGEST_VALUE.
     """
     view = as_points(points)
     check_points(view, np.array([len(view)]), np.array([token_id]))
@@ -147,7 +147,7 @@ def partial(
         kept: of this part's last round, brought up to date; a fresh one, or None, gives the same bytes.
 
     Raises:
-        MsenseError: a value is NaN or infinite (looked for in the first round).
+        MsenseError: a value is NaN, infinite or above LARGEST_VALUE (looked for in the first round).
     """
     view, kept = as_points(points), kept or Kept()
     if state.rounds == 0:

@@ -3,7 +3,8 @@
 In: points [N, D] as stored, grouped by token. Out: per token the within-cluster variance at a few K (`GRID`).
 A token's inner products are taken once; greedy k-means++ then adds a seed at a time, and at each K of the grid its
 clusters' means are put in the seeds' place: one round of Lloyd's algorithm, all from inner products. On MiniLM's
-embeddings that is 2 to 4 % above a full run for every K. Holds a batch of BATCH_PRODUCTS inner products, some times over.
+embeddings that is in the median 2 to 4 % above a full run at each K. Holds a batch of BATCH_PRODUCTS inner products,
+some times over.
 """
 
 from dataclasses import replace
@@ -56,7 +57,7 @@ def variance_curves(
         float64 [T, len(GRID)], never rising along a row; NaN where K > max(1, n // POINTS_A_SENSE).
 
     Raises:
-        MsenseError: a value is NaN or infinite; names the token.
+        MsenseError: a value is NaN, infinite or above LARGEST_VALUE; names the token.
     """
     view, target = as_points(points), torch.device(device)
     check_points(view, sizes, token_ids)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.config import MAX_SENSES, Metric
+from msense.config import LARGEST_VALUE, MAX_SENSES, Metric
 from msense.errors import BadInput, MsenseError
 from msense.kmeans.threads import Threads
 from msense.products import product
@@ -113,19 +113,20 @@ def centroids_of(sums: torch.Tensor, counts: torch.Tensor, metric: Metric) -> to
 
 
 def check_points(points: torch.Tensor, sizes: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-    """Refuse points that are NaN or infinite.
+    """Refuse values that are NaN, infinite or above LARGEST_VALUE.
 
     Raises:
-        MsenseError: names the first such token.
+        MsenseError: names the first token that has one.
     """
     for at in range(0, len(points), BLOCK_ROWS):
         block = points[at : at + BLOCK_ROWS]
         low, high = torch.aminmax(block)
-        if not (math.isfinite(float(low)) and math.isfinite(float(high))):
-            row = at + int(block.isfinite().all(1).logical_not().nonzero()[0])
+        if not (float(low) >= -LARGEST_VALUE and float(high) <= LARGEST_VALUE):  # NaN is neither
+            row = at + int((block.abs() <= LARGEST_VALUE).all(1).logical_not().nonzero()[0])
             token = token_ids[np.searchsorted(np.cumsum(sizes), row, side="right")]
             raise MsenseError(
-                f"token {token} has an embedding that is NaN or infinite: leave it out, or compute it anew"
+                f"token {token} has an embedding that is NaN or infinite, or has values above {LARGEST_VALUE:g}: "
+                "leave it out, or compute it anew"
             )
 
 

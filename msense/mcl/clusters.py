@@ -17,6 +17,7 @@ from msense.mcl.components import split
 from msense.mcl.config import MclConfig
 from msense.mcl.flow import Cluster, Flow, one_round, read_clusters, settled, some_blocks, start, without_dead
 
+LARGEST = 1e100  # weight: sums of them are finite
 BATCH_VALUES = 1 << 17  # flow values of a batch of small graphs: what stays in a core's cache
 
 
@@ -34,7 +35,7 @@ def markov_clusters(
     without any edge is in none if `loop_value` is 0.
 
     Args:
-        similarity: G matrices [n, n] of finite weights >= 0, of any n; symmetric or not. Column j is left from.
+        similarity: G matrices [n, n] of weights from 0 to LARGEST, of any n; symmetric or not. Column j is left from.
         config: settings.
         device: where the rounds are computed.
         threads: graphs are worked on in so many threads.
@@ -43,14 +44,16 @@ def markov_clusters(
         For each graph its clusters as ascending tuples of nodes, in ascending order.
 
     Raises:
-        BadInput: a matrix is not square, or has a weight that is negative, NaN or infinite; names its place.
+        BadInput: a matrix is not square, or has a weight that is negative, NaN or above LARGEST; names its place.
     """
     graphs = [torch.as_tensor(x).detach() for x in similarity]
     for at, x in enumerate(graphs):
         if x.ndim != 2 or x.shape[0] != x.shape[1]:
             raise BadInput(f"similarity {at} has shape {tuple(x.shape)}: Markov clustering takes square matrices")
-        if x.numel() and not (float(x.amin()) >= 0 and float(x.amax()) < np.inf):  # NaN fails both
-            raise BadInput(f"similarity {at} has a weight that is negative, NaN or infinite: make weights finite, >= 0")
+        if x.numel() and not (float(x.amin()) >= 0 and float(x.amax()) <= LARGEST):  # NaN fails both
+            raise BadInput(
+                f"similarity {at} has a weight that is negative, NaN or above {LARGEST:g}: scale the weights"
+            )
     sizes = np.array([len(x) for x in graphs], dtype=np.int64)
 
     def weights(batch: NDArray[np.int64]) -> torch.Tensor:

@@ -45,7 +45,7 @@ def mcl_senses(
 
     Raises:
         BadInput: the arrays do not fit together.
-        MsenseError: a value is NaN or infinite; names the token.
+        MsenseError: a value is NaN, infinite or above LARGEST_VALUE; names the token.
     """
     view = as_points(points)
     if int(sizes.sum()) != len(view) or (len(sizes) and int(sizes.min()) < 0):
