@@ -225,7 +225,7 @@ class OccurrenceActor:
             flat = torch.from_numpy(place * mask.shape[1] + selection.positions[target]).to(hidden.device)
             chosen = hidden.flatten(0, 1).index_select(0, flat)
             as_stored = chosen.to(getattr(torch, self.settings.store_dtype))
-            if not bool((as_stored.abs() <= LARGEST_VALUE).all()):  # NaN is not, either
+            if not float(as_stored.abs().max()) <= LARGEST_VALUE:  # NaN is not, either
                 raise MsenseError(f"unit {unit.number}: {_unfit(float(chosen.abs().max()), self.settings)}")
             records["embedding"][target] = as_stored.view(torch.uint16).cpu().numpy()
         return records

@@ -570,7 +570,7 @@ def test_dot_clusters_like_l2(n: int) -> None:
     same_bytes(one(x, KMeansConfig(k=6, metric="dot")), one(x, KMeansConfig(k=6, metric="l2")))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e16, -1e16])
 @pytest.mark.parametrize("n", [3, GRAM, BLOCKED])
 def test_bad_values_name_the_first_bad_token(bad: float, n: int) -> None:
     x = np.ones((3 * n, 2), np.float32)

@@ -259,7 +259,7 @@ def test_the_input_and_the_callers_threads_are_left_alone() -> None:
         (np.zeros((2, 3)), r"similarity 1 has shape \(2, 3\)"),
         (np.array([[0, -1.0], [-1, 0]]), "similarity 1 has a weight that is negative"),
         (np.array([[0, np.nan], [1, 0]]), "similarity 1 has a weight that is negative, NaN"),
-        (np.array([[0, np.inf], [1, 0]]), "similarity 1 .* infinite"),
+        (np.array([[0, np.inf], [1, 0]]), "similarity 1 .* above"),
     ],
 )
 def test_bad_graphs_are_named(graph: Matrix, told: str) -> None:

@@ -122,7 +122,7 @@ def check_points(points: torch.Tensor, sizes: NDArray[np.int64], token_ids: NDAr
         block = points[at : at + BLOCK_ROWS]
         low, high = torch.aminmax(block)
         if not (float(low) >= -LARGEST_VALUE and float(high) <= LARGEST_VALUE):  # NaN is neither
-            row = at + int((block.abs() <= LARGEST_VALUE).all(1).logical_not().nonzero()[0])
+            row = at + int((block.float().abs() <= LARGEST_VALUE).all(1).logical_not().nonzero()[0])
             token = token_ids[np.searchsorted(np.cumsum(sizes), row, side="right")]
             raise MsenseError(
                 f"token {token} has an embedding that is NaN or infinite, or has values above {LARGEST_VALUE:g}: "
