@@ -14,8 +14,8 @@ worker with most, u those of them that are in none of the PARTS_HELD parts it ho
     memory of the driver 32 K D, and about 200 for each unit and part, of each token that is under way
     of it to prepare a token: SEED_POINTS (6 D + 60) more
 
-`jobs/bench.py parts` holds it against measurement. With D = 384 on two cores of 2026: a 4e-11 s, e 1.1e-9 s,
-f 6e-10 s (from the system's cache; a disk of 200 MB/s has 5e-9), c 6 ms; b is that of the network. On a GPU a worker
+`jobs/bench.py parts` holds it against measurement. With D = 384 on two cores of 2026: a 1.7e-11 s, e 9.6e-10 s,
+f 7e-10 s (from the system's cache; a disk of 200 MB/s has 5e-9), c 8 ms; b is that of the network. On a GPU a worker
 keeps points there, 2 D bytes each, where they fit, else in its own memory, whence every round moves them.
 """
 
