@@ -233,15 +233,12 @@ class Teacher:
 
         transformers_logging.disable_progress_bar()
         body = body_folder(name, revision)
-        model = _load_body(body, name, getattr(torch, dtype))
+        model = load_body(body, name, getattr(torch, dtype))
         self.layer = layer
         self.device = device
         if device == "cuda":
             model = model.to(device)
-        after_padding = any(
-            kind in model.config.model_type for kind in _AFTER_PADDING
-        )  # find their positions themselves
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters and not after_padding
+        self.takes_positions = takes_positions(model)
         self.engine = deepspeed.init_inference(model, dtype=getattr(torch, dtype), replace_with_kernel_inject=False)
 
     def embed(self, ids: np.ndarray, mask: np.ndarray) -> "torch.Tensor":
@@ -274,6 +271,13 @@ class Teacher:
         return int(self.engine.module.config.get_text_config().num_hidden_layers)
 
 
+def takes_positions(model: Any) -> bool:  # noqa: ANN401 - a transformers model
+    """Tell whether a model must be given the places of its tokens where padding is on the left."""
+    if any(kind in model.config.model_type for kind in _AFTER_PADDING):
+        return False  # they find their positions themselves
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
 def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
     """Group passages of similar length so that a padded batch holds at most `budget` tokens (but one passage at least).
 
@@ -304,7 +308,7 @@ def pad_batch(rows: list[np.ndarray], pad: int = 0, side: str = "right") -> tupl
     return ids, mask
 
 
-def _load_body(folder: Path, name: str, dtype: Any) -> Any:  # noqa: ANN401 - a transformers model
+def load_body(folder: Path, name: str, dtype: Any) -> Any:  # noqa: ANN401 - a transformers model
     """Load the weights; refuse a checkpoint that leaves parts of the body at random values."""
     from transformers import AutoModel
 

@@ -218,7 +218,7 @@ def replace(
     for batch, own, found in _scored(token_ids, embeddings, senses, metric):
         relative = found - found.amax(2, keepdim=True)  # before the division: a tiny scale must not overflow
         means = torch.bmm(torch.softmax(relative / scale, dim=2), own).to(out.dtype)
-        out[_real(batch.rows.to(out.device), batch)] = _real(means, batch)
+        out[real(batch.rows.to(out.device), batch)] = real(means, batch)
     return out
 
 
@@ -234,7 +234,7 @@ def _nearest_rows(token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSense
     nearest = torch.full((len(embeddings),), -1, dtype=torch.int64, device=embeddings.device)
     for batch, _, found in _scored(token_ids, embeddings, senses, metric):
         rows = batch.senses[:, :1].to(embeddings.device) + found.max(2).indices
-        nearest[_real(batch.rows.to(embeddings.device), batch)] = _real(rows, batch)
+        nearest[real(batch.rows.to(embeddings.device), batch)] = real(rows, batch)
     return nearest
 
 
@@ -244,7 +244,7 @@ def _write_nearest(nearest: Tensor, embeddings: Tensor, senses: RaggedSenses, ou
         out.copy_(embeddings)
         return
     missing = nearest < 0
-    step = max(1, _batch_elements(embeddings.device) // embeddings.shape[1])
+    step = max(1, batch_elements(embeddings.device) // embeddings.shape[1])
     for start in range(0, len(out), step):
         block = slice(start, start + step)
         values = senses.rows(nearest[block].clamp(min=0)).to(out.device)
@@ -253,7 +253,8 @@ def _write_nearest(nearest: Tensor, embeddings: Tensor, senses: RaggedSenses, ou
         out[block] = values
 
 
-def _batch_elements(device: torch.device) -> int:
+def batch_elements(device: torch.device) -> int:
+    """Return about how many numbers a batch may hold on a device."""
     return BATCH_ELEMENTS.get(device.type, _BATCH_ELEMENTS_ELSEWHERE)
 
 
@@ -262,7 +263,7 @@ def _scored(
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Yield every batch with its senses [T, K, D] and scores [T, n, K]; padded senses score minus infinity."""
     dim = embeddings.shape[1]
-    for batch in ragged_batches(token_ids, senses.offsets, dim, _batch_elements(embeddings.device)):
+    for batch in ragged_batches(token_ids, senses.offsets, dim, batch_elements(embeddings.device)):
         points, own = gather(batch, embeddings, senses)
         found = scores(points, own, metric)
         if not math.isfinite(found.sum()):
@@ -272,7 +273,7 @@ def _scored(
         yield batch, own, found
 
 
-def _real(values: Tensor, batch: Batch) -> Tensor:
+def real(values: Tensor, batch: Batch) -> Tensor:
     """Drop a batch's padded occurrences: [T, n, ...] to [number of real ones, ...]."""
     return values.flatten(0, 1) if batch.filled is None else values[batch.filled.to(values.device)]
 
