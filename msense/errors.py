@@ -15,3 +15,7 @@ class BadInput(MsenseError):  # noqa: N818 - reads as what it is: bad input
 
 class DictionaryError(BadInput):
     """A dictionary folder that is truncated, foreign or inconsistent."""
+
+
+class StudentError(BadInput):
+    """A student that cannot be made of what was given, or a student folder that is truncated, foreign or inconsistent."""

@@ -1,0 +1,19 @@
+"""Students: small encoders that speak in a teacher's senses, as torch modules and as folders."""
+
+from msense.student.config import StudentConfig, StudentSettings
+from msense.student.files import load_student, save_student
+from msense.student.making import make_student
+from msense.student.static_inference import StaticEncoder
+from msense.student.student import Student, StudentOutput, pool
+
+__all__ = [
+    "StaticEncoder",
+    "Student",
+    "StudentConfig",
+    "StudentOutput",
+    "StudentSettings",
+    "load_student",
+    "make_student",
+    "pool",
+    "save_student",
+]

@@ -1,0 +1,86 @@
+"""What a student is made of, as settings and as config.json on disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from msense.config import MAX_DIM, MAX_VOCABULARY
+from msense.dictionary.format import FrozenModel, TeacherName
+
+Heads = Literal["two", "one"]
+Pooling = Literal["mean", "cls", "lasttoken"]
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """How to make a student.
+
+    Attributes:
+        kind: `layers:n` (the teacher's first n), `layers:0,2,5` (those, from 0), `static`, or an encoder's name or folder.
+        heads: "two": senses are read by a linear head of their own, which begins as identity; "one": from the hidden state.
+        units: of a static student's MLP.
+        window: tokens that a static student looks at around each one; odd.
+        stay: of a static student: a token seen n times moves n / (n + stay) of the way away from its mean embedding.
+        seed: of what begins random.
+    """
+
+    kind: str = "layers:2"
+    heads: Heads = "two"
+    units: int = 512
+    window: int = 9
+    stay: float = 5.0
+    seed: int = 0
+
+
+class StaticSizes(FrozenModel):
+    """Sizes of a student without attention."""
+
+    units: int = Field(gt=0, le=MAX_DIM)
+    window: int = Field(gt=0, lt=1000, description="odd")
+
+    @model_validator(mode="after")
+    def _odd(self) -> "StaticSizes":
+        if self.window % 2 == 0:
+            raise ValueError(f"window is {self.window}, but must be odd: as many tokens on the left as on the right")
+        return self
+
+
+class StudentConfig(FrozenModel):
+    """Everything about a student that is not a weight; has a `body` or is `static`."""
+
+    format_version: Literal[1] = 1
+    kind: Annotated[str, Field(max_length=4096)] = Field(description="the setting it was made by")
+    teacher: TeacherName
+    tokenizer_fingerprint: Annotated[str, Field(max_length=4096)]
+    dim: int = Field(gt=0, le=MAX_DIM, description="width D of the teacher's embeddings")
+    vocab_size: int = Field(gt=0, le=MAX_VOCABULARY)
+    pooling: Pooling = "mean"
+    normalize: bool = Field(default=False, description="whether sentence vectors have unit length")
+    heads: Heads = "two"
+    body: dict[str, Any] | None = Field(default=None, description="the transformer's own config")
+    static: StaticSizes | None = None
+
+    @model_validator(mode="after")
+    def _one_body(self) -> "StudentConfig":
+        if (self.body is None) == (self.static is None):
+            raise ValueError("a student has either body or static")
+        return self
+
+
+@dataclass(frozen=True)
+class StudentFiles:
+    """Names of all files of a student folder."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """Written last: a folder without it is no student."""
+        return self.folder / "config.json"
+
+    @property
+    def weights(self) -> Path:
+        """All tensors."""
+        return self.folder / "model.safetensors"
