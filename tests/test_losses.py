@@ -1,0 +1,310 @@
+"""Losses against a loop over single tokens in float64, against numbers known by hand, and under cut batches."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import make
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from msense.dictionary import assignment
+from msense.dictionary.assignment import RaggedSenses
+from msense.errors import BadInput
+from msense.losses import (
+    NONE,
+    OBJECTIVES,
+    Labelled,
+    LossSum,
+    Mix,
+    SenseLabels,
+    cosine_loss,
+    frequent_sense_accuracy,
+    loss_sums,
+    mse_loss,
+    sense_accuracy,
+    sense_cross_entropy,
+    soft_replace,
+    weighted,
+)
+from msense.student import Student, StudentConfig, pool
+from msense.student.config import StaticSizes
+
+METRICS = ("l2", "dot", "cosine")
+TWO = RaggedSenses(np.array([0, 2, 2]), (torch.tensor([[0.0, 0], [2, 0]]),))  # token 0 has two senses, token 1 none
+
+
+def draw(seed: int, tokens: int, count: int, most: int) -> tuple[np.ndarray, np.ndarray, RaggedSenses]:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(0, most + 1, tokens)
+    dim = int(rng.integers(1, 6))
+    senses = RaggedSenses(
+        np.concatenate([[0], np.cumsum(sizes)]), (torch.from_numpy(rng.normal(size=(sizes.sum(), dim))),)
+    )
+    return rng.integers(0, tokens, count), rng.normal(size=(count, dim)), senses
+
+
+def loop_logits(x: np.ndarray, own: np.ndarray, metric: str, scale: float) -> np.ndarray:
+    if metric == "l2":
+        return -((x - own) ** 2).sum(1) / scale
+    if metric == "cosine":
+        own, x = own / np.linalg.norm(own, axis=1, keepdims=True), x / np.linalg.norm(x)
+    return own @ x / scale
+
+
+def draw_labels(seed: int, ids: np.ndarray, offsets: np.ndarray, soft: int) -> SenseLabels:
+    rng = np.random.default_rng(seed)
+    sizes = np.diff(offsets)[ids]
+    numbers = rng.integers(0, np.maximum(sizes, 1)[:, None], (len(ids), max(1, soft)))
+    numbers[(sizes == 0) | (rng.random(len(ids)) < 0.3)] = NONE
+    if not soft:
+        return SenseLabels(numbers[:, 0].astype(np.uint16))
+    numbers[rng.random(numbers.shape) < 0.2] = NONE
+    return SenseLabels(numbers.astype(np.uint16), rng.random(numbers.shape))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=st.tuples(st.integers(0, 2**32), st.integers(1, 8), st.integers(0, 40), st.integers(0, 7)),
+    metric=st.sampled_from(METRICS),
+    soft=st.sampled_from([0, 3]),
+    scale=st.sampled_from([0.5, 3.0]),
+    elements=st.sampled_from([1, 30, 1 << 18]),
+)
+def test_cross_entropy_and_replacement_are_those_of_a_loop(
+    case: tuple, metric: str, soft: int, scale: float, elements: int
+) -> None:
+    ids, x, senses = draw(*case)
+    labels = draw_labels(case[0], ids, senses.offsets, soft)
+    want, count, replaced = 0.0, 0, x.copy()
+    numbers = labels.numbers if soft else labels.numbers[:, None]
+    for i, token in enumerate(ids):
+        own = senses.parts[0][senses.offsets[token] : senses.offsets[token + 1]].numpy()
+        if not len(own):
+            continue
+        z = loop_logits(x[i], own, metric, scale)
+        log_p = z - z.max() - math.log(np.exp(z - z.max()).sum())
+        replaced[i] = np.exp(log_p) @ own
+        named = numbers[i] != NONE
+        if named.any():
+            weights = np.ones(1) if labels.weights is None else labels.weights[i]
+            count += 1
+            want -= (log_p[numbers[i][named]] * weights[named]).sum() / weights[named].sum()
+    given_x = torch.from_numpy(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(assignment.BATCH_ELEMENTS, "cpu", elements)
+        got = sense_cross_entropy(given_x, ids, labels, senses, metric, scale)
+        soft_got = soft_replace(given_x, ids, senses, metric, scale)
+    assert got.count == count
+    assert got.total.item() == pytest.approx(want, abs=1e-9)
+    np.testing.assert_allclose(soft_got.numpy(), replaced, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("soft", [0, 2])
+def test_gradients_are_those_of_finite_differences(metric: str, soft: int) -> None:
+    ids, x, senses = draw(5, 4, 9, 4)
+    labels = draw_labels(1, ids, senses.offsets, soft)
+    given_x = torch.from_numpy(x).requires_grad_()
+    assert torch.autograd.gradcheck(lambda e: sense_cross_entropy(e, ids, labels, senses, metric, 0.7).total, given_x)
+    assert torch.autograd.gradcheck(lambda e: soft_replace(e, ids, senses, metric, 0.7), given_x)
+
+
+def test_cross_entropy_known_by_hand() -> None:
+    x = torch.tensor([[0.5, 3.0], [9, 9], [0.5, 3.0]], requires_grad=True)
+    labels = SenseLabels(np.array([0, NONE, NONE], np.uint16))
+    loss = sense_cross_entropy(x, np.array([0, 1, 0]), labels, TWO, "l2", 2.0)
+    assert loss.count == 1
+    # squared distances 9.25 and 11.25: logits differ by 1
+    assert loss.total.item() == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-6)
+    loss.total.backward()
+    chance = 1 / (1 + math.e)  # of the wrong sense, which is 2 away along the first axis
+    assert x.grad is not None
+    assert x.grad.flatten().tolist() == pytest.approx([2 * chance, 0, 0, 0, 0, 0], rel=1e-6)
+    dot = sense_cross_entropy(x, np.array([0, 1, 0]), labels, TWO, "dot", 1.0)  # products 0 and 1
+    assert dot.total.item() == pytest.approx(math.log(1 + math.e), rel=1e-6)
+    assert sense_cross_entropy(x, np.array([0, 1, 0]), SenseLabels(np.full(3, NONE)), TWO, "l2", 1.0).count == 0
+
+
+def test_replacement_and_other_losses_known_by_hand() -> None:
+    x = torch.tensor([[1.0, 5.0], [9, 9]], dtype=torch.bfloat16)
+    assert soft_replace(x, np.array([0, 1]), TWO, "l2", 0.1).tolist() == [[1, 0], [9, 9]]
+    assert soft_replace(torch.tensor([[3.0, 5]]), np.zeros(1, int), TWO, "l2", 1e-38).tolist() == [[2, 0]]
+    one, other = torch.tensor([[1.0, 0], [2, 2]]), torch.tensor([[0.0, 1], [1, 1]])
+    assert (cosine_loss(one, other).total.item(), cosine_loss(one, other).count) == (pytest.approx(1), 2)
+    assert mse_loss(one, other).total.item() == pytest.approx(1 + 1)
+
+
+def test_accuracy_and_what_the_frequent_sense_gives() -> None:
+    d = make([2, 0, 3], dim=2, dtype="float32")
+    d.counts[:] = [3, 3, 1, 5, 5]
+    d.centroids[:] = torch.tensor([[0.0, 0], [2, 0], [0, 0], [0, 1], [0, 9]])
+    ids, labels = np.array([0, 0, 1, 2, 2]), np.array([0, 1, NONE, 1, 2], np.uint16)
+    x = torch.tensor([[0.0, 1], [0, 1], [7, 7], [0, 0], [0, 7]])
+    found = sense_accuracy(x, ids, labels, d)
+    assert (found.total.item(), found.count) == (2, 4)
+    found = frequent_sense_accuracy(ids, labels, d)  # senses 0 of token 0 and 1 of token 2: ties go to the lowest
+    assert (found.total.item(), found.count) == (2, 4)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_tensor_is_larger_than_the_embeddings_or_a_batch(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    tokens, k, dim, count = 300, 50, 64, 3000  # [N, K, D] would be 9.6 million numbers
+    senses = RaggedSenses(np.arange(tokens + 1) * k, (torch.from_numpy(rng.normal(size=(tokens * k, dim))).float(),))
+    ids = rng.integers(0, tokens, count)
+    x = torch.from_numpy(rng.normal(size=(count, dim))).float().requires_grad_()
+    labels = SenseLabels(rng.integers(0, k, count).astype(np.uint16))
+    with Largest() as seen, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(assignment.BATCH_ELEMENTS, "cpu", 1 << 16)
+        loss = sense_cross_entropy(x, ids, labels, senses, metric, 1.0).total
+        (loss + soft_replace(x, ids, senses, metric, 1.0).sum()).backward()
+    assert seen.numel <= max(count * dim, 1 << 16)
+
+
+def test_labels_that_do_not_fit_are_refused() -> None:
+    x, ids = torch.zeros(2, 2), np.array([0, 1])
+    with pytest.raises(
+        BadInput, match=r"token 0 has 2 senses, but is labelled \[2\]: these labels are of another dict"
+    ):
+        sense_cross_entropy(x, ids, SenseLabels(np.array([2, NONE])), TWO, "l2", 1.0)
+    with pytest.raises(BadInput, match="token 1 has 0 senses"):
+        sense_cross_entropy(x, ids, SenseLabels(np.array([0, 0])), TWO, "l2", 1.0)
+    with pytest.raises(BadInput, match="2 tokens came with sense numbers"):
+        sense_cross_entropy(x, ids, SenseLabels(np.array([0])), TWO, "l2", 1.0)
+    with pytest.raises(BadInput, match="negative, infinite or NaN"):
+        sense_cross_entropy(x, ids, SenseLabels(np.array([0, NONE]), np.array([[-1.0], [1]])), TWO, "l2", 1.0)
+    d, mask = make([2, 2]), torch.ones(1, 2, dtype=torch.bool)
+    batch = Labelled(torch.zeros(1, 2, dtype=torch.int64), mask)
+    for name, mix in OBJECTIVES.items():
+        with pytest.raises(BadInput, match="the labels hold no"):
+            loss_sums(mix, static(d.dim)(batch.ids, mask), batch, d, sentence=lambda hidden, mask: hidden.sum(1))
+        assert mix.weights(), name
+
+
+def static(dim: int, vocab: int = 6) -> Student:
+    config = StudentConfig(
+        kind="static",
+        teacher={"name": "t"},
+        tokenizer_fingerprint="",
+        dim=dim,
+        vocab_size=vocab,
+        static=StaticSizes(units=5, window=3),
+    )
+    torch.manual_seed(0)
+    student = Student(config)
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return student.double()
+
+
+def passages(d: object, seed: int = 0) -> list[Labelled]:
+    """Eight passages of one batch each, of different lengths."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(8):
+        length = 1 + i
+        ids = rng.integers(0, d.vocab_size, length)
+        sizes = np.diff(d.offsets)[ids]
+        numbers = np.where((sizes > 0) & (rng.random(length) < 0.8), rng.integers(0, np.maximum(sizes, 1)), NONE)
+        vectors = torch.from_numpy(rng.normal(size=(length + 1, d.dim)))
+        mask = torch.ones(1, length, dtype=torch.bool)
+        labels = SenseLabels(numbers.astype(np.uint16))
+        found.append(Labelled(torch.from_numpy(ids)[None], mask, labels, vectors[:1], vectors[1:]))
+    return found
+
+
+def together(parts: list[Labelled], side: str = "right") -> Labelled:
+    longest = max(part.ids.shape[1] for part in parts)
+    ids, mask = torch.zeros(len(parts), longest, dtype=torch.int64), torch.zeros(len(parts), longest, dtype=torch.bool)
+    for i, part in enumerate(parts):
+        length = part.ids.shape[1]
+        where = slice(0, length) if side == "right" else slice(longest - length, longest)
+        ids[i, where], mask[i, where] = part.ids[0], True
+    numbers = np.concatenate([p.senses.numbers for p in parts if p.senses])
+    sentences, hidden = (torch.cat([getattr(p, name) for p in parts]) for name in ("sentences", "hidden"))
+    return Labelled(ids, mask, SenseLabels(numbers), sentences, hidden)
+
+
+EVERY = Mix(sense=1, pooled=50, replaced=2, mse=3, cosine=4)
+
+
+@pytest.mark.parametrize("mix", [*OBJECTIVES.values(), EVERY], ids=[*OBJECTIVES, "every"])
+def test_one_batch_of_eight_is_two_of_four_and_two_workers(mix: Mix) -> None:
+    d = make([3, 0, 2, 5, 1, 4], dim=3, dtype="float32")
+    eight = passages(d)
+
+    def sums(student: Student, parts: list[Labelled], side: str = "right") -> dict[str, LossSum]:
+        batch = together(parts, side)
+        return loss_sums(mix, student(batch.ids, batch.mask), batch, d, student.sentence)
+
+    def stepped(student: Student) -> list[torch.Tensor]:
+        """One step of plain SGD: Adam would hide a wrong factor."""
+        torch.optim.SGD(student.parameters(), lr=0.1).step()
+        return [p.detach().clone() for p in student.parameters()]
+
+    whole = static(3)
+    found = sums(whole, eight)
+    weighted(mix, found, {name: loss.count for name, loss in found.items()}).backward()
+    want = stepped(whole)
+
+    halves = eight[:4], eight[4:]
+    accumulated = static(3)
+    parts = [sums(accumulated, half, side) for half, side in zip(halves, ("right", "left"), strict=True)]
+    counts = {name: parts[0][name].count + parts[1][name].count for name in parts[0]}
+    assert counts == {name: loss.count for name, loss in found.items()}
+    for part in parts:
+        weighted(mix, part, counts).backward()
+    workers = [static(3), static(3)]
+    for worker, half in zip(workers, halves, strict=True):
+        weighted(mix, sums(worker, half), counts, workers=2).backward()
+    for ours, others in zip(workers[0].parameters(), workers[1].parameters(), strict=True):
+        if ours.grad is not None:
+            ours.grad = (ours.grad + others.grad) / 2  # as data-parallel training does
+    for other in (stepped(accumulated), stepped(workers[0])):
+        for a, b in zip(want, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    assert any(not torch.equal(a, b) for a, b in zip(want, static(3).parameters(), strict=True))
+
+
+def test_a_few_steps_pick_the_senses_of_their_contexts() -> None:
+    d = make([2, 1, 1], dim=2, dtype="float32", temperature_unit=1.0)
+    d.centroids[:] = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]])
+    student = static(2, vocab=3).float()
+    batch = Labelled(
+        torch.tensor([[1, 0], [2, 0]]),
+        torch.ones(2, 2, dtype=torch.bool),
+        SenseLabels(np.array([0, 0, 0, 1], np.uint16)),
+        torch.tensor([[1.0, 0.5], [-1, -0.5]]),
+    )
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        found = loss_sums(OBJECTIVES["both"], student(batch.ids, batch.mask), batch, d, student.sentence)
+        loss = weighted(OBJECTIVES["both"], found, {name: part.count for name, part in found.items()})
+        loss.backward()
+        optimizer.step()
+    output = student(batch.ids, batch.mask)
+    flat, labels = batch.ids.flatten().numpy(), batch.senses
+    assert labels is not None
+    assert sense_accuracy(output.senses.flatten(0, 1), flat, labels.numbers, d).total.item() == 4
+    assert frequent_sense_accuracy(flat, labels.numbers, d).total.item() == 3
+    vectors = pool(output.hidden, batch.mask, "mean", normalize=False)
+    assert cosine_loss(vectors, batch.sentences).total.item() < 0.01
