@@ -6,9 +6,7 @@ leaves out what an earlier run has finished, so the same command goes on after a
 
 import logging
 import re
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from msense import clustering, exemplars, storage
 from msense.assemble import assemble, changed_files
 from msense.config import DEMO_CORPUS, DEMO_SAMPLE, DEMO_SEED, DEMO_TEACHER, BuildConfig, SenseBudget, sense_bytes
 from msense.corpus import SourceFile, list_files
-from msense.errors import BadInput, MsenseError
+from msense.errors import BadInput
 from msense.estimate import estimate, time_teacher
 from msense.kmeans import KMeansConfig
 from msense.manifest import check_manifest, describe_run, made_of
@@ -27,12 +25,11 @@ from msense.mcl import MclConfig
 from msense.occurrences import GatherSettings, OccurrenceActor, Unit, cut_units, record_type, write_index
 from msense.passages import make_passages, refuse_bad_documents
 from msense.plan import PlanInput, make_plan
-from msense.resume import Journal, finished
+from msense.resume import Journal, finished, timed
 from msense.run_folder import RunFolder, locked, sweep
 from msense.runtime import Resources, connect, map_actors, run_task
 from msense.senses import SenseSettings, count_senses
 from msense.teacher import TeacherInfo, describe, resolve_dtype
-from msense.text import plain
 
 logger = logging.getLogger(__name__)
 
@@ -60,22 +57,9 @@ class Build:
         """Name or folder of the teacher."""
         return self.config.teacher or DEMO_TEACHER
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+    def stage(self, name: str) -> AbstractContextManager[dict[str, Any]]:
         """Time a stage; what it puts into the yielded dict is shown in the summary."""
-        facts: dict[str, Any] = {}
-        logger.info("%s ...", name)
-        began = time.monotonic()
-        yield facts
-        facts["seconds"] = round(time.monotonic() - began, 1)
-        self.stages[name] = facts
-        logger.info(
-            "%s: %s",
-            name,
-            ", ".join(
-                f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in facts.items()
-            ),
-        )
+        return timed(self.stages, name)
 
 
 def with_demo(config: BuildConfig) -> BuildConfig:
@@ -123,13 +107,8 @@ def build_dictionary(config: BuildConfig) -> dict[str, Any]:
         sweep(run)
         journal = Journal.begin(run, resources.tasks)
         build = Build(config, run, resources, info, tokenizer, dtype, files, scale, journal)
-        try:
+        with journal.ending_with_errors():
             summary = _run_stages(build)
-        except BaseException as error:
-            kind = "" if isinstance(error, MsenseError) else f"{type(error).__name__}: "
-            with suppress(MsenseError):  # the disk may be full: what is told is the first error
-                journal.end(plain(f"failed: {kind}{error}"))
-            raise
         summary["driver_peak"] = _peak_memory()
         storage.write_json(run.summary, summary)
         journal.end("dry run" if config.dry_run else "finished")

@@ -46,6 +46,7 @@ SHOWN_ERRORS = 20
 Metric = Literal["l2", "dot", "cosine"]
 SenseRule = Literal["auto", "mcl"]
 Intermediate = Literal["passages", "occurrences", "centroids"]
+_TEXTS = ("corpus", "text_column", "teacher", "revision", "prompt", "output", "dictionary", "student")
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,44 @@ def sense_bytes(dim: int, value_bytes: int = 2) -> int:
     return value_bytes * dim + 12
 
 
-class BuildConfig(BaseModel):
-    """Everything `jobs/build_dict.py` can be told; each field is a flag and a key of the YAML file."""
+class JobConfig(BaseModel):
+    """What the settings of every job are checked for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("corpus", "keep", mode="before", check_fields=False)
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator(*_TEXTS, check_fields=False)
+    @classmethod
+    def _usable_text(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - of the field's own type
+        for text in (value,) if isinstance(value, str) else value or ():
+            if not text.strip() and info.field_name != "prompt":
+                raise ValueError("is empty; give a value, or leave the setting out")
+            if "\0" in text or not is_utf8(text):
+                raise ValueError("holds a NUL character or is not UTF-8; write it in other characters")
+        return value
+
+    @field_validator("output", check_fields=False)
+    @classmethod
+    def _usable_folder(cls, value: str) -> str:
+        scheme, mark, rest = value.rpartition("://")
+        if mark and "@" in rest.partition("/")[0]:
+            raise ValueError("takes no credentials in the URI; leave them out and give them to the store's own client")
+        if scheme in ("hf", "http", "https"):
+            raise ValueError(f"nothing can be written to {scheme}://; give a local folder, s3:// or gs://")
+        if scheme in ("", "file"):
+            folder = Path(rest).absolute()
+            there = next((p for p in (folder, *folder.parents) if _is_there(p)), folder)
+            if there.is_file():
+                raise ValueError(f"{there} is a file; name a folder, there already or not")
+        return value
+
+
+class BuildConfig(JobConfig):
+    """Everything `jobs/build_dict.py` can be told; each field is a flag and a key of the YAML file."""
 
     corpus: tuple[str, ...] = Field(
         (),
@@ -238,36 +273,6 @@ class BuildConfig(BaseModel):
             raise ValueError(str(error)) from error
         return {name: getattr(made, name) for name in values}
 
-    @field_validator("corpus", "keep", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("corpus", "text_column", "teacher", "revision", "prompt", "output")
-    @classmethod
-    def _usable_text(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - of the field's own type
-        for text in (value,) if isinstance(value, str) else value or ():
-            if not text.strip() and info.field_name != "prompt":
-                raise ValueError("is empty; give a value, or leave the setting out")
-            if "\0" in text or not is_utf8(text):
-                raise ValueError("holds a NUL character or is not UTF-8; write it in other characters")
-        return value
-
-    @field_validator("output")
-    @classmethod
-    def _usable_folder(cls, value: str) -> str:
-        scheme, mark, rest = value.rpartition("://")
-        if mark and "@" in rest.partition("/")[0]:
-            raise ValueError("takes no credentials in the URI; leave them out and give them to the store's own client")
-        if scheme in ("hf", "http", "https"):
-            raise ValueError(f"nothing can be written to {scheme}://; give a local folder, s3:// or gs://")
-        if scheme in ("", "file"):
-            folder = Path(rest).absolute()
-            there = next((p for p in (folder, *folder.parents) if _is_there(p)), folder)
-            if there.is_file():
-                raise ValueError(f"{there} is a file; name a folder, there already or not")
-        return value
-
     @property
     def per_passage(self) -> int:
         """Most occurrences of one token to take from one passage: a twentieth of the cap (0 = no limit)."""
@@ -312,7 +317,7 @@ def parse_flags(model: type[ConfigT], description: str, argv: Sequence[str] | No
             "--" + name.replace("_", "-"),
             dest=name,
             default=argparse.SUPPRESS,
-            **_flag(field.annotation, field.default, field.description),
+            **_flag(field.annotation, None if field.is_required() else field.default, field.description),
         )
     given = vars(parser.parse_args(argv))
     file = given.pop("config", None)
@@ -335,6 +340,8 @@ def validate(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:
 def _told(place: Sequence[int | str], kind: str, message: str, given: object, known: Iterable[str]) -> str:
     """Say what is wrong with one setting."""
     name = ".".join(str(part) for part in place)
+    if kind == "missing":
+        return f"{name}: must be given (--{name.replace('_', '-')})"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(name, known, n=1)
         message = "there is no such setting" + (f"; is it {near[0]}?" if near else "")
@@ -360,6 +367,8 @@ class _Parser(argparse.ArgumentParser):
 def _flag(annotation: Any, default: object, description: str | None) -> dict[str, Any]:  # noqa: ANN401 - a type object
     """Return argparse's keywords for a field; values stay text, pydantic converts them."""
     shown = " ".join(default) if isinstance(default, tuple) else default
+    if isinstance(default, dict):
+        shown = " ".join(f"{name}={value:g}" for name, value in default.items())
     text = (description or "").replace("%", "%%") + (f" (default: {shown})" if shown not in (None, "", False) else "")
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}

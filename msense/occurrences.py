@@ -48,7 +48,7 @@ class Unit:
     number: int
     pieces: list[int]
     blocks: list[int]
-    stored: int  # occurrences
+    stored: int  # occurrences; of labels: bytes
 
 
 def cut_units(blocks_file: str, dim: int) -> list[Unit]:
@@ -58,15 +58,27 @@ def cut_units(blocks_file: str, dim: int) -> list[Unit]:
         blocks_file: the plan's table of blocks (piece, block, stored, ...).
         dim: D.
     """
-    table = _read_table(blocks_file, ["piece", "block", "stored"])
+    table = read_columns(blocks_file, ["piece", "block", "stored"])
     piece, block, stored = (table[name] for name in ("piece", "block", "stored"))
     size = record_type(dim).itemsize
     target = int(np.clip(stored.sum() * size // UNITS_WANTED, *UNIT_BYTES)) // size
-    number = (np.cumsum(stored) - stored) // max(1, target)
+    return group_blocks(piece, block, stored, target)
+
+
+def group_blocks(piece: np.ndarray, block: np.ndarray, amount: np.ndarray, target: int) -> list[Unit]:
+    """Put blocks that follow one another into units of about equal amounts.
+
+    Args:
+        piece: int64 [n], the passages file of each block.
+        block: int64 [n], its number there.
+        amount: int64 [n], what it gives to its unit.
+        target: amount of a unit.
+    """
+    number = (np.cumsum(amount) - amount) // max(1, target)
     starts = np.flatnonzero(np.r_[True, number[1:] != number[:-1]]) if len(number) else np.zeros(0, dtype=np.int64)
     stops = [*starts[1:], len(number)]
     return [
-        Unit(n, piece[a:b].tolist(), block[a:b].tolist(), int(stored[a:b].sum()))
+        Unit(n, piece[a:b].tolist(), block[a:b].tolist(), int(amount[a:b].sum()))
         for n, (a, b) in enumerate(zip(starts, stops, strict=True))
     ]
 
@@ -110,7 +122,8 @@ def unit_passages(run: RunFolder, unit: Unit, duplicates: Duplicates) -> Passage
     return Passages.concatenate([read_block(run.passages_file(p), b).without(duplicates.of(p, b)) for p, b in places])
 
 
-def _read_table(uri: str, columns: list[str]) -> dict[str, np.ndarray]:
+def read_columns(uri: str, columns: list[str]) -> dict[str, np.ndarray]:
+    """Read columns of a parquet file of numbers."""
     table = open_parquet(uri).read(columns=columns)
     return {name: table.column(name).to_numpy() for name in columns}
 
@@ -152,6 +165,28 @@ class GatherSettings:
     threads: int = 1  # a constant: sums in another number of threads may round differently
 
 
+def load_teacher(settings: GatherSettings) -> Teacher:
+    """Load the teacher of an actor.
+
+    Raises:
+        MsenseError: its weights are not those that the run began with.
+    """
+    teacher = Teacher(
+        settings.teacher,
+        revision=settings.revision,
+        layer=settings.layer,
+        dtype=settings.dtype,
+        device=settings.device,
+        threads=settings.threads,
+    )
+    if weights_fingerprint(body_folder(settings.teacher, settings.revision)) != settings.fingerprint:
+        raise MsenseError(
+            f"the weights of teacher {settings.teacher!r} changed, or this node has others: bring the former back, or "
+            "give another --output to start afresh"
+        )
+    return teacher
+
+
 class OccurrenceActor:
     """Loads the teacher once and writes a file for every unit it is given."""
 
@@ -167,20 +202,8 @@ class OccurrenceActor:
         self.threshold, self.shards = plan["threshold"], plan["shards"]
         self.duplicates = Duplicates(self.run)
         began = time.time()
-        self.teacher = Teacher(
-            settings.teacher,
-            revision=settings.revision,
-            layer=settings.layer,
-            dtype=settings.dtype,
-            device=settings.device,
-            threads=settings.threads,
-        )
+        self.teacher = load_teacher(settings)
         self.start_seconds = time.time() - began
-        if weights_fingerprint(body_folder(settings.teacher, settings.revision)) != settings.fingerprint:
-            raise MsenseError(
-                f"the weights of teacher {settings.teacher!r} changed, or this node has others: bring the former back, or "
-                "give another --output to start afresh"
-            )
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Write one unit; return its facts (counts, offsets of the shards in rows, clock times of its work)."""

@@ -7,14 +7,18 @@ read and hashed in tasks; what is not whole is removed. The driver holds the fac
 import logging
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from msense import storage
+from msense.errors import MsenseError
 from msense.run_folder import RunFolder
 from msense.runtime import Resources, map_tasks
+from msense.text import plain
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +60,33 @@ class Journal:
         self.drivers[-1]["outcome"] = outcome
         self.write()
 
+    @contextmanager
+    def ending_with_errors(self) -> Iterator[None]:
+        """End this driver's record with any error that passes through."""
+        try:
+            yield
+        except BaseException as error:
+            kind = "" if isinstance(error, MsenseError) else f"{type(error).__name__}: "
+            with suppress(MsenseError):  # the disk may be full: what is told is the first error
+                self.end(plain(f"failed: {kind}{error}"))
+            raise
+
     def write(self) -> None:
         """Write the journal down."""
         storage.write_json(self.uri, {"drivers": self.drivers})
+
+
+@contextmanager
+def timed(stages: dict[str, dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    """Time a stage; what is put into the yielded dict becomes its facts in `stages`."""
+    facts: dict[str, Any] = {}
+    logger.info("%s ...", name)
+    began = time.monotonic()
+    yield facts
+    facts["seconds"] = round(time.monotonic() - began, 1)
+    stages[name] = facts
+    told = (f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in facts.items())
+    logger.info("%s: %s", name, ", ".join(told))
 
 
 def finished(
