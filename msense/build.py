@@ -5,10 +5,8 @@ leaves out what an earlier run has finished, so the same command goes on after a
 """
 
 import logging
-import re
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -18,7 +16,7 @@ from msense.assemble import assemble, changed_files
 from msense.config import DEMO_CORPUS, DEMO_SAMPLE, DEMO_SEED, DEMO_TEACHER, BuildConfig, SenseBudget, sense_bytes
 from msense.corpus import SourceFile, list_files
 from msense.errors import BadInput
-from msense.estimate import estimate, time_teacher
+from msense.estimate import TeacherTimer, estimate, time_teacher
 from msense.kmeans import KMeansConfig
 from msense.manifest import check_manifest, describe_run, made_of
 from msense.mcl import MclConfig
@@ -27,7 +25,7 @@ from msense.passages import make_passages, refuse_bad_documents
 from msense.plan import PlanInput, make_plan
 from msense.resume import Journal, finished, timed
 from msense.run_folder import RunFolder, locked, sweep
-from msense.runtime import Resources, connect, map_actors, run_task
+from msense.runtime import Resources, connect, map_actors, peak_memory, run_task
 from msense.senses import SenseSettings, count_senses
 from msense.teacher import TeacherInfo, describe, resolve_dtype
 
@@ -109,18 +107,11 @@ def build_dictionary(config: BuildConfig) -> dict[str, Any]:
         build = Build(config, run, resources, info, tokenizer, dtype, files, scale, journal)
         with journal.ending_with_errors():
             summary = _run_stages(build)
-        summary["driver_peak"] = _peak_memory()
+        summary["driver_peak"] = peak_memory()
         storage.write_json(run.summary, summary)
         journal.end("dry run" if config.dry_run else "finished")
         sweep(run)
     return summary
-
-
-def _peak_memory() -> int:
-    """Return the most memory this process has held, in bytes; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
 
 
 def _run_stages(build: Build) -> dict[str, Any]:
@@ -236,7 +227,8 @@ def _estimate(build: Build, units: list[Unit]) -> dict[str, Any]:
     found |= {"workers": build.resources.actors, "device": build.resources.device, "units": len(units)}
     found["unit_memory"] = max((unit.stored for unit in units), default=0) * record_type(build.info.dim).itemsize
     if build.config.time_teacher:
-        found["tokens_per_second"] = time_teacher(build.run, gather_settings(build), units, build.resources)
+        arguments = {"run": build.run, "settings": gather_settings(build)}
+        found["tokens_per_second"] = time_teacher(TeacherTimer, arguments, units, build.resources)
     return found
 
 

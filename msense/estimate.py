@@ -13,12 +13,14 @@ import numpy as np
 from msense import storage
 from msense.config import BuildConfig, SenseBudget, sense_bytes
 from msense.kmeans import POINTS_A_SENSE
+from msense.labels import LabelActor
 from msense.mcl import MCL_POINTS, MclConfig
-from msense.occurrences import GatherSettings, OccurrenceActor, Unit, record_type, select_unit, unit_passages
+from msense.occurrences import OccurrenceActor, Unit, record_type, select_unit, unit_passages
 from msense.part_worker import PARTS_HELD
 from msense.run_folder import RunFolder
 from msense.runtime import Resources, map_actors
-from msense.teacher import TOKEN_BUDGET, TeacherInfo, pad_batch, token_batches
+from msense.teacher import TOKEN_BUDGET, Teacher, TeacherInfo, pad_batch, token_batches
+from msense.tokens import Passages
 
 TIMED_SECONDS = 10.0
 
@@ -98,24 +100,51 @@ class TeacherTimer(OccurrenceActor):
         passages = unit_passages(self.run, Unit(**item), self.duplicates)
         selection = select_unit(passages, self.threshold, self.settings.spec, self.settings.per_passage)
         rows = np.unique(selection.rows)
-        tokens, began = 0, 0.0
-        for number, batch in enumerate(token_batches(selection.lengths[rows], TOKEN_BUDGET[self.settings.device])):
-            if number == 1:
-                began = time.monotonic()
-            ids, mask = pad_batch([passages.ids[passages.offsets[r] : passages.offsets[r + 1]] for r in rows[batch]])
-            self.teacher.embed(ids, mask).sum().item()
-            tokens += int(mask.sum()) if number else 0
-            if number and time.monotonic() - began > TIMED_SECONDS:
-                break
-        return {"tokens": tokens, "seconds": time.monotonic() - began if tokens else 0.0}
+        return time_batches(self.teacher, passages, rows, TOKEN_BUDGET[self.settings.device])
 
 
-def time_teacher(run: RunFolder, settings: GatherSettings, units: list[Unit], resources: Resources) -> float:
-    """Return the tokens a second that all workers together would read; 0.0 if the corpus is too small to tell."""
+def time_batches(teacher: Teacher, passages: Passages, rows: np.ndarray, budget: int) -> dict[str, Any]:
+    """Return tokens and seconds of a short forward pass over some passages, after one warm-up batch.
+
+    Args:
+        teacher: loaded.
+        passages: of a unit.
+        rows: int64 [R], which of them.
+        budget: padded tokens a batch.
+    """
+    tokens, began = 0, 0.0
+    for number, batch in enumerate(token_batches(passages.lengths[rows], budget)):
+        if number == 1:
+            began = time.monotonic()
+        ids, mask = pad_batch([passages.ids[passages.offsets[r] : passages.offsets[r + 1]] for r in rows[batch]])
+        teacher.embed(ids, mask).sum().item()
+        tokens += int(mask.sum()) if number else 0
+        if number and time.monotonic() - began > TIMED_SECONDS:
+            break
+    return {"tokens": tokens, "seconds": time.monotonic() - began if tokens else 0.0}
+
+
+class LabelTimer(LabelActor):
+    """Times the teacher on one unit of labels without writing anything."""
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Return tokens and seconds of a short forward pass after one warm-up batch."""
+        passages, _ = self.chooser.unit(Unit(**item))
+        budget = TOKEN_BUDGET[self.settings.gather.device]
+        return time_batches(self.teacher, passages, np.arange(len(passages.keys)), budget)
+
+
+def time_teacher(timer: type, arguments: dict[str, Any], units: list[Unit], resources: Resources) -> float:
+    """Return the tokens a second that all workers together would read; 0.0 if the corpus is too small to tell.
+
+    Args:
+        timer: `TeacherTimer` or `LabelTimer`.
+        arguments: what it is made with.
+        units: of which the largest are read.
+        resources: how many actors.
+    """
     largest = sorted(units, key=lambda unit: -unit.stored)[: resources.actors]
-    arguments = {"run": run, "settings": settings}
-    timed = list(
-        map_actors("timing the teacher", TeacherTimer, arguments, [asdict(unit) for unit in largest], resources)
-    )
+    items = [asdict(unit) for unit in largest]
+    timed = list(map_actors("timing the teacher", timer, arguments, items, resources))
     rates = [row["tokens"] / row["seconds"] for row in timed if row["seconds"]]
     return sum(rates) / len(rates) * resources.actors if rates else 0.0

@@ -14,7 +14,9 @@ from typing import Any
 from msense import storage
 from msense.config import BuildConfig
 from msense.corpus import SourceFile, display_uri
+from msense.distill_config import DistillConfig
 from msense.errors import BadInput
+from msense.label_source import Source
 from msense.run_folder import RunFolder
 from msense.teacher import TOKEN_BUDGET, TeacherInfo
 
@@ -22,7 +24,7 @@ FORMAT = 1
 PINNED_PACKAGES = (
     "msense", "torch", "transformers", "tokenizers", "deepspeed", "numpy", "pyarrow", "safetensors", "xxhash", "ray",
 )  # fmt: skip
-_COMPARED = ("format", "config", "inputs", "teacher", "pins")
+_COMPARED = ("format", "config", "inputs", "teacher", "dictionary", "pins")  # a build has no dictionary
 _SHOWN = 10
 
 
@@ -45,21 +47,50 @@ def describe_run(
         "corpus": [display_uri(uri) for uri in config.corpus],
         "inputs": {f.name: f"{f.size} {f.fingerprint}" for f in files},
         "teacher": json.loads(json.dumps(asdict(info))),
-        "pins": {
-            "dtype": dtype,
-            "device": device,
-            "token_budget": TOKEN_BUDGET[device],
-            "threads": threads,
-            "tf32": False,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in PINNED_PACKAGES},
-        },
+        "pins": pins(dtype, device, threads),
+    }
+
+
+def describe_distillation(
+    config: DistillConfig, source: Source, dtype: str, device: str, threads: int
+) -> dict[str, Any]:
+    """Return the manifest of a distillation: as that of a build, and `training`, on which no label depends.
+
+    Args:
+        config: all settings.
+        source: dictionary, teacher and text.
+        dtype: the teacher's resolved dtype.
+        device: "cpu" or "cuda".
+        threads: of an actor or task.
+    """
+    return {
+        "format": FORMAT,
+        "config": {**config.of_labels(), **{f"text.{name}": value for name, value in source.of_text().items()}},
+        "corpus": list(source.corpus),
+        "inputs": source.inputs,
+        "teacher": json.loads(json.dumps(asdict(source.info))),
+        "dictionary": source.fingerprint,
+        "pins": pins(dtype, device, threads),
+        "training": config.of_training(),
+    }
+
+
+def pins(dtype: str, device: str, threads: int) -> dict[str, Any]:
+    """Return what else numbers depend on: dtype, device, sizes of batches, versions."""
+    return {
+        "dtype": dtype,
+        "device": device,
+        "token_budget": TOKEN_BUDGET[device],
+        "threads": threads,
+        "tf32": False,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PINNED_PACKAGES},
     }
 
 
 def made_of(manifest: dict[str, Any]) -> str:
-    """Return the hash of all in a manifest on which the results depend."""
-    compared = {part: manifest[part] for part in _COMPARED}
+    """Return the hash of all in a manifest on which the results depend; of a distillation, the labels."""
+    compared = {part: manifest[part] for part in _COMPARED if part in manifest}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
@@ -77,8 +108,16 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
             raise BadInput(f"{there[0]} is there, but no manifest.json that tells what it was made of: {_remedy(run)}")
         storage.write_json(run.manifest, manifest)
         return
-    changes = [c for part in _COMPARED for c in differences(part, before.get(part), manifest[part])]
+    if ("dictionary" in before) != ("dictionary" in manifest):
+        other = "a distillation" if "dictionary" in before else "a dictionary"
+        raise BadInput(f"{run.root} is the run folder of {other}: give another --output")
+    changes = [c for part in _COMPARED for c in differences(part, before.get(part), manifest.get(part))]
+    training = differences("training", before.get("training"), manifest.get("training"))
     later = run.outputs()[1:]
+    if training and not changes and not storage.exists(run.student):
+        storage.write_json(run.manifest, manifest)  # the labels serve this training as well
+        return
+    changes += training
     if changes and not storage.markers(run.passages) and not any(storage.exists(name) for name in later):
         storage.remove(run.passages)  # the former run failed before anything was finished
         storage.write_json(run.manifest, manifest)

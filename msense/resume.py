@@ -90,7 +90,12 @@ def timed(stages: dict[str, dict[str, Any]], name: str) -> Iterator[dict[str, An
 
 
 def finished(
-    stage: str, run: RunFolder, files: Sequence[str], resources: Resources, journal: Journal | None = None
+    stage: str,
+    run: RunFolder,
+    files: Sequence[str],
+    resources: Resources,
+    journal: Journal | None = None,
+    repair: bool = True,
 ) -> list[dict[str, Any] | None]:
     """Tell which files of a stage an earlier driver has finished.
 
@@ -100,22 +105,24 @@ def finished(
         files: all files of the stage, in one folder.
         resources: how many tasks at a time.
         journal: where to note how many are kept and how many were damaged.
+        repair: remove a file that does not count and its marker, so that it is made again.
 
     Returns:
-        The facts of each file; None if it is not there, or was cut short, or has a byte that changed. Such a file and
-        its marker are removed.
+        The facts of each file; None if it is not there, or was cut short, or has a byte that changed.
     """
     found: list[dict[str, Any] | None] = [None] * len(files)
     there = _markers(files)
     damaged = 0
     slices = [there[i : i + FILES_A_TASK] for i in range(0, len(there), FILES_A_TASK)]
     work = [{"numbers": numbers, "files": [files[n] for n in numbers]} for numbers in slices]
-    for row in map_tasks(f"{stage}: checking finished files", _check, work, resources, run.made_of):
+    for row in map_tasks(f"{stage}: checking finished files", _check, work, resources, run.made_of, repair):
         for number, facts in zip(row["numbers"], row["facts"], strict=True):
             found[number] = facts
             if facts is None:
                 damaged += 1
-                logger.warning("%s: %s is damaged or gone; it is made again", stage, files[number])
+                logger.warning(
+                    "%s: %s is damaged or gone%s", stage, files[number], "; it is made again" if repair else ""
+                )
     if journal is not None:
         journal.add(stage, kept=len(there) - damaged, damaged=damaged)
     return found
@@ -129,12 +136,12 @@ def _markers(files: Sequence[str]) -> list[int]:
     return [n for n, file in enumerate(files) if file.rpartition("/")[2] in names]
 
 
-def _check(item: dict[str, Any], made_of: str) -> dict[str, Any]:
+def _check(item: dict[str, Any], made_of: str, repair: bool) -> dict[str, Any]:
     """Read and hash some files."""
     facts = []
     for file in item["files"]:
         facts.append(storage.facts_of(file, verify=True, made_of=made_of))
-        if facts[-1] is None:
+        if facts[-1] is None and repair:
             storage.remove(file)
             storage.remove(file + storage.MARKER)
     return {"numbers": item["numbers"], "facts": facts}

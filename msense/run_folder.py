@@ -135,6 +135,31 @@ class RunFolder:
         return join(self.contexts, "index.parquet")
 
     @property
+    def labels(self) -> str:
+        """Folder of stage 6."""
+        return join(self.root, "labels")
+
+    @property
+    def label_blocks(self) -> str:
+        """Per row group of the passages files: what is labelled of it."""
+        return join(self.labels, "blocks.parquet")
+
+    @property
+    def label_senses(self) -> str:
+        """How many senses each token has in the dictionary: int32 [V]."""
+        return join(self.labels, "senses.safetensors")
+
+    @property
+    def label_manifest(self) -> str:
+        """There once the labels are whole: what they are of, and every unit."""
+        return join(self.labels, "labels.json")
+
+    @property
+    def student(self) -> str:
+        """Folder of stage 7."""
+        return join(self.root, "student")
+
+    @property
     def finished(self) -> str:
         """There once the dictionary is whole; the facts of the whole run."""
         return join(self.root, "finished.json")
@@ -142,7 +167,7 @@ class RunFolder:
     def outputs(self) -> tuple[str, ...]:
         """All that the stages write, in their order."""
         folders = (self.passages, self.plan, self.occurrences, self.senses_folder, self.centroids)
-        return (*folders, self.contexts, self.dictionary, self.finished)
+        return (*folders, self.contexts, self.dictionary, self.labels, self.student, self.finished)
 
     def passages_file(self, piece: int) -> str:
         """Passages of one piece of the corpus."""
@@ -155,6 +180,10 @@ class RunFolder:
     def unit_file(self, unit: int) -> str:
         """Occurrences of one unit."""
         return join(self.occurrences, f"{unit:06d}.records")
+
+    def label_file(self, unit: int) -> str:
+        """Labels of one unit."""
+        return join(self.labels, f"{unit:06d}.safetensors")
 
     def curves_file(self, shard: int) -> str:
         """What is known of the tokens of one shard: variance curves, or with mcl numbers of senses."""

@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -106,6 +107,13 @@ def _temporary_folder() -> str:
     held.callback(ray.shutdown)
     atexit.register(held.close)  # after Ray's own registration, hence before it
     return str(folder)
+
+
+def peak_memory() -> int:
+    """Return the most memory this process has held, in bytes; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 def map_data(name: str, work: Callable[[Any], Row], items: Sequence[Any], resources: Resources) -> Iterator[Row]:

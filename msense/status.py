@@ -9,7 +9,9 @@ from typing import Any
 from msense import storage
 from msense.cli import show_table
 from msense.errors import BadInput
+from msense.label_set import LabelUnit
 from msense.run_folder import RunFolder
+from msense.text import size
 
 DRIVERS_SHOWN = 10
 
@@ -27,6 +29,9 @@ def show_status(run: str) -> None:
     teacher = manifest["teacher"]
     rows = [("teacher", f"{teacher['name']} ({teacher['dim']} wide, {manifest['pins']['dtype']})")]
     rows.append(("corpus", " ".join(manifest["corpus"])))
+    if "dictionary" in manifest:
+        show_table(f"Run {run}", [*rows, *_distillation(folder, manifest), *_drivers(folder)])
+        return
     finished = storage.read_json(folder.finished)
     stages = finished["stages"] if finished else {}
     for name, count in _counts(folder, not isinstance(manifest.get("config", {}).get("senses", 0), int)).items():
@@ -41,9 +46,33 @@ def show_status(run: str) -> None:
                 told + (f", {stages['senses']['largest']:,} senses of one token at most" if "senses" in stages else ""),
             )
         )
-    drivers = (storage.read_json(folder.journal) or {}).get("drivers", [])
-    rows += [_driver(number, record) for number, record in list(enumerate(drivers, 1))[-DRIVERS_SHOWN:]]
-    show_table(f"Run {run}", rows)
+    show_table(f"Run {run}", [*rows, *_drivers(folder)])
+
+
+def _distillation(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say how far labels and student of a distillation are."""
+    units = storage.read_json(run.units)
+    of_units = f" of {units['labels']}" if units else ""
+    rows = [("dictionary", f"fingerprint {manifest['dictionary'][:12]}")]
+    if pieces := _finished(run.passages, ".parquet"):  # else the dictionary's run has them
+        rows += [("passages", f"{pieces} files"), ("plan", "done" if storage.facts_of(run.thresholds) else "not yet")]
+    rows.append(("labels", f"{_finished(run.labels, '.safetensors', '0')}{of_units} units"))
+    labels = storage.read_json(run.label_manifest)
+    if labels:
+        total = {
+            name: sum(unit[name] for unit in labels["units"]) for name in LabelUnit.model_fields if name != "sha256"
+        }
+        told = f"{total['passages']:,} passages ({total['held_out_passages']:,} held out), {total['tokens']:,} tokens"
+        rows.append(("", f"{told}, {total['labelled']:,} with a sense, {size(total['size'])}"))
+    there = storage.exists(run.student)
+    rows.append(("student", run.student if there else "not yet; the distillation's command goes on from here"))
+    return rows
+
+
+def _drivers(run: RunFolder) -> list[tuple[str, str]]:
+    """Say what the latest drivers did."""
+    drivers = (storage.read_json(run.journal) or {}).get("drivers", [])
+    return [_driver(number, record) for number, record in list(enumerate(drivers, 1))[-DRIVERS_SHOWN:]]
 
 
 def _counts(run: RunFolder, by_token: bool) -> dict[str, str]:

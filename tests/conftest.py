@@ -187,8 +187,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from msense import (
         build,
         clustering,
+        distill_run,
         estimate,
         exemplars,
+        labels,
         occurrences,
         parts,
         passages,
@@ -219,7 +221,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         "submit": lambda work, *arguments: work(*arguments),
         "get": lambda value: value,
     }
-    for module in (build, clustering, estimate, exemplars, parts, passages, plan, resume, senses):
+    stages = (clustering, exemplars, labels, parts, passages, plan, resume, senses)
+    for module in (build, distill_run, estimate, *stages):
         for name, fake in fakes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fake)
@@ -229,6 +232,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_module, "kill", lambda actor: None)
     monkeypatch.setattr(tokens, "BLOCK_TOKENS", 1500)
     monkeypatch.setattr(occurrences, "UNIT_BYTES", (60_000, 60_000))
+    monkeypatch.setattr(labels, "UNIT_BYTES", (4_000, 4_000))
     monkeypatch.setattr(occurrences, "SHARD_BYTES", (60_000, 60_000))
 
 

@@ -86,13 +86,28 @@ def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bo
     patch(build, "OccurrenceActor", LoggedActor)
 
 
+def labels_in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None]) -> None:
+    """Make a unit of labels of each block, and log each when it begins; arguments as `in_small_pieces`."""
+    from msense import labels
+
+    class LoggedLabelActor(labels.LabelActor):
+        def __call__(self, item: dict) -> dict:
+            with log.open("a") as file:
+                file.write(f"labels {item['number']}\n")
+            return super().__call__(item)
+
+    patch(labels, "UNIT_BYTES", (1, 1))
+    patch(labels, "LabelActor", LoggedLabelActor)
+
+
 def drive(settings: dict, address: str, log: str, kill_at: tuple[str, int] | None, light: bool) -> None:
-    """Build, and die when the stage `kill_at[0]` has finished its piece of work number `kill_at[1]`."""
+    """Build, or distill without training, and die when stage `kill_at[0]` has finished so many pieces of work."""
     os.environ["RAY_ADDRESS"] = address
     os.environ["RAY_AUTH_MODE"] = "token"
-    from msense import parts, runtime, storage
+    from msense import distill_run, parts, runtime, storage
     from msense.build import build_dictionary
     from msense.config import BuildConfig
+    from msense.distill_config import DistillConfig
 
     in_small_pieces(Path(log), setattr, light)
     track, write_json = runtime.track, storage.write_json
@@ -110,7 +125,12 @@ def drive(settings: dict, address: str, log: str, kill_at: tuple[str, int] | Non
 
     runtime.track = parts.track = killing_track
     storage.write_json = killing_write
-    build_dictionary(BuildConfig(**settings))
+    if "dictionary" in settings:
+        labels_in_small_pieces(Path(log), setattr)
+        distill_run._training = lambda: lambda *_: {}
+        distill_run.distill_student(DistillConfig(**settings))
+    else:
+        build_dictionary(BuildConfig(**settings))
 
 
 def start(settings: dict, log: Path, kill_at: tuple[str, int] | None = None, light: bool = False) -> BaseProcess:
@@ -118,7 +138,9 @@ def start(settings: dict, log: Path, kill_at: tuple[str, int] | None = None, lig
     import ray
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["driver", "msense.build", "ray.data", "torch", "transformers"])
+    context.set_forkserver_preload(
+        ["driver", "msense.build", "msense.distill_run", "ray.data", "torch", "transformers"]
+    )
     address = ray.get_runtime_context().gcs_address
     plain = json.loads(json.dumps(settings))
     process = context.Process(target=drive, args=(plain, address, str(log), kill_at, light))

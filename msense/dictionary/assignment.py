@@ -222,6 +222,40 @@ def replace(
     return out
 
 
+@torch.no_grad()
+def weigh(
+    token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metric: Metric, scale: float, top: int
+) -> tuple[Tensor, Tensor]:
+    """Return the nearest senses of each embedding and their weights, softmax(scores / scale) of those alone.
+
+    Args:
+        token_ids: integers [N].
+        embeddings: floating point [N, D], any device.
+        senses: the dictionary's senses.
+        metric: l2, dot or cosine.
+        scale: above 0.
+        top: how many senses, M.
+
+    Returns:
+        int64 [N, M], the nearest first (ties: the lowest number), -1 where a token has no more; float32 [N, M], whose
+        rows sum to 1, or to 0 for a token without senses.
+
+    Raises:
+        BadInput: an embedding is NaN or infinite.
+        DictionaryError: a sense in use is NaN or infinite.
+    """
+    numbers = torch.full((len(embeddings), top), -1, dtype=torch.int64, device=embeddings.device)
+    weights = torch.zeros((len(embeddings), top), device=embeddings.device)
+    for batch, _, found in _scored(token_ids, embeddings, senses, metric):
+        best = found.sort(dim=2, descending=True, stable=True)
+        values, order = best.values[..., :top], best.indices[..., :top]
+        own = torch.softmax((values - values[..., :1]) / scale, dim=2)
+        order = order.masked_fill(values == -math.inf, -1)  # padding
+        rows = _real(batch.rows.to(embeddings.device), batch)
+        numbers[rows, : order.shape[2]], weights[rows, : order.shape[2]] = _real(order, batch), _real(own, batch)
+    return numbers, weights
+
+
 def _new_output(embeddings: Tensor) -> Tensor:
     """Allocate the output; on the CPU by NumPy, whose huge pages make the first write several times faster."""
     if embeddings.device.type != "cpu" or not embeddings.numel():

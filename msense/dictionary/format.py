@@ -4,6 +4,7 @@ Comes in: a config, the small arrays, centroids chunk by chunk. Goes out: a fold
 name and renamed, config.json last. Holds the small arrays and one chunk. `reader` reads it.
 """
 
+import hashlib
 import json
 import os
 from collections import deque
@@ -22,7 +23,7 @@ from msense.config import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, Metric
 from msense.dictionary.arguments import as_tensor
 from msense.dictionary.checks import check_arrays
 from msense.errors import DictionaryError
-from msense.storage import scratch_name
+from msense.storage import scratch_name, sha256_of
 
 FORMAT_VERSION: Literal[1] = 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -141,6 +142,12 @@ class DictionaryFiles:
         """Return those of its files that are there, in order of their names."""
         named = [self.config, self.arrays, self.index, self.exemplars, self.tokenizer, self.card]
         return sorted(p for p in (*named, *self.folder.glob("dictionary-*-of-*.safetensors")) if p.is_file())
+
+    def fingerprint(self) -> str:
+        """Return the sha256 of config and arrays, in hexadecimal."""
+        ours = {self.config, self.arrays, self.index, *self.folder.glob("dictionary-*-of-*.safetensors")}
+        digests = ((p.name, sha256_of(p)) for p in self.present() if p in ours)
+        return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()
 
     def inside(self, path: Path) -> Path:
         """Return a path of this folder unless it is missing, no plain file, or a link leads out of the folder."""

@@ -258,17 +258,41 @@ class SenseDictionary:
             BadInput: shapes, types or the temperature do not fit, or an embedding is NaN or infinite.
         """
         ids, points = self._checked(token_ids, embeddings)
-        if temperature is not None and not 0 < temperature < float("inf"):
-            raise BadInput(
-                f"the temperature is {temperature}, but must be above 0 and finite; None takes the nearest sense"
-            )
-        scale = (temperature or 0.0) * self.config.temperature_unit  # 0 too where every sense is a single point
-        scale = min(scale, _LARGEST) if scale > _SMALLEST else 0.0  # beyond float32 the weights would be NaN
+        scale = None if temperature is None else self._scale(temperature)
         target = None if out is None else target_of(out, embeddings)
         found = assignment.replace(ids, points, self.ragged, metric or self.config.metric, scale or None, target)
         if out is not None:
             return out
         return found if isinstance(embeddings, Tensor) else found.numpy()
+
+    def weigh(self, token_ids: Tensor, embeddings: Tensor, top: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return each embedding's `top` nearest senses and their weights, as `assignment.weigh`.
+
+        Args:
+            token_ids: integers [N].
+            embeddings: floating point [N, D].
+            top: how many senses, M.
+            temperature: of the weights, as in `replace`.
+        """
+        ids, points = self._checked(token_ids, embeddings)
+        scale = max(self._scale(temperature), _SMALLEST)
+        return assignment.weigh(ids, points, self.ragged, self.config.metric, scale, top)
+
+    def _scale(self, temperature: float) -> float:
+        """Return what scores are divided by; 0 takes the nearest sense, as where every sense is a single point."""
+        if not 0 < temperature < float("inf"):
+            raise BadInput(
+                f"the temperature is {temperature}, but must be above 0 and finite; None takes the nearest sense"
+            )
+        scale = temperature * self.config.temperature_unit
+        return min(scale, _LARGEST) if scale > _SMALLEST else 0.0  # beyond float32 the weights would be NaN
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of config and arrays of a loaded dictionary, in hexadecimal; reads its files."""
+        if self._files is None:
+            raise BadInput("this dictionary lies in no folder: save it and load it again")
+        return self._files.fingerprint()
 
     @classmethod
     def fit(  # noqa: PLR0913 - the few settings that a build without files has, all but two by name

@@ -1,0 +1,377 @@
+"""Stage 6: passages and a dictionary in, unit files of labels out: the sense of every token, as the teacher sees it.
+
+The passages are those that the plan needed, or the first by key up to a number of tokens. Units are cut, read by teacher
+actors and published as those of stage 3. An actor holds the teacher, the dictionary and one unit: its token ids, labels
+and passage embeddings (about `UNIT_BYTES` at most), and one batch of hidden states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import xxhash
+from torch import Tensor
+
+from msense import storage
+from msense.dictionary import SenseDictionary
+from msense.errors import BadInput, MsenseError
+from msense.label_set import NO_SENSE, LabelManifest, LabelUnit, label_bytes, label_columns
+from msense.occurrences import UNITS_WANTED, Duplicates, GatherSettings, Unit, group_blocks, load_teacher, read_columns
+from msense.pooling import pool
+from msense.resume import Journal, finished
+from msense.run_folder import RunFolder
+from msense.runtime import Resources, get, map_actors, reduce_tasks, run_task
+from msense.sampling import select
+from msense.teacher import TOKEN_BUDGET, pad_batch, token_batches
+from msense.tokens import Passages, open_parquet, read_block
+
+UNIT_BYTES = (1 << 19, 256 << 20)  # least and most bytes of labels a unit aims at
+HELD_OUT_SALT = 0x68656C64  # documents are held out by a hash of their own, not by the keys of their passages
+KEY_BINS_BITS = 20
+ASSIGN_NUMBERS = 1 << 23  # of hidden states that are assigned together: few tokens at a time cost as much as many
+_ROW = ("piece", "block", "passages", "tokens")
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """What the tasks and actors of this stage are made with."""
+
+    run: RunFolder  # where the labels go
+    text: RunFolder  # where the passages and their plan are
+    gather: GatherSettings  # teacher, and how passages are laid out
+    dictionary: str
+    fingerprint: str  # of the dictionary
+    pooling: str
+    normalize: bool
+    pooled: bool
+    soft_targets: int
+    temperature: float
+    held_out: float
+    train_tokens: int | None
+    last_key: int | None = None  # of the passages to label; None = those that the plan needed
+
+
+def choose(
+    settings: LabelSettings, blocks: Sequence[int], resources: Resources
+) -> tuple[LabelSettings, dict[str, int]]:
+    """Find the passages to label, and write how many of them each block has.
+
+    Args:
+        settings: without `last_key`.
+        blocks: number of blocks of every passages file.
+        resources: how many tasks at a time.
+
+    Returns:
+        The settings with `last_key`, and facts: passages and tokens.
+
+    Raises:
+        BadInput: the first passage has more tokens than are to be labelled.
+    """
+    pieces = [(piece, count) for piece, count in enumerate(blocks) if count]
+    slices = [s for i in range(2 * resources.tasks) if (s := pieces[i :: 2 * resources.tasks])]
+    if settings.train_tokens is not None:
+        by_key = get(reduce_tasks("labels: keys", _count_keys, slices, resources, settings))
+        settings = LabelSettings(**{**vars(settings), "last_key": by_key.last(settings.train_tokens)})
+    counted = reduce_tasks("labels: passages", _count_passages, slices, resources, settings)
+    return settings, run_task(_write_blocks, counted, settings)
+
+
+@dataclass
+class _Tokens:
+    """Tokens of the passages by the first bits of their keys; adds up."""
+
+    counts: np.ndarray  # int64 [2^KEY_BINS_BITS]
+
+    def merge(self, other: "_Tokens") -> None:
+        self.counts = self.counts + other.counts
+
+    def last(self, tokens: int) -> int:
+        """Return the last key of the bins that hold so many tokens at most."""
+        total = np.cumsum(self.counts)
+        bins = int(np.searchsorted(total, tokens, side="right"))
+        if not bins or not total[bins - 1]:
+            first = total[total > 0][:1]
+            raise BadInput(
+                f"--train-tokens {tokens} has no room for the first passages: give {int(first.sum())} or more"
+            )
+        return (bins << (64 - KEY_BINS_BITS)) - 1
+
+
+@dataclass
+class _Blocks:
+    """How many passages and tokens are chosen of each block; adds up."""
+
+    rows: np.ndarray  # int64 [n, 4], the columns of _ROW
+
+    def merge(self, other: "_Blocks") -> None:
+        self.rows = np.concatenate([self.rows, other.rows])
+
+
+def _count_keys(pieces: list[tuple[int, int]], settings: LabelSettings) -> _Tokens:
+    counts, dropped = np.zeros(1 << KEY_BINS_BITS, np.int64), Duplicates(settings.text)
+    for piece, count in pieces:
+        for block in range(count):
+            passages = read_block(settings.text.passages_file(piece), block).without(dropped.of(piece, block))
+            bins = (passages.keys >> np.uint64(64 - KEY_BINS_BITS)).astype(np.int64)
+            counts += np.bincount(bins, passages.lengths, len(counts)).astype(np.int64)
+    return _Tokens(counts)
+
+
+def _count_passages(pieces: list[tuple[int, int]], settings: LabelSettings) -> _Blocks:
+    chooser, rows = Chooser(settings), []
+    for piece, count in pieces:
+        for block in range(count):
+            passages, chosen = chooser(piece, block)
+            rows.append((piece, block, len(chosen), passages.lengths[chosen].sum()))
+    return _Blocks(np.array(rows, dtype=np.int64))
+
+
+def _write_blocks(counted: _Blocks, settings: LabelSettings) -> dict[str, int]:
+    rows = counted.rows[np.lexsort((counted.rows[:, 1], counted.rows[:, 0]))]
+    table = pa.table({name: rows[:, i] for i, name in enumerate(_ROW)})
+
+    def write(path: Path) -> None:
+        pq.write_table(table, path)
+
+    facts = {"passages": int(rows[:, 2].sum()), "tokens": int(rows[:, 3].sum())}
+    return settings.run.publish(settings.run.label_blocks, write, facts)
+
+
+class Chooser:
+    """Reads blocks and finds the passages to label; holds the plan's thresholds."""
+
+    def __init__(self, settings: LabelSettings) -> None:
+        self.settings = settings
+        self.duplicates = Duplicates(settings.text)
+        self.threshold = storage.load_arrays(settings.text.thresholds, ("threshold",))["threshold"]
+
+    def __call__(self, piece: int, block: int) -> tuple[Passages, np.ndarray]:
+        """Return the passages of a block, and the rows of those to label, increasing int64."""
+        passages = read_block(self.settings.text.passages_file(piece), block)
+        if self.settings.last_key is not None:
+            rows = np.flatnonzero(passages.keys <= np.uint64(self.settings.last_key))
+        else:
+            gather = self.settings.gather
+            rows = np.unique(passages.rows()[select(passages, self.threshold, gather.spec, gather.per_passage)])
+        return passages, np.setdiff1d(rows, self.duplicates.of(piece, block))
+
+    def unit(self, unit: Unit) -> tuple[Passages, np.ndarray]:
+        """Return the passages of a unit to label, and whether each is held out, bool [P]."""
+        parts, held = [], []
+        for piece, block in zip(unit.pieces, unit.blocks, strict=True):
+            passages, rows = self(piece, block)
+            parts.append(passages.without(np.setdiff1d(np.arange(len(passages.keys)), rows)))
+            held.append(_held_out(self.settings.text.passages_file(piece), block, self.settings.held_out)[rows])
+        return Passages.concatenate(parts), np.concatenate(held)
+
+
+def _held_out(uri: str, block: int, share: float) -> np.ndarray:
+    """Tell which passages of a block are of documents that are held out, bool [P]."""
+    column = open_parquet(uri).read_row_group(block, columns=["document_id"]).column("document_id").combine_chunks()
+    documents = column.dictionary_encode()
+    drawn = [
+        xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"), seed=HELD_OUT_SALT) < share * 2**64
+        for name in documents.dictionary.to_pylist()
+    ]
+    return np.array(drawn, dtype=bool)[documents.indices.to_numpy()]
+
+
+def label_units(settings: LabelSettings) -> list[Unit]:
+    """Cut the chosen passages into units of about equal bytes; the result depends on data and config only."""
+    table = read_columns(settings.run.label_blocks, list(_ROW))
+    dim = settings.gather.dim if settings.pooled else 0
+    size = label_bytes(table["passages"], table["tokens"], dim, settings.soft_targets)
+    some = size > 0
+    target = int(np.clip(size.sum() // UNITS_WANTED, *UNIT_BYTES))
+    return group_blocks(table["piece"][some], table["block"][some], size[some], target)
+
+
+class LabelActor:
+    """Loads teacher and dictionary once and writes a file of labels for every unit it is given."""
+
+    def __init__(self, settings: LabelSettings) -> None:
+        """Load what all units need.
+
+        Raises:
+            MsenseError: teacher or dictionary are not those that the run began with.
+        """
+        self.settings = settings
+        self.chooser = Chooser(settings)
+        self.teacher = load_teacher(settings.gather)
+        dictionary = SenseDictionary.load(settings.dictionary)
+        if dictionary.fingerprint != settings.fingerprint:
+            raise MsenseError(
+                f"the dictionary {settings.dictionary} changed, or this node has another: bring the former back, or give "
+                "another --output to start afresh"
+            )
+        self.dictionary = dictionary.to("cuda") if settings.gather.device == "cuda" else dictionary
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Write one unit; return its facts."""
+        unit = Unit(**item)
+        passages, held = self.chooser.unit(unit)
+        facts = {
+            "unit": unit.number,
+            "passages": len(passages.keys),
+            "tokens": len(passages.ids),
+            "held_out_passages": int(held.sum()),
+        }
+
+        def write(path: Path) -> dict[str, Any]:
+            arrays = self._label(passages, unit.number)
+            storage.save_arrays(path, {**arrays, "held_out": held.astype(np.uint8)})
+            labelled = int((arrays["senses"] != NO_SENSE).sum())
+            return {"labelled": labelled, "size": path.stat().st_size, "sha256": storage.sha256_of(path)}
+
+        return self.settings.run.publish(self.settings.run.label_file(unit.number), write, facts)
+
+    def _label(self, passages: Passages, unit: int) -> dict[str, np.ndarray]:
+        """Run the teacher over passages and return the columns of their file, but `held_out`."""
+        settings = self.settings
+        dim = settings.gather.dim if settings.pooled else 0
+        columns = label_columns(len(passages.keys), len(passages.ids), dim, settings.soft_targets)
+        types = {"U16": np.uint16, "F16": np.float16}
+        arrays = {name: np.zeros(shape, types[kind]) for name, (kind, shape) in columns.items() if kind in types}
+        for name in ("senses", "soft_senses"):
+            if name in arrays:
+                arrays[name].fill(NO_SENSE)
+        eligible = passages.eligible(settings.gather.spec)
+        places: list[np.ndarray] = []
+        points: list[Tensor] = []
+        for batch in token_batches(passages.lengths, TOKEN_BUDGET[settings.gather.device]):
+            ids, padding = pad_batch([passages.ids[passages.offsets[r] : passages.offsets[r + 1]] for r in batch])
+            hidden = self.teacher.embed(ids, padding)
+            mask = torch.from_numpy(padding).to(hidden.device)
+            if settings.pooled:
+                arrays["pooled"][batch] = self._pool(hidden, mask, unit)
+            flat = np.concatenate([np.arange(passages.offsets[r], passages.offsets[r + 1]) for r in batch])
+            wanted = eligible[flat]
+            places.append(flat[wanted])
+            points.append(hidden[mask][torch.from_numpy(wanted).to(hidden.device)])
+            if sum(len(p) for p in places) * settings.gather.dim >= ASSIGN_NUMBERS:
+                self._assign(passages, np.concatenate(places), torch.cat(points), arrays, unit)
+                places, points = [], []
+        if places:
+            self._assign(passages, np.concatenate(places), torch.cat(points), arrays, unit)
+        return {**arrays, "offsets": passages.offsets, "ids": passages.ids.astype(np.int32)}
+
+    def _pool(self, hidden: Tensor, mask: Tensor, unit: int) -> np.ndarray:
+        """Return the teacher's embeddings of passages, float16 [B, D]."""
+        vectors = pool(hidden, mask, self.settings.pooling, self.settings.normalize).half()
+        self._check(bool(vectors.isfinite().all()), unit)
+        return np.asarray(vectors.cpu().numpy())
+
+    def _assign(
+        self, passages: Passages, places: np.ndarray, points: Tensor, arrays: dict[str, np.ndarray], unit: int
+    ) -> None:
+        """Write the senses of tokens at some places of the unit."""
+        self._check(bool(points.isfinite().all()), unit)
+        ids = torch.from_numpy(passages.ids[places])
+        arrays["senses"][places] = _stored(self.dictionary.assign(ids, points))
+        if top := self.settings.soft_targets:
+            senses, weights = self.dictionary.weigh(ids, points, top, self.settings.temperature)
+            arrays["soft_senses"][places] = _stored(senses)
+            arrays["soft_weights"][places] = weights.half().cpu().numpy()
+
+    def _check(self, is_finite: bool, unit: int) -> None:
+        """Refuse embeddings that are NaN or infinite."""
+        if not is_finite:
+            dtype = self.settings.gather.dtype
+            remedy = "" if dtype == "float32" else "give --dtype float32, in a new output folder, or "
+            raise MsenseError(
+                f"labels, unit {unit}: the teacher gave NaN or infinite embeddings in {dtype}, or ones too large for "
+                f"float16: {remedy}check its weights"
+            )
+
+
+def _stored(senses: Tensor) -> np.ndarray:
+    """Return sense numbers as they are stored; -1, none, becomes 65535."""
+    return np.asarray(senses.cpu().numpy().astype(np.uint16))
+
+
+def are_finished(run: RunFolder, resources: Resources) -> bool:
+    """Tell whether the labels of a run are whole, every byte of them."""
+    manifest = storage.read_json(run.label_manifest)
+    if manifest is None or manifest.get("made_of") != run.made_of:
+        return False
+    files = [run.label_senses, *(run.label_file(n) for n in range(len(manifest["units"])))]
+    return all(facts is not None for facts in finished("labels", run, files, resources, repair=False))
+
+
+def make_labels(settings: LabelSettings, units: list[Unit], resources: Resources, journal: Journal) -> dict[str, Any]:
+    """Write the labels of a run; units that an earlier driver finished are kept.
+
+    Args:
+        settings: as `choose` returns them.
+        units: of `label_units`.
+        resources: how many actors.
+        journal: where to note what is kept and what is made.
+
+    Returns:
+        Facts: units, passages, tokens, labelled (tokens with a sense), held_out (passages), bytes.
+    """
+    run = settings.run
+    found = finished("labels", run, [run.label_file(unit.number) for unit in units], resources, journal)
+    todo = [asdict(unit) for unit, facts in zip(units, found, strict=True) if facts is None]
+    for _ in map_actors("labels", LabelActor, {"settings": settings}, todo, resources):
+        pass
+    journal.add("labels", made=len(todo))
+    facts: dict[str, Any] = run_task(_write_manifest, settings, len(units))
+    return facts
+
+
+def _write_manifest(settings: LabelSettings, units: int) -> dict[str, Any]:
+    """Bring the facts of all units together; the numbers of senses go beside them."""
+    run, dictionary = settings.run, SenseDictionary.load(settings.dictionary)
+    sizes = np.diff(dictionary.offsets).astype(np.int32)
+
+    def write(path: Path) -> None:
+        storage.save_arrays(path, {"senses": sizes})
+
+    run.publish(run.label_senses, write)
+    found = []
+    for number in range(units):
+        facts = storage.facts_of(run.label_file(number), made_of=run.made_of)
+        if facts is None:
+            raise MsenseError(f"{run.label_file(number)} went missing: run the same command again")
+        found.append(LabelUnit(**{name: facts[name] for name in LabelUnit.model_fields}))
+    of = dictionary.config
+    manifest = LabelManifest(
+        made_of=run.made_of,
+        dictionary=settings.fingerprint,
+        teacher=of.teacher,
+        tokenizer_fingerprint=of.tokenizer_fingerprint,
+        vocab_size=of.vocab_size,
+        dim=of.dim,
+        metric=of.metric,
+        temperature_unit=of.temperature_unit,
+        temperature=settings.temperature,
+        train_tokens=settings.train_tokens,
+        held_out=settings.held_out,
+        held_out_salt=HELD_OUT_SALT,
+        soft_targets=settings.soft_targets,
+        pooled=settings.pooled,
+        pooling=settings.pooling,
+        normalize=settings.normalize,
+        units=tuple(found),
+    )
+    storage.write_json(run.label_manifest, manifest.model_dump(mode="json"))
+    return label_facts(manifest)
+
+
+def label_facts(manifest: LabelManifest) -> dict[str, Any]:
+    """Return what is told of finished labels."""
+    units = manifest.units
+    return {
+        "units": len(units),
+        "passages": manifest.passages,
+        "tokens": manifest.tokens,
+        "labelled": sum(unit.labelled for unit in units),
+        "held_out": sum(unit.held_out_passages for unit in units),
+        "bytes": sum(unit.size for unit in units),
+    }
