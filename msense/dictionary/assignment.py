@@ -251,8 +251,8 @@ def weigh(
         values, order = best.values[..., :top], best.indices[..., :top]
         own = torch.softmax((values - values[..., :1]) / scale, dim=2)
         order = order.masked_fill(values == -math.inf, -1)  # padding
-        rows = _real(batch.rows.to(embeddings.device), batch)
-        numbers[rows, : order.shape[2]], weights[rows, : order.shape[2]] = _real(order, batch), _real(own, batch)
+        rows = real(batch.rows.to(embeddings.device), batch)
+        numbers[rows, : order.shape[2]], weights[rows, : order.shape[2]] = real(order, batch), real(own, batch)
     return numbers, weights
 
 
