@@ -4,7 +4,6 @@ Runs on the driver: it hands over paths and never holds text, labels or embeddin
 run has finished, so the same command goes on after any crash.
 """
 
-import importlib
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 from msense import storage
 from msense.build import THREADS
 from msense.corpus import list_files
+from msense.distill import train
 from msense.distill_config import DistillConfig
-from msense.errors import BadInput, MsenseError
+from msense.errors import BadInput
 from msense.estimate import LabelTimer, time_teacher
 from msense.label_set import LabelSet, label_bytes
 from msense.label_source import Source, find_source, text_again
@@ -106,20 +106,8 @@ def _run_stages(job: Distillation) -> dict[str, Any]:
             job.journal.add("labels", kept=len(labels.manifest.units), damaged=0, made=0)
             facts.update(label_facts(labels.manifest))
     with timed(job.stages, "training") as facts:
-        facts.update(_training()(job.config, job.run, labels) or {})
+        facts.update(train(job.config, job.source, job.run, job.resources, labels))
     return {"stages": job.stages, "student": job.run.student}
-
-
-def _training() -> Any:  # noqa: ANN401 - a function of a module that may not be there
-    """Return the function that trains a student from labels."""
-    try:
-        return importlib.import_module("msense.distill").train
-    except ModuleNotFoundError as error:
-        if error.name != "msense.distill":
-            raise
-        raise MsenseError(
-            "the labels are finished, but this version of msense cannot train a student yet: install one that can"
-        ) from error
 
 
 def _text(job: Distillation) -> tuple[RunFolder, list[int]]:

@@ -1,0 +1,141 @@
+"""Stage 7 on Ray Train: labels in, a trained student's folder out.
+
+Runs on the driver, which holds settings and metrics only. A training has a folder of its own by its settings, so that one
+run folder's labels serve many; Ray Train goes on in it from the last checkpoint after a worker or the driver died.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from msense import storage
+from msense.distill_config import DistillConfig
+from msense.errors import MsenseError
+from msense.label_set import LabelSet
+from msense.label_source import Source
+from msense.losses import Mix
+from msense.run_folder import RunFolder
+from msense.runtime import TASK_CPUS, Resources
+from msense.storage import join
+from msense.student import StudentSettings
+from msense.train_loop import STUDENT, Training, train_worker
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 3  # of workers: more is no accident
+TOLD = ("sense", "pooled", "accuracy", "frequent", "cosine")
+
+
+def settings(config: DistillConfig, source: Source, run: RunFolder, resources: Resources) -> Training:
+    """Return what the workers are told."""
+    dtype = config.student_dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if resources.device == "cuda" else "float32"
+    workers = resources.actors
+    weights: dict[str, Any] = dict(config.objective)
+    mix = Mix(temperature=config.temperature, **weights)
+    if config.reference:
+        mix = replace(mix, metric="dot", temperature=None)
+    return Training(
+        run=run.root,
+        dictionary=source.dictionary,
+        teacher=source.teacher,
+        revision=source.info.revision,
+        student=StudentSettings(kind=config.student, heads=config.heads, seed=config.seed),
+        mix=mix,
+        epochs=config.epochs,
+        batch_tokens=config.batch_tokens,
+        accumulate=config.accumulate,
+        lr=config.lr,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        dtype=dtype,
+        seed=config.seed,
+        device=resources.device,
+        threads=max(1, (os.cpu_count() or 1) // workers),
+    )
+
+
+def train(
+    config: DistillConfig, source: Source, run: RunFolder, resources: Resources, labels: LabelSet
+) -> dict[str, Any]:
+    """Train a student, or go on with a training that was cut off; a finished one is left as it is.
+
+    Args:
+        config: all settings.
+        source: dictionary and teacher.
+        run: run folder, for the student and the checkpoints.
+        resources: workers.
+        labels: of the run, for what they are made of.
+
+    Returns:
+        Facts: the last epoch's metrics.
+
+    Raises:
+        MsenseError: a worker failed again and again; names the cause.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    training = settings(config, source, run, resources)
+    name = _name(training, labels)
+    history = storage.read_json(join(run.student, "training.json"))
+    if history and history.get("name") == name:
+        logger.info("the student in %s is finished", run.student)
+        return _facts(history["epochs"])
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"training": training},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.actors,
+            use_gpu=resources.device == "cuda",
+            resources_per_worker={"CPU": TASK_CPUS} | ({"GPU": 1} if resources.device == "cuda" else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=join(run.root, "training"),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:  # Ray wraps whatever a worker raised in errors of its own
+        raise MsenseError(f"training failed: {_cause(error)}") from error
+    epochs = result.return_value
+    assert result.checkpoint is not None
+    storage.make_folder(run.student)
+    with result.checkpoint.as_directory() as folder:
+        for path in sorted(Path(folder, STUDENT).iterdir()):
+            storage.upload(path, join(run.student, path.name))
+    storage.write_json(join(run.student, "training.json"), {"name": name, "epochs": epochs})
+    return _facts(epochs)
+
+
+def _name(training: Training, labels: LabelSet) -> str:
+    """Name a training by all that its result depends on."""
+    told = asdict(training) | {"run": labels.manifest.made_of, "dictionary": labels.manifest.dictionary}
+    for name in ("threads", "teacher", "device"):
+        told.pop(name)
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of what a worker said."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+
+
+def _facts(epochs: list[dict[str, float]]) -> dict[str, Any]:
+    """Return what is told of a finished training."""
+    last = epochs[-1]
+    names = {f"held_out_{name}": f"held out {name}" for name in TOLD}
+    found = {told: round(last[name], 4) for name, told in names.items() if name in last}
+    return {"epochs": len(epochs), "steps": int(last["step"]), **found}
