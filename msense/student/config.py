@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from msense.config import MAX_DIM, MAX_VOCABULARY
 from msense.dictionary.format import FrozenModel, TeacherName
+from msense.errors import StudentError
+
+MAX_WINDOW = 1000
 
 Heads = Literal["two", "one"]
 Pooling = Literal["mean", "cls", "lasttoken"]
@@ -24,6 +27,9 @@ class StudentSettings:
         window: tokens that a static student looks at around each one; odd.
         stay: of a static student: a token seen n times moves n / (n + stay) of the way away from its mean embedding.
         seed: of what begins random.
+
+    Raises:
+        StudentError: a setting is out of range.
     """
 
     kind: str = "layers:2"
@@ -33,12 +39,23 @@ class StudentSettings:
     stay: float = 5.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.heads not in get_args(Heads):
+            raise StudentError(f"heads is {self.heads!r}, but must be one of {get_args(Heads)}")
+        if not 0 < self.units <= MAX_DIM or not (0 < self.window < MAX_WINDOW and self.window % 2):
+            raise StudentError(
+                f"a static student of {self.units} units and a window of {self.window} tokens cannot be: give units from 1 to "
+                f"{MAX_DIM}, and an odd window below {MAX_WINDOW}, as many tokens on the left as on the right"
+            )
+        if not 0 <= self.stay < float("inf"):
+            raise StudentError(f"stay is {self.stay}, but must be 0 or more: 0 lets every token leave its mean")
+
 
 class StaticSizes(FrozenModel):
     """Sizes of a student without attention."""
 
     units: int = Field(gt=0, le=MAX_DIM)
-    window: int = Field(gt=0, lt=1000, description="odd")
+    window: int = Field(gt=0, lt=MAX_WINDOW, description="odd")
 
     @model_validator(mode="after")
     def _odd(self) -> "StaticSizes":

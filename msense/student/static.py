@@ -13,7 +13,7 @@ from msense.dictionary import SenseDictionary
 from msense.student.config import StaticSizes
 
 _ROWS = 1 << 16  # senses widened at a time
-_RIDGE = 0.03  # of the inputs' mean variance
+_RIDGE = 0.3  # of the inputs' mean variance: best for tokens held out of 1,290 of MiniLM's on Banking77 (R² 0.44)
 
 
 class StaticBody(nn.Module):

@@ -18,7 +18,7 @@ from msense.errors import BadInput, StudentError
 from msense.student.static import StaticBody
 from msense.student.student import Student
 
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 1024  # what a core works on stays in its caches
 TableType = Literal["float32", "bfloat16", "int8"]
 
 
