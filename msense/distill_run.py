@@ -113,8 +113,8 @@ def _run_stages(job: Distillation) -> dict[str, Any]:
 def _text(job: Distillation) -> tuple[RunFolder, list[int]]:
     """Return the run folder that holds passages and plan, and the number of blocks of every passages file."""
     source, run = job.source, job.run
-    if source.run is not None and (kept := _kept_text(source.run, job.resources)):
-        logger.info("the passages of %s are labelled", source.run.root)
+    if kept := _kept_text(source, job.resources):
+        logger.info("the passages of %s are labelled", kept[0].root)
         return kept
     files = list_files(job.config.corpus) if job.config.corpus else text_again(source)
     with timed(job.stages, "passages") as facts:
@@ -128,17 +128,20 @@ def _text(job: Distillation) -> tuple[RunFolder, list[int]]:
     return run, blocks
 
 
-def _kept_text(of: RunFolder, resources: Resources) -> tuple[RunFolder, list[int]] | None:
+def _kept_text(source: Source, resources: Resources) -> tuple[RunFolder, list[int]] | None:
     """Return the run that made the dictionary and its numbers of blocks, if passages and plan are there, every byte."""
-    done = storage.read_json(of.finished) or {}
-    run = RunFolder(of.root, done.get("made_of", ""))
+    if source.run is None:
+        return None
+    done = storage.read_json(source.run.finished) or {}
+    run = RunFolder(source.run.root, done.get("made_of", ""))
     pieces = len([name for name in storage.markers(run.passages) if name.endswith(".parquet")])
     files = [run.passages_file(number) for number in range(pieces)]
+    plan = [run.thresholds, run.duplicates] if source.build.dedup else [run.thresholds]
     found = finished("passages of the dictionary", run, files, resources, repair=False)
-    plan = finished("plan of the dictionary", run, [run.thresholds], resources, repair=False)
+    planned = finished("plan of the dictionary", run, plan, resources, repair=False)
     whole = [facts for facts in found if facts is not None]
     wanted = done.get("stages", {}).get("passages", {}).get("passages")
-    if len(whole) < len(found) or plan[0] is None or sum(facts["passages"] for facts in whole) != wanted:
+    if len(whole) < len(found) or None in planned or sum(facts["passages"] for facts in whole) != wanted:
         return None
     return run, [facts["blocks"] for facts in whole]
 

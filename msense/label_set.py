@@ -53,7 +53,7 @@ class LabelManifest(FrozenModel):
     dim: int = Field(gt=0, le=MAX_DIM)
     metric: Literal["l2", "dot", "cosine"]
     temperature_unit: float = Field(ge=0)
-    temperature: float = Field(gt=0, description="of the soft targets' weights")
+    temperature: float | None = Field(gt=0, description="of the soft targets' weights, if there are any")
     train_tokens: _Count | None
     held_out: float = Field(ge=0, lt=1, description="share of the documents")
     held_out_salt: int

@@ -6,7 +6,7 @@ and passage embeddings (about `UNIT_BYTES` at most), and one batch of hidden sta
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def choose(
     slices = [s for i in range(2 * resources.tasks) if (s := pieces[i :: 2 * resources.tasks])]
     if settings.train_tokens is not None:
         by_key = get(reduce_tasks("labels: keys", _count_keys, slices, resources, settings))
-        settings = LabelSettings(**{**vars(settings), "last_key": by_key.last(settings.train_tokens)})
+        settings = replace(settings, last_key=by_key.last(settings.train_tokens))
     counted = reduce_tasks("labels: passages", _count_passages, slices, resources, settings)
     return settings, run_task(_write_blocks, counted, settings)
 
@@ -350,7 +350,7 @@ def _write_manifest(settings: LabelSettings, units: int) -> dict[str, Any]:
         dim=of.dim,
         metric=of.metric,
         temperature_unit=of.temperature_unit,
-        temperature=settings.temperature,
+        temperature=settings.temperature if settings.soft_targets else None,
         train_tokens=settings.train_tokens,
         held_out=settings.held_out,
         held_out_salt=HELD_OUT_SALT,

@@ -416,6 +416,7 @@ def test_dry_run_status_and_a_training_that_is_not_there(
 ) -> None:
     made.build("dict", max_occurrences=60)
     run = made.folder / "run"
+    monkeypatch.setattr("msense.labels.UNIT_BYTES", (60_000, 60_000))  # more than a batch a unit, or nothing is timed
     found = distill_student(DistillConfig(output=str(run), dry_run=True, time_teacher=True, **of(made)))["estimate"]
     assert not (run / "labels" / "000000.safetensors").exists()
     labels = distill(run, **of(made))

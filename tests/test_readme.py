@@ -9,6 +9,7 @@ import pytest
 from tiny import with_tokenizer
 
 from msense.config import BuildConfig
+from msense.distill_config import DistillConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,7 +17,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_every_flag_is_there() -> None:
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    known = {"--" + name.replace("_", "-") for name in BuildConfig.model_fields} | {"--config", "--help"}
+    fields = [*BuildConfig.model_fields, *DistillConfig.model_fields]
+    known = {"--" + name.replace("_", "-") for name in fields} | {"--config", "--help", "--no-pooled"}
     known |= {"--senses", "--exemplars", "--output", "--corpus", "--data"}  # of show and bench too
     assert flags <= known
     assert len(flags) > 10
