@@ -16,6 +16,22 @@ from typing import Any
 SMALL = (60_000, 60_000)
 
 
+def light_teacher() -> type:
+    """Return a teacher that needs no loading, which goes to workers by value."""
+
+    class LightTeacher:
+        def __init__(self, name: str, **settings: object) -> None:
+            pass
+
+        def embed(self, ids: Any, mask: Any) -> Any:  # noqa: ANN401 - arrays in, a tensor out
+            import torch
+
+            place = torch.arange(ids.shape[1]) / torch.from_numpy(mask).sum(dim=1, keepdim=True)
+            return torch.sin((torch.from_numpy(ids) + place)[..., None] * torch.arange(1, 17))
+
+    return LightTeacher
+
+
 def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bool = False) -> None:
     """Cut a small corpus into several units and shards, and log each piece of work when it begins.
 
@@ -28,6 +44,8 @@ def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bo
 
     write_plan, cluster_shard, resolve_unit = plan._write, clustering.cluster_shard, exemplars._resolve_unit
     write_piece, look_at_shard = passages._write_piece, senses.look_at_shard
+
+    teacher = light_teacher()
 
     def note(stage: str, number: int) -> None:
         with log.open("a") as file:
@@ -55,22 +73,12 @@ def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bo
         note("exemplars", item["number"])
         return resolve_unit(item, *more)
 
-    class LightTeacher:
-        def __init__(self, name: str, **settings: object) -> None:
-            pass
-
-        def embed(self, ids: Any, mask: Any) -> Any:  # noqa: ANN401 - arrays in, a tensor out
-            import torch
-
-            place = torch.arange(ids.shape[1]) / torch.from_numpy(mask).sum(dim=1, keepdim=True)
-            return torch.sin((torch.from_numpy(ids) + place)[..., None] * torch.arange(1, 17))
-
     class LoggedActor(occurrences.OccurrenceActor):
         def __init__(self, **given: object) -> None:
             if light:
                 from msense import occurrences
 
-                occurrences.Teacher = LightTeacher
+                occurrences.Teacher = teacher
             super().__init__(**given)
 
         def __call__(self, item: dict) -> dict:
@@ -87,10 +95,18 @@ def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bo
 
 
 def labels_in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None]) -> None:
-    """Make a unit of labels of each block, and log each when it begins; arguments as `in_small_pieces`."""
+    """Make a unit of labels of each block, by a light teacher, and log each when it begins, as `in_small_pieces`."""
     from msense import labels
 
+    teacher = light_teacher()
+
     class LoggedLabelActor(labels.LabelActor):
+        def __init__(self, **given: object) -> None:
+            from msense import labels
+
+            labels.load_teacher = lambda settings: teacher(settings.teacher)
+            super().__init__(**given)
+
         def __call__(self, item: dict) -> dict:
             with log.open("a") as file:
                 file.write(f"labels {item['number']}\n")

@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msense import SenseDictionary, distill_run, storage
-from msense.build import build_dictionary
 from msense.config import BuildConfig
 from msense.dictionary import DictionaryConfig, TeacherName, write_dictionary
 from msense.distill_config import DistillConfig
@@ -29,7 +28,7 @@ from msense.teacher import Teacher, describe
 from msense.tokens import open_parquet
 
 MakeTeacher = Callable[..., Path]
-in_process = pytest.mark.usefixtures("in_process", "untrained")
+without_ray = pytest.mark.usefixtures("in_process", "untrained")
 LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on the mat"]
 
 
@@ -75,7 +74,7 @@ def planted(folder: Path, teacher: Path) -> tuple[dict[str, int], np.ndarray]:
     return ids, table
 
 
-@in_process
+@without_ray
 def test_planted_senses_weights_and_pooled_embeddings(tmp_path: Path, make_teacher: MakeTeacher) -> None:
     teacher = make_teacher("llama")
     ids, table = planted(tmp_path / "dictionary", teacher)
@@ -100,7 +99,7 @@ def test_planted_senses_weights_and_pooled_embeddings(tmp_path: Path, make_teach
     assert labels.manifest.units[0].labelled == 3
 
 
-@in_process
+@without_ray
 def test_labels_are_what_the_dictionary_assigns(made: Corpus) -> None:
     """Each passage of the plan, read by the teacher alone."""
     made.build("dict", max_occurrences=40)
@@ -127,7 +126,7 @@ def _dtype(run: Path) -> str:
     return storage.read_json(RunFolder(str(run)).manifest)["pins"]["dtype"]
 
 
-@in_process
+@without_ray
 def test_whole_documents_are_held_out_and_train_tokens_bound_the_first_by_key(made: Corpus) -> None:
     """Passages of a long document share its flag; fewer tokens are the first of more."""
     text = made.folder / "long.txt"
@@ -209,56 +208,38 @@ def test_batches_are_shuffled_anew_and_waste_little_padding() -> None:
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 
 
-class Runs:
-    """Labels of one dictionary, on Ray."""
-
-    def __init__(self, folder: Path, teacher: Path) -> None:
-        self.folder = folder
-        rng = np.random.default_rng(0)
-        (folder / "corpus").mkdir()
-        for name in "abcdefgh":
-            lines = [" ".join(rng.choice(WORDS, 12)) for _ in range(30)]
-            (folder / "corpus" / f"{name}.txt").write_text("\n".join(lines) + "\n")
-        given = {"corpus": (str(folder / "corpus"),), "teacher": str(teacher), "senses": 3, "exemplars": 0}
-        build_dictionary(BuildConfig(**given, dtype="float32", output=str(folder / "dict")))
-        self.teacher = teacher
-
-    def settings(self, name: str, **more: object) -> dict:
-        given = {"dictionary": str(self.folder / "dict"), "teacher": str(self.teacher), "dtype": "float32"}
-        return {**given, "soft_targets": 2, "output": str(self.folder / name), "workers": 2, **more}
-
-
 def test_any_workers_and_a_killed_driver_give_the_same_bytes(
-    ray: None, tmp_path: Path, make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch, untrained: None
+    ray: None, made: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
+    """On a real Ray, with a light teacher; the dictionary is built without it."""
+    made.build("dict", senses=3)
+    monkeypatch.undo()
+    logs = {name: made.folder / f"{name}.log" for name in ("whole", "killed")}
 
-    from ray.cloudpickle import register_pickle_by_value
+    def given(name: str, workers: int = 2) -> dict:
+        return of(made, output=str(made.folder / name), dtype="float32", workers=workers)
 
-    register_pickle_by_value(sys.modules["driver"])
-    runs = Runs(tmp_path, make_teacher("bert"))
-    logs = {name: tmp_path / f"{name}.log" for name in ("whole", "one", "killed")}
-    with monkeypatch.context() as patch:
-        driver.labels_in_small_pieces(logs["whole"], patch.setattr)
-        distill_student(DistillConfig(**runs.settings("whole")))
-        distill_student(DistillConfig(**runs.settings("one", workers=1)))
-    whole = all_bytes(tmp_path / "whole")
-    units = sorted(name for name in whole if name[0] == "0")
-    assert len(units) == 8
-    assert all_bytes(tmp_path / "one") == whole
-    process = driver.start(runs.settings("killed"), logs["killed"], ("labels", 2))
+    monkeypatch.setattr(distill_run, "_training", lambda: lambda *_: {})
+    driver.labels_in_small_pieces(logs["whole"], monkeypatch.setattr)
+    distill_student(DistillConfig(**given("whole")))
+    distill_student(DistillConfig(**given("one", workers=1)))
+    whole = all_bytes(made.folder / "whole")
+    units = sum(name.endswith(".safetensors") and name[0] == "0" for name in whole)
+    assert units >= 5
+    assert all_bytes(made.folder / "one") == whole
+    process = driver.start(given("killed"), logs["killed"], ("labels", 2))
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    process = driver.start(runs.settings("killed"), logs["killed"])
+    process = driver.start(given("killed"), logs["killed"])
     process.join()
     assert process.exitcode == 0
-    assert all_bytes(tmp_path / "killed") == whole
+    assert all_bytes(made.folder / "killed") == whole
     begun = logs["killed"].read_text().splitlines()
-    assert set(begun) == {f"labels {number}" for number in range(8)}
-    assert len(begun) <= 8 + 2  # at most one unit a worker twice
-    journal = storage.read_json(RunFolder(str(tmp_path / "killed")).journal)["drivers"]
+    assert set(begun) == {f"labels {number}" for number in range(units)}
+    assert len(begun) <= units + 2  # at most one unit a worker twice
+    journal = storage.read_json(RunFolder(str(made.folder / "killed")).journal)["drivers"]
     assert journal[-1]["stages"]["labels"]["kept"] >= 1
-    assert not list((tmp_path / "killed").rglob(".*.part"))
+    assert not list((made.folder / "killed").rglob(".*.part"))
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -279,7 +260,7 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@in_process
+@without_ray
 @pytest.mark.parametrize("damage", [flip_a_byte, cut, Path.unlink])
 @pytest.mark.parametrize("name", ["000001.safetensors", "senses.safetensors", "labels.json"])
 def test_a_damaged_file_is_refused_and_made_again(
@@ -294,7 +275,7 @@ def test_a_damaged_file_is_refused_and_made_again(
     assert all_bytes(made.folder / "run") == before
 
 
-@in_process
+@without_ray
 def test_values_that_cannot_be_are_refused_when_read(labelled: Corpus) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -337,7 +318,7 @@ def test_values_that_cannot_be_are_refused_when_read(labelled: Corpus) -> None:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@in_process
+@without_ray
 def test_changed_settings_are_refused_by_name_but_labels_serve_another_training(
     labelled: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,7 +338,7 @@ def test_changed_settings_are_refused_by_name_but_labels_serve_another_training(
         labelled.build("run")
 
 
-@in_process
+@without_ray
 def test_the_text_is_read_again_if_the_run_does_not_keep_it(made: Corpus) -> None:
     """With the dictionary's own passages and without them the labels are the same; a text that is gone is told."""
     made.build("dict", max_occurrences=60)
@@ -379,7 +360,7 @@ def test_the_text_is_read_again_if_the_run_does_not_keep_it(made: Corpus) -> Non
     assert kept.manifest.units
 
 
-@in_process
+@without_ray
 def test_dictionary_and_teacher_that_do_not_fit_are_told(made: Corpus, make_teacher: MakeTeacher) -> None:
     with pytest.raises(BadInput, match=r"there is no dictionary at .*dict: give the folder of one"):
         distill(made.folder / "run", **of(made))
@@ -398,7 +379,7 @@ def test_dictionary_and_teacher_that_do_not_fit_are_told(made: Corpus, make_teac
         LabelSet.open(str(made.folder / "dict"))
 
 
-@in_process
+@without_ray
 def test_a_teacher_that_pools_otherwise_or_overflows_is_told(made: Corpus) -> None:
     with pytest.raises(BadInput, match=r"pools by 'max', msense only by mean, cls, lasttoken: give --no-pooled"):
         pool(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), "max", False)
@@ -410,7 +391,7 @@ def test_a_teacher_that_pools_otherwise_or_overflows_is_told(made: Corpus) -> No
     assert pool(hidden, mask, "mean", True).norm(dim=1).tolist() == pytest.approx([1, 1])
 
 
-@in_process
+@without_ray
 def test_dry_run_status_and_a_training_that_is_not_there(
     made: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
