@@ -14,7 +14,7 @@ from typing import Any
 
 from msense import storage
 from msense.distill_config import DistillConfig
-from msense.errors import MsenseError
+from msense.errors import BadInput, MsenseError
 from msense.label_set import LabelSet
 from msense.label_source import Source
 from msense.losses import Mix
@@ -28,6 +28,18 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # of workers: more is no accident
 TOLD = ("sense", "pooled", "accuracy", "frequent", "cosine")
+
+
+def check(config: DistillConfig) -> None:
+    """Refuse settings that the trainer cannot serve yet, before anything is labelled.
+
+    Raises:
+        BadInput: names them.
+    """
+    if config.deepspeed_stage:
+        raise BadInput(f"--deepspeed-stage {config.deepspeed_stage} is not there yet: leave it out")
+    if wrong := {"mse", "cosine"} & set(config.objective):
+        raise BadInput(f"--objective {min(wrong)} is not there yet: take sense, pooled or replaced")
 
 
 def settings(config: DistillConfig, source: Source, run: RunFolder, resources: Resources) -> Training:

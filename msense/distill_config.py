@@ -82,7 +82,7 @@ class DistillConfig(JobConfig):
         "two", description="two: a sentence vector and senses beside it; one: the sentence vector is made of the senses"
     )
     epochs: int = Field(3, ge=1, le=10_000, description="times that each passage is trained on")
-    batch_tokens: int = Field(16384, ge=1, le=MANY, description="tokens of a step on all workers, padding included")
+    batch_tokens: int = Field(4096, ge=1, le=MANY, description="tokens of a step on all workers, padding included")
     accumulate: int = Field(1, ge=1, le=1024, description="slices in which a worker takes its share of a step")
     lr: float = Field(5e-4, gt=0, le=10, description="highest learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate")

@@ -11,7 +11,7 @@ from typing import Any
 from msense import storage
 from msense.build import THREADS
 from msense.corpus import list_files
-from msense.distill import train
+from msense.distill import check, train
 from msense.distill_config import DistillConfig
 from msense.errors import BadInput
 from msense.estimate import LabelTimer, time_teacher
@@ -82,6 +82,7 @@ def distill_student(config: DistillConfig) -> dict[str, Any]:
 
 def _run_stages(job: Distillation) -> dict[str, Any]:
     """Run what is not done yet."""
+    check(job.config)
     if job.config.dry_run or not are_finished(job.run, job.resources):
         text, blocks = _text(job)
         with timed(job.stages, "choosing passages") as facts:

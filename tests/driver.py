@@ -143,7 +143,7 @@ def drive(settings: dict, address: str, log: str, kill_at: tuple[str, int] | Non
     storage.write_json = killing_write
     if "dictionary" in settings:
         labels_in_small_pieces(Path(log), setattr)
-        distill_run._training = lambda: lambda *_: {}
+        distill_run.train = lambda *_: {}
         distill_run.distill_student(DistillConfig(**settings))
     else:
         build_dictionary(BuildConfig(**settings))

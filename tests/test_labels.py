@@ -19,7 +19,7 @@ from msense.config import BuildConfig
 from msense.dictionary import DictionaryConfig, TeacherName, write_dictionary
 from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
-from msense.errors import BadInput, MsenseError
+from msense.errors import BadInput
 from msense.label_set import LabelSet
 from msense.pooling import pool
 from msense.run_folder import RunFolder
@@ -35,7 +35,7 @@ LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on 
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training that does nothing."""
-    monkeypatch.setattr(distill_run, "_training", lambda: lambda *_: {})
+    monkeypatch.setattr(distill_run, "train", lambda *_: {})
 
 
 def distill(output: Path, **given: object) -> LabelSet:
@@ -219,7 +219,7 @@ def test_any_workers_and_a_killed_driver_give_the_same_bytes(
     def given(name: str, workers: int = 2) -> dict:
         return of(made, output=str(made.folder / name), dtype="float32", workers=workers)
 
-    monkeypatch.setattr(distill_run, "_training", lambda: lambda *_: {})
+    monkeypatch.setattr(distill_run, "train", lambda *_: {})
     driver.labels_in_small_pieces(logs["whole"], monkeypatch.setattr)
     distill_student(DistillConfig(**given("whole", workers=1)))
     whole = all_bytes(made.folder / "whole")
@@ -390,9 +390,7 @@ def test_a_teacher_that_pools_otherwise_or_overflows_is_told(made: Corpus) -> No
 
 
 @without_ray
-def test_dry_run_status_and_a_training_that_is_not_there(
-    made: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dry_run_and_status(made: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made.build("dict", max_occurrences=60)
     run = made.folder / "run"
     monkeypatch.setattr("msense.labels.UNIT_BYTES", (60_000, 60_000))  # more than a batch a unit, or nothing is timed
@@ -411,11 +409,3 @@ def test_dry_run_status_and_a_training_that_is_not_there(
     assert f"{units} of {units} units" in shown
     assert f"{labels.manifest.tokens:,} tokens" in shown
     assert "held out" in shown
-
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(name, name=name)
-
-    monkeypatch.undo()
-    monkeypatch.setattr("msense.distill_run.importlib.import_module", missing)
-    with pytest.raises(MsenseError, match="the labels are finished, but this version of msense cannot train"):
-        distill_run._training()

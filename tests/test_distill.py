@@ -1,0 +1,157 @@
+"""Training of students: it learns, goes on from a checkpoint to the same numbers, and says what went wrong."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from faulty import Corpus
+
+from msense import distill_run
+from msense.dictionary import SenseDictionary
+from msense.distill_config import DistillConfig
+from msense.distill_run import distill_student
+from msense.errors import BadInput, MsenseError
+from msense.label_set import LabelSet
+from msense.losses import Mix
+from msense.student import StudentSettings, load_student, save_student
+from msense.train_loop import Group, Training, begin, evaluate, rate, run_epochs, save_checkpoint
+
+SETTINGS = {"epochs": 3, "batch_tokens": 256, "lr": 5e-3, "held_out": 0.2, "dtype": "float32"}
+
+
+@pytest.fixture
+def training(made: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch) -> Training:
+    """A run with labels, and the settings of a training on it."""
+    monkeypatch.setattr(distill_run, "train", lambda *_: {})
+    made.build("dict", max_occurrences=60)
+    run = made.folder / "run"
+    given = {"dictionary": str(made.folder / "dict"), "teacher": str(made.teacher), "output": str(run)}
+    distill_student(DistillConfig(**given, **SETTINGS))
+    return Training(
+        run=str(run), dictionary=str(made.folder / "dict" / "dictionary"), teacher=str(made.teacher), revision=None,
+        student=StudentSettings(kind="static"), mix=Mix(sense=1, pooled=50), epochs=3, batch_tokens=256, accumulate=1,
+        lr=5e-3, schedule="cosine", warmup=0.05, weight_decay=0.01, clip=1.0, dtype="float32", seed=0, device="cpu",
+        threads=1,
+    )  # fmt: skip
+
+
+def trained(
+    training: Training, checkpoint: Path | None = None, stop: int = 99
+) -> tuple[list[dict[str, float]], object]:
+    """Train in this process, at most `stop` epochs."""
+    state = begin(training, checkpoint)
+    for _ in run_epochs(training, state, state.student, Group(), LabelSet.open(training.run)):
+        if state.epoch == stop:
+            break
+    return state.history, state
+
+
+@pytest.mark.parametrize("kind", ["static", "layers:1"])
+def test_students_learn_sentences_and_senses(training: Training, kind: str) -> None:
+    training = replace(training, student=StudentSettings(kind=kind), epochs=6)
+    history, _ = trained(training)
+    assert [int(metrics["epoch"]) for metrics in history] == [1, 2, 3, 4, 5, 6]
+    first, last = history[0], history[-1]
+    assert last["train_sense"] < first["train_sense"]
+    assert last["train_pooled"] < first["train_pooled"]
+    labels, dictionary = LabelSet.open(training.run), SenseDictionary.load(training.dictionary)
+    untrained = evaluate(training, begin(training, None).student, Group(), labels, dictionary)
+    assert last["held_out_cosine"] > untrained["held_out_cosine"]
+    assert last["held_out_sense"] < untrained["held_out_sense"]
+    assert last["held_out_frequent"] == untrained["held_out_frequent"]
+
+
+def test_a_checkpoint_goes_on_to_the_same_numbers(training: Training, tmp_path: Path) -> None:
+    whole, _ = trained(training)
+    _, state = trained(training, stop=1)
+    save_checkpoint(tmp_path / "checkpoint", state)
+    assert sorted(p.name for p in (tmp_path / "checkpoint").rglob("*") if p.is_file()) == [
+        "config.json", "model.safetensors", "optimizer.safetensors", "state.json",
+    ]  # fmt: skip
+    again, _ = trained(training, tmp_path / "checkpoint")
+    for a, b in zip(whole, again, strict=True):
+        timed = {"tokens_per_s"}
+        assert {k: v for k, v in a.items() if k not in timed} == pytest.approx(
+            {k: v for k, v in b.items() if k not in timed}, rel=1e-5
+        )
+
+
+def test_slices_of_a_batch_add_up_to_it(training: Training) -> None:
+    one, _ = trained(training, stop=1)
+    many, _ = trained(replace(training, accumulate=4), stop=1)
+    for name in ("train_sense", "train_pooled", "held_out_sense", "held_out_pooled"):
+        assert many[0][name] == pytest.approx(one[0][name], rel=1e-4)
+
+
+def test_losses_that_are_not_finite_and_damaged_checkpoints_are_told(training: Training, tmp_path: Path) -> None:
+    _, state = trained(training, stop=1)
+    save_checkpoint(tmp_path / "checkpoint", state)
+    (tmp_path / "checkpoint" / "state.json").write_text('{"epoch": "one"}')
+    with pytest.raises(BadInput, match=r"the checkpoint .* is damaged"):
+        begin(training, tmp_path / "checkpoint")
+    broken = begin(training, None)
+    with torch.no_grad():
+        broken.student.body.shift.fill_(float("inf"))
+    with pytest.raises(MsenseError, match=r"the loss is not finite .*smaller --lr"):
+        next(iter(run_epochs(training, broken, broken.student, Group(), LabelSet.open(training.run))))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [({"deepspeed_stage": 2}, "deepspeed-stage 2"), ({"objective": "mse"}, "objective mse")]
+)
+def test_what_is_not_there_yet_is_refused_before_anything_is_labelled(
+    training: Training, given: dict, told: str
+) -> None:
+    run = Path(training.run)
+    again = {"dictionary": str(run.parent / "dict"), "teacher": training.teacher, "output": str(run.parent / "other")}
+    with pytest.raises(BadInput, match=f"{told} is not there yet"):
+        distill_student(DistillConfig(**again, **SETTINGS, **given))
+    assert not (run.parent / "other" / "labels").exists()
+
+
+def test_learning_rates_rise_and_fall() -> None:
+    base = {"warmup": 0.1, "schedule": "cosine"}
+    training = replace(_bare(), **base)
+    found = [rate(step, 100, training) for step in range(100)]
+    assert found.index(max(found)) == 10
+    assert max(found) == 1.0
+    assert found[10:] == sorted(found[10:], reverse=True)
+    assert found[-1] < 0.01
+    assert {rate(step, 100, replace(training, schedule="constant")) for step in range(10, 100)} == {1.0}
+    assert rate(55, 100, replace(training, schedule="linear")) == pytest.approx(0.5)
+
+
+def _bare() -> Training:
+    return Training(
+        run="", dictionary="", teacher="", revision=None, student=StudentSettings(), mix=Mix(), epochs=1, batch_tokens=1,
+        accumulate=1, lr=1.0, schedule="cosine", warmup=0.0, weight_decay=0.0, clip=0.0, dtype="float32", seed=0,
+        device="cpu", threads=1,
+    )  # fmt: skip
+
+
+def test_distilling_on_ray_with_two_workers(
+    ray: None, made: Corpus, in_process: None, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.build("dict", senses=3)
+    monkeypatch.undo()
+    given = {"dictionary": str(made.folder / "dict"), "teacher": str(made.teacher), "student": "static", "workers": 2}
+    run = made.folder / "run"
+    summary = distill_student(DistillConfig(**given, **SETTINGS, output=str(run)))
+    facts = summary["stages"]["training"]
+    assert facts["epochs"] == 3
+    assert facts["held out accuracy"] > facts["held out frequent"] / 2
+    student = load_student(run / "student")
+    assert student.config.dim == SenseDictionary.load(run.parent / "dict" / "dictionary").dim
+    before = (run / "student" / "model.safetensors").stat().st_mtime_ns
+    again = distill_student(DistillConfig(**given, **SETTINGS, output=str(run)))
+    assert again["stages"]["training"] | {"seconds": 0} == facts | {"seconds": 0}
+    assert (run / "student" / "model.safetensors").stat().st_mtime_ns == before
+    ids = torch.from_numpy(np.arange(5)[None])
+    copied = made.folder / "copy"
+    save_student(copied, student)
+    assert torch.equal(
+        student(ids, torch.ones_like(ids, dtype=torch.bool)).hidden,
+        load_student(copied)(ids, torch.ones_like(ids, dtype=torch.bool)).hidden,
+    )
