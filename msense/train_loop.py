@@ -124,9 +124,9 @@ def begin(training: Training, checkpoint: Path | None) -> _State:
 
 
 def _optimizer(student: Student, training: Training) -> torch.optim.AdamW:
-    """AdamW; biases, norms and tables of tokens are not decayed: a token's embedding may stay where it began."""
+    """AdamW; biases, norms and a transformer's embeddings are not decayed, a static student's way from its means is."""
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim == 2 and "embedding" not in name and "shift" not in name]
+    decayed = [p for name, p in named if p.ndim == 2 and "embedding" not in name]
     others = [p for name, p in named if not any(p is d for d in decayed)]
     groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=training.lr)
@@ -348,7 +348,8 @@ def train_worker(given: dict[str, Any]) -> list[dict[str, float]]:
     else:
         with latest.as_directory() as folder:
             state = begin(training, Path(folder))
-    model = prepare_model(state.student, parallel_strategy_kwargs={"find_unused_parameters": True})
+    options = {"find_unused_parameters": True, "broadcast_buffers": False}  # no loss may ask for the senses; means stay
+    model = prepare_model(state.student, parallel_strategy_kwargs=options)
     for metrics in run_epochs(training, state, model, group, LabelSet.open(training.run)):
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
