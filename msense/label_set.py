@@ -16,13 +16,12 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from msense import storage
-from msense.config import MAX_DIM, MAX_VOCABULARY
+from msense.config import MAX_DIM, MAX_VOCABULARY, NO_SENSE
 from msense.dictionary.format import FrozenModel, TeacherName
 from msense.errors import BadInput
 from msense.run_folder import RunFolder
 from msense.teacher import pad_batch, token_batches
 
-NO_SENSE = 65535
 POOL_BATCHES = 64  # batches that are sorted by length together
 _HEADER_BYTES = 1 << 16
 _TYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "F16": "<f2", "U8": "|u1"}

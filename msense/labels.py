@@ -18,9 +18,10 @@ import xxhash
 from torch import Tensor
 
 from msense import storage
+from msense.config import NO_SENSE
 from msense.dictionary import SenseDictionary
 from msense.errors import BadInput, MsenseError
-from msense.label_set import NO_SENSE, LabelManifest, LabelUnit, label_bytes, label_columns
+from msense.label_set import LabelManifest, LabelUnit, label_bytes, label_columns
 from msense.occurrences import UNITS_WANTED, Duplicates, GatherSettings, Unit, group_blocks, load_teacher, read_columns
 from msense.pooling import pool
 from msense.resume import Journal, finished
@@ -262,7 +263,7 @@ class LabelActor:
 
     def _pool(self, hidden: Tensor, mask: Tensor, unit: int) -> np.ndarray:
         """Return the teacher's embeddings of passages, float16 [B, D]."""
-        vectors = pool(hidden, mask, self.settings.pooling, self.settings.normalize).half()
+        vectors = pool(hidden, mask, self.settings.pooling, normalize=self.settings.normalize).half()
         self._check(bool(vectors.isfinite().all()), unit)
         return np.asarray(vectors.cpu().numpy())
 

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from msense.config import Metric
+from msense.config import NO_SENSE, Metric
 from msense.dictionary import SenseDictionary
 from msense.dictionary.assignment import Batch, RaggedSenses, batch_elements, ragged_batches, real, scores
 from msense.errors import BadInput
 from msense.student.student import StudentOutput
-
-NONE = 65_535  # a sense number that says: no sense
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ def sense_accuracy(embeddings: Tensor, ids: np.ndarray, labels: np.ndarray, dict
         labels: uint16 [N].
         dictionary: its metric says what is near.
     """
-    rows = np.flatnonzero(labels != NONE)
+    rows = np.flatnonzero(labels != NO_SENSE)
     chosen = embeddings.detach().index_select(0, torch.from_numpy(rows).to(embeddings.device))
     found = dictionary.assign(ids[rows], chosen).cpu().numpy()
     return LossSum(torch.tensor(float((found == labels[rows]).sum())), len(rows))
@@ -240,9 +238,9 @@ def frequent_sense_accuracy(ids: np.ndarray, labels: np.ndarray, dictionary: Sen
     sizes = np.diff(dictionary.offsets)
     token = np.repeat(np.arange(len(sizes)), sizes)
     order = np.lexsort((-np.asarray(dictionary.counts), token))  # stable: ties go to the lowest
-    frequent = np.full(len(sizes), NONE)
+    frequent = np.full(len(sizes), NO_SENSE)
     frequent[sizes > 0] = order[dictionary.offsets[:-1][sizes > 0]] - dictionary.offsets[:-1][sizes > 0]
-    rows = np.flatnonzero(labels != NONE)
+    rows = np.flatnonzero(labels != NO_SENSE)
     return LossSum(torch.tensor(float((frequent[ids[rows]] == labels[rows]).sum())), len(rows))
 
 
@@ -355,7 +353,7 @@ def _checked_labels(labels: SenseLabels, ids: np.ndarray, offsets: np.ndarray) -
         )
     if not (np.isfinite(given).all() and (given >= 0).all()):
         raise BadInput("a weight of a label is negative, infinite or NaN: make the labels again")
-    weights = np.where(numbers == NONE, 0.0, given)
+    weights = np.where(numbers == NO_SENSE, 0.0, given)
     rows = np.flatnonzero(weights.sum(1) > 0)
     numbers, weights = numbers[rows], weights[rows]
     inside = (ids[rows] >= 0) & (ids[rows] < len(offsets) - 1)

@@ -21,30 +21,27 @@ def check_pooling(how: str) -> None:
         raise BadInput(f"the teacher pools by {how!r}, msense only by {', '.join(POOLINGS)}: give --no-pooled")
 
 
-def pool(hidden: Tensor, mask: Tensor, how: str, normalize: bool) -> Tensor:
+def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool) -> Tensor:
     """Return the vector of every passage, differentiable.
 
     Args:
-        hidden: floating point [B, L, D].
-        mask: bool [B, L], at least one true a row.
-        how: one of `POOLINGS`.
+        hidden: floating point [B, L, D], anything where the mask is false.
+        mask: bool [B, L]. A passage of padding only has the mean 0.
+        how: the mean of all tokens, special ones too; the first token (`cls`); or the last.
         normalize: give it the length 1.
 
     Returns:
-        float32 [B, D].
+        [B, D], float64 or else float32.
 
     Raises:
         BadInput: another pooling.
     """
     check_pooling(how)
+    hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
     if how == "mean":
-        part = mask.to(torch.float32)
-        vectors = torch.bmm(part[:, None], hidden.masked_fill(~mask[..., None], 0).float())[:, 0]
-        vectors = vectors / part.sum(dim=1, keepdim=True)
+        vectors = hidden.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
     else:
-        place = torch.arange(mask.shape[1], device=mask.device)
-        far = mask.shape[1] if how == "cls" else -1
-        places = torch.where(mask, place, far)
-        chosen = places.amin(1) if how == "cls" else places.amax(1)
-        vectors = hidden[torch.arange(len(hidden), device=hidden.device), chosen].float()
+        places = torch.arange(mask.shape[1], device=mask.device)
+        ends = places.masked_fill(~mask, len(places)).amin(1) if how == "cls" else (places * mask).amax(1)
+        vectors = hidden[torch.arange(len(hidden), device=hidden.device), ends.clamp(max=len(places) - 1)]
     return torch.nn.functional.normalize(vectors, dim=1) if normalize else vectors

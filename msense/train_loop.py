@@ -22,11 +22,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from msense.config import NO_SENSE
 from msense.dictionary import SenseDictionary
 from msense.errors import BadInput, MsenseError
 from msense.label_set import LabelBatch, LabelSet
 from msense.losses import (
-    NONE,
     Labelled,
     LossSum,
     Mix,
@@ -36,8 +36,8 @@ from msense.losses import (
     sense_accuracy,
     weighted,
 )
-from msense.student import Student, StudentConfig, StudentSettings, load_student, make_student, save_student
-from msense.student.student import StudentOutput, pool
+from msense.student import Student, StudentSettings, load_student, make_student, save_student
+from msense.student.student import StudentOutput
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ def _losses(
     with _autocast(training):
         output: StudentOutput = model(batch.ids.to(training.device), mask)
     output = StudentOutput(output[0].float(), output[1].float())
-    return loss_sums(training.mix, output, labelled(batch, training.device), dictionary, _pooling(student.config))
+    return loss_sums(training.mix, output, labelled(batch, training.device), dictionary, student.sentence)
 
 
 def labelled(batch: LabelBatch, device: str) -> Labelled:
@@ -257,11 +257,7 @@ def labelled(batch: LabelBatch, device: str) -> Labelled:
 
 def _numbers(senses: Tensor) -> np.ndarray:
     """Sense numbers as the labels store them: -1, none, becomes 65535."""
-    return np.asarray(senses.masked_fill(senses < 0, NONE).numpy().astype(np.uint16))
-
-
-def _pooling(config: StudentConfig) -> Any:  # noqa: ANN401 - a function of two tensors
-    return lambda hidden, mask: pool(hidden, mask, config.pooling, normalize=config.normalize)
+    return np.asarray(senses.masked_fill(senses < 0, NO_SENSE).numpy().astype(np.uint16))
 
 
 def _autocast(training: Training) -> Any:  # noqa: ANN401 - a context
@@ -285,12 +281,12 @@ def evaluate(
         with _autocast(training):
             output = student(batch.ids.to(training.device), mask)
         output = StudentOutput(output[0].float(), output[1].float())
-        told = loss_sums(training.mix, output, labelled(batch, training.device), dictionary, _pooling(student.config))
+        told = loss_sums(training.mix, output, labelled(batch, training.device), dictionary, student.sentence)
         numbers = _numbers(batch.senses[batch.mask])
         told["accuracy"] = sense_accuracy(output.senses[mask], ids, numbers, dictionary)
         told["frequent"] = frequent_sense_accuracy(ids, numbers, dictionary)
         if batch.pooled is not None:
-            vectors = _pooling(student.config)(output.hidden, mask)
+            vectors = student.sentence(output.hidden, mask)
             cosine = torch.nn.functional.cosine_similarity(vectors, batch.pooled.to(training.device)).sum()
             told["cosine"] = LossSum(cosine, len(vectors))
         for name, part in told.items():

@@ -114,7 +114,7 @@ def test_labels_are_what_the_dictionary_assigns(made: Corpus) -> None:
         batch = labels.read(np.array([number]))
         hidden = teacher.embed(batch.ids.numpy(), batch.mask.numpy())
         wrong += int((dictionary.assign(batch.ids[0], hidden[0]) != batch.senses[0]).sum())
-        np.testing.assert_allclose(pool(hidden, batch.mask, "mean", False), batch.pooled, atol=0.05)
+        np.testing.assert_allclose(pool(hidden, batch.mask, "mean", normalize=False), batch.pooled, atol=0.05)
     assert wrong <= 0.001 * labels.lengths.sum()  # another batch rounds otherwise
     held = labels.held_out()
     assert 0 < len(held) < len(labels.lengths) / 2
@@ -380,13 +380,13 @@ def test_dictionary_and_teacher_that_do_not_fit_are_told(made: Corpus, make_teac
 @without_ray
 def test_a_teacher_that_pools_otherwise_or_overflows_is_told(made: Corpus) -> None:
     with pytest.raises(BadInput, match=r"pools by 'max', msense only by mean, cls, lasttoken: give --no-pooled"):
-        pool(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), "max", False)
+        pool(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), "max", normalize=False)
     hidden = torch.arange(12.0).view(2, 3, 2)
     mask = torch.tensor([[False, True, True], [True, True, False]])
-    assert pool(hidden, mask, "cls", False).tolist() == [[2, 3], [6, 7]]
-    assert pool(hidden, mask, "lasttoken", False).tolist() == [[4, 5], [8, 9]]
-    assert pool(hidden, mask, "mean", False).tolist() == [[3, 4], [7, 8]]
-    assert pool(hidden, mask, "mean", True).norm(dim=1).tolist() == pytest.approx([1, 1])
+    assert pool(hidden, mask, "cls", normalize=False).tolist() == [[2, 3], [6, 7]]
+    assert pool(hidden, mask, "lasttoken", normalize=False).tolist() == [[4, 5], [8, 9]]
+    assert pool(hidden, mask, "mean", normalize=False).tolist() == [[3, 4], [7, 8]]
+    assert pool(hidden, mask, "mean", normalize=True).norm(dim=1).tolist() == pytest.approx([1, 1])
 
 
 @without_ray

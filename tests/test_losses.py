@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tiny import make
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from msense.config import NO_SENSE
 from msense.dictionary import assignment
 from msense.dictionary.assignment import RaggedSenses
 from msense.errors import BadInput
 from msense.losses import (
-    NONE,
     OBJECTIVES,
     Labelled,
     LossSum,
@@ -30,7 +30,8 @@ from msense.losses import (
     soft_replace,
     weighted,
 )
-from msense.student import Student, StudentConfig, pool
+from msense.pooling import pool
+from msense.student import Student, StudentConfig
 from msense.student.config import StaticSizes
 
 METRICS = ("l2", "dot", "cosine")
@@ -59,10 +60,10 @@ def draw_labels(seed: int, ids: np.ndarray, offsets: np.ndarray, soft: int) -> S
     rng = np.random.default_rng(seed)
     sizes = np.diff(offsets)[ids]
     numbers = rng.integers(0, np.maximum(sizes, 1)[:, None], (len(ids), max(1, soft)))
-    numbers[(sizes == 0) | (rng.random(len(ids)) < 0.3)] = NONE
+    numbers[(sizes == 0) | (rng.random(len(ids)) < 0.3)] = NO_SENSE
     if not soft:
         return SenseLabels(numbers[:, 0].astype(np.uint16))
-    numbers[rng.random(numbers.shape) < 0.2] = NONE
+    numbers[rng.random(numbers.shape) < 0.2] = NO_SENSE
     return SenseLabels(numbers.astype(np.uint16), rng.random(numbers.shape))
 
 
@@ -88,7 +89,7 @@ def test_cross_entropy_and_replacement_are_those_of_a_loop(
         z = loop_logits(x[i], own, metric, scale)
         log_p = z - z.max() - math.log(np.exp(z - z.max()).sum())
         replaced[i] = np.exp(log_p) @ own
-        named = numbers[i] != NONE
+        named = numbers[i] != NO_SENSE
         if named.any():
             weights = np.ones(1) if labels.weights is None else labels.weights[i]
             count += 1
@@ -115,7 +116,7 @@ def test_gradients_are_those_of_finite_differences(metric: str, soft: int) -> No
 
 def test_cross_entropy_known_by_hand() -> None:
     x = torch.tensor([[0.5, 3.0], [9, 9], [0.5, 3.0]], requires_grad=True)
-    labels = SenseLabels(np.array([0, NONE, NONE], np.uint16))
+    labels = SenseLabels(np.array([0, NO_SENSE, NO_SENSE], np.uint16))
     loss = sense_cross_entropy(x, np.array([0, 1, 0]), labels, TWO, "l2", 2.0)
     assert loss.count == 1
     # squared distances 9.25 and 11.25: logits differ by 1
@@ -126,7 +127,7 @@ def test_cross_entropy_known_by_hand() -> None:
     assert x.grad.flatten().tolist() == pytest.approx([2 * chance, 0, 0, 0, 0, 0], rel=1e-6)
     dot = sense_cross_entropy(x, np.array([0, 1, 0]), labels, TWO, "dot", 1.0)  # products 0 and 1
     assert dot.total.item() == pytest.approx(math.log(1 + math.e), rel=1e-6)
-    assert sense_cross_entropy(x, np.array([0, 1, 0]), SenseLabels(np.full(3, NONE)), TWO, "l2", 1.0).count == 0
+    assert sense_cross_entropy(x, np.array([0, 1, 0]), SenseLabels(np.full(3, NO_SENSE)), TWO, "l2", 1.0).count == 0
 
 
 def test_replacement_and_other_losses_known_by_hand() -> None:
@@ -142,7 +143,7 @@ def test_accuracy_and_what_the_frequent_sense_gives() -> None:
     d = make([2, 0, 3], dim=2, dtype="float32")
     d.counts[:] = [3, 3, 1, 5, 5]
     d.centroids[:] = torch.tensor([[0.0, 0], [2, 0], [0, 0], [0, 1], [0, 9]])
-    ids, labels = np.array([0, 0, 1, 2, 2]), np.array([0, 1, NONE, 1, 2], np.uint16)
+    ids, labels = np.array([0, 0, 1, 2, 2]), np.array([0, 1, NO_SENSE, 1, 2], np.uint16)
     x = torch.tensor([[0.0, 1], [0, 1], [7, 7], [0, 0], [0, 7]])
     found = sense_accuracy(x, ids, labels, d)
     assert (found.total.item(), found.count) == (2, 4)
@@ -184,13 +185,13 @@ def test_labels_that_do_not_fit_are_refused() -> None:
     with pytest.raises(
         BadInput, match=r"token 0 has 2 senses, but is labelled \[2\]: these labels are of another dict"
     ):
-        sense_cross_entropy(x, ids, SenseLabels(np.array([2, NONE])), TWO, "l2", 1.0)
+        sense_cross_entropy(x, ids, SenseLabels(np.array([2, NO_SENSE])), TWO, "l2", 1.0)
     with pytest.raises(BadInput, match="token 1 has 0 senses"):
         sense_cross_entropy(x, ids, SenseLabels(np.array([0, 0])), TWO, "l2", 1.0)
     with pytest.raises(BadInput, match="2 tokens came with sense numbers"):
         sense_cross_entropy(x, ids, SenseLabels(np.array([0])), TWO, "l2", 1.0)
     with pytest.raises(BadInput, match="negative, infinite or NaN"):
-        sense_cross_entropy(x, ids, SenseLabels(np.array([0, NONE]), np.array([[-1.0], [1]])), TWO, "l2", 1.0)
+        sense_cross_entropy(x, ids, SenseLabels(np.array([0, NO_SENSE]), np.array([[-1.0], [1]])), TWO, "l2", 1.0)
     d, mask = make([2, 2]), torch.ones(1, 2, dtype=torch.bool)
     batch = Labelled(torch.zeros(1, 2, dtype=torch.int64), mask)
     for name, mix in OBJECTIVES.items():
@@ -223,7 +224,7 @@ def passages(d: object, seed: int = 0) -> list[Labelled]:
         length = 1 + i
         ids = rng.integers(0, d.vocab_size, length)
         sizes = np.diff(d.offsets)[ids]
-        numbers = np.where((sizes > 0) & (rng.random(length) < 0.8), rng.integers(0, np.maximum(sizes, 1)), NONE)
+        numbers = np.where((sizes > 0) & (rng.random(length) < 0.8), rng.integers(0, np.maximum(sizes, 1)), NO_SENSE)
         vectors = torch.from_numpy(rng.normal(size=(length + 1, d.dim)))
         mask = torch.ones(1, length, dtype=torch.bool)
         labels = SenseLabels(numbers.astype(np.uint16))

@@ -4,7 +4,7 @@ from msense.student.config import StudentConfig, StudentSettings
 from msense.student.files import load_student, save_student
 from msense.student.making import make_student
 from msense.student.static_inference import StaticEncoder
-from msense.student.student import Student, StudentOutput, pool
+from msense.student.student import Student, StudentOutput
 
 __all__ = [
     "StaticEncoder",
@@ -14,6 +14,5 @@ __all__ = [
     "StudentSettings",
     "load_student",
     "make_student",
-    "pool",
     "save_student",
 ]

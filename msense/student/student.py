@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from msense.errors import StudentError
-from msense.student.config import Pooling, StudentConfig
+from msense.pooling import pool
+from msense.student.config import StudentConfig
 from msense.student.static import StaticBody
 from msense.student.transformer import TransformerBody
 
@@ -71,29 +71,3 @@ class Student(nn.Module):
         if isinstance(self.body, StaticBody):
             weights = {**weights, "body.shift": torch.zeros_like(self.body.shift)}
         self.load_state_dict(weights)
-
-
-def pool(hidden: Tensor, mask: Tensor, pooling: Pooling, *, normalize: bool) -> Tensor:
-    """Make sentence vectors of token embeddings.
-
-    Args:
-        hidden: [B, L, D], anything where the mask is false.
-        mask: bool [B, L], padding on either side.
-        pooling: the mean of all tokens, special ones too; the first token; or the last.
-        normalize: whether to bring them to unit length.
-
-    Returns:
-        [B, D].
-
-    Raises:
-        StudentError: another pooling.
-    """
-    if pooling == "mean":
-        found = hidden.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-    elif pooling in ("cls", "lasttoken"):
-        places = torch.arange(mask.shape[1], device=mask.device)
-        ends = places.masked_fill(~mask, len(places)).amin(1) if pooling == "cls" else (places * mask).amax(1)
-        found = hidden[torch.arange(len(hidden), device=hidden.device), ends.clamp(max=len(places) - 1)]
-    else:
-        raise StudentError(f"pooling {pooling!r} is not known: give a teacher that pools by mean, cls or lasttoken")
-    return nn.functional.normalize(found, dim=1) if normalize else found
