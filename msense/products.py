@@ -28,7 +28,7 @@ def _linear() -> Callable[..., torch.Tensor] | None:
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Multiply matrices [m, k] and [k, n], of one dtype and device; a fresh tensor [m, n].
 
-    oneDNN prepares for every new shape (1 to 3 ms, once in a process): not for shapes that come once.
+    oneDNN prepares for every new shape (some milliseconds, once in a process): not for shapes that come once.
     """
     if left.dtype == torch.float32 and left.device.type == "cpu" and (linear := _linear()):
         return linear(left, right.T, None, "none", [], "")
