@@ -14,7 +14,7 @@ from typing import Any
 
 from msense import storage
 from msense.distill_config import DistillConfig
-from msense.errors import BadInput, MsenseError
+from msense.errors import MsenseError
 from msense.label_set import LabelSet
 from msense.label_source import Source
 from msense.losses import Mix
@@ -22,7 +22,7 @@ from msense.run_folder import RunFolder
 from msense.runtime import TASK_CPUS, Resources
 from msense.storage import join
 from msense.student import StudentSettings
-from msense.train_loop import STUDENT, Training, train_worker
+from msense.train_loop import STUDENT, Training, begin, train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +30,16 @@ MAX_FAILURES = 3  # of workers: more is no accident
 TOLD = ("sense", "pooled", "accuracy", "frequent", "cosine")
 
 
-def check(config: DistillConfig) -> None:
-    """Refuse settings that the trainer cannot serve yet, before anything is labelled.
+def try_student(training: Training) -> None:
+    """Make the student once and forget it, before the teacher reads anything.
 
     Raises:
-        BadInput: names them.
+        BadInput: it cannot be made.
     """
-    if config.deepspeed_stage:
-        raise BadInput(f"--deepspeed-stage {config.deepspeed_stage} is not there yet: leave it out")
-    if wrong := {"mse", "cosine"} & set(config.objective):
-        raise BadInput(f"--objective {min(wrong)} is not there yet: take sense, pooled or replaced")
+    begin(training)
 
 
-def settings(config: DistillConfig, source: Source, run: RunFolder, resources: Resources) -> Training:
+def training_of(config: DistillConfig, source: Source, run: RunFolder, resources: Resources) -> Training:
     """Return what the workers are told."""
     dtype = config.student_dtype
     if dtype == "auto":
@@ -51,7 +48,7 @@ def settings(config: DistillConfig, source: Source, run: RunFolder, resources: R
     weights: dict[str, Any] = dict(config.objective)
     mix = Mix(temperature=config.temperature, **weights)
     if config.reference:
-        mix = replace(mix, metric="dot", temperature=None)
+        mix = replace(mix, temperature=None)
     return Training(
         run=run.root,
         dictionary=source.dictionary,
@@ -74,14 +71,11 @@ def settings(config: DistillConfig, source: Source, run: RunFolder, resources: R
     )
 
 
-def train(
-    config: DistillConfig, source: Source, run: RunFolder, resources: Resources, labels: LabelSet
-) -> dict[str, Any]:
+def train(training: Training, run: RunFolder, resources: Resources, labels: LabelSet) -> dict[str, Any]:
     """Train a student, or go on with a training that was cut off; a finished one is left as it is.
 
     Args:
-        config: all settings.
-        source: dictionary and teacher.
+        training: settings.
         run: run folder, for the student and the checkpoints.
         resources: workers.
         labels: of the run, for what they are made of.
@@ -90,12 +84,11 @@ def train(
         Facts: the last epoch's metrics.
 
     Raises:
-        MsenseError: a worker failed again and again; names the cause.
+        MsenseError: workers failed again and again; tells the cause.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    training = settings(config, source, run, resources)
     name = _name(training, labels)
     history = storage.read_json(join(run.student, "training.json"))
     if history and history.get("name") == name:

@@ -15,8 +15,6 @@ OBJECTIVES = {
     "sense": "cross-entropy over the token's own senses, under the dictionary's metric",
     "pooled": "cosine of the sentence vector with the teacher's",
     "replaced": "the same of the sentence vector made of softly replaced tokens",
-    "mse": "squared distance of hidden states to the teacher's",
-    "cosine": "cosine of hidden states with the teacher's",
 }
 MAX_SOFT_TARGETS = 256
 _OF_LABELS = ("train_tokens", "held_out", "soft_targets", "pooled", "dtype")
@@ -72,7 +70,9 @@ class DistillConfig(JobConfig):
     )
     pooled: bool = Field(True, description="also keep the teacher's embedding of every passage")
     student: str = Field(
-        "layers:2", description="layers:N (the teacher's first N), static (no attention), or a model's name or folder"
+        "layers:2",
+        description="layers:N (the teacher's first N), layers:0,2,5 (those, from 0), static (no attention), or a model's "
+        "name or folder",
     )
     objective: dict[str, float] = Field(
         {"sense": 1.0, "pooled": 50.0},
@@ -90,10 +90,10 @@ class DistillConfig(JobConfig):
     weight_decay: float = Field(0.01, ge=0, le=1, description="of AdamW")
     clip: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient, 0 = any")
     student_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="in which the student computes")
-    deepspeed_stage: int = Field(0, ge=0, le=3, description="ZeRO stage, 0 = plain data parallel")
     reference: bool = Field(
         False,
-        description="the paper's choices wherever no other is given: sense loss alone, one head, hard labels, five epochs",
+        description="the paper's choices wherever no other is given: sense loss alone on bare scores, one head, hard "
+        "labels, five epochs; for a dictionary that was built with --reference",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     workers: int | None = Field(
@@ -115,8 +115,10 @@ class DistillConfig(JobConfig):
     @field_validator("student")
     @classmethod
     def _known_student(cls, value: str) -> str:
-        if value.startswith("layers:") and not re.fullmatch(r"layers:[1-9][0-9]{0,3}", value):
-            raise ValueError("must be layers:N with a number from 1, such as layers:2")
+        if value.startswith("layers:") and not re.fullmatch(
+            r"layers:([1-9][0-9]{0,3}|[0-9]{1,4}(,[0-9]{1,4})+)", value
+        ):
+            raise ValueError("must be layers:N with a number from 1, such as layers:2, or a list such as layers:0,2,5")
         return value
 
     @field_validator("objective", mode="before")

@@ -11,7 +11,7 @@ from typing import Any
 from msense import storage
 from msense.build import THREADS
 from msense.corpus import list_files
-from msense.distill import check, train
+from msense.distill import train, training_of, try_student
 from msense.distill_config import DistillConfig
 from msense.errors import BadInput
 from msense.estimate import LabelTimer, time_teacher
@@ -82,7 +82,9 @@ def distill_student(config: DistillConfig) -> dict[str, Any]:
 
 def _run_stages(job: Distillation) -> dict[str, Any]:
     """Run what is not done yet."""
-    check(job.config)
+    training = training_of(job.config, job.source, job.run, job.resources)
+    if not storage.exists(job.run.student):
+        run_task(try_student, training)
     if job.config.dry_run or not are_finished(job.run, job.resources):
         text, blocks = _text(job)
         with timed(job.stages, "choosing passages") as facts:
@@ -107,7 +109,7 @@ def _run_stages(job: Distillation) -> dict[str, Any]:
             job.journal.add("labels", kept=len(labels.manifest.units), damaged=0, made=0)
             facts.update(label_facts(labels.manifest))
     with timed(job.stages, "training") as facts:
-        facts.update(train(job.config, job.source, job.run, job.resources, labels))
+        facts.update(train(training, job.run, job.resources, labels))
     return {"stages": job.stages, "student": job.run.student}
 
 

@@ -94,17 +94,6 @@ class Mix:
         return 1.0 if self.temperature is None else self.temperature * unit or 1.0
 
 
-OBJECTIVES = {
-    "both": Mix(sense=1, pooled=50),  # the default: for a student of two heads
-    "sense": Mix(sense=1),
-    "pooled": Mix(pooled=1),
-    "replaced": Mix(replaced=1),
-    "mse": Mix(mse=1),
-    "cosine": Mix(cosine=1),
-    "reference": Mix(sense=1, metric="dot", temperature=None),  # the paper's
-}
-
-
 def loss_sums(
     mix: Mix,
     output: StudentOutput,

@@ -1,9 +1,9 @@
 """What a training worker does: labels and a student in, a trained student out, a checkpoint an epoch.
 
 Every worker derives the global batches from the labels' manifest and reads its share of each; gradients are averaged by
-DDP. A checkpoint holds tensors and JSON only: the student, AdamW's state, the next step and the random numbers' state. Ray
-Train calls `train_worker`; the rest never imports Ray. Holds the student four times over, the dictionary's senses, and
-one slice of a batch.
+DDP. A checkpoint holds tensors and JSON only: the student, AdamW's state and the epochs that are done; the random numbers
+of an epoch follow from (seed, epoch, worker). Ray Train calls `train_worker`; the rest never imports Ray. Holds the student
+four times over, the dictionary's senses, and one slice of a batch.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,27 +37,28 @@ from msense.losses import (
     sense_accuracy,
     weighted,
 )
-from msense.student import Student, StudentSettings, load_student, make_student, save_student
+from msense.student import Student, StudentSettings, make_student, save_student
 from msense.student.student import StudentOutput
 
 logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 10.0
-STATE, OPTIMIZER, STUDENT = "state.json", "optimizer.safetensors", "student"  # of a checkpoint
+STATE, TENSORS, STUDENT = "state.json", "tensors.safetensors", "student"  # of a checkpoint; a student after the last
 
 
 @dataclass(frozen=True)
 class Training:
-    """Everything a worker needs to know; JSON values only.
+    """Everything a worker needs to know.
 
     Attributes:
         run: run folder with the labels.
         dictionary: its folder.
-        teacher: name or folder, and its revision.
+        teacher: name or folder.
+        revision: of the teacher.
         student: what to make.
-        mix: weights of the losses by name.
-        metric: of senses; None: the dictionary's.
-        temperature: of senses, in units of the mean squared spread; None: bare scores.
+        mix: weights of the losses, and how senses are scored.
+        threads: of torch, for each worker.
+    Others are as in `DistillConfig`.
     """
 
     run: str
@@ -105,18 +107,14 @@ class Group:
         return [float(x) for x in total.tolist()]
 
 
-def begin(training: Training, checkpoint: Path | None) -> _State:
-    """Make the student, or go on from a checkpoint.
+def begin(training: Training, checkpoint: Path | None = None) -> _State:
+    """Make the student, and go on from a checkpoint if there is one.
 
     Raises:
-        BadInput: the checkpoint is damaged.
+        BadInput: the student cannot be made, or the checkpoint is damaged.
     """
-    if checkpoint is None:
-        dictionary = SenseDictionary.load(training.dictionary)
-        student = make_student(training.student, dictionary, training.teacher, training.revision)
-    else:
-        student = load_student(checkpoint / STUDENT)
-    student = student.to(training.device)
+    dictionary = SenseDictionary.load(training.dictionary)
+    student = make_student(training.student, dictionary, training.teacher, training.revision).to(training.device)
     state = _State(student, _optimizer(student, training))
     if checkpoint is not None:
         _restore(state, checkpoint)
@@ -125,10 +123,10 @@ def begin(training: Training, checkpoint: Path | None) -> _State:
 
 def _optimizer(student: Student, training: Training) -> torch.optim.AdamW:
     """AdamW; biases, norms and a transformer's embeddings are not decayed, a static student's way from its means is."""
-    named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim == 2 and "embedding" not in name]
-    others = [p for name, p in named if not any(p is d for d in decayed)]
-    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in student.named_parameters():
+        parts[parameter.ndim == 2 and "embedding" not in name].append(parameter)
+    groups = [{"params": p, "weight_decay": training.weight_decay * decayed} for decayed, p in parts.items()]
     return torch.optim.AdamW(groups, lr=training.lr)
 
 
@@ -162,6 +160,7 @@ def run_epochs(
     lengths = [labels.steps(epoch, training.seed, training.batch_tokens) for epoch in range(training.epochs)]
     for epoch in range(state.epoch, training.epochs):
         model.train()
+        torch.manual_seed(int(np.random.SeedSequence([training.seed, epoch, group.rank]).generate_state(1)[0]))
         step, told, began = sum(lengths[:epoch]), time.monotonic(), time.monotonic()
         tokens, sums = 0, dict.fromkeys(training.mix.weights(), 0.0)
         batches = labels.batches(epoch, training.seed, training.batch_tokens)
@@ -299,29 +298,28 @@ def evaluate(
 
 def save_checkpoint(folder: Path, state: _State) -> None:
     """Write where a training stands; the JSON file last."""
-    save_student(folder / STUDENT, state.student)
-    tensors: dict[str, Tensor] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"student.{name}": value for name, value in state.student.state_dict().items()}
     for number, of in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"{number}.{name}": value.cpu().contiguous() for name, value in of.items()}
-    tensors["rng"] = torch.get_rng_state()
-    save_file(tensors, folder / OPTIMIZER)
+        tensors |= {f"{number}.{name}": value for name, value in of.items()}
+    save_file({name: value.detach().cpu().clone() for name, value in tensors.items()}, folder / TENSORS)
     (folder / STATE).write_text(json.dumps({"epoch": state.epoch, "history": state.history}), encoding="utf-8")
 
 
 def _restore(state: _State, folder: Path) -> None:
-    """Take over a checkpoint's state of the optimizer, its epoch and the random numbers."""
+    """Take over a checkpoint's student, optimizer and epochs."""
     try:
         told = json.loads((folder / STATE).read_text(encoding="utf-8"))
         state.epoch, state.history = int(told["epoch"]), list(told["history"])
-        tensors = load_file(folder / OPTIMIZER)
-        torch.set_rng_state(tensors.pop("rng"))
-        wanted = state.optimizer.state_dict()
+        student: dict[str, Tensor] = {}
         found: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            number, _, key = name.partition(".")
-            found.setdefault(int(number), {})[key] = value
-        state.optimizer.load_state_dict({"state": found, "param_groups": wanted["param_groups"]})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        for name, value in load_file(folder / TENSORS).items():
+            owner, _, key = name.partition(".")
+            (student if owner == "student" else found.setdefault(int(owner), {}))[key] = value
+        state.student.load_state_dict(student)
+        groups = state.optimizer.state_dict()["param_groups"]
+        state.optimizer.load_state_dict({"state": found, "param_groups": groups})
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise BadInput(
             f"the checkpoint {folder} is damaged ({error}): delete it to go on from the one before"
         ) from error
@@ -339,11 +337,8 @@ def train_worker(given: dict[str, Any]) -> list[dict[str, float]]:
     context = ray.train.get_context()
     group = Group(context.get_world_rank(), context.get_world_size())
     latest = ray.train.get_checkpoint()
-    if latest is None:
-        state = begin(training, None)
-    else:
-        with latest.as_directory() as folder:
-            state = begin(training, Path(folder))
+    with latest.as_directory() if latest else nullcontext() as folder:
+        state = begin(training, Path(folder) if folder else None)
     options = {"find_unused_parameters": True, "broadcast_buffers": False}  # no loss may ask for the senses; means stay
     model = prepare_model(state.student, parallel_strategy_kwargs=options)
     for metrics in run_epochs(training, state, model, group, LabelSet.open(training.run)):
@@ -351,6 +346,8 @@ def train_worker(given: dict[str, Any]) -> list[dict[str, float]]:
             checkpoint = None
             if group.rank == 0:
                 save_checkpoint(Path(folder), state)
+                if state.epoch == training.epochs:
+                    save_student(Path(folder, STUDENT), state.student)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{state.epoch:05d}")
             # a report that returns is not yet a checkpoint to go on from

@@ -10,6 +10,7 @@ from faulty import Corpus
 
 from msense import distill_run
 from msense.dictionary import SenseDictionary
+from msense.distill import _cause
 from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
 from msense.errors import BadInput, MsenseError
@@ -57,24 +58,28 @@ def test_students_learn_sentences_and_senses(training: Training, kind: str) -> N
     assert last["train_sense"] < first["train_sense"]
     assert last["train_pooled"] < first["train_pooled"]
     labels, dictionary = LabelSet.open(training.run), SenseDictionary.load(training.dictionary)
-    untrained = evaluate(training, begin(training, None).student, Group(), labels, dictionary)
+    untrained = evaluate(training, begin(training).student, Group(), labels, dictionary)
     assert last["held_out_cosine"] > untrained["held_out_cosine"]
     assert last["held_out_sense"] < untrained["held_out_sense"]
     assert last["held_out_frequent"] == untrained["held_out_frequent"]
 
 
-def test_a_checkpoint_goes_on_to_the_same_numbers(training: Training, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["static", "layers:1"])
+def test_a_checkpoint_goes_on_to_the_same_numbers(training: Training, tmp_path: Path, kind: str) -> None:
+    """Also with much weight decay, and with dropout."""
+    training = replace(training, student=StudentSettings(kind=kind), weight_decay=1.0)
     whole, _ = trained(training)
     _, state = trained(training, stop=1)
     save_checkpoint(tmp_path / "checkpoint", state)
     assert sorted(p.name for p in (tmp_path / "checkpoint").rglob("*") if p.is_file()) == [
-        "config.json", "model.safetensors", "optimizer.safetensors", "state.json",
+        "state.json", "tensors.safetensors",
     ]  # fmt: skip
+    torch.manual_seed(99)
     again, _ = trained(training, tmp_path / "checkpoint")
     for a, b in zip(whole, again, strict=True):
         timed = {"tokens_per_s"}
         assert {k: v for k, v in a.items() if k not in timed} == pytest.approx(
-            {k: v for k, v in b.items() if k not in timed}, rel=1e-5
+            {k: v for k, v in b.items() if k not in timed}, rel=1e-6
         )
 
 
@@ -91,24 +96,26 @@ def test_losses_that_are_not_finite_and_damaged_checkpoints_are_told(training: T
     (tmp_path / "checkpoint" / "state.json").write_text('{"epoch": "one"}')
     with pytest.raises(BadInput, match=r"the checkpoint .* is damaged"):
         begin(training, tmp_path / "checkpoint")
-    broken = begin(training, None)
+    broken = begin(training)
     with torch.no_grad():
         broken.student.body.shift.fill_(float("inf"))
     with pytest.raises(MsenseError, match=r"the loss is not finite .*smaller --lr"):
         next(iter(run_epochs(training, broken, broken.student, Group(), LabelSet.open(training.run))))
 
 
-@pytest.mark.parametrize(
-    ("given", "told"), [({"deepspeed_stage": 2}, "deepspeed-stage 2"), ({"objective": "mse"}, "objective mse")]
-)
-def test_what_is_not_there_yet_is_refused_before_anything_is_labelled(
-    training: Training, given: dict, told: str
-) -> None:
+def test_a_student_that_cannot_be_made_is_told_before_anything_is_labelled(training: Training) -> None:
     run = Path(training.run)
     again = {"dictionary": str(run.parent / "dict"), "teacher": training.teacher, "output": str(run.parent / "other")}
-    with pytest.raises(BadInput, match=f"{told} is not there yet"):
-        distill_student(DistillConfig(**again, **SETTINGS, **given))
+    with pytest.raises(BadInput, match=r"'layers:99': the teacher has 2 layers"):
+        distill_student(DistillConfig(**again, **SETTINGS, student="layers:99"))
     assert not (run.parent / "other" / "labels").exists()
+
+
+def test_the_cause_of_a_failed_worker_is_its_last_line() -> None:
+    failed = RuntimeError("a worker failed")
+    failed.__cause__ = MsenseError("first line\nthe loss is not finite")
+    assert _cause(failed) == "the loss is not finite"
+    assert _cause(RuntimeError()) == "RuntimeError"
 
 
 def test_learning_rates_rise_and_fall() -> None:
