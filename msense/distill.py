@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from msense.label_set import LabelSet
 from msense.label_source import Source
 from msense.losses import Mix
 from msense.run_folder import RunFolder
-from msense.runtime import TASK_CPUS, Resources
+from msense.runtime import TASK_CPUS, Resources, run_task
 from msense.storage import join
 from msense.student import StudentSettings
-from msense.train_loop import STUDENT, Training, begin, train_worker
+from msense.teacher import resolve_dtype
+from msense.train_loop import Training, new_student
+from msense.train_progress import shown
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # of workers: more is no accident
-TOLD = ("sense", "pooled", "accuracy", "frequent", "cosine")
+TOLD = ("sense", "pooled", "accuracy", "frequent", "pooled_cosine")
 
 
 def try_student(training: Training) -> None:
@@ -36,24 +38,23 @@ def try_student(training: Training) -> None:
     Raises:
         BadInput: it cannot be made.
     """
-    begin(training)
+    new_student(training)
 
 
-def training_of(config: DistillConfig, source: Source, run: RunFolder, resources: Resources) -> Training:
-    """Return what the workers are told."""
-    dtype = config.student_dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if resources.device == "cuda" else "float32"
-    workers = resources.actors
+def training_of(config: DistillConfig, source: Source, run: RunFolder, resources: Resources, dtype: str) -> Training:
+    """Return what the workers are told; `dtype` is the teacher's."""
+    student_dtype = config.student_dtype
+    if student_dtype == "auto":
+        found = run_task(resolve_dtype, "auto", resources.device, device=resources.device)
+        student_dtype = "bfloat16" if found == "bfloat16" else "float32"
     weights: dict[str, Any] = dict(config.objective)
-    mix = Mix(temperature=config.temperature, **weights)
-    if config.reference:
-        mix = replace(mix, temperature=None)
+    mix = Mix(metric=config.metric, temperature=None if config.reference else config.temperature, **weights)
     return Training(
         run=run.root,
         dictionary=source.dictionary,
         teacher=source.teacher,
         revision=source.info.revision,
+        teacher_dtype=dtype,
         student=StudentSettings(kind=config.student, heads=config.heads, seed=config.seed),
         mix=mix,
         epochs=config.epochs,
@@ -64,10 +65,12 @@ def training_of(config: DistillConfig, source: Source, run: RunFolder, resources
         warmup=config.warmup,
         weight_decay=config.weight_decay,
         clip=config.clip,
-        dtype=dtype,
+        dtype=student_dtype,
         seed=config.seed,
+        deepspeed_stage=config.deepspeed_stage,
+        checkpoint_steps=config.checkpoint_steps,
         device=resources.device,
-        threads=max(1, (os.cpu_count() or 1) // workers),
+        threads=max(1, (os.cpu_count() or 1) // resources.actors),
     )
 
 
@@ -89,6 +92,8 @@ def train(training: Training, run: RunFolder, resources: Resources, labels: Labe
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from msense.train_worker import STUDENT, train_worker
+
     name = _name(training, labels)
     history = storage.read_json(join(run.student, "training.json"))
     if history and history.get("name") == name:
@@ -104,13 +109,14 @@ def train(training: Training, run: RunFolder, resources: Resources, labels: Labe
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=join(run.root, "training"),
+            storage_path=run.training,
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
     try:
-        result = trainer.fit()
+        with shown(run):
+            result = trainer.fit()
     except Exception as error:  # Ray wraps whatever a worker raised in errors of its own
         raise MsenseError(f"training failed: {_cause(error)}") from error
     epochs = result.return_value
@@ -126,7 +132,7 @@ def train(training: Training, run: RunFolder, resources: Resources, labels: Labe
 def _name(training: Training, labels: LabelSet) -> str:
     """Name a training by all that its result depends on."""
     told = asdict(training) | {"run": labels.manifest.made_of, "dictionary": labels.manifest.dictionary}
-    for name in ("threads", "teacher", "device"):
+    for name in ("threads", "teacher", "device", "checkpoint_steps"):
         told.pop(name)
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

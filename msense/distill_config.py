@@ -9,19 +9,23 @@ from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
-from msense.config import MANY, JobConfig
+from msense.config import MANY, JobConfig, Metric
 
 OBJECTIVES = {
     "sense": "cross-entropy over the token's own senses, under the dictionary's metric",
     "pooled": "cosine of the sentence vector with the teacher's",
     "replaced": "the same of the sentence vector made of softly replaced tokens",
+    "mse": "squared distance of hidden states to the teacher's, which then reads along in every step",
+    "cosine": "cosine of hidden states with the teacher's, likewise",
 }
+_OF_SENSES = ("sense", "replaced")
 MAX_SOFT_TARGETS = 256
-_OF_LABELS = ("train_tokens", "held_out", "soft_targets", "pooled", "dtype")
+_OF_LABELS = ("train_tokens", "held_out", "soft_targets", "metric", "pooled", "dtype")
 _FREE = (
     "dictionary",
     "teacher",
     "workers",
+    "checkpoint_steps",
     "log_level",
     "output",
     "dry_run",
@@ -33,6 +37,7 @@ _OF_TEXT = ("text_column", "dedup")
 _OF_THE_PAPER: dict[str, Any] = {
     "objective": {"sense": 1.0},
     "heads": "one",
+    "metric": "dot",
     "soft_targets": 0,
     "pooled": False,
     "epochs": 5,
@@ -65,6 +70,7 @@ class DistillConfig(JobConfig):
     soft_targets: int = Field(
         0, ge=0, le=MAX_SOFT_TARGETS, description="senses a token kept with their weights, 0 = only the nearest"
     )
+    metric: Metric | None = Field(None, description="of labels, losses and student; default: the dictionary's")
     temperature: float = Field(
         1 / 3, gt=0, le=1e6, description="of weights and losses, in units of the dictionary's mean squared spread"
     )
@@ -79,7 +85,9 @@ class DistillConfig(JobConfig):
         description="losses and their weights: " + "; ".join(f"{name}: {what}" for name, what in OBJECTIVES.items()),
     )
     heads: Literal["one", "two"] = Field(
-        "two", description="two: a sentence vector and senses beside it; one: the sentence vector is made of the senses"
+        "two",
+        description="two: senses are read by a head of their own; one: from the hidden state that the sentence vector is "
+        "made of (the default where the objective asks for one of them only)",
     )
     epochs: int = Field(3, ge=1, le=10_000, description="times that each passage is trained on")
     batch_tokens: int = Field(4096, ge=1, le=MANY, description="tokens of a step on all workers, padding included")
@@ -90,10 +98,12 @@ class DistillConfig(JobConfig):
     weight_decay: float = Field(0.01, ge=0, le=1, description="of AdamW")
     clip: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient, 0 = any")
     student_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="in which the student computes")
+    deepspeed_stage: int = Field(0, ge=0, le=3, description="DeepSpeed's ZeRO stage, 0 = plain data parallel")
+    checkpoint_steps: int = Field(1000, ge=1, le=MANY, description="steps between checkpoints within an epoch")
     reference: bool = Field(
         False,
-        description="the paper's choices wherever no other is given: sense loss alone on bare scores, one head, hard "
-        "labels, five epochs; for a dictionary that was built with --reference",
+        description="the paper's choices wherever no other is given: sense loss alone on bare dot products, one head, hard "
+        "labels, five epochs",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     workers: int | None = Field(
@@ -110,7 +120,10 @@ class DistillConfig(JobConfig):
         """Let what is not given follow from what is."""
         if _is(values.get("reference", False), True):
             values = {**_OF_THE_PAPER, **values}
-        return {"objective": {"sense": 1.0}, **values} if _is(values.get("pooled", True), False) else values
+        if _is(values.get("pooled", True), False):
+            values = {"objective": {"sense": 1.0}, **values}
+        asked = {str(word).partition("=")[0] in _OF_SENSES for word in _words(values.get("objective", "sense pooled"))}
+        return {"heads": "one", **values} if len(asked) == 1 else values
 
     @field_validator("student")
     @classmethod
@@ -125,8 +138,7 @@ class DistillConfig(JobConfig):
     @classmethod
     def _weights(cls, value: object) -> object:
         """Take words `name` and `name=weight`; a name alone has the weight 1."""
-        words = [value] if isinstance(value, str) else value
-        if not isinstance(words, list | tuple):
+        if isinstance(value, dict) or not (words := _words(value)):
             return value
         pairs = [str(word).partition("=") for word in words]
         return {name: text if mark else 1.0 for name, mark, text in pairs}
@@ -159,6 +171,13 @@ class DistillConfig(JobConfig):
     def of_training(self) -> dict[str, Any]:
         """Return the settings on which the student depends beside the labels."""
         return self.model_dump(mode="json", exclude={*_OF_LABELS, *_FREE, *_OF_TEXT, "reference"})
+
+
+def _words(objective: object) -> list[object]:
+    """Return the words of an objective as it is given: one, some, or the keys of a YAML mapping."""
+    if isinstance(objective, str):
+        return list(objective.split())
+    return list(objective) if isinstance(objective, list | tuple | dict) else []
 
 
 def _is(given: object, wanted: bool) -> bool:

@@ -82,7 +82,7 @@ def distill_student(config: DistillConfig) -> dict[str, Any]:
 
 def _run_stages(job: Distillation) -> dict[str, Any]:
     """Run what is not done yet."""
-    training = training_of(job.config, job.source, job.run, job.resources)
+    training = training_of(job.config, job.source, job.run, job.resources, job.dtype)
     if not storage.exists(job.run.student):
         run_task(try_student, training)
     if job.config.dry_run or not are_finished(job.run, job.resources):
@@ -175,6 +175,7 @@ def _settings(job: Distillation, text: RunFolder) -> LabelSettings:
         normalize=source.config.normalize,
         pooled=config.pooled,
         soft_targets=config.soft_targets,
+        metric=config.metric or source.config.metric,
         temperature=config.temperature,
         held_out=config.held_out,
         train_tokens=config.train_tokens,

@@ -197,6 +197,17 @@ class LabelSet:
             for number in rng.permutation(len(batches)):
                 yield batches[number]
 
+    def token_counts(self) -> np.ndarray:
+        """Count each token in the passages that are trained on, int64 [V]; reads all ids once."""
+        counts = np.zeros(self.manifest.vocab_size, np.int64)
+        for unit in self._units:
+            trained = np.repeat(unit["held_out"] == 0, np.diff(unit["offsets"]))
+            ids = unit["ids"][trained]
+            if len(ids) and (ids.min() < 0 or ids.max() >= len(counts)):
+                raise _damaged(self._files[0].parent, f"a token is outside the {len(counts)} of the vocabulary")
+            counts += np.bincount(ids, minlength=len(counts))
+        return counts
+
     def held_out(self) -> np.ndarray:
         """Return the passages that are never trained on, int64 [H] in the order of the files."""
         return np.flatnonzero(self._held_out)

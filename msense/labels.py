@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from msense import storage
-from msense.config import NO_SENSE
+from msense.config import NO_SENSE, Metric
 from msense.dictionary import SenseDictionary
 from msense.errors import BadInput, MsenseError
 from msense.label_set import LabelManifest, LabelUnit, label_bytes, label_columns
@@ -51,6 +51,7 @@ class LabelSettings:
     normalize: bool
     pooled: bool
     soft_targets: int
+    metric: Metric
     temperature: float
     held_out: float
     train_tokens: int | None
@@ -273,9 +274,10 @@ class LabelActor:
         """Write the senses of tokens at some places of the unit."""
         self._check(bool(points.isfinite().all()), unit)
         ids = torch.from_numpy(passages.ids[places])
-        arrays["senses"][places] = _stored(self.dictionary.assign(ids, points))
+        arrays["senses"][places] = _stored(self.dictionary.assign(ids, points, metric=self.settings.metric))
         if top := self.settings.soft_targets:
-            senses, weights = self.dictionary.weigh(ids, points, top, self.settings.temperature)
+            asked = (top, self.settings.temperature)
+            senses, weights = self.dictionary.weigh(ids, points, *asked, metric=self.settings.metric)
             arrays["soft_senses"][places] = _stored(senses)
             arrays["soft_weights"][places] = weights.half().cpu().numpy()
 
@@ -349,7 +351,7 @@ def _write_manifest(settings: LabelSettings, units: int) -> dict[str, Any]:
         tokenizer_fingerprint=of.tokenizer_fingerprint,
         vocab_size=of.vocab_size,
         dim=of.dim,
-        metric=of.metric,
+        metric=settings.metric,
         temperature_unit=of.temperature_unit,
         temperature=settings.temperature if settings.soft_targets else None,
         train_tokens=settings.train_tokens,

@@ -201,18 +201,21 @@ def mse_loss(found: Tensor, wanted: Tensor) -> LossSum:
     return LossSum((found.float() - wanted.float()).square().mean(1).sum(), len(found))
 
 
-def sense_accuracy(embeddings: Tensor, ids: np.ndarray, labels: np.ndarray, dictionary: SenseDictionary) -> LossSum:
+def sense_accuracy(
+    embeddings: Tensor, ids: np.ndarray, labels: np.ndarray, dictionary: SenseDictionary, metric: Metric | None = None
+) -> LossSum:
     """Count tokens whose nearest sense is the teacher's, of those that have a label.
 
     Args:
         embeddings: [N, D].
         ids: integers [N].
         labels: uint16 [N].
-        dictionary: its metric says what is near.
+        dictionary: of the senses.
+        metric: says what is near; default: the dictionary's.
     """
     rows = np.flatnonzero(labels != NO_SENSE)
     chosen = embeddings.detach().index_select(0, torch.from_numpy(rows).to(embeddings.device))
-    found = dictionary.assign(ids[rows], chosen).cpu().numpy()
+    found = dictionary.assign(torch.from_numpy(ids[rows]), chosen, metric=metric).cpu().numpy()
     return LossSum(torch.tensor(float((found == labels[rows]).sum())), len(rows))
 
 

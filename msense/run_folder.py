@@ -155,6 +155,21 @@ class RunFolder:
         return join(self.labels, "labels.json")
 
     @property
+    def training(self) -> str:
+        """Folder of checkpoints, a training by its settings each."""
+        return join(self.root, "training")
+
+    @property
+    def progress(self) -> str:
+        """How far the training under way is."""
+        return join(self.training, "progress.json")
+
+    @property
+    def metrics(self) -> str:
+        """Metrics of every epoch, a JSON object a line."""
+        return join(self.root, "metrics.jsonl")
+
+    @property
     def student(self) -> str:
         """Folder of stage 7."""
         return join(self.root, "student")

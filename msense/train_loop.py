@@ -1,31 +1,26 @@
-"""What a training worker does: labels and a student in, a trained student out, a checkpoint an epoch.
+"""What a training worker does: labels and a student in, a trained student out, checkpoints on the way.
 
-Every worker derives the global batches from the labels' manifest and reads its share of each; gradients are averaged by
-DDP. A checkpoint holds tensors and JSON only: the student, AdamW's state and the epochs that are done; the random numbers
-of an epoch follow from (seed, epoch, worker). Ray Train calls `train_worker`; the rest never imports Ray. Holds the student
-four times over, the dictionary's senses, and one slice of a batch.
+Every worker derives the global batches from the labels' manifest and reads its share of each; `train_engine` averages
+gradients and takes the steps. A checkpoint says how many steps are done; the random numbers of a step follow from (seed,
+epoch, step, worker). Never imports Ray. Holds the student four times over, the
+dictionary's senses, one slice of a batch, and where losses are on hidden states the teacher.
 """
 
 import json
-import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from msense.config import NO_SENSE
+from msense.config import NO_SENSE, Metric
 from msense.dictionary import SenseDictionary
-from msense.errors import BadInput, MsenseError
+from msense.errors import MsenseError
 from msense.label_set import LabelBatch, LabelSet
 from msense.losses import (
     Labelled,
@@ -37,13 +32,13 @@ from msense.losses import (
     sense_accuracy,
     weighted,
 )
-from msense.student import Student, StudentSettings, make_student, save_student
+from msense.student import Student, StudentSettings, make_student
 from msense.student.student import StudentOutput
+from msense.teacher import Teacher
+from msense.train_engine import Engine, damaged
+from msense.train_progress import Progress
 
-logger = logging.getLogger(__name__)
-
-REPORT_SECONDS = 10.0
-STATE, TENSORS, STUDENT = "state.json", "tensors.safetensors", "student"  # of a checkpoint; a student after the last
+STATE = "state.json"  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,7 @@ class Training:
         dictionary: its folder.
         teacher: name or folder.
         revision: of the teacher.
+        teacher_dtype: where losses are on hidden states.
         student: what to make.
         mix: weights of the losses, and how senses are scored.
         threads: of torch, for each worker.
@@ -65,6 +61,7 @@ class Training:
     dictionary: str
     teacher: str
     revision: str | None
+    teacher_dtype: str
     student: StudentSettings
     mix: Mix
     epochs: int
@@ -77,18 +74,31 @@ class Training:
     clip: float
     dtype: str
     seed: int
+    deepspeed_stage: int
+    checkpoint_steps: int
     device: str
     threads: int
 
 
 @dataclass
-class _State:
-    """Where a training stands."""
+class State:
+    """Where a training stands.
 
-    student: Student
-    optimizer: torch.optim.AdamW
+    Attributes:
+        epoch: epochs that are finished.
+        step: steps that are done of the epoch under way.
+        tokens: that these steps have read.
+        seconds: that they took.
+        sums: of their losses, by name.
+        history: metrics of each finished epoch.
+    """
+
     epoch: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)  # metrics of each finished epoch
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,123 +117,207 @@ class Group:
         return [float(x) for x in total.tolist()]
 
 
-def begin(training: Training, checkpoint: Path | None = None) -> _State:
-    """Make the student, and go on from a checkpoint if there is one.
-
-    Raises:
-        BadInput: the student cannot be made, or the checkpoint is damaged.
-    """
-    dictionary = SenseDictionary.load(training.dictionary)
-    student = make_student(training.student, dictionary, training.teacher, training.revision).to(training.device)
-    state = _State(student, _optimizer(student, training))
-    if checkpoint is not None:
-        _restore(state, checkpoint)
-    return state
-
-
-def _optimizer(student: Student, training: Training) -> torch.optim.AdamW:
-    """AdamW; biases, norms and a transformer's embeddings are not decayed, a static student's way from its means is."""
-    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in student.named_parameters():
-        parts[parameter.ndim == 2 and "embedding" not in name].append(parameter)
-    groups = [{"params": p, "weight_decay": training.weight_decay * decayed} for decayed, p in parts.items()]
-    return torch.optim.AdamW(groups, lr=training.lr)
-
-
-def rate(step: int, steps: int, training: Training) -> float:
-    """Return the learning rate's factor in a step: linear warm-up, then cosine, linear or constant."""
-    warm = training.warmup * steps
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    left = 1 - (step - warm) / max(1.0, steps - warm)
-    if training.schedule == "constant":
-        return 1.0
-    return left if training.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
-
-
-def run_epochs(
-    training: Training, state: _State, model: nn.Module, group: Group, labels: LabelSet
-) -> Iterator[dict[str, float]]:
-    """Train from the state's epoch on; yield the metrics of each epoch, when the state is that of its end.
+def new_student(training: Training, labels: LabelSet | None = None) -> Student:
+    """Make the student that a training begins with.
 
     Args:
         training: settings.
-        state: as `begin` returns it.
-        model: the state's student, maybe wrapped for data-parallel training.
-        group: this worker among others.
-        labels: of the run.
+        labels: of the run, for how often a static student's tokens are seen; None: as often as in the dictionary's corpus.
 
     Raises:
-        MsenseError: a loss is NaN or infinite.
+        BadInput: it cannot be made.
     """
-    dictionary = SenseDictionary.load(training.dictionary).to(training.device)
-    lengths = [labels.steps(epoch, training.seed, training.batch_tokens) for epoch in range(training.epochs)]
-    for epoch in range(state.epoch, training.epochs):
-        model.train()
-        torch.manual_seed(int(np.random.SeedSequence([training.seed, epoch, group.rank]).generate_state(1)[0]))
-        step, told, began = sum(lengths[:epoch]), time.monotonic(), time.monotonic()
-        tokens, sums = 0, dict.fromkeys(training.mix.weights(), 0.0)
-        batches = labels.batches(epoch, training.seed, training.batch_tokens)
-        for number, passages in enumerate(batches):
-            for part in state.optimizer.param_groups:
-                part["lr"] = training.lr * rate(step, sum(lengths), training)
-            found = _one_step(training, state, model, group, (labels, passages, dictionary))
-            step, tokens = step + 1, tokens + int(labels.lengths[passages].sum())
-            sums = {name: value + found[name] for name, value in sums.items()}
-            if group.rank == 0 and time.monotonic() - told > REPORT_SECONDS:
-                told = time.monotonic()
-                done, rest = step / sum(lengths), (lengths[epoch] - number - 1) + sum(lengths[epoch + 1 :])
-                speed = tokens / (told - began)
-                logger.info(
-                    "training: %d %%, epoch %d of %d, %s, %s tokens/s, %d s left", 100 * done, epoch + 1,
-                    training.epochs, ", ".join(f"{k} {v:.4f}" for k, v in found.items()), f"{speed:,.0f}",
-                    rest * (told - began) / (number + 1),
-                )  # fmt: skip
-        metrics = {f"train_{name}": value / max(1, lengths[epoch]) for name, value in sums.items()}
-        metrics |= {"epoch": epoch + 1, "step": step, "tokens_per_s": tokens / (time.monotonic() - began)}
-        metrics |= evaluate(training, state.student, group, labels, dictionary)
-        state.epoch = epoch + 1
-        state.history.append(metrics)
-        yield metrics
+    dictionary = SenseDictionary.load(training.dictionary)
+    seen = None if labels is None else labels.token_counts()
+    return make_student(training.student, dictionary, training.teacher, training.revision, seen).to(training.device)
 
 
-def _one_step(
-    training: Training,
-    state: _State,
-    model: nn.Module,
-    group: Group,
-    given: tuple[LabelSet, np.ndarray, SenseDictionary],
-) -> dict[str, float]:
-    """Take one step; return the mean of each loss over the global batch."""
-    labels, passages, dictionary = given
-    share = passages[group.rank :: group.world]
-    slices = [part for part in np.array_split(share, training.accumulate) if len(part)]
-    batches = [labels.read(part) for part in slices] or [labels.read(passages[:1])]  # all workers must take part
-    own = [_counts(training.mix, batch) for batch in batches] if slices else []
-    names = list(training.mix.weights())
-    counts = dict(zip(names, group.sum([sum(c[n] for c in own) for n in names], training.device), strict=True))
-    totals = dict.fromkeys(names, 0.0)
-    state.optimizer.zero_grad(set_to_none=True)
-    for number, batch in enumerate(batches):
-        last = number == len(batches) - 1
-        hold = getattr(model, "no_sync", nullcontext) if not last else nullcontext
-        with hold():
-            sums = _losses(training, state.student, model, batch, dictionary)
-            loss = weighted(training.mix, sums, {n: int(c) for n, c in counts.items()}, group.world)
-            (loss if slices else loss * 0).backward()
-        for name, part in sums.items() if slices else ():
-            totals[name] += float(part.total.detach())
-    every = group.sum(list(totals.values()), training.device)
-    found = {name: total / max(1, counts[name]) for name, total in zip(names, every, strict=True)}
-    if not all(map(math.isfinite, found.values())):
-        told = ", ".join(f"{name} {value}" for name, value in found.items())
-        raise MsenseError(f"the loss is not finite ({told}): give a smaller --lr, or --student-dtype float32")
-    if training.clip:
-        norm = nn.utils.clip_grad_norm_(state.student.parameters(), training.clip)
-        if not torch.isfinite(norm):
-            raise MsenseError("a gradient is not finite: give a smaller --lr, or --student-dtype float32")
-    state.optimizer.step()
-    return found
+class Trainer:
+    """One worker of a training: settings, engine, labels, dictionary, and where it stands."""
+
+    def __init__(
+        self,
+        training: Training,
+        engine: Engine,
+        labels: LabelSet,
+        group: Group | None = None,
+        state: State | None = None,
+    ) -> None:
+        """Bring together what a training needs; the teacher is loaded where losses are on hidden states."""
+        self.training, self.engine, self.labels = training, engine, labels
+        self.group, self.state = group or Group(), state or State()
+        self.student = engine.student
+        self.dictionary = SenseDictionary.load(training.dictionary).to(training.device)
+        self.metric: Metric = training.mix.metric or self.dictionary.config.metric
+        self.teacher: Teacher | None = None
+        if training.mix.mse or training.mix.cosine:
+            self.teacher = Teacher(
+                training.teacher,
+                revision=training.revision,
+                layer=self.dictionary.config.layer,
+                dtype=training.teacher_dtype,
+                device=training.device,
+                threads=training.threads,
+            )
+
+    def run(self, progress: Progress | None = None) -> Iterator[State]:
+        """Train from the state on; yield it at every step of which a checkpoint is wanted, the end of an epoch among them.
+
+        Args:
+            progress: is told how it goes.
+
+        Raises:
+            MsenseError: a loss or gradient is NaN or infinite.
+        """
+        training, state = self.training, self.state
+        order = (training.seed, training.batch_tokens)
+        lengths = [self.labels.steps(epoch, *order) for epoch in range(training.epochs)]
+        for epoch in range(state.epoch, training.epochs):
+            self.engine.model.train()
+            for passages in self.labels.batches(epoch, *order, first_step=state.step):
+                began = time.monotonic()
+                numbers = (training.seed, epoch, state.step, self.group.rank)
+                torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+                done = sum(lengths[:epoch]) + state.step
+                is_told = progress is not None and progress.is_due()
+                found = self._step(
+                    passages, training.lr * rate(done, sum(lengths), training.warmup, training.schedule), is_told
+                )
+                state.step += 1
+                state.tokens += int(self.labels.lengths[passages].sum())
+                state.seconds += time.monotonic() - began
+                for name in training.mix.weights():
+                    state.sums[name] = state.sums.get(name, 0.0) + found[name]
+                if progress is not None and is_told:
+                    left = (sum(lengths) - done - 1) * state.seconds / state.step
+                    speed = {"tokens_per_s": state.tokens / state.seconds, "seconds_left": left}
+                    progress.tell(done + 1, sum(lengths), epoch + 1, found, speed)
+                if state.step % training.checkpoint_steps == 0 and state.step < lengths[epoch]:
+                    yield state
+            metrics = {f"train_{name}": total / max(1, lengths[epoch]) for name, total in state.sums.items()}
+            metrics |= {"epoch": epoch + 1, "step": sum(lengths[: epoch + 1])}
+            metrics |= {"tokens_per_s": state.tokens / max(state.seconds, 1e-9)}
+            metrics |= self.evaluate()
+            state.history.append(metrics)
+            state.epoch, state.step, state.tokens, state.seconds, state.sums = epoch + 1, 0, 0, 0.0, {}
+            if progress is not None:
+                progress.epoch(state.history)
+            yield state
+
+    def _step(self, passages: np.ndarray, lr: float, is_told: bool) -> dict[str, float]:
+        """Take one step; return the mean of each loss over the global batch, and if it is told the sense accuracy here."""
+        training, group = self.training, self.group
+        share = passages[group.rank :: group.world]
+        slices = [part for part in np.array_split(share, training.accumulate) if len(part)]
+        batches = [self.labels.read(part) for part in slices] or [self.labels.read(passages[:1])]  # all must take part
+        own = [_counts(training.mix, batch) for batch in batches] if slices else []
+        names = list(training.mix.weights())
+        counts = dict(zip(names, group.sum([sum(c[n] for c in own) for n in names], training.device), strict=True))
+        totals, right = dict.fromkeys(names, 0.0), []
+        for number, batch in enumerate(batches):
+            with self.engine.slice_of_step(last=number == len(batches) - 1):
+                output, ids, given = self._forward(batch, self.engine.model)
+                sums = loss_sums(training.mix, output, given, self.dictionary, self.student.sentence)
+                loss = weighted(training.mix, sums, {n: int(c) for n, c in counts.items()}, group.world)
+                self.engine.backward(loss if slices else loss * 0)
+            for name, part in sums.items() if slices else ():
+                totals[name] += float(part.total.detach())
+            if is_told:
+                right.append(self._accuracy(output, ids, batch))
+        every = group.sum(list(totals.values()), training.device)
+        found = {name: total / max(1, counts[name]) for name, total in zip(names, every, strict=True)}
+        if not all(map(math.isfinite, found.values())):
+            told = ", ".join(f"{name} {value}" for name, value in found.items())
+            raise MsenseError(f"the loss is not finite ({told}): give a smaller --lr, or --student-dtype float32")
+        self.engine.step(lr)
+        if is_told:
+            found["accuracy"] = float(sum(part.total for part in right)) / max(1, sum(part.count for part in right))
+        return found
+
+    def _forward(self, batch: LabelBatch, model: nn.Module) -> tuple[StudentOutput, np.ndarray, Labelled]:
+        """Return a student's output for a slice, its token ids [N], and what it is held against."""
+        device = self.training.device
+        mask = batch.mask.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=self.training.dtype == "bfloat16"):
+            output = model(batch.ids.to(device), mask)
+        hidden = None
+        if self.teacher is not None:
+            hidden = self.teacher.embed(batch.ids.numpy(), batch.mask.numpy())[mask].float()
+        return (
+            StudentOutput(output[0].float(), output[1].float()),
+            batch.ids[batch.mask].numpy(),
+            _labelled(batch, mask, hidden),
+        )
+
+    def _accuracy(self, output: StudentOutput, ids: np.ndarray, batch: LabelBatch) -> LossSum:
+        senses = output.senses[batch.mask.to(output.senses.device)]
+        return sense_accuracy(senses, ids, _numbers(batch.senses[batch.mask]), self.dictionary, self.metric)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Measure the student on the passages that are held out: losses, sense accuracy and its baseline, pooled cosine."""
+        self.engine.model.eval()
+        training, labels, group = self.training, self.labels, self.group
+        passages = labels.held_out()
+        own = passages[np.argsort(labels.lengths[passages], kind="stable")][group.rank :: group.world]
+        names = [*training.mix.weights(), "accuracy", "frequent", "pooled_cosine"]
+        totals, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        with self.engine.whole():
+            for batch in self._batches(own):
+                output, ids, given = self._forward(batch, self.student)
+                told = loss_sums(training.mix, output, given, self.dictionary, self.student.sentence)
+                told["accuracy"] = self._accuracy(output, ids, batch)
+                told["frequent"] = frequent_sense_accuracy(ids, _numbers(batch.senses[batch.mask]), self.dictionary)
+                if given.sentences is not None:
+                    vectors = self.student.sentence(output.hidden, given.mask)
+                    cosine = nn.functional.cosine_similarity(vectors, given.sentences).sum()
+                    told["pooled_cosine"] = LossSum(cosine, len(vectors))
+                for name, part in told.items():
+                    totals[name] += float(part.total)
+                    counts[name] += part.count
+        summed = group.sum([*totals.values(), *counts.values()], training.device)
+        pairs = zip(names, summed[: len(names)], summed[len(names) :], strict=True)
+        return {f"held_out_{name}": total / count for name, total, count in pairs if count}
+
+    def _batches(self, passages: np.ndarray) -> Iterator[LabelBatch]:
+        """Read passages that are sorted by length, a step's tokens at a time."""
+        longest = max(1, int(self.labels.lengths[passages].max(initial=1)))
+        size = max(1, self.training.batch_tokens // longest)
+        for at in range(0, len(passages), size):
+            yield self.labels.read(passages[at : at + size])
+
+    def save(self, folder: Path) -> None:
+        """Write where this training stands; the JSON file last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.group.rank == 0 or self.engine.every_rank:
+            self.engine.save(folder)
+        if self.group.rank == 0:
+            (folder / STATE).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            BadInput: it is damaged.
+        """
+        try:
+            told = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            epoch, step, tokens = (int(told[name]) for name in ("epoch", "step", "tokens"))
+            self.state = State(epoch, step, tokens, float(told["seconds"]), dict(told["sums"]), list(told["history"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged(folder, error) from error
+        self.engine.load(folder)
+
+
+def rate(step: int, steps: int, warmup: float, schedule: str) -> float:
+    """Return the learning rate's factor in a step: linear warm-up, then cosine, linear or constant."""
+    warm = warmup * steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    left = 1 - (step - warm) / max(1.0, steps - warm)
+    if schedule == "constant":
+        return 1.0
+    return left if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
 
 
 def _counts(mix: Mix, batch: LabelBatch) -> dict[str, int]:
@@ -233,123 +327,16 @@ def _counts(mix: Mix, batch: LabelBatch) -> dict[str, int]:
     return {name: kinds.get(name, int(batch.mask.sum())) for name in mix.weights()}
 
 
-def _losses(
-    training: Training, student: Student, model: nn.Module, batch: LabelBatch, dictionary: SenseDictionary
-) -> dict[str, LossSum]:
-    """Losses of one slice."""
-    mask = batch.mask.to(training.device)
-    with _autocast(training):
-        output: StudentOutput = model(batch.ids.to(training.device), mask)
-    output = StudentOutput(output[0].float(), output[1].float())
-    return loss_sums(training.mix, output, labelled(batch, training.device), dictionary, student.sentence)
-
-
-def labelled(batch: LabelBatch, device: str) -> Labelled:
+def _labelled(batch: LabelBatch, mask: Tensor, hidden: Tensor | None) -> Labelled:
     """Return labels as losses take them."""
     if batch.soft_senses is None or batch.soft_weights is None:
         senses = SenseLabels(_numbers(batch.senses[batch.mask]))
     else:
         senses = SenseLabels(_numbers(batch.soft_senses[batch.mask]), batch.soft_weights[batch.mask].numpy())
-    sentences = None if batch.pooled is None else batch.pooled.to(device)
-    return Labelled(batch.ids, batch.mask.to(device), senses, sentences)
+    sentences = None if batch.pooled is None else batch.pooled.to(mask.device)
+    return Labelled(batch.ids, mask, senses, sentences, hidden)
 
 
 def _numbers(senses: Tensor) -> np.ndarray:
     """Sense numbers as the labels store them: -1, none, becomes 65535."""
     return np.asarray(senses.masked_fill(senses < 0, NO_SENSE).numpy().astype(np.uint16))
-
-
-def _autocast(training: Training) -> Any:  # noqa: ANN401 - a context
-    return torch.autocast(training.device, torch.bfloat16, enabled=training.dtype == "bfloat16")
-
-
-@torch.no_grad()
-def evaluate(
-    training: Training, student: Student, group: Group, labels: LabelSet, dictionary: SenseDictionary
-) -> dict[str, float]:
-    """Measure a student on the passages that are held out: losses, sense accuracy and its baseline, pooled cosine."""
-    student.eval()
-    passages = labels.held_out()
-    own = passages[np.argsort(labels.lengths[passages], kind="stable")][group.rank :: group.world]
-    names = [*training.mix.weights(), "accuracy", "frequent", "cosine"]
-    totals, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    size = max(1, training.batch_tokens // max(1, int(labels.lengths[own].max(initial=1))))
-    for at in range(0, len(own), size):
-        batch = labels.read(own[at : at + size])
-        mask, ids = batch.mask.to(training.device), batch.ids[batch.mask].numpy()
-        with _autocast(training):
-            output = student(batch.ids.to(training.device), mask)
-        output = StudentOutput(output[0].float(), output[1].float())
-        told = loss_sums(training.mix, output, labelled(batch, training.device), dictionary, student.sentence)
-        numbers = _numbers(batch.senses[batch.mask])
-        told["accuracy"] = sense_accuracy(output.senses[mask], ids, numbers, dictionary)
-        told["frequent"] = frequent_sense_accuracy(ids, numbers, dictionary)
-        if batch.pooled is not None:
-            vectors = student.sentence(output.hidden, mask)
-            cosine = torch.nn.functional.cosine_similarity(vectors, batch.pooled.to(training.device)).sum()
-            told["cosine"] = LossSum(cosine, len(vectors))
-        for name, part in told.items():
-            totals[name] += float(part.total)
-            counts[name] += part.count
-    summed = group.sum([*totals.values(), *counts.values()], training.device)
-    pairs = zip(names, summed[: len(names)], summed[len(names) :], strict=True)
-    return {f"held_out_{name}": total / count for name, total, count in pairs if count}
-
-
-def save_checkpoint(folder: Path, state: _State) -> None:
-    """Write where a training stands; the JSON file last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"student.{name}": value for name, value in state.student.state_dict().items()}
-    for number, of in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"{number}.{name}": value for name, value in of.items()}
-    save_file({name: value.detach().cpu().clone() for name, value in tensors.items()}, folder / TENSORS)
-    (folder / STATE).write_text(json.dumps({"epoch": state.epoch, "history": state.history}), encoding="utf-8")
-
-
-def _restore(state: _State, folder: Path) -> None:
-    """Take over a checkpoint's student, optimizer and epochs."""
-    try:
-        told = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        state.epoch, state.history = int(told["epoch"]), list(told["history"])
-        student: dict[str, Tensor] = {}
-        found: dict[int, dict[str, Tensor]] = {}
-        for name, value in load_file(folder / TENSORS).items():
-            owner, _, key = name.partition(".")
-            (student if owner == "student" else found.setdefault(int(owner), {}))[key] = value
-        state.student.load_state_dict(student)
-        groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": found, "param_groups": groups})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise BadInput(
-            f"the checkpoint {folder} is damaged ({error}): delete it to go on from the one before"
-        ) from error
-
-
-def train_worker(given: dict[str, Any]) -> list[dict[str, float]]:
-    """Train as one worker of Ray Train; return the metrics of all epochs."""
-    import tempfile
-
-    import ray.train
-    from ray.train.torch import prepare_model
-
-    training: Training = given["training"]
-    torch.set_num_threads(training.threads)
-    context = ray.train.get_context()
-    group = Group(context.get_world_rank(), context.get_world_size())
-    latest = ray.train.get_checkpoint()
-    with latest.as_directory() if latest else nullcontext() as folder:
-        state = begin(training, Path(folder) if folder else None)
-    options = {"find_unused_parameters": True, "broadcast_buffers": False}  # no loss may ask for the senses; means stay
-    model = prepare_model(state.student, parallel_strategy_kwargs=options)
-    for metrics in run_epochs(training, state, model, group, LabelSet.open(training.run)):
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if group.rank == 0:
-                save_checkpoint(Path(folder), state)
-                if state.epoch == training.epochs:
-                    save_student(Path(folder, STUDENT), state.student)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{state.epoch:05d}")
-            # a report that returns is not yet a checkpoint to go on from
-            ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
-    return state.history

@@ -187,6 +187,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from msense import (
         build,
         clustering,
+        distill,
         distill_run,
         estimate,
         exemplars,
@@ -222,7 +223,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         "get": lambda value: value,
     }
     stages = (clustering, exemplars, labels, parts, passages, plan, resume, senses)
-    for module in (build, distill_run, estimate, *stages):
+    for module in (build, distill, distill_run, estimate, *stages):
         for name, fake in fakes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fake)

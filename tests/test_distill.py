@@ -17,7 +17,8 @@ from msense.errors import BadInput, MsenseError
 from msense.label_set import LabelSet
 from msense.losses import Mix
 from msense.student import StudentSettings, load_student, save_student
-from msense.train_loop import Group, Training, begin, evaluate, rate, run_epochs, save_checkpoint
+from msense.train_engine import Plain
+from msense.train_loop import Trainer, Training, new_student, rate
 
 SETTINGS = {"epochs": 3, "batch_tokens": 256, "lr": 5e-3, "held_out": 0.2, "dtype": "float32"}
 
@@ -32,50 +33,56 @@ def training(made: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch) ->
     distill_student(DistillConfig(**given, **SETTINGS))
     return Training(
         run=str(run), dictionary=str(made.folder / "dict" / "dictionary"), teacher=str(made.teacher), revision=None,
+        teacher_dtype="float32", deepspeed_stage=0, checkpoint_steps=1000,
         student=StudentSettings(kind="static"), mix=Mix(sense=1, pooled=50), epochs=3, batch_tokens=256, accumulate=1,
         lr=5e-3, schedule="cosine", warmup=0.05, weight_decay=0.01, clip=1.0, dtype="float32", seed=0, device="cpu",
         threads=1,
     )  # fmt: skip
 
 
-def trained(
-    training: Training, checkpoint: Path | None = None, stop: int = 99
-) -> tuple[list[dict[str, float]], object]:
-    """Train in this process, at most `stop` epochs."""
-    state = begin(training, checkpoint)
-    for _ in run_epochs(training, state, state.student, Group(), LabelSet.open(training.run)):
-        if state.epoch == stop:
+def trainer_of(training: Training) -> Trainer:
+    """One worker, in this process."""
+    labels = LabelSet.open(training.run)
+    return Trainer(training, Plain(new_student(training, labels), training.weight_decay, training.clip), labels)
+
+
+def trained(training: Training, checkpoint: Path | None = None, stop: int = 99) -> Trainer:
+    """Train in this process, from a checkpoint on, until so many checkpoints were due."""
+    trainer = trainer_of(training)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    for number, _ in enumerate(trainer.run(), 1):
+        if number == stop:
             break
-    return state.history, state
+    return trainer
 
 
 @pytest.mark.parametrize("kind", ["static", "layers:1"])
 def test_students_learn_sentences_and_senses(training: Training, kind: str) -> None:
     training = replace(training, student=StudentSettings(kind=kind), epochs=6)
-    history, _ = trained(training)
+    trainer = trained(training)
+    history = trainer.state.history
     assert [int(metrics["epoch"]) for metrics in history] == [1, 2, 3, 4, 5, 6]
     first, last = history[0], history[-1]
     assert last["train_sense"] < first["train_sense"]
     assert last["train_pooled"] < first["train_pooled"]
-    labels, dictionary = LabelSet.open(training.run), SenseDictionary.load(training.dictionary)
-    untrained = evaluate(training, begin(training).student, Group(), labels, dictionary)
-    assert last["held_out_cosine"] > untrained["held_out_cosine"]
+    untrained = trainer_of(training).evaluate()
+    assert last["held_out_pooled_cosine"] > untrained["held_out_pooled_cosine"]
     assert last["held_out_sense"] < untrained["held_out_sense"]
     assert last["held_out_frequent"] == untrained["held_out_frequent"]
 
 
-@pytest.mark.parametrize("kind", ["static", "layers:1"])
-def test_a_checkpoint_goes_on_to_the_same_numbers(training: Training, tmp_path: Path, kind: str) -> None:
-    """Also with much weight decay, and with dropout."""
-    training = replace(training, student=StudentSettings(kind=kind), weight_decay=1.0)
-    whole, _ = trained(training)
-    _, state = trained(training, stop=1)
-    save_checkpoint(tmp_path / "checkpoint", state)
+@pytest.mark.parametrize(("kind", "stop"), [("static", 1), ("static", 2), ("layers:1", 3)])
+def test_a_checkpoint_goes_on_to_the_same_numbers(training: Training, tmp_path: Path, kind: str, stop: int) -> None:
+    """Also in the middle of an epoch, with much weight decay, and with dropout."""
+    training = replace(training, student=StudentSettings(kind=kind), weight_decay=1.0, checkpoint_steps=3)
+    whole = trained(training).state.history
+    trained(training, stop=stop).save(tmp_path / "checkpoint")
     assert sorted(p.name for p in (tmp_path / "checkpoint").rglob("*") if p.is_file()) == [
         "state.json", "tensors.safetensors",
     ]  # fmt: skip
     torch.manual_seed(99)
-    again, _ = trained(training, tmp_path / "checkpoint")
+    again = trained(training, tmp_path / "checkpoint").state.history
     for a, b in zip(whole, again, strict=True):
         timed = {"tokens_per_s"}
         assert {k: v for k, v in a.items() if k not in timed} == pytest.approx(
@@ -83,24 +90,33 @@ def test_a_checkpoint_goes_on_to_the_same_numbers(training: Training, tmp_path: 
         )
 
 
+@pytest.mark.parametrize("name", ["mse", "cosine"])
+def test_losses_on_hidden_states_ask_the_teacher(training: Training, name: str) -> None:
+    training = replace(training, student=StudentSettings(kind="layers:1", heads="one"), mix=Mix(**{name: 1}))
+    history = trained(training).state.history
+    assert history[-1][f"train_{name}"] < 0.8 * history[0][f"train_{name}"]
+    assert history[-1]["held_out_pooled_cosine"] > trainer_of(training).evaluate()["held_out_pooled_cosine"]
+    whole = replace(training, student=StudentSettings(kind="layers:2", heads="one"))
+    assert trainer_of(whole).evaluate()[f"held_out_{name}"] == pytest.approx(0, abs=1e-5)  # it is the teacher
+
+
 def test_slices_of_a_batch_add_up_to_it(training: Training) -> None:
-    one, _ = trained(training, stop=1)
-    many, _ = trained(replace(training, accumulate=4), stop=1)
+    one = trained(training, stop=1).state.history
+    many = trained(replace(training, accumulate=4), stop=1).state.history
     for name in ("train_sense", "train_pooled", "held_out_sense", "held_out_pooled"):
         assert many[0][name] == pytest.approx(one[0][name], rel=1e-4)
 
 
 def test_losses_that_are_not_finite_and_damaged_checkpoints_are_told(training: Training, tmp_path: Path) -> None:
-    _, state = trained(training, stop=1)
-    save_checkpoint(tmp_path / "checkpoint", state)
+    trained(training, stop=1).save(tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "state.json").write_text('{"epoch": "one"}')
     with pytest.raises(BadInput, match=r"the checkpoint .* is damaged"):
-        begin(training, tmp_path / "checkpoint")
-    broken = begin(training)
+        trained(training, tmp_path / "checkpoint")
+    broken = trainer_of(training)
     with torch.no_grad():
         broken.student.body.shift.fill_(float("inf"))
     with pytest.raises(MsenseError, match=r"the loss is not finite .*smaller --lr"):
-        next(iter(run_epochs(training, broken, broken.student, Group(), LabelSet.open(training.run))))
+        next(broken.run())
 
 
 def test_a_student_that_cannot_be_made_is_told_before_anything_is_labelled(training: Training) -> None:
@@ -119,23 +135,13 @@ def test_the_cause_of_a_failed_worker_is_its_last_line() -> None:
 
 
 def test_learning_rates_rise_and_fall() -> None:
-    base = {"warmup": 0.1, "schedule": "cosine"}
-    training = replace(_bare(), **base)
-    found = [rate(step, 100, training) for step in range(100)]
+    found = [rate(step, 100, 0.1, "cosine") for step in range(100)]
     assert found.index(max(found)) == 10
     assert max(found) == 1.0
     assert found[10:] == sorted(found[10:], reverse=True)
     assert found[-1] < 0.01
-    assert {rate(step, 100, replace(training, schedule="constant")) for step in range(10, 100)} == {1.0}
-    assert rate(55, 100, replace(training, schedule="linear")) == pytest.approx(0.5)
-
-
-def _bare() -> Training:
-    return Training(
-        run="", dictionary="", teacher="", revision=None, student=StudentSettings(), mix=Mix(), epochs=1, batch_tokens=1,
-        accumulate=1, lr=1.0, schedule="cosine", warmup=0.0, weight_decay=0.0, clip=0.0, dtype="float32", seed=0,
-        device="cpu", threads=1,
-    )  # fmt: skip
+    assert {rate(step, 100, 0.1, "constant") for step in range(10, 100)} == {1.0}
+    assert rate(55, 100, 0.1, "linear") == pytest.approx(0.5)
 
 
 def test_distilling_on_ray_with_two_workers(

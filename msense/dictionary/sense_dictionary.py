@@ -265,7 +265,9 @@ class SenseDictionary:
             return out
         return found if isinstance(embeddings, Tensor) else found.numpy()
 
-    def weigh(self, token_ids: Tensor, embeddings: Tensor, top: int, temperature: float) -> tuple[Tensor, Tensor]:
+    def weigh(
+        self, token_ids: Tensor, embeddings: Tensor, top: int, temperature: float, *, metric: Metric | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return each embedding's `top` nearest senses and their weights, as `assignment.weigh`.
 
         Args:
@@ -273,10 +275,11 @@ class SenseDictionary:
             embeddings: floating point [N, D].
             top: how many senses, M.
             temperature: of the weights, as in `replace`.
+            metric: l2, dot or cosine; default: the dictionary's.
         """
         ids, points = self._checked(token_ids, embeddings)
         scale = max(self._scale(temperature), _SMALLEST)
-        return assignment.weigh(ids, points, self.ragged, self.config.metric, scale, top)
+        return assignment.weigh(ids, points, self.ragged, metric or self.config.metric, scale, top)
 
     def _scale(self, temperature: float) -> float:
         """Return what scores are divided by; 0 takes the nearest sense, as where every sense is a single point."""

@@ -1,0 +1,77 @@
+"""One worker of Ray Train: it makes an engine, goes on from the last checkpoint, trains, and reports new ones.
+
+Comes in: a `Training`. Goes out: the metrics of all epochs, and in the last checkpoint the student. Holds what a `Trainer`
+holds.
+"""
+
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import CheckpointConsistencyMode
+from ray.train.torch import get_device, prepare_model
+
+from msense.label_set import LabelSet
+from msense.student import Student, save_student
+from msense.train_engine import Engine, Plain, Zero
+from msense.train_loop import Group, Trainer, Training, new_student
+from msense.train_progress import Progress
+
+STUDENT = "student"  # folder of the last checkpoint
+
+
+def train_worker(given: dict[str, Any]) -> list[dict[str, float]]:
+    """Train; return the metrics of all epochs.
+
+    Args:
+        given: `training`, a `Training`.
+    """
+    training: Training = given["training"]
+    torch.set_num_threads(training.threads)
+    if training.device == "cuda":
+        torch.cuda.set_device(get_device())
+    context = ray.train.get_context()
+    group = Group(context.get_world_rank(), context.get_world_size())
+    labels = LabelSet.open(training.run)
+    engine = _engine(new_student(training, labels), training)
+    trainer = Trainer(training, engine, labels, group)
+    if (latest := ray.train.get_checkpoint()) is not None:
+        with latest.as_directory() as folder:
+            trainer.restore(Path(folder))
+    with Progress(training.run, trainer.state.history) if group.rank == 0 else nullcontext() as progress:
+        for _ in trainer.run(progress):
+            _report(trainer)
+    return trainer.state.history
+
+
+def _engine(student: Student, training: Training) -> Engine:
+    """Choose what moves the student."""
+    if stage := training.deepspeed_stage:
+        return Zero(student, training.weight_decay, training.clip, stage, training.device)
+    options = {"find_unused_parameters": True, "broadcast_buffers": False}  # no loss may ask for the senses; means stay
+    return Plain(
+        student,
+        training.weight_decay,
+        training.clip,
+        lambda student: prepare_model(student, parallel_strategy_kwargs=options),
+    )
+
+
+def _report(trainer: Trainer) -> None:
+    """Hand a checkpoint to Ray Train, and wait until it counts."""
+    state, engine, is_first = trainer.state, trainer.engine, trainer.group.rank == 0
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.save(Path(folder))
+        if state.epoch == trainer.training.epochs:
+            with engine.whole():
+                if is_first:
+                    save_student(Path(folder, STUDENT), trainer.student)
+        checkpoint = ray.train.Checkpoint.from_directory(folder) if is_first or engine.every_rank else None
+        name = f"epoch_{state.epoch:05d}_step_{state.step:08d}"
+        metrics = dict(state.history[-1]) if state.history else {}
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+        # a report that returns is not yet a checkpoint to go on from
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
