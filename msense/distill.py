@@ -28,6 +28,7 @@ from msense.train_progress import shown
 
 logger = logging.getLogger(__name__)
 
+WAIT_SECONDS = 1800  # that workers wait for one another
 MAX_FAILURES = 3  # of workers: more is no accident
 TOLD = ("sense", "pooled", "accuracy", "frequent", "pooled_cosine")
 
@@ -74,6 +75,13 @@ def training_of(config: DistillConfig, source: Source, run: RunFolder, resources
     )
 
 
+def worker(given: dict[str, Any]) -> list[dict[str, float]]:
+    """Do what a worker of Ray Train does; its module is loaded there."""
+    from msense.train_worker import train_worker
+
+    return train_worker(given)
+
+
 def train(training: Training, run: RunFolder, resources: Resources, labels: LabelSet) -> dict[str, Any]:
     """Train a student, or go on with a training that was cut off; a finished one is left as it is.
 
@@ -90,9 +98,9 @@ def train(training: Training, run: RunFolder, resources: Resources, labels: Labe
         MsenseError: workers failed again and again; tells the cause.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
-    from msense.train_worker import STUDENT, train_worker
+    from msense.train_worker import STUDENT
 
     name = _name(training, labels)
     history = storage.read_json(join(run.student, "training.json"))
@@ -100,8 +108,9 @@ def train(training: Training, run: RunFolder, resources: Resources, labels: Labe
         logger.info("the student in %s is finished", run.student)
         return _facts(history["epochs"])
     trainer = TorchTrainer(
-        train_worker,
+        worker,
         train_loop_config={"training": training},
+        torch_config=TorchConfig(timeout_s=WAIT_SECONDS),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.actors,
             use_gpu=resources.device == "cuda",

@@ -146,6 +146,7 @@ class Zero:
             MsenseError: this DeepSpeed does not take it.
         """
         os.environ.setdefault("DS_ACCELERATOR", device)  # read once, when DeepSpeed is first imported in this process
+        os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")  # workers of this node
         import deepspeed
 
         self.stage, self.clip = stage, clip

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from faulty import Corpus
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")  # a checkpoint costs as much, else two seconds
 SEEN: dict[tuple[str, str], str] = {}  # what became of (fault, stage)
 TOLD: list[str] = []  # figures to be read at the end
 

@@ -149,7 +149,54 @@ def drive(settings: dict, address: str, log: str, kill_at: tuple[str, int] | Non
         build_dictionary(BuildConfig(**settings))
 
 
+def disturbed(step: int, flag: Path, kill: bool) -> Callable:
+    """Return what a training worker runs, but the first to come to a step makes a file and dies there, or waits there.
+
+    Args:
+        step: of the whole training, counted in each worker.
+        flag: the file; where it is there, nothing happens.
+        kill: die, rather than wait for the end of this process.
+    """
+
+    def worker(given: dict) -> list:
+        import time
+
+        from msense import train_loop, train_worker
+
+        original, steps = train_loop.Trainer._step, [0]
+
+        def counted(self: object, *arguments: object) -> dict:
+            steps[0] += 1
+            if steps[0] == step and not flag.exists():
+                flag.touch()
+                if kill:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(600)
+            return original(self, *arguments)
+
+        train_loop.Trainer._step = counted
+        return train_worker.train_worker(given)
+
+    return worker
+
+
+def drive_training(settings: dict, address: str, step: int, flag: str) -> None:
+    """Distill, with training; stand still at a step until this process is killed."""
+    os.environ["RAY_ADDRESS"] = address
+    os.environ["RAY_AUTH_MODE"] = "token"
+    from msense import distill, distill_run
+    from msense.distill_config import DistillConfig
+
+    distill.worker = disturbed(step, Path(flag), kill=False)
+    distill_run.distill_student(DistillConfig(**settings))
+
+
 def start(settings: dict, log: Path, kill_at: tuple[str, int] | None = None, light: bool = False) -> BaseProcess:
+    """Start a driver that builds or labels."""
+    return start_process(drive, settings, str(log), kill_at, light)
+
+
+def start_process(target: Callable, settings: dict, *arguments: object) -> BaseProcess:
     """Start a driver; its modules are imported once for all drivers, by the server that they are forked from."""
     import ray
 
@@ -159,6 +206,6 @@ def start(settings: dict, log: Path, kill_at: tuple[str, int] | None = None, lig
     )
     address = ray.get_runtime_context().gcs_address
     plain = json.loads(json.dumps(settings))
-    process = context.Process(target=drive, args=(plain, address, str(log), kill_at, light))
+    process = context.Process(target=target, args=(plain, address, *arguments))
     process.start()
     return process

@@ -1,11 +1,13 @@
 """Training of students: it learns, goes on from a checkpoint to the same numbers, and says what went wrong."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from faulty import Corpus
 
 from msense import distill_run
@@ -17,7 +19,7 @@ from msense.errors import BadInput, MsenseError
 from msense.label_set import LabelSet
 from msense.losses import Mix
 from msense.student import StudentSettings, load_student, save_student
-from msense.train_engine import Plain
+from msense.train_engine import Plain, Zero
 from msense.train_loop import Trainer, Training, new_student, rate
 
 SETTINGS = {"epochs": 3, "batch_tokens": 256, "lr": 5e-3, "held_out": 0.2, "dtype": "float32"}
@@ -98,6 +100,44 @@ def test_losses_on_hidden_states_ask_the_teacher(training: Training, name: str) 
     assert history[-1]["held_out_pooled_cosine"] > trainer_of(training).evaluate()["held_out_pooled_cosine"]
     whole = replace(training, student=StudentSettings(kind="layers:2", heads="one"))
     assert trainer_of(whole).evaluate()[f"held_out_{name}"] == pytest.approx(0, abs=1e-5)  # it is the teacher
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Torch's, of this process alone; DeepSpeed keeps hold of it."""
+    store = tmp_path_factory.mktemp("store") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # as Ray Train sets it
+        yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_gives_the_same_numbers_and_goes_on(
+    training: Training, process_group: None, tmp_path: Path, stage: int
+) -> None:
+    training = replace(training, accumulate=3, epochs=2)
+
+    def run(checkpoint: Path | None = None, stop: int = 99) -> Trainer:
+        labels = LabelSet.open(training.run)
+        engine = Zero(new_student(training, labels), training.weight_decay, training.clip, stage, "cpu")
+        trainer = Trainer(training, engine, labels)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        for number, _ in enumerate(trainer.run(), 1):
+            if number == stop:
+                break
+        return trainer
+
+    whole = run().state.history
+    run(stop=1).save(tmp_path / "checkpoint")
+    again = run(tmp_path / "checkpoint").state.history
+    for name in ("train_sense", "train_pooled", "held_out_sense", "held_out_accuracy"):
+        assert again[1][name] == pytest.approx(whole[1][name], rel=1e-5)
+        assert whole[1][name] == pytest.approx(trained(training).state.history[1][name], rel=1e-3)
+    with pytest.raises(BadInput, match=r"the checkpoint .* is damaged"):
+        run(tmp_path)
 
 
 def test_slices_of_a_batch_add_up_to_it(training: Training) -> None:

@@ -1,0 +1,89 @@
+"""Trainings whose workers or driver are killed in the middle of an epoch end with the numbers of an undisturbed one."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import driver
+import pytest
+from faulty import Corpus
+
+from msense import distill
+from msense.distill_config import DistillConfig
+from msense.distill_run import distill_student
+from msense.student import load_student
+
+KILLED_AT = 26  # step; 18 make an epoch
+SETTINGS = {
+    "student": "static", "epochs": 3, "batch_tokens": 256, "lr": 5e-3, "held_out": 0.2, "dtype": "float32",
+    "checkpoint_steps": 5, "workers": 2,
+}  # fmt: skip
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """What a run has told of its epochs, without times."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+
+
+@pytest.fixture
+def whole(
+    ray: None, made: Corpus, in_process: None, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Corpus, dict]:
+    """An undisturbed training by two workers, and its settings."""
+    made.build("dict", senses=3)
+    monkeypatch.undo()
+    given = {"dictionary": str(made.folder / "dict"), "teacher": str(made.teacher), **SETTINGS}
+    distill_student(DistillConfig(**given, output=str(made.folder / "whole")))
+    assert len(metrics(made.folder / "whole")) == 3
+    return made, given
+
+
+def same(run: Path, whole: Path) -> None:
+    """Check the metrics of all epochs."""
+    for found, wanted in zip(metrics(run), metrics(whole), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+
+
+def kill_a_worker(whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, name: str, **more: object) -> Path:
+    """Train once more, and kill a worker in the second epoch; return the run."""
+    made, given = whole
+    flag = made.folder / f"{name}.flag"
+    with patch.context() as patched:
+        patched.setattr(distill, "worker", driver.disturbed(KILLED_AT, flag, kill=True))
+        summary = distill_student(DistillConfig(**given, **more, output=str(made.folder / name)))
+    assert flag.exists()
+    assert summary["stages"]["training"]["epochs"] == 3
+    return made.folder / name
+
+
+def test_a_worker_and_a_driver_killed_in_the_middle_of_an_epoch(
+    whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch
+) -> None:
+    made, given = whole
+    same(kill_a_worker(whole, patch, "worker"), made.folder / "whole")
+    run, flag = made.folder / "driver", made.folder / "driver.flag"
+    process = driver.start_process(driver.drive_training, {**given, "output": str(run)}, KILLED_AT, str(flag))
+    until = time.monotonic() + 120
+    while not flag.exists() and time.monotonic() < until and process.is_alive():
+        time.sleep(0.1)
+    assert flag.exists()
+    assert len(metrics(run)) == 1  # it stands in the second epoch
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (run / "student").exists()
+    distill_student(DistillConfig(**given, output=str(run)))
+    same(run, made.folder / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_with_two_workers_and_one_killed(
+    whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, stage: int
+) -> None:
+    run = kill_a_worker(whole, patch, f"zero{stage}", deepspeed_stage=stage)
+    same(run, whole[0].folder / "whole")
+    assert load_student(run / "student").config.kind == "static"
