@@ -18,20 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from msense.config import NO_SENSE, Metric
+from msense.config import NO_SENSE
 from msense.dictionary import SenseDictionary
 from msense.errors import MsenseError
 from msense.label_set import LabelBatch, LabelSet
 from msense.losses import (
     Labelled,
-    LossSum,
     Mix,
-    SenseLabels,
     frequent_sense_accuracy,
     loss_sums,
     sense_accuracy,
     weighted,
 )
+from msense.sense_losses import LossSum, SenseLabels
 from msense.student import Student, StudentSettings, make_student
 from msense.student.student import StudentOutput
 from msense.teacher import Teacher
@@ -148,7 +147,7 @@ class Trainer:
         self.group, self.state = group or Group(), state or State()
         self.student = engine.student
         self.dictionary = SenseDictionary.load(training.dictionary).to(training.device)
-        self.metric: Metric = training.mix.metric or self.dictionary.config.metric
+        self.space = training.mix.space(self.dictionary)
         self.teacher: Teacher | None = None
         if training.mix.mse or training.mix.cosine:
             self.teacher = Teacher(
@@ -217,7 +216,7 @@ class Trainer:
         for number, batch in enumerate(batches):
             with self.engine.slice_of_step(last=number == len(batches) - 1):
                 output, ids, given = self._forward(batch, self.engine.model)
-                sums = loss_sums(training.mix, output, given, self.dictionary, self.student.sentence)
+                sums = loss_sums(training.mix, output, given, self.space, self.student.sentence)
                 loss = weighted(training.mix, sums, {n: int(c) for n, c in counts.items()}, group.world)
                 self.engine.backward(loss if slices else loss * 0)
             for name, part in sums.items() if slices else ():
@@ -251,7 +250,7 @@ class Trainer:
 
     def _accuracy(self, output: StudentOutput, ids: np.ndarray, batch: LabelBatch) -> LossSum:
         senses = output.senses[batch.mask.to(output.senses.device)]
-        return sense_accuracy(senses, ids, _numbers(batch.senses[batch.mask]), self.dictionary, self.metric)
+        return sense_accuracy(senses, ids, _numbers(batch.senses[batch.mask]), self.dictionary, self.space.metric)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -265,7 +264,7 @@ class Trainer:
         with self.engine.whole():
             for batch in self._batches(own):
                 output, ids, given = self._forward(batch, self.student)
-                told = loss_sums(training.mix, output, given, self.dictionary, self.student.sentence)
+                told = loss_sums(training.mix, output, given, self.space, self.student.sentence)
                 told["accuracy"] = self._accuracy(output, ids, batch)
                 told["frequent"] = frequent_sense_accuracy(ids, _numbers(batch.senses[batch.mask]), self.dictionary)
                 if given.sentences is not None:

@@ -17,19 +17,16 @@ from msense.dictionary.assignment import RaggedSenses
 from msense.errors import BadInput
 from msense.losses import (
     Labelled,
-    LossSum,
     Mix,
-    SenseLabels,
     cosine_loss,
     frequent_sense_accuracy,
     loss_sums,
     mse_loss,
     sense_accuracy,
-    sense_cross_entropy,
-    soft_replace,
     weighted,
 )
 from msense.pooling import pool
+from msense.sense_losses import LossSum, SenseLabels, SenseSpace, sense_losses
 from msense.student import Student, StudentConfig
 from msense.student.config import StaticSizes
 
@@ -43,6 +40,14 @@ MIXES = {
     "hidden": Mix(mse=1, cosine=1),
     "every": Mix(sense=1, pooled=50, replaced=2, mse=3, cosine=4),
 }
+
+
+def sense_cross_entropy(x: torch.Tensor, ids: np.ndarray, labels: SenseLabels, *space: object) -> LossSum:
+    return sense_losses(x, ids, labels, SenseSpace(*space), replaced=False)[0]
+
+
+def soft_replace(x: torch.Tensor, ids: np.ndarray, *space: object) -> torch.Tensor:
+    return sense_losses(x, ids, None, SenseSpace(*space), replaced=True)[1]
 
 
 def draw(seed: int, tokens: int, count: int, most: int) -> tuple[np.ndarray, np.ndarray, RaggedSenses]:
@@ -109,6 +114,25 @@ def test_cross_entropy_and_replacement_are_those_of_a_loop(
     assert got.count == count
     assert got.total.item() == pytest.approx(want, abs=1e-9)
     np.testing.assert_allclose(soft_got.numpy(), replaced, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kept", [False, True])
+def test_one_look_gives_what_two_give(metric: str, kept: bool) -> None:
+    ids, x, senses = draw(7, 5, 40, 4)
+    labels = draw_labels(1, ids, senses.offsets, 2)
+    wanted = torch.from_numpy(np.random.default_rng(0).normal(size=x.shape)).float()
+    found = []
+    for together in (False, True):
+        given_x = torch.from_numpy(x).float().requires_grad_()
+        space = SenseSpace(senses, metric, 0.7, kept=kept)
+        loss, means = sense_losses(given_x, ids, labels, space, replaced=together)
+        if means is None:
+            means = sense_losses(given_x, ids, None, SenseSpace(senses, metric, 0.7), replaced=True)[1]
+        (3 * loss.total + (means * wanted).sum()).backward()
+        found.append((loss.total, means, given_x.grad))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -203,7 +227,9 @@ def test_labels_that_do_not_fit_are_refused() -> None:
     batch = Labelled(torch.zeros(1, 2, dtype=torch.int64), mask)
     for name, mix in MIXES.items():
         with pytest.raises(BadInput, match="the labels hold no"):
-            loss_sums(mix, static(d.dim)(batch.ids, mask), batch, d, sentence=lambda hidden, mask: hidden.sum(1))
+            loss_sums(
+                mix, static(d.dim)(batch.ids, mask), batch, mix.space(d), sentence=lambda hidden, mask: hidden.sum(1)
+            )
         assert mix.weights(), name
 
 
@@ -258,7 +284,7 @@ def test_one_batch_of_eight_is_two_of_four_and_two_workers(mix: Mix) -> None:
 
     def sums(student: Student, parts: list[Labelled], side: str = "right") -> dict[str, LossSum]:
         batch = together(parts, side)
-        return loss_sums(mix, student(batch.ids, batch.mask), batch, d, student.sentence)
+        return loss_sums(mix, student(batch.ids, batch.mask), batch, mix.space(d), student.sentence)
 
     def stepped(student: Student) -> list[torch.Tensor]:
         """One step of plain SGD: Adam would hide a wrong factor."""
@@ -302,7 +328,9 @@ def test_a_few_steps_pick_the_senses_of_their_contexts() -> None:
     optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
     for _ in range(60):
         optimizer.zero_grad()
-        found = loss_sums(MIXES["both"], student(batch.ids, batch.mask), batch, d, student.sentence)
+        found = loss_sums(
+            MIXES["both"], student(batch.ids, batch.mask), batch, MIXES["both"].space(d), student.sentence
+        )
         loss = weighted(MIXES["both"], found, {name: part.count for name, part in found.items()})
         loss.backward()
         optimizer.step()
