@@ -197,16 +197,17 @@ class LabelSet:
             for number in rng.permutation(len(batches)):
                 yield batches[number]
 
-    def token_counts(self) -> np.ndarray:
-        """Count each token in the passages that are trained on, int64 [V]; reads all ids once."""
-        counts = np.zeros(self.manifest.vocab_size, np.int64)
-        for unit in self._units:
-            trained = np.repeat(unit["held_out"] == 0, np.diff(unit["offsets"]))
-            ids = unit["ids"][trained]
-            if len(ids) and (ids.min() < 0 or ids.max() >= len(counts)):
-                raise _damaged(self._files[0].parent, f"a token is outside the {len(counts)} of the vocabulary")
-            counts += np.bincount(ids, minlength=len(counts))
-        return counts
+    def token_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Count each token in the passages that are trained on, and in those held out, int64 [V]; reads all ids once."""
+        counts = np.zeros((2, self.manifest.vocab_size), np.int64)
+        for file, unit in zip(self._files, self._units, strict=True):
+            ids = unit["ids"]
+            if len(ids) and (ids.min() < 0 or ids.max() >= counts.shape[1]):
+                raise _damaged(file, f"it has a token outside the {counts.shape[1]} of the vocabulary")
+            is_held_out = np.repeat(unit["held_out"], np.diff(unit["offsets"]))
+            for part in (0, 1):
+                counts[part] += np.bincount(ids[is_held_out == part], minlength=counts.shape[1])
+        return counts[0], counts[1]
 
     def held_out(self) -> np.ndarray:
         """Return the passages that are never trained on, int64 [H] in the order of the files."""

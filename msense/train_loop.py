@@ -32,6 +32,7 @@ from msense.losses import (
 )
 from msense.sense_losses import LossSum, SenseLabels
 from msense.student import Student, StudentSettings, make_student
+from msense.student.narrow import narrow
 from msense.student.student import StudentOutput
 from msense.teacher import Teacher
 from msense.train_engine import Engine, damaged
@@ -121,14 +122,19 @@ def new_student(training: Training, labels: LabelSet | None = None) -> Student:
 
     Args:
         training: settings.
-        labels: of the run, for how often a static student's tokens are seen; None: as often as in the dictionary's corpus.
+        labels: of the run: a static student's tokens move the further the more often they are seen there, and tables of
+            tokens are narrowed to those there. None: for a look at it.
 
     Raises:
         BadInput: it cannot be made.
     """
     dictionary = SenseDictionary.load(training.dictionary)
-    seen = None if labels is None else labels.token_counts()
-    return make_student(training.student, dictionary, training.teacher, training.revision, seen).to(training.device)
+    trained, held_out = (None, None) if labels is None else labels.token_counts()
+    student = make_student(training.student, dictionary, training.teacher, training.revision, trained)
+    student = student.to(training.device)
+    if trained is not None:
+        narrow(student, torch.from_numpy(np.flatnonzero(trained + held_out)))
+    return student
 
 
 class Trainer:

@@ -16,6 +16,7 @@ from ray.train.torch import get_device, prepare_model
 
 from msense.label_set import LabelSet
 from msense.student import Student, save_student
+from msense.student.narrow import widen
 from msense.train_engine import Engine, Plain, Zero
 from msense.train_loop import Group, Trainer, Training, new_student
 from msense.train_progress import Progress
@@ -68,6 +69,7 @@ def _report(trainer: Trainer) -> None:
         if state.epoch == trainer.training.epochs:
             with engine.whole():
                 if is_first:
+                    widen(trainer.student)
                     save_student(Path(folder, STUDENT), trainer.student)
         checkpoint = ray.train.Checkpoint.from_directory(folder) if is_first or engine.every_rank else None
         name = f"epoch_{state.epoch:05d}_step_{state.step:08d}"

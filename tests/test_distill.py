@@ -154,7 +154,7 @@ def test_losses_that_are_not_finite_and_damaged_checkpoints_are_told(training: T
         trained(training, tmp_path / "checkpoint")
     broken = trainer_of(training)
     with torch.no_grad():
-        broken.student.body.shift.fill_(float("inf"))
+        broken.student.body.shift.weight.fill_(float("inf"))
     with pytest.raises(MsenseError, match=r"the loss is not finite .*smaller --lr"):
         next(broken.run())
 

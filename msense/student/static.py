@@ -30,7 +30,7 @@ class StaticBody(nn.Module):
         super().__init__()
         self.register_buffer("means", torch.zeros(vocab_size, dim))
         self.register_buffer("confidence", torch.ones(vocab_size))
-        self.shift = nn.Parameter(torch.zeros(vocab_size, dim))
+        self.shift: nn.Module = nn.Embedding.from_pretrained(torch.zeros(vocab_size, dim), freeze=False)
         self.project = nn.Linear(dim, sizes.units, bias=False)
         self.taps = nn.Parameter(torch.randn(sizes.window, sizes.units) / sizes.window**0.5)
         self.passage = nn.Linear(dim, sizes.units)
@@ -41,7 +41,7 @@ class StaticBody(nn.Module):
 
     def table(self) -> Tensor:
         """Return the token embeddings before the MLP, [V, D]."""
-        return self.means + self.confidence[:, None] * self.shift
+        return self.means + self.confidence[:, None] * self.shift.weight
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Embed passages.
@@ -55,7 +55,7 @@ class StaticBody(nn.Module):
         """
         ids, inside = ids.masked_fill(~mask, 0), mask[..., None]
         confidence = self.confidence[ids][..., None] * inside
-        tokens = nn.functional.embedding(ids, self.means) + confidence * nn.functional.embedding(ids, self.shift)
+        tokens = nn.functional.embedding(ids, self.means) + confidence * self.shift(ids)
         tokens = tokens * inside
         mean = tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         window, length = len(self.taps), ids.shape[1]

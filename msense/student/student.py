@@ -59,7 +59,7 @@ class Student(nn.Module):
         state = self.state_dict()
         if isinstance(self.body, StaticBody):
             state["body.means"] = self.body.table().detach()
-            del state["body.shift"]
+            del state["body.shift.weight"]
         return state
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
@@ -69,5 +69,5 @@ class Student(nn.Module):
             RuntimeError: names or shapes differ.
         """
         if isinstance(self.body, StaticBody):
-            weights = {**weights, "body.shift": torch.zeros_like(self.body.shift)}
+            weights = {**weights, "body.shift.weight": torch.zeros_like(self.body.means)}
         self.load_state_dict(weights)
