@@ -19,6 +19,7 @@ OBJECTIVES = {
     "cosine": "cosine of hidden states with the teacher's, likewise",
 }
 _OF_SENSES = ("sense", "replaced")
+_RATES = {"static": 5e-3, "": 1e-3}
 MAX_SOFT_TARGETS = 256
 _OF_LABELS = ("train_tokens", "held_out", "soft_targets", "metric", "pooled", "dtype")
 _FREE = (
@@ -81,7 +82,7 @@ class DistillConfig(JobConfig):
         "name or folder",
     )
     objective: dict[str, float] = Field(
-        {"sense": 1.0, "pooled": 50.0},
+        {"sense": 1.0, "pooled": 50.0, "replaced": 100.0},
         description="losses and their weights: " + "; ".join(f"{name}: {what}" for name, what in OBJECTIVES.items()),
     )
     heads: Literal["one", "two"] = Field(
@@ -89,10 +90,12 @@ class DistillConfig(JobConfig):
         description="two: senses are read by a head of their own; one: from the hidden state that the sentence vector is "
         "made of (the default where the objective asks for one of them only)",
     )
-    epochs: int = Field(3, ge=1, le=10_000, description="times that each passage is trained on")
-    batch_tokens: int = Field(4096, ge=1, le=MANY, description="tokens of a step on all workers, padding included")
+    epochs: int = Field(10, ge=1, le=10_000, description="times that each passage is trained on")
+    batch_tokens: int = Field(1024, ge=1, le=MANY, description="tokens of a step on all workers, padding included")
     accumulate: int = Field(1, ge=1, le=1024, description="slices in which a worker takes its share of a step")
-    lr: float = Field(5e-4, gt=0, le=10, description="highest learning rate")
+    lr: float | None = Field(
+        None, gt=0, le=10, description="highest learning rate; default: 5e-3 for static, 1e-3 for other students"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, le=1, description="of AdamW")
@@ -162,6 +165,11 @@ class DistillConfig(JobConfig):
         if wrong := [name for name in ("pooled", "replaced") if name in value and not info.data.get("pooled", True)]:
             raise ValueError(f"{wrong[0]} needs the teacher's embeddings of passages: leave --no-pooled out")
         return value
+
+    @property
+    def highest_rate(self) -> float:
+        """The learning rate, as given or by the kind of student."""
+        return self.lr or _RATES.get(self.student, _RATES[""])
 
     def of_labels(self) -> dict[str, Any]:
         """Return the settings on which the labels depend; changing one of them needs a new run folder."""
