@@ -37,6 +37,9 @@ BENCHES = {
     "sizes": Subject("sizes", "k-means against the same for many sizes of tokens, K and width; needs nothing"),
     "mcl": Subject("markov", "Markov clustering against the package markov-clustering; shared run"),
     "senses": Subject("senses", "senses by budget against 20 for every token; --data with banking77/ and coarsewsd/"),
+    "distill": Subject("distilling", "students of Banking77 against their teacher; --data with banking77/"),
+    "ood": Subject("distilling", "students of the text of --corpus, tested on Banking77; --data with banking77/"),
+    "step": Subject("training", "a training step and its losses against other ways; --data with banking77/"),
     "replace": Subject("replacing", "replacing embeddings over one product with them; shared run"),
     "parts": Subject(
         "parts", "large tokens in parts: rounds, bytes, memory and time against their cost model; needs nothing"
@@ -56,6 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("names", nargs="+", choices=BENCHES, metavar="NAME", help="what to measure, in this order")
     parser.add_argument("--corpus", nargs="+", default=[DEMO_CORPUS], metavar="URI", help="text of the shared run")
     parser.add_argument("--data", metavar="DIR", help="folder of labelled data, for senses")
+    parser.add_argument("--peer-python", metavar="FILE", help="a Python that has model2vec, to compare with it")
     parser.add_argument(
         "--workers",
         type=int,

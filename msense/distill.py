@@ -138,6 +138,7 @@ def train(training: Training, run: RunFolder, resources: Resources, labels: Labe
         for path in sorted(Path(folder, STUDENT).iterdir()):
             storage.upload(path, join(run.student, path.name))
     storage.write_json(join(run.student, "training.json"), {"name": name, "epochs": epochs})
+    storage.remove(join(run.training, name))
     return _facts(epochs)
 
 

@@ -12,6 +12,7 @@ from msense.errors import BadInput
 from msense.label_set import LabelUnit
 from msense.run_folder import RunFolder
 from msense.text import size
+from msense.train_progress import line
 
 DRIVERS_SHOWN = 10
 
@@ -65,6 +66,8 @@ def _distillation(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, s
         told = f"{total['passages']:,} passages ({total['held_out_passages']:,} held out), {total['tokens']:,} tokens"
         rows.append(("", f"{told}, {total['labelled']:,} with a sense, {size(total['size'])}"))
     there = storage.exists(run.student)
+    if (told := storage.read_json(run.progress)) and not there:
+        rows.append(("training", line(told)))
     rows.append(("student", run.student if there else "not yet; the distillation's command goes on from here"))
     return rows
 

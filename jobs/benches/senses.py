@@ -6,7 +6,6 @@ teacher, and how well senses tell those of people apart. Holds the embeddings of
 replaced ones as float32.
 """
 
-import csv
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -14,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from sklearn.linear_model import LogisticRegression
 
-from benches.peers import at_most
+from benches.few_shot import difference, few_shot, read_task
 from benches.shared import Bench, Figures
 from msense import SenseDictionary
 from msense.config import DEFAULT_BUDGET, DEMO_TEACHER, SenseBudget, sense_bytes
@@ -27,7 +24,6 @@ from msense.teacher import TOKEN_BUDGET, Teacher, describe, pad_batch, resolve_d
 logger = logging.getLogger("msense.bench")
 
 CAP, FIXED, MORE = 1000, 20, 50
-SHOTS, DRAWS = 8, 10
 TRIES = 5  # to make both dictionaries of one size
 Dictionaries = dict[str, SenseDictionary]
 
@@ -109,15 +105,14 @@ def distortion(dictionary: SenseDictionary, read: Read, replaced: np.ndarray) ->
 
 def _banking(reader: Reader, folder: Path) -> Figures:
     """Distortion and few-shot accuracy."""
-    labels, parts = {}, {}
-    for part in ("train", "test"):
-        with (folder / f"{part}.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        labels[part] = np.array([row["label"] for row in rows])
-        parts[part] = reader.read(reader.tokenizer.encode_batch([row["text"] for row in rows]))
-        logger.info("banking77 %s: %d tokens", part, len(parts[part].ids))
+    task = read_task(folder)
+    parts = {part: reader.read(reader.tokenizer.encode_batch(texts)) for part, texts in task.texts.items()}
     plain = {part: read.embeddings.astype(np.float32) for part, read in parts.items()}
-    accuracy = {"teacher": few_shot(parts, plain, labels)}
+
+    def accuracy_of(values: dict[str, np.ndarray]) -> np.ndarray:
+        return few_shot({part: pooled(values[part], read.offsets) for part, read in parts.items()}, task.labels)
+
+    accuracy = {"teacher": accuracy_of(plain)}
     figures: Figures = {}
     for name, dictionary in dictionaries(parts["train"], reader.vocab_size).items():
         replaced = {part: dictionary.replace(read.ids, plain[part]) for part, read in parts.items()}
@@ -127,32 +122,17 @@ def _banking(reader: Reader, folder: Path) -> Figures:
         figures[f"senses.in_sample_distortion_{name}"] = corpus_distortion(
             Arrays(dictionary.offsets, dictionary.counts, dictionary.spread, dictionary.token_counts)
         )
-        accuracy[name] = few_shot(parts, replaced, labels)
+        accuracy[name] = accuracy_of(replaced)
         logger.info("banking77 %s: %d senses, accuracy %.4f", name, len(dictionary), accuracy[name].mean())
     for kind in ("distortion", "test_distortion", "in_sample_distortion"):
         figures[f"senses.{kind}_ratio"] = figures[f"senses.{kind}_auto"] / figures[f"senses.{kind}_k20"]
     figures |= {f"senses.banking77_{name}": float(found.mean()) for name, found in accuracy.items()}
-    gain = accuracy["auto"] - accuracy["k20"]
-    low, high = stats.t.interval(0.95, DRAWS - 1, gain.mean(), stats.sem(gain))
-    figures |= {"senses.banking77_gain": float(gain.mean())}
-    return figures | {"senses.banking77_gain_low": float(low), "senses.banking77_gain_high": float(high)}
+    gain, low, high = difference(accuracy["auto"], accuracy["k20"])
+    figures |= {"senses.banking77_gain": gain}
+    return figures | {"senses.banking77_gain_low": low, "senses.banking77_gain_high": high}
 
 
-def few_shot(parts: dict[str, Read], values: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray:
-    """Accuracy of logistic regression on mean-pooled embeddings from a few texts a class, float64 [DRAWS]."""
-    pooled = {part: _pooled(values[part], read.offsets) for part, read in parts.items()}
-    found = []
-    for seed in range(DRAWS):
-        rng = np.random.default_rng(seed)
-        by_class = [rng.permutation(np.flatnonzero(labels["train"] == c))[:SHOTS] for c in np.unique(labels["train"])]
-        chosen = np.concatenate(by_class)
-        with at_most(1):  # more threads only wait for each other here
-            model = LogisticRegression(max_iter=100).fit(pooled["train"][chosen], labels["train"][chosen])
-            found.append(model.score(pooled["test"], labels["test"]))
-    return np.array(found)
-
-
-def _pooled(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def pooled(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Mean of each passage's embeddings, at length 1: float32 [P, D]."""
     mean = np.add.reduceat(values, offsets[:-1], axis=0) / np.diff(offsets).astype(np.float32)[:, None]
     return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True))

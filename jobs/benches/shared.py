@@ -45,6 +45,7 @@ class Bench:
         self.workers: int = given.workers
         self.senses: int = given.senses
         self._data: str | None = given.data
+        self.peer_python: str | None = given.peer_python
         settings = {name: getattr(given, name) for name in ("corpus", "workers", "senses", "max_occurrences", "output")}
         keep = ("passages", "occurrences", "centroids")
         self.config = validate(BuildConfig, {**settings, "teacher": DEMO_TEACHER, "keep": keep})

@@ -1,0 +1,182 @@
+"""Students against their teacher: sentence vectors, senses, other objectives, text of another kind.
+
+In: Banking77; for `ood` also the text of --corpus. Dictionary and students are made by the jobs, of training texts only,
+into the output folder, which keeps them. Out: few-shot accuracy of teacher and students, as they are and with every token
+replaced by its sense, and how often a student picks the teacher's sense. Holds vectors of all texts.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benches import model2vec_peer
+from benches.few_shot import Task, difference, few_shot, read_task
+from benches.senses import CAP, MORE, Reader, pooled
+from benches.shared import Bench, Figures
+from msense import SenseDictionary, SenseEncoder
+from msense.build import build_dictionary
+from msense.config import DEMO_TEACHER, BuildConfig, validate
+from msense.dictionary import assignment
+from msense.distill_config import DistillConfig
+from msense.distill_run import distill_student
+from msense.losses import frequent_sense_accuracy
+from msense.run_folder import RunFolder
+from msense.student import load_student
+from msense.teacher import TOKEN_BUDGET, pad_batch, token_batches
+
+logger = logging.getLogger("msense.bench")
+
+STUDENTS = {"layers2": "layers:2", "static": "static"}
+RECIPES: dict[str, dict[str, Any]] = {
+    "pooled": {"objective": {"pooled": 1.0}},
+    "mse": {"objective": {"mse": 1.0}},
+    "reference": {"reference": True, "epochs": DistillConfig.model_fields["epochs"].default},
+}
+REPLACED = {"": None, "_replaced": "hard", "_replaced_soft": "soft"}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A student of this benchmark."""
+
+    folder: Path
+    metrics: dict[str, float]  # of the last epoch
+
+
+class Workshop:
+    """Makes dictionaries and students in a folder, or takes those that are there."""
+
+    def __init__(self, bench: Bench, name: str, corpus: str) -> None:
+        self.folder = Path(f"{bench.run.root}-{name}")
+        self.workers = bench.workers
+        self.corpus = corpus
+
+    def dictionary(self, senses: int | str) -> Path:
+        """Build a dictionary of the corpus."""
+        output = self.folder / f"dictionary-{senses}"
+        given = {"corpus": [self.corpus], "teacher": DEMO_TEACHER, "senses": senses, "max_occurrences": CAP}
+        build_dictionary(
+            validate(BuildConfig, {**given, "metric": "l2", "workers": self.workers, "output": str(output)})
+        )
+        return output
+
+    def student(self, dictionary: Path, name: str, **settings: Any) -> Made:  # noqa: ANN401 - of a distillation
+        """Distill a student; all of one dictionary and metric share their labels."""
+        kept = self.folder / name
+        if not kept.exists():
+            labels = self.folder / f"labels-{dictionary.name}{'-dot' if settings.get('reference') else ''}"
+            given = {"dictionary": str(dictionary), "output": str(labels), "workers": self.workers}
+            distill_student(DistillConfig(**given, **settings))
+            run = RunFolder(str(labels))
+            shutil.move(run.student, kept.with_suffix(".new"))
+            shutil.move(run.metrics, kept.with_suffix(".new") / "metrics.jsonl")
+            kept.with_suffix(".new").rename(kept)
+        last = (kept / "metrics.jsonl").read_text().splitlines()[-1]
+        logger.info("%s: %s", name, last)
+        return Made(kept, json.loads(last))
+
+
+def distill(bench: Bench) -> Figures:
+    """Students of Banking77's training texts, by our default objective and by others."""
+    task = read_task(bench.data("banking77"))
+    shop = Workshop(bench, "banking77", str(bench.data("banking77") / "train.csv"))
+    dictionary = shop.dictionary(MORE)
+    read, teacher = _teacher(bench, task)
+    figures: Figures = {"distill.teacher": float(teacher.mean())}
+    ours: dict[str, np.ndarray] = {}
+    for name, kind in STUDENTS.items():
+        made = shop.student(dictionary, name, student=kind)
+        for how, replace in REPLACED.items():
+            found = _accuracy(made, task, replace)
+            ours[name + how] = found
+            figures[f"distill.{name}{how}"] = float(found.mean())
+            figures[f"distill.gap_{name}{how}"] = 100 * float(teacher.mean() - found.mean())
+        figures[f"distill.sense_acc_{name}"] = made.metrics["held_out_accuracy"]
+        figures[f"distill.sense_frequent_{name}"] = made.metrics["held_out_frequent"]
+        test = _test_senses(made, read, SenseDictionary.load(dictionary / "dictionary"))
+        figures[f"distill.sense_acc_test_{name}"], figures[f"distill.sense_frequent_test_{name}"] = test
+    for recipe, settings in RECIPES.items():
+        made = shop.student(dictionary, f"layers2-{recipe}", student=STUDENTS["layers2"], **settings)
+        found = _accuracy(made, task, "hard" if recipe == "reference" else None)  # the paper's students are replaced
+        figures[f"distill.layers2_{recipe}"] = float(found.mean())
+        if recipe == "reference":
+            figures["distill.layers2_reference_plain"] = float(_accuracy(made, task, None).mean())
+        gain, low, high = (100 * value for value in difference(ours["layers2"], found))
+        figures |= {
+            f"distill.over_{recipe}": gain,
+            f"distill.over_{recipe}_low": low,
+            f"distill.over_{recipe}_high": high,
+        }
+    return figures
+
+
+def ood(bench: Bench) -> Figures:
+    """Students of another kind of text, tested on Banking77."""
+    task = read_task(bench.data("banking77"))
+    if len(bench.config.corpus) != 1:
+        raise ValueError("ood takes one --corpus")
+    shop = Workshop(bench, "ood", bench.config.corpus[0])
+    _, teacher = _teacher(bench, task)
+    figures: Figures = {"distill.ood_teacher": float(teacher.mean())}
+    table = SenseDictionary.load(shop.dictionary(1) / "dictionary")
+    plain, unit = (_table(bench, task, table, normalize) for normalize in (False, True))
+    figures["distill.ood_table"] = max(plain, unit)  # in the better of two ways
+    dictionary = shop.dictionary("auto")
+    for name, kind in STUDENTS.items():
+        made = shop.student(dictionary, name, student=kind)
+        for how, replace in REPLACED.items():
+            figures[f"distill.ood_{name}{how}"] = float(_accuracy(made, task, replace).mean())
+    vectors = model2vec_peer.encode(bench, task.texts)
+    if vectors is not None:
+        figures["distill.ood_model2vec"] = float(few_shot(vectors, task.labels).mean())
+    return figures
+
+
+def _teacher(bench: Bench, task: Task) -> tuple[Any, np.ndarray]:
+    """Read the texts with the teacher; return the test part token by token, and the accuracy of every draw."""
+    reader = Reader(bench)
+    parts = {part: reader.read(reader.tokenizer.encode_batch(texts)) for part, texts in task.texts.items()}
+    vectors = {part: pooled(read.embeddings.astype(np.float32), read.offsets) for part, read in parts.items()}
+    return parts["test"], few_shot(vectors, task.labels)
+
+
+def _accuracy(made: Made, task: Task, replace: Any) -> np.ndarray:  # noqa: ANN401 - how tokens are replaced
+    encoder = SenseEncoder.from_pretrained(made.folder)
+    vectors = {part: encoder.encode(texts, replace=replace) for part, texts in task.texts.items()}
+    found = few_shot(vectors, task.labels)
+    logger.info("%s, replaced %s: %.4f", made.folder.name, replace, found.mean())
+    return found
+
+
+@torch.no_grad()
+def _test_senses(made: Made, read: Any, dictionary: SenseDictionary) -> tuple[float, float]:  # noqa: ANN401
+    """How often a student picks the teacher's sense of a test text's token, and how often that is the most frequent."""
+    student = load_student(made.folder)
+    wanted = dictionary.assign(read.ids, read.embeddings)
+    found = np.full(len(wanted), -2)
+    for batch in token_batches(np.diff(read.offsets), TOKEN_BUDGET["cpu"]):
+        rows = [np.arange(read.offsets[i], read.offsets[i + 1]) for i in batch]
+        ids, mask = (torch.from_numpy(x) for x in pad_batch([read.ids[row] for row in rows]))
+        output = student(ids.long(), mask)
+        places = np.concatenate(rows)
+        found[places] = dictionary.assign(torch.from_numpy(read.ids[places]), output.senses[mask]).numpy()
+    known = wanted >= 0
+    frequent = frequent_sense_accuracy(read.ids[known], wanted[known].astype(np.uint16), dictionary)
+    return float((found == wanted)[known].mean()), float(frequent.total) / frequent.count
+
+
+def _table(bench: Bench, task: Task, table: SenseDictionary, normalize: bool) -> float:
+    """Accuracy of the mean of a text's token means; tokens without one are left out."""
+    tokenizer, vectors = Reader(bench).tokenizer, {}
+    for part, texts in task.texts.items():
+        rows = [np.array(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
+        rows = [row[assignment.with_senses(row, table.offsets)] for row in rows]
+        mean = np.stack([table.centroids[table.offsets[row]].float().mean(0).numpy() for row in rows])
+        vectors[part] = mean / np.linalg.norm(mean, axis=1, keepdims=True) if normalize else mean
+    return float(few_shot(vectors, task.labels).mean())
