@@ -298,3 +298,28 @@ HOSTILE_INDEX = {
     "no index": (lambda f: (f / INDEX).unlink(), r"dictionary.safetensors is missing"),
     "link out": (lambda f: move_out(f, SECOND), "outside the dictionary"),
 }
+
+
+def no_scales(folder: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    arrays = load_file(folder / DATA)
+    del arrays["scales"]
+    save_file(arrays, folder / DATA)
+
+
+HOSTILE_INT8 = {
+    "a scale of zero": (lambda f: edit_array(f, "scales", [1.0, 0.0]), "scales holds numbers that are not above 0"),
+    "a negative scale": (lambda f: edit_array(f, "scales", [-1.0]), "scales holds numbers that are not above 0"),
+    "a scale is NaN": (lambda f: edit_array(f, "scales", [float("nan")]), "scales holds numbers that are not above 0"),
+    "an infinite scale": (lambda f: edit_array(f, "scales", [float("inf")]), "scales holds numbers that are not above"),
+    "no scales": (no_scales, "holds the tensors"),
+    "fewer scales": (lambda f: edit_header(f / DATA, lambda h: h["scales"].update(shape=[5])), "not where they should"),
+    "scales as numbers": (
+        lambda f: edit_header(f / DATA, lambda h: h["scales"].update(dtype="I64", shape=[3])),
+        r"scales is .*should be",
+    ),
+    "said to be float16": (edit_config(dtype="float16"), "holds the tensors"),
+    "said to be int4": (edit_config(dtype="int4"), "dtype: Input should be"),
+    "cut off": (lambda f: (f / DATA).write_bytes((f / DATA).read_bytes()[:-1]), "cut off"),
+}

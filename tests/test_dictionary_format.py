@@ -15,7 +15,7 @@ from tiny import assert_same, make
 from msense.dictionary import SenseDictionary, TeacherName, write_dictionary
 from msense.dictionary import format as dictionary_format
 from msense.dictionary.format import DTYPES
-from msense.errors import DictionaryError
+from msense.errors import BadInput, DictionaryError
 
 any_sizes = st.lists(st.integers(0, 5), min_size=1, max_size=9)
 
@@ -129,3 +129,52 @@ def test_the_card_says_what_it_is_and_cannot_be_broken_out_of(tmp_path: Path) ->
     assert "| senses | 3 of 2 tokens" in card
     assert "SenseDictionary.load" in card
     assert "licence" in card
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=any_sizes, dim=st.integers(1, 5), shard=st.sampled_from([1, 7, 10**9]), power=st.integers(-30, 30))
+def test_int8_is_near_and_saving_it_again_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], dim: int, shard: int, power: int
+) -> None:
+    folder = tmp_path_factory.mktemp("int8")
+    exact = make(sizes, dim, "float32")
+    exact.centroids.mul_(2.0**power)
+    if len(exact):
+        exact.centroids[0] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dictionary_format, "SHARD_BYTES", shard)
+        exact.save(folder / "a", dtype="int8")
+        loaded = SenseDictionary.load(folder / "a")
+        loaded.save(folder / "b")
+    assert loaded.config.dtype == "int8"
+    assert {part.dtype for part in loaded.ragged.parts} == {torch.int8}
+    assert loaded.centroids.dtype == torch.float32
+    largest = exact.centroids.abs().amax(1, keepdim=True)
+    assert ((loaded.centroids - exact.centroids).abs() <= largest / 253.9).all()
+    again = SenseDictionary.load(folder / "b")
+    assert again.fingerprint == loaded.fingerprint
+    assert torch.equal(loaded.to("cpu").centroids, loaded.centroids)
+    united = again.merge(loaded)
+    assert united.config.dtype == "int8"
+    assert [len(united.senses(t).centroids) for t in range(len(sizes))] == [2 * size for size in sizes]
+    for token, size in enumerate(sizes):
+        start = sum(sizes[:token])
+        assert torch.equal(loaded.senses(token).centroids, loaded.centroids[start : start + size])
+
+
+def test_int8_assigns_nearly_as_before_and_is_half_as_large(tmp_path: Path) -> None:
+    exact = make([20] * 50, 64)
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(50), 40)
+    x = exact.centroids.float().numpy()[ids * 20 + rng.integers(0, 20, len(ids))]
+    x += rng.normal(0, 0.5, x.shape).astype(np.float32)
+    exact.save(tmp_path / "a")
+    exact.save(tmp_path / "b", dtype="int8")
+    small = SenseDictionary.load(tmp_path / "b")
+    assert np.mean(small.assign(ids, x) == exact.assign(ids, x)) > 0.998
+    want = exact.replace(ids, x, 1.0)
+    assert np.linalg.norm(small.replace(ids, x, 1.0) - want) / np.linalg.norm(want) < 0.01
+    a, b = ((tmp_path / name / "dictionary.safetensors").stat().st_size for name in "ab")
+    assert b < 0.65 * a  # the small arrays are a fifth of the larger one
+    with pytest.raises(BadInput, match="dtype is 'int4', but must be one of"):
+        exact.save(tmp_path / "c", dtype="int4")

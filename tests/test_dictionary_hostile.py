@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hostile_folders import CONFIG, DATA, HOSTILE, HOSTILE_INDEX, MANY, SIZES, edit_array, move_out
+from hostile_folders import CONFIG, DATA, HOSTILE, HOSTILE_INDEX, HOSTILE_INT8, MANY, SIZES, edit_array, move_out
 from hostile_parts import EXEMPLARS, HOSTILE_EXEMPLARS, HOSTILE_TOKENIZERS, TOKENIZER, parquet, rows_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,6 +28,10 @@ def small(folder: Path) -> None:
     make([2, 0, 4]).save(folder)
 
 
+def in_int8(folder: Path) -> None:
+    make([2, 0, 4]).save(folder, dtype="int8")
+
+
 def in_two_files(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dictionary_format, "SHARD_BYTES", 3 * 3 * 2)
@@ -43,6 +47,7 @@ def full(folder: Path) -> None:
 TABLES: dict[str, tuple[Callable[[Path], None], dict, Callable[[SenseDictionary], object]]] = {
     "folder": (small, HOSTILE, len),
     "sizes": (small, SIZES, len),
+    "int8": (in_int8, HOSTILE_INT8, len),
     "index": (in_two_files, HOSTILE_INDEX, len),
     "exemplars": (full, HOSTILE_EXEMPLARS, lambda d: d.exemplars(2)),
     "tokenizer": (full, HOSTILE_TOKENIZERS, lambda d: d.find("bank")),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from msense.config import Metric
+from msense.dictionary.quantised import dequantise
 from msense.errors import BadInput, DictionaryError
 
 BATCH_ELEMENTS = {"cpu": 1 << 18}  # float32 numbers that fit a core's second-level cache
@@ -29,14 +30,24 @@ class RaggedSenses:
     Attributes:
         offsets: int64 [V+1], on the CPU.
         parts: tensors [S_i, D] of one dtype, one after the other; several when the files are.
+        scales: float32 [S], what the rows of parts in int8 are multiplied by.
     """
 
     offsets: np.ndarray
     parts: tuple[Tensor, ...]
+    scales: Tensor | None = None
 
     def rows(self, index: Tensor) -> Tensor:
-        """Return the rows of an int64 index [M] as [M, D], in the stored dtype, on the device of the parts."""
+        """Return the rows of an int64 index [M] as [M, D] on the parts' device, in the stored dtype (int8: float32)."""
         index = index.to(self.parts[0].device)
+        found = self._stored(index)
+        return found if self.scales is None else dequantise(found, self.scales.index_select(0, index))
+
+    def floats(self) -> tuple[Tensor, ...]:
+        """Return the parts, those in int8 as one in float32."""
+        return self.parts if self.scales is None else (self.rows(torch.arange(len(self.scales))),)
+
+    def _stored(self, index: Tensor) -> Tensor:
         if len(self.parts) == 1:
             return self.parts[0].index_select(0, index)
         out = self.parts[0].new_empty(len(index), self.parts[0].shape[1])

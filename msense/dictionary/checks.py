@@ -39,6 +39,19 @@ def check_arrays(arrays: "Arrays", config: "DictionaryConfig") -> None:
             raise DictionaryError("spread holds negative, infinite or NaN values: the dictionary is damaged")
 
 
+def check_scales(scales: np.ndarray) -> None:
+    """Refuse what float32 [S] cannot be multiplied by.
+
+    Raises:
+        DictionaryError: a scale is 0, negative, infinite or NaN.
+    """
+    for part in _pieces(scales):
+        if not (np.isfinite(part).all() and (part > 0).all()):
+            raise DictionaryError(
+                "scales holds numbers that are not above 0 and finite: the dictionary is damaged; copy or build it again"
+            )
+
+
 def _pieces(array: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
     """Cut a mapped array so that a fault near its start is found before the rest is read."""
     for start in range(0, len(array) - overlap, _CHUNK):

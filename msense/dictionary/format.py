@@ -7,12 +7,13 @@ name and renamed, config.json last. Holds the small arrays and one chunk. `reade
 import hashlib
 import json
 import os
+import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +22,17 @@ from torch import Tensor
 
 from msense.config import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, Metric
 from msense.dictionary.arguments import as_tensor
+from msense.dictionary.card import model_card
 from msense.dictionary.checks import check_arrays
+from msense.dictionary.quantised import quantise
 from msense.errors import DictionaryError
 from msense.storage import scratch_name, sha256_of
 
 FORMAT_VERSION: Literal[1] = 1
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # safetensors' names
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # int8 comes from float32
+Stored = Literal["float16", "bfloat16", "float32", "int8"]
+_STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}  # safetensors' names
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8, "I8": 1}
 SHARD_BYTES = 4_000_000_000  # centroids above this are cut into several files
 
 _Name = Annotated[str, Field(max_length=4096)]
@@ -63,7 +67,7 @@ class DictionaryConfig(FrozenModel):
     senses: Annotated[int, Field(ge=1, le=MAX_SENSES)] | Literal["auto", "mcl"] = Field(
         description="the setting, not the number of senses in all"
     )
-    dtype: Literal["float16", "bfloat16", "float32"] = Field(default="float16", description="of the centroids")
+    dtype: Stored = Field(default="float16", description="of the centroids; int8: times a scale a sense")
     metric: Metric = "l2"
     temperature_unit: float = Field(
         ge=0, le=1e77, description="mean squared spread of the senses, weighted by their counts"
@@ -180,14 +184,20 @@ def file_layout(files: DictionaryFiles, config: DictionaryConfig, borders: list[
         "token_counts": ("I64", (vocabulary,)),
         "spread": ("F32", (senses,)),
     }
-    dtype, slices = _STORED[config.dtype], len(borders) - 1
+    slices = len(borders) - 1
     if slices == 1:
-        return [(files.arrays, {**small, "centroids": (dtype, (senses, config.dim))})]
+        return [(files.arrays, {**small, **_slice(config, senses, "")})]
     layout = []
     for i in range(slices):
-        rows = (borders[i + 1] - borders[i], config.dim)
-        layout.append((files.shard(i + 1, slices), {**(small if i == 0 else {}), slice_name(i): (dtype, rows)}))
+        own = _slice(config, borders[i + 1] - borders[i], f".{i + 1:05d}")
+        layout.append((files.shard(i + 1, slices), {**(small if i == 0 else {}), **own}))
     return layout
+
+
+def _slice(config: DictionaryConfig, senses: int, suffix: str) -> TensorSpecs:
+    """Return the tensors of some centroids; the scales go first, where they are aligned."""
+    scales: TensorSpecs = {f"scales{suffix}": ("F32", (senses,))} if config.dtype == "int8" else {}
+    return {**scales, f"centroids{suffix}": (_STORED[config.dtype], (senses, config.dim))}
 
 
 def slice_name(i: int) -> str:
@@ -195,10 +205,9 @@ def slice_name(i: int) -> str:
     return f"centroids.{i + 1:05d}"
 
 
-def weight_map(files: DictionaryFiles, slices: int) -> dict[str, str]:
+def weight_map(layout: list[tuple[Path, TensorSpecs]]) -> dict[str, str]:
     """Return which file of several holds which tensor."""
-    small = dict.fromkeys(Arrays._fields, files.shard(1, slices).name)
-    return {**small, **{slice_name(i): files.shard(i + 1, slices).name for i in range(slices)}}
+    return {name: path.name for path, tensors in layout for name in tensors}
 
 
 def write_dictionary(
@@ -242,15 +251,13 @@ def write_dictionary(
             for name in tensors:
                 if name in Arrays._fields:
                     file.write(getattr(arrays, name).data)
-            for rows in _take(chunks, held, borders[i + 1] - borders[i]):
-                file.write(rows.contiguous().view(torch.uint8).numpy().data)
+            write = _write_quantised if config.dtype == "int8" else _write_rows
+            write(file, _take(chunks, held, borders[i + 1] - borders[i]), borders[i + 1] - borders[i])
     if any(len(rows) for rows in (*held, *chunks)):
         raise DictionaryError(f"more centroids came than the {len(arrays.counts)} that the offsets speak of")
     if len(layout) > 1:
         ranges = {slice_name(i): [borders[i], borders[i + 1]] for i in range(len(layout))}
-        _write_text(
-            files.index, json.dumps({"weight_map": weight_map(files, len(layout)), "row_ranges": ranges}, indent=1)
-        )
+        _write_text(files.index, json.dumps({"weight_map": weight_map(layout), "row_ranges": ranges}, indent=1))
     _remove_others(files, {path for path, _ in layout})
     _write_text(files.card, model_card(config, arrays))
     _write_text(files.config, config.model_dump_json(indent=1))
@@ -277,14 +284,42 @@ def atomic_path(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+def copy_file(source: Path | None, target: Path) -> None:
+    """Copy a file whole or not at all; where there is none, an older one at the target goes too."""
+    if source is None:
+        target.unlink(missing_ok=True)
+    elif source.resolve() != target.resolve():
+        target.parent.mkdir(exist_ok=True)
+        with atomic_path(target) as scratch:
+            shutil.copyfile(source, scratch)
+
+
 def _write_text(path: Path, text: str) -> None:
     with atomic_path(path) as scratch:
         scratch.write_text(text + "\n", encoding="utf-8")
 
 
+def _write_rows(file: BinaryIO, chunks: Iterable[Tensor], senses: int) -> None:
+    for rows in chunks:
+        file.write(rows.contiguous().view(torch.uint8).numpy().data)
+
+
+def _write_quantised(file: BinaryIO, chunks: Iterable[Tensor], senses: int) -> None:
+    """Write centroids in int8, and then their scales into the gap that is left before them."""
+    gap, scales = file.tell(), []
+    file.seek(gap + 4 * senses)
+    for rows in chunks:
+        values, own = quantise(rows)
+        file.write(values.numpy().data)
+        scales.append(own)
+    file.seek(gap)
+    for own in scales:
+        file.write(own.numpy().data)
+
+
 def _borders(senses: int, config: DictionaryConfig) -> list[int]:
     """Return where each file's slice of the centroids begins, and S at the end."""
-    rows = max(1, SHARD_BYTES // (config.dim * DTYPES[config.dtype].itemsize))
+    rows = max(1, SHARD_BYTES // (config.dim * ITEM_BYTES[_STORED[config.dtype]]))
     return [*range(0, max(senses, 1), rows), senses]
 
 
@@ -304,7 +339,7 @@ def _stored(chunk: np.ndarray | Tensor, config: DictionaryConfig) -> Tensor:
     rows = as_tensor(chunk)
     if rows.ndim != 2 or rows.shape[1] != config.dim:
         raise DictionaryError(f"centroids of shape {tuple(rows.shape)} came for a dictionary of width {config.dim}")
-    rows = rows.to("cpu", DTYPES[config.dtype])
+    rows = rows.to("cpu", DTYPES.get(config.dtype, torch.float32))
     if not torch.isfinite(rows).all():
         raise DictionaryError(f"centroids are NaN, infinite or too large for {config.dtype}: store bfloat16 or float32")
     return rows
@@ -330,58 +365,3 @@ def _remove_others(files: DictionaryFiles, written: set[Path]) -> None:
     older = {files.arrays, files.index, *files.folder.glob("dictionary-*-of-*.safetensors")}
     for path in older - written - ({files.index} if len(written) > 1 else set()):
         path.unlink(missing_ok=True)
-
-
-def model_card(config: DictionaryConfig, arrays: Arrays) -> str:
-    """Return the dictionary's README: what it is, where it comes from, its figures, how to load it, its licence."""
-    teacher = config.teacher.name + (f" (revision {config.teacher.revision})" if config.teacher.revision else "")
-    clustered = int((np.diff(arrays.offsets) > 0).sum())
-    largest = int(np.diff(arrays.offsets).max(initial=0))
-    facts = {
-        "teacher": teacher,
-        "layer": config.layer,
-        "pooling": config.pooling,
-        "senses": f"{len(arrays.counts):,} of {clustered:,} tokens, {largest:,} of one at most (setting: {config.senses})",
-        "vocabulary": f"{config.vocab_size:,} tokens",
-        "width": f"{config.dim}, stored as {config.dtype}",
-        "metric": config.metric,
-        "mean squared spread": f"{config.temperature_unit:.6g} (the unit of temperatures)",
-        "points clustered": f"{int(arrays.counts.sum()):,}",
-        "occurrences in the corpus": f"{int(arrays.token_counts.sum()):,}",
-        "special tokens": config.special_tokens,
-        "longest passage": f"{config.max_length} tokens",
-        **{_one_line(name): f"{value:.6g}" for name, value in sorted(config.quality.items())},
-    }
-    table = "\n".join(f"| {name} | {_one_line(value)} |" for name, value in facts.items())
-    return f"""# Sense dictionary
-
-For each token of the teacher's vocabulary: centroids of its contextual embeddings over a corpus, its *senses*.
-An embedding is replaced by the nearest sense of its own token; the teacher's pooling and heads work on as before.
-
-| | |
-|---|---|
-{table}
-
-## Use
-
-```python
-from msense import SenseDictionary
-
-dictionary = SenseDictionary.load("path/to/this/folder")
-dictionary.find("bank")                          # the word's tokens, and how many senses each has
-dictionary.assign(token_ids, embeddings)         # [N], [N, D] -> sense numbers [N]
-dictionary.replace(token_ids, embeddings)        # [N], [N, D] -> [N, D]
-```
-
-`python -m msense show path/to/this/folder bank` prints a word's senses with examples.
-
-## Licence
-
-The senses are derived from the weights of {_one_line(teacher)}: its licence holds for them too;
-read it before sharing this folder. If exemplars.parquet is here, it quotes the corpus, whose licence holds for it.
-"""
-
-
-def _one_line(value: object) -> str:
-    """Return text that cannot break out of a table cell."""
-    return "".join(c if c.isprintable() else " " for c in str(value)).replace("|", "/")

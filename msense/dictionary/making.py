@@ -128,7 +128,7 @@ def unite(contents: Sequence[Content]) -> Content:
     spread = np.concatenate([arrays.spread for arrays in every])[order]
     united = Arrays(offsets, counts, spread, np.sum([arrays.token_counts for arrays in every], axis=0))
     check_arrays(united, first)
-    centroids = torch.empty(len(order), first.dim, dtype=DTYPES[first.dtype])
+    centroids = torch.empty(len(order), first.dim, dtype=DTYPES.get(first.dtype, torch.float32))
     for (_, _, parts), place in zip(contents, places, strict=True):
         rows = torch.from_numpy(place).split([len(part) for part in parts])
         for part, own in zip(parts, rows, strict=True):

@@ -8,14 +8,15 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msense.config import MAX_SENSES
-from msense.dictionary.checks import check_arrays, shown
+from msense.dictionary.checks import check_arrays, check_scales, shown
 from msense.dictionary.format import (
     FORMAT_VERSION,
     ITEM_BYTES,
@@ -53,13 +54,19 @@ class _Index(FrozenModel):
 _HEADER = TypeAdapter(dict[str, _Entry])
 
 
-def open_dictionary(folder: Path) -> tuple[DictionaryConfig, Arrays, tuple[Tensor, ...]]:
+class Opened(NamedTuple):
+    """What lies in a dictionary's folder."""
+
+    config: DictionaryConfig
+    arrays: Arrays
+    centroids: tuple[Tensor, ...]  # mapped, [S_i, D] one after the other
+    scales: Tensor | None  # float32 [S], of centroids in int8
+
+
+def open_dictionary(folder: Path) -> Opened:
     """Check a dictionary folder and map it; nothing is allocated for a file whose size is not what its header says.
 
     Values of the centroids are not read here: whoever uses one checks that it is finite.
-
-    Returns:
-        The config, the small arrays, and the centroids as memory-mapped tensors [S_i, D] one after the other.
 
     Raises:
         DictionaryError: a file is missing, truncated, foreign, leads out of the folder or contradicts another.
@@ -72,10 +79,9 @@ def open_dictionary(folder: Path) -> tuple[DictionaryConfig, Arrays, tuple[Tenso
         ) from error
 
 
-def _open(files: DictionaryFiles) -> tuple[DictionaryConfig, Arrays, tuple[Tensor, ...]]:
+def _open(files: DictionaryFiles) -> Opened:
     config = _read_config(files)
     found: dict[str, Tensor] = {}
-    parts = []
     for path, tensors in _checked_layout(files, config):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -83,10 +89,13 @@ def _open(files: DictionaryFiles) -> tuple[DictionaryConfig, Arrays, tuple[Tenso
         except (SafetensorError, RuntimeError, MemoryError) as error:  # torch's word for too little address space
             raise DictionaryError(f"{path} cannot be mapped ({error}): copy or build it again") from error
         found.update(mapped)
-        parts += [tensor for name, tensor in mapped.items() if name not in Arrays._fields]
-    arrays = Arrays(**{name: found[name].numpy() for name in Arrays._fields})
+    arrays = Arrays(**{name: found.pop(name).numpy() for name in Arrays._fields})
     check_arrays(arrays, config)
-    return config, arrays, tuple(parts)
+    scales = [tensor for name, tensor in found.items() if name.startswith("scales")]
+    for own in scales:
+        check_scales(own.numpy())
+    centroids = tuple(tensor for name, tensor in found.items() if name.startswith("centroids"))
+    return Opened(config, arrays, centroids, torch.cat(scales) if scales else None)
 
 
 def _read_json(path: Path) -> bytes:
@@ -147,7 +156,7 @@ def _all_errors(error: ValidationError) -> str:
 def _checked_layout(files: DictionaryFiles, config: DictionaryConfig) -> list[tuple[Path, TensorSpecs]]:
     """Return the layout of a folder after comparing the header and the size of each file with it."""
     sharded = os.path.lexists(files.index)
-    borders = _read_borders(files) if sharded else [0, _count_senses(files)]
+    borders = _read_borders(files, config) if sharded else [0, _count_senses(files)]
     if borders[-1] > config.vocab_size * MAX_SENSES:
         raise DictionaryError(
             f"{files.folder} speaks of {borders[-1]} senses, but {config.vocab_size} tokens have at most "
@@ -177,7 +186,7 @@ def _count_senses(files: DictionaryFiles) -> int:
     return shape[0]
 
 
-def _read_borders(files: DictionaryFiles) -> list[int]:
+def _read_borders(files: DictionaryFiles, config: DictionaryConfig) -> list[int]:
     try:
         index = _Index.model_validate_json(_read_json(files.inside(files.index)), strict=True)
     except ValidationError as error:
@@ -195,7 +204,7 @@ def _read_borders(files: DictionaryFiles) -> list[int]:
     whole = len(ranges) > 1 and all(
         r == (a, b) for r, a, b in zip(ranges, borders, borders[1:], strict=False) if a <= b
     )
-    if not whole or borders != sorted(borders) or index.weight_map != weight_map(files, len(ranges)):
+    if not whole or borders != sorted(borders) or index.weight_map != weight_map(file_layout(files, config, borders)):
         raise DictionaryError(
             f"{files.index} does not list slices of the centroids that follow one another: it is damaged; "
             "copy or build the dictionary again"

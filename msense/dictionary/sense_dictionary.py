@@ -6,11 +6,10 @@ sense, 16 a token); `fit` and `merge` hold everything.
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -25,8 +24,10 @@ from msense.dictionary.format import (
     Arrays,
     DictionaryConfig,
     DictionaryFiles,
+    Stored,
     TeacherName,
     atomic_path,
+    copy_file,
     write_dictionary,
 )
 from msense.dictionary.lookup import Exemplar, Match, Vocabulary, read_vocabulary
@@ -83,6 +84,7 @@ class SenseDictionary:
         centroids: tuple[Tensor, ...],
         files: DictionaryFiles | None = None,
         exemplars: "pa.Table | None" = None,
+        scales: Tensor | None = None,
     ) -> None:
         """Put checked arrays together.
 
@@ -92,10 +94,11 @@ class SenseDictionary:
             centroids: tensors [S_i, D], one after the other.
             files: the folder in which the tokenizer and, unless given, the exemplars are.
             exemplars: rows of `exemplar_schema()`.
+            scales: float32 [S], of centroids in int8.
         """
         self.config = config
         self.offsets, self.counts, self.spread, self.token_counts = arrays
-        self.ragged = RaggedSenses(self.offsets, centroids)
+        self.ragged = RaggedSenses(self.offsets, centroids, scales)
         self._files = files
         self._exemplars = exemplars
 
@@ -119,8 +122,8 @@ class SenseDictionary:
 
     @property
     def centroids(self) -> Tensor:
-        """All senses [S, D] in the stored dtype; mapped, but copied into memory when they lie in several files."""
-        parts = self.ragged.parts
+        """All senses [S, D] in the stored dtype; mapped, but in memory when they lie in several files, or in int8."""
+        parts = self.ragged.floats()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @classmethod
@@ -144,15 +147,23 @@ class SenseDictionary:
         inner = folder / "dictionary"
         if not os.path.lexists(DictionaryFiles(folder).config) and os.path.lexists(DictionaryFiles(inner).config):
             folder = inner
-        return cls(*open_dictionary(folder), files=DictionaryFiles(folder))
+        config, arrays, centroids, scales = open_dictionary(folder)
+        return cls(config, arrays, centroids, DictionaryFiles(folder), scales=scales)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, dtype: Stored | None = None) -> None:
         """Write the dictionary with its tokenizer, exemplars and model card; one that is there is replaced.
 
+        Args:
+            folder: a local one.
+            dtype: of the centroids; default: as they are. int8 takes D + 4 bytes a sense, and each number is off by at
+                most 1/254 of the largest of its sense.
+
         Raises:
-            BadInput: the folder is a URI.
-            DictionaryError: arrays were changed so that they contradict each other.
+            BadInput: the folder is a URI, or the dtype is none.
+            DictionaryError: arrays were changed so that they contradict each other, or centroids are too large for the dtype.
         """
+        if dtype not in (None, *get_args(Stored)):
+            raise BadInput(f"dtype is {dtype!r}, but must be one of {get_args(Stored)}")
         if "://" in str(folder):
             raise BadInput(f"{folder} is not a local folder: save to one, then copy it there")
         files = DictionaryFiles(Path(folder))
@@ -164,18 +175,20 @@ class SenseDictionary:
             with atomic_path(files.exemplars) as scratch:
                 pq.write_table(self._exemplars, scratch, row_group_size=1 << 16, write_statistics=["token"])
         else:
-            _copy(self._optional("exemplars"), files.exemplars)
+            copy_file(self._optional("exemplars"), files.exemplars)
         if not files.tokenizer.resolve().is_relative_to(files.folder.resolve()):
             raise DictionaryError(
                 f"{files.tokenizer} lies in {files.tokenizer.resolve()}, outside the folder: take that link away first"
             )
-        _copy(self._optional("tokenizer"), files.tokenizer)
-        write_dictionary(files.folder, self.config, *self._arrays, _chunks(self.ragged.parts))
+        copy_file(self._optional("tokenizer"), files.tokenizer)
+        config = self.config.model_copy(update={"dtype": dtype or self.config.dtype})
+        write_dictionary(files.folder, config, *self._arrays, _chunks(self.ragged))
 
     def to(self, device: str | torch.device) -> "SenseDictionary":
         """Return this dictionary with its centroids on a device (2·S·D bytes there for float16)."""
         parts = tuple(part.to(device) for part in self.ragged.parts)
-        return SenseDictionary(self.config, self._arrays, parts, self._files, self._exemplars)
+        scales = None if self.ragged.scales is None else self.ragged.scales.to(device)
+        return SenseDictionary(self.config, self._arrays, parts, self._files, self._exemplars, scales)
 
     def senses(self, token: int) -> Senses:
         """Return the senses of a token; K = 0 for a token without any.
@@ -345,7 +358,7 @@ class SenseDictionary:
             DictionaryError: the dictionaries do not fit together, naming what differs, or a token gets too many senses.
         """
         every = (self, *others)
-        config, arrays, centroids = unite([(d.config, d._arrays, d.ragged.parts) for d in every])
+        config, arrays, centroids = unite([(d.config, d._arrays, d.ragged.floats()) for d in every])
         exemplars = unite_exemplars([(d._exemplar_table(), d.offsets) for d in every])
         return SenseDictionary(config, arrays, centroids, self._files, exemplars)
 
@@ -386,17 +399,9 @@ class SenseDictionary:
         return ids, points
 
 
-def _copy(source: Path | None, target: Path) -> None:
-    """Copy a file whole or not at all; where there is none, an older one at the target goes too."""
-    if source is None:
-        target.unlink(missing_ok=True)
-    elif source.resolve() != target.resolve():
-        target.parent.mkdir(exist_ok=True)
-        with atomic_path(target) as scratch:
-            shutil.copyfile(source, scratch)
-
-
-def _chunks(parts: tuple[Tensor, ...]) -> Iterator[Tensor]:
+def _chunks(senses: RaggedSenses) -> Iterator[Tensor]:
     """Cut centroids into chunks for the streaming writer."""
-    for part in parts:
-        yield from part.split(max(1, _SAVE_BYTES // (part.shape[1] * part.itemsize)))
+    width = senses.parts[0].shape[1] * 4
+    yield from (
+        senses.rows(index) for index in torch.arange(int(senses.offsets[-1])).split(max(1, _SAVE_BYTES // width))
+    )
