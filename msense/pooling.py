@@ -26,7 +26,7 @@ def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool) -> Tensor:
 
     Args:
         hidden: floating point [B, L, D], anything where the mask is false.
-        mask: bool [B, L]. A passage of padding only has the mean 0.
+        mask: bool [B, L]. A passage of padding only gives zeros.
         how: the mean of all tokens, special ones too; the first token (`cls`); or the last.
         normalize: give it the length 1.
 
@@ -44,4 +44,5 @@ def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool) -> Tensor:
         places = torch.arange(mask.shape[1], device=mask.device)
         ends = places.masked_fill(~mask, len(places)).amin(1) if how == "cls" else (places * mask).amax(1)
         vectors = hidden[torch.arange(len(hidden), device=hidden.device), ends.clamp(max=len(places) - 1)]
+        vectors = vectors.masked_fill(~mask.any(1)[:, None], 0)
     return torch.nn.functional.normalize(vectors, dim=1) if normalize else vectors

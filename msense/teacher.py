@@ -121,7 +121,7 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
         special_tokens=rule,
         normalize=normalize,
         prompt=prompt,
-        max_length=_max_length(config.max_length, longest, (tokenizer.model_max_length, _positions(text_config))),
+        max_length=_max_length(config.max_length, longest, (tokenizer.model_max_length, positions(text_config))),
         prefix=prefix,
         suffix=suffix,
         prompt_ids=tuple(backend.encode(prompt, add_special_tokens=False).ids) if prompt else (),
@@ -350,8 +350,8 @@ def _max_length(wanted: int | None, usual: int | None, limits: tuple[int | None,
     return wanted or min([*known, usual or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT])
 
 
-def _positions(config: Any) -> int | None:  # noqa: ANN401 - a transformers config
+def positions(config: Any) -> int | None:  # noqa: ANN401 - a transformers config
     """Return how many tokens the position embeddings reach; some begin after the padding token's id."""
-    positions = getattr(config, "max_position_embeddings", None)
+    places = getattr(config, "max_position_embeddings", None)
     taken = (config.pad_token_id or 0) + 1 if any(kind in config.model_type for kind in _AFTER_PADDING) else 0
-    return positions - taken if isinstance(positions, int) else None
+    return places - taken if isinstance(places, int) else None

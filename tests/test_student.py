@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from students import dictionary_of, learnt
 from tiny import make
 
 from msense.config import BuildConfig
-from msense.dictionary import SenseDictionary
 from msense.errors import BadInput, StudentError
 from msense.pooling import pool
 from msense.student import (
@@ -32,24 +32,6 @@ from msense.teacher import Teacher, describe, pad_batch
 
 MakeTeacher = Callable[..., Path]
 TINY = {"units": 6, "window": 3}
-
-
-def dictionary_of(folder: Path, seed: int = 0, **config: object) -> SenseDictionary:
-    info, _ = describe(str(folder), BuildConfig())
-    sizes = np.random.default_rng(seed).integers(0, 4, info.vocab_size).tolist()
-    told = {
-        "tokenizer_fingerprint": info.tokenizer_fingerprint,
-        "teacher": {"name": "t", "fingerprint": info.fingerprint},
-    }
-    return make(sizes, dim=info.dim, dtype="float32", **{**told, **config})
-
-
-def learnt(student: Student, seed: int = 0) -> Student:
-    """Move all weights, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in student.parameters():
-        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
-    return student.eval()
 
 
 def static(pooling: str = "mean", heads: str = "two", seed: int = 0, **config: object) -> Student:

@@ -5,6 +5,7 @@ time, and stops at the first that is wrong: a file of holes as large as its head
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,6 +106,18 @@ def _check_offsets(offsets: np.ndarray, senses: int, config: "DictionaryConfig")
             raise DictionaryError(
                 f"token {excluded} has {own} senses, but config.json excludes it: they are not of one dictionary"
             )
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Tell whether a link leads out of a folder; those of the hub's cache lead from its snapshots to its own blobs."""
+    target = path.resolve()
+    for snapshot in (folder.absolute(), *folder.absolute().parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
+            if target.is_relative_to((repository / "blobs").resolve()):
+                return False
+            break
+    return not target.is_relative_to(folder.resolve())
 
 
 def shown(value: object) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from msense.config import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, Metric
 from msense.dictionary.arguments import as_tensor
 from msense.dictionary.card import model_card
-from msense.dictionary.checks import check_arrays
+from msense.dictionary.checks import check_arrays, leads_out
 from msense.dictionary.quantised import quantise
 from msense.errors import DictionaryError
 from msense.storage import scratch_name, sha256_of
@@ -158,10 +158,9 @@ class DictionaryFiles:
         if not path.is_file():
             what = "is no plain file" if os.path.lexists(path) else "is missing"  # opening a pipe would wait for ever
             raise DictionaryError(f"{path} {what}: the dictionary is not whole; copy or build it again")
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        if leads_out(path, self.folder):
             raise DictionaryError(
-                f"{path} links to {path.resolve()}, outside the dictionary: put the file itself there "
-                "(from a hub, download with local_dir)"
+                f"{path} links to {path.resolve()}, outside the dictionary: put the file itself there"
             )
         return path
 

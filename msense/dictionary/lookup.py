@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 
 from msense.dictionary.checks import shown
 from msense.dictionary.contexts import exemplar_schema
-from msense.dictionary.format import DictionaryConfig
 from msense.errors import DictionaryError
 
 __all__ = ["Exemplar", "Match", "TokenMatch", "Vocabulary", "exemplar_schema", "read_vocabulary"]
@@ -76,23 +75,27 @@ class Match:
         return f"{self.word!r} is unknown to this tokenizer: look up another word or spelling."
 
 
-def read_vocabulary(path: Path, config: DictionaryConfig) -> "Vocabulary":
-    """Read a dictionary's tokenizer.json unless it is far larger than its vocabulary asks for.
+def read_vocabulary(path: Path, vocab_size: int, fingerprint: str) -> "Vocabulary":
+    """Read a tokenizer.json unless it is far larger than its vocabulary asks for.
 
     Raises:
         DictionaryError: the file is not that tokenizer.
     """
-    limit = min(_BYTES + _BYTES_A_TOKEN * config.vocab_size, _MAX_BYTES)
+    limit = min(_BYTES + _BYTES_A_TOKEN * vocab_size, _MAX_BYTES)
     if (size := path.stat().st_size) > limit:
         raise DictionaryError(
-            f"{path} has {size} bytes, for {config.vocab_size} tokens at most {limit} are read: "
+            f"{path} has {size} bytes, for {vocab_size} tokens at most {limit} are read: "
             "copy or build the dictionary again"
         )
-    return Vocabulary(path.read_bytes(), config.tokenizer_fingerprint)
+    return Vocabulary(path.read_bytes(), fingerprint)
 
 
 class Vocabulary:
-    """The teacher's tokenizer, for look-ups only."""
+    """The teacher's tokenizer, for look-ups.
+
+    Attributes:
+        tokenizer: without truncation and padding.
+    """
 
     def __init__(self, tokenizer_json: bytes, fingerprint: str = "") -> None:
         """Read a tokenizer.
@@ -110,22 +113,22 @@ class Vocabulary:
                 f"tokenizer.json is not a tokenizer: it has {brackets} brackets, at most {_MAX_BRACKETS} are read; "
                 "copy or build the dictionary again"
             )
-        with _refused("is not a tokenizer"):
+        with refused("is not a tokenizer"):
             definition = json.loads(tokenizer_json)
             model = definition["model"]
         _check_steps(definition)  # first: the library normalises added tokens when it reads them
-        with _refused("is not a tokenizer"):
-            self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
+        with refused("is not a tokenizer"):
+            self.tokenizer = Tokenizer.from_buffer(tokenizer_json)
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
             unknown = model.get("unk_id")
             name = model.get("unk_token") if unknown is None else model["vocab"][unknown][0]
-            self._unknown = self._tokenizer.token_to_id(name) if isinstance(name, str) else None
+            self._unknown = self.tokenizer.token_to_id(name) if isinstance(name, str) else None
         if fingerprint and _fingerprint(definition) != fingerprint:
             # Another version of the library, or the teacher's own file, may write the same tokenizer in other words.
             from msense.tokens import fingerprint as of_tokenizer
 
-            if (found := of_tokenizer(self._tokenizer)) != fingerprint:
+            if (found := of_tokenizer(self.tokenizer)) != fingerprint:
                 raise DictionaryError(
                     f"tokenizer.json is not the dictionary's tokenizer: its fingerprint is {found}, config.json states "
                     f"{fingerprint!r}; copy or build the dictionary again"
@@ -146,11 +149,11 @@ class Vocabulary:
             return Match(word, [], [])
         first, rest = word[0], word[1:]
         spellings = list(dict.fromkeys((word, first.lower() + rest, first.upper() + rest)))
-        ids = [self._tokenizer.token_to_id(start + spelling) for spelling in spellings for start in _WORD_STARTS]
+        ids = [self.tokenizer.token_to_id(start + spelling) for spelling in spellings for start in _WORD_STARTS]
         cuts = [self._cut(space + spelling) for spelling in spellings for space in ("", " ")]
         ids += [cut[0][0] for cut in cuts if len(cut) == 1]
         tokens = [
-            TokenMatch(i, self._tokenizer.id_to_token(i) or "", int(sizes[i]) if i < len(sizes) else 0)
+            TokenMatch(i, self.tokenizer.id_to_token(i) or "", int(sizes[i]) if i < len(sizes) else 0)
             for i in dict.fromkeys(ids)
             if i is not None
         ]
@@ -159,13 +162,13 @@ class Vocabulary:
 
     def _cut(self, text: str) -> list[tuple[int, str]]:
         """Return the tokens of a text; none if any of it is unknown."""
-        with _refused(f"fails at {text!r}"):
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with refused(f"fails at {text!r}"):
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
         return [] if self._unknown in encoding.ids else list(zip(encoding.ids, encoding.tokens, strict=True))
 
 
 @contextmanager
-def _refused(what: str) -> Iterator[None]:
+def refused(what: str) -> Iterator[None]:
     """Turn whatever a hostile tokenizer.json brings about into one error, panics of the library among them."""
     try:
         yield

@@ -366,14 +366,19 @@ class SenseDictionary:
     def _arrays(self) -> Arrays:
         return Arrays(self.offsets, self.counts, self.spread, self.token_counts)
 
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The teacher's tokenizer.json, if the dictionary's folder has one."""
+        return self._optional("tokenizer")
+
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        path = self._optional("tokenizer")
+        path = self.tokenizer_file
         if path is None:
             raise BadInput(
                 "this dictionary has no tokenizer to look words up with: use the token's id with senses(token)"
             )
-        return read_vocabulary(path, self.config)
+        return read_vocabulary(path, self.vocab_size, self.config.tokenizer_fingerprint)
 
     def _optional(self, name: str) -> Path | None:
         """Return the path of a file that the dictionary's folder may have."""

@@ -3,6 +3,7 @@
 from msense.student.config import StudentConfig, StudentSettings
 from msense.student.files import load_student, save_student
 from msense.student.making import make_student
+from msense.student.shipping import ship
 from msense.student.static_inference import StaticEncoder
 from msense.student.student import Student, StudentOutput
 
@@ -15,4 +16,5 @@ __all__ = [
     "load_student",
     "make_student",
     "save_student",
+    "ship",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from msense.config import MAX_DIM, MAX_VOCABULARY
-from msense.dictionary.format import FrozenModel, TeacherName
+from msense.dictionary.format import DictionaryFiles, FrozenModel, TeacherName
 from msense.errors import StudentError
 
 MAX_WINDOW = 1000
@@ -75,6 +75,10 @@ class StudentConfig(FrozenModel):
     vocab_size: int = Field(gt=0, le=MAX_VOCABULARY)
     pooling: Pooling = "mean"
     normalize: bool = Field(default=False, description="whether sentence vectors have unit length")
+    max_length: int = Field(
+        default=512, gt=0, le=1 << 20, description="tokens of a text that are read, special ones too"
+    )
+    prompt: Annotated[str, Field(max_length=1 << 16)] = Field(default="", description="put before every text")
     heads: Heads = "two"
     body: dict[str, Any] | None = Field(default=None, description="the transformer's own config")
     static: StaticSizes | None = None
@@ -101,3 +105,35 @@ class StudentFiles:
     def weights(self) -> Path:
         """All tensors."""
         return self.folder / "model.safetensors"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer."""
+        return self.folder / "tokenizer.json"
+
+    @property
+    def dictionary(self) -> Path:
+        """Folder of the dictionary that the student speaks in; optional."""
+        return self.folder / "dictionary"
+
+    @property
+    def card(self) -> Path:
+        """The model card."""
+        return self.folder / "README.md"
+
+    @property
+    def modules(self) -> Path:
+        """For sentence-transformers: which class reads the folder."""
+        return self.folder / "modules.json"
+
+    @property
+    def settings(self) -> Path:
+        """For sentence-transformers: prompts."""
+        return self.folder / "config_sentence_transformers.json"
+
+    def present(self, *, exemplars: bool) -> list[Path]:
+        """Return the files of a shipped student that are there, config.json last; the dictionary's exemplars if asked for."""
+        own = [self.weights, self.tokenizer, self.card, self.modules, self.settings]
+        there = DictionaryFiles(self.dictionary)
+        dictionary = [path for path in there.present() if exemplars or path != there.exemplars]
+        return [path for path in (*own, *dictionary, self.config) if path.is_file()]

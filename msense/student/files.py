@@ -1,4 +1,4 @@
-"""A student's folder: config.json and model.safetensors, nothing else; nothing in it is trusted or run.
+"""A student's folder: config.json and model.safetensors; nothing in it is trusted or run. `shipping` adds the rest.
 
 Comes in: a student, or a folder. Goes out: a folder, or a student. Loading makes the student without memory first and
 holds its shapes against the file's header: what is allocated then is what the file holds. Holds the weights twice.
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msense.dictionary.checks import shown
+from msense.dictionary.checks import leads_out, shown
 from msense.dictionary.format import atomic_path
 from msense.errors import BadInput, StudentError
 from msense.student.config import StudentConfig, StudentFiles
@@ -24,15 +24,21 @@ _CONFIG_BYTES = 4 << 20
 _DTYPES = ("F32", "F16", "BF16")
 
 
-def save_student(folder: str | Path, student: Student) -> None:
-    """Write a student; one that is there is replaced."""
+def save_student(folder: str | Path, student: Student, config: StudentConfig | None = None) -> None:
+    """Write a student; one that is there is replaced.
+
+    Args:
+        folder: where to; made if missing.
+        student: what.
+        config: what is to be said of it; default: its own.
+    """
     files = StudentFiles(Path(folder))
     files.folder.mkdir(parents=True, exist_ok=True)
     files.config.unlink(missing_ok=True)
     with atomic_path(files.weights) as scratch:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in student.weights().items()}, scratch)
     with atomic_path(files.config) as scratch:
-        scratch.write_text(student.config.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        scratch.write_text((config or student.config).model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def load_student(folder: str | Path) -> Student:
@@ -44,23 +50,23 @@ def load_student(folder: str | Path) -> Student:
     files = StudentFiles(Path(folder))
     try:
         config = _read_config(files)
-        return _read_weights(_inside(files, files.weights), config)
+        return _read_weights(inside(files, files.weights), config)
     except (OSError, UnicodeDecodeError) as error:
         raise StudentError(f"{files.folder} cannot be read ({error}): see to its files, or copy it again") from error
 
 
-def _inside(files: StudentFiles, path: Path) -> Path:
+def inside(files: StudentFiles, path: Path) -> Path:
     """Return a path of the folder unless it is missing, no plain file, or a link leads out of the folder."""
     if not path.is_file():
         what = "is no plain file" if os.path.lexists(path) else "is missing"  # opening a pipe would wait for ever
         raise StudentError(f"{path} {what}: the student is not whole; copy or train it again")
-    if not path.resolve().is_relative_to(files.folder.resolve()):
+    if leads_out(path, files.folder):
         raise StudentError(f"{path} links to {path.resolve()}, outside the student: put the file itself there")
     return path
 
 
 def _read_config(files: StudentFiles) -> StudentConfig:
-    path = _inside(files, files.config)
+    path = inside(files, files.config)
     if (size := path.stat().st_size) > _CONFIG_BYTES:
         raise StudentError(f"{path} has {size} bytes, which is no student's config: copy or train it again")
     raw = path.read_bytes()

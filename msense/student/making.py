@@ -16,7 +16,7 @@ from msense.student.config import Pooling, StaticSizes, StudentConfig, StudentSe
 from msense.student.static import StaticBody, confidence, token_means
 from msense.student.student import Student
 from msense.student.transformer import TransformerBody, body_settings, keep_layers, load_weights
-from msense.teacher import TeacherInfo, describe, load_body
+from msense.teacher import TeacherInfo, describe, load_body, positions
 from msense.teacher_folder import body_folder
 
 
@@ -47,12 +47,13 @@ def make_student(
         torch.manual_seed(settings.seed)
         if not static:
             model = _transformer(settings.kind, info, teacher, revision)
-            student = Student(_config(settings, info, body=body_settings(model)))
+            longest = positions(model.config.get_text_config())
+            student = Student(_config(settings, info, dictionary, longest, body=body_settings(model)))
             assert isinstance(student.body, TransformerBody)
             load_weights(student.body, model)
             return student
         sizes = StaticSizes(units=settings.units, window=settings.window)
-        student = Student(_config(settings, info, static=sizes))
+        student = Student(_config(settings, info, dictionary, None, static=sizes))
     assert isinstance(student.body, StaticBody)
     model = load_body(body_folder(teacher, revision), teacher, torch.float32)
     counts = dictionary.token_counts if seen is None else seen
@@ -62,7 +63,15 @@ def make_student(
     return student
 
 
-def _config(settings: StudentSettings, info: TeacherInfo, **body: Any) -> StudentConfig:  # noqa: ANN401 - one of two
+def _config(
+    settings: StudentSettings,
+    info: TeacherInfo,
+    dictionary: SenseDictionary,
+    longest: int | None,
+    **body: Any,  # noqa: ANN401 - one of two
+) -> StudentConfig:
+    """Describe a student; texts are as long, and begin as, those that the dictionary was made of."""
+    length = dictionary.config.max_length or info.max_length
     return StudentConfig(
         kind=settings.kind,
         teacher=TeacherName(name=info.name, revision=info.revision, fingerprint=info.fingerprint),
@@ -71,6 +80,8 @@ def _config(settings: StudentSettings, info: TeacherInfo, **body: Any) -> Studen
         vocab_size=info.vocab_size,
         pooling=info.pooling,
         normalize=info.normalize,
+        max_length=min(length, longest or length),
+        prompt=dictionary.config.prompt,
         heads=settings.heads,
         **body,
     )

@@ -1,0 +1,56 @@
+"""Students small enough to make in a moment, and whole folders of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from tiny import exemplars, make
+
+from msense.config import BuildConfig
+from msense.dictionary import DictionaryFiles, SenseDictionary
+from msense.dictionary.format import write_tokenizer
+from msense.student import Student, StudentSettings, make_student, ship
+from msense.teacher import describe
+
+SMALL = {"units": 6, "window": 5}
+
+
+def dictionary_of(folder: Path, seed: int = 0, **config: object) -> SenseDictionary:
+    info, _ = describe(str(folder), BuildConfig())
+    sizes = np.random.default_rng(seed).integers(0, 4, info.vocab_size).tolist()
+    told = {
+        "tokenizer_fingerprint": info.tokenizer_fingerprint,
+        "teacher": {"name": "t", "fingerprint": info.fingerprint},
+    }
+    return make(sizes, dim=info.dim, dtype="float32", **{**told, **config})
+
+
+def learnt(student: Student, seed: int = 0) -> Student:
+    """Move all weights, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in student.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
+    return student.eval()
+
+
+def shipped(
+    teacher: Path, folder: Path, kind: str = "static", senses: str = "float32", **told: object
+) -> tuple[Student, SenseDictionary]:
+    """Ship a student of a teacher that has learnt something; return it with its dictionary."""
+    dictionary = dictionary_of(teacher, temperature_unit=20.0, max_length=24)
+    built = folder.parent / f"{folder.name}-dictionary"
+    dictionary.save(built)
+    write_tokenizer(built, describe(str(teacher), BuildConfig())[1].to_str())
+    rows = [
+        (token, s, r) for token in range(dictionary.vocab_size) for s in range(_size(dictionary, token)) for r in (0, 1)
+    ]
+    pq.write_table(exemplars(rows), DictionaryFiles(built).exemplars)
+    dictionary = SenseDictionary.load(built)
+    student = learnt(make_student(StudentSettings(kind=kind, **SMALL), dictionary, str(teacher)))
+    ship(folder, student, dictionary, senses=senses, **told)
+    return student, dictionary
+
+
+def _size(dictionary: SenseDictionary, token: int) -> int:
+    return int(dictionary.offsets[token + 1] - dictionary.offsets[token])
