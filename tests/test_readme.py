@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,15 +32,18 @@ def test_every_file_and_target_is_there() -> None:
     assert set(re.findall(r"\bmake ([a-z-]+)\b", README)) <= targets
 
 
-def test_its_python_runs(tmp_path: Path) -> None:
+def test_its_python_runs(tmp_path: Path, make_teacher: Callable[..., Path]) -> None:
+    from students import shipped
     from tokenizers import Tokenizer, models
 
+    shipped(make_teacher("bert"), tmp_path / "runs" / "student" / "student")
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "cell": 1}, unk_token="[UNK]"))
     with_tokenizer(tokenizer, tmp_path / "runs" / "demo", [0, 4])
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "'cell' is in the dictionary" in done.stdout
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    for block, printed in zip(blocks, ("[bank]", "'cell' is in the dictionary"), strict=True):
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert printed in done.stdout
 
 
 @pytest.mark.slow
