@@ -1,4 +1,4 @@
-"""A static student made fast: two tables of tokens, shifted adds, sums of passages.
+"""A static student made fast: two tables of tokens, a depthwise convolution, sums of passages.
 
 Comes in: a static student; then passages of any lengths as arrays of token ids, without padding. Goes out: sentence
 vectors [P, D], or embeddings [N, D]. The MLP's first layer is a table of tokens here, and what comes after its activation
@@ -84,7 +84,8 @@ class StaticEncoder:
             self._tokens = _Table.of(table, dtype)
             self._units = _Table.of(table @ body.project.weight.T.float().cpu(), dtype)
             self._confidence = torch.cat([body.confidence.float().cpu(), torch.zeros(1)])
-            self._taps = body.taps.detach().float().cpu().clone()
+            taps = body.taps.detach().float().cpu().T[:, None, None]  # as weights [U, 1, 1, window] of U groups
+            self._taps = taps.contiguous(memory_format=torch.channels_last)
             self._passage, self._back = _copied(body.passage), _copied(body.back)
             self._head = None if student.head is None else _copied(student.head)
         self.config = student.config
@@ -102,8 +103,8 @@ class StaticEncoder:
         found = torch.empty(len(passages), self.config.dim)
         done = 0
         for chunk in self._chunks(passages):
-            active = self._active(chunk)
-            tokens, active, confidence = self._pooled(chunk, active)
+            mean = self._mean(chunk)
+            tokens, active, confidence = self._pooled(chunk, mean, self._active(chunk, mean))
             sentences = torch.addmm(tokens, active, self._back.weight.T).addcmul_(confidence[:, None], self._back.bias)
             if self.config.normalize:
                 sentences = torch.nn.functional.normalize(sentences, dim=1)
@@ -120,7 +121,7 @@ class StaticEncoder:
         """
         hidden = [torch.empty(0, self.config.dim)]
         for chunk in self._chunks(passages):
-            active = self._active(chunk).index_select(0, chunk.places)
+            active = self._active(chunk, self._mean(chunk)).index_select(0, chunk.places)
             moved = torch.addmm(self._back.bias, active, self._back.weight.T)
             hidden.append(self._tokens.rows(chunk.ids).addcmul_(self._confidence[chunk.ids, None], moved))
         every = torch.cat(hidden)
@@ -129,7 +130,7 @@ class StaticEncoder:
 
     def _chunks(self, passages: Sequence[np.ndarray]) -> Iterator[_Chunk]:
         """Cut passages into chunks of about CHUNK_TOKENS; one passage is never cut."""
-        half, border = len(self._taps) // 2, self.config.vocab_size
+        half, border = self._taps.shape[3] // 2, self.config.vocab_size
         lengths = np.array([len(passage) for passage in passages], np.int64)
         groups = np.cumsum(lengths) // CHUNK_TOKENS
         for group in np.split(np.arange(len(passages)), np.flatnonzero(np.diff(groups)) + 1) if len(passages) else ():
@@ -149,24 +150,30 @@ class StaticEncoder:
             arrays = (ids, size, np.cumsum(size) - size, stream, places, np.repeat(number, rows))
             yield _Chunk(*(torch.from_numpy(array) for array in arrays))
 
-    def _active(self, chunk: _Chunk) -> Tensor:
-        """Return the MLP's units after activation on the convolved stream, float32 [N + (P - 1)·half, U]."""
-        mean = self._tokens.sums(chunk.ids, chunk.starts).div_(chunk.lengths.clamp(min=1)[:, None])
-        units = torch.addmm(self._passage.bias, mean, self._passage.weight.T).index_select(0, chunk.passage)
-        looked_up = self._units.rows(chunk.stream)
-        for place, tap in enumerate(self._taps):
-            units.addcmul_(looked_up[place : place + len(units)], tap)
-        return units.relu_()
+    def _mean(self, chunk: _Chunk) -> Tensor:
+        """Return the means of the passages' token embeddings, float32 [P, D]; 0 of an empty passage."""
+        return self._tokens.sums(chunk.ids, chunk.starts).div_(chunk.lengths.clamp(min=1)[:, None])
 
-    def _pooled(self, chunk: _Chunk, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _active(self, chunk: _Chunk, mean: Tensor) -> Tensor:
+        """Return the MLP's units after activation on the convolved stream, float32 [N + (P - 1)·half, U]."""
+        of_passages = torch.addmm(self._passage.bias, mean, self._passage.weight.T)
+        rows, stream = len(chunk.passage), self._units.rows(chunk.stream)
+        length, width = stream.shape
+        if not rows:
+            return stream.new_empty(0, width)
+        # rows of units are channels that lie last: so a core multiplies and adds all taps in its registers
+        image = stream.as_strided((1, width, 1, length), (length * width, 1, length * width, width))
+        units = torch.nn.functional.conv2d(image, self._taps, groups=width).reshape(width, rows).T.contiguous()
+        return units.add_(of_passages.index_select(0, chunk.passage)).relu_()
+
+    def _pooled(self, chunk: _Chunk, mean: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pool token embeddings [P, D], active units times confidence [P, U], and confidence [P]."""
         confidence = self._confidence[chunk.ids]
         if self.config.pooling == "mean":
             share = 1 / chunk.lengths.clamp(min=1)
-            tokens = self._tokens.sums(chunk.ids, chunk.starts) * share[:, None]
             units = embedding_bag(chunk.places, active, chunk.starts, mode="sum", per_sample_weights=confidence)
-            mean = embedding_bag(chunk.ids, self._confidence[:, None], chunk.starts, mode="sum")[:, 0]
-            return tokens, units * share[:, None], mean * share
+            known = embedding_bag(chunk.ids, self._confidence[:, None], chunk.starts, mode="sum")[:, 0]
+            return mean, units * share[:, None], known * share
         ends = chunk.starts if self.config.pooling == "cls" else chunk.starts + chunk.lengths - 1
         known = (chunk.lengths > 0).float()
         ends = ends.clamp(min=0, max=max(0, len(chunk.ids) - 1))
