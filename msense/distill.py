@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from msense import storage
+from msense.dictionary import SenseDictionary
 from msense.distill_config import DistillConfig
 from msense.errors import MsenseError
 from msense.label_set import LabelSet
@@ -21,7 +22,8 @@ from msense.losses import Mix
 from msense.run_folder import RunFolder
 from msense.runtime import TASK_CPUS, Resources, run_task
 from msense.storage import join
-from msense.student import StudentSettings
+from msense.student import StudentSettings, load_student, ship
+from msense.student.shipping import ShippedSenses
 from msense.teacher import resolve_dtype
 from msense.train_loop import Training, new_student
 from msense.train_progress import shown
@@ -84,11 +86,14 @@ def worker(given: dict[str, Any]) -> list[dict[str, float]]:
     return train_worker(given)
 
 
-def train(training: Training, run: RunFolder, resources: Resources, labels: LabelSet) -> dict[str, Any]:
+def train(
+    config: DistillConfig, training: Training, run: RunFolder, resources: Resources, labels: LabelSet
+) -> dict[str, Any]:
     """Train a student, or go on with a training that was cut off; a finished one is left as it is.
 
     Args:
-        training: settings.
+        config: all settings.
+        training: what the workers are told.
         run: run folder, for the student and the checkpoints.
         resources: workers.
         labels: of the run, for what they are made of.
@@ -101,8 +106,6 @@ def train(training: Training, run: RunFolder, resources: Resources, labels: Labe
     """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
-
-    from msense.train_worker import STUDENT
 
     name = _name(training, labels)
     history = storage.read_json(join(run.student, "training.json"))
@@ -131,15 +134,47 @@ def train(training: Training, run: RunFolder, resources: Resources, labels: Labe
             result = trainer.fit()
     except Exception as error:  # Ray wraps whatever a worker raised in errors of its own
         raise MsenseError(f"training failed: {_cause(error)}") from error
-    epochs = result.return_value
-    assert result.checkpoint is not None
-    storage.make_folder(run.student)
-    with result.checkpoint.as_directory() as folder:
-        for path in sorted(Path(folder, STUDENT).iterdir()):
-            storage.upload(path, join(run.student, path.name))
+    epochs: list[dict[str, float]] = result.return_value
+    run_task(ship_student, result.checkpoint, training, run.student, config.ship_senses, epochs[-1])
     storage.write_json(join(run.student, "training.json"), {"name": name, "epochs": epochs})
     storage.remove(join(run.training, name))
     return _facts(epochs)
+
+
+def ship_student(
+    checkpoint: Any,  # noqa: ANN401 - Ray Train's
+    training: Training,
+    uri: str,
+    senses: ShippedSenses,
+    metrics: dict[str, float],
+) -> None:
+    """Make of the last checkpoint a student's folder with all that it takes to use it.
+
+    Args:
+        checkpoint: of Ray Train, with the student.
+        training: settings.
+        uri: where to.
+        senses: how the dictionary is stored.
+        metrics: of the last epoch, for the model card.
+    """
+    from msense.train_worker import STUDENT
+
+    dictionary = SenseDictionary.load(training.dictionary)
+    if training.mix.metric is not None:
+        dictionary.config = dictionary.config.model_copy(update={"metric": training.mix.metric})
+    figures = {name.replace("_", " "): value for name, value in metrics.items() if name.startswith("held_out")}
+    with checkpoint.as_directory() as given, storage.scratch_folder() as scratch:
+        ship(scratch, load_student(Path(given, STUDENT)), dictionary, senses=senses, figures=figures)
+        for path in sorted(path for path in scratch.rglob("*") if path.is_file() and path.name != "config.json"):
+            _upload(path, scratch, uri)
+        for path in sorted(scratch.rglob("config.json"), reverse=True):  # that of the student last
+            _upload(path, scratch, uri)
+
+
+def _upload(path: Path, root: Path, uri: str) -> None:
+    target = join(uri, *path.relative_to(root).parts)
+    storage.make_folder(target.rpartition("/")[0])
+    storage.upload(path, target)
 
 
 def _name(training: Training, labels: LabelSet) -> str:

@@ -113,6 +113,9 @@ class DistillConfig(JobConfig):
         None, ge=1, description="workers at a time; default: one a GPU (a CPU where there is none)"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least log lines to show")
+    ship_senses: Literal["float16", "int8", "none"] = Field(
+        "float16", description="how the student's folder holds the dictionary; none: for sentence vectors only"
+    )
     output: str = Field("runs/student", description="run folder (local or URI); the student is its subfolder student/")
     dry_run: bool = Field(False, description="stop before the teacher and print what the labels would take")
     time_teacher: bool = Field(False, description="with --dry-run: time a short forward pass of the teacher")

@@ -109,7 +109,7 @@ def _run_stages(job: Distillation) -> dict[str, Any]:
             job.journal.add("labels", kept=len(labels.manifest.units), damaged=0, made=0)
             facts.update(label_facts(labels.manifest))
     with timed(job.stages, "training") as facts:
-        facts.update(train(training, job.run, job.resources, labels))
+        facts.update(train(job.config, training, job.run, job.resources, labels))
     return {"stages": job.stages, "student": job.run.student}
 
 

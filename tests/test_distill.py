@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from faulty import Corpus
 
-from msense import distill_run
+from msense import SenseEncoder, distill_run
 from msense.dictionary import SenseDictionary
 from msense.distill import _cause
 from msense.distill_config import DistillConfig
@@ -195,6 +195,11 @@ def test_distilling_on_ray_with_two_workers(
     facts = summary["stages"]["training"]
     assert facts["epochs"] == 3
     assert facts["held out accuracy"] > facts["held out frequent"] / 2
+    assert not list((run / "training").glob("[0-9a-f]*"))  # checkpoints are gone
+    encoder = SenseEncoder.from_pretrained(run / "student")
+    assert encoder.encode(["the bank of the river"]).shape == (1, encoder.config.dim)
+    assert encoder.tokens("the bank of the river")[1].sense is not None
+    assert "held out accuracy" in (run / "student" / "README.md").read_text()
     student = load_student(run / "student")
     assert student.config.dim == SenseDictionary.load(run.parent / "dict" / "dictionary").dim
     before = (run / "student" / "model.safetensors").stat().st_mtime_ns

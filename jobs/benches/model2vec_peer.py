@@ -29,7 +29,7 @@ def run(
     bench: Any,
     texts: dict[str, list[str]],
     threads: int,
-    turns: int,  # noqa: ANN401 - a Bench
+    turns: int,
 ) -> tuple[dict[str, np.ndarray], list[float]] | None:
     """Return vectors by part, and the seconds of so many encodings of all texts with so many threads."""
     from msense.config import DEMO_TEACHER
