@@ -66,8 +66,8 @@ def _distillation(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, s
         told = f"{total['passages']:,} passages ({total['held_out_passages']:,} held out), {total['tokens']:,} tokens"
         rows.append(("", f"{told}, {total['labelled']:,} with a sense, {size(total['size'])}"))
     there = storage.exists(run.student)
-    if (told := storage.read_json(run.progress)) and not there:
-        rows.append(("training", line(told)))
+    if (progress := storage.read_json(run.progress)) and not there:
+        rows.append(("training", line(progress)))
     rows.append(("student", run.student if there else "not yet; the distillation's command goes on from here"))
     return rows
 

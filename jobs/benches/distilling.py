@@ -132,7 +132,7 @@ def ood(bench: Bench) -> Figures:
         made = shop.student(dictionary, name, student=kind)
         for how, replace in REPLACED.items():
             figures[f"distill.ood_{name}{how}"] = float(_accuracy(made, task, replace).mean())
-    vectors = model2vec_peer.encode(bench, task.texts)
+    vectors = model2vec_peer.encode(bench.peer_python, task.texts)
     if vectors is not None:
         figures["distill.ood_model2vec"] = float(few_shot(vectors, task.labels).mean())
     return figures
@@ -148,7 +148,7 @@ def _teacher(bench: Bench, task: Task) -> tuple[Any, np.ndarray]:
 
 def _accuracy(made: Made, task: Task, replace: Any) -> np.ndarray:  # noqa: ANN401 - how tokens are replaced
     encoder = SenseEncoder.from_pretrained(made.folder)
-    vectors = {part: encoder.encode(texts, replace=replace) for part, texts in task.texts.items()}
+    vectors = {part: np.asarray(encoder.encode(texts, replace=replace)) for part, texts in task.texts.items()}
     found = few_shot(vectors, task.labels)
     logger.info("%s, replaced %s: %.4f", made.folder.name, replace, found.mean())
     return found

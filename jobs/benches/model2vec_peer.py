@@ -12,37 +12,33 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 logger = logging.getLogger("msense.bench")
 
 
-def encode(bench: Any, texts: dict[str, list[str]], threads: int = 1) -> dict[str, np.ndarray] | None:  # noqa: ANN401
+def encode(python: str | None, texts: dict[str, list[str]], threads: int = 1) -> dict[str, np.ndarray] | None:
     """Return vectors [P, D] of texts by part; None without such a Python."""
-    found = run(bench, texts, threads, turns=0)
+    found = run(python, texts, threads, turns=0)
     return None if found is None else found[0]
 
 
 def run(
-    bench: Any,
-    texts: dict[str, list[str]],
-    threads: int,
-    turns: int,
+    python: str | None, texts: dict[str, list[str]], threads: int, turns: int
 ) -> tuple[dict[str, np.ndarray], list[float]] | None:
     """Return vectors by part, and the seconds of so many encodings of all texts with so many threads."""
     from msense.config import DEMO_TEACHER
     from msense.teacher_folder import body_folder
 
-    if bench.peer_python is None:
+    if python is None:
         logger.info("no --peer-python, a Python with model2vec: its figures are left out")
         return None
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "texts.json").write_text(json.dumps(texts), encoding="utf-8")
         given = [folder, str(body_folder(DEMO_TEACHER, None)), str(turns)]
         limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "MKL_NUM_THREADS")}
-        subprocess.run([bench.peer_python, __file__, *given], check=True, env={**os.environ, **limits})
+        subprocess.run([python, __file__, *given], check=True, env={**os.environ, **limits})
         with np.load(Path(folder, "vectors.npz")) as arrays:
             vectors = {name: arrays[name] for name in texts}
         seconds = json.loads(Path(folder, "seconds.json").read_text())
@@ -56,7 +52,7 @@ def _peer(folder: str, teacher: str, turns: str) -> None:
     texts = json.loads(Path(folder, "texts.json").read_text(encoding="utf-8"))
     model = distill(model_name=teacher)
     vectors = {part: np.asarray(model.encode(rows), np.float32) for part, rows in texts.items()}
-    np.savez(Path(folder, "vectors.npz"), **vectors)
+    np.savez(str(Path(folder, "vectors.npz")), **vectors)  # type: ignore[arg-type]
     every, seconds = [text for rows in texts.values() for text in rows], []
     for _ in range(int(turns)):
         began = time.perf_counter()
