@@ -296,6 +296,15 @@ def test_a_shipment_that_is_cut_off_is_no_student(
         SenseEncoder.from_pretrained(tmp_path / "s")
 
 
+def test_where_files_lay_is_not_told(teacher: Path, tmp_path: Path) -> None:
+    student, dictionary = shipped(teacher, tmp_path / "s", str(teacher))
+    assert student.config.kind == str(teacher)
+    ship(tmp_path / "s", student, dictionary)
+    assert SenseEncoder.from_pretrained(tmp_path / "s").config.kind == teacher.name
+    for path in (tmp_path / "s").rglob("*"):
+        assert path.is_dir() or str(teacher.parent).encode() not in path.read_bytes(), path
+
+
 def test_what_does_not_belong_together_is_not_shipped(teacher: Path, tmp_path: Path) -> None:
     student, dictionary = shipped(teacher, tmp_path / "s")
     whole = (tmp_path / "s" / "config.json").read_bytes()

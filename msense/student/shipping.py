@@ -5,24 +5,21 @@ written last. There is no code in it. Holds the weights once more, and a chunk o
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from msense.dictionary import SenseDictionary
-from msense.dictionary.card import one_line
 from msense.dictionary.format import Stored, atomic_path, copy_file
 from msense.errors import StudentError
+from msense.student.card import MODULE, student_card
 from msense.student.config import StudentConfig, StudentFiles
 from msense.student.files import save_student
 from msense.student.student import Student
 from msense.student.tokenizer import TextReader
-from msense.text import redact
 
 ShippedSenses = Stored | Literal["none"]
-MODULE = "msense.sentence_module.SenseModule"  # what sentence-transformers makes of the folder
 
 
 def ship(
@@ -53,7 +50,11 @@ def ship(
     known = (*get_args(Stored), "none")
     if senses not in known:
         raise StudentError(f"senses is {senses!r}, but must be one of {known}")
-    told = {name: value for name, value in (("max_length", max_length), ("prompt", prompt)) if value is not None}
+    told: dict[str, Any] = {
+        name: value for name, value in (("max_length", max_length), ("prompt", prompt)) if value is not None
+    }
+    if Path(student.config.kind).is_absolute():
+        told["kind"] = Path(student.config.kind).name  # where it lies is nobody's business
     config = StudentConfig.model_validate(student.config.model_dump() | told)
     check_dictionary(config, dictionary)
     source = dictionary.tokenizer_file
@@ -108,68 +109,3 @@ def write_settings(files: StudentFiles, config: StudentConfig) -> None:
     for path, content in ((files.modules, [module]), (files.settings, settings)):
         with atomic_path(path) as scratch:
             scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def student_card(config: StudentConfig, senses: str, figures: Mapping[str, float]) -> str:
-    """Return a shipped student's README: what it is, its figures, how to load it, its licence."""
-    teacher = redact(config.teacher.name)
-    named = re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", teacher)
-    base = f"base_model: {json.dumps(teacher)}\n" if named else ""
-    left_out = "left out: sentence vectors only"
-    facts = {
-        "student": redact(config.kind),
-        "teacher": teacher + (f" (revision {config.teacher.revision})" if config.teacher.revision else ""),
-        "width": config.dim,
-        "pooling": config.pooling + (", length 1" if config.normalize else ""),
-        "longest text": f"{config.max_length} tokens",
-        "prompt": repr(config.prompt) if config.prompt else "none",
-        "dictionary": left_out if senses == "none" else f"in `dictionary/`, stored as {senses}",
-    }
-    rows, measured = (
-        "\n".join(f"| {one_line(name)} | {one_line(value)} |" for name, value in table.items())
-        for table in (facts, {name: f"{value:.6g}" for name, value in figures.items()})
-    )
-    figures_table = f"\n## Figures\n\n| | |\n|---|---|\n{measured}\n" if figures else ""
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, msense, feature-extraction, sentence-similarity]
-{base}---
-
-# A student that speaks in senses
-
-A small encoder distilled from {one_line(teacher)} with [msense](https://arxiv.org/abs/2504.06036): for a text a sentence
-vector, and for every token one of the *senses* that the teacher's embeddings of that token fall into.
-
-| | |
-|---|---|
-{rows}
-{figures_table}
-## Use
-
-```python
-from msense import SenseEncoder
-
-encoder = SenseEncoder.from_pretrained("path/or/name")
-encoder.encode(["a river bank", "a bank account"])    # float32 [2, {config.dim}]
-encoder.tokens("a river bank")                        # token, sense, probability, example; asks for the dictionary
-```
-
-With sentence-transformers, msense being installed:
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("path/or/name", trust_remote_code=True)
-model.encode(["a river bank", "a bank account"])
-```
-
-Version 6 of sentence-transformers asks for `trust_remote_code=True` wherever `modules.json` names a class of another
-package, here `{MODULE}` of the installed msense. No code lies in this folder: look that no
-`.py` is in it.
-
-## Licence
-
-The student is derived from the weights of {one_line(teacher)}: its licence holds for it too; read it before sharing this
-folder. If dictionary/exemplars.parquet is here, it quotes the corpus, whose licence holds for it.
-"""

@@ -18,7 +18,7 @@ from msense.student.config import StudentConfig
 from msense.teacher import pad_batch
 from msense.text import is_utf8
 
-_SLAB = 4096  # texts tokenised at a time
+_SLAB = 256  # texts tokenised at a time
 
 
 class TextReader:
