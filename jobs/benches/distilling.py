@@ -38,7 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mse": {"objective": {"mse": 1.0}},
     "reference": {"reference": True, "epochs": DistillConfig.model_fields["epochs"].default},
 }
-REPLACED = {"": None, "_replaced": "hard", "_replaced_soft": "soft"}
+REPLACED = {"": None, "_replaced": "soft", "_replaced_hard": "hard"}
 
 
 @dataclass(frozen=True)
