@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from msense.build import build_dictionary
-from msense.cli import run_job, show_table
+from msense.cli import run_job, show_table, stage_rows
 from msense.config import BuildConfig, parse_flags
 from msense.text import size
 from msense.tokens import LISTED_BAD_DOCUMENTS
@@ -47,20 +47,7 @@ def show_dry_run(found: dict[str, Any]) -> None:
 
 def show_summary(summary: dict[str, Any]) -> None:
     """Print what was built."""
-    rows = []
-    for name, facts in summary["stages"].items():
-        told = [
-            f"{value:,} {key}"
-            for key, value in facts.items()
-            if key not in ("seconds", "bytes") and not key.startswith("bad") and value
-        ]
-        rows.append(
-            (
-                name,
-                f"{facts['seconds']:,.1f} s  {', '.join(told)}"
-                + (f", {size(facts['bytes'])}" if "bytes" in facts else ""),
-            )
-        )
+    rows = stage_rows(summary["stages"])
     passages = summary["stages"].get("passages", {})
     bad = {key.removeprefix("bad: "): count for key, count in passages.items() if key.startswith("bad: ")}
     if bad:

@@ -4,7 +4,7 @@ import logging
 import sys
 from typing import Any
 
-from msense.cli import run_job, show_table
+from msense.cli import run_job, show_table, stage_rows
 from msense.config import parse_flags
 from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
@@ -39,15 +39,7 @@ def show_dry_run(found: dict[str, Any]) -> None:
 
 def show_summary(summary: dict[str, Any]) -> None:
     """Print what was made."""
-    rows = []
-    for name, facts in summary["stages"].items():
-        told = [
-            f"{value:,} {key}" if isinstance(value, int | float) else f"{key} {value}"
-            for key, value in facts.items()
-            if key not in ("seconds", "bytes") and not key.startswith("bad") and value
-        ]
-        told += [size(facts["bytes"])] if "bytes" in facts else []
-        rows.append((name, f"{facts['seconds']:,.1f} s  {', '.join(told)}"))
+    rows = stage_rows(summary["stages"])
     show_table("Student", [*rows, ("student", summary["student"])])
 
 

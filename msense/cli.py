@@ -1,11 +1,12 @@
-"""What all jobs share: logging, exit codes, and the table at the end.
+"""What all jobs share: logging, exit codes, and the tables at the end.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 130 Ctrl-C. Log lines go to stderr, results to stdout.
 """
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from msense.errors import BadInput, MsenseError
 from msense.storage import S3_CREDENTIALS, s3_errors
-from msense.text import clean, plain
+from msense.text import clean, plain, size
 
 logger = logging.getLogger("msense")
 
@@ -52,6 +53,20 @@ def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(Text(clean(name)), Text(clean(value)))
     Console().print(table)
+
+
+def stage_rows(stages: Mapping[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return a row a stage for `show_table`: its seconds, counts and bytes."""
+    rows = []
+    for name, facts in stages.items():
+        told = [
+            f"{value:,} {key}"
+            for key, value in facts.items()
+            if key not in ("seconds", "bytes") and not key.startswith("bad") and value
+        ]
+        told += [size(facts["bytes"])] if "bytes" in facts else []
+        rows.append((name, f"{facts['seconds']:,.1f} s  {', '.join(told)}"))
+    return rows
 
 
 class _PlainFormatter(logging.Formatter):
