@@ -19,7 +19,7 @@ OBJECTIVES = {
     "cosine": "cosine of hidden states with the teacher's, likewise",
 }
 _OF_SENSES = ("sense", "replaced")
-_RATES = {"static": 5e-3, "": 1e-3}
+_RATES = {"static": 3e-3, "": 1e-3}
 MAX_SOFT_TARGETS = 256
 _OF_LABELS = ("train_tokens", "held_out", "soft_targets", "metric", "pooled", "dtype")
 _FREE = (
@@ -94,7 +94,7 @@ class DistillConfig(JobConfig):
     batch_tokens: int = Field(1024, ge=1, le=MANY, description="tokens of a step on all workers, padding included")
     accumulate: int = Field(1, ge=1, le=1024, description="slices in which a worker takes its share of a step")
     lr: float | None = Field(
-        None, gt=0, le=10, description="highest learning rate; default: 5e-3 for static, 1e-3 for other students"
+        None, gt=0, le=10, description="highest learning rate; default: 3e-3 for static, 1e-3 for other students"
     )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
