@@ -40,6 +40,7 @@ BENCHES = {
     "distill": Subject("distilling", "students of Banking77 against their teacher; --data with banking77/"),
     "ood": Subject("distilling", "students of the text of --corpus, tested on Banking77; --data with banking77/"),
     "step": Subject("training", "a training step and its losses against other ways; --data with banking77/"),
+    "encode": Subject("encoding", "texts per second of students, teacher and model2vec; --data with banking77/"),
     "replace": Subject("replacing", "replacing embeddings over one product with them; shared run"),
     "parts": Subject(
         "parts", "large tokens in parts: rounds, bytes, memory and time against their cost model; needs nothing"

@@ -190,3 +190,17 @@ def test_senses_are_compared_at_equal_size(jobs: None, tmp_path: Path) -> None:
         <= figures["senses.banking77_gain_high"]
     )
     assert figures["senses.banking77_teacher"] > 0.9
+
+
+def test_encoding_compares_what_is_timed(jobs: None, tmp_path: Path) -> None:
+    import bench
+    from benches import encoding
+    from benches.shared import Bench
+    from benches.turns import Turns
+
+    names = {name for pair in encoding.RATIOS.values() for name in pair}
+    figures = encoding._figures(Turns({name: np.array([2.0, 4.0, 1.0]) for name in sorted(names)}, {}), 10)
+    assert {figures[f"encode.{key}"] for key in encoding.RATIOS} == {1.0}
+    assert {figures[f"encode.texts_per_s_{name}"] for name in names} == {5.0}
+    asked = Bench(bench.parse(["encode", "--output", str(tmp_path)]))
+    assert encoding._against_model2vec(asked, lambda: None, ["a text"]) == {}
