@@ -78,15 +78,15 @@ def _ways(folders: dict[str, Path], texts: list[str]) -> dict[str, Callable[[], 
     layers2 = SenseEncoder.from_pretrained(folders["layers2"], device="cpu", dtype="float32")
     layers2_bf16 = SenseEncoder.from_pretrained(folders["layers2"], device="cpu", dtype="bfloat16")
     static = SenseEncoder.from_pretrained(folders["static"], device="cpu")
-    students = {
+    students: dict[str, Callable[..., Any]] = {
         "layers2": layers2.encode,
         "layers2_bf16": layers2_bf16.encode,
         "layers2_bf16_hard": partial(layers2_bf16.encode, replace="hard"),
         "layers2_bf16_soft": partial(layers2_bf16.encode, replace="soft"),
         "static": static.encode,
     }
-    every = {name: partial(model.encode, show_progress_bar=False) for name, model in teacher.items()} | students
-    return {name: partial(way, texts, batch_size=BATCH) for name, way in every.items()}
+    teachers = {name: partial(model.encode, show_progress_bar=False) for name, model in teacher.items()}
+    return {name: partial(way, texts, batch_size=BATCH) for name, way in {**teachers, **students}.items()}
 
 
 def _figures(turns: Turns, texts: int) -> Figures:
