@@ -1,11 +1,11 @@
 """A shipped student as an encoder: texts in, sentence vectors out, and a sense for every token.
 
 Comes in: a folder or a hub name, then texts. Goes out: float32 [n, D], as sentence-transformers' `encode` gives it, or tokens
-with their senses. Holds the student, the ids of all texts, their vectors, and the embeddings of one batch; the dictionary
-is mapped when it is first asked for. Never imports Ray.
+with their senses. Holds the student, the ids of all texts, their vectors, and the embeddings of one batch, or, where senses
+replace them, up to 3 · 4 · `_REPLACED` bytes of them; the dictionary is mapped when first asked for. Never imports Ray.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from msense.dictionary.format import copy_file
 from msense.dictionary.lookup import Exemplar
 from msense.errors import BadInput, StudentError
 from msense.hub import push_student, student_folder
-from msense.pooling import pool
+from msense.pooling import pool, pool_rows
 from msense.student.config import StudentConfig, StudentFiles
 from msense.student.files import inside, load_student
 from msense.student.shipping import check_dictionary
@@ -37,6 +37,7 @@ DEFAULT_TEMPERATURE = (
 )  # of soft replacement and of probabilities, in units of the dictionary's mean squared spread
 _WEIGHTS = 1 << 22  # of senses held at a time
 _STATIC_TOKENS = 1 << 16  # of a static student between two steps of the progress bar
+_REPLACED = 1 << 23  # numbers of embeddings that are replaced at once: the more occurrences a token has, the faster
 
 Replace = Literal["hard", "soft"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -185,18 +186,17 @@ class SenseEncoder:
         soft = temperature if replace == "soft" else None
         found = torch.empty(len(rows), self.config.dim, device=self.device)
         with torch.no_grad(), self._autocast(), _progress(len(rows), show_progress_bar) as advance:
-            for places in self._batches(rows, batch_size, plain=replace is None):
-                batch = [rows[i] for i in places]
-                found[torch.from_numpy(places).to(self.device)] = (
-                    self._vectors(batch) if replace is None else self._replaced(batch, soft)
-                )
+            batches = self._batches(rows, batch_size, plain=replace is None)
+            steps = self._plain(rows, batches) if replace is None else self._replaced(rows, batches, soft)
+            for places, vectors in steps:
+                found[torch.from_numpy(places).to(self.device)] = vectors
                 advance(len(places))
             if normalize_embeddings:
                 found = torch.nn.functional.normalize(found, dim=1)
-        vectors = found[0] if isinstance(texts, str) else found
+        asked = found[0] if isinstance(texts, str) else found
         if convert_to_tensor or (isinstance(texts, str) and not convert_to_numpy):
-            return vectors
-        return vectors.cpu().numpy() if convert_to_numpy else list(vectors)
+            return asked
+        return asked.cpu().numpy() if convert_to_numpy else list(asked)
 
     def tokens(self, text: str, *, prompt: str | None = None, exemplars: bool = True) -> list[TokenSense]:
         """Return the tokens of a text with their senses, without special ones and those of the prompt.
@@ -272,31 +272,57 @@ class SenseEncoder:
     def _batches(self, rows: list[np.ndarray], batch_size: int, *, plain: bool) -> Iterator[np.ndarray]:
         """Yield places of texts, int64 [B]: of similar length, so that little is padded; of a static student in order."""
         lengths = np.array([len(row) for row in rows], np.int64)
-        if isinstance(self._model, StaticEncoder) and plain:
-            ends = np.flatnonzero(np.diff(np.cumsum(lengths) // _STATIC_TOKENS)) + 1
+        if isinstance(self._model, StaticEncoder):
+            step = _STATIC_TOKENS if plain else max(1, _REPLACED // self.config.dim)
+            ends = np.flatnonzero(np.diff(np.cumsum(lengths) // step)) + 1
             yield from (places for places in np.split(np.arange(len(rows)), ends) if len(places))
             return
         for places in token_batches(np.maximum(lengths, 1), TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])):
             yield from np.split(places, range(batch_size, len(places), batch_size))
 
-    def _vectors(self, rows: list[np.ndarray]) -> Tensor:
-        """Return sentence vectors, float32 [B, D]."""
-        if isinstance(self._model, StaticEncoder):
-            return torch.from_numpy(self._model.sentences(rows))
-        batch = self._embedded(rows)
-        return self._pooled(batch.hidden, batch.mask)
+    def _plain(self, rows: list[np.ndarray], batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Yield places of texts, int64 [B], and their sentence vectors, float32 [B, D]."""
+        for places in batches:
+            batch = [rows[i] for i in places]
+            if isinstance(self._model, StaticEncoder):
+                yield places, torch.from_numpy(self._model.sentences(batch))
+                continue
+            output = self._embedded(batch)
+            yield places, pool(output.hidden, output.mask, self.config.pooling, normalize=self.config.normalize)
 
-    def _replaced(self, rows: list[np.ndarray], temperature: float | None) -> Tensor:
-        """Return sentence vectors of replaced embeddings, float32 [B, D]."""
-        batch = self._embedded(rows)
-        replaced = torch.zeros_like(batch.senses)
+    def _replaced(
+        self, rows: list[np.ndarray], batches: Iterable[np.ndarray], temperature: float | None
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Yield places of texts and vectors of replaced embeddings; many batches are replaced at once."""
+        held: list[np.ndarray] = []
+        senses: list[Tensor] = []
+        for places in batches:
+            held.append(places)
+            senses.append(self._unpadded([rows[i] for i in places]))
+            if sum(own.numel() for own in senses) >= _REPLACED:
+                yield self._pooled_senses(rows, held, senses, temperature)
+                held, senses = [], []
+        if held:
+            yield self._pooled_senses(rows, held, senses, temperature)
+
+    def _pooled_senses(
+        self, rows: list[np.ndarray], held: list[np.ndarray], senses: list[Tensor], temperature: float | None
+    ) -> tuple[np.ndarray, Tensor]:
+        """Replace the embeddings [N, D] of some batches; return the places of their texts and the vectors."""
+        places, every = np.concatenate(held), torch.cat(senses)
+        senses.clear()
+        texts = [rows[i] for i in places]
         with torch.autocast(self.device.type, enabled=False):
-            ids = torch.from_numpy(np.concatenate(rows))
-            replaced[batch.mask] = self.dictionary.replace(ids, batch.senses[batch.mask], temperature)
-        return self._pooled(replaced, batch.mask)
+            self.dictionary.replace(torch.from_numpy(np.concatenate(texts)), every, temperature, out=every)
+        lengths = torch.tensor([len(text) for text in texts], device=self.device)
+        return places, pool_rows(every, lengths, self.config.pooling, normalize=self.config.normalize)
 
-    def _pooled(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        return pool(embeddings, mask, self.config.pooling, normalize=self.config.normalize)
+    def _unpadded(self, rows: list[np.ndarray]) -> Tensor:
+        """Return what is compared with the senses of all tokens, float32 [N, D]."""
+        if isinstance(self._model, StaticEncoder):
+            return torch.from_numpy(self._model.tokens(rows)[1])
+        output = self._embedded(rows)
+        return output.senses[output.mask]
 
     def _embedded(self, rows: list[np.ndarray]) -> _Batch:
         """Run the student on some texts."""

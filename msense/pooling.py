@@ -46,3 +46,30 @@ def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool) -> Tensor:
         vectors = hidden[torch.arange(len(hidden), device=hidden.device), ends.clamp(max=len(places) - 1)]
         vectors = vectors.masked_fill(~mask.any(1)[:, None], 0)
     return torch.nn.functional.normalize(vectors, dim=1) if normalize else vectors
+
+
+def pool_rows(embeddings: Tensor, lengths: Tensor, how: str, *, normalize: bool) -> Tensor:
+    """Return the vector of every passage, of embeddings without padding; as `pool` gives it.
+
+    Args:
+        embeddings: float32 [N, D], passage after passage.
+        lengths: int64 [P], tokens of each; one of 0 gives zeros.
+        how: as of `pool`.
+        normalize: give it the length 1.
+
+    Returns:
+        float32 [P, D].
+
+    Raises:
+        BadInput: another pooling.
+    """
+    check_pooling(how)
+    ends = lengths.cumsum(0)
+    if how == "mean":
+        rows = torch.arange(len(embeddings), device=embeddings.device)
+        vectors = torch.nn.functional.embedding_bag(rows, embeddings, ends - lengths, mode="mean")
+    else:
+        vectors = embeddings.new_zeros(len(lengths), embeddings.shape[1])
+        real = lengths > 0
+        vectors[real] = embeddings[(ends - lengths if how == "cls" else ends - 1)[real]]
+    return torch.nn.functional.normalize(vectors, dim=1) if normalize else vectors

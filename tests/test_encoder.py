@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from msense import SenseDictionary, SenseEncoder, hub
 from msense import encoder as encoder_module
 from msense.errors import BadInput, DictionaryError, MsenseError, StudentError
+from msense.pooling import POOLINGS, pool, pool_rows
 from msense.student import Student, load_student, make_student, ship
 from msense.student.config import StudentSettings
 from msense.student.tokenizer import padded
@@ -121,6 +122,24 @@ def test_replaced_vectors_are_those_of_the_dictionary(whole: tuple, how: str, te
     np.testing.assert_allclose(encoder.encode(TEXTS[2], replace=how, **told), want[2], atol=1e-5)
     assert not np.allclose(want, encoder.encode(TEXTS), atol=0.1)
     assert encoder.encode([], replace=how).shape == (0, 16)
+
+
+def test_batches_replaced_together_or_one_by_one_are_the_same(whole: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, *_ = whole
+    want = encoder.encode([*TEXTS, LONG] * 9, replace="soft")
+    monkeypatch.setattr(encoder_module, "_REPLACED", 16 * 30)  # numbers: 30 tokens
+    found = encoder.encode([*TEXTS, LONG] * 9, replace="soft", batch_size=3, show_progress_bar=True)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("how", POOLINGS)
+@pytest.mark.parametrize("lengths", [[3, 0, 5, 1], [0, 0]])
+def test_pooling_without_padding_is_pooling(how: str, normalize: bool, lengths: list[int]) -> None:
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    hidden = torch.randn(len(lengths), 5, 4, generator=torch.Generator().manual_seed(0))
+    want = pool(hidden, mask, how, normalize=normalize)
+    torch.testing.assert_close(pool_rows(hidden[mask], torch.tensor(lengths), how, normalize=normalize), want)
 
 
 def test_tokens_known_by_hand(whole: tuple) -> None:
