@@ -26,7 +26,7 @@ from msense.teacher_folder import body_folder
 
 logger = logging.getLogger("msense.bench")
 
-BATCH, TURNS = 32, 5
+BATCH, TURNS, SECONDS = 32, 5, 150  # no turn begins later
 PEER_ROUNDS, PEER_TURNS = 3, 5  # model2vec is a process of its own: a few turns of each side, again and again
 RATIOS = {  # key: what is timed over what, by the names of `_ways`
     "speedup_layers2": ("teacher", "layers2_bf16"),
@@ -49,7 +49,7 @@ def encode(bench: Bench) -> Figures:
         ways = _ways(folders, texts)
         for way in ways.values():
             way()
-        turns = in_turn(ways, TURNS)
+        turns = in_turn(ways, TURNS, SECONDS)
         return _figures(turns, len(texts)) | _against_model2vec(bench, ways["static"], texts)
 
 
@@ -71,7 +71,7 @@ def _ways(folders: dict[str, Path], texts: list[str]) -> dict[str, Callable[[], 
     from sentence_transformers import SentenceTransformer
 
     body = str(body_folder(DEMO_TEACHER, None))
-    teacher = {
+    teacher: dict[str, Any] = {
         name: SentenceTransformer(body, device="cpu", model_kwargs={"dtype": dtype})
         for name, dtype in (("teacher", "float32"), ("teacher_bf16", "bfloat16"))
     }
@@ -85,8 +85,10 @@ def _ways(folders: dict[str, Path], texts: list[str]) -> dict[str, Callable[[], 
         "layers2_bf16_soft": partial(layers2_bf16.encode, replace="soft"),
         "static": static.encode,
     }
-    teachers = {name: partial(model.encode, show_progress_bar=False) for name, model in teacher.items()}
-    return {name: partial(way, texts, batch_size=BATCH) for name, way in {**teachers, **students}.items()}
+    every: dict[str, Callable[..., Any]] = dict(students)
+    for name, model in teacher.items():
+        every[name] = partial(model.encode, show_progress_bar=False)
+    return {name: partial(way, texts, batch_size=BATCH) for name, way in every.items()}
 
 
 def _figures(turns: Turns, texts: int) -> Figures:
