@@ -454,6 +454,56 @@ def test_sentence_transformers_gives_the_same(teacher: Path, tmp_path: Path, kin
     assert not list(tmp_path.rglob("*.py"))
 
 
+def test_sentence_transformers_reads_as_much_as_it_is_told(teacher: Path, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    shipped(teacher, tmp_path / "s", "static")
+    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
+    model = library.SentenceTransformer(str(tmp_path / "s"), trust_remote_code=True, device="cpu")
+    model.max_seq_length = 5
+    assert model.max_seq_length == 5
+    short, cut = "the river bank", "the river bank near money"
+    np.testing.assert_allclose(model.encode([cut, short]), encoder.encode([short, short]), atol=1e-5)
+    model.save_pretrained(str(tmp_path / "again"))
+    again = library.SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    assert again.max_seq_length == 5
+    np.testing.assert_allclose(again.encode(cut), encoder.encode(short), atol=1e-5)
+    for wrong in (2, 25):
+        with pytest.raises(BadInput, match=f"max_seq_length is {wrong}, but must be from 3 to 24"):
+            model.max_seq_length = wrong
+    model.max_seq_length = 24
+    np.testing.assert_allclose(model.encode(cut), encoder.encode(cut), atol=1e-5)
+
+
+def test_sentence_transformers_takes_static_students_without_padding(teacher: Path, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    shipped(teacher, tmp_path / "s", "static")
+    model = library.SentenceTransformer(str(tmp_path / "s"), trust_remote_code=True, device="cpu")
+    features = model.preprocess([*TEXTS, LONG])
+    trained = model(features)  # with gradients: by the module
+    assert trained["sentence_embedding"].requires_grad
+    assert model[0]._fast is None
+    model.eval()
+    with torch.no_grad():
+        fast = model(features)
+    assert model[0]._fast is not None
+    assert not dict.__contains__(fast, "token_embeddings")
+    torch.testing.assert_close(fast["sentence_embedding"], trained["sentence_embedding"].detach(), atol=1e-5, rtol=0)
+    assert set({**fast}) == set(trained)
+    assert fast.get("nothing") is None
+    tokens = model.encode(TEXTS, output_value="token_embeddings")
+    for own, wanted in zip(tokens, trained["token_embeddings"], strict=False):
+        torch.testing.assert_close(own, wanted[: len(own)].detach())
+    assert "token_embeddings" in model.encode(TEXTS, output_value=None)[0]
+    with torch.no_grad():
+        model[0].student.body.means.add_(1.0)
+        changed = model(features)["sentence_embedding"]
+        model.train()
+        assert model[0]._fast is None
+        slow = model(features)["sentence_embedding"]
+    torch.testing.assert_close(changed, slow, atol=1e-5, rtol=0)
+    assert not torch.allclose(changed, fast["sentence_embedding"], atol=0.1)
+
+
 class FakeApi:
     """Stands for the hub."""
 
