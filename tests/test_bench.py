@@ -204,3 +204,40 @@ def test_encoding_compares_what_is_timed(jobs: None, tmp_path: Path) -> None:
     assert {figures[f"encode.texts_per_s_{name}"] for name in names} == {5.0}
     asked = Bench(bench.parse(["encode", "--output", str(tmp_path)]))
     assert encoding._against_model2vec(asked, lambda: None, ["a text"]) == {}
+
+
+def test_few_shot_accuracy_and_paired_differences(jobs: None) -> None:
+    from benches.few_shot import DRAWS, difference, few_shot
+
+    rng = np.random.default_rng(0)
+    labels = {part: np.repeat(["a", "b", "c"], count) for part, count in (("train", 20), ("test", 30))}
+    known = {part: np.repeat(np.eye(3), len(of) // 3, axis=0) for part, of in labels.items()}
+    noise = {part: rng.normal(size=(len(of), 3)) for part, of in labels.items()}
+    good, chance = few_shot(known, labels), few_shot(noise, labels)
+    assert good.tolist() == [1.0] * DRAWS
+    assert 0.2 < chance.mean() < 0.5
+    gain, low, high = difference(good, chance)
+    assert gain == pytest.approx(1 - chance.mean())
+    assert 0 < low < gain < high
+
+
+def test_the_reference_loop_is_our_loss(jobs: None) -> None:
+    """What a step is timed against computes what it should: cross-entropy over bare dot products."""
+    from types import SimpleNamespace
+
+    import torch
+    from benches.training import _loop, _picked
+    from tiny import make
+
+    from msense.sense_losses import SenseLabels, SenseSpace, sense_losses
+
+    dictionary = make([3, 2, 4], dim=4)
+    rng = np.random.default_rng(0)
+    ids = torch.tensor([0, 2, 1, 2])
+    found, wanted = (torch.from_numpy(rng.normal(size=(4, 4))).float() for _ in range(2))
+    trainer = SimpleNamespace(dictionary=dictionary)
+    picked = _picked(trainer, ids, wanted)
+    assert picked == dictionary.assign(ids, wanted, metric="dot").tolist()
+    labels = SenseLabels(np.array(picked, np.uint16))
+    loss, _ = sense_losses(found, ids.numpy(), labels, SenseSpace(dictionary.ragged, "dot", 1.0), replaced=False)
+    assert _loop(trainer, ids, found, picked).item() == pytest.approx(loss.total.item(), rel=1e-5)
