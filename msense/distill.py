@@ -30,8 +30,6 @@ from msense.train_progress import shown
 
 logger = logging.getLogger(__name__)
 
-# what a step frees the next one needs again: glibc gives it back to the system otherwise, a fifth of a step on a CPU
-_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 WAIT_SECONDS = 1800  # that workers wait for one another
 MAX_FAILURES = 3  # of workers: more is no accident
 TOLD = ("sense", "pooled", "accuracy", "frequent", "pooled_cosine")
@@ -126,7 +124,6 @@ def train(
             storage_path=run.training,
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": _KEEP_MEMORY},
         ),
     )
     try:

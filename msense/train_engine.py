@@ -5,6 +5,7 @@ holds tensors only; DeepSpeed's is pickled by DeepSpeed, so it is read from the 
 Holds the student four times over; ZeRO shares AdamW's half of it among the workers.
 """
 
+import ctypes
 import math
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from msense.errors import BadInput, MsenseError
 from msense.student import Student
 
+_TRIM_THRESHOLD, _MMAP_MAX, _NEVER = -1, -4, (1 << 31) - 1  # of glibc's mallopt
 TENSORS, ZERO = "tensors.safetensors", "zero"  # of a checkpoint
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
@@ -201,6 +203,17 @@ class Zero:
             raise damaged(folder, error) from error
         if found is None:
             raise damaged(folder, FileNotFoundError(f"it has no {ZERO}/"))
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep what a step frees, as the next one needs it again (glibc; a fifth of a step on a CPU).
+
+    Else large tensors are given back to the system, and every page of the next ones is cleared anew.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
 def damaged(folder: Path, error: BaseException) -> BadInput:

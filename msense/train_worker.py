@@ -17,7 +17,7 @@ from ray.train.torch import get_device, prepare_model
 from msense.label_set import LabelSet
 from msense.student import Student, save_student
 from msense.student.narrow import widen
-from msense.train_engine import Engine, Plain, Zero
+from msense.train_engine import Engine, Plain, Zero, keep_freed_memory
 from msense.train_loop import Group, Trainer, Training, new_student
 from msense.train_progress import Progress
 
@@ -32,6 +32,7 @@ def train_worker(given: dict[str, Any]) -> list[dict[str, float]]:
     """
     training: Training = given["training"]
     torch.set_num_threads(training.threads)
+    keep_freed_memory()
     if training.device == "cuda":
         torch.cuda.set_device(get_device())
     context = ray.train.get_context()
