@@ -129,7 +129,7 @@ def ood(bench: Bench) -> Figures:
     ways = [(normalize, special) for normalize in (False, True) for special in (False, True)]
     tables = {way: _table(bench, task, (known, means), *way) for way in ways}
     figures |= {"distill.ood_table": max(tables.values()), "distill.ood_table_as_teacher": tables[True, True]}
-    for name, kind in STUDENTS.items():
+    for name, kind in reversed(STUDENTS.items()):
         for recipe in ("", "_pooled"):
             settings = RECIPES["pooled"] if recipe else {}
             made = shop.student(dictionary, name + recipe, student=kind, epochs=OOD_EPOCHS, **settings)
