@@ -183,7 +183,7 @@ def _name(training: Training, labels: LabelSet) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the first line of what a worker said."""
+    """Return the last line of what a worker said."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

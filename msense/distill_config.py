@@ -96,7 +96,9 @@ class DistillConfig(JobConfig):
     lr: float | None = Field(
         None, gt=0, le=10, description="highest learning rate; default: 3e-3 for static, 1e-3 for other students"
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate")
+    schedule: Literal["cosine", "one-cycle", "linear", "constant"] = Field(
+        "cosine", description="of the learning rate, after its warm-up; one-cycle goes well with --warmup 0.3"
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, le=1, description="of AdamW")
     clip: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient, 0 = any")

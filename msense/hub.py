@@ -8,8 +8,7 @@ from pathlib import Path
 from msense.errors import BadInput, MsenseError, StudentError
 from msense.student.config import StudentFiles
 from msense.student.files import inside
-from msense.teacher_folder import first_line
-from msense.text import redact
+from msense.text import first_line, redact
 
 _FILES = ("*.json", "*.safetensors", "README.md", "dictionary/*")
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from msense.config import DEMO_TEACHER
 from msense.errors import BadInput
-from msense.text import redact
+from msense.text import first_line, redact
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +84,6 @@ def loading(what: str) -> Iterator[None]:
             "architecture that the installed transformers knows, with config.json, tokenizer.json and safetensors "
             "weights; code that it brings along is never run"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what a library says; of errors that say little without it, with the kind."""
-    kind = f"{type(error).__name__}: " if isinstance(error, LookupError | TypeError | AttributeError) else ""
-    lines = (str(error).strip() or "no reason given").splitlines()
-    return redact(kind + " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]))
 
 
 def read_settings(folder: Path) -> tuple[Path, str, bool, int | None, str]:

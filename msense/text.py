@@ -43,3 +43,10 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says; of errors that say little without it, with the kind."""
+    kind = f"{type(error).__name__}: " if isinstance(error, LookupError | TypeError | AttributeError) else ""
+    lines = (str(error).strip() or "no reason given").splitlines()
+    return redact(kind + " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]))

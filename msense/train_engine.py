@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from msense.errors import BadInput, MsenseError
 from msense.student import Student
+from msense.text import first_line
 
 _TRIM_THRESHOLD, _MMAP_MAX, _NEVER = -1, -4, (1 << 31) - 1  # of glibc's mallopt
 TENSORS, ZERO = "tensors.safetensors", "zero"  # of a checkpoint
@@ -218,7 +219,7 @@ def keep_freed_memory() -> None:
 
 def damaged(folder: Path, error: BaseException) -> BadInput:
     """Say that a checkpoint cannot be read."""
-    return BadInput(f"the checkpoint {folder} is damaged ({error}): delete it to go on from the one before")
+    return BadInput(f"the checkpoint {folder} is damaged ({first_line(error)}): delete it to go on from the one before")
 
 
 def _check_norm(norm: float) -> None:

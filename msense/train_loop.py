@@ -2,8 +2,8 @@
 
 Every worker derives the global batches from the labels' manifest and reads its share of each; `train_engine` averages
 gradients and takes the steps. A checkpoint says how many steps are done; the random numbers of a step follow from (seed,
-epoch, step, worker). Never imports Ray. Holds the student four times over, the
-dictionary's senses, one slice of a batch, and where losses are on hidden states the teacher.
+epoch, step, worker). Never imports Ray. Holds the student four times over, the dictionary's senses, up to
+`sense_losses.KEPT_BYTES` of them in float32 too, one slice of a batch, and where losses are on hidden states the teacher.
 """
 
 import json
@@ -140,17 +140,10 @@ def new_student(training: Training, labels: LabelSet | None = None) -> Student:
 class Trainer:
     """One worker of a training: settings, engine, labels, dictionary, and where it stands."""
 
-    def __init__(
-        self,
-        training: Training,
-        engine: Engine,
-        labels: LabelSet,
-        group: Group | None = None,
-        state: State | None = None,
-    ) -> None:
+    def __init__(self, training: Training, engine: Engine, labels: LabelSet, group: Group | None = None) -> None:
         """Bring together what a training needs; the teacher is loaded where losses are on hidden states."""
         self.training, self.engine, self.labels = training, engine, labels
-        self.group, self.state = group or Group(), state or State()
+        self.group, self.state = group or Group(), State()
         self.student = engine.student
         self.dictionary = SenseDictionary.load(training.dictionary).to(training.device)
         self.space = training.mix.space(self.dictionary)
@@ -315,14 +308,24 @@ class Trainer:
 
 
 def rate(step: int, steps: int, warmup: float, schedule: str) -> float:
-    """Return the learning rate's factor in a step: linear warm-up, then cosine, linear or constant."""
+    """Return the learning rate's factor in a step: linear warm-up, then cosine, linear or constant.
+
+    `one-cycle` rises from 1/25 and falls to 1/250,000, both by a cosine (Smith and Topin 2019; the numbers are torch's).
+    """
     warm = warmup * steps
     if step < warm:
+        if schedule == "one-cycle":
+            return _between(1 / 25, 1.0, step / warm)
         return (step + 1) / (warm + 1)
-    left = 1 - (step - warm) / max(1.0, steps - warm)
+    done = (step - warm) / max(1.0, steps - warm)
     if schedule == "constant":
         return 1.0
-    return left if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    return 1 - done if schedule == "linear" else _between(1.0, 1 / 250_000 if schedule == "one-cycle" else 0.0, done)
+
+
+def _between(first: float, last: float, share: float) -> float:
+    """Go from one number to another by half a cosine."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _counts(mix: Mix, batch: LabelBatch) -> dict[str, int]:

@@ -116,7 +116,7 @@ def _watch(run: RunFolder, ended: threading.Event) -> None:
         if bar is None or task is None:
             logger.info("training: %s", line(told))
         else:
-            bar.update(task, total=told["steps"], completed=step, description=_losses(told))
+            bar.update(task, total=told["steps"], completed=step, description=_now(told))
     if bar is not None:
         bar.stop()
 
@@ -124,11 +124,14 @@ def _watch(run: RunFolder, ended: threading.Event) -> None:
 def line(told: dict[str, Any]) -> str:
     """Return what a progress file tells, for people."""
     share = f"{told['step']:,} of {told['steps']:,} steps, epoch {told['epoch']}"
-    return f"{share}, {_losses(told)}, {told['tokens_per_s']:,.0f} tokens/s, {told['seconds_left']:,.0f} s left"
+    return f"{share}, {_now(told)}, {told['seconds_left']:,.0f} s left"
 
 
-def _losses(told: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in told["found"].items())
+def _now(told: dict[str, Any]) -> str:
+    """Return losses, accuracy and speed."""
+    return ", ".join(
+        [*(f"{name} {value:.4f}" for name, value in told["found"].items()), f"{told['tokens_per_s']:,.0f} tokens/s"]
+    )
 
 
 def _bar() -> Bar:

@@ -1,5 +1,7 @@
 """Training of students: it learns, goes on from a checkpoint to the same numbers, and says what went wrong."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from faulty import Corpus
+from safetensors.torch import save_file
 
-from msense import SenseEncoder, distill_run
+from msense import SenseEncoder, distill, distill_run, train_loop
 from msense.dictionary import SenseDictionary
 from msense.distill import _cause
 from msense.distill_config import DistillConfig
@@ -19,6 +22,7 @@ from msense.errors import BadInput, MsenseError
 from msense.label_set import LabelSet
 from msense.losses import Mix
 from msense.student import StudentSettings, load_student, save_student
+from msense.student.narrow import widen
 from msense.train_engine import Plain, Zero
 from msense.train_loop import Trainer, Training, new_student, rate
 
@@ -45,7 +49,9 @@ def training(made: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch) ->
 def trainer_of(training: Training) -> Trainer:
     """One worker, in this process."""
     labels = LabelSet.open(training.run)
-    return Trainer(training, Plain(new_student(training, labels), training.weight_decay, training.clip), labels)
+    student, given = new_student(training, labels), (training.weight_decay, training.clip)
+    stage = training.deepspeed_stage
+    return Trainer(training, Zero(student, *given, stage, "cpu") if stage else Plain(student, *given), labels)
 
 
 def trained(training: Training, checkpoint: Path | None = None, stop: int = 99) -> Trainer:
@@ -117,27 +123,18 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_deepspeed_gives_the_same_numbers_and_goes_on(
     training: Training, process_group: None, tmp_path: Path, stage: int
 ) -> None:
-    training = replace(training, accumulate=3, epochs=2)
-
-    def run(checkpoint: Path | None = None, stop: int = 99) -> Trainer:
-        labels = LabelSet.open(training.run)
-        engine = Zero(new_student(training, labels), training.weight_decay, training.clip, stage, "cpu")
-        trainer = Trainer(training, engine, labels)
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-        for number, _ in enumerate(trainer.run(), 1):
-            if number == stop:
-                break
-        return trainer
-
-    whole = run().state.history
-    run(stop=1).save(tmp_path / "checkpoint")
-    again = run(tmp_path / "checkpoint").state.history
+    plain = replace(training, accumulate=3, epochs=2)
+    training = replace(plain, deepspeed_stage=stage)
+    whole = trained(training).state.history
+    trained(training, stop=1).save(tmp_path / "checkpoint")
+    again = trained(training, tmp_path / "checkpoint").state.history
+    wanted = trained(plain).state.history
     for name in ("train_sense", "train_pooled", "held_out_sense", "held_out_accuracy"):
         assert again[1][name] == pytest.approx(whole[1][name], rel=1e-5)
-        assert whole[1][name] == pytest.approx(trained(training).state.history[1][name], rel=1e-3)
+        assert whole[1][name] == pytest.approx(wanted[1][name], rel=1e-3)
+    shutil.rmtree(tmp_path / "checkpoint" / "zero")
     with pytest.raises(BadInput, match=r"the checkpoint .* is damaged"):
-        run(tmp_path)
+        trained(training, tmp_path / "checkpoint")
 
 
 def test_slices_of_a_batch_add_up_to_it(training: Training) -> None:
@@ -147,16 +144,64 @@ def test_slices_of_a_batch_add_up_to_it(training: Training) -> None:
         assert many[0][name] == pytest.approx(one[0][name], rel=1e-4)
 
 
-def test_losses_that_are_not_finite_and_damaged_checkpoints_are_told(training: Training, tmp_path: Path) -> None:
-    trained(training, stop=1).save(tmp_path / "checkpoint")
-    (tmp_path / "checkpoint" / "state.json").write_text('{"epoch": "one"}')
-    with pytest.raises(BadInput, match=r"the checkpoint .* is damaged"):
-        trained(training, tmp_path / "checkpoint")
+@pytest.mark.parametrize("damage", ["state", "cut", "foreign", "gone"])
+def test_damaged_checkpoints_are_told(training: Training, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "checkpoint"
+    trained(training, stop=1).save(folder)
+    tensors = folder / "tensors.safetensors"
+    if damage == "state":
+        (folder / "state.json").write_text('{"epoch": "one"}')
+    elif damage == "cut":
+        os.truncate(tensors, tensors.stat().st_size // 2)
+    elif damage == "foreign":
+        save_file({"student.body.other": torch.zeros(2)}, tensors)
+    else:
+        tensors.unlink()
+    with pytest.raises(BadInput, match=r"the checkpoint .* is damaged .*delete it"):
+        trained(training, folder)
+
+
+def test_losses_and_gradients_that_are_not_finite_are_told(training: Training) -> None:
     broken = trainer_of(training)
     with torch.no_grad():
         broken.student.body.shift.weight.fill_(float("inf"))
     with pytest.raises(MsenseError, match=r"the loss is not finite .*smaller --lr"):
         next(broken.run())
+    other = trainer_of(training)
+    for parameter in other.student.parameters():
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    with pytest.raises(MsenseError, match=r"a gradient is not finite: give a smaller --lr"):
+        other.engine.step(1e-3)
+
+
+@pytest.mark.parametrize("kind", ["static", "layers:1"])
+def test_narrow_tables_learn_what_whole_ones_do(
+    training: Training, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    training = replace(training, student=StudentSettings(kind=kind), epochs=1)
+    narrowed = trained(training).student
+    table = narrowed.body.shift if kind == "static" else narrowed.body.model.get_input_embeddings()
+    met = table.tokens
+    assert 0 < len(table.weight) == len(met) < narrowed.config.vocab_size
+    widen(narrowed)
+    began = new_student(training)
+    monkeypatch.setattr(train_loop, "narrow", lambda *_: None)
+    whole = trained(training).student
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(narrowed.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+    name = "body.shift.weight" if kind == "static" else "body.model.embeddings.word_embeddings.weight"
+    moved = (narrowed.state_dict()[name] != began.state_dict()[name]).any(1)
+    assert moved[met].any()
+    never = torch.ones(len(moved), dtype=torch.bool)
+    never[met] = False
+    assert never.any()
+    assert not moved[never].any()
+    save_student(tmp_path / "student", narrowed)
+    ids = torch.arange(narrowed.config.vocab_size)[None]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        loaded = load_student(tmp_path / "student")(ids, mask).hidden
+        torch.testing.assert_close(loaded, narrowed.eval()(ids, mask).hidden, rtol=1e-4, atol=1e-6)
 
 
 def test_a_student_that_cannot_be_made_is_told_before_anything_is_labelled(training: Training) -> None:
@@ -184,6 +229,15 @@ def test_learning_rates_rise_and_fall() -> None:
     assert rate(55, 100, 0.1, "linear") == pytest.approx(0.5)
 
 
+def test_one_cycle_is_torchs() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2.0, total_steps=101, pct_start=31 / 101)
+    for step in range(100):
+        assert 2 * rate(step, 100, 0.3, "one-cycle") == pytest.approx(schedule.get_last_lr()[0], rel=1e-6)
+        optimizer.step()
+        schedule.step()
+
+
 def test_distilling_on_ray_with_two_workers(
     ray: None, made: Corpus, in_process: None, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +245,17 @@ def test_distilling_on_ray_with_two_workers(
     monkeypatch.undo()
     given = {"dictionary": str(made.folder / "dict"), "teacher": str(made.teacher), "student": "static", "workers": 2}
     run = made.folder / "run"
+
+    def cut_off(*_: object) -> None:
+        raise MsenseError("cut off")
+
+    patch.setattr(distill, "ship_student", cut_off)
+    with pytest.raises(MsenseError, match="cut off"):  # a training that is finished, and no student yet
+        distill_student(DistillConfig(**given, **SETTINGS, output=str(run)))
+    patch.undo()
+    trained_once = (run / "metrics.jsonl").stat().st_mtime_ns
     summary = distill_student(DistillConfig(**given, **SETTINGS, output=str(run)))
+    assert (run / "metrics.jsonl").stat().st_mtime_ns == trained_once
     facts = summary["stages"]["training"]
     assert facts["epochs"] == 3
     assert facts["held out accuracy"] > facts["held out frequent"] / 2

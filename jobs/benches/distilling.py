@@ -24,6 +24,7 @@ from msense.build import build_dictionary
 from msense.config import DEMO_TEACHER, BuildConfig, validate
 from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
+from msense.errors import BadInput
 from msense.losses import frequent_sense_accuracy
 from msense.run_folder import RunFolder
 from msense.student import load_student
@@ -120,7 +121,7 @@ def ood(bench: Bench) -> Figures:
     """Students of another kind of text, tested on Banking77."""
     task = read_task(bench.data("banking77"))
     if len(bench.config.corpus) != 1:
-        raise ValueError("ood takes one --corpus")
+        raise BadInput(f"ood takes one --corpus, not {len(bench.config.corpus)}: give a folder or a glob of all files")
     shop = Workshop(bench, "ood", bench.config.corpus[0])
     _, teacher = _teacher(bench, task)
     figures: Figures = {"distill.ood_teacher": float(teacher.mean())}
