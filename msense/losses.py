@@ -23,14 +23,14 @@ from msense.student.student import StudentOutput
 
 @dataclass(frozen=True)
 class Labelled:
-    """A batch of B passages, N tokens in all, with what the teacher said of it, as far as an objective asks for it.
+    """A batch of B passages of up to L tokens, N in all, with what the teacher said of it, as far as an objective asks for it.
 
     Attributes:
         ids: int64 [B, L], on the CPU.
         mask: bool [B, L], on the student's device.
-        senses: of the N tokens where the mask is true, in its order.
+        senses: of all B·L places, row by row; padding has none.
         sentences: [B, D], the teacher's sentence vectors.
-        hidden: [N, D], its hidden states.
+        hidden: [N, D], its hidden states where the mask is true.
     """
 
     ids: Tensor
@@ -99,17 +99,18 @@ def loss_sums(
     Raises:
         BadInput: a label is missing, or names a sense that is not there.
     """
-    mask, ids = batch.mask, batch.ids[batch.mask.cpu()].numpy()
+    mask = batch.mask
     names = mix.weights()
     found: dict[str, LossSum] = {}
     if "sense" in names or "replaced" in names:
         labels = _needed(batch.senses, "sense") if "sense" in names else None
-        loss, means = sense_losses(output.senses[mask], ids, labels, space, replaced="replaced" in names)
+        ids = batch.ids.masked_fill(~mask.cpu(), -1).view(-1).numpy()  # padding is of no token: it has no senses
+        loss, means = sense_losses(output.senses.flatten(0, 1), ids, labels, space, replaced="replaced" in names)
         if loss is not None:
             found["sense"] = loss
         if means is not None:
-            embeddings = torch.zeros_like(output.senses).masked_scatter(mask[..., None], means)
-            found["replaced"] = cosine_loss(sentence(embeddings, mask), _needed(batch.sentences, "replaced"))
+            vectors = sentence(means.view_as(output.senses), mask)
+            found["replaced"] = cosine_loss(vectors, _needed(batch.sentences, "replaced"))
     if "pooled" in names:
         found["pooled"] = cosine_loss(sentence(output.hidden, mask), _needed(batch.sentences, "pooled"))
     for name, loss_of in (("mse", mse_loss), ("cosine", cosine_loss)):

@@ -1,8 +1,8 @@
 """Losses over the senses of tokens: cross-entropy with the teacher's sense, and soft replacement that gradients flow through.
 
 Comes in: embeddings [N, D], token ids, a dictionary's senses. Goes out: a sum and [N, D], differentiable in the embeddings
-only. Scores are computed once for both. Holds N·D numbers, N·K chances for the way back, one batch of
-`assignment.BATCH_ELEMENTS` a few times, never [N, K, D]; and the senses in float32 where they are kept ready.
+only. Scores are computed once for both. Holds N·D numbers, for the way back N·K chances and `HELD_NUMBERS` of senses, one
+batch of `assignment.BATCH_ELEMENTS` a few times, never [N, K, D]; and the senses in float32 where they are kept ready.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from msense.config import NO_SENSE, Metric
 from msense.dictionary.assignment import Batch, RaggedSenses, batch_elements, ragged_batches, real
 from msense.errors import BadInput
 
+HELD_NUMBERS = 1 << 24  # of a batch's senses between the two ways; the others are fetched again
 KEPT_BYTES = 1 << 30  # of senses kept ready in float32; of a larger dictionary they are made ready batch by batch
 _ROWS = 1 << 16  # made ready at a time
 
@@ -69,10 +70,9 @@ class SenseSpace:
     def batches(self, embeddings: Tensor, ids: np.ndarray) -> "Iterator[_Scored]":
         """Yield batches of embeddings [N, D] of tokens [N] with their logits, in the working dtype."""
         dim, device = embeddings.shape[1], embeddings.device
-        dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         for batch in ragged_batches(ids, self.senses.offsets, dim, batch_elements(device)):
             rows = batch.rows.to(device)
-            points = embeddings.index_select(0, rows.view(-1)).to(dtype).view(*rows.shape, dim)
+            points = self.points(embeddings, rows)
             ready, bias = self.ready(batch, points)
             if self.metric == "l2":
                 found = torch.baddbmm(bias[:, None], points, ready.transpose(1, 2), beta=-1, alpha=2)
@@ -82,17 +82,25 @@ class SenseSpace:
             if batch.present is not None:
                 found.masked_fill_(~batch.present[:, None].to(device), -torch.inf)
             logits = found.sub_(found.amax(2, keepdim=True)).div_(self.scale)  # so a tiny scale does not overflow
-            yield _Scored(batch, rows, points, ready, logits)
+            yield _Scored(batch, rows, ready, logits)
 
-    def ready(self, batch: Batch, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a batch's senses as they are multiplied [T, K, D], and what l2 takes off their scores [T, K]."""
+    def points(self, embeddings: Tensor, rows: Tensor) -> Tensor:
+        """Return rows [T, n] of embeddings [N, D] as [T, n, D], in the working dtype."""
+        found = embeddings.index_select(0, rows.view(-1))
+        return found.to(torch.promote_types(found.dtype, torch.float32)).view(*rows.shape, -1)
+
+    def ready(self, batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a batch's senses as they are multiplied [T, K, D], and what l2 takes off their scores [T, K].
+
+        Both have the dtype and device of `like`.
+        """
         rows, shape = batch.senses.view(-1), batch.senses.shape
-        if self._kept is not None and points.dtype == torch.float32:
-            rows = rows.to(points.device)
+        if self._kept is not None and like.dtype == torch.float32:
+            rows = rows.to(like.device)
             ready, bias = self._kept[0].index_select(0, rows), self._kept[1].index_select(0, rows)
         else:
             first = batch.senses[:, :1].expand(shape).reshape(-1)
-            ready, bias = (part.to(points.device) for part in self._made(rows, first, points.dtype))
+            ready, bias = (part.to(like.device) for part in self._made(rows, first, like.dtype))
         return ready.view(*shape, -1), bias.view(shape)
 
     def mean(self, chances: Tensor, batch: Batch, ready: Tensor) -> Tensor:
@@ -111,11 +119,12 @@ class SenseSpace:
             ready = self.senses.rows(batch.senses.view(-1)).to(ready.device, ready.dtype).view(ready.shape)
         return torch.bmm(upstream, ready.transpose(1, 2))
 
-    def pull(self, weights: Tensor, points: Tensor, ready: Tensor) -> Tensor:
-        """Return the gradient in the embeddings [T, n, D] of Σ weights · logits, the weights of each summing to 0."""
+    def pull(self, weights: Tensor, embeddings: Tensor, rows: Tensor, ready: Tensor) -> Tensor:
+        """Return the gradient in rows of embeddings [T, n, D] of Σ weights · logits, the weights of each summing to 0."""
         towards = torch.bmm(weights, ready)
         if self.metric != "cosine":
             return towards.mul_((2 if self.metric == "l2" else 1) / self.scale)
+        points = self.points(embeddings, rows)
         length = points.norm(dim=2, keepdim=True).clamp(min=1e-12)
         unit = points / length
         return (towards - unit * (unit * towards).sum(2, keepdim=True)) / (length * self.scale)
@@ -158,7 +167,6 @@ class _Scored(NamedTuple):
 
     batch: Batch
     rows: Tensor  # int64 [T, n]
-    points: Tensor  # [T, n, D]
     ready: Tensor  # [T, K, D]
     logits: Tensor  # [T, n, K]
 
@@ -173,7 +181,7 @@ class _Target(NamedTuple):
 
 
 class _SenseLosses(torch.autograd.Function):
-    """Keeps the cross-entropy's gradient [N, D] from the forward pass on, and for the replacement the chances."""
+    """Keeps the chances of senses for the way back, and of the senses themselves as many as `HELD_NUMBERS` allow."""
 
     @staticmethod
     def forward(
@@ -185,49 +193,48 @@ class _SenseLosses(torch.autograd.Function):
         replaced: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        working = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=torch.float64, device=embeddings.device)
-        needed = ctx.needs_input_grad[0]
-        grad = torch.zeros_like(embeddings, dtype=working) if needed and target is not None else None
         out = embeddings.clone() if replaced else embeddings.new_empty(0)
-        ctx.space, ctx.kept = space, []
+        ctx.space, ctx.target, ctx.kept, held = space, target, [], 0
         with torch.autocast(embeddings.device.type, enabled=False):
-            for batch, rows, points, ready, logits in space.batches(embeddings, ids):
+            for batch, rows, ready, logits in space.batches(embeddings, ids):
                 chances = logits.log_softmax(2)
                 if target is not None:
                     wanted, weight = target.numbers[rows], target.weights[rows].to(logits.dtype)  # [T, n, m]
                     total -= real((chances.gather(2, wanted) * weight).sum(2), batch).sum(dtype=torch.float64)
                 chances = chances.exp_()
                 if replaced:
-                    out[real(rows, batch)] = real(space.mean(chances, batch, ready), batch).to(out.dtype)
-                    if needed:
-                        ctx.kept.append((batch, rows, chances.clone() if grad is not None else chances))
-                if target is not None and grad is not None:
-                    off = chances.mul_(target.told[rows].to(chances.dtype)[..., None])
-                    off.scatter_add_(2, wanted, -weight)
-                    grad[real(rows, batch)] = real(space.pull(off, points, ready), batch)
-        ctx.save_for_backward(grad, embeddings if replaced else None)
-        return total.to(working), out
+                    _put(out, rows, space.mean(chances, batch, ready))
+                if ctx.needs_input_grad[0]:
+                    held += ready.numel()
+                    ctx.kept.append((batch, rows, chances, ready if held <= HELD_NUMBERS else None))
+        ctx.save_for_backward(embeddings)
+        return total.to(torch.promote_types(embeddings.dtype, torch.float32)), out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_total: Tensor | None, of_means: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's
-        grad, embeddings = ctx.saved_tensors
-        found = None if of_total is None or grad is None else grad * of_total
-        if of_means is not None and embeddings is not None:
-            through = of_means.clone()
-            with torch.autocast(of_means.device.type, enabled=False):
-                for batch, rows, chances in ctx.kept:
-                    shape = (*rows.shape, embeddings.shape[1])
-                    points = embeddings.index_select(0, rows.view(-1)).to(chances.dtype).view(shape)
-                    upstream = of_means.index_select(0, rows.view(-1)).to(chances.dtype).view(shape)
-                    ready, _ = ctx.space.ready(batch, points)
-                    above = ctx.space.above(upstream, batch, ready)
-                    weights = above.sub_((chances * above).sum(2, keepdim=True)).mul_(chances)
-                    pulled = ctx.space.pull(weights, points, ready)
-                    through[real(rows, batch)] = real(pulled, batch).to(through.dtype)
-            found = through if found is None else found + through
+        (embeddings,), space, target = ctx.saved_tensors, ctx.space, ctx.target
+        found = torch.zeros_like(embeddings) if of_means is None else of_means.clone()
+        with torch.autocast(embeddings.device.type, enabled=False):
+            for batch, rows, chances, ready in ctx.kept:
+                ready = space.ready(batch, chances)[0] if ready is None else ready
+                weights = torch.zeros_like(chances)
+                if of_total is not None and target is not None:
+                    weights.addcmul_(chances, target.told[rows].to(chances.dtype)[..., None])
+                    weights.scatter_add_(2, target.numbers[rows], -target.weights[rows].to(chances.dtype)).mul_(
+                        of_total
+                    )
+                if of_means is not None:
+                    above = space.above(space.points(of_means, rows), batch, ready)
+                    weights.addcmul_(above.sub_((chances * above).sum(2, keepdim=True)), chances)
+                _put(found, rows, space.pull(weights, embeddings, rows, ready))
         return found, None, None, None, None
+
+
+def _put(out: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write a batch's values [T, n, D] to their rows; padding writes once more what its row is given anyway."""
+    out.index_copy_(0, rows.view(-1), values.flatten(0, 1).to(out.dtype))
 
 
 def _target(labels: SenseLabels, ids: np.ndarray, offsets: np.ndarray, device: torch.device) -> _Target:

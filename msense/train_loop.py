@@ -214,14 +214,14 @@ class Trainer:
         totals, right = dict.fromkeys(names, 0.0), []
         for number, batch in enumerate(batches):
             with self.engine.slice_of_step(last=number == len(batches) - 1):
-                output, ids, given = self._forward(batch, self.engine.model)
+                output, given = self._forward(batch, self.engine.model)
                 sums = loss_sums(training.mix, output, given, self.space, self.student.sentence)
                 loss = weighted(training.mix, sums, {n: int(c) for n, c in counts.items()}, group.world)
                 self.engine.backward(loss if slices else loss * 0)
             for name, part in sums.items() if slices else ():
                 totals[name] += float(part.total.detach())
             if is_told:
-                right.append(self._accuracy(output, ids, batch))
+                right.append(self._accuracy(output, batch))
         every = group.sum(list(totals.values()), training.device)
         found = {name: total / max(1, counts[name]) for name, total in zip(names, every, strict=True)}
         if not all(map(math.isfinite, found.values())):
@@ -232,8 +232,8 @@ class Trainer:
             found["accuracy"] = float(sum(part.total for part in right)) / max(1, sum(part.count for part in right))
         return found
 
-    def _forward(self, batch: LabelBatch, model: nn.Module) -> tuple[StudentOutput, np.ndarray, Labelled]:
-        """Return a student's output for a slice, its token ids [N], and what it is held against."""
+    def _forward(self, batch: LabelBatch, model: nn.Module) -> tuple[StudentOutput, Labelled]:
+        """Return a student's output for a slice, and what it is held against."""
         device = self.training.device
         mask = batch.mask.to(device)
         with torch.autocast(device, torch.bfloat16, enabled=self.training.dtype == "bfloat16"):
@@ -241,15 +241,10 @@ class Trainer:
         hidden = None
         if self.teacher is not None:
             hidden = self.teacher.embed(batch.ids.numpy(), batch.mask.numpy())[mask].float()
-        return (
-            StudentOutput(output[0].float(), output[1].float()),
-            batch.ids[batch.mask].numpy(),
-            _labelled(batch, mask, hidden),
-        )
+        return StudentOutput(output[0].float(), output[1].float()), _labelled(batch, mask, hidden)
 
-    def _accuracy(self, output: StudentOutput, ids: np.ndarray, batch: LabelBatch) -> LossSum:
-        senses = output.senses[batch.mask.to(output.senses.device)]
-        return sense_accuracy(senses, ids, _numbers(batch.senses[batch.mask]), self.dictionary, self.space.metric)
+    def _accuracy(self, output: StudentOutput, batch: LabelBatch) -> LossSum:
+        return sense_accuracy(output.senses.flatten(0, 1), *_picked(batch), self.dictionary, self.space.metric)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -262,10 +257,10 @@ class Trainer:
         totals, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         with self.engine.whole():
             for batch in self._batches(own):
-                output, ids, given = self._forward(batch, self.student)
+                output, given = self._forward(batch, self.student)
                 told = loss_sums(training.mix, output, given, self.space, self.student.sentence)
-                told["accuracy"] = self._accuracy(output, ids, batch)
-                told["frequent"] = frequent_sense_accuracy(ids, _numbers(batch.senses[batch.mask]), self.dictionary)
+                told["accuracy"] = self._accuracy(output, batch)
+                told["frequent"] = frequent_sense_accuracy(*_picked(batch), self.dictionary)
                 if given.sentences is not None:
                     vectors = self.student.sentence(output.hidden, given.mask)
                     cosine = nn.functional.cosine_similarity(vectors, given.sentences).sum()
@@ -338,11 +333,16 @@ def _counts(mix: Mix, batch: LabelBatch) -> dict[str, int]:
 def _labelled(batch: LabelBatch, mask: Tensor, hidden: Tensor | None) -> Labelled:
     """Return labels as losses take them."""
     if batch.soft_senses is None or batch.soft_weights is None:
-        senses = SenseLabels(_numbers(batch.senses[batch.mask]))
+        senses = SenseLabels(_numbers(batch.senses.flatten()))
     else:
-        senses = SenseLabels(_numbers(batch.soft_senses[batch.mask]), batch.soft_weights[batch.mask].numpy())
+        senses = SenseLabels(_numbers(batch.soft_senses.flatten(0, 1)), batch.soft_weights.flatten(0, 1).numpy())
     sentences = None if batch.pooled is None else batch.pooled.to(mask.device)
     return Labelled(batch.ids, mask, senses, sentences, hidden)
+
+
+def _picked(batch: LabelBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Return a batch's token ids and the teacher's senses, place by place [B·L]; padding has none."""
+    return batch.ids.flatten().numpy(), _numbers(batch.senses.flatten())
 
 
 def _numbers(senses: Tensor) -> np.ndarray:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import make
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from msense import sense_losses as sense_losses_module
 from msense.config import NO_SENSE
 from msense.dictionary import assignment
 from msense.dictionary.assignment import RaggedSenses
@@ -118,7 +119,9 @@ def test_cross_entropy_and_replacement_are_those_of_a_loop(
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kept", [False, True])
-def test_one_look_gives_what_two_give(metric: str, kept: bool) -> None:
+@pytest.mark.parametrize("held", [0, 1 << 24])
+def test_one_look_gives_what_two_give(metric: str, kept: bool, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sense_losses_module, "HELD_NUMBERS", held)
     ids, x, senses = draw(7, 5, 40, 4)
     labels = draw_labels(1, ids, senses.offsets, 2)
     wanted = torch.from_numpy(np.random.default_rng(0).normal(size=x.shape)).float()
@@ -268,13 +271,13 @@ def passages(d: object, seed: int = 0) -> list[Labelled]:
 def together(parts: list[Labelled], side: str = "right") -> Labelled:
     longest = max(part.ids.shape[1] for part in parts)
     ids, mask = torch.zeros(len(parts), longest, dtype=torch.int64), torch.zeros(len(parts), longest, dtype=torch.bool)
+    numbers = np.full(ids.shape, NO_SENSE, np.uint16)
     for i, part in enumerate(parts):
         length = part.ids.shape[1]
         where = slice(0, length) if side == "right" else slice(longest - length, longest)
-        ids[i, where], mask[i, where] = part.ids[0], True
-    numbers = np.concatenate([p.senses.numbers for p in parts if p.senses])
+        ids[i, where], mask[i, where], numbers[i, where] = part.ids[0], True, part.senses.numbers
     sentences, hidden = (torch.cat([getattr(p, name) for p in parts]) for name in ("sentences", "hidden"))
-    return Labelled(ids, mask, SenseLabels(numbers), sentences, hidden)
+    return Labelled(ids, mask, SenseLabels(numbers.ravel()), sentences, hidden)
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)

@@ -4,8 +4,10 @@ In: the labels and dictionary that `distill` makes (made if they are not there).
 one thread as a worker of many has. Holds one student.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from msense.train_engine import Plain, keep_freed_memory
 from msense.train_loop import Trainer, Training, new_student
 
 STEPS, TURNS = 12, 5
+LARGER = 4096  # tokens of a larger batch, for the losses alone
 
 
 def step(bench: Bench) -> Figures:
@@ -81,7 +84,7 @@ def _trainer(labels: str, dictionary: str, kind: str) -> Trainer:
 def _measure(trainer: Trainer) -> dict[str, float]:
     """Time some steps in several ways, in turn."""
     training = trainer.training
-    batches = [b for b, _ in zip(_batches(trainer), range(STEPS), strict=False)]
+    batches = list(islice(trainer.labels.batches(0, 0, training.batch_tokens), STEPS))
     read = [trainer.labels.read(batch) for batch in batches]
     teacher = Teacher(
         DEMO_TEACHER, revision=None, layer=-1, dtype=training.teacher_dtype, device="cpu", threads=training.threads
@@ -111,6 +114,8 @@ def _measure(trainer: Trainer) -> dict[str, float]:
 
     ways: dict[str, Callable[[], None]] = {"ours": ours, "bare": bare, "senses": ours_senses, "reference": reference}
     ways |= _losses(trainer, read)
+    larger = [trainer.labels.read(batch) for batch in islice(trainer.labels.batches(0, 0, LARGER), 3)]
+    ways |= {f"{name}_{LARGER}": way for name, way in _losses(trainer, larger).items() if name != "loss_unbound"}
     for way in ways.values():
         way()
     turns = in_turn(ways, TURNS)
@@ -119,6 +124,8 @@ def _measure(trainer: Trainer) -> dict[str, float]:
         "epoch_speedup": turns.ratio("reference", "senses"),
         "epoch_speedup_default": turns.ratio("reference", "ours"),
         "loss_speedup": turns.ratio("loss_loop", "loss_ours"),
+        f"loss_speedup_{LARGER}": turns.ratio(f"loss_loop_{LARGER}", f"loss_ours_{LARGER}"),
+        "loss_speedup_unbound": turns.ratio("loss_unbound", "loss_ours"),
         "step_ms": 1000 * float(np.median(turns.seconds["ours"])) / STEPS,
     }
 
@@ -135,17 +142,13 @@ def _losses(trainer: Trainer, read: list[LabelBatch]) -> dict[str, Callable[[], 
             loss.total.backward()
             x.grad = None
 
-    def loss_loop() -> None:
+    def loss_loop(*, unbound: bool = False) -> None:
         for x, batch in zip(outputs, read, strict=True):
             ids = batch.ids[batch.mask]
-            _loop(trainer, ids, x, _picked(trainer, ids, x.detach())).backward()
+            _loop(trainer, ids, x, _picked(trainer, ids, x.detach()), unbound=unbound).backward()
             x.grad = None
 
-    return {"loss_ours": loss_ours, "loss_loop": loss_loop}
-
-
-def _batches(trainer: Trainer) -> Iterator[np.ndarray]:
-    return trainer.labels.batches(0, 0, trainer.training.batch_tokens)
+    return {"loss_ours": loss_ours, "loss_loop": loss_loop, "loss_unbound": partial(loss_loop, unbound=True)}
 
 
 def _forward(trainer: Trainer, batch: LabelBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,10 +167,16 @@ def _picked(trainer: Trainer, ids: torch.Tensor, wanted: torch.Tensor) -> list[i
     return found
 
 
-def _loop(trainer: Trainer, ids: torch.Tensor, found: torch.Tensor, targets: list[int]) -> torch.Tensor:
-    """Return the reference's loss, cross-entropy over a token's dot products with its senses, token by token."""
+def _loop(
+    trainer: Trainer, ids: torch.Tensor, found: torch.Tensor, targets: list[int], *, unbound: bool = False
+) -> torch.Tensor:
+    """Return the reference's loss, cross-entropy over a token's dot products with its senses, token by token.
+
+    Embeddings are indexed one by one, as the reference does; unbound all at once, the way back costs half.
+    """
     dictionary, losses = trainer.dictionary, []
+    rows = found.unbind(0) if unbound else found
     for i, (token, target) in enumerate(zip(ids.tolist(), targets, strict=True)):
         own = dictionary.centroids[dictionary.offsets[token] : dictionary.offsets[token + 1]].float()
-        losses.append(cross_entropy((own @ found[i])[None], torch.tensor([target])))
+        losses.append(cross_entropy((own @ rows[i])[None], torch.tensor([target])))
     return torch.stack(losses).sum()

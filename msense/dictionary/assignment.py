@@ -18,9 +18,9 @@ from msense.config import Metric
 from msense.dictionary.quantised import dequantise
 from msense.errors import BadInput, DictionaryError
 
-BATCH_ELEMENTS = {"cpu": 1 << 18}  # float32 numbers that fit a core's second-level cache
+BATCH_ELEMENTS = {"cpu": 1 << 19}  # float32 numbers that fit a core's second-level cache
 _BATCH_ELEMENTS_ELSEWHERE = 1 << 24  # an accelerator wants few large kernels
-_OCCURRENCE_STEP, _SENSE_STEP = 1.3, 1.5  # tokens within such a factor of each other share a padded batch
+_OCCURRENCE_STEP, _SENSE_STEP = 2, 3  # tokens within such a factor of each other share a padded batch
 
 
 @dataclass(frozen=True)
