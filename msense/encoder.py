@@ -2,7 +2,7 @@
 
 Comes in: a folder or a hub name, then texts. Goes out: float32 [n, D], as sentence-transformers' `encode` gives it, or tokens
 with their senses. Holds the student, the ids of all texts, their vectors, and the embeddings of one batch, or, where senses
-replace them, up to 3 · 4 · `_REPLACED` bytes of them; the dictionary is mapped when first asked for. Never imports Ray.
+replace them, up to 2 · 4 · `_REPLACED` bytes of them; the dictionary is mapped when first asked for. Never imports Ray.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -294,35 +294,26 @@ class SenseEncoder:
         self, rows: list[np.ndarray], batches: Iterable[np.ndarray], temperature: float | None
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Yield places of texts and vectors of replaced embeddings; many batches are replaced at once."""
-        held: list[np.ndarray] = []
-        senses: list[Tensor] = []
-        for places in batches:
-            held.append(places)
-            senses.append(self._unpadded([rows[i] for i in places]))
-            if sum(own.numel() for own in senses) >= _REPLACED:
-                yield self._pooled_senses(rows, held, senses, temperature)
-                held, senses = [], []
-        if held:
-            yield self._pooled_senses(rows, held, senses, temperature)
+        for group in _grouped(batches, rows, _REPLACED // self.config.dim):
+            places = np.concatenate(group)
+            ids = np.concatenate([rows[i] for i in places])
+            every, at = torch.empty(len(ids), self.config.dim, device=self.device), 0
+            for part in group:
+                batch = [rows[i] for i in part]
+                at += self._write_senses(batch, every[at : at + sum(map(len, batch))])
+            with torch.autocast(self.device.type, enabled=False):
+                self.dictionary.replace(torch.from_numpy(ids), every, temperature, out=every)
+            lengths = torch.tensor([len(rows[i]) for i in places], device=self.device)
+            yield places, pool_rows(every, lengths, self.config.pooling, normalize=self.config.normalize)
 
-    def _pooled_senses(
-        self, rows: list[np.ndarray], held: list[np.ndarray], senses: list[Tensor], temperature: float | None
-    ) -> tuple[np.ndarray, Tensor]:
-        """Replace the embeddings [N, D] of some batches; return the places of their texts and the vectors."""
-        places, every = np.concatenate(held), torch.cat(senses)
-        senses.clear()
-        texts = [rows[i] for i in places]
-        with torch.autocast(self.device.type, enabled=False):
-            self.dictionary.replace(torch.from_numpy(np.concatenate(texts)), every, temperature, out=every)
-        lengths = torch.tensor([len(text) for text in texts], device=self.device)
-        return places, pool_rows(every, lengths, self.config.pooling, normalize=self.config.normalize)
-
-    def _unpadded(self, rows: list[np.ndarray]) -> Tensor:
-        """Return what is compared with the senses of all tokens, float32 [N, D]."""
+    def _write_senses(self, rows: list[np.ndarray], out: Tensor) -> int:
+        """Write what is compared with the senses of all tokens to out, float32 [N, D]; return N."""
         if isinstance(self._model, StaticEncoder):
-            return torch.from_numpy(self._model.tokens(rows)[1])
-        output = self._embedded(rows)
-        return output.senses[output.mask]
+            out.copy_(torch.from_numpy(self._model.tokens(rows)[1]))
+        else:
+            output = self._embedded(rows)
+            torch.index_select(output.senses.flatten(0, 1), 0, output.mask.flatten().nonzero()[:, 0], out=out)
+        return len(out)
 
     def _embedded(self, rows: list[np.ndarray]) -> _Batch:
         """Run the student on some texts."""
@@ -336,6 +327,20 @@ class SenseEncoder:
             wide[mask] = torch.from_numpy(own)
             both.append(wide)
         return _Batch(both[0], both[1], mask)
+
+
+def _grouped(batches: Iterable[np.ndarray], rows: list[np.ndarray], tokens: int) -> Iterator[list[np.ndarray]]:
+    """Group batches of texts until a group has so many tokens."""
+    group: list[np.ndarray] = []
+    held = 0
+    for places in batches:
+        group.append(places)
+        held += sum(len(rows[i]) for i in places)
+        if held >= tokens:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 @contextmanager

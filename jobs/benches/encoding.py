@@ -27,12 +27,15 @@ from msense.teacher_folder import body_folder
 logger = logging.getLogger("msense.bench")
 
 BATCH, TURNS, SECONDS = 32, 5, 150  # no turn begins later
+REPLACING_TURNS = 15  # of those three alone: their times are near each other
 PEER_ROUNDS, PEER_TURNS = 3, 5  # model2vec is a process of its own: a few turns of each side, again and again
 RATIOS = {  # key: what is timed over what, by the names of `_ways`
     "speedup_layers2": ("teacher", "layers2_bf16"),
     "speedup_layers2_same_dtype": ("teacher", "layers2"),
     "speedup_layers2_bf16": ("teacher_bf16", "layers2_bf16"),
     "speedup_static": ("teacher", "static"),
+}
+REPLACING = {
     "replace_cost": ("layers2_bf16_hard", "layers2_bf16"),
     "replace_cost_soft": ("layers2_bf16_soft", "layers2_bf16"),
 }
@@ -50,7 +53,9 @@ def encode(bench: Bench) -> Figures:
         for way in ways.values():
             way()
         turns = in_turn(ways, TURNS, SECONDS)
-        return _figures(turns, len(texts)) | _against_model2vec(bench, ways["static"], texts)
+        near = in_turn({name: ways[name] for name in sum(REPLACING.values(), ())}, REPLACING_TURNS)
+        figures = {f"encode.{key}": near.ratio(*names) for key, names in REPLACING.items()}
+        return _figures(turns, len(texts)) | figures | _against_model2vec(bench, ways["static"], texts)
 
 
 @contextmanager

@@ -288,14 +288,13 @@ def _write_nearest(nearest: Tensor, embeddings: Tensor, senses: RaggedSenses, ou
     if not sum(len(part) for part in senses.parts):
         out.copy_(embeddings)
         return
-    missing = nearest < 0
     step = max(1, batch_elements(embeddings.device) // embeddings.shape[1])
     for start in range(0, len(out), step):
-        block = slice(start, start + step)
-        values = senses.rows(nearest[block].clamp(min=0)).to(out.device)
-        if missing[block].any():
-            values = torch.where(missing[block, None], embeddings[block], values.to(out.dtype))
-        out[block] = values
+        rows, block = nearest[start : start + step], out[start : start + step]
+        missing = torch.nonzero(rows < 0)[:, 0]
+        kept = embeddings[start : start + step].index_select(0, missing)  # out may be the embeddings themselves
+        block.copy_(senses.rows(rows.clamp(min=0)))
+        block.index_copy_(0, missing, kept.to(block.dtype))
 
 
 def batch_elements(device: torch.device) -> int:
