@@ -19,9 +19,6 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")  # a checkpoin
 SEEN: dict[tuple[str, str], str] = {}  # what became of (fault, stage)
 TOLD: list[str] = []  # figures to be read at the end
 
-WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
-WORDS += ["run", "##ning", "##s"]
-
 
 @pytest.fixture
 def outcome() -> Callable[[str, str, str], None]:
@@ -102,6 +99,7 @@ def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
     def make(kind: str = "bert", pooling: str | None = None, prompt: str | None = None) -> Path:
         import torch
+        from tiny import WORDS
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
         from transformers import (
             BertConfig,
@@ -117,7 +115,7 @@ def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
         folder = tmp_path_factory.mktemp(f"{kind}-teacher")
         special = ["<pad>", "<unk>", "<s>"] if kind == "llama" else ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-        vocabulary = {word: number for number, word in enumerate([*special, *WORDS, *".,!"])}
+        vocabulary = {word: number for number, word in enumerate([*special, *WORDS, "run", "##ning", "##s", *".,!"])}
         backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special[1]))
         backend.normalizer = normalizers.Lowercase()
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -261,3 +259,21 @@ def whole(made: "Corpus") -> "Corpus":
     made.build("whole", keep=ALL)
     made.stop_at("msense.build._drop_intermediates", "stopped", keep=ALL)
     return made
+
+
+@pytest.fixture(scope="session")
+def teacher(make_teacher: Callable[..., Path]) -> Path:
+    """A small teacher that nobody changes."""
+    return make_teacher("bert")
+
+
+@pytest.fixture(scope="session", params=["static", "layers:1"])
+def shipped_student(request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """A shipped student that nobody changes: its encoder, the student, its dictionary, and the folder."""
+    from students import shipped
+
+    from msense import SenseEncoder
+
+    folder = tmp_path_factory.mktemp("shipped") / "student"
+    student, dictionary = shipped(teacher, folder, request.param)
+    return SenseEncoder.from_pretrained(folder), student, dictionary, folder

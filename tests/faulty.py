@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import WORDS
 
 from msense import storage
 from msense.build import build_dictionary
@@ -17,7 +18,6 @@ from msense.run_folder import RunFolder
 
 MakeTeacher = Callable[..., Path]
 Outcome = Callable[[str, str, str], None]
-WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
 ALL = ("passages", "occurrences", "centroids")
 
 

@@ -5,14 +5,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from tiny import exemplars, make
+from tiny import WORDS, exemplars, make
+from tokenizers import Tokenizer
 
 from msense.config import BuildConfig
 from msense.dictionary import DictionaryFiles, SenseDictionary
 from msense.dictionary.format import write_tokenizer
 from msense.student import Student, StudentSettings, make_student, ship
+from msense.student.tokenizer import padded
 from msense.teacher import describe
 
+TEXTS = ["the river bank", "", "a cat sat on the mat , running", "money", "zzz of deep", "is near " * 3, "dogs !"]
+LONG = " ".join(WORDS * 200)
+KINDS = ["static", "layers:1"]
 SMALL = {"units": 6, "window": 5}
 
 
@@ -54,3 +59,26 @@ def shipped(
 
 def _size(dictionary: SenseDictionary, token: int) -> int:
     return int(dictionary.offsets[token + 1] - dictionary.offsets[token])
+
+
+def ids_of(folder: Path, text: str) -> np.ndarray:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(24)
+    return np.array(tokenizer.encode(text).ids)
+
+
+@torch.no_grad()
+def one(
+    student: Student, ids: np.ndarray, dictionary: SenseDictionary | None = None, t: float | None = None
+) -> np.ndarray:
+    """Embed one text by the module itself, replaced if there is a dictionary."""
+    rows, mask = padded([ids])
+    hidden, senses = student(rows, mask)
+    if dictionary is not None:
+        hidden = dictionary.replace(rows[0], senses[0], t)[None]
+    return student.sentence(hidden, mask)[0].numpy()
+
+
+def outside(path: Path) -> None:
+    path.rename(path.parent.parent / "outside")
+    path.symlink_to(path.parent.parent / "outside")

@@ -15,6 +15,7 @@ from pathlib import Path
 import driver
 import numpy as np
 import pytest
+from tiny import WORDS
 
 from msense import assemble, build, clustering, exemplars, parts, passages, plan, runtime, senses, storage
 from msense.build import build_dictionary
@@ -26,7 +27,6 @@ from msense.run_folder import RunFolder
 pytestmark = pytest.mark.usefixtures("ray")
 MakeTeacher = Callable[..., Path]
 Outcome = Callable[[str, str, str], None]
-WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
 KEPT = ("passages", "occurrences", "centroids")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tiny import WORDS
 
 from msense import SenseDictionary, storage
 from msense.build import build_dictionary
@@ -16,7 +17,6 @@ from msense.errors import BadInput
 
 pytestmark = pytest.mark.usefixtures("in_process")
 MakeTeacher = Callable[..., Path]
-WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
 
 
 @pytest.fixture

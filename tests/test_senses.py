@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import WORDS
 
 from msense import SenseDictionary, storage
 from msense.allocation import Curves, allocate
@@ -24,7 +25,6 @@ from msense.run_folder import RunFolder
 from msense.units import ClusterSettings, Range, read_ranges
 
 MakeTeacher = Callable[..., Path]
-WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
 
 
 def mixture(points: int, clusters: int, width: int = 16, seed: int = 0) -> np.ndarray:

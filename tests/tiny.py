@@ -12,6 +12,7 @@ from msense.dictionary.format import DTYPES
 from msense.dictionary.lookup import exemplar_schema
 from msense.tokens import fingerprint
 
+WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
 ARRAYS = ("offsets", "counts", "spread", "token_counts")
 
 
