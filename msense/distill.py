@@ -60,6 +60,7 @@ def training_of(config: DistillConfig, source: Source, run: RunFolder, resources
         teacher_dtype=dtype,
         student=StudentSettings(kind=config.student, heads=config.heads, seed=config.seed),
         mix=mix,
+        train_embeddings=config.train_embeddings,
         epochs=config.epochs,
         batch_tokens=config.batch_tokens,
         accumulate=config.accumulate,

@@ -43,6 +43,7 @@ _OF_THE_PAPER: dict[str, Any] = {
     "pooled": False,
     "epochs": 5,
     "schedule": "cosine",
+    "train_embeddings": True,
 }
 
 
@@ -90,6 +91,11 @@ class DistillConfig(JobConfig):
         description="two: senses are read by a head of their own; one: from the hidden state that the sentence vector is "
         "made of (the default where the objective asks for one of them only)",
     )
+    train_embeddings: bool = Field(
+        False,
+        description="also move a transformer's table of tokens; left as it is, tokens that the text lacks stay comparable (a "
+        "static student's always moves)",
+    )
     epochs: int = Field(10, ge=1, le=10_000, description="times that each passage is trained on")
     batch_tokens: int = Field(1024, ge=1, le=MANY, description="tokens of a step on all workers, padding included")
     accumulate: int = Field(1, ge=1, le=1024, description="slices in which a worker takes its share of a step")
@@ -108,7 +114,7 @@ class DistillConfig(JobConfig):
     reference: bool = Field(
         False,
         description="the paper's choices wherever no other is given: sense loss alone on bare dot products, one head, hard "
-        "labels, five epochs",
+        "labels, all weights trained, five epochs",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     workers: int | None = Field(

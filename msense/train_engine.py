@@ -70,7 +70,7 @@ class Engine(Protocol):
 def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW's: biases, norms and a transformer's embeddings are not decayed, a static student's shift is."""
     parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in student.named_parameters():
+    for name, parameter in ((n, p) for n, p in student.named_parameters() if p.requires_grad):
         parts[parameter.ndim == 2 and "embedding" not in name].append(parameter)
     return [{"params": found, "weight_decay": weight_decay * decayed} for decayed, found in parts.items()]
 

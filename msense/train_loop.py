@@ -33,6 +33,7 @@ from msense.losses import (
 from msense.sense_losses import LossSum, SenseLabels
 from msense.student import Student, StudentSettings, make_student
 from msense.student.narrow import narrow
+from msense.student.static import StaticBody
 from msense.student.student import StudentOutput
 from msense.teacher import Teacher
 from msense.train_engine import Engine, damaged
@@ -64,6 +65,7 @@ class Training:
     teacher_dtype: str
     student: StudentSettings
     mix: Mix
+    train_embeddings: bool
     epochs: int
     batch_tokens: int
     accumulate: int
@@ -123,7 +125,7 @@ def new_student(training: Training, labels: LabelSet | None = None) -> Student:
     Args:
         training: settings.
         labels: of the run: a static student's tokens move the further the more often they are seen there, and tables of
-            tokens are narrowed to those there. None: for a look at it.
+            tokens that are trained are narrowed to those there. None: for a look at it.
 
     Raises:
         BadInput: it cannot be made.
@@ -132,7 +134,9 @@ def new_student(training: Training, labels: LabelSet | None = None) -> Student:
     trained, held_out = (None, None) if labels is None else labels.token_counts()
     student = make_student(training.student, dictionary, training.teacher, training.revision, trained)
     student = student.to(training.device)
-    if trained is not None:
+    if not isinstance(student.body, StaticBody) and not training.train_embeddings:
+        student.body.model.get_input_embeddings().requires_grad_(False)
+    elif trained is not None:
         narrow(student, torch.from_numpy(np.flatnonzero(trained + held_out)))
     return student
 

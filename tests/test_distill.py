@@ -40,7 +40,8 @@ def training(made: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch) ->
     return Training(
         run=str(run), dictionary=str(made.folder / "dict" / "dictionary"), teacher=str(made.teacher), revision=None,
         teacher_dtype="float32", deepspeed_stage=0, checkpoint_steps=1000,
-        student=StudentSettings(kind="static"), mix=Mix(sense=1, pooled=50), epochs=3, batch_tokens=256, accumulate=1,
+        student=StudentSettings(kind="static"), mix=Mix(sense=1, pooled=50), train_embeddings=False, epochs=3,
+        batch_tokens=256, accumulate=1,
         lr=5e-3, schedule="cosine", warmup=0.05, weight_decay=0.01, clip=1.0, dtype="float32", seed=0, device="cpu",
         threads=1,
     )  # fmt: skip
@@ -78,6 +79,13 @@ def test_students_learn_sentences_and_senses(training: Training, kind: str) -> N
     assert last["held_out_pooled_cosine"] > untrained["held_out_pooled_cosine"]
     assert last["held_out_sense"] < untrained["held_out_sense"]
     assert last["held_out_frequent"] == untrained["held_out_frequent"]
+
+
+def test_a_transformers_tokens_stay_as_they_are_unless_asked_for(training: Training) -> None:
+    training = replace(training, student=StudentSettings(kind="layers:1"), epochs=1)
+    began, ended = (student.body.model.state_dict() for student in (new_student(training), trained(training).student))
+    still = {name for name, tensor in began.items() if torch.equal(tensor, ended[name])}
+    assert still == {"embeddings.word_embeddings.weight"}
 
 
 @pytest.mark.parametrize(("kind", "stop"), [("static", 1), ("static", 2), ("layers:1", 3)])
@@ -178,7 +186,7 @@ def test_losses_and_gradients_that_are_not_finite_are_told(training: Training) -
 def test_narrow_tables_learn_what_whole_ones_do(
     training: Training, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    training = replace(training, student=StudentSettings(kind=kind), epochs=1)
+    training = replace(training, student=StudentSettings(kind=kind), epochs=1, train_embeddings=True)
     narrowed = trained(training).student
     table = narrowed.body.shift if kind == "static" else narrowed.body.model.get_input_embeddings()
     met = table.tokens

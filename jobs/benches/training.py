@@ -61,6 +61,7 @@ def _trainer(labels: str, dictionary: str, kind: str) -> Trainer:
         teacher_dtype=resolve_dtype("auto", "cpu"),
         student=StudentSettings(kind=kind, heads=config.heads),
         mix=Mix(temperature=config.temperature, **weights),
+        train_embeddings=config.train_embeddings,
         epochs=1,
         batch_tokens=config.batch_tokens,
         accumulate=1,
