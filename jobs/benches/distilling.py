@@ -38,7 +38,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mse": {"objective": {"mse": 1.0}},
     "reference": {"reference": True, "epochs": DistillConfig.model_fields["epochs"].default},
 }
-OOD_EPOCHS = 3  # of much more text
 REPLACED = {"": None, "_replaced": "soft", "_replaced_hard": "hard"}
 
 
@@ -131,11 +130,9 @@ def ood(bench: Bench) -> Figures:
     tables = {way: _table(bench, task, (known, means), *way) for way in ways}
     figures |= {"distill.ood_table": max(tables.values()), "distill.ood_table_as_teacher": tables[True, True]}
     for name, kind in reversed(STUDENTS.items()):
-        for recipe in ("", "_pooled"):
-            settings = RECIPES["pooled"] if recipe else {}
-            made = shop.student(dictionary, name + recipe, student=kind, epochs=OOD_EPOCHS, **settings)
-            for how, replace in list(REPLACED.items())[: 1 if recipe else None]:
-                figures[f"distill.ood_{name}{recipe}{how}"] = float(_accuracy(made, task, replace).mean())
+        made = shop.student(dictionary, name, student=kind)
+        for how, replace in REPLACED.items():
+            figures[f"distill.ood_{name}{how}"] = float(_accuracy(made, task, replace).mean())
     vectors = model2vec_peer.encode(bench.peer_python, task.texts)
     if vectors is not None:
         figures["distill.ood_model2vec"] = float(few_shot(vectors, task.labels).mean())
