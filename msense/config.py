@@ -167,6 +167,11 @@ class BuildConfig(JobConfig):
         description="senses of a token, at most (K); auto: shares --sense-budget out among tokens so that the distortion of "
         "the whole corpus is least; mcl: a share of the token's Markov clusters, the paper's rule for decoders",
     )
+    reference: bool = Field(
+        False,
+        description="the paper's choices wherever no other is given: 20 senses (mcl for a decoder), assignment by dot product, "
+        "special tokens included, any number of occurrences from one passage, 300 rounds, a tolerance of 1e-4",
+    )
     sense_budget: str = Field(
         f"{DEFAULT_BUDGET.average:g}",
         description="for auto: senses a token on average (5), or the bytes of all senses (60MB, 2GB)",
@@ -175,11 +180,6 @@ class BuildConfig(JobConfig):
         {}, description="options of mcl, such as inflation=1.65 expansion=2 share=0.1 least=5 (see the README)"
     )
     n_init: int = Field(1, ge=1, le=1000, description="k-means runs a token, of which the best is kept")
-    reference: bool = Field(
-        False,
-        description="the paper's choices wherever no other is given: 20 senses (mcl for a decoder), assignment by dot product, "
-        "special tokens included, any number of occurrences from one passage, 300 rounds, a tolerance of 1e-4",
-    )
     max_occurrences: int = Field(1000, ge=0, le=MANY, description="occurrences to cluster a token, 0 = all")
     coverage: float = Field(
         1.0, gt=0, le=1, description="stop reading once this share of the wanted occurrences is reached"
@@ -238,11 +238,14 @@ class BuildConfig(JobConfig):
 
     @field_validator("sense_budget", mode="before")
     @classmethod
-    def _known_budget(cls, value: object) -> object:
+    def _known_budget(cls, value: object, info: ValidationInfo) -> object:
         try:
             SenseBudget.parse(str(value))
         except BadInput as error:
             raise ValueError(str(error)) from error
+        rule = info.data.get("senses", "auto")
+        if rule != "auto" and str(value) != cls.model_fields["sense_budget"].default:
+            raise ValueError(f"is for senses auto, not {rule}: leave one of the two out")
         return str(value)
 
     @field_validator("mcl", mode="before")
@@ -258,7 +261,7 @@ class BuildConfig(JobConfig):
 
     @field_validator("mcl")
     @classmethod
-    def _known_options(cls, values: dict[str, float]) -> dict[str, float]:
+    def _known_options(cls, values: dict[str, float], info: ValidationInfo) -> dict[str, float]:
         from msense.mcl import MclConfig  # torch
 
         known = [field.name for field in fields(MclConfig)]
@@ -271,6 +274,9 @@ class BuildConfig(JobConfig):
             raise ValueError(f"{first['loc'][0]}: {first['msg']}") from error
         except BadInput as error:
             raise ValueError(str(error)) from error
+        rule = info.data.get("senses", "mcl")
+        if values and rule != "mcl" and not (rule == "auto" and info.data.get("reference")):
+            raise ValueError(f"is for senses mcl, not {rule}: leave it out, or give --senses mcl")
         return {name: getattr(made, name) for name in values}
 
     @property

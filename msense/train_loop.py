@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from msense.config import NO_SENSE
 from msense.dictionary import SenseDictionary
-from msense.errors import MsenseError
+from msense.errors import BadInput, MsenseError
 from msense.label_set import LabelBatch, LabelSet
 from msense.losses import (
     Labelled,
@@ -289,20 +289,26 @@ class Trainer:
         if self.group.rank == 0 or self.engine.every_rank:
             self.engine.save(folder)
         if self.group.rank == 0:
-            (folder / STATE).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+            told = asdict(self.state) | {"workers": self.group.world}
+            (folder / STATE).write_text(json.dumps(told), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save` wrote.
 
         Raises:
-            BadInput: it is damaged.
+            BadInput: it is damaged, or of another number of workers, each of whom wrote a part of it.
         """
         try:
             told = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            epoch, step, tokens = (int(told[name]) for name in ("epoch", "step", "tokens"))
+            epoch, step, tokens, workers = (int(told[name]) for name in ("epoch", "step", "tokens", "workers"))
             self.state = State(epoch, step, tokens, float(told["seconds"]), dict(told["sums"]), list(told["history"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(folder, error) from error
+        if self.engine.every_rank and workers != self.group.world:
+            raise BadInput(
+                f"the checkpoint {folder} was made by {workers} workers, and DeepSpeed goes on with as many only: give "
+                f"--workers {workers}, or delete it"
+            )
         self.engine.load(folder)
 
 

@@ -377,6 +377,8 @@ SETTINGS: list[tuple[str, Spoil, str]] = [
     ("too many senses", lambda d: ["--senses", "70000"], r"senses: must be a number from 1 to 65534, .*\(given: '70000'\)"),
     ("a budget in letters", lambda d: ["--sense-budget", "much"], r"sense_budget: must be an average .* or a size, .*'much'"),
     ("a budget below one sense", lambda d: ["--sense-budget", "0.5"], r"sense_budget: must be an average from 1 on.*'0.5'"),
+    ("a budget beside a number", lambda d: ["--senses", "9", "--sense-budget", "7"], r"sense_budget: is for senses auto, not 9"),
+    ("mcl beside auto", lambda d: ["--mcl", "inflation=2"], r"mcl: is for senses mcl, not auto: leave it out, or"),
     ("an unknown option of mcl", lambda d: ["--mcl", "power=2"], r"mcl: power is no option of mcl; these are: expansion"),
     ("an option of mcl without value", lambda d: ["--mcl", "inflation"], r"mcl: inflation has no value; give name=value"),
     ("mcl without inflation", lambda d: ["--mcl", "inflation=1"], r"mcl: Markov .*inflation is 1.0, but must be above 1"),

@@ -140,6 +140,11 @@ def test_deepspeed_gives_the_same_numbers_and_goes_on(
     for name in ("train_sense", "train_pooled", "held_out_sense", "held_out_accuracy"):
         assert again[1][name] == pytest.approx(whole[1][name], rel=1e-5)
         assert whole[1][name] == pytest.approx(wanted[1][name], rel=1e-3)
+    state = tmp_path / "checkpoint" / "state.json"
+    state.write_text(state.read_text().replace('"workers": 1', '"workers": 2'))
+    with pytest.raises(BadInput, match=r"was made by 2 workers, .*: give --workers 2, or delete it"):
+        trained(training, tmp_path / "checkpoint")
+    state.write_text(state.read_text().replace('"workers": 2', '"workers": 1'))
     shutil.rmtree(tmp_path / "checkpoint" / "zero")
     with pytest.raises(BadInput, match=r"the checkpoint .* is damaged"):
         trained(training, tmp_path / "checkpoint")
