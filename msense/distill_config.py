@@ -103,7 +103,7 @@ class DistillConfig(JobConfig):
         None, gt=0, le=10, description="highest learning rate; default: 3e-3 for static, 1e-3 for other students"
     )
     schedule: Literal["cosine", "one-cycle", "linear", "constant"] = Field(
-        "cosine", description="of the learning rate, after its warm-up; one-cycle goes well with --warmup 0.3"
+        "cosine", description="of the learning rate, after its warm-up; one-cycle is torch's with --warmup 0.3"
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, le=1, description="of AdamW")

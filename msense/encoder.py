@@ -2,7 +2,7 @@
 
 Comes in: a folder or a hub name, then texts. Goes out: float32 [n, D], as sentence-transformers' `encode` gives it, or tokens
 with their senses. Holds the student, the ids of all texts, their vectors, and the embeddings of one batch, or, where senses
-replace them, up to 2 · 4 · `_REPLACED` bytes of them; the dictionary is mapped when first asked for. Never imports Ray.
+replace them, up to 3 · 4 · `_REPLACED` bytes of them; the dictionary is mapped when first asked for. Never imports Ray.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

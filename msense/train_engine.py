@@ -116,8 +116,9 @@ class Plain:
         return nullcontext()
 
     def save(self, folder: Path) -> None:
-        """Write one file of tensors."""
-        tensors = {f"student.{name}": value for name, value in self.student.state_dict().items()}
+        """Write one file of tensors, without those that no step moves."""
+        still = _still(self.student)
+        tensors = {f"student.{name}": value for name, value in self.student.state_dict().items() if name not in still}
         for number, of in self.optimizer.state_dict()["state"].items():
             tensors |= {f"{number}.{name}": value for name, value in of.items()}
         save_file({name: value.detach().cpu().clone() for name, value in tensors.items()}, folder / TENSORS)
@@ -125,7 +126,7 @@ class Plain:
     def load(self, folder: Path) -> None:
         """Read that file."""
         try:
-            student: dict[str, Tensor] = {}
+            student = _still(self.student)
             found: dict[int, dict[str, Tensor]] = {}
             for name, value in load_file(folder / TENSORS).items():
                 owner, _, key = name.partition(".")
@@ -204,6 +205,11 @@ class Zero:
             raise damaged(folder, error) from error
         if found is None:
             raise damaged(folder, FileNotFoundError(f"it has no {ZERO}/"))
+
+
+def _still(student: Student) -> dict[str, Tensor]:
+    """Return the weights that are not trained, by name."""
+    return {name: parameter.detach() for name, parameter in student.named_parameters() if not parameter.requires_grad}
 
 
 def keep_freed_memory() -> None:

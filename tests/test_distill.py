@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from faulty import Corpus
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from msense import SenseEncoder, distill, distill_run, train_loop
 from msense.dictionary import SenseDictionary
@@ -97,6 +97,9 @@ def test_a_checkpoint_goes_on_to_the_same_numbers(training: Training, tmp_path: 
     assert sorted(p.name for p in (tmp_path / "checkpoint").rglob("*") if p.is_file()) == [
         "state.json", "tensors.safetensors",
     ]  # fmt: skip
+    held = set(load_file(tmp_path / "checkpoint" / "tensors.safetensors"))
+    assert "student.head.weight" in held
+    assert "student.body.model.embeddings.word_embeddings.weight" not in held  # no step moves it
     torch.manual_seed(99)
     again = trained(training, tmp_path / "checkpoint").state.history
     for a, b in zip(whole, again, strict=True):
@@ -127,11 +130,13 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "kind"), [(1, "static"), (2, "static"), (2, "layers:1"), (3, "static"), (3, "layers:1")]
+)
 def test_deepspeed_gives_the_same_numbers_and_goes_on(
-    training: Training, process_group: None, tmp_path: Path, stage: int
+    training: Training, process_group: None, tmp_path: Path, stage: int, kind: str
 ) -> None:
-    plain = replace(training, accumulate=3, epochs=2)
+    plain = replace(training, accumulate=3, epochs=2, student=StudentSettings(kind=kind))
     training = replace(plain, deepspeed_stage=stage)
     whole = trained(training).state.history
     trained(training, stop=1).save(tmp_path / "checkpoint")
