@@ -209,7 +209,11 @@ def test_no_tensor_is_larger_than_the_embeddings_or_a_batch(metric: str) -> None
     labels = SenseLabels(rng.integers(0, k, count).astype(np.uint16))
     with Largest() as seen, pytest.MonkeyPatch.context() as patch:
         patch.setitem(assignment.BATCH_ELEMENTS, "cpu", 1 << 16)
+        patch.setattr(sense_losses_module, "HELD_NUMBERS", 1 << 18)
         loss = sense_cross_entropy(x, ids, labels, senses, metric, 1.0).total
+        assert loss.grad_fn is not None
+        held = [ready.numel() for *_, ready in loss.grad_fn.kept if ready is not None]
+        assert 0 < sum(held) <= 1 << 18
         (loss + soft_replace(x, ids, senses, metric, 1.0).sum()).backward()
     assert seen.numel <= max(count * dim, 1 << 16)
 
