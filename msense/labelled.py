@@ -1,0 +1,138 @@
+"""Labelled texts: one part (train, test, ...) of a data set, from files or the Hugging Face Hub.
+
+Comes in: a folder (local, s3://, ...) with `PART*.csv`, `.jsonl` or `.parquet`, or `hf://dataset[:config]`. Goes out: texts and
+their labels, both as text. Holds the whole part.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from msense.corpus import list_files
+from msense.corpus.files import SourceFile, display_uri, filesystem_of, reading
+from msense.errors import BadInput
+
+_FORMATS = ("csv", "jsonl", "parquet")
+
+
+class Columns(NamedTuple):
+    """Where texts and labels are; a pair of texts has two columns."""
+
+    texts: tuple[str, ...] = ("text",)
+    label: str = "label"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts with a label each.
+
+    Attributes:
+        texts: P of them; a tuple for each column that was asked for.
+        labels: str [P].
+        fingerprints: of the files, with their names: what tells that data have changed.
+    """
+
+    texts: list[tuple[str, ...]]
+    labels: np.ndarray
+    fingerprints: tuple[str, ...]
+
+    @property
+    def first(self) -> list[str]:
+        """The texts of the first column."""
+        return [row[0] for row in self.texts]
+
+
+def part_files(source: str, part: str) -> list[SourceFile]:
+    """Return the files of a part of a data set.
+
+    Args:
+        source: a folder, or `hf://dataset[:config]`.
+        part: such as train; of a folder all files whose names begin with it.
+
+    Raises:
+        BadInput: it is not there; says what to download and where to put it.
+    """
+    if source.startswith("hf://"):
+        dataset, _, config = source.removeprefix("hf://").partition(":")
+        try:
+            return list_files((f"hf://{dataset}:{config}:{part}",))
+        except BadInput as error:
+            raise BadInput(
+                f"{error}\nWithout the Hub: elsewhere, `hf download --repo-type dataset {dataset} --local-dir DIR`; then give "
+                f"DIR in place of {source}, with files named {part}*.csv, .jsonl or .parquet"
+            ) from error
+    files = [file for file in list_files((source,)) if _stem(file.name).startswith(part) and file.format in _FORMATS]
+    if not files:
+        raise BadInput(
+            f"{display_uri(source)} holds no {part}*.csv, .jsonl or .parquet: put the data set's part {part!r} there "
+            "under such a name"
+        )
+    if len({file.format for file in files}) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise BadInput(f"{display_uri(source)} holds {part!r} in several formats ({names}): leave one")
+    return files
+
+
+def read_labelled(source: str, part: str, columns: Columns | None = None) -> Labelled:
+    """Read a part of a data set.
+
+    Args:
+        source: a folder, or `hf://dataset[:config]`.
+        part: such as train.
+        columns: of texts and labels; default: text and label.
+
+    Raises:
+        BadInput: it is not there, damaged or empty, lacks a column, or a text or label is missing.
+    """
+    columns = columns or Columns()
+    files = part_files(source, part)
+    wanted = [*columns.texts, columns.label]
+    tables = [_table(file, wanted) for file in files]
+    table = pd.concat(tables, ignore_index=True)
+    if not len(table):
+        raise BadInput(f"{display_uri(source)}: part {part!r} is empty; give one with texts")
+    lacking = table[wanted].isna().any(axis=1)
+    if lacking.any():
+        raise BadInput(
+            f"{display_uri(source)}: row {int(lacking.to_numpy().argmax())} of part {part!r} lacks a text or label: mend "
+            "or remove it"
+        )
+    texts = list(zip(*(_as_text(table[name]) for name in columns.texts), strict=True))
+    labels = np.array(_as_text(table[columns.label]))
+    return Labelled(texts, labels, tuple(f"{file.name} {file.size} {file.fingerprint}" for file in files))
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _table(file: SourceFile, wanted: Sequence[str]) -> pd.DataFrame:
+    """Read the columns that are wanted of a file."""
+    with reading(file.uri, file.format):
+        filesystem, path = filesystem_of(file.uri)
+        with filesystem.open(path, "rb") as opened:
+            table = _parsed(file, opened)
+    if missing := [name for name in wanted if name not in table.columns]:
+        there = ", ".join(map(repr, list(table.columns)[:50])) or "none"
+        raise BadInput(
+            f"{display_uri(file.uri)}: no column {missing[0]!r}; it has {there}: choose with --text-column, --label-column"
+        )
+    return table[list(wanted)]
+
+
+def _parsed(file: SourceFile, opened: Any) -> pd.DataFrame:  # noqa: ANN401 - a file
+    try:
+        if file.format == "csv":
+            return pd.read_csv(opened, dtype=str, keep_default_na=False, encoding="utf-8")
+        if file.format == "jsonl":
+            return pd.read_json(opened, lines=True, dtype=False, convert_dates=False, encoding="utf-8")
+        return pd.read_parquet(opened)
+    except (ValueError, TypeError, KeyError) as error:  # pandas' own errors are ValueErrors
+        raise BadInput(f"{display_uri(file.uri)}: cannot be read as {file.format} ({error}): restore it") from error
+
+
+def _as_text(column: pd.Series) -> list[str]:
+    return [value if isinstance(value, str) else str(value) for value in column.tolist()]
