@@ -221,8 +221,17 @@ class Teacher:
     """A loaded teacher; `embed` gives the hidden states of a padded batch."""
 
     def __init__(
-        self, name: str, *, revision: str | None, layer: int, dtype: str, device: str, threads: int = 1
+        self,
+        name: str,
+        *,
+        revision: str | None,
+        layer: int,
+        dtype: str,
+        device: str,
+        threads: int = 1,
+        keep: str | None = None,
     ) -> None:
+        """Load a teacher; `keep` leaves it only some layers, as `layers:2` names them."""
         os.environ.setdefault("DS_ACCELERATOR", device)  # read once, when DeepSpeed is first imported in this process
         import torch
 
@@ -234,6 +243,10 @@ class Teacher:
         transformers_logging.disable_progress_bar()
         body = body_folder(name, revision)
         model = load_body(body, name, getattr(torch, dtype))
+        if keep is not None:
+            from msense.student.transformer import keep_layers
+
+            keep_layers(model, keep)
         self.layer = layer
         self.device = device
         if device == "cuda":

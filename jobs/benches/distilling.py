@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benches import model2vec_peer
-from benches.few_shot import Task, difference, few_shot, read_task
+from benches.few_shot import Task, few_shot, read_task
 from benches.senses import CAP, MORE, Reader, pooled
-from benches.shared import Bench, Figures
+from benches.shared import Bench, Figures, model2vec
 from msense import SenseDictionary, SenseEncoder
 from msense.build import build_dictionary
 from msense.config import DEMO_TEACHER, BuildConfig, validate
 from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
 from msense.errors import BadInput
+from msense.evaluation.result import Result, difference
 from msense.losses import frequent_sense_accuracy
 from msense.run_folder import RunFolder
 from msense.student import load_student
@@ -88,15 +88,15 @@ def distill(bench: Bench) -> Figures:
     shop = Workshop(bench, "banking77", str(bench.data("banking77") / "train.csv"))
     dictionary = shop.dictionary(MORE)
     read, teacher = _teacher(bench, task)
-    figures: Figures = {"distill.teacher": float(teacher.mean())}
-    ours: dict[str, np.ndarray] = {}
+    figures: Figures = {"distill.teacher": teacher.score}
+    ours: dict[str, Result] = {}
     for name, kind in STUDENTS.items():
         made = shop.student(dictionary, name, student=kind)
         for how, replace in REPLACED.items():
             found = _accuracy(made, task, replace)
             ours[name + how] = found
-            figures[f"distill.{name}{how}"] = float(found.mean())
-            figures[f"distill.gap_{name}{how}"] = 100 * float(teacher.mean() - found.mean())
+            figures[f"distill.{name}{how}"] = found.score
+            figures[f"distill.gap_{name}{how}"] = 100 * (teacher.score - found.score)
         figures[f"distill.sense_acc_{name}"] = made.metrics["held_out_accuracy"]
         figures[f"distill.sense_frequent_{name}"] = made.metrics["held_out_frequent"]
         test = _test_senses(made, read, SenseDictionary.load(dictionary / "dictionary"))
@@ -104,9 +104,9 @@ def distill(bench: Bench) -> Figures:
     for recipe, settings in RECIPES.items():
         made = shop.student(dictionary, f"layers2-{recipe}", student=STUDENTS["layers2"], **settings)
         found = _accuracy(made, task, "hard" if recipe == "reference" else None)  # the paper's students are replaced
-        figures[f"distill.layers2_{recipe}"] = float(found.mean())
+        figures[f"distill.layers2_{recipe}"] = found.score
         if recipe == "reference":
-            figures["distill.layers2_reference_plain"] = float(_accuracy(made, task, None).mean())
+            figures["distill.layers2_reference_plain"] = _accuracy(made, task, None).score
         figures |= _over(f"over_{recipe}", ours["layers2"], found)
     return figures
 
@@ -118,36 +118,37 @@ def ood(bench: Bench) -> Figures:
         raise BadInput(f"ood takes one --corpus, not {len(bench.config.corpus)}: give a folder or a glob of all files")
     shop = Workshop(bench, "ood", bench.config.corpus[0])
     _, teacher = _teacher(bench, task)
-    figures: Figures = {"distill.ood_teacher": float(teacher.mean())}
+    figures: Figures = {"distill.ood_teacher": teacher.score}
     dictionary = shop.dictionary("auto")
     known, means = _means(SenseDictionary.load(dictionary / "dictionary"))
     ways = [(normalize, special) for normalize in (False, True) for special in (False, True)]
     tables = {way: _table(bench, task, (known, means), *way) for way in ways}
-    best = max(tables.values(), key=np.mean)
+    best = max(tables.values(), key=lambda found: found.score)
     figures |= {
-        "distill.ood_table": float(best.mean()),
-        "distill.ood_table_as_teacher": float(tables[True, True].mean()),
+        "distill.ood_table": best.score,
+        "distill.ood_table_as_teacher": tables[True, True].score,
     }
     for name, kind in reversed(STUDENTS.items()):
         made = shop.student(dictionary, name, student=kind)
         for how, replace in REPLACED.items():
             found = _accuracy(made, task, replace)
-            figures[f"distill.ood_{name}{how}"] = float(found.mean())
+            figures[f"distill.ood_{name}{how}"] = found.score
             if replace is None:
                 figures |= _over(f"ood_{name}_over_table", found, best)
-    vectors = model2vec_peer.encode(bench.peer_python, task.texts)
-    if vectors is not None:
-        figures["distill.ood_model2vec"] = float(few_shot(vectors, task.labels).mean())
+    with model2vec(bench) as peer:
+        vectors = {} if peer is None else {part: peer.encode(texts) for part, texts in task.texts.items()}
+    if vectors:
+        figures["distill.ood_model2vec"] = few_shot(vectors, task.labels).score
     return figures
 
 
-def _over(key: str, ours: np.ndarray, theirs: np.ndarray) -> Figures:
+def _over(key: str, ours: Result, theirs: Result) -> Figures:
     """Return by how many points one accuracy exceeds another on the same draws, and its 95 % interval."""
     told = zip(("", "_low", "_high"), difference(ours, theirs), strict=True)
     return {f"distill.{key}{end}": 100 * value for end, value in told}
 
 
-def _teacher(bench: Bench, task: Task) -> tuple[Any, np.ndarray]:
+def _teacher(bench: Bench, task: Task) -> tuple[Any, Result]:
     """Read the texts with the teacher; return the test part token by token, and the accuracy of every draw."""
     reader = Reader(bench)
     parts = {part: reader.read(reader.tokenizer.encode_batch(texts)) for part, texts in task.texts.items()}
@@ -155,11 +156,11 @@ def _teacher(bench: Bench, task: Task) -> tuple[Any, np.ndarray]:
     return parts["test"], few_shot(vectors, task.labels)
 
 
-def _accuracy(made: Made, task: Task, replace: Any) -> np.ndarray:  # noqa: ANN401 - how tokens are replaced
+def _accuracy(made: Made, task: Task, replace: Any) -> Result:  # noqa: ANN401 - how tokens are replaced
     encoder = SenseEncoder.from_pretrained(made.folder)
     vectors = {part: np.asarray(encoder.encode(texts, replace=replace)) for part, texts in task.texts.items()}
     found = few_shot(vectors, task.labels)
-    logger.info("%s, replaced %s: %.4f", made.folder.name, replace, found.mean())
+    logger.info("%s, replaced %s: %.4f", made.folder.name, replace, found.score)
     return found
 
 
@@ -190,9 +191,7 @@ def _means(dictionary: SenseDictionary) -> tuple[np.ndarray, np.ndarray]:
     return points > 0, sums / np.maximum(points, 1)[:, None]
 
 
-def _table(
-    bench: Bench, task: Task, table: tuple[np.ndarray, np.ndarray], normalize: bool, special: bool
-) -> np.ndarray:
+def _table(bench: Bench, task: Task, table: tuple[np.ndarray, np.ndarray], normalize: bool, special: bool) -> Result:
     """Accuracies of the mean of a text's token means, with special tokens or not; tokens without one are left out."""
     tokenizer, vectors = Reader(bench).tokenizer, {}
     known, means = table

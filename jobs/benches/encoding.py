@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from benches import model2vec_peer
 from benches.distilling import STUDENTS, Workshop
 from benches.few_shot import read_task
 from benches.senses import MORE
-from benches.shared import Bench, Figures
+from benches.shared import Bench, Figures, model2vec
 from benches.turns import Turns, in_turn
 from msense import SenseEncoder
 from msense.config import DEMO_TEACHER
@@ -106,13 +105,17 @@ def _figures(turns: Turns, texts: int) -> Figures:
 def _against_model2vec(bench: Bench, static: Callable[[], Any], texts: list[str]) -> Figures:
     """Time model2vec, and the static student before each time; nothing without a Python that has model2vec."""
     ratios, seconds = [], []
-    for _ in range(PEER_ROUNDS):
-        ours = in_turn({"static": static}, PEER_TURNS).seconds["static"]
-        found = model2vec_peer.run(bench.peer_python, {"test": texts}, bench.workers, PEER_TURNS)
-        if found is None:
+    with model2vec(bench, bench.workers) as peer:
+        if peer is None:
             return {}
-        seconds.append(float(np.median(found[1])))
-        ratios.append(seconds[-1] / float(np.median(ours)))
+        for _ in range(PEER_ROUNDS):
+            ours = in_turn({"static": static}, PEER_TURNS).seconds["static"]
+            theirs = []
+            for _ in range(PEER_TURNS):
+                peer.encode(texts)
+                theirs.append(peer.seconds)
+            seconds.append(float(np.median(theirs)))
+            ratios.append(seconds[-1] / float(np.median(ours)))
     logger.debug("static over model2vec: %s", " ".join(f"{ratio:.2f}" for ratio in ratios))
     return {
         "encode.vs_model2vec": float(np.median(ratios)),

@@ -1,21 +1,17 @@
 """Banking77 as the MTEB protocol has it: a few texts a class, logistic regression on sentence vectors, ten draws.
 
 In: `banking77/{train,test}.csv`, columns text and label, and vectors of its texts. Out: accuracy of every draw; two models
-are compared on the same draws.
+are compared on the same draws. The protocol is that of `msense.evaluation.classification`.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
-from sklearn.linear_model import LogisticRegression
 
-from benches.peers import at_most
-
-SHOTS, DRAWS = 8, 10
-PARTS = ("train", "test")
+from msense.evaluation.classification import PARTS, classify
+from msense.evaluation.result import METRICS, Result
+from msense.labelled import read_labelled
 
 
 @dataclass(frozen=True)
@@ -28,29 +24,11 @@ class Task:
 
 def read_task(folder: Path) -> Task:
     """Read both parts."""
-    texts, labels = {}, {}
-    for part in PARTS:
-        with (folder / f"{part}.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        texts[part], labels[part] = [row["text"] for row in rows], np.array([row["label"] for row in rows])
-    return Task(texts, labels)
+    parts = {part: read_labelled(str(folder), part) for part in PARTS}
+    return Task({part: found.first for part, found in parts.items()}, {p: found.labels for p, found in parts.items()})
 
 
-def few_shot(vectors: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray:
-    """Accuracy of logistic regression on a few vectors [P, D] a class, float64 [DRAWS]."""
-    found = []
-    for seed in range(DRAWS):
-        rng = np.random.default_rng(seed)
-        by_class = [rng.permutation(np.flatnonzero(labels["train"] == c))[:SHOTS] for c in np.unique(labels["train"])]
-        chosen = np.concatenate(by_class)
-        with at_most(1):  # more threads only wait for each other here
-            model = LogisticRegression(max_iter=100).fit(vectors["train"][chosen], labels["train"][chosen])
-            found.append(model.score(vectors["test"], labels["test"]))
-    return np.array(found)
-
-
-def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Mean of the paired differences of draws, and its 95 % interval."""
-    gain = ours - theirs
-    low, high = stats.t.interval(0.95, len(gain) - 1, gain.mean(), stats.sem(gain))
-    return float(gain.mean()), float(low), float(high)
+def few_shot(vectors: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> Result:
+    """Accuracy of logistic regression on a few vectors [P, D] a class, by draw."""
+    found = classify(vectors, labels)
+    return Result("accuracy", "draws", [METRICS["accuracy"](labels["test"], predicted) for predicted in found])

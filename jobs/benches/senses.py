@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from benches.few_shot import difference, few_shot, read_task
+from benches.few_shot import few_shot, read_task
 from benches.shared import Bench, Figures
 from msense import SenseDictionary
 from msense.config import DEFAULT_BUDGET, DEMO_TEACHER, SenseBudget, sense_bytes
 from msense.dictionary.format import Arrays, corpus_distortion
+from msense.evaluation.result import Result, difference
 from msense.teacher import TOKEN_BUDGET, Teacher, describe, pad_batch, resolve_dtype, token_batches
 
 logger = logging.getLogger("msense.bench")
@@ -109,7 +110,7 @@ def _banking(reader: Reader, folder: Path) -> Figures:
     parts = {part: reader.read(reader.tokenizer.encode_batch(texts)) for part, texts in task.texts.items()}
     plain = {part: read.embeddings.astype(np.float32) for part, read in parts.items()}
 
-    def accuracy_of(values: dict[str, np.ndarray]) -> np.ndarray:
+    def accuracy_of(values: dict[str, np.ndarray]) -> Result:
         return few_shot({part: pooled(values[part], read.offsets) for part, read in parts.items()}, task.labels)
 
     accuracy = {"teacher": accuracy_of(plain)}
@@ -123,10 +124,10 @@ def _banking(reader: Reader, folder: Path) -> Figures:
             Arrays(dictionary.offsets, dictionary.counts, dictionary.spread, dictionary.token_counts)
         )
         accuracy[name] = accuracy_of(replaced)
-        logger.info("banking77 %s: %d senses, accuracy %.4f", name, len(dictionary), accuracy[name].mean())
+        logger.info("banking77 %s: %d senses, accuracy %.4f", name, len(dictionary), accuracy[name].score)
     for kind in ("distortion", "test_distortion", "in_sample_distortion"):
         figures[f"senses.{kind}_ratio"] = figures[f"senses.{kind}_auto"] / figures[f"senses.{kind}_k20"]
-    figures |= {f"senses.banking77_{name}": float(found.mean()) for name, found in accuracy.items()}
+    figures |= {f"senses.banking77_{name}": found.score for name, found in accuracy.items()}
     gain, low, high = difference(accuracy["auto"], accuracy["k20"])
     figures |= {"senses.banking77_gain": gain}
     return figures | {"senses.banking77_gain_low": low, "senses.banking77_gain_high": high}

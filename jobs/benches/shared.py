@@ -4,6 +4,10 @@ In: the command line of `jobs/bench.py`. Out: the run's settings, files and poin
 """
 
 import argparse
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,13 @@ from msense import storage
 from msense.build import build_dictionary, cluster_settings
 from msense.config import DEMO_TEACHER, BuildConfig, validate
 from msense.errors import BadInput
+from msense.evaluation.model2vec_peer import Peer
 from msense.run_folder import RunFolder
 from msense.teacher import describe
+from msense.teacher_folder import body_folder
 from msense.units import ClusterSettings, Range, read_ranges, sample
+
+logger = logging.getLogger("msense.bench")
 
 Figures = dict[str, float]
 
@@ -91,3 +99,17 @@ class Bench:
         if not folder.is_dir():
             raise BadInput(f"{folder} is not there: --data must name a folder that holds {name}/")
         return folder
+
+
+@contextmanager
+def model2vec(bench: Bench, threads: int | None = None) -> Iterator[Peer | None]:
+    """Give model2vec, distilled from the demo teacher; None without a Python that has it."""
+    if bench.peer_python is None:
+        logger.info("no --peer-python, a Python with model2vec: its figures are left out")
+        yield None
+        return
+    peer = Peer(bench.peer_python, body_folder(DEMO_TEACHER, None), threads or os.cpu_count() or 1)
+    try:
+        yield peer
+    finally:
+        peer.close()

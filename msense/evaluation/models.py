@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from tokenizers import Encoding
 
 from msense.config import BuildConfig
 from msense.dictionary import SenseDictionary
@@ -38,8 +39,8 @@ class Read:
         ids: int64 [N].
         offsets: int64 [P + 1], first token of each text.
         spans: int64 [N, 2], characters of each token in its text; two zeros for one that stands for none.
-        hidden: float32 [N, D], of which the sentence vector is made.
-        senses: float32 [N, D], compared with the senses of each token; mostly the same array.
+        hidden: float32 [N, D], of which the sentence vector is made: replaced where the model replaces.
+        senses: float32 [N, D], compared with the senses of each token: never replaced. May be the same array.
     """
 
     ids: np.ndarray
@@ -65,7 +66,11 @@ class Model(Protocol):
 class TokenModel(Model, Protocol):
     """A model that speaks of tokens; its dictionary, if it has one, says which senses they have."""
 
-    dictionary: SenseDictionary | None
+    spec: Spec
+
+    @property
+    def dictionary(self) -> SenseDictionary | None:
+        """The senses that it speaks in."""
 
     def read(self, texts: Sequence[str]) -> Read:
         """Return the embeddings of all tokens: memory 8·N·D bytes."""
@@ -100,17 +105,29 @@ def slabs(texts: Sequence[str], size: int = SLAB) -> Iterator[Sequence[str]]:
     yield from (texts[start : start + size] for start in range(0, len(texts), size))
 
 
+def folder_of_student(source: str) -> Path:
+    """Return the local folder of a student: a folder, the run folder it is in, or fetched from the hub.
+
+    Raises:
+        StudentError: it cannot be had.
+    """
+    inside = Path(source, "student")
+    return student_folder(str(inside) if (inside / "config.json").is_file() else source)
+
+
 class TeacherModel:
     """The teacher; or with every embedding replaced by senses of a dictionary; or only its first layers."""
 
     def __init__(self, spec: Spec, device: str, threads: int) -> None:
         self.spec = spec
         self.dictionary = SenseDictionary.load(spec.source) if spec.kind == "replaced" else None
-        self.info, self.tokenizer = describe(spec.teacher, BuildConfig(revision=spec.revision))
-        layer = -1
+        told: dict[str, Any] = {"revision": spec.revision}
+        if self.dictionary is not None:
+            own = self.dictionary.config
+            told |= {"layer": own.layer, "prompt": own.prompt or None, "max_length": own.max_length or None}
+        self.info, self.tokenizer = describe(spec.teacher, BuildConfig(**told))
         if self.dictionary is not None:
             config = self.dictionary.config
-            layer = config.layer
             if config.teacher.fingerprint not in ("", self.info.fingerprint):
                 raise BadInput(
                     f"{spec.name}: teacher {self.info.name!r} is not the dictionary's, {config.teacher.name!r}: its weights "
@@ -120,7 +137,7 @@ class TeacherModel:
         self._teacher = Teacher(
             spec.teacher,
             revision=spec.revision,
-            layer=layer,
+            layer=self.info.layer,
             dtype=resolve_dtype(spec.dtype, device),
             device=device,
             threads=threads,
@@ -157,7 +174,7 @@ class TeacherModel:
         folder = body_folder(self.spec.teacher, self.spec.revision)
         return [*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer.json")]
 
-    def _encoded(self, texts: Sequence[str]) -> list:  # type: ignore[type-arg] - of tokenizers' encodings
+    def _encoded(self, texts: Sequence[str]) -> list[Encoding]:
         prompt = self.info.prompt
         return self.tokenizer.encode_batch([prompt + text for text in texts] if prompt else list(texts))
 
@@ -171,12 +188,11 @@ class TeacherModel:
             if mask.any():
                 own = self._teacher.embed(ids, mask).float().cpu().numpy()
                 hidden[np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])] = own[mask]
-        every = np.concatenate([*rows, np.empty(0, np.int64)])
+        every, plain = np.concatenate([*rows, np.empty(0, np.int64)]), hidden
         if self.dictionary is not None:
-            spec = self.spec
-            soft = spec.temperature if spec.replace == "soft" else None
-            self.dictionary.replace(every, hidden, soft, out=hidden, metric=spec.metric)
-        return Read(every, offsets, _spans(encodings, len(self.info.prompt)), hidden, hidden)
+            soft = self.spec.temperature if self.spec.replace == "soft" else None
+            hidden = self.dictionary.replace(every, plain, soft, metric=self.spec.metric)
+        return Read(every, offsets, _spans(encodings, len(self.info.prompt)), hidden, plain)
 
 
 class StudentModel:
@@ -184,7 +200,7 @@ class StudentModel:
 
     def __init__(self, spec: Spec, device: str) -> None:
         self.spec = spec
-        self._folder = student_folder(spec.source, spec.revision, None)
+        self._folder = folder_of_student(spec.source)
         self._encoder = SenseEncoder.from_pretrained(self._folder, device=device)
         config = self._encoder.config
         self._reader = TextReader(StudentFiles(self._folder).tokenizer, config)
@@ -285,7 +301,7 @@ class Model2Vec:
         return self._peer.files
 
 
-def _spans(encodings: Sequence, prompt: int) -> np.ndarray:  # type: ignore[type-arg] - of tokenizers' encodings
+def _spans(encodings: Sequence[Encoding], prompt: int) -> np.ndarray:
     """Return the characters of each token in its text; those of special tokens and of the prompt are (0, 0)."""
     found = np.array([span for encoding in encodings for span in encoding.offsets], np.int64).reshape(-1, 2)
     return np.maximum(found - prompt, 0)

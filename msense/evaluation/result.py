@@ -40,6 +40,7 @@ class Result:
         over: what its values are of: draws, texts, words, sets.
         values: float [n], one each; the score is their mean by weight. Empty where there are predictions.
         weights: float [n]; None: all equal.
+        names: of what the values are of, such as words; None: they have none.
         gold: of every text, where the metric is one of all texts together.
         found: what the model says of every text.
         more: other figures, by name.
@@ -49,6 +50,7 @@ class Result:
     over: str
     values: list[float] = field(default_factory=list)
     weights: list[float] | None = None
+    names: list[str] | None = None
     gold: list[Any] | None = None
     found: list[Any] | None = None
     more: dict[str, float] = field(default_factory=dict)

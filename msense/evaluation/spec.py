@@ -84,6 +84,11 @@ class TaskSpec:
     kind: TaskKind
     source: str
 
+    @property
+    def title(self) -> str:
+        """What its table is called."""
+        return self.name if self.kind in ("classification", self.name) else f"{self.name} ({self.kind})"
+
 
 def parse_model(word: str) -> Spec:
     """Read what one `--model` says; `LABEL=MODEL` gives it a name of its own.
@@ -140,7 +145,9 @@ def parse_task(word: str) -> TaskSpec:
     if kind == "mteb" and name:
         return TaskSpec(name, "mteb", _data(source))
     if not mark or not source or not left:
-        raise BadInput(f"--task {redact(word)}: write NAME=DATA, such as banking77=data/banking77; --help tells all kinds")
+        raise BadInput(
+            f"--task {redact(word)}: write NAME=DATA, such as banking77=data/banking77; --help tells all kinds"
+        )
     if kind in known:
         return TaskSpec(name or kind, next(k for k in known if k == kind), _data(source))
     if colon:

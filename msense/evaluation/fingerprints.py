@@ -1,0 +1,87 @@
+"""What a result depends on, as text: two results of the same fingerprints are the same.
+
+Comes in: models and tasks. Goes out: hashes of weights, dictionaries and data; of large files their names, sizes and times, as
+elsewhere. Holds nothing.
+"""
+
+import hashlib
+import json
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from msense import __version__
+from msense.corpus import list_files
+from msense.dictionary import DictionaryFiles, SenseDictionary
+from msense.evaluation.models import folder_of_student
+from msense.evaluation.spec import Spec, TaskSpec
+from msense.labelled import part_files
+from msense.storage import sha256_of
+from msense.student.config import StudentFiles
+from msense.teacher_folder import body_folder, locate, weights_fingerprint
+
+PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
+
+
+def digest(told: Any) -> str:  # noqa: ANN401 - JSON values
+    """Return a hash of JSON values, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions on which results depend."""
+    return {"msense": __version__, **{name: version(name) for name in PACKAGES}}
+
+
+def of_model(spec: Spec) -> str:
+    """Return a hash of a model's files and settings; reads its weights.
+
+    Raises:
+        BadInput: it is not there.
+    """
+    told: dict[str, Any] = {"kind": spec.kind, "replace": spec.replace, "metric": spec.metric, "layers": spec.layers}
+    told |= {"temperature": spec.temperature} if spec.replace == "soft" else {}
+    if spec.kind in ("teacher", "truncated", "model2vec", "replaced"):
+        told |= {"teacher": _of_teacher(spec.teacher, spec.revision), "dtype": spec.dtype}
+    if spec.kind == "replaced":
+        told["dictionary"] = SenseDictionary.load(spec.source).fingerprint
+    if spec.kind == "student":
+        told["student"] = _of_student(spec.source)
+    if spec.kind == "encoder":
+        folder = Path(spec.source)
+        local = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        told["encoder"] = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in local] or [spec.source, spec.revision]
+    return digest(told)
+
+
+def of_data(task: TaskSpec) -> str:
+    """Return a hash of a task's data: names, sizes and times of files.
+
+    Raises:
+        BadInput: they are not there; says what to download and where to put it.
+    """
+    if not task.source:
+        return task.name
+    if task.kind in ("classification", "mteb"):
+        files = [file for part in ("train", "test") for file in part_files(task.source, part)]
+    elif task.kind == "classifier" and task.source.startswith("hf://"):
+        return task.source
+    else:
+        files = list_files((task.source,))
+    return digest([[file.name, file.size, file.fingerprint] for file in files])
+
+
+@cache
+def _of_teacher(name: str, revision: str | None) -> str:
+    head = locate(name, revision) / "classifier"
+    own = [sha256_of(path) for path in sorted(head.glob("*")) if path.is_file()] if head.is_dir() else []
+    return digest([weights_fingerprint(body_folder(name, revision)), own])
+
+
+@cache
+def _of_student(source: str) -> str:
+    files = StudentFiles(folder_of_student(source))
+    own = [sha256_of(path) for path in (files.weights, files.config)]
+    return digest([own, DictionaryFiles(files.dictionary).fingerprint() if files.dictionary.is_dir() else ""])
