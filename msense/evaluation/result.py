@@ -109,8 +109,8 @@ def difference(ours: Result, theirs: Result, seed: int = 0) -> Difference:
     if ours.gold is not None:
         gold, a, b = (np.array(values) for values in (ours.gold, ours.found, theirs.found))
         metric = METRICS[ours.metric]
-        places = (rng.integers(0, len(gold), len(gold)) for _ in range(RESAMPLES))
-        found = np.array([metric(gold[p], a[p]) - metric(gold[p], b[p]) for p in places])
+        samples = (rng.integers(0, len(gold), len(gold)) for _ in range(RESAMPLES))
+        found = np.array([metric(gold[own], a[own]) - metric(gold[own], b[own]) for own in samples])
     else:
         gaps = np.array(ours.values) - np.array(theirs.values)
         weights = np.ones(len(gaps)) if ours.weights is None else np.array(ours.weights)
