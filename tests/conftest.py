@@ -221,7 +221,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         "submit": lambda work, *arguments: work(*arguments),
         "get": lambda value: value,
     }
-    stages = (clustering, exemplars, labels, parts, passages, plan, resume, senses)
+    from msense.evaluation import run as evaluation
+
+    stages = (clustering, evaluation, exemplars, labels, parts, passages, plan, resume, senses)
     for module in (build, distill, distill_run, estimate, *stages):
         for name, fake in fakes.items():
             if hasattr(module, name):

@@ -73,14 +73,12 @@ def of_data(task: TaskSpec) -> str:
     return digest([[file.name, file.size, file.fingerprint] for file in files])
 
 
-@cache
 def _of_teacher(name: str, revision: str | None) -> str:
     head = locate(name, revision) / "classifier"
     own = [sha256_of(path) for path in sorted(head.glob("*")) if path.is_file()] if head.is_dir() else []
     return digest([weights_fingerprint(body_folder(name, revision)), own])
 
 
-@cache
 def _of_student(source: str) -> str:
     files = StudentFiles(folder_of_student(source))
     own = [sha256_of(path) for path in (files.weights, files.config)]

@@ -90,12 +90,20 @@ def works_of(
     return found
 
 
-def measure(work: Work) -> dict[str, Any]:
+def measure(number: int, works: Sequence[Work]) -> dict[str, Any]:
     """Measure one model on one task; on a worker.
+
+    Args:
+        number: which of the works.
+        works: all of them.
+
+    Returns:
+        Title, model and result, as JSON values.
 
     Raises:
         BadInput, MsenseError: naming the model and what is wrong.
     """
+    work = works[number]
     model = make_model(work.spec, work.device, work.threads)
     return {"title": work.title, "model": work.spec.name, "result": _result(work, model).to_json()}
 

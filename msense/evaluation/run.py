@@ -74,10 +74,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     }
     sheet = _Sheet(_empty(config, specs, works, resources, keys), config.output)
     _take_over(sheet)
-    todo = [work for work in works if sheet.rows(work.title)[work.spec.name] == PENDING]
+    todo = [n for n, work in enumerate(works) if sheet.rows(work.title)[work.spec.name] == PENDING]
     logger.info("%d of %d results are there already", len(works) - len(todo), len(works))
     needs = {"num_gpus": 1.0} if resources.device == "cuda" else None
-    for row in map_tasks("evaluation", measure, todo, resources, needs=needs):
+    for row in map_tasks("evaluation", measure, todo, resources, works, needs=needs):
         sheet.add(row["title"], row["model"], Result.from_json(row["result"]))
     if config.cost:
         _add_costs(sheet, config, specs, works, resources, [models[spec.name] for spec in specs])
@@ -126,7 +126,8 @@ def _take_over(sheet: _Sheet) -> None:
             if isinstance(row, Result) and place in known and sheet.keys().get(place) == known[place]:
                 sheet.rows(table.name)[model] = row
     sheet.report.costs.update(earlier.costs)
-    sheet.report.made["cost_key"] = earlier.made.get("cost_key", "")
+    if "cost_key" in earlier.made:
+        sheet.report.made["cost_key"] = earlier.made["cost_key"]
 
 
 def _add_costs(
