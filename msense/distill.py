@@ -15,23 +15,20 @@ from typing import Any
 from msense import storage
 from msense.dictionary import SenseDictionary
 from msense.distill_config import DistillConfig
-from msense.errors import MsenseError
 from msense.label_set import LabelSet
 from msense.label_source import Source
 from msense.losses import Mix
+from msense.ray_train import fit
 from msense.run_folder import RunFolder
-from msense.runtime import TASK_CPUS, Resources, run_task
+from msense.runtime import Resources, run_task
 from msense.storage import join
 from msense.student import StudentSettings, load_student, ship
 from msense.student.shipping import ShippedSenses
 from msense.teacher import resolve_dtype
 from msense.train_loop import Training, new_student
-from msense.train_progress import shown
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 1800  # that workers wait for one another
-MAX_FAILURES = 3  # of workers: more is no accident
 TOLD = ("sense", "pooled", "accuracy", "frequent", "pooled_cosine")
 
 
@@ -103,35 +100,12 @@ def train(
     Raises:
         MsenseError: workers failed again and again; tells the cause.
     """
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     name = _name(training, labels)
     history = storage.read_json(join(run.student, "training.json"))
     if history and history.get("name") == name:
         logger.info("the student in %s is finished", run.student)
         return _facts(history["epochs"])
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config={"training": training},
-        torch_config=TorchConfig(timeout_s=WAIT_SECONDS),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.actors,
-            use_gpu=resources.device == "cuda",
-            resources_per_worker={"CPU": TASK_CPUS} | ({"GPU": 1} if resources.device == "cuda" else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=run.training,
-            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    try:
-        with shown(run):
-            result = trainer.fit()
-    except Exception as error:  # Ray wraps whatever a worker raised in errors of its own
-        raise MsenseError(f"training failed: {_cause(error)}") from error
+    result = fit(name, worker, {"training": training}, run, resources)
     epochs: list[dict[str, float]] = result.return_value
     run_task(ship_student, result.checkpoint, training, run.student, config.ship_senses, epochs[-1])
     storage.write_json(join(run.student, "training.json"), {"name": name, "epochs": epochs})
@@ -163,16 +137,7 @@ def ship_student(
     figures = {name.replace("_", " "): value for name, value in metrics.items() if name.startswith("held_out")}
     with checkpoint.as_directory() as given, storage.scratch_folder() as scratch:
         ship(scratch, load_student(Path(given, STUDENT)), dictionary, senses=senses, figures=figures)
-        for path in sorted(path for path in scratch.rglob("*") if path.is_file() and path.name != "config.json"):
-            _upload(path, scratch, uri)
-        for path in sorted(scratch.rglob("config.json"), reverse=True):  # that of the student last
-            _upload(path, scratch, uri)
-
-
-def _upload(path: Path, root: Path, uri: str) -> None:
-    target = join(uri, *path.relative_to(root).parts)
-    storage.make_folder(target.rpartition("/")[0])
-    storage.upload(path, target)
+        storage.upload_folder(scratch, uri)
 
 
 def _name(training: Training, labels: LabelSet) -> str:
@@ -181,13 +146,6 @@ def _name(training: Training, labels: LabelSet) -> str:
     for name in ("threads", "teacher", "device", "checkpoint_steps"):
         told.pop(name)
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _cause(error: BaseException) -> str:
-    """Return the last line of what a worker said."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
 def _facts(epochs: list[dict[str, float]]) -> dict[str, Any]:

@@ -250,6 +250,17 @@ def upload(file: Path, uri: str) -> None:
     fs.put_file(str(file), path)
 
 
+def upload_folder(folder: Path, uri: str) -> None:
+    """Copy a local folder to a URI, every config.json after the other files, that of the folder itself last."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in sorted(
+        paths, key=lambda path: (path.name == "config.json", -len(path.parts) * (path.name == "config.json"))
+    ):
+        target = join(uri, *path.relative_to(folder).parts)
+        make_folder(target.rpartition("/")[0])
+        upload(path, target)
+
+
 def local_copy(uri: str) -> Path:
     """Return a local path to a file or folder; a remote one is copied once into the cache of this user.
 

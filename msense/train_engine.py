@@ -67,7 +67,7 @@ class Engine(Protocol):
         """
 
 
-def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW's: biases, norms and a transformer's embeddings are not decayed, a static student's shift is."""
     parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in ((n, p) for n, p in student.named_parameters() if p.requires_grad):
@@ -82,12 +82,12 @@ class Plain:
 
     def __init__(
         self,
-        student: Student,
+        student: nn.Module,
         weight_decay: float,
         clip: float,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
-        self.student = student
+        self.student: Any = student
         self.model = wrap(student) if wrap else student
         self.clip = clip
         self.optimizer = torch.optim.AdamW(parameter_groups(student, weight_decay), fused=True)
@@ -207,7 +207,7 @@ class Zero:
             raise damaged(folder, FileNotFoundError(f"it has no {ZERO}/"))
 
 
-def _still(student: Student) -> dict[str, Tensor]:
+def _still(student: nn.Module) -> dict[str, Tensor]:
     """Return the weights that are not trained, by name."""
     return {name: parameter.detach() for name, parameter in student.named_parameters() if not parameter.requires_grad}
 
@@ -230,4 +230,4 @@ def damaged(folder: Path, error: BaseException) -> BadInput:
 
 def _check_norm(norm: float) -> None:
     if not math.isfinite(norm):
-        raise MsenseError("a gradient is not finite: give a smaller --lr, or --student-dtype float32")
+        raise MsenseError("a gradient is not finite: give a smaller --lr, or train in float32")

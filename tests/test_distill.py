@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from msense import SenseEncoder, distill, distill_run, train_loop
 from msense.dictionary import SenseDictionary
-from msense.distill import _cause
 from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
 from msense.errors import BadInput, MsenseError
 from msense.label_set import LabelSet
 from msense.losses import Mix
+from msense.ray_train import _cause
 from msense.student import StudentSettings, load_student, save_student
 from msense.student.narrow import widen
 from msense.train_engine import Plain, Zero

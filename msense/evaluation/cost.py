@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def _tokens(model: Model, texts: Sequence[str], seconds: float) -> float | None:
     return None if count is None else count(texts) / seconds
 
 
-def _of_dictionary(dictionary: SenseDictionary | None) -> dict[str, float | int | None]:
+def _of_dictionary(dictionary: SenseDictionary | None) -> dict[str, Any]:
     """Return a dictionary's size, and how many times larger the embeddings are that it stands for, at 2 bytes a number."""
     if dictionary is None:
         return {"dictionary_bytes": 0, "senses": 0, "compression": None}

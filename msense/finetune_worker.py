@@ -1,0 +1,317 @@
+"""One worker of Ray Train that fine-tunes a teacher with a classifier; after every epoch it reports a checkpoint.
+
+Comes in: a `Tuning`. Goes out: metrics of all epochs, and in the last checkpoint the teacher's folder. Holds the teacher four
+times over, the texts as token ids, and one batch.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+from ray.train import CheckpointConsistencyMode
+from ray.train.torch import get_device, prepare_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from msense.classifier import Classifier, ClassifierConfig, save_classifier
+from msense.config import BuildConfig
+from msense.errors import MsenseError
+from msense.evaluation.result import METRICS
+from msense.glue import DEV, TRAIN, GlueTask, read_part
+from msense.student.tokenizer import padded
+from msense.student.transformer import TransformerBody, body_settings, load_weights
+from msense.teacher import describe, load_body, token_batches
+from msense.teacher_folder import body_folder
+from msense.train_engine import Plain, damaged, keep_freed_memory
+from msense.train_loop import STATE, Group, rate
+from msense.train_progress import Progress
+
+TEACHER = "teacher"  # folder of the last checkpoint
+BUCKET = 50  # batches whose texts are sorted by length together: little padding, and batches still differ
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Everything a worker needs to know.
+
+    Attributes:
+        run: run folder, for progress.
+        teacher: name or folder.
+        revision: of it.
+        task: how data are read.
+        source: where they are.
+        classifier: what is trained on top.
+        max_length: longest text in tokens.
+        has_dev: whether there is a part to tell progress by.
+        threads: of torch, for each worker.
+    Others are as in `FinetuneConfig`.
+    """
+
+    run: str
+    teacher: str
+    revision: str | None
+    task: GlueTask
+    source: str
+    classifier: ClassifierConfig
+    max_length: int
+    has_dev: bool
+    epochs: int
+    lr: float
+    batch_size: int
+    warmup: float
+    weight_decay: float
+    clip: float
+    dropout: float
+    dtype: str
+    seed: int
+    device: str
+    threads: int
+
+
+class Tuned(nn.Module):
+    """A teacher's body, read as `Teacher.embed` reads it, with a classifier."""
+
+    def __init__(self, tuning: Tuning) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(tuning.seed)
+            model = load_body(body_folder(tuning.teacher, tuning.revision), tuning.teacher, torch.float32)
+            self.body = TransformerBody(body_settings(model))
+            load_weights(self.body, model)
+            self.classifier = Classifier(tuning.classifier, tuning.dropout)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return scores [B, labels] of token ids int64 [B, L] where the mask is true."""
+        scores: Tensor = self.classifier(self.body(ids, mask), mask)
+        return scores
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the data as it is trained on.
+
+    Attributes:
+        rows: token ids of each text.
+        targets: int64 [P], numbers of labels, or float32 [P].
+        gold: the labels themselves.
+    """
+
+    rows: list[np.ndarray]
+    targets: Tensor
+    gold: np.ndarray
+
+
+def finetune_worker(given: dict[str, Any]) -> list[dict[str, float]]:
+    """Fine-tune; return the metrics of all epochs.
+
+    Args:
+        given: `tuning`, a `Tuning`.
+    """
+    tuning: Tuning = given["tuning"]
+    torch.set_num_threads(tuning.threads)
+    keep_freed_memory()
+    if tuning.device == "cuda":
+        torch.cuda.set_device(get_device())
+    context = ray.train.get_context()
+    group = Group(context.get_world_rank(), context.get_world_size())
+    tuner = Tuner(tuning, group, prepare_model)
+    if (latest := ray.train.get_checkpoint()) is not None:
+        with latest.as_directory() as folder:
+            tuner.restore(Path(folder))
+    with Progress(tuning.run, tuner.history) if group.rank == 0 else nullcontext() as progress:
+        for _ in tuner.run(progress):
+            _report(tuner)
+    return tuner.history
+
+
+class Tuner:
+    """One worker of a fine-tuning: settings, model, data, and where it stands."""
+
+    def __init__(self, tuning: Tuning, group: Group, wrap: Any = None) -> None:  # noqa: ANN401 - a function of Ray Train
+        self.tuning, self.group = tuning, group
+        self.model = Tuned(tuning).to(tuning.device)
+        self.engine = Plain(self.model, tuning.weight_decay, tuning.clip, wrap)
+        self.train_part = _read(tuning, TRAIN)
+        self.dev_part = _read(tuning, DEV) if tuning.has_dev and group.rank == 0 else None
+        self.history: list[dict[str, float]] = []
+
+    def run(self, progress: Progress | None = None) -> Iterator[dict[str, float]]:
+        """Train from where it stands; yield the metrics of every epoch.
+
+        Raises:
+            MsenseError: a loss or gradient is NaN or infinite.
+        """
+        tuning = self.tuning
+        steps = math.ceil(len(self.train_part.rows) / tuning.batch_size)
+        total = steps * tuning.epochs
+        for epoch in range(len(self.history), tuning.epochs):
+            self.engine.model.train()
+            began, losses, tokens = time.monotonic(), 0.0, 0
+            for step, batch in enumerate(batches(self.train_part.rows, tuning.batch_size, (tuning.seed, epoch))):
+                seed = np.random.SeedSequence((tuning.seed, epoch, step, self.group.rank)).generate_state(1)
+                torch.manual_seed(int(seed[0]))
+                done = epoch * steps + step
+                losses += self._step(batch, tuning.lr * rate(done, total, tuning.warmup, "linear"))
+                tokens += sum(len(self.train_part.rows[i]) for i in batch)
+                if progress is not None and progress.is_due():
+                    seconds = time.monotonic() - began
+                    speed = {
+                        "tokens_per_s": tokens / seconds,
+                        "seconds_left": (total - done - 1) * seconds / (step + 1),
+                    }
+                    progress.tell(done + 1, total, epoch + 1, {"loss": losses / (step + 1)}, speed)
+            metrics = {"epoch": epoch + 1, "step": (epoch + 1) * steps, "train_loss": losses / steps, **self.evaluate()}
+            self.history.append(metrics)
+            if progress is not None:
+                progress.epoch(self.history)
+            yield metrics
+
+    def _step(self, batch: np.ndarray, lr: float) -> float:
+        """Take one step with a global batch; return its mean loss."""
+        group, part, device = self.group, self.train_part, self.tuning.device
+        own = batch[group.rank :: group.world]
+        rows = own if len(own) else batch[:1]  # all workers must take part
+        ids, mask = (tensor.to(device) for tensor in padded([part.rows[i] for i in rows]))
+        with torch.autocast(device, torch.bfloat16, enabled=self.tuning.dtype == "bfloat16"):
+            scores = self.engine.model(ids, mask).float()
+        targets = part.targets[torch.from_numpy(rows)].to(device)
+        loss = (
+            mse_loss(scores[:, 0], targets, reduction="sum")
+            if self.tuning.task.regression
+            else cross_entropy(scores, targets, reduction="sum")
+        )
+        loss = loss if len(own) else loss * 0
+        self.engine.backward(loss * group.world / len(batch))  # gradients are averaged over workers
+        mean = group.sum([float(loss.detach())], device)[0] / len(batch)
+        if not math.isfinite(mean):
+            raise MsenseError(f"the loss is not finite ({mean}): give a smaller --lr, or --train-dtype float32")
+        self.engine.step(lr)
+        return mean
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return the task's metrics on the part for that, if this worker has one."""
+        if self.dev_part is None:
+            return {}
+        self.engine.model.eval()
+        part, labels = self.dev_part, self.tuning.classifier.labels
+        found: list[Any] = [None] * len(part.rows)
+        for rows in token_batches(np.array([len(row) for row in part.rows]), 4096):
+            ids, mask = (tensor.to(self.tuning.device) for tensor in padded([part.rows[i] for i in rows]))
+            scores = self.model(ids, mask).float().cpu()
+            own = scores[:, 0].tolist() if labels is None else [labels[i] for i in scores.argmax(1).tolist()]
+            for row, value in zip(rows, own, strict=True):
+                found[row] = value
+        return {f"dev_{name}": METRICS[name](part.gold, np.array(found)) for name in self.tuning.task.metrics}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint."""
+        self.engine.save(folder)
+        (folder / STATE).write_text(json.dumps(self.history), encoding="utf-8")
+
+    def restore(self, folder: Path) -> None:
+        """Read a checkpoint.
+
+        Raises:
+            BadInput: it is damaged.
+        """
+        self.engine.load(folder)
+        try:
+            self.history = list(json.loads((folder / STATE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise damaged(folder, error) from error
+
+    def save_teacher(self, folder: Path) -> None:
+        """Write what was trained as a teacher's folder: body, tokenizer, pooling, classifier."""
+        folder.mkdir(parents=True)
+        self.model.body.model.save_pretrained(folder)
+        source = body_folder(self.tuning.teacher, self.tuning.revision)
+        for name in _TOKENIZER:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        pooling = folder / "1_Pooling"
+        pooling.mkdir()
+        config = self.tuning.classifier
+        modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+        modules.append({"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"})
+        modes = {
+            "mean": "pooling_mode_mean_tokens",
+            "cls": "pooling_mode_cls_token",
+            "lasttoken": "pooling_mode_lasttoken",
+        }
+        told = {"word_embedding_dimension": config.dim} | {mode: how == config.pooling for how, mode in modes.items()}
+        for path, content in (
+            (folder / "modules.json", modules),
+            (pooling / "config.json", told),
+            (folder / "sentence_bert_config.json", {"max_seq_length": self.tuning.max_length}),
+        ):
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        save_classifier(folder, self.model.classifier)
+
+
+def batches(rows: list[np.ndarray], size: int, seed: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Yield places of texts, int64 [B]: all of them once, in random order, near ones of a like length.
+
+    Args:
+        rows: token ids of each text.
+        size: texts a batch.
+        seed: what the order follows from.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence(seed))
+    order = rng.permutation(len(rows))
+    lengths = np.array([len(row) for row in rows])
+    every = []
+    for start in range(0, len(order), size * BUCKET):
+        bucket = order[start : start + size * BUCKET]
+        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+        every += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+    yield from (every[i] for i in rng.permutation(len(every)))
+
+
+def _read(tuning: Tuning, part: str) -> Part:
+    """Read and tokenise a part of the data."""
+    config = tuning.classifier
+    found = read_part(config.task, tuning.task, tuning.source, part, config.joiner)
+    settings = BuildConfig(revision=tuning.revision, max_length=tuning.max_length)
+    info, tokenizer = describe(tuning.teacher, settings)
+    tokenizer.enable_truncation(info.max_length)
+    encodings = tokenizer.encode_batch_fast([info.prompt + text for text in found.texts])
+    rows = [np.array(encoding.ids, np.int64) for encoding in encodings]
+    if config.labels is None:
+        return Part(rows, torch.from_numpy(found.labels).float(), found.labels)
+    number = {label: i for i, label in enumerate(config.labels)}
+    targets = torch.tensor([number.get(label, -100) for label in found.labels.tolist()])
+    return Part(rows, targets, found.labels)
+
+
+def _report(tuner: Tuner) -> None:
+    """Hand a checkpoint to Ray Train, and wait until it counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        if tuner.group.rank == 0:
+            tuner.save(Path(folder))
+            if len(tuner.history) == tuner.tuning.epochs:
+                tuner.save_teacher(Path(folder, TEACHER))
+        checkpoint = ray.train.Checkpoint.from_directory(folder) if tuner.group.rank == 0 else None
+        ray.train.report(
+            dict(tuner.history[-1]), checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{len(tuner.history):05d}"
+        )
+        # a report that returns is not yet a checkpoint to go on from
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
