@@ -88,6 +88,10 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
         BadInput: it is not there, damaged or empty, lacks a column, or a text or label is missing.
     """
     columns = columns or Columns()
+    if columns.label in columns.texts:
+        raise BadInput(
+            f"column {columns.label!r} cannot be both of the text and of the label: choose with --text-column, --label-column"
+        )
     files = part_files(source, part)
     wanted = [*columns.texts, columns.label]
     tables = [_table(file, wanted) for file in files]
