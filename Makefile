@@ -6,7 +6,9 @@ STAMP := $(VENV)/.installed
 # make install TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from there (a CPU build)
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: install demo test test-all check format
+DATA ?= data
+
+.PHONY: install demo results test test-all check format
 
 install: $(STAMP)
 
@@ -20,6 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python jobs/build_dict.py --output runs/demo
 	$(BIN)/python -m msense show runs/demo key cell kernel tree
+
+# make results DATA=folder with banking77/ tweet_emotion/ sst2/ coarsewsd/ wordsim/ wikitext2/: an hour and a half on two cores
+results: install
+	$(BIN)/python jobs/results.py --data $(DATA) $(if $(MODEL2VEC_PYTHON),--model2vec-python $(MODEL2VEC_PYTHON))
 
 test: install
 	$(BIN)/python -m pytest

@@ -5,10 +5,7 @@ into the output folder, which keeps them. Out: few-shot accuracy of teacher and 
 replaced by its sense, and how often a student picks the teacher's sense. Holds vectors of all texts.
 """
 
-import json
 import logging
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +13,14 @@ import numpy as np
 import torch
 
 from benches.few_shot import Task, few_shot, read_task
-from benches.senses import CAP, MORE, Reader, pooled
+from benches.senses import MORE, Reader, pooled
 from benches.shared import Bench, Figures, model2vec
+from benches.workshop import Made, Workshop
 from msense import SenseDictionary, SenseEncoder
-from msense.build import build_dictionary
-from msense.config import DEMO_TEACHER, BuildConfig, validate
 from msense.distill_config import DistillConfig
-from msense.distill_run import distill_student
 from msense.errors import BadInput
 from msense.evaluation.result import Result, difference
 from msense.losses import frequent_sense_accuracy
-from msense.run_folder import RunFolder
 from msense.student import load_student
 from msense.teacher import TOKEN_BUDGET, pad_batch, token_batches
 
@@ -41,51 +35,15 @@ RECIPES: dict[str, dict[str, Any]] = {
 REPLACED = {"": None, "_replaced": "soft", "_replaced_hard": "hard"}
 
 
-@dataclass(frozen=True)
-class Made:
-    """A student of this benchmark."""
-
-    folder: Path
-    metrics: dict[str, float]  # of the last epoch
-
-
-class Workshop:
-    """Makes dictionaries and students in a folder, or takes those that are there."""
-
-    def __init__(self, bench: Bench, name: str, corpus: str) -> None:
-        self.folder = Path(f"{bench.run.root}-{name}")
-        self.workers = bench.workers
-        self.corpus = corpus
-
-    def dictionary(self, senses: int | str) -> Path:
-        """Build a dictionary of the corpus."""
-        output = self.folder / f"dictionary-{senses}"
-        given = {"corpus": [self.corpus], "teacher": DEMO_TEACHER, "senses": senses, "max_occurrences": CAP}
-        build_dictionary(
-            validate(BuildConfig, {**given, "metric": "l2", "workers": self.workers, "output": str(output)})
-        )
-        return output
-
-    def student(self, dictionary: Path, name: str, **settings: Any) -> Made:  # noqa: ANN401 - of a distillation
-        """Distill a student; all of one dictionary and metric share their labels."""
-        kept = self.folder / name
-        if not kept.exists():
-            labels = self.folder / f"labels-{dictionary.name}{'-dot' if settings.get('reference') else ''}"
-            given = {"dictionary": str(dictionary), "output": str(labels), "workers": self.workers}
-            distill_student(DistillConfig(**given, **settings))
-            run = RunFolder(str(labels))
-            shutil.move(run.student, kept.with_suffix(".new"))
-            shutil.move(run.metrics, kept.with_suffix(".new") / "metrics.jsonl")
-            kept.with_suffix(".new").rename(kept)
-        last = (kept / "metrics.jsonl").read_text().splitlines()[-1]
-        logger.info("%s: %s", name, last)
-        return Made(kept, json.loads(last))
+def bench_shop(bench: Bench, name: str, corpus: str) -> Workshop:
+    """Return the workshop of a benchmark's text, beside the shared run."""
+    return Workshop(Path(f"{bench.run.root}-{name}"), [corpus], bench.workers)
 
 
 def distill(bench: Bench) -> Figures:
     """Students of Banking77's training texts, by our default objective and by others."""
     task = read_task(bench.data("banking77"))
-    shop = Workshop(bench, "banking77", str(bench.data("banking77") / "train.csv"))
+    shop = bench_shop(bench, "banking77", str(bench.data("banking77") / "train.csv"))
     dictionary = shop.dictionary(MORE)
     read, teacher = _teacher(bench, task)
     figures: Figures = {"distill.teacher": teacher.score}
@@ -116,7 +74,7 @@ def ood(bench: Bench) -> Figures:
     task = read_task(bench.data("banking77"))
     if len(bench.config.corpus) != 1:
         raise BadInput(f"ood takes one --corpus, not {len(bench.config.corpus)}: give a folder or a glob of all files")
-    shop = Workshop(bench, "ood", bench.config.corpus[0])
+    shop = bench_shop(bench, "ood", bench.config.corpus[0])
     _, teacher = _teacher(bench, task)
     figures: Figures = {"distill.ood_teacher": teacher.score}
     dictionary = shop.dictionary("auto")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benches.distilling import STUDENTS, Workshop
+from benches.distilling import STUDENTS, bench_shop
 from benches.few_shot import read_task
 from benches.senses import MORE
 from benches.shared import Bench, Figures, model2vec
@@ -44,7 +44,7 @@ def encode(bench: Bench) -> Figures:
     """Encode the same texts with every model, in turn."""
     os.environ["RAYON_NUM_THREADS"] = str(bench.workers)  # tokenizers reads it once, at its first batch
     texts = read_task(bench.data("banking77")).texts["test"]
-    shop = Workshop(bench, "banking77", str(bench.data("banking77") / "train.csv"))
+    shop = bench_shop(bench, "banking77", str(bench.data("banking77") / "train.csv"))
     dictionary = shop.dictionary(MORE)
     folders = {name: shop.student(dictionary, name, student=kind).folder for name, kind in STUDENTS.items()}
     with _threads(bench.workers):

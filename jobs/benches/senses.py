@@ -16,6 +16,7 @@ import numpy as np
 
 from benches.few_shot import few_shot, read_task
 from benches.shared import Bench, Figures
+from benches.workshop import CAP
 from msense import SenseDictionary
 from msense.config import DEFAULT_BUDGET, DEMO_TEACHER, SenseBudget, sense_bytes
 from msense.dictionary.format import Arrays, corpus_distortion
@@ -24,7 +25,7 @@ from msense.teacher import TOKEN_BUDGET, Teacher, describe, pad_batch, resolve_d
 
 logger = logging.getLogger("msense.bench")
 
-CAP, FIXED, MORE = 1000, 20, 50
+FIXED, MORE = 20, 50
 TRIES = 5  # to make both dictionaries of one size
 Dictionaries = dict[str, SenseDictionary]
 

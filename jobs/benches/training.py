@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from benches.distilling import STUDENTS, Workshop
+from benches.distilling import STUDENTS, bench_shop
 from benches.senses import MORE
 from benches.shared import Bench, Figures
 from benches.turns import in_turn
@@ -34,7 +34,7 @@ LARGER = 4096  # tokens of a larger batch, for the losses alone
 
 def step(bench: Bench) -> Figures:
     """Measure for both kinds of student."""
-    shop = Workshop(bench, "banking77", str(bench.data("banking77") / "train.csv"))
+    shop = bench_shop(bench, "banking77", str(bench.data("banking77") / "train.csv"))
     dictionary = shop.dictionary(MORE)
     shop.student(dictionary, "static", student="static")
     threads = torch.get_num_threads()

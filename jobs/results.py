@@ -1,0 +1,260 @@
+"""Make the README's results: `python jobs/results.py --data DATA [NAME ...]`.
+
+Dictionaries, teachers and students are made by the jobs into --output, evaluations beside them as NAME.json, NAME.md and plots;
+what is there already is kept. At the end a table holds every figure against what it should be, and the last line of the
+output is the same as one JSON object. DATA holds banking77/, tweet_emotion/, sst2/ (csv of text and label), coarsewsd/,
+wordsim/ and wikitext2/.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benches.workshop import Workshop
+
+from msense.cli import run_job
+from msense.config import DEMO_TEACHER, validate
+from msense.errors import BadInput
+from msense.evaluation.coarsewsd import read_contexts, words
+from msense.evaluation.config import EvaluateConfig
+from msense.evaluation.report import Evaluation, gain, show
+from msense.evaluation.result import Result
+from msense.evaluation.run import evaluate
+from msense.finetune import finetune
+from msense.finetune_config import FinetuneConfig
+
+logger = logging.getLogger("msense.bench")
+
+SENSES = 50  # a token, of a task's own dictionary
+OTHER_SIZES = (1, 5, 20, "auto")
+OF_WORDS = 20  # senses a token, for CoarseWSD
+GENERAL_DOCS = "pydocs:pandas,sklearn"
+GENERAL: dict[str, Any] = {"epochs": 5, "train_tokens": 1_000_000}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "layers2": {"student": "layers:2"},
+    "static": {"student": "static"},
+    "layers2-pooled": {"student": "layers:2", "objective": {"pooled": 1.0}},
+}
+OF_SENSES = {
+    "layers2-senses": {"student": "layers:2", "objective": {"sense": 10.0, "pooled": 100.0, "replaced": 100.0}}
+}
+
+
+class Figure(NamedTuple):
+    """A figure and what it should be."""
+
+    what: str
+    value: float
+    bar: str
+    is_met: bool | None  # None: no bar
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes what results are of, in a folder."""
+
+    data: Path
+    output: Path
+    workers: int
+    model2vec_python: str | None
+
+    def task(self, name: str) -> str:
+        """Return a folder of the data.
+
+        Raises:
+            BadInput: it is not there.
+        """
+        folder = self.data / name
+        if not folder.is_dir():
+            raise BadInput(f"{folder} is not there: --data must name a folder that holds {name}/")
+        return str(folder)
+
+    def shop(self, name: str, *corpus: str, teacher: str = DEMO_TEACHER) -> Workshop:
+        """Return a workshop of its own for a text."""
+        return Workshop(self.output / name, corpus, self.workers, teacher)
+
+    def evaluate(self, name: str, models: Sequence[str], tasks: Sequence[str], **more: Any) -> Evaluation:  # noqa: ANN401
+        """Evaluate, and show what was found."""
+        given: dict[str, Any] = {"model": models, "task": tasks, "output": str(self.output / f"{name}.json")}
+        given |= {"teacher": DEMO_TEACHER, "workers": self.workers, "model2vec_python": self.model2vec_python}
+        found = evaluate(validate(EvaluateConfig, {**given, **more}))
+        show(found)
+        return found
+
+    def with_model2vec(self) -> tuple[str, ...]:
+        """Return model2vec as a model, if there is a Python that has it."""
+        return ("model2vec",) if self.model2vec_python else ()
+
+
+def students(shop: Workshop, dictionary: Path, names: Sequence[str], **settings: Any) -> list[str]:  # noqa: ANN401
+    """Distil students; return them as models."""
+    every = STUDENTS | OF_SENSES
+    return [f"{name}=student:{shop.student(dictionary, name, **every[name], **settings).folder}" for name in names]
+
+
+def banking77(make: Maker) -> list[Figure]:
+    """Banking77: replaced teachers of several sizes, students of its training texts, and others."""
+    found = _own_text(make, "banking77", "banking77", sizes=OTHER_SIZES, bar=1.5)
+    return [*found, *_by_mteb(make)]
+
+
+def emotion(make: Maker) -> list[Figure]:
+    """TweetEval's emotion, the same with one dictionary."""
+    return _own_text(make, "emotion", "tweet_emotion", sizes=(), bar=3.0)
+
+
+def _own_text(make: Maker, name: str, folder: str, sizes: Sequence[int | str], bar: float) -> list[Figure]:
+    """Dictionary and students of a task's training texts, on that task."""
+    source = make.task(folder)
+    shop = make.shop(name, f"{source}/train.csv")
+    main = shop.dictionary(SENSES)
+    models = ["teacher", *(f"replaced K {k}=replaced:{shop.dictionary(k)}" for k in sizes)]
+    models += [f"replaced K {SENSES}=replaced:{main}", f"replaced K {SENSES}, hard=replaced:{main},hard"]
+    own = students(shop, main, tuple(STUDENTS))
+    models += [*own, *(f"{m.replace('=', ', replaced=', 1)},soft" for m in own[:2])]
+    found = make.evaluate(name, [*models, "truncated:2", *make.with_model2vec()], [f"{name}={source}"])
+    title = f"{name}, 8 shots"
+    return [
+        _loss(found, title, f"replaced K {SENSES}", 2.5),
+        *(_loss(found, title, student, bar) for student in ("layers2", "static")),
+    ]
+
+
+def _by_mteb(make: Maker) -> list[Figure]:
+    """Compare our protocol with that of the package mteb, on the same models and data."""
+    source, shop = make.task("banking77"), make.output / "banking77"
+    models = ["teacher", f"layers2=student:{shop / 'layers2'}", f"static=student:{shop / 'static'}"]
+    found = make.evaluate("mteb", models, [f"banking77={source}", f"mteb:banking77={source}"], cost=False)
+    figures = []
+    for model in ("teacher", "layers2", "static"):
+        ours, theirs = (_result(found, title, model) for title in ("banking77, 8 shots", "banking77 (mteb), 8 shots"))
+        gap = 100 * (ours.score - theirs.score)
+        noise = 196 * sum((row.deviation or 0) ** 2 / len(row.values) for row in (ours, theirs)) ** 0.5
+        what = f"banking77, {model}: our protocol minus mteb's, points"
+        figures.append(Figure(what, gap, f"within the draws' noise, {noise:.1f}", abs(gap) <= noise))
+    return figures
+
+
+def general(make: Maker) -> list[Figure]:
+    """Dictionary and students of text of other kinds, on both tasks; and word similarity by that dictionary."""
+    shop = make.shop("general", make.task("wikitext2"), GENERAL_DOCS)
+    main = shop.dictionary("auto")
+    own = students(shop, main, tuple(STUDENTS), **GENERAL)
+    tasks = [f"banking77={make.task('banking77')}", f"emotion={make.task('tweet_emotion')}"]
+    found = make.evaluate("general", ["teacher", f"replaced=replaced:{main}", *own, *make.with_model2vec()], tasks)
+    figures = []
+    for task in found.tasks:
+        rows = {name: row.score for name, row in task.rows.items() if isinstance(row, Result)}
+        figures += [
+            Figure(f"{task.name}, text of other kinds: {name}", score, "", None) for name, score in rows.items()
+        ]
+    return figures
+
+
+def wordsim(make: Maker) -> list[Figure]:
+    """Word similarity by the senses of the general dictionary."""
+    main = make.shop("general", make.task("wikitext2"), GENERAL_DOCS).dictionary("auto")
+    found = make.evaluate("wordsim", [f"replaced=replaced:{main}"], [f"wordsim={make.task('wordsim')}"], cost=False)
+    row = _result(found, "wordsim", "replaced")
+    gap = row.score - row.more["one embedding"]
+    return [
+        Figure("word similarity: best pair of senses", row.score, "", None),
+        Figure("word similarity: best pair over one embedding a word", gap, "above 0", gap > 0),
+    ]
+
+
+def coarsewsd(make: Maker) -> list[Figure]:
+    """Senses of people, by the teacher's dictionary and through students; and what students are worth token by token."""
+    source = make.task("coarsewsd")
+    corpus = make.output / "coarsewsd.txt"
+    lines = [f"{text}\n" for word in words(source) for text in read_contexts(source, word, "train").texts]
+    if not corpus.is_file() or corpus.read_text(encoding="utf-8") != "".join(lines):
+        corpus.parent.mkdir(parents=True, exist_ok=True)
+        corpus.write_text("".join(lines), encoding="utf-8")
+    shop = make.shop("coarsewsd", str(corpus))
+    main = shop.dictionary(OF_WORDS)
+    models = [f"teacher=replaced:{main},hard", *students(shop, main, (*STUDENTS, *OF_SENSES))]
+    test = make.output / "coarsewsd-test.txt"
+    test.write_text(
+        "".join(f"{t}\n" for w in words(source) for t in read_contexts(source, w, "test").texts), encoding="utf-8"
+    )
+    found = make.evaluate("coarsewsd", models, [f"coarsewsd={source}", f"tokens:contexts={test}"], cost=False)
+    teacher, *own = (_result(found, "coarsewsd", name) for name in ("teacher", "layers2", "layers2-senses"))
+    over = 100 * (teacher.score - teacher.more["gold centroids"])
+    default, senses = (100 * (teacher.score - student.score) for student in own)
+    return [
+        Figure("CoarseWSD, teacher's senses: accuracy", teacher.score, "", None),
+        Figure("CoarseWSD, teacher's senses over a centroid a gold sense, points", over, "at least 3", over >= 3),
+        Figure("CoarseWSD, layers2 below the teacher, points", default, "at most 3", default <= 3),
+        Figure("CoarseWSD, layers2 with sense=10 below the teacher, points", senses, "at most 3", senses <= 3),
+    ]
+
+
+def sst2(make: Maker) -> list[Figure]:
+    """SST-2: a fine-tuned teacher, replaced; and students under its frozen classifier."""
+    source = make.task("sst2")
+    tuned = finetune(
+        validate(FinetuneConfig, {"task": f"sst2={source}", "output": str(make.output / "sst2" / "finetuned")})
+    )
+    shop = make.shop("sst2", tuned["corpus"], teacher=tuned["teacher"])
+    main = shop.dictionary(SENSES)
+    own = students(shop, main, ("layers2", "static"))
+    models = ["teacher", f"replaced=replaced:{main}", f"replaced, hard=replaced:{main},hard", *own]
+    models += [f"{model.replace('=', ', replaced=', 1)},soft" for model in own]
+    found = make.evaluate("sst2", models, [f"classifier:sst2={source}"], teacher=tuned["teacher"])
+    title = "sst2 (classifier)"
+    return [
+        Figure("sst2, fine-tuned teacher: accuracy", _result(found, title, "teacher").score, "", None),
+        _loss(found, title, "replaced", 0.5),
+        _loss(found, title, "layers2", 3.0),
+    ]
+
+
+def _result(found: Evaluation, title: str, model: str) -> Result:
+    """Return a result."""
+    row = next(task.rows[model] for task in found.tasks if task.name == title)
+    assert isinstance(row, Result)
+    return row
+
+
+def _loss(found: Evaluation, title: str, model: str, bar: float) -> Figure:
+    """Return by how many points a model is below the teacher."""
+    task = next(task for task in found.tasks if task.name == title)
+    told = gain(found, task, model)
+    lost = -100 * told.gain
+    what = f"{title}: {model} below the teacher, points [{-100 * told.high:.1f}, {-100 * told.low:.1f}]"
+    return Figure(what, lost, f"at most {bar:g}", lost <= bar)
+
+
+NAMES: dict[str, Callable[[Maker], list[Figure]]] = {
+    own.__name__: own for own in (banking77, emotion, general, wordsim, coarsewsd, sst2)
+}
+
+
+def main() -> None:
+    """Make the results asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(NAMES)} (default: all)")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder of the labelled data")
+    parser.add_argument("--output", default="runs/results", metavar="DIR", help="where to (default: runs/results)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one a core")
+    parser.add_argument("--model2vec-python", metavar="FILE", help="a Python that has model2vec, to compare with it")
+    given = parser.parse_args()
+    if unknown := [name for name in given.names if name not in NAMES]:
+        raise BadInput(f"{unknown[0]} is no result; these are: {', '.join(NAMES)}")
+    make = Maker(Path(given.data).absolute(), Path(given.output).absolute(), given.workers, given.model2vec_python)
+    figures = [figure for name in given.names or NAMES for figure in NAMES[name](make)]
+    for figure in figures:
+        told = {True: "met", False: "missed", None: ""}[figure.is_met]
+        logger.info("%s: %.4g  %s  %s", figure.what, figure.value, figure.bar, told)
+    sys.stdout.write(json.dumps({figure.what: float(f"{figure.value:.4g}") for figure in figures}) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
