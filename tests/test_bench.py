@@ -206,19 +206,16 @@ def test_encoding_compares_what_is_timed(jobs: None, tmp_path: Path) -> None:
     assert encoding._against_model2vec(asked, lambda: None, ["a text"]) == {}
 
 
-def test_few_shot_accuracy_and_paired_differences(jobs: None) -> None:
-    from benches.few_shot import DRAWS, difference, few_shot
+def test_few_shot_accuracy_by_draw(jobs: None) -> None:
+    from benches.few_shot import few_shot
 
     rng = np.random.default_rng(0)
     labels = {part: np.repeat(["a", "b", "c"], count) for part, count in (("train", 20), ("test", 30))}
     known = {part: np.repeat(np.eye(3), len(of) // 3, axis=0) for part, of in labels.items()}
     noise = {part: rng.normal(size=(len(of), 3)) for part, of in labels.items()}
     good, chance = few_shot(known, labels), few_shot(noise, labels)
-    assert good.tolist() == [1.0] * DRAWS
-    assert 0.2 < chance.mean() < 0.5
-    gain, low, high = difference(good, chance)
-    assert gain == pytest.approx(1 - chance.mean())
-    assert 0 < low < gain < high
+    assert good.values == [1.0] * 10
+    assert 0.2 < chance.score < 0.5
 
 
 def test_the_reference_loop_is_our_loss(jobs: None) -> None:

@@ -8,12 +8,14 @@ import hashlib
 import json
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from msense import __version__
 from msense.corpus import list_files
 from msense.dictionary import DictionaryFiles, SenseDictionary
+from msense.evaluation import mteb_tasks
 from msense.evaluation.models import folder_of_student
 from msense.evaluation.spec import Spec, TaskSpec
 from msense.labelled import part_files
@@ -62,15 +64,16 @@ def of_data(task: TaskSpec) -> str:
     Raises:
         BadInput: they are not there; says what to download and where to put it.
     """
+    own = version("mteb") if task.kind == "mteb" and find_spec("mteb") else ""
     if not task.source:
-        return task.name
+        return digest([mteb_tasks.task_class(task.name).metadata.name, own]) if task.kind == "mteb" else task.name
     if task.kind in ("classification", "mteb"):
         files = [file for part in ("train", "test") for file in part_files(task.source, part)]
     elif task.kind == "classifier" and task.source.startswith("hf://"):
         return task.source
     else:
         files = list_files((task.source,))
-    return digest([[file.name, file.size, file.fingerprint] for file in files])
+    return digest([own, [[file.name, file.size, file.fingerprint] for file in files]])
 
 
 def _of_teacher(name: str, revision: str | None) -> str:

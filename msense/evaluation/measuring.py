@@ -132,7 +132,9 @@ def texts_of(work: Work) -> list[str]:
         BadInput: they are not there.
     """
     task = work.task
-    if task.kind in ("classification", "classifier", "mteb") and task.source:
+    if task.kind == "classifier":
+        return classifier.texts(task.source, task.name, work.spec.teacher, work.columns)
+    if task.kind in ("classification", "mteb"):
         return read_labelled(task.source, "test", work.columns).first
     if task.kind == "wordsim":
         return [word for pairs in wordsim.read_sets(task.source).values() for pair in pairs for word in pair[:2]]
@@ -140,6 +142,4 @@ def texts_of(work: Work) -> list[str]:
         return [
             t for word in coarsewsd.words(task.source) for t in coarsewsd.read_contexts(task.source, word, "test").texts
         ]
-    if task.kind == "tokens":
-        return tokens.read_texts(task.source, work.columns.texts[0])
-    return []
+    return tokens.read_texts(task.source, work.columns.texts[0])

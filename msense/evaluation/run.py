@@ -139,11 +139,15 @@ def _add_costs(
     models: Sequence[str],
 ) -> None:
     """Measure all models side by side, unless an earlier run has measured the same ones."""
-    key = digest([list(models), of_data(works[0].task), config.cores, versions()])
+    asked = next((work for work in works if work.task.source or work.task.kind == "classifier"), None)
+    if asked is None:
+        logger.info("no costs: they are measured on the texts of a task, but those of mteb's own are not read here")
+        return
+    key = digest([list(models), of_data(asked.task), config.cores, versions()])
     if sheet.report.made.get("cost_key") == key:
         return
     logger.info("costs: all models in turn ...")
-    found: dict[str, Cost] = run_task(_cost, list(specs), works[0], config.cores, device=resources.device)
+    found: dict[str, Cost] = run_task(_cost, list(specs), asked, config.cores, device=resources.device)
     sheet.report.costs.clear()
     sheet.report.costs.update(found)
     sheet.report.made["cost_key"] = key

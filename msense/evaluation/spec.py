@@ -13,6 +13,7 @@ from msense import storage
 from msense.config import Metric
 from msense.encoder import DEFAULT_TEMPERATURE, Replace
 from msense.errors import BadInput
+from msense.glue import GLUE
 from msense.text import redact
 
 ModelKind = Literal["teacher", "replaced", "student", "truncated", "model2vec", "encoder"]
@@ -30,7 +31,7 @@ TASKS = {
     "NAME=DATA": "text classification: logistic regression on sentence vectors (--shots); DATA is a folder with train and "
     "test as csv, jsonl or parquet, or hf://dataset[:config]",
     "classifier:NAME=DATA": "the same texts under the teacher's own classifier, as jobs/finetune.py trained it; NAME may be "
-    "one of GLUE's, for its columns and metrics",
+    "one of GLUE's, for its columns and metrics, and without =DATA from the hub",
     "mteb:NAME=DATA": "the same by the package mteb; without =DATA one of its own tasks, by name, from the hub",
     "wordsim=DIR": "word similarity: *.txt of word, word, score",
     "coarsewsd=DIR": "word senses of people: DIR/WORD/{train,test}.{data,gold}.txt",
@@ -142,8 +143,8 @@ def parse_task(word: str) -> TaskSpec:
     left, mark, source = word.partition("=")
     kind, colon, name = left.partition(":")
     known = get_args(TaskKind)
-    if kind == "mteb" and name:
-        return TaskSpec(name, "mteb", _data(source))
+    if name and (kind == "mteb" or (kind == "classifier" and name in GLUE)):
+        return TaskSpec(name, "mteb" if kind == "mteb" else "classifier", _data(source))
     if not mark or not source or not left:
         raise BadInput(
             f"--task {redact(word)}: write NAME=DATA, such as banking77=data/banking77; --help tells all kinds"

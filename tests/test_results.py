@@ -1,0 +1,91 @@
+"""The job that makes the README's results: which models it compares, and how figures are held against bars."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_evaluation import write_contexts
+
+from msense.errors import BadInput
+from msense.evaluation.config import EvaluateConfig
+from msense.evaluation.report import Evaluation, TaskReport
+from msense.evaluation.result import Result
+
+JOBS = Path(__file__).parents[1] / "jobs"
+SCORES = {
+    "teacher": 0.9,
+    "replaced": 0.895,
+    "replaced K 50": 0.88,
+    "layers2": 0.86,
+    "static": 0.89,
+    "layers2-senses": 0.88,
+}
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[object]:
+    """The job, with nothing made and scores that are known."""
+    monkeypatch.syspath_prepend(str(JOBS))
+    import results
+    from benches import workshop
+
+    def evaluate(config: EvaluateConfig) -> Evaluation:
+        specs = config.specs("t")
+        tables = []
+        for task in config.tasks():
+            shots = ", 8 shots" if task.kind in ("classification", "mteb") else ""
+            more = {"gold centroids": 0.85, "one embedding": 0.9}
+            rows = {s.name: Result("accuracy", "words", [SCORES.get(s.name, 0.5)] * 3, more=more) for s in specs}
+            tables.append(TaskReport(task.title + shots, task.kind, "x", dict(rows)))
+        return Evaluation([spec.name for spec in specs], tables)
+
+    monkeypatch.setattr(results, "evaluate", evaluate)
+    monkeypatch.setattr(results, "finetune", lambda config: {"teacher": "/t", "corpus": "/c"})
+    monkeypatch.setattr(workshop.Workshop, "dictionary", lambda self, senses: self.folder / f"dictionary-{senses}")
+    monkeypatch.setattr(
+        workshop.Workshop, "student", lambda self, d, name, **s: workshop.Made(self.folder / name, {"x": 1.0})
+    )
+    for name in ("banking77", "tweet_emotion", "sst2", "wordsim", "wikitext2"):
+        (tmp_path / name).mkdir()
+    write_contexts(tmp_path / "coarsewsd", "bank", [("bank", "a")], [("bank", "a")])
+    yield results
+    for name in [n for n in sys.modules if n == "results" or n.partition(".")[0] == "benches"]:
+        del sys.modules[name]
+
+
+def run(results: object, words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["results.py", *words])
+        results.main()  # type: ignore[attr-defined]
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_all_results_end_in_one_json_object(
+    results: object, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "msense.bench")
+    figures = run(results, ["--data", str(tmp_path), "--output", str(tmp_path / "out")], capsys)
+    assert figures["CoarseWSD, layers2 below the teacher, points"] == pytest.approx(4.0)
+    assert figures["CoarseWSD, layers2 with sense=10 below the teacher, points"] == pytest.approx(2.0)
+    assert figures["CoarseWSD, teacher's senses over a centroid a gold sense, points"] == pytest.approx(5.0)
+    assert figures["sst2 (classifier): replaced below the teacher, points [0.5, 0.5]"] == pytest.approx(0.5)
+    told = "\n".join(caplog.messages)
+    assert "CoarseWSD, layers2 below the teacher, points: 4  at most 3  missed" in told
+    assert "CoarseWSD, layers2 with sense=10 below the teacher, points: 2  at most 3  met" in told
+    assert "best pair over one embedding a word: -0.005  above 0  missed" in told
+    assert (tmp_path / "out" / "coarsewsd.txt").read_text() == "the bank is\n"
+
+
+def test_only_what_is_asked_for_is_made(results: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = run(results, ["emotion", "--data", str(tmp_path), "--output", str(tmp_path / "out")], capsys)
+    assert [name.split(":")[0] for name in figures] == ["emotion, 8 shots"] * 3
+
+
+@pytest.mark.parametrize(("words", "told"), [(["nothing"], "nothing is no result"), (["sst2"], r"sst2 is not there")])
+def test_what_is_not_there_is_told(
+    results: object, words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BadInput, match=told):
+        run(results, [*words, "--data", str(tmp_path / "none")], capsys)
