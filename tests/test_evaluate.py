@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_evaluation import write_contexts, write_task
 
-from msense.config import validate
+from msense.config import parse_flags, validate
 from msense.errors import BadInput
 from msense.evaluation import measuring, run
 from msense.evaluation.config import EvaluateConfig
@@ -193,6 +193,13 @@ def test_data_that_are_not_there_are_told_before_anything_is_loaded(
     monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(BadInput, match="nowhere"):
         evaluate(f"task={tmp_path}/nowhere")
+
+
+def test_flags_of_several_values_may_be_repeated() -> None:
+    words = ["--model", "teacher", "--model", "truncated:1", "truncated:2", "--task", "x=/d", "--shots", "8", "--shots", "full"]
+    config = parse_flags(EvaluateConfig, "x", words)
+    assert config.model == ("teacher", "truncated:1", "truncated:2")
+    assert config.shots == ("8", "full")
 
 
 def test_the_teacher_is_that_of_the_first_dictionary(shipped_student: tuple) -> None:

@@ -11,6 +11,8 @@ from tiny import with_tokenizer
 
 from msense.config import BuildConfig
 from msense.distill_config import DistillConfig
+from msense.evaluation.config import EvaluateConfig
+from msense.finetune_config import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,8 +20,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_every_flag_is_there() -> None:
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    fields = [*BuildConfig.model_fields, *DistillConfig.model_fields]
-    known = {"--" + name.replace("_", "-") for name in fields} | {"--config", "--help", "--no-pooled"}
+    configs = (BuildConfig, DistillConfig, EvaluateConfig, FinetuneConfig)
+    fields = [name for config in configs for name in config.model_fields]
+    known = {"--" + name.replace("_", "-") for name in fields} | {"--config", "--help", "--no-pooled", "--no-cost"}
     known |= {"--senses", "--exemplars", "--output", "--corpus", "--data"}  # of show and bench too
     assert flags <= known
     assert len(flags) > 10
@@ -27,7 +30,7 @@ def test_every_flag_is_there() -> None:
 
 def test_every_file_and_target_is_there() -> None:
     for name in re.findall(r"\b(?:jobs/)?[a-z_]+\.py\b", README):
-        assert (ROOT / name).exists() or (ROOT / "msense" / name).exists(), name
+        assert (ROOT / name).exists() or list((ROOT / "msense").rglob(name)), name
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z-]+)\b", README)) <= targets
 
