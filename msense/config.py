@@ -379,7 +379,12 @@ def _flag(annotation: Any, default: object, description: str | None) -> dict[str
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
     if get_origin(annotation) in (tuple, dict):
-        return {"nargs": "*", "action": "extend", "help": text, "metavar": "X" if get_origin(annotation) is tuple else "NAME=VALUE"}
+        return {
+            "nargs": "*",
+            "action": "extend",
+            "help": text,
+            "metavar": "X" if get_origin(annotation) is tuple else "NAME=VALUE",
+        }
     options = (
         [a for a in get_args(annotation) if a is not type(None)]
         if get_origin(annotation) in (Union, types.UnionType)

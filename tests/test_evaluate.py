@@ -196,7 +196,19 @@ def test_data_that_are_not_there_are_told_before_anything_is_loaded(
 
 
 def test_flags_of_several_values_may_be_repeated() -> None:
-    words = ["--model", "teacher", "--model", "truncated:1", "truncated:2", "--task", "x=/d", "--shots", "8", "--shots", "full"]
+    words = [
+        "--model",
+        "teacher",
+        "--model",
+        "truncated:1",
+        "truncated:2",
+        "--task",
+        "x=/d",
+        "--shots",
+        "8",
+        "--shots",
+        "full",
+    ]
     config = parse_flags(EvaluateConfig, "x", words)
     assert config.model == ("teacher", "truncated:1", "truncated:2")
     assert config.shots == ("8", "full")

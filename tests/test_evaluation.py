@@ -1,5 +1,7 @@
 """Specs, labelled data and each task, on models whose answers are known."""
 
+import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,10 +13,10 @@ from tiny import make, with_tokenizer, word_piece
 from msense import SenseDictionary
 from msense.config import BuildConfig
 from msense.dictionary.format import write_tokenizer
-from msense.errors import BadInput
+from msense.errors import BadInput, MsenseError
 from msense.evaluation import classification, coarsewsd, tokens, wordsim
 from msense.evaluation.classification import Protocol
-from msense.evaluation.models import Read, make_model
+from msense.evaluation.models import Read, make_model, opened
 from msense.evaluation.spec import Spec, TaskSpec, check_names, parse_model, parse_task
 from msense.labelled import Columns, read_labelled
 from msense.pooling import pool_rows
@@ -469,6 +471,78 @@ def test_models_that_cut_texts_differently_are_not_compared(teacher: Path, tmp_p
     plain = make_model(spec(teacher, "teacher"), "cpu", 1)
     with pytest.raises(BadInput, match="same tokens"):
         tokens.measure(Reader(make([0, 1, 2, 3])), plain, str(tmp_path))
+
+
+def test_an_encoder_of_sentence_transformers_is_one_model_more(make_teacher: object) -> None:
+    folder = make_teacher("bert", pooling="mean_tokens")  # type: ignore[operator]
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "word_embedding_dimension": 16}))
+    ours = make_model(spec(folder, "teacher"), "cpu", 1)
+    theirs = make_model(spec(folder, "encoder", source=str(folder)), "cpu", 1)
+    np.testing.assert_allclose(theirs.encode(TEXTS), ours.encode(TEXTS), rtol=1e-4, atol=1e-5)
+    assert theirs.parameters() > 0
+    assert {path.name for path in theirs.files()} >= {"model.safetensors", "config.json"}
+    with pytest.raises(BadInput, match="no/such"):
+        make_model(spec(folder, "encoder", source="./no/such"), "cpu", 1)
+
+
+PEER = """
+import sys, types, pathlib, numpy as np
+
+class StaticModel:
+    embedding = np.zeros((5, 2))
+    def save_pretrained(self, folder):
+        pathlib.Path(folder).mkdir(); pathlib.Path(folder, "model.safetensors").write_text("x" * 7)
+    @classmethod
+    def from_pretrained(cls, folder):
+        return cls()
+    def encode(self, texts):
+        print("a library's own words")
+        if "die" in texts:
+            sys.exit(3)
+        return np.array([[len(text), 1] for text in texts])
+"""
+
+
+def _python_with_model2vec(folder: Path) -> str:
+    package = folder / "model2vec"
+    package.mkdir()
+    (package / "__init__.py").write_text(PEER)
+    (package / "distill.py").write_text(
+        "from model2vec import StaticModel\ndef distill(model_name): return StaticModel()\n"
+    )
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def test_model2vec_works_in_a_python_of_its_own(teacher: Path, tmp_path: Path) -> None:
+    python = _python_with_model2vec(tmp_path)
+    with opened(spec(teacher, "model2vec", python=python), "cpu", 1) as model:
+        assert model.encode(["ab", "ü"]).tolist() == [[2.0, 1.0], [1.0, 1.0]]
+        assert model.encode(["abc"]).dtype == np.float32
+        assert model.parameters() == 10
+        assert sum(path.stat().st_size for path in model.files()) == 7
+        assert 0 < model.seconds < 5
+        assert model.peak_memory > 1e6
+        process = model._peer._process
+        with pytest.raises(MsenseError, match="ended with code 3"):
+            model.encode(["die"])
+    assert process.poll() is not None
+
+
+@pytest.mark.parametrize(
+    ("python", "told", "kind"),
+    [
+        (None, "not installed.*--model2vec-python", BadInput),
+        ("/no/such/python", "cannot be run", BadInput),
+        (sys.executable, "ended with code 1", MsenseError),
+    ],
+)
+def test_a_python_without_model2vec_is_told(python: str | None, told: str, kind: type, teacher: Path) -> None:
+    with pytest.raises(kind, match=told):
+        make_model(spec(teacher, "model2vec", python=python), "cpu", 1)
 
 
 def test_specs_travel_with_their_settings() -> None:

@@ -251,7 +251,10 @@ def test_the_tuned_teacher_is_a_teacher_with_a_classifier(tune: Callable[..., di
     lines = [json.loads(line)["text"] for line in Path(summary["corpus"]).read_text().splitlines()]
     assert lines == read_part("toy", task_of("toy"), source, TRAIN, "").texts
     spec = Spec("teacher", "teacher", teacher=folder, dtype="float32")
-    found = task.measure(make_model(spec, "cpu", 1), source, "toy", folder, Columns())
+    model = make_model(spec, "cpu", 1)
+    library = make_model(Spec("st", "encoder", source=folder), "cpu", 1)
+    np.testing.assert_allclose(library.encode(["the cat"]), model.encode(["the cat"]), rtol=1e-4, atol=1e-5)
+    found = task.measure(model, source, "toy", folder, Columns())
     assert found.score > 0.95
     assert found.gold == read_part("toy", task_of("toy"), source, TEST, "").labels.tolist()
     assert task.texts(source, "toy", folder, Columns()) == read_part("toy", task_of("toy"), source, TEST, "").texts

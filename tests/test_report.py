@@ -123,7 +123,12 @@ def found() -> Evaluation:
     }
     costs = {"teacher": cost(), "replaced:x|y": cost(90, 5000), "replaced:z": cost(95, 1000)}
     task = TaskReport("banking77, 8 shots", "classification", "logistic regression", rows)
-    return Evaluation(list(rows), [task], costs, {"settings": {"seed": 3, "threads": 2}, "keys": {"a | b": "c"}})
+    return Evaluation(
+        list(rows),
+        [task],
+        costs,
+        {"settings": {"seed": 3, "threads": 2}, "sizes": ["replaced:x|y", "replaced:z"], "keys": {"a | b": "c"}},
+    )
 
 
 def test_tables_tell_what_was_measured(found: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 
 from msense.dictionary import SenseDictionary
 from msense.errors import MsenseError
-from msense.evaluation.models import Model, make_model
+from msense.evaluation.models import Model, opened
 from msense.evaluation.report import Cost
 from msense.evaluation.spec import Spec
 from msense.runtime import peak_memory
@@ -42,9 +43,15 @@ def measure(specs: Sequence[Spec], texts: Sequence[str], device: str, threads: i
     """
     texts = texts[:MOST_TEXTS]
     peaks = {spec.name: _peak(spec, texts, device, threads) for spec in specs}
-    models = {spec.name: make_model(spec, device, threads) for spec in specs}
+    with ExitStack() as held:
+        models = {spec.name: held.enter_context(opened(spec, device, threads)) for spec in specs}
+        return _told(models, peaks, texts)
+
+
+def _told(models: dict[str, Model], peaks: dict[str, int], texts: Sequence[str]) -> dict[str, Cost]:
+    """Time loaded models, and tell all that they cost."""
     seconds = _in_turn(models, texts)
-    first = seconds[specs[0].name]
+    first = seconds[next(iter(models))]
     return {
         name: Cost(
             parameters=model.parameters(),
@@ -119,7 +126,8 @@ def _peak(spec: Spec, texts: Sequence[str], device: str, threads: int) -> int:
 def _load_and_encode() -> None:
     """Do what standard input says, and write this process's peak memory to standard output."""
     told = json.load(sys.stdin)
-    make_model(Spec(**told["spec"]), told["device"], told["threads"]).encode(told["texts"])
+    with opened(Spec(**told["spec"]), told["device"], told["threads"]) as model:
+        model.encode(told["texts"])
     sys.stdout.write(f"\n{peak_memory()}\n")
 
 

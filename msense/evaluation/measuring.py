@@ -10,7 +10,7 @@ from typing import Any, cast
 from msense.evaluation import classification, classifier, coarsewsd, mteb_tasks, tokens, wordsim
 from msense.evaluation.classification import Protocol
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.models import Model, TokenModel, make_model
+from msense.evaluation.models import Model, TokenModel, make_model, opened
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec, TaskSpec
 from msense.labelled import Columns, read_labelled
@@ -104,8 +104,9 @@ def measure(number: int, works: Sequence[Work]) -> dict[str, Any]:
         BadInput, MsenseError: naming the model and what is wrong.
     """
     work = works[number]
-    model = make_model(work.spec, work.device, work.threads)
-    return {"title": work.title, "model": work.spec.name, "result": _result(work, model).to_json()}
+    with opened(work.spec, work.device, work.threads) as model:
+        found = _result(work, model)
+    return {"title": work.title, "model": work.spec.name, "result": found.to_json()}
 
 
 def _result(work: Work, model: Model) -> Result:

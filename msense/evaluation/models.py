@@ -5,6 +5,7 @@ token embeddings. Holds one model, and the embeddings of the texts that are aske
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +62,17 @@ class Model(Protocol):
 
     def files(self) -> list[Path]:
         """Return the files that it takes to use the model, those of a dictionary left out."""
+
+
+@contextmanager
+def opened(spec: Spec, device: str, threads: int) -> Iterator[Any]:
+    """Give a model as `make_model` does, and end whatever process it has."""
+    model = make_model(spec, device, threads)
+    try:
+        yield model
+    finally:
+        if isinstance(model, Model2Vec):
+            model.close()
 
 
 class TokenModel(Model, Protocol):
@@ -265,7 +277,9 @@ class SentenceModel:
                 f"{spec.name} is a model of sentence-transformers, which is not installed: pip install msense[evaluation]"
             ) from error
         with loading(repr(spec.source)):
-            self.model = SentenceTransformer(spec.source, device=device, revision=spec.revision)
+            self.model = SentenceTransformer(
+                spec.source, device=device, revision=spec.revision, model_kwargs={"use_safetensors": True}
+            )
         self.spec = spec
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -299,6 +313,20 @@ class Model2Vec:
     def files(self) -> list[Path]:
         """Return weights, tokenizer and config."""
         return self._peer.files
+
+    @property
+    def seconds(self) -> float:
+        """What its last encoding took, by its own clock."""
+        return self._peer.seconds
+
+    @property
+    def peak_memory(self) -> int:
+        """The most bytes that its process held."""
+        return self._peer.peak_memory
+
+    def close(self) -> None:
+        """End its process."""
+        self._peer.close()
 
 
 def _spans(encodings: Sequence[Encoding], prompt: int) -> np.ndarray:

@@ -297,7 +297,7 @@ def _drawings(found: Evaluation) -> list[tuple[str, Any]]:
         if len(rows) > 1:
             points = [Point(n, found.costs[n].texts_per_s, r.score, r.deviation or 0.0) for n, r in rows.items()]
             drawings.append((f"{slug}-speed", _speed(task, next(iter(rows.values())).metric, points)))
-        sized = {name: row for name, row in rows.items() if found.costs[name].senses and name.startswith("replaced")}
+        sized = {name: row for name, row in rows.items() if name in found.made.get("sizes", ())}
         if len({found.costs[name].senses for name in sized}) > 1:
             points = [
                 Point(n, found.costs[n].dictionary_bytes / 1e6, r.score, r.deviation or 0.0) for n, r in sized.items()

@@ -7,6 +7,7 @@ what is missing: a result is known by all that it depends on (weights, dictionar
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from msense.config import DEMO_TEACHER
 from msense.dictionary import SenseDictionary
@@ -109,9 +110,19 @@ def _empty(
         "dtype": specs[0].dtype,
         "device": resources.device,
         "versions": versions(),
+        "sizes": _of_other_sizes(specs),
         "keys": keys,
     }
     return Evaluation([spec.name for spec in specs], list(tables.values()), {}, made)
+
+
+def _of_other_sizes(specs: Sequence[Spec]) -> list[str]:
+    """Return replaced teachers that differ in nothing but their dictionary: the largest such group."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for spec in specs:
+        if spec.kind == "replaced":
+            groups.setdefault((spec.replace, spec.metric, spec.temperature), []).append(spec.name)
+    return max(groups.values(), key=len, default=[])
 
 
 def _take_over(sheet: _Sheet) -> None:
