@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from msense.errors import MsenseError
 from msense.evaluation import classification, classifier, coarsewsd, mteb_tasks, tokens, wordsim
 from msense.evaluation.classification import Protocol
 from msense.evaluation.config import EvaluateConfig
@@ -104,8 +105,11 @@ def measure(number: int, works: Sequence[Work]) -> dict[str, Any]:
         BadInput, MsenseError: naming the model and what is wrong.
     """
     work = works[number]
-    with opened(work.spec, work.device, work.threads) as model:
-        found = _result(work, model)
+    try:
+        with opened(work.spec, work.device, work.threads) as model:
+            found = _result(work, model)
+    except MsenseError as error:
+        raise type(error)(f"{work.spec.name} on {work.title}: {error}") from error
     return {"title": work.title, "model": work.spec.name, "result": found.to_json()}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tokenizers import Encoding
 
+from msense import storage
 from msense.config import BuildConfig
 from msense.dictionary import SenseDictionary
 from msense.encoder import SenseEncoder
@@ -118,13 +119,14 @@ def slabs(texts: Sequence[str], size: int = SLAB) -> Iterator[Sequence[str]]:
 
 
 def folder_of_student(source: str) -> Path:
-    """Return the local folder of a student: a folder, the run folder it is in, or fetched from the hub.
+    """Return the local folder of a student: a folder or URI, the run folder it is in, or fetched from the hub.
 
     Raises:
         StudentError: it cannot be had.
     """
-    inside = Path(source, "student")
-    return student_folder(str(inside) if (inside / "config.json").is_file() else source)
+    inside = storage.join(source, "student")
+    source = inside if storage.exists(storage.join(inside, "config.json")) else source
+    return student_folder(storage.local_copy(source) if "://" in source else source)
 
 
 class TeacherModel:

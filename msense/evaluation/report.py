@@ -191,7 +191,7 @@ def gain(found: Evaluation, task: TaskReport, model: str) -> Any:  # noqa: ANN40
     first, own = task.rows.get(found.models[0]), task.rows.get(model)
     if model == found.models[0] or not isinstance(first, Result) or not isinstance(own, Result):
         return None
-    if own.metric != first.metric:
+    if (own.metric, own.weights) != (first.metric, first.weights):  # such as words that one of the two lacks
         return None
     return difference(own, first, int(found.made.get("settings", {}).get("seed", 0)))
 
