@@ -6,7 +6,6 @@ times over, the texts as token ids, and one batch.
 
 import json
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from ray.train.torch import get_device, prepare_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from msense.classifier import Classifier, ClassifierConfig, save_classifier
+from msense.classifier import Classifier, ClassifierConfig
 from msense.config import BuildConfig
 from msense.errors import MsenseError
 from msense.evaluation.result import METRICS
@@ -31,21 +30,14 @@ from msense.glue import DEV, TRAIN, GlueTask, read_part
 from msense.student.tokenizer import padded
 from msense.student.transformer import TransformerBody, body_settings, load_weights
 from msense.teacher import describe, load_body, token_batches
-from msense.teacher_folder import body_folder
+from msense.teacher_folder import body_folder, locate
 from msense.train_engine import Plain, damaged, keep_freed_memory
 from msense.train_loop import STATE, Group, rate
 from msense.train_progress import Progress
+from msense.tuned_teacher import save_teacher
 
 TEACHER = "teacher"  # folder of the last checkpoint
 BUCKET = 50  # batches whose texts are sorted by length together: little padding, and batches still differ
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 @dataclass(frozen=True)
@@ -241,30 +233,9 @@ class Tuner:
 
     def save_teacher(self, folder: Path) -> None:
         """Write what was trained as a teacher's folder: body, tokenizer, pooling, classifier."""
-        folder.mkdir(parents=True)
-        self.model.body.model.save_pretrained(folder)
-        source = body_folder(self.tuning.teacher, self.tuning.revision)
-        for name in _TOKENIZER:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        pooling = folder / "1_Pooling"
-        pooling.mkdir()
-        config = self.tuning.classifier
-        modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
-        modules.append({"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"})
-        modes = {
-            "mean": "pooling_mode_mean_tokens",
-            "cls": "pooling_mode_cls_token",
-            "lasttoken": "pooling_mode_lasttoken",
-        }
-        told = {"word_embedding_dimension": config.dim} | {mode: how == config.pooling for how, mode in modes.items()}
-        for path, content in (
-            (folder / "modules.json", modules),
-            (pooling / "config.json", told),
-            (folder / "sentence_bert_config.json", {"max_seq_length": self.tuning.max_length}),
-        ):
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        save_classifier(folder, self.model.classifier)
+        source = locate(self.tuning.teacher, self.tuning.revision)
+        body, classifier = self.model.body.model, self.model.classifier
+        save_teacher(folder, body, classifier, source, self.tuning.max_length, self.history[-1])
 
 
 def batches(rows: list[np.ndarray], size: int, seed: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -21,10 +21,11 @@ from msense.evaluation import classifier as task
 from msense.evaluation.models import make_model
 from msense.evaluation.spec import Spec
 from msense.finetune_config import FinetuneConfig
-from msense.finetune_worker import Tuner, batches
+from msense.finetune_worker import Tuner, _read, batches
 from msense.glue import DEV, GLUE, TEST, TRAIN, joiner_of, read_part, task_of
 from msense.labelled import Columns
 from msense.runtime import Resources
+from msense.student.tokenizer import padded
 from msense.teacher import describe, load_body
 from msense.train_loop import Group
 
@@ -258,6 +259,31 @@ def test_the_tuned_teacher_is_a_teacher_with_a_classifier(tune: Callable[..., di
     assert found.score > 0.95
     assert found.gold == read_part("toy", task_of("toy"), source, TEST, "").labels.tolist()
     assert task.texts(source, "toy", folder, Columns()) == read_part("toy", task_of("toy"), source, TEST, "").texts
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling", "prompt"),
+    [("bert", "mean_tokens", "the cat is "), ("roberta", None, None), ("t5", None, None), ("llama", "lasttoken", None)],
+)
+def test_a_tuned_teacher_of_any_kind_reads_as_it_was_trained(
+    tune: Callable[..., dict], make_teacher: Callable[..., Path], tmp_path: Path, kind: str, pooling: str, prompt: str
+) -> None:
+    source = toy(tmp_path / "toy")
+    summary = tune(source, teacher=str(make_teacher(kind, pooling, prompt)), epochs=1)
+    tuner, folder = summary["calls"][-1].tuner, summary["teacher"]
+    part = _read(tuner.tuning, TEST)
+    ids, mask = padded(part.rows)
+    with torch.no_grad():
+        hidden = tuner.model.eval().body(ids, mask)[mask]
+        scores = tuner.model(ids, mask)
+    model = make_model(Spec("teacher", "teacher", teacher=folder, dtype="float32"), "cpu", 1)
+    read = model.read(task.texts(source, "toy", folder, Columns()))
+    assert read.ids.tolist() == np.concatenate(part.rows).tolist()  # the prompt too
+    torch.testing.assert_close(torch.from_numpy(read.hidden), hidden, rtol=1e-4, atol=1e-4)
+    labels = tuner.tuning.classifier.labels
+    wanted = [labels[i] for i in scores.argmax(1).tolist()]
+    assert task.measure(model, source, "toy", folder, Columns()).found == wanted
+    assert "| task | toy |" in (Path(folder) / "README.md").read_text()
 
 
 def test_replaced_by_its_own_embeddings_the_teacher_says_the_same(tune: Callable[..., dict], tmp_path: Path) -> None:

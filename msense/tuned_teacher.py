@@ -1,0 +1,133 @@
+"""A fine-tuned teacher's folder: body, tokenizer, sentence-transformers settings, classifier, card.
+
+Comes in: a body and a classifier on the CPU or a GPU, and the folder of the teacher that they began as. Goes out: a folder that
+`teacher.describe` and `teacher.load_body` read as they read any teacher's. Holds a copy of the weights.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from msense.classifier import Classifier, save_classifier
+from msense.dictionary.card import one_line
+from msense.teacher_folder import read_settings
+from msense.text import redact
+
+_TOKENIZER = (  # files of which a tokenizer is made, and its settings
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "*.model"),
+)
+_MODES = {
+    "mean": "pooling_mode_mean_tokens",
+    "cls": "pooling_mode_cls_token",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+_MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+
+
+def save_teacher(
+    folder: Path,
+    body: Any,  # noqa: ANN401 - a transformers model
+    classifier: Classifier,
+    source: Path,
+    max_length: int,
+    figures: Mapping[str, float],
+) -> None:
+    """Write a fine-tuned teacher into a new folder.
+
+    Args:
+        folder: where to; made here.
+        body: float32, without a pooler.
+        classifier: on the body's embeddings; its pooling becomes the teacher's own.
+        source: folder of the teacher that was fine-tuned, for its tokenizer, prompt and name.
+        max_length: longest text in tokens.
+        figures: told in the card.
+    """
+    folder.mkdir(parents=True)
+    inner, _, _, _, prompt = read_settings(source)
+    _save_body(folder, body)
+    for pattern in _TOKENIZER:
+        for path in inner.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    config = classifier.config
+    pooling = {"word_embedding_dimension": config.dim}
+    pooling |= {mode: how == config.pooling for how, mode in _MODES.items()}
+    settings: dict[str, Any] = {
+        "modules.json": _MODULES,
+        "1_Pooling/config.json": pooling,
+        "sentence_bert_config.json": {"max_seq_length": max_length},
+    }
+    if prompt:  # it was trained with it
+        settings["config_sentence_transformers.json"] = {"prompts": {"own": prompt}, "default_prompt_name": "own"}
+    for name, content in settings.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(classifier, source, max_length, prompt, figures), encoding="utf-8")
+    save_classifier(folder, classifier)
+
+
+def _save_body(folder: Path, body: Any) -> None:  # noqa: ANN401 - a transformers model
+    """Write config and weights; those of an encoder under the names that they have beside a decoder, where it has one."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        whole = AutoModel.from_config(body.config, trust_remote_code=False)
+    if not (hasattr(whole, "encoder") and hasattr(whole, "decoder")):
+        body.save_pretrained(folder)
+        return
+    weights = {f"encoder.{name}": tensor for name, tensor in body.state_dict().items()}
+    if "shared.weight" in whole.state_dict():  # the table of tokens, of both
+        weights["shared.weight"] = body.get_input_embeddings().weight
+    body.config.save_pretrained(folder)
+    plain = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _card(classifier: Classifier, source: Path, max_length: int, prompt: str, figures: Mapping[str, float]) -> str:
+    """Return the folder's README."""
+    config = classifier.config
+    teacher = source.name if source.parent.name != "snapshots" else source.parents[1].name.removeprefix("models--")
+    facts: dict[str, Any] = {
+        "fine-tuned from": redact(teacher.replace("--", "/")),
+        "task": redact(config.task),
+        "predicts": "a number" if config.labels is None else f"one of {len(config.labels)} labels",
+        "texts of a pair": f"joined by {config.joiner!r}" if config.joiner else "none",
+        "pooling": config.pooling,
+        "longest text": f"{max_length} tokens",
+        "prompt": repr(prompt) if prompt else "none",
+    }
+    facts |= {name.replace("_", " "): f"{value:.6g}" for name, value in figures.items()}
+    rows = "\n".join(f"| {one_line(name)} | {one_line(value)} |" for name, value in facts.items())
+    return f"""---
+library_name: sentence-transformers
+tags: [sentence-transformers, msense, feature-extraction, text-classification]
+---
+
+# A fine-tuned teacher with its classifier
+
+| | |
+|---|---|
+{rows}
+
+The body and its tokenizer load as those of any encoder; `classifier/` holds what makes scores of its token embeddings. Senses of
+this teacher, and students of them, are measured under that classifier:
+
+```
+python jobs/build_dict.py --teacher THIS_FOLDER --corpus corpus.jsonl --output runs/senses
+python jobs/evaluate.py --teacher THIS_FOLDER --model teacher --model replaced:runs/senses --task classifier:NAME=DATA
+```
+
+## Licence
+
+The weights are derived from those of {one_line(facts["fine-tuned from"])}: its licence holds for them too, and that of the
+texts it was fine-tuned on; read both before sharing this folder.
+"""
