@@ -26,6 +26,7 @@ class GlueTask:
         test: part that is tested on; GLUE's test labels are not public.
         regression: whether labels are numbers.
         source: of the data, if no other is given.
+        further: part that is told of beside the test part, where it is there.
     """
 
     columns: Columns
@@ -33,10 +34,11 @@ class GlueTask:
     test: str = TEST
     regression: bool = False
     source: str = ""
+    further: str = ""
 
 
-def _glue(name: str, texts: tuple[str, ...], *metrics: str, test: str = "validation") -> GlueTask:
-    return GlueTask(Columns(texts, "label"), metrics, test, "Pearson" in metrics, f"{HUB}:{name}")
+def _glue(name: str, texts: tuple[str, ...], *metrics: str, test: str = "validation", further: str = "") -> GlueTask:
+    return GlueTask(Columns(texts, "label"), metrics, test, "Pearson" in metrics, f"{HUB}:{name}", further)
 
 
 GLUE = {  # Wang et al. 2019, table 1
@@ -45,7 +47,11 @@ GLUE = {  # Wang et al. 2019, table 1
     "mrpc": _glue("mrpc", ("sentence1", "sentence2"), "F1", "accuracy"),
     "stsb": _glue("stsb", ("sentence1", "sentence2"), "Pearson", "Spearman"),
     "qqp": _glue("qqp", ("question1", "question2"), "F1", "accuracy"),
-    "mnli": _glue("mnli", ("premise", "hypothesis"), "accuracy", "macro F1", test="validation_matched"),
+    "mnli": _glue(
+        *("mnli", ("premise", "hypothesis"), "accuracy", "macro F1"),
+        test="validation_matched",
+        further="validation_mismatched",
+    ),
     "qnli": _glue("qnli", ("question", "sentence"), "accuracy", "macro F1"),
     "rte": _glue("rte", ("sentence1", "sentence2"), "accuracy", "macro F1"),
 }
@@ -83,7 +89,7 @@ def read_part(name: str, task: GlueTask, source: str, part: str, joiner: str) ->
         name: of the task, for errors.
         task: how it is read.
         source: folder or dataset of the hub.
-        part: train, test (the task's own) or dev (`validation` or `dev`).
+        part: train, test (the task's own) or dev (`validation` or `dev`); any other by its own name.
         joiner: put between the texts of a pair.
 
     Raises:

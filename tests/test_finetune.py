@@ -16,6 +16,7 @@ from test_evaluation import write_task
 from msense import SenseDictionary, finetune
 from msense.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
 from msense.config import BuildConfig, validate
+from msense.corpus import cut_pieces, list_files
 from msense.errors import BadInput
 from msense.evaluation import classifier as task
 from msense.evaluation.models import make_model
@@ -27,6 +28,7 @@ from msense.labelled import Columns
 from msense.runtime import Resources
 from msense.student.tokenizer import padded
 from msense.teacher import describe, load_body
+from msense.tokens import read_block, write_passages
 from msense.train_loop import Group
 
 
@@ -125,6 +127,7 @@ def test_glue_has_its_eight_tasks() -> None:
         "rte": "accuracy",
     }
     assert GLUE["rte"].source == "hf://nyu-mll/glue:rte"
+    assert {name: own.test for name, own in GLUE.items() if own.test != "validation"} == {"mnli": "validation_matched"}
     assert task_of("mine", Columns(("t",), "l"), regression=True).metrics[0] == "Pearson"
 
 
@@ -137,7 +140,14 @@ def test_pairs_are_one_text_that_the_teacher_reads_as_two(teacher: Path, tmp_pat
     found = read_part("rte", GLUE["rte"], str(tmp_path), TEST, joiner)
     assert found.texts == ["the cat [SEP] a dog"]
     assert found.labels.tolist() == ["1"]
-    assert tokenizer.encode(found.texts[0]).tokens == ["[CLS]", "the", "cat", "[SEP]", "a", "dog", "[SEP]"]
+    whole = ["[CLS]", "the", "cat", "[SEP]", "a", "dog", "[SEP]"]
+    assert tokenizer.encode(found.texts[0]).tokens == whole
+    spec = describe(str(teacher), BuildConfig())[0].passage_spec(BuildConfig())
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": found.texts[0]}) + "\n")
+    (piece,) = cut_pieces(list_files((str(tmp_path / "corpus.jsonl"),)))
+    write_passages(piece, spec, tokenizer, tmp_path / "p.parquet")
+    block = read_block(str(tmp_path / "p.parquet"), 0)
+    assert [tokenizer.id_to_token(i) for i in block.ids.tolist()] == whole  # a dictionary's corpus
 
 
 def test_plain_data_do_under_a_name_of_glue(tmp_path: Path) -> None:
@@ -321,6 +331,25 @@ def test_a_regression_predicts_numbers(tune: Callable[..., dict], tmp_path: Path
     assert found.score > 0.9
 
 
+def test_mnli_tells_of_both_of_its_test_parts(tune: Callable[..., dict], tmp_path: Path) -> None:
+    source = tmp_path / "mnli"
+    source.mkdir()
+    for part, count in (("train", 96), ("validation_matched", 40), ("validation_mismatched", 20)):
+        rows = [(("the river", "deep", "0"), ("the cat", "money", "1"))[i % 2] for i in range(count)]
+        table = pd.DataFrame(rows, columns=["premise", "hypothesis", "label"])
+        if part == "validation_mismatched":
+            table["label"] = table["label"].map({"0": "1", "1": "0"})
+        table.to_parquet(source / f"{part}.parquet")
+    folder = tune(str(source), task=f"mnli={source}", epochs=8)["teacher"]
+    assert load_classifier(folder).config.joiner == " [SEP] "
+    model = make_model(Spec("teacher", "teacher", teacher=folder, dtype="float32"), "cpu", 1)
+    found = task.measure(model, str(source), "mnli", folder, Columns())
+    assert (found.score, len(found.gold or [])) == (1.0, 40)
+    assert found.more["accuracy, validation_mismatched"] == 0.0
+    (source / "validation_mismatched.parquet").unlink()
+    assert set(task.measure(model, str(source), "mnli", folder, Columns()).more) == {"macro F1"}
+
+
 def test_two_shares_of_a_batch_add_up_to_the_whole(tune: Callable[..., dict], tmp_path: Path) -> None:
     """Gradients of two workers, averaged as data-parallel training averages them, are those of one."""
     summary = tune(toy(tmp_path / "toy"), epochs=1)
@@ -419,3 +448,51 @@ def test_on_a_real_ray_it_ends_with_a_teacher(ray: None, teacher: Path, tmp_path
     assert len(summary["epochs"]) == 9
     assert summary["epochs"][-1]["dev_accuracy"] > 0.8
     assert load_classifier(summary["teacher"]).config.labels == ("coin", "water")
+
+
+@pytest.mark.slow
+def test_after_a_worker_was_killed_it_ends_with_the_same_figures(
+    ray: None, teacher: Path, patch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = {
+        "task": f"toy={toy(tmp_path / 'toy')}",
+        "teacher": str(teacher),
+        "lr": 3e-3,
+        "epochs": 3,
+        "train_dtype": "float32",
+        "workers": 2,
+    }
+    whole = finetune.finetune(validate(FinetuneConfig, {**given, "output": str(tmp_path / "whole")}))
+    flag = tmp_path / "flag"
+    patch.setattr(finetune, "worker", killed_once(9, flag))  # 6 steps make an epoch
+    killed = finetune.finetune(validate(FinetuneConfig, {**given, "output": str(tmp_path / "killed")}))
+    assert flag.exists()
+    for found, wanted in zip(killed["epochs"], whole["epochs"], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+    ours, theirs = (load_classifier(summary["teacher"]).state_dict() for summary in (killed, whole))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-3)
+
+
+def killed_once(step: int, flag: Path) -> Callable:
+    """Return what a worker runs, but the first to come to a step makes a file and dies there; goes to workers by value."""
+
+    def worker(given: dict) -> list:
+        import os
+        import signal
+
+        from msense import finetune_worker
+
+        original, steps = finetune_worker.Tuner._step, [0]
+
+        def counted(self: object, *arguments: object) -> float:
+            steps[0] += 1
+            if steps[0] == step and not flag.exists():
+                flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *arguments)
+
+        finetune_worker.Tuner._step = counted
+        return finetune_worker.finetune_worker(given)
+
+    return worker

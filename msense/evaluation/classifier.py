@@ -5,6 +5,8 @@ Comes in: a model that reads tokens, and labelled texts. Goes out: predictions a
 slab of texts.
 """
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from msense.evaluation.result import METRICS, Result
 from msense.glue import TEST, GlueTask, Texts, read_part, task_of
 from msense.labelled import Columns
 from msense.teacher_folder import locate
+
+logger = logging.getLogger(__name__)
 
 
 def measure(model: TokenModel, source: str, name: str, teacher: str, columns: Columns) -> Result:
@@ -34,21 +38,17 @@ def measure(model: TokenModel, source: str, name: str, teacher: str, columns: Co
     """
     classifier = load_classifier(locate(teacher))
     task, part = _test_part(classifier, source, name, columns)
-    found: list[Any] = []
-    for slab in slabs(part.texts):
-        read = model.read(slab)
-        if read.hidden.shape[1] != classifier.config.dim:
-            raise BadInput(
-                f"this model's embeddings have width {read.hidden.shape[1]}, the teacher's classifier takes "
-                f"{classifier.config.dim}: give models of this teacher"
-            )
-        with torch.no_grad():
-            scores = classifier.of_rows(torch.from_numpy(read.hidden), torch.from_numpy(np.diff(read.offsets)))
-        labels = classifier.config.labels
-        found += scores[:, 0].tolist() if labels is None else [labels[i] for i in scores.argmax(1).tolist()]
-    gold = part.labels.tolist()
+    gold, found = part.labels.tolist(), _classified(model, classifier, part.texts)
     main, *others = task.metrics
     more = {other: METRICS[other](np.array(gold), np.array(found)) for other in others}
+    if task.further:
+        try:
+            further = read_part(name, task, source or task.source, task.further, classifier.config.joiner)
+        except BadInput as error:
+            logger.info("nothing told of %s (%s)", task.further, error)
+        else:
+            own = np.array(_classified(model, classifier, further.texts))
+            more[f"{main}, {task.further}"] = METRICS[main](further.labels, own)
     return Result(main, "texts", gold=gold, found=found, more=more)
 
 
@@ -66,3 +66,20 @@ def _test_part(classifier: Classifier, source: str, name: str, columns: Columns)
             f"the teacher's classifier predicts {kind}, task {name} is of another kind: give the task {config.task}"
         )
     return task, read_part(name, task, source or task.source, TEST, config.joiner)
+
+
+def _classified(model: TokenModel, classifier: Classifier, texts: Sequence[str]) -> list[Any]:
+    """Return the label of each text, or its number, as the classifier has it of a model's embeddings."""
+    labels = classifier.config.labels
+    found: list[Any] = []
+    for slab in slabs(texts):
+        read = model.read(slab)
+        if read.hidden.shape[1] != classifier.config.dim:
+            raise BadInput(
+                f"this model's embeddings have width {read.hidden.shape[1]}, the teacher's classifier takes "
+                f"{classifier.config.dim}: give models of this teacher"
+            )
+        with torch.no_grad():
+            scores = classifier.of_rows(torch.from_numpy(read.hidden), torch.from_numpy(np.diff(read.offsets)))
+        found += scores[:, 0].tolist() if labels is None else [labels[i] for i in scores.argmax(1).tolist()]
+    return found
