@@ -35,7 +35,7 @@ SENSES = 50  # a token, of a task's own dictionary
 OTHER_SIZES = (1, 5, 20, "auto")
 OF_WORDS = 20  # senses a token, for CoarseWSD
 GENERAL_DOCS = "pydocs:pandas,sklearn"
-GENERAL: dict[str, Any] = {"epochs": 5, "train_tokens": 1_000_000}
+GENERAL: dict[str, Any] = {"epochs": 5, "train_tokens": 600_000}
 STUDENTS: dict[str, dict[str, Any]] = {
     "layers2": {"student": "layers:2"},
     "static": {"student": "static"},

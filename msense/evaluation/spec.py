@@ -37,7 +37,7 @@ TASKS = {
     "coarsewsd=DIR": "word senses of people: DIR/WORD/{train,test}.{data,gold}.txt",
     "tokens:NAME=CORPUS": "token embeddings and senses beside the teacher's, on any text that build_dict.py reads",
 }
-_LABEL = re.compile(r"([A-Za-z0-9][\w .+-]{0,60})=(.+)", re.DOTALL)
+_LABEL = re.compile(r"([A-Za-z0-9][\w ,.+-]{0,60})=(.+)", re.DOTALL)  # no colon and no slash: a model has one
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ def parse_model(word: str) -> Spec:
         return Spec(name or text, "truncated", layers=int(rest))
     if kind in ("replaced", "student") and mark:
         return _with_options(word, name, "replaced" if kind == "replaced" else "student", rest)
+    if "=" in text or text.strip() != text or not text:
+        raise BadInput(f"--model {redact(word)} cannot be read: write one of {', '.join(MODELS)}, or LABEL=MODEL")
     return Spec(name or _short(text), "encoder", text if "://" in text or not Path(text).is_dir() else _absolute(text))
 
 
