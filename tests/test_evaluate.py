@@ -9,11 +9,12 @@ import pytest
 from test_evaluation import write_contexts, write_task
 
 from msense.config import parse_flags, validate
-from msense.errors import BadInput
-from msense.evaluation import measuring, run
+from msense.errors import BadInput, MsenseError
+from msense.evaluation import cost, measuring, run
 from msense.evaluation.config import EvaluateConfig
 from msense.evaluation.report import load_report
 from msense.evaluation.result import Result
+from msense.evaluation.spec import Spec
 
 
 @pytest.fixture
@@ -166,6 +167,11 @@ def test_costs_are_measured_side_by_side_once(
     assert costs["s"]["compression"] > 0
     monkeypatch.setattr(run.cost, "measure", lambda *_: pytest.fail("measured again"))
     assert evaluate(f"task={data}/task", cost=True, model=models)["costs"] == costs
+
+
+def test_a_model_that_cannot_be_loaded_again_is_told(tmp_path: Path) -> None:
+    with pytest.raises(MsenseError, match=r"s: the process .* ended with code 1 and said .*nowhere"):
+        cost.measure([Spec("s", "student", str(tmp_path / "nowhere"))], ["a text"], "cpu", 1)
 
 
 @pytest.mark.parametrize(

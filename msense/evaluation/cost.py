@@ -24,6 +24,7 @@ from msense.evaluation.models import Model, opened
 from msense.evaluation.report import Cost
 from msense.evaluation.spec import Spec
 from msense.runtime import peak_memory
+from msense.text import plain
 
 TURNS, SECONDS = 5, 120.0  # no turn begins later
 MOST_TEXTS = 2000
@@ -108,7 +109,7 @@ def _peak(spec: Spec, texts: Sequence[str], device: str, threads: int) -> int:
     process = subprocess.run(
         [sys.executable, "-m", "msense.evaluation.cost"],
         input=json.dumps(told),
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
         encoding="utf-8",
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
@@ -116,9 +117,10 @@ def _peak(spec: Spec, texts: Sequence[str], device: str, threads: int) -> int:
     )
     words = process.stdout.split()
     if process.returncode or not words:
+        said = (process.stderr.strip().splitlines() or ["nothing"])[-1]
         raise MsenseError(
-            f"{spec.name}: the process that was to measure its memory ended with code {process.returncode}: see what it says "
-            "above, or leave that out with --no-cost"
+            f"{spec.name}: the process that was to measure its memory ended with code {process.returncode} and said "
+            f"{plain(said)!r}: mend that, or leave costs out with --no-cost"
         )
     return int(words[-1])
 

@@ -51,6 +51,11 @@ class Peer:
         self.files = [Path(name) for name in told["files"]]
         self.seconds, self.peak_memory = 0.0, 0
 
+    @property
+    def _log(self) -> Path:
+        """What its process says, of the one that was started last."""
+        return Path(self._folder.name, "log.txt")
+
     def _distil(self, teacher: Path) -> None:
         process = self._start("distil", str(teacher))
         process.communicate()
@@ -65,9 +70,16 @@ class Peer:
         env = {**kept, **dict.fromkeys(names, str(self._threads))}
         command = [self._python, __file__, self._folder.name, *words]
         try:
-            return subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, encoding="utf-8"
-            )
+            with self._log.open("wb") as said:
+                return subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=said,
+                    text=True,
+                    env=env,
+                    encoding="utf-8",
+                )
         except OSError as error:
             raise BadInput(
                 f"--model2vec-python {self._python} cannot be run ({error}): give the file of a Python"
@@ -108,9 +120,12 @@ class Peer:
 
     def _failed(self, process: "subprocess.Popen[str]") -> NoReturn:
         from msense.errors import MsenseError
+        from msense.text import plain
 
+        code = process.wait()
+        said = (self._log.read_text("utf-8", "replace").strip().splitlines() or ["nothing"])[-1]
         raise MsenseError(
-            f"model2vec ended with code {process.wait()} in {self._python}, as it says above: see that this Python has "
+            f"model2vec ended with code {code} in {self._python} and said {plain(said)!r}: see that this Python has "
             'pip install "model2vec[distill]" and that it loads the teacher'
         )
 
