@@ -41,6 +41,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "static": {"student": "static"},
     "layers2-pooled": {"student": "layers:2", "objective": {"pooled": 1.0}},
 }
+OF_CLASSIFIER = {"lr": 3e-4}  # a fine-tuned teacher is further from its first layers: faster steps overshoot
 OF_SENSES = {
     "layers2-senses": {"student": "layers:2", "objective": {"sense": 10.0, "pooled": 100.0, "replaced": 100.0}}
 }
@@ -204,7 +205,7 @@ def sst2(make: Maker) -> list[Figure]:
     )
     shop = make.shop("sst2", tuned["corpus"], teacher=tuned["teacher"])
     main = shop.dictionary(SENSES)
-    own = students(shop, main, ("layers2", "static"))
+    own = students(shop, main, ("layers2", "static"), **OF_CLASSIFIER)
     models = ["teacher", f"replaced=replaced:{main}", f"replaced, hard=replaced:{main},hard", *own]
     models += [f"{model.replace('=', ', replaced=', 1)},soft" for model in own]
     found = make.evaluate("sst2", models, [f"classifier:sst2={source}"], teacher=tuned["teacher"])
