@@ -12,9 +12,10 @@ from msense.config import parse_flags, validate
 from msense.errors import BadInput, MsenseError
 from msense.evaluation import cost, measuring, run
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.report import load_report
+from msense.evaluation.report import load_report, to_json
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
+from msense.runtime import Resources
 
 
 @pytest.fixture
@@ -167,6 +168,7 @@ def test_costs_are_measured_side_by_side_once(
     assert costs["s"]["compression"] > 0
     monkeypatch.setattr(run.cost, "measure", lambda *_: pytest.fail("measured again"))
     assert evaluate(f"task={data}/task", cost=True, model=models)["costs"] == costs
+    assert evaluate(f"task={data}/task", cost=False, model=models)["costs"] == {}
 
 
 def test_a_model_that_cannot_be_loaded_again_is_told(tmp_path: Path) -> None:
@@ -218,6 +220,16 @@ def test_flags_of_several_values_may_be_repeated() -> None:
     config = parse_flags(EvaluateConfig, "x", words)
     assert config.model == ("teacher", "truncated:1", "truncated:2")
     assert config.shots == ("8", "full")
+
+
+def test_no_credentials_are_written_down(shipped_student: tuple) -> None:
+    words = ("teacher", "s=student:s3://key:secret@bucket/s?token=x")
+    config = validate(EvaluateConfig, {"model": words, "task": ("x=s3://key:secret@bucket/d",)})
+    works = measuring.works_of(config, config.specs("t"), config.tasks(), Resources(actors=1, tasks=1, device="cpu"))
+    told = json.dumps(to_json(run._empty(config, config.specs("t"), works, Resources(1, 1, "cpu"), {})))
+    assert "secret" not in told
+    assert "token" not in told
+    assert "student:s3://bucket/s" in told
 
 
 def test_the_teacher_is_that_of_the_first_dictionary(shipped_student: tuple) -> None:

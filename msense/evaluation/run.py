@@ -22,6 +22,7 @@ from msense.evaluation.spec import Spec
 from msense.runtime import Resources, connect, map_tasks, run_task
 from msense.student.files import load_student
 from msense.teacher import resolve_dtype
+from msense.text import redact
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +105,11 @@ def _empty(
     for work in works:
         table = tables.setdefault(work.title, TaskReport(work.title, work.task.kind, work.what, {}))
         table.rows[work.spec.name] = PENDING if work.fits else UNFIT
+    settings = config.model_dump(mode="json", exclude={"output", "workers", "log_level"})
+    settings |= {name: [redact(word) for word in settings[name]] for name in ("model", "task")}
     made = {
-        "settings": config.model_dump(mode="json", exclude={"output", "workers", "log_level"}),
-        "teacher": specs[0].teacher,
+        "settings": settings,
+        "teacher": redact(specs[0].teacher),
         "dtype": specs[0].dtype,
         "device": resources.device,
         "versions": versions(),
@@ -136,8 +139,8 @@ def _take_over(sheet: _Sheet) -> None:
             place = f"{table.name} | {model}"
             if isinstance(row, Result) and place in known and sheet.keys().get(place) == known[place]:
                 sheet.rows(table.name)[model] = row
-    sheet.report.costs.update(earlier.costs)
-    if "cost_key" in earlier.made:
+    if sheet.report.made["settings"]["cost"] and "cost_key" in earlier.made:
+        sheet.report.costs.update(earlier.costs)
         sheet.report.made["cost_key"] = earlier.made["cost_key"]
 
 
