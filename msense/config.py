@@ -42,7 +42,9 @@ MAX_TOKEN_NUMBERS = 1 << 28  # of one token's centroids, which are read at once:
 MAX_EXEMPLARS = 1024  # of one sense
 MANY = 2**31 - 1  # more of anything fits no array of ours
 SHOWN_ERRORS = 20
-REPEATABLE = {"repeatable": True}  # of a field whose flag adds to what it was given before; else the last one counts
+REPEATABLE: dict[str, Any] = {
+    "repeatable": True
+}  # of a field whose flag adds to what it was given before; else the last one counts
 
 Metric = Literal["l2", "dot", "cosine"]
 SenseRule = Literal["auto", "mcl"]
@@ -320,13 +322,9 @@ def parse_flags(model: type[ConfigT], description: str, argv: Sequence[str] | No
         "--config", metavar="FILE.yaml", help="YAML file with any of the settings below; flags win over it"
     )
     for name, field in model.model_fields.items():
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            dest=name,
-            default=argparse.SUPPRESS,
-            **_flag(field.annotation, None if field.is_required() else field.default, field.description),
-            **({"action": "extend"} if field.json_schema_extra == REPEATABLE else {}),
-        )
+        told = _flag(field.annotation, None if field.is_required() else field.default, field.description)
+        told |= {"action": "extend"} if field.json_schema_extra == REPEATABLE else {}
+        parser.add_argument("--" + name.replace("_", "-"), dest=name, default=argparse.SUPPRESS, **told)
     given = vars(parser.parse_args(argv))
     file = given.pop("config", None)
     return validate(model, {**({} if file is None else _read_yaml(file)), **given})

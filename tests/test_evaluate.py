@@ -214,7 +214,6 @@ def test_flags_of_several_values_may_be_repeated() -> None:
         "x=/d",
         "--shots",
         "8",
-        "--shots",
         "full",
     ]
     config = parse_flags(EvaluateConfig, "x", words)
