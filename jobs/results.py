@@ -8,7 +8,6 @@ wordsim/ and wikitext2/.
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 from benches.workshop import Workshop
 
-from msense.cli import run_job
+from msense.cli import run_job, show_table
 from msense.config import DEMO_TEACHER, validate
 from msense.errors import BadInput
 from msense.evaluation.coarsewsd import read_contexts, words
@@ -28,8 +27,6 @@ from msense.evaluation.result import Result
 from msense.evaluation.run import evaluate
 from msense.finetune import finetune
 from msense.finetune_config import FinetuneConfig
-
-logger = logging.getLogger("msense.bench")
 
 SENSES = 50  # a token, of a task's own dictionary
 OTHER_SIZES = (1, 5, 20, "auto")
@@ -45,6 +42,9 @@ OF_CLASSIFIER = {"lr": 3e-4}  # a fine-tuned teacher is further from its first l
 OF_SENSES = {
     "layers2-senses": {"student": "layers:2", "objective": {"sense": 10.0, "pooled": 100.0, "replaced": 100.0}}
 }
+
+
+TOLD = {True: "met", False: "missed", None: ""}
 
 
 class Figure(NamedTuple):
@@ -175,16 +175,12 @@ def coarsewsd(make: Maker) -> list[Figure]:
     source = make.task("coarsewsd")
     corpus = make.output / "coarsewsd.txt"
     lines = [f"{text}\n" for word in words(source) for text in read_contexts(source, word, "train").texts]
-    if not corpus.is_file() or corpus.read_text(encoding="utf-8") != "".join(lines):
-        corpus.parent.mkdir(parents=True, exist_ok=True)
-        corpus.write_text("".join(lines), encoding="utf-8")
+    _write_once(corpus, "".join(lines))
     shop = make.shop("coarsewsd", str(corpus))
     main = shop.dictionary(OF_WORDS)
     models = [f"teacher=replaced:{main},hard", *students(shop, main, (*STUDENTS, *OF_SENSES))]
     test = make.output / "coarsewsd-test.txt"
-    test.write_text(
-        "".join(f"{t}\n" for w in words(source) for t in read_contexts(source, w, "test").texts), encoding="utf-8"
-    )
+    _write_once(test, "".join(f"{t}\n" for w in words(source) for t in read_contexts(source, w, "test").texts))
     found = make.evaluate("coarsewsd", models, [f"coarsewsd={source}", f"tokens:contexts={test}"], cost=False)
     teacher, *own = (_result(found, "coarsewsd", name) for name in ("teacher", "layers2", "layers2-senses"))
     over = 100 * (teacher.score - teacher.more["gold centroids"])
@@ -200,9 +196,8 @@ def coarsewsd(make: Maker) -> list[Figure]:
 def sst2(make: Maker) -> list[Figure]:
     """SST-2: a fine-tuned teacher, replaced; and students under its frozen classifier."""
     source = make.task("sst2")
-    tuned = finetune(
-        validate(FinetuneConfig, {"task": f"sst2={source}", "output": str(make.output / "sst2" / "finetuned")})
-    )
+    given = {"task": f"sst2={source}", "output": str(make.output / "sst2" / "finetuned"), "workers": make.workers}
+    tuned = finetune(validate(FinetuneConfig, given))
     shop = make.shop("sst2", tuned["corpus"], teacher=tuned["teacher"])
     main = shop.dictionary(SENSES)
     own = students(shop, main, ("layers2", "static"), **OF_CLASSIFIER)
@@ -215,6 +210,13 @@ def sst2(make: Maker) -> list[Figure]:
         _loss(found, title, "replaced", 0.5),
         _loss(found, title, "layers2", 3.0),
     ]
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write a file, unless it holds that already: what is made of it is known by its time."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def _result(found: Evaluation, title: str, model: str) -> Result:
@@ -251,9 +253,8 @@ def main() -> None:
         raise BadInput(f"{unknown[0]} is no result; these are: {', '.join(NAMES)}")
     make = Maker(Path(given.data).absolute(), Path(given.output).absolute(), given.workers, given.model2vec_python)
     figures = [figure for name in given.names or NAMES for figure in NAMES[name](make)]
-    for figure in figures:
-        told = {True: "met", False: "missed", None: ""}[figure.is_met]
-        logger.info("%s: %.4g  %s  %s", figure.what, figure.value, figure.bar, told)
+    rows = [(figure.what, f"{figure.value:.4g}  {figure.bar}  {TOLD[figure.is_met]}".rstrip()) for figure in figures]
+    show_table("Results", rows)
     sys.stdout.write(json.dumps({figure.what: float(f"{figure.value:.4g}") for figure in figures}) + "\n")
 
 

@@ -23,9 +23,9 @@ from msense.student.config import Pooling
 
 FOLDER, CONFIG, WEIGHTS = "classifier", "config.json", "classifier.safetensors"
 _CONFIG_BYTES = 1 << 20
-MAX_LABELS = 1 << 12
+MAX_LABELS, LONGEST_LABEL = 1 << 12, 4096
 
-_Label = Annotated[str, Field(max_length=4096)]
+_Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
 
 
 class ClassifierConfig(FrozenModel):

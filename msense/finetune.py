@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from msense import storage
-from msense.classifier import MAX_LABELS, ClassifierConfig
+from msense.classifier import LONGEST_LABEL, MAX_LABELS, ClassifierConfig
 from msense.config import BuildConfig
 from msense.errors import BadInput
 from msense.finetune_config import FinetuneConfig
@@ -63,10 +63,12 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         name = _name(config, info, texts, dev, tuning)
         done = storage.read_json(join(run.root, DONE))
         summary = {"teacher": join(run.root, TEACHER), "corpus": join(run.root, CORPUS)}
-        if done and done.get("name") == name:
+        files = (join(summary["teacher"], "config.json"), summary["corpus"])
+        if done and done.get("name") == name and all(map(storage.exists, files)):
             logger.info("the teacher in %s is finished", summary["teacher"])
             return summary | {"epochs": done["epochs"], "seconds": done["seconds"]}
         began = time.monotonic()
+        storage.remove(join(run.root, DONE))  # what is written from here on is of another fine-tuning
         _write_corpus(texts, summary["corpus"])
         result = fit(name, worker, {"tuning": tuning}, run, resources)
         run_task(keep_teacher, result.checkpoint, summary["teacher"])
@@ -84,7 +86,8 @@ def worker(given: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def keep_teacher(checkpoint: Any, uri: str) -> None:  # noqa: ANN401 - Ray Train's
-    """Copy the teacher out of the last checkpoint."""
+    """Copy the teacher out of the last checkpoint; one that is there is replaced."""
+    storage.remove(uri)
     with checkpoint.as_directory() as given:
         storage.upload_folder(Path(given, TEACHER), uri)
 
@@ -104,10 +107,11 @@ def _labels(config: FinetuneConfig, texts: Texts) -> tuple[str, ...] | None:
     if config.data.regression:
         return None
     found = tuple(np.unique(texts.labels).tolist())
-    if not 2 <= len(found) <= MAX_LABELS:
+    if not 2 <= len(found) <= MAX_LABELS or max(map(len, found)) > LONGEST_LABEL:
         raise BadInput(
-            f"the training texts of task {config.name} have {len(found)} different labels, but 2 to {MAX_LABELS} can be told "
-            "apart: name another column with --label-column, or give --regression for numbers"
+            f"the training texts of task {config.name} have {len(found)} different labels, but 2 to {MAX_LABELS} of at "
+            f"most {LONGEST_LABEL} characters can be told apart: name another column with --label-column, or give --regression "
+            "for numbers"
         )
     return found
 

@@ -46,7 +46,10 @@ class FinetuneConfig(JobConfig):
         None, ge=1, description="workers at a time; default: one a GPU (a CPU where there is none)"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least log lines to show")
-    output: str = Field("runs/teacher", description="run folder (local or URI); the teacher is its subfolder teacher/")
+    output: str = Field(
+        "runs/teacher",
+        description="run folder, on a disk that all workers share; the teacher is its subfolder teacher/",
+    )
 
     @field_validator("task")
     @classmethod
@@ -54,6 +57,13 @@ class FinetuneConfig(JobConfig):
         name, _, source = value.partition("=")
         if not name or (not source and name not in GLUE):
             raise ValueError(f"must be NAME=DATA, or one of {', '.join(GLUE)}")
+        return value
+
+    @field_validator("output")
+    @classmethod
+    def _local(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError("must be a local folder: a teacher is read from a folder or from the hub")
         return value
 
     @property

@@ -4,6 +4,9 @@ Comes in: a folder (local, s3://, ...) with `PART*.csv`, `.jsonl` or `.parquet`,
 their labels, both as text. Holds the whole part.
 """
 
+import csv
+import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -62,17 +65,22 @@ def part_files(source: str, part: str) -> list[SourceFile]:
         except BadInput as error:
             raise BadInput(
                 f"{error}\nWithout the Hub: elsewhere, `hf download --repo-type dataset {dataset} --local-dir DIR`; then give "
-                f"DIR in place of {source}, with files named {part}*.csv, .jsonl or .parquet"
+                f"DIR{f'/{config}' if config else ''} in place of {source}, with files named {part}*.csv, .jsonl or .parquet"
             ) from error
-    files = [file for file in list_files((source,)) if _stem(file.name).startswith(part) and file.format in _FORMATS]
+    named = re.compile(
+        rf"{re.escape(part)}([-_][0-9]+.*)?\.({'|'.join(_FORMATS)})"
+    )  # train.csv, train-00000-of-00002.parquet
+    files = [file for file in list_files((source,)) if named.fullmatch(file.name.rpartition("/")[2])]
     if not files:
         raise BadInput(
             f"{display_uri(source)} holds no {part}*.csv, .jsonl or .parquet: put the data set's part {part!r} there "
             "under such a name"
         )
-    if len({file.format for file in files}) > 1:
+    if len({(file.format, file.name.rpartition("/")[0]) for file in files}) > 1:
         names = ", ".join(file.name for file in files[:5])
-        raise BadInput(f"{display_uri(source)} holds {part!r} in several formats ({names}): leave one")
+        raise BadInput(
+            f"{display_uri(source)} holds {part!r} in several formats or folders ({names}): leave one, or name one"
+        )
     return files
 
 
@@ -98,7 +106,7 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
     table = pd.concat(tables, ignore_index=True)
     if not len(table):
         raise BadInput(f"{display_uri(source)}: part {part!r} is empty; give one with texts")
-    lacking = table[wanted].isna().any(axis=1)
+    lacking = table[wanted].isna().any(axis=1) | (table[columns.label].astype(str).str.strip() == "")
     if lacking.any():
         raise BadInput(
             f"{display_uri(source)}: row {int(lacking.to_numpy().argmax())} of part {part!r} lacks a text or label: mend "
@@ -107,10 +115,6 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
     texts = list(zip(*(_as_text(table[name]) for name in columns.texts), strict=True))
     labels = np.array(_as_text(table[columns.label]))
     return Labelled(texts, labels, tuple(f"{file.name} {file.size} {file.fingerprint}" for file in files))
-
-
-def _stem(name: str) -> str:
-    return name.rpartition("/")[2]
 
 
 def _table(file: SourceFile, wanted: Sequence[str]) -> pd.DataFrame:
@@ -130,12 +134,25 @@ def _table(file: SourceFile, wanted: Sequence[str]) -> pd.DataFrame:
 def _parsed(file: SourceFile, opened: Any) -> pd.DataFrame:  # noqa: ANN401 - a file
     try:
         if file.format == "csv":
-            return pd.read_csv(opened, dtype=str, keep_default_na=False, encoding="utf-8")
+            return _csv(file, opened)
         if file.format == "jsonl":
             return pd.read_json(opened, lines=True, dtype=False, convert_dates=False, encoding="utf-8")
         return pd.read_parquet(opened)
     except (ValueError, TypeError, KeyError) as error:  # pandas' own errors are ValueErrors
         raise BadInput(f"{display_uri(file.uri)}: cannot be read as {file.format} ({error}): restore it") from error
+
+
+def _csv(file: SourceFile, opened: Any) -> pd.DataFrame:  # noqa: ANN401 - a file
+    """Read a csv file whose rows have exactly the fields of its header."""
+    reader = csv.DictReader(io.TextIOWrapper(opened, "utf-8-sig", newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise BadInput(f"{display_uri(file.uri)}: line {reader.line_num} is no csv ({error}): restore it") from error
+    for number, row in enumerate(rows):
+        if None in row or None in row.values():
+            raise BadInput(f"{display_uri(file.uri)}: row {number} has not as many fields as the header: mend it")
+    return pd.DataFrame(rows, columns=list(reader.fieldnames or []))
 
 
 def _as_text(column: pd.Series) -> list[str]:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from students import dictionary_of
 from test_evaluation import write_contexts, write_task
 
-from msense.config import parse_flags, validate
+from msense.config import BuildConfig, parse_flags, validate
+from msense.dictionary.format import write_tokenizer
 from msense.errors import BadInput, MsenseError
 from msense.evaluation import cost, measuring, run
 from msense.evaluation.config import EvaluateConfig
@@ -16,6 +18,7 @@ from msense.evaluation.report import load_report, to_json
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
 from msense.runtime import Resources
+from msense.teacher import describe
 
 
 @pytest.fixture
@@ -50,8 +53,9 @@ def evaluate(
             "shots": ["2"],
         }
         output = str(tmp_path / "out" / "e.json")
-        run.evaluate(validate(EvaluateConfig, {**given, "draws": 3, "output": output, **more}))
-        return json.loads(Path(output).read_text())
+        config = validate(EvaluateConfig, {**given, "draws": 3, "output": output, **more})
+        run.evaluate(config)
+        return json.loads(Path(config.output).read_text())
 
     return call
 
@@ -145,6 +149,28 @@ def test_a_student_that_changed_is_measured_again(
     assert before["task, 2 shots | s"] != after["task, 2 shots | s"]
 
 
+def test_tokens_are_held_against_the_layer_that_the_dictionary_is_of(
+    evaluate: Callable[..., dict], data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "layer1"
+    dictionary_of(teacher, temperature_unit=20.0, max_length=24, layer=1).save(folder)
+    write_tokenizer(folder, describe(str(teacher), BuildConfig())[1].to_str())
+    found = evaluate(f"tokens:t={data}/task/test.csv", model=("teacher", f"d=replaced:{folder},hard"))
+    assert found["tasks"][0]["rows"]["d"]["more"]["sense accuracy"] == 1.0
+
+
+def test_another_teacher_makes_another_result_where_it_takes_part(
+    evaluate: Callable[..., dict], data: Path, make_teacher: Callable[..., Path], shipped_student: tuple
+) -> None:
+    tasks, models = (f"tokens:t={data}/task/test.csv", f"task={data}/task"), (f"s=student:{shipped_student[3]}",)
+    first, other = (
+        evaluate(*tasks, model=models, teacher=str(make_teacher("bert", pooling=pooling)))["made"]["keys"]
+        for pooling in ("mean_tokens", "cls_token")
+    )
+    assert first["t (tokens) | s"] != other["t (tokens) | s"]
+    assert first["task, 2 shots | s"] == other["task, 2 shots | s"]
+
+
 def test_models_without_tokens_are_left_out_of_tasks_on_tokens(
     evaluate: Callable[..., dict], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +180,11 @@ def test_models_without_tokens_are_left_out_of_tasks_on_tokens(
 
 @pytest.mark.parametrize("shipped_student", ["static"], indirect=True)
 def test_costs_are_measured_side_by_side_once(
-    evaluate: Callable[..., dict], data: Path, monkeypatch: pytest.MonkeyPatch, shipped_student: tuple
+    evaluate: Callable[..., dict],
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shipped_student: tuple,
+    tmp_path: Path,
 ) -> None:
     models = ("teacher", f"s=student:{shipped_student[3]}")
     found = evaluate(f"task={data}/task", cost=True, model=models)
@@ -166,6 +196,13 @@ def test_costs_are_measured_side_by_side_once(
     assert 0 < costs["s"]["parameters"] < costs["teacher"]["parameters"]
     assert costs["teacher"]["peak_memory"] > 50e6
     assert costs["s"]["compression"] > 0
+    measured = []
+    monkeypatch.setattr(run.cost, "measure", lambda specs, *_: measured.append([s.name for s in specs]) or {})
+    renamed = ("teacher", f"renamed=student:{shipped_student[3]}")
+    evaluate(f"task={data}/task", cost=True, model=renamed, output=str(tmp_path / "renamed.json"))
+    shutil.copy(tmp_path / "out" / "e.json", tmp_path / "again.json")
+    evaluate(f"task={data}/task", cost=True, model=renamed, output=str(tmp_path / "again.json"))
+    assert measured == [["teacher", "renamed"]] * 2
     monkeypatch.setattr(run.cost, "measure", lambda *_: pytest.fail("measured again"))
     assert evaluate(f"task={data}/task", cost=True, model=models)["costs"] == costs
     assert evaluate(f"task={data}/task", cost=False, model=models)["costs"] == {}

@@ -38,6 +38,7 @@ TEXTS = ["the river bank", "a cat sat on the mat", "money money", "is near"]
         ("x=replaced:/d,temperature=0.5", Spec("x", "replaced", "/d", replace="soft", temperature=0.5)),
         ("soft, K 50=replaced:/d,hard", Spec("soft, K 50", "replaced", "/d", replace="hard")),
         ("student:/s", Spec("student:/s", "student", "/s")),
+        ("student:owner/model", Spec("student:owner/model", "student", "owner/model")),
         ("student:/s,hard", Spec("student:/s,hard", "student", "/s", replace="hard")),
         ("owner/model", Spec("owner/model", "encoder", "owner/model")),
     ],
@@ -133,7 +134,12 @@ def test_labels_that_are_numbers_are_text(tmp_path: Path) -> None:
         (lambda f: None, r"holds no train\*.csv"),
         (lambda f: (f / "train.csv").write_text("text,tag\na,b\n"), "no column 'label'; it has 'text', 'tag'"),
         (lambda f: (f / "train.csv").write_text("text,label\n"), "is empty"),
-        (lambda f: (f / "train.csv").write_text('text,label\n"a'), "cannot be read as csv"),
+        (lambda f: (f / "train.csv").write_text('text,label\n"a'), "is no csv"),
+        (lambda f: (f / "train.csv").write_text("text,label\na,b,\n"), "row 0 has not as many fields"),
+        (lambda f: (f / "train.csv").write_text("text,label\na\n"), "row 0 has not as many fields"),
+        (lambda f: (f / "train.csv").write_text("text,label\na,\n"), "row 0 .* lacks"),
+        (lambda f: (f / "training_notes.csv").write_text("text,label\na,b\n"), r"holds no train\*.csv"),
+        (lambda f: [write_task(f / n, {"train": [("a", "b")]}) for n in ("x", "y")], "several formats or folders"),
         (lambda f: (f / "train.parquet").write_text("no"), "cannot be read as parquet"),
         (lambda f: (f / "train.jsonl").write_text('{"text": "a"}\n{"text": null, "label": 1}\n'), "row 0 .* lacks"),
         (lambda f: [(f / n).write_text("text,label\na,b\n") for n in ("train.csv", "train.jsonl")], "several formats"),
@@ -361,6 +367,7 @@ def test_words_are_as_like_as_their_best_senses(worded: SenseDictionary) -> None
     np.testing.assert_allclose(several.senses, [[0.6 / np.hypot(0.6, 0.4), 0, 0.4 / np.hypot(0.6, 0.4)]], rtol=1e-6)
     assert words("bankriver") is None
     assert words("rivers") is None  # ##s has no senses
+    assert words("zebra") is None  # unknown
 
 
 def test_missing_words_are_counted_and_sets_weighted(worded: SenseDictionary, tmp_path: Path) -> None:
@@ -380,7 +387,8 @@ def test_missing_words_are_counted_and_sets_weighted(worded: SenseDictionary, tm
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("bank river", "line 1"), ("a b c\n", "line 1"), (None, r"holds no \*\.txt")]
+    ("text", "told"),
+    [("bank river", "line 1"), ("a b c\n", "line 1"), ("a b nan\n", "line 1"), (None, r"holds no \*\.txt")],
 )
 def test_sets_that_cannot_be_read_are_refused(text: str | None, told: str, tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("x")

@@ -179,6 +179,10 @@ def test_batches_hold_every_text_once_and_follow_from_the_seed() -> None:
     assert np.mean(spans) < 5
 
 
+def of(folder: object) -> Spec:
+    return Spec("t", "teacher", teacher=str(folder))
+
+
 def toy(folder: Path, shuffled: bool = False) -> str:
     """Texts on rivers and on money, labelled so, or at random."""
     rng = np.random.default_rng(0)
@@ -265,10 +269,10 @@ def test_the_tuned_teacher_is_a_teacher_with_a_classifier(tune: Callable[..., di
     model = make_model(spec, "cpu", 1)
     library = make_model(Spec("st", "encoder", source=folder), "cpu", 1)
     np.testing.assert_allclose(library.encode(["the cat"]), model.encode(["the cat"]), rtol=1e-4, atol=1e-5)
-    found = task.measure(model, source, "toy", folder, Columns())
+    found = task.measure(model, source, "toy", of(folder), Columns())
     assert found.score > 0.95
     assert found.gold == read_part("toy", task_of("toy"), source, TEST, "").labels.tolist()
-    assert task.texts(source, "toy", folder, Columns()) == read_part("toy", task_of("toy"), source, TEST, "").texts
+    assert task.texts(source, "toy", of(folder), Columns()) == read_part("toy", task_of("toy"), source, TEST, "").texts
 
 
 @pytest.mark.parametrize(
@@ -287,12 +291,12 @@ def test_a_tuned_teacher_of_any_kind_reads_as_it_was_trained(
         hidden = tuner.model.eval().body(ids, mask)[mask]
         scores = tuner.model(ids, mask)
     model = make_model(Spec("teacher", "teacher", teacher=folder, dtype="float32"), "cpu", 1)
-    read = model.read(task.texts(source, "toy", folder, Columns()))
+    read = model.read(task.texts(source, "toy", of(folder), Columns()))
     assert read.ids.tolist() == np.concatenate(part.rows).tolist()  # the prompt too
     torch.testing.assert_close(torch.from_numpy(read.hidden), hidden, rtol=1e-4, atol=1e-4)
     labels = tuner.tuning.classifier.labels
     wanted = [labels[i] for i in scores.argmax(1).tolist()]
-    assert task.measure(model, source, "toy", folder, Columns()).found == wanted
+    assert task.measure(model, source, "toy", of(folder), Columns()).found == wanted
     assert "| task | toy |" in (Path(folder) / "README.md").read_text()
 
 
@@ -300,7 +304,7 @@ def test_replaced_by_its_own_embeddings_the_teacher_says_the_same(tune: Callable
     source = toy(tmp_path / "toy")
     folder = tune(source, epochs=1)["teacher"]
     model = make_model(Spec("teacher", "teacher", teacher=folder, dtype="float32"), "cpu", 1)
-    read = model.read(task.texts(source, "toy", folder, Columns()))
+    read = model.read(task.texts(source, "toy", of(folder), Columns()))
     dictionary = SenseDictionary.fit(read.ids, read.hidden, k=500, vocab_size=model.info.vocab_size, dtype="float32")
     dictionary.save(tmp_path / "exact")
     coarse = SenseDictionary.fit(read.ids, read.hidden, k=1, vocab_size=model.info.vocab_size)
@@ -310,7 +314,7 @@ def test_replaced_by_its_own_embeddings_the_teacher_says_the_same(tune: Callable
         make_model(Spec(name, "replaced", source=str(tmp_path / name), **told), "cpu", 1)
         for name in ("exact", "coarse")
     )
-    wanted, same, other = (task.measure(m, source, "toy", folder, Columns()).found for m in (model, exact, mean))
+    wanted, same, other = (task.measure(m, source, "toy", of(folder), Columns()).found for m in (model, exact, mean))
     assert same == wanted
     np.testing.assert_allclose(exact.read(["the cat"]).hidden.shape, mean.read(["the cat"]).hidden.shape)
     assert not np.allclose(mean.encode(["the cat"]), model.encode(["the cat"]))
@@ -326,7 +330,7 @@ def test_a_regression_predicts_numbers(tune: Callable[..., dict], tmp_path: Path
     summary = tune(str(source), regression=True)
     assert summary["epochs"][-1]["dev_Pearson"] > 0.9
     spec = Spec("teacher", "teacher", teacher=summary["teacher"], dtype="float32")
-    found = task.measure(make_model(spec, "cpu", 1), str(source), "toy", summary["teacher"], Columns())
+    found = task.measure(make_model(spec, "cpu", 1), str(source), "toy", of(summary["teacher"]), Columns())
     assert found.metric == "Pearson"
     assert found.score > 0.9
 
@@ -343,11 +347,11 @@ def test_mnli_tells_of_both_of_its_test_parts(tune: Callable[..., dict], tmp_pat
     folder = tune(str(source), task=f"mnli={source}", epochs=8)["teacher"]
     assert load_classifier(folder).config.joiner == " [SEP] "
     model = make_model(Spec("teacher", "teacher", teacher=folder, dtype="float32"), "cpu", 1)
-    found = task.measure(model, str(source), "mnli", folder, Columns())
+    found = task.measure(model, str(source), "mnli", of(folder), Columns())
     assert (found.score, len(found.gold or [])) == (1.0, 40)
     assert found.more["accuracy, validation_mismatched"] == 0.0
     (source / "validation_mismatched.parquet").unlink()
-    assert set(task.measure(model, str(source), "mnli", folder, Columns()).more) == {"macro F1"}
+    assert set(task.measure(model, str(source), "mnli", of(folder), Columns()).more) == {"macro F1"}
 
 
 def test_two_shares_of_a_batch_add_up_to_the_whole(tune: Callable[..., dict], tmp_path: Path) -> None:
@@ -379,6 +383,22 @@ def test_a_finished_one_is_left_and_a_changed_one_is_not(tune: Callable[..., dic
     assert Path(first["corpus"]).stat().st_mtime_ns == stamp  # or a dictionary of it would be refused
     (Path(source) / "train.csv").write_text((Path(source) / "train.csv").read_text() + "the cat,water\n")
     assert len(tune(source, epochs=1, lr=1e-3)["calls"]) == 3
+
+
+def test_what_another_one_left_is_not_taken_for_its_own(
+    tune: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = toy(tmp_path / "first"), toy(tmp_path / "second", shuffled=True)
+    before = tune(first, epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "keep_teacher", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            tune(second, epochs=1)
+    after = tune(first, epochs=1)
+    assert len(after["calls"]) == 3  # not called finished, as the corpus was another's
+    assert after["epochs"] == before["epochs"]
+    shutil.rmtree(after["teacher"])
+    assert len(tune(first, epochs=1)["calls"]) == 4
 
 
 def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tune: Callable[..., dict], tmp_path: Path) -> None:
@@ -423,15 +443,20 @@ def test_what_cannot_be_tuned_is_refused(given: dict, told: str, teacher: Path, 
 def test_a_classifier_of_another_width_or_kind_is_refused(
     shipped_student: tuple, teacher: Path, tmp_path: Path
 ) -> None:
-    source = toy(tmp_path / "toy")
+    rows = [("the cat", "no"), ("a dog", "yes")]
+    source = write_task(tmp_path / "toy", {"train": rows, "test": rows})
     folder = tmp_path / "teacher"
     shutil.copytree(teacher, folder)
     save_classifier(folder, by_hand())
     model = make_model(Spec("teacher", "teacher", teacher=str(folder), dtype="float32"), "cpu", 1)
     with pytest.raises(BadInput, match=r"width 16.*takes 2"):
-        task.measure(model, source, "toy", str(folder), Columns())
+        task.measure(model, source, "toy", of(str(folder)), Columns())
+    with pytest.raises(BadInput, match="'water', is one of the classifier's, such as 'no'"):
+        task.measure(model, toy(tmp_path / "other"), "toy", of(folder), Columns())
+    with pytest.raises(BadInput, match="is of pairs"):
+        task.measure(model, source, "rte", of(folder), Columns())
     with pytest.raises(BadInput, match="predicts labels"):
-        task.measure(model, source, "stsb", str(folder), Columns())
+        task.measure(model, source, "stsb", of(str(folder)), Columns())
 
 
 def test_on_a_real_ray_it_ends_with_a_teacher(ray: None, teacher: Path, tmp_path: Path) -> None:

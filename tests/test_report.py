@@ -14,6 +14,7 @@ from msense.evaluation.report import (
     Cost,
     Evaluation,
     TaskReport,
+    gain,
     load_report,
     markdown,
     sheets,
@@ -42,6 +43,7 @@ def test_a_score_is_the_mean_and_its_deviation_that_of_draws() -> None:
     [
         ("accuracy", ["a", "b", "b", "a"], ["a", "b", "a", "a"], 0.75),
         ("F1", ["0", "1", "1", "0"], ["1", "1", "0", "0"], 0.5),
+        ("F1", ["0", "0"], ["0", "0"], 0.0),
         ("macro F1", ["a", "a", "b", "b"], ["a", "a", "b", "a"], (0.8 + 2 / 3) / 2),
         ("Matthews", ["0", "1", "1", "0"], ["0", "1", "1", "0"], 1.0),
         ("Matthews", ["0", "1", "1", "0"], ["1", "0", "0", "1"], -1.0),
@@ -131,6 +133,18 @@ def found() -> Evaluation:
     )
 
 
+def test_one_value_has_no_interval(found: Evaluation) -> None:
+    task = TaskReport("t", "wordsim", "x", {"teacher": draws(0.5), "replaced:z": draws(0.6)})
+    assert gain(found, task, "replaced:z") is None
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Evaluation(["[en]"], [TaskReport("a[/b]", "wordsim", "[c]", {"[en]": draws(0.5)})]))
+    told = capsys.readouterr().out
+    assert "a[/b]" in told
+    assert "[en]" in told
+
+
 def test_tables_tell_what_was_measured(found: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:
     table, costs = sheets(found)
     assert table.head == ["model", "accuracy", "over teacher [95 %]", "macro F1"]
@@ -207,6 +221,6 @@ def test_plots_show_every_model(found: Evaluation, tmp_path: Path, monkeypatch: 
 def test_plots_without_matplotlib_say_what_to_install(
     found: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"pip install msense\[evaluation\]"):
         write_report(found, str(tmp_path / "e.json"), plots=True)

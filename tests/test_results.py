@@ -55,31 +55,32 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[object]
         del sys.modules[name]
 
 
-def run(results: object, words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
+def run(results: object, words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["results.py", *words])
         results.main()  # type: ignore[attr-defined]
-    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    printed = capsys.readouterr().out
+    return json.loads(printed.strip().splitlines()[-1]), printed
 
 
 def test_all_results_end_in_one_json_object(
-    results: object, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    results: object, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level("INFO", "msense.bench")
-    figures = run(results, ["--data", str(tmp_path), "--output", str(tmp_path / "out")], capsys)
+    monkeypatch.setenv("COLUMNS", "200")
+    figures, printed = run(results, ["--data", str(tmp_path), "--output", str(tmp_path / "out")], capsys)
     assert figures["CoarseWSD, layers2 below the teacher, points"] == pytest.approx(4.0)
     assert figures["CoarseWSD, layers2 with sense=10 below the teacher, points"] == pytest.approx(2.0)
     assert figures["CoarseWSD, teacher's senses over a centroid a gold sense, points"] == pytest.approx(5.0)
     assert figures["sst2 (classifier): replaced below the teacher, points [0.5, 0.5]"] == pytest.approx(0.5)
-    told = "\n".join(caplog.messages)
-    assert "CoarseWSD, layers2 below the teacher, points: 4  at most 3  missed" in told
-    assert "CoarseWSD, layers2 with sense=10 below the teacher, points: 2  at most 3  met" in told
-    assert "best pair over one embedding a word: -0.005  above 0  missed" in told
+    told = " ".join(printed.split())
+    assert "CoarseWSD, layers2 below the teacher, points 4 at most 3 missed" in told
+    assert "CoarseWSD, layers2 with sense=10 below the teacher, points 2 at most 3 met" in told
+    assert "best pair over one embedding a word -0.005 above 0 missed" in told
     assert (tmp_path / "out" / "coarsewsd.txt").read_text() == "the bank is\n"
 
 
 def test_only_what_is_asked_for_is_made(results: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = run(results, ["emotion", "--data", str(tmp_path), "--output", str(tmp_path / "out")], capsys)
+    figures, _ = run(results, ["emotion", "--data", str(tmp_path), "--output", str(tmp_path / "out")], capsys)
     assert [name.split(":")[0] for name in figures] == ["emotion, 8 shots"] * 3
 
 

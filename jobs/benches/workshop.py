@@ -13,13 +13,16 @@ from typing import Any
 
 from msense.build import build_dictionary
 from msense.config import DEMO_TEACHER, BuildConfig, validate
+from msense.dictionary import SenseDictionary
 from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
+from msense.errors import BadInput
 from msense.run_folder import RunFolder
 
 logger = logging.getLogger("msense.bench")
 
 CAP = 1000  # occurrences clustered a token
+MADE_OF = "made_of.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,10 @@ class Workshop:
     def student(self, dictionary: Path, name: str, **settings: Any) -> Made:  # noqa: ANN401 - of a distillation
         """Distill a student; all of one dictionary and metric share their labels."""
         kept = self.folder / name
-        if not kept.exists():
+        made_of = {"settings": settings, "dictionary": SenseDictionary.load(dictionary).fingerprint}
+        if kept.exists():
+            _check(kept / MADE_OF, made_of)
+        else:
             labels = self.folder / f"labels-{dictionary.name}{'-dot' if settings.get('reference') else ''}"
             given: dict[str, Any] = {"dictionary": str(dictionary), "output": str(labels), "workers": self.workers}
             given["teacher"] = self.teacher
@@ -59,7 +65,15 @@ class Workshop:
             run = RunFolder(str(labels))
             shutil.move(run.student, kept.with_suffix(".new"))
             shutil.move(run.metrics, kept.with_suffix(".new") / "metrics.jsonl")
+            (kept.with_suffix(".new") / MADE_OF).write_text(json.dumps(made_of, sort_keys=True) + "\n")
             kept.with_suffix(".new").rename(kept)
         last = (kept / "metrics.jsonl").read_text().splitlines()[-1]
         logger.info("%s: %s", name, last)
         return Made(kept, json.loads(last))
+
+
+def _check(path: Path, made_of: dict[str, Any]) -> None:
+    """Refuse a student that was made of other things."""
+    told = json.loads(path.read_text()) if path.is_file() else None
+    if told != json.loads(json.dumps(made_of)):
+        raise BadInput(f"the student in {path.parent} was made of another dictionary or with other settings: remove it")

@@ -160,6 +160,15 @@ class Vocabulary:
         pieces = [] if tokens else [token for _, token in min(cuts[:2], key=len)]
         return Match(word, tokens, pieces)
 
+    def pieces(self, word: str) -> list[int]:
+        """Return the tokens of a word, as it stands alone or after another one, whichever are fewer; none if any is unknown.
+
+        Raises:
+            DictionaryError: the tokenizer fails at the word.
+        """
+        cuts = [cut for cut in (self._cut(space + word) for space in ("", " ")) if cut]
+        return [token for token, _ in min(cuts, key=len, default=[])]
+
     def _cut(self, text: str) -> list[tuple[int, str]]:
         """Return the tokens of a text; none if any of it is unknown."""
         with refused(f"fails at {text!r}"):

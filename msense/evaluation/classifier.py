@@ -16,6 +16,7 @@ from msense.classifier import Classifier, load_classifier
 from msense.errors import BadInput
 from msense.evaluation.models import TokenModel, slabs
 from msense.evaluation.result import METRICS, Result
+from msense.evaluation.spec import Spec
 from msense.glue import TEST, GlueTask, Texts, read_part, task_of
 from msense.labelled import Columns
 from msense.teacher_folder import locate
@@ -23,20 +24,20 @@ from msense.teacher_folder import locate
 logger = logging.getLogger(__name__)
 
 
-def measure(model: TokenModel, source: str, name: str, teacher: str, columns: Columns) -> Result:
+def measure(model: TokenModel, source: str, name: str, spec: Spec, columns: Columns) -> Result:
     """Classify the test texts by a model's embeddings.
 
     Args:
         model: any whose embeddings have the teacher's width.
         source: folder or dataset of the hub.
         name: of the task; one of GLUE's says columns, part and metrics.
-        teacher: with the classifier, as jobs/finetune.py makes it.
+        spec: names the teacher with the classifier, as jobs/finetune.py makes it.
         columns: of a task that is none of GLUE's.
 
     Raises:
         BadInput: the teacher has no classifier, it is damaged or of another width, or there are no such data.
     """
-    classifier = load_classifier(locate(teacher))
+    classifier = load_classifier(locate(spec.teacher, spec.revision))
     task, part = _test_part(classifier, source, name, columns)
     gold, found = part.labels.tolist(), _classified(model, classifier, part.texts)
     main, *others = task.metrics
@@ -52,9 +53,9 @@ def measure(model: TokenModel, source: str, name: str, teacher: str, columns: Co
     return Result(main, "texts", gold=gold, found=found, more=more)
 
 
-def texts(source: str, name: str, teacher: str, columns: Columns) -> list[str]:
+def texts(source: str, name: str, spec: Spec, columns: Columns) -> list[str]:
     """Return the test texts; arguments and errors as of `measure`."""
-    return _test_part(load_classifier(locate(teacher)), source, name, columns)[1].texts
+    return _test_part(load_classifier(locate(spec.teacher, spec.revision)), source, name, columns)[1].texts
 
 
 def _test_part(classifier: Classifier, source: str, name: str, columns: Columns) -> tuple[GlueTask, Texts]:
@@ -65,7 +66,19 @@ def _test_part(classifier: Classifier, source: str, name: str, columns: Columns)
         raise BadInput(
             f"the teacher's classifier predicts {kind}, task {name} is of another kind: give the task {config.task}"
         )
-    return task, read_part(name, task, source or task.source, TEST, config.joiner)
+    if len(task.columns.texts) > 1 and not config.joiner:
+        raise BadInput(
+            f"task {name} is of pairs, but the teacher's classifier was trained on single texts: give {config.task}"
+        )
+    part = read_part(name, task, source or task.source, TEST, config.joiner)
+    if config.labels is not None and not np.isin(part.labels, config.labels).any():
+        raise BadInput(
+            f"no label of task {name}, such as {str(part.labels[0])!r}, is one of the classifier's, such as "
+            f"{config.labels[0]!r}: give the data of {config.task}, for which it was trained"
+        )
+    if "F1" in task.metrics and not set(part.labels.tolist()) <= {"0", "1"}:
+        raise BadInput(f"task {name} is measured by F1, so its labels must be 0 and 1, not {str(part.labels[0])!r}")
+    return task, part
 
 
 def _classified(model: TokenModel, classifier: Classifier, texts: Sequence[str]) -> list[Any]:

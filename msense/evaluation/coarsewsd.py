@@ -126,7 +126,7 @@ def read_contexts(source: str, word: str, part: str) -> Contexts:
     texts, starts = [], []
     for number, line in enumerate(lines, 1):
         place, _, text = line.partition("\t")
-        before = text.split(" ")[: int(place)] if place.isascii() and place.isdecimal() else None
+        before = text.split(" ")[: int(place)] if place.isascii() and place.isdecimal() and len(place) < 10 else None
         if before is None or len(before) == len(text.split(" ")):
             raise BadInput(
                 f"{display_uri(source)}: {word}/{part}.data.txt, line {number}: {line[:60]!r} is not `position<TAB>words` "

@@ -56,8 +56,8 @@ class EvaluateConfig(JobConfig):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least log lines to show")
     output: str = Field(
         "runs/evaluation.json",
-        description="results; FILE.md and plots (FILE-*.png) are written beside them. Results that it holds already are kept, "
-        "if nothing they depend on has changed",
+        description="results; FILE.md and plots (FILE-*.png) are written beside them. Results of these models and tasks that "
+        "it holds already are kept, if nothing they depend on has changed",
     )
 
     @field_validator("model", "task", "shots", mode="before")
@@ -109,8 +109,10 @@ class EvaluateConfig(JobConfig):
             BadInput: one cannot be read, or two have one name.
         """
         more: dict[str, Any] = {"teacher": teacher, "revision": self.revision, "dtype": self.dtype}
-        more["python"] = self.model2vec_python
+        more["teacher"] = str(Path(teacher).absolute()) if Path(teacher).is_dir() else teacher
+        more["python"] = str(Path(self.model2vec_python).absolute()) if self.model2vec_python else None
         found = [replace(parse_model(word), **more) for word in self.model]
+        found = [replace(spec, revision=None) if spec.kind == "encoder" else spec for spec in found]
         check_names(self.model, [spec.name for spec in found], "--model")
         return found
 

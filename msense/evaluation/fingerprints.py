@@ -6,6 +6,7 @@ elsewhere. Holds nothing.
 
 import hashlib
 import json
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from msense import __version__
+from msense.config import BuildConfig
 from msense.corpus import list_files
 from msense.dictionary import DictionaryFiles, SenseDictionary
 from msense.evaluation import mteb_tasks
@@ -21,7 +23,8 @@ from msense.evaluation.spec import Spec, TaskSpec
 from msense.labelled import part_files
 from msense.storage import sha256_of
 from msense.student.config import StudentFiles
-from msense.teacher_folder import body_folder, locate, weights_fingerprint
+from msense.teacher import describe
+from msense.teacher_folder import locate
 
 PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
 
@@ -46,7 +49,7 @@ def of_model(spec: Spec) -> str:
     told: dict[str, Any] = {"kind": spec.kind, "replace": spec.replace, "metric": spec.metric, "layers": spec.layers}
     told |= {"temperature": spec.temperature} if spec.replace == "soft" else {}
     if spec.kind in ("teacher", "truncated", "model2vec", "replaced"):
-        told |= {"teacher": _of_teacher(spec.teacher, spec.revision), "dtype": spec.dtype}
+        told |= {"teacher": of_teacher(spec.teacher, spec.revision), "dtype": spec.dtype}
     if spec.kind == "replaced":
         told["dictionary"] = SenseDictionary.load(spec.source).fingerprint
     if spec.kind == "student":
@@ -54,7 +57,10 @@ def of_model(spec: Spec) -> str:
     if spec.kind == "encoder":
         folder = Path(spec.source)
         local = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        told["encoder"] = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in local] or [spec.source, spec.revision]
+        told["encoder"] = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime) for p in local] or [
+            spec.source,
+            spec.revision,
+        ]
     return digest(told)
 
 
@@ -76,10 +82,13 @@ def of_data(task: TaskSpec) -> str:
     return digest([own, [[file.name, file.size, file.fingerprint] for file in files]])
 
 
-def _of_teacher(name: str, revision: str | None) -> str:
+def of_teacher(name: str, revision: str | None) -> str:
+    """Return a hash of a teacher: weights, tokenizer, pooling, prompt, longest text, and its classifier if it has one."""
+    info, _ = describe(name, BuildConfig(revision=revision))
+    told = {key: value for key, value in asdict(info).items() if key not in ("name", "revision")}
     head = locate(name, revision) / "classifier"
     own = [sha256_of(path) for path in sorted(head.glob("*")) if path.is_file()] if head.is_dir() else []
-    return digest([weights_fingerprint(body_folder(name, revision)), own])
+    return digest([told, own])
 
 
 def _of_student(source: str) -> str:

@@ -11,7 +11,7 @@ from msense.errors import MsenseError
 from msense.evaluation import classification, classifier, coarsewsd, mteb_tasks, tokens, wordsim
 from msense.evaluation.classification import Protocol
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.models import Model, TokenModel, make_model, opened
+from msense.evaluation.models import Model, TeacherModel, TokenModel, opened
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec, TaskSpec
 from msense.labelled import Columns, read_labelled
@@ -63,6 +63,11 @@ class Work:
         return self.spec.kind in READ_TOKENS or self.task.kind not in OF_TOKENS
 
     @property
+    def is_against_teacher(self) -> bool:
+        """Whether the teacher takes part in every model's result."""
+        return self.task.kind in ("classifier", "tokens")
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Return what its result depends on beside model and data."""
         drawn = self.protocol._asdict() if self.task.kind in DRAWN else {}
@@ -81,7 +86,8 @@ def works_of(
 ) -> list[Work]:
     """Return all models on all tasks; classification once for each number of shots."""
     found = []
-    threads = max(1, config.cores // resources.tasks)
+    at_a_time = resources.actors if resources.device == "cuda" else resources.tasks
+    threads = max(1, config.cores // at_a_time)
     for task in tasks:
         shots = config.shots if task.kind in DRAWN else ("",)
         for shot in shots:
@@ -123,11 +129,12 @@ def _result(work: Work, model: Model) -> Result:
         return wordsim.measure(model, source)
     reader = cast(TokenModel, model)  # as `fits` says
     if task.kind == "classifier":
-        return classifier.measure(reader, source, task.name, work.spec.teacher, work.columns)
+        return classifier.measure(reader, source, task.name, work.spec, work.columns)
     if task.kind == "coarsewsd":
         return coarsewsd.measure(reader, source)
-    teacher = make_model(replace(work.spec, kind="teacher", replace=None), work.device, work.threads)
-    return tokens.measure(reader, cast(TokenModel, teacher), source, work.columns.texts[0])
+    spec = replace(work.spec, kind="teacher", replace=None)
+    teacher = TeacherModel(spec, work.device, work.threads, like=reader.dictionary)
+    return tokens.measure(reader, teacher, source, work.columns.texts[0])
 
 
 def texts_of(work: Work) -> list[str]:
@@ -138,7 +145,7 @@ def texts_of(work: Work) -> list[str]:
     """
     task = work.task
     if task.kind == "classifier":
-        return classifier.texts(task.source, task.name, work.spec.teacher, work.columns)
+        return classifier.texts(task.source, task.name, work.spec, work.columns)
     if task.kind in ("classification", "mteb"):
         return read_labelled(task.source, "test", work.columns).first
     if task.kind == "wordsim":

@@ -132,13 +132,14 @@ def folder_of_student(source: str) -> Path:
 class TeacherModel:
     """The teacher; or with every embedding replaced by senses of a dictionary; or only its first layers."""
 
-    def __init__(self, spec: Spec, device: str, threads: int) -> None:
+    def __init__(self, spec: Spec, device: str, threads: int, like: SenseDictionary | None = None) -> None:
+        """Load a teacher; it reads as that of its own dictionary did, or as that of the one it is to be `like`."""
         self.spec = spec
         self.dictionary = SenseDictionary.load(spec.source) if spec.kind == "replaced" else None
         told: dict[str, Any] = {"revision": spec.revision}
-        if self.dictionary is not None:
-            own = self.dictionary.config
-            told |= {"layer": own.layer, "prompt": own.prompt or None, "max_length": own.max_length or None}
+        if (given := self.dictionary or like) is not None:
+            own = given.config
+            told |= {"layer": own.layer, "prompt": own.prompt, "max_length": own.max_length or None}
         self.info, self.tokenizer = describe(spec.teacher, BuildConfig(**told))
         if self.dictionary is not None:
             config = self.dictionary.config

@@ -4,6 +4,7 @@ Comes in: points with names. Goes out: a file. Holds one figure.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,11 +99,20 @@ def draw_lines(file: Path, title: str, axes: tuple[str, str], points: Sequence[P
     _finish(figure, plot, file)
 
 
+def check_matplotlib() -> None:
+    """Refuse to begin what cannot be drawn.
+
+    Raises:
+        BadInput: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise BadInput("plots need matplotlib: pip install msense[evaluation]")
+
+
 def _figure(title: str, axes: tuple[str, str]) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BadInput("plots need matplotlib: pip install msense[evaluation]") from error
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")  # without pyplot: no window, no global state
     plot = figure.add_subplot()
     plot.set_title(clean(title).replace("$", r"\$"), loc="left")

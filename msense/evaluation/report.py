@@ -77,12 +77,14 @@ class Evaluation:
         tasks: a table each.
         costs: by model.
         made: settings, seeds, device, versions.
+        gains: differences that have been computed, by table and model.
     """
 
     models: list[str]
     tasks: list[TaskReport]
     costs: dict[str, Cost] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
+    gains: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Sheet(NamedTuple):
@@ -105,7 +107,11 @@ def show(found: Evaluation) -> None:
     console = Console()
     for sheet in sheets(found):
         table = Table(
-            title=clean(sheet.title), title_justify="left", caption=sheet.what, caption_justify="left", box=None
+            title=Text(clean(sheet.title)),
+            title_justify="left",
+            caption=Text(clean(sheet.what)),
+            caption_justify="left",
+            box=None,
         )
         for number, name in enumerate(sheet.head):
             table.add_column(Text(clean(name)), justify="right" if number else "left", overflow="fold")
@@ -191,9 +197,14 @@ def gain(found: Evaluation, task: TaskReport, model: str) -> Any:  # noqa: ANN40
     first, own = task.rows.get(found.models[0]), task.rows.get(model)
     if model == found.models[0] or not isinstance(first, Result) or not isinstance(own, Result):
         return None
+    if own.gold is None and len(own.values) < 2:  # nothing to resample
+        return None
     if (own.metric, own.weights) != (first.metric, first.weights):  # such as words that one of the two lacks
         return None
-    return difference(own, first, int(found.made.get("settings", {}).get("seed", 0)))
+    place = (task.name, model)
+    if place not in found.gains:
+        found.gains[place] = difference(own, first, int(found.made.get("settings", {}).get("seed", 0)))
+    return found.gains[place]
 
 
 def markdown(found: Evaluation) -> str:

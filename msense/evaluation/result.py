@@ -24,7 +24,7 @@ def _correlation(of: Callable[..., Any], gold: np.ndarray, found: np.ndarray) ->
 METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {  # of (gold [P], found [P])
     "accuracy": lambda gold, found: float((gold == found).mean()),
     "macro F1": lambda gold, found: float(metrics.f1_score(gold, found, average="macro", zero_division=0)),
-    "F1": lambda gold, found: float(metrics.f1_score(gold, found, pos_label=max(gold), zero_division=0)),
+    "F1": lambda gold, found: float(metrics.f1_score(gold == "1", found == "1", zero_division=0)),
     "Matthews": lambda gold, found: float(metrics.matthews_corrcoef(gold, found)),
     "Pearson": lambda gold, found: _correlation(stats.pearsonr, gold, found),
     "Spearman": lambda gold, found: _correlation(stats.spearmanr, gold, found),

@@ -13,9 +13,10 @@ from msense.config import DEMO_TEACHER
 from msense.dictionary import SenseDictionary
 from msense.evaluation import cost
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.fingerprints import digest, of_data, of_model, versions
+from msense.evaluation.fingerprints import digest, of_data, of_model, of_teacher, versions
 from msense.evaluation.measuring import Work, measure, texts_of, works_of
 from msense.evaluation.models import folder_of_student
+from msense.evaluation.plots import check_matplotlib
 from msense.evaluation.report import Cost, Evaluation, TaskReport, load_report, write_report
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
@@ -62,6 +63,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         BadInput: a setting, model or data set that does not work; says what to download and where to put it.
         MsenseError: a model or task failed; what is finished is kept.
     """
+    check_matplotlib()  # not after hours
     specs, tasks = config.specs(config.teacher or _teacher_of(config)), config.tasks()
     data = {task.title: of_data(task) for task in tasks}  # before anything is loaded
     resources = connect(config.workers)
@@ -71,8 +73,18 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     specs = [replace(spec, dtype=dtype) for spec in specs]
     models = {spec.name: of_model(spec) for spec in specs}
     works = works_of(config, specs, tasks, resources)
+    against = digest([of_teacher(specs[0].teacher, specs[0].revision), dtype])
     keys = {
-        work.place: digest([models[work.spec.name], data[work.task.title], work.settings, versions()]) for work in works
+        work.place: digest(
+            [
+                models[work.spec.name],
+                data[work.task.title],
+                work.settings,
+                against if work.is_against_teacher else "",
+                versions(),
+            ]
+        )
+        for work in works
     }
     sheet = _Sheet(_empty(config, specs, works, resources, keys), config.output)
     _take_over(sheet)
@@ -82,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     for row in map_tasks("evaluation", measure, todo, resources, works, needs=needs):
         sheet.add(row["title"], row["model"], Result.from_json(row["result"]))
     if config.cost:
-        _add_costs(sheet, config, specs, works, resources, [models[spec.name] for spec in specs])
+        _add_costs(sheet, config, specs, works, resources, models)
     write_report(sheet.report, config.output, plots=True)
     return sheet.report
 
@@ -150,14 +162,16 @@ def _add_costs(
     specs: Sequence[Spec],
     works: Sequence[Work],
     resources: Resources,
-    models: Sequence[str],
+    models: dict[str, str],
 ) -> None:
     """Measure all models side by side, unless an earlier run has measured the same ones."""
     asked = next((work for work in works if work.task.source or work.task.kind == "classifier"), None)
     if asked is None:
         logger.info("no costs: they are measured on the texts of a task, but those of mteb's own are not read here")
         return
-    key = digest([list(models), of_data(asked.task), config.cores, versions()])
+    key = digest(
+        [list(models.items()), of_data(asked.task), asked.settings, resources.device, config.cores, versions()]
+    )
     if sheet.report.made.get("cost_key") == key:
         return
     logger.info("costs: all models in turn ...")

@@ -133,7 +133,15 @@ def _with_options(word: str, name: str, kind: Literal["replaced", "student"], re
             known = ", ".join([*get_args(Replace), *get_args(Metric), "temperature=F"])
             raise BadInput(f"--model {redact(word)}: {redact(option)!r} is no option of it; these are: {known}")
     shown = ",".join([f"{kind}:{_short(source)}", *options])
-    return Spec(name or shown, kind, _absolute(source), replace=replace, metric=metric, temperature=temperature)
+    of_hub = kind == "student" and not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    return Spec(
+        name or shown,
+        kind,
+        source if of_hub else _absolute(source),
+        replace=replace,
+        metric=metric,
+        temperature=temperature,
+    )
 
 
 def parse_task(word: str) -> TaskSpec:

@@ -6,6 +6,7 @@ the words of one pair.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -101,6 +102,8 @@ def _pair(uri: str, number: int, line: str) -> Pair:
     words = line.split()
     try:
         first, second, score = words[0], words[1], float(words[2])
+        if not math.isfinite(score):
+            raise ValueError(f"{score} is no score")
     except (IndexError, ValueError) as error:
         raise BadInput(
             f"{display_uri(uri)}, line {number}: {line[:80]!r} is not `word word score`: mend or remove it"
@@ -141,8 +144,7 @@ class _Words:
             raise BadInput("this dictionary has no tokenizer to look words up with: build one from a teacher")
         self._dictionary = dictionary
         config = dictionary.config
-        vocabulary = read_vocabulary(dictionary.tokenizer_file, config.vocab_size, config.tokenizer_fingerprint)
-        self._tokenizer = vocabulary.tokenizer
+        self._vocabulary = read_vocabulary(dictionary.tokenizer_file, config.vocab_size, config.tokenizer_fingerprint)
         self._cached = lru_cache(4096)(self._look)
 
     def __call__(self, word: str) -> Word | None:
@@ -158,11 +160,10 @@ class _Words:
             senses = np.concatenate([np.asarray(part.centroids, np.float32) for part in parts])
             counts = np.concatenate([part.counts for part in parts])
             return Word(_unit(senses), _unit(counts @ senses))
-        cuts = [self._tokenizer.encode(space + text, add_special_tokens=False).ids for space in ("", " ")]
-        pieces = [self._dictionary.senses(i) for i in min(cuts, key=len)]
+        pieces = [self._dictionary.senses(i) for i in self._vocabulary.pieces(text)]
         if not pieces or any(not len(piece.counts) for piece in pieces):
             return None
-        width = max(1, int(MOST ** (1 / len(pieces))))
+        width = max(1, int(MOST ** (1 / len(pieces)) + 1e-9))
         rows = [np.argsort(-piece.counts, kind="stable")[:width] for piece in pieces]
         own = [np.asarray(piece.centroids, np.float32) for piece in pieces]
         choices = np.array(list(itertools.product(*rows)))
