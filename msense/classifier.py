@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,6 +39,13 @@ class ClassifierConfig(FrozenModel):
         min_length=2, max_length=MAX_LABELS, description="none: a number is predicted"
     )
     joiner: Annotated[str, Field(max_length=64)] = Field(default="", description="between the texts of a pair")
+
+    @field_validator("labels")
+    @classmethod
+    def _once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("a label is there twice")
+        return value
 
 
 class Classifier(nn.Module):
