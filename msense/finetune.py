@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             logger.info("the teacher in %s is finished", summary["teacher"])
             return summary | {"epochs": done["epochs"], "seconds": done["seconds"]}
         began = time.monotonic()
-        storage.remove(join(run.root, DONE))  # what is written from here on is of another fine-tuning
-        _write_corpus(texts, summary["corpus"])
         result = fit(name, worker, {"tuning": tuning}, run, resources)
+        storage.remove(join(run.root, DONE))  # until here, what another command finished is whole
+        _write_corpus(texts, summary["corpus"])
         run_task(keep_teacher, result.checkpoint, summary["teacher"])
         found = {"epochs": result.return_value, "seconds": time.monotonic() - began}
         storage.write_json(join(run.root, DONE), {"name": name, **found})
@@ -143,7 +142,7 @@ def _tuning(
         dtype = "bfloat16" if found == "bfloat16" else "float32"
     return Tuning(
         run=run.root,
-        teacher=config.teacher,
+        teacher=storage.absolute(config.teacher) if Path(config.teacher).is_dir() else config.teacher,
         revision=info.revision,
         task=config.data,
         source=config.source if "://" in config.source else storage.absolute(config.source),
@@ -167,9 +166,10 @@ def _tuning(
 def _name(config: FinetuneConfig, info: TeacherInfo, texts: Texts, dev: Texts | None, tuning: Tuning) -> str:
     """Name a fine-tuning by all that its result depends on."""
     told: dict[str, Any] = config.of_results() | {"dtype": tuning.dtype, "max_length": tuning.max_length}
-    told |= {"weights": info.fingerprint, "tokenizer": info.tokenizer_fingerprint, "teacher": ""}
+    told |= {"weights": info.fingerprint, "tokenizer": info.tokenizer_fingerprint, "teacher": "", "prompt": info.prompt}
     told |= {"data": list(texts.fingerprints), "dev": list(dev.fingerprints) if dev else []}
-    told["task"] = asdict(config.data)
+    told |= {"columns": config.data.columns, "metrics": config.data.metrics}  # the parts tested on move nothing
+    told["classifier"] = tuning.classifier.model_dump(mode="json")  # the teacher's own pooling too
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from msense import SenseDictionary, finetune
 from msense.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
 from msense.config import BuildConfig, validate
 from msense.corpus import cut_pieces, list_files
-from msense.errors import BadInput
+from msense.errors import BadInput, MsenseError
 from msense.evaluation import classifier as task
 from msense.evaluation.models import make_model
 from msense.evaluation.spec import Spec
@@ -91,6 +91,7 @@ HOSTILE = {
     "no JSON": (lambda f: (f / "classifier" / "config.json").write_text("{"), "config.json is wrong"),
     "another version": (lambda f: _config(f, format_version=2), "format_version"),
     "one label": (lambda f: _config(f, labels=["a"]), "labels"),
+    "a label twice": (lambda f: _config(f, labels=["a", "a"]), "labels.*twice"),
     "more labels": (lambda f: _config(f, labels=["a", "b", "c"]), "does not fit"),
     "another width": (lambda f: _config(f, dim=3), "does not fit"),
     "huge": (lambda f: _config(f, dim=1 << 16), "does not fit"),
@@ -401,6 +402,39 @@ def test_what_another_one_left_is_not_taken_for_its_own(
     assert len(tune(first, epochs=1)["calls"]) == 4
 
 
+def test_a_change_that_fails_leaves_what_was_finished(
+    tune: Callable[..., dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = tune(toy(tmp_path / "toy"), epochs=1)
+    corpus = Path(first["corpus"]).read_text()
+    other = write_task(tmp_path / "other", {"train": [("the mat", "x"), ("a dog", "y")]})
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "fit", lambda *told: (_ for _ in ()).throw(MsenseError("stopped")))
+        with pytest.raises(MsenseError, match="stopped"):
+            tune(other, epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "keep_teacher", lambda *told: (_ for _ in ()).throw(MsenseError("disk full")))
+        again = tune(str(tmp_path / "toy"), epochs=1)
+        assert len(again["calls"]) == 1
+        assert Path(again["corpus"]).read_text() == corpus
+        with pytest.raises(MsenseError, match="disk full"):
+            tune(other, epochs=1)
+    assert len(tune(str(tmp_path / "toy"), epochs=1)["calls"]) == 3  # the folder may hold half of another
+    assert Path(first["corpus"]).read_text() == corpus
+
+
+def test_nothing_of_an_older_teacher_stays(
+    tune: Callable[..., dict], make_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = toy(tmp_path / "toy")
+    folder = tune(source, epochs=1, teacher=str(make_teacher("bert", "mean_tokens", "the cat is ")))["teacher"]
+    assert describe(folder, BuildConfig())[0].prompt == "the cat is "
+    assert len(tune(source, epochs=1, teacher=str(make_teacher("bert", "mean_tokens")))["calls"]) == 2
+    assert describe(folder, BuildConfig())[0].prompt == ""
+    tune(source, epochs=1, teacher=str(make_teacher("bert", "cls_token")))  # of the same weights
+    assert load_classifier(folder).config.pooling == "cls"
+
+
 def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tune: Callable[..., dict], tmp_path: Path) -> None:
     summary = tune(toy(tmp_path / "toy"), epochs=3, dropout=0.1)
     tuning = summary["calls"][-1].tuner.tuning
@@ -459,17 +493,21 @@ def test_a_classifier_of_another_width_or_kind_is_refused(
         task.measure(model, source, "stsb", of(str(folder)), Columns())
 
 
-def test_on_a_real_ray_it_ends_with_a_teacher(ray: None, teacher: Path, tmp_path: Path) -> None:
+def test_on_a_real_ray_it_ends_with_a_teacher(
+    ray: None, teacher: Path, patch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     source = toy(tmp_path / "toy")
+    patch.chdir(teacher.parent)  # Ray's workers are elsewhere
     given = {
         "task": f"toy={source}",
-        "teacher": str(teacher),
+        "teacher": teacher.name,
         "lr": 3e-3,
         "epochs": 9,
         "train_dtype": "float32",
         "workers": 1,
     }
-    summary = finetune.finetune(validate(FinetuneConfig, {**given, "output": str(tmp_path / "out")}))
+    config = validate(FinetuneConfig, {**given, "output": str(tmp_path / "out")})
+    summary = finetune.finetune(config)
     assert len(summary["epochs"]) == 9
     assert summary["epochs"][-1]["dev_accuracy"] > 0.8
     assert load_classifier(summary["teacher"]).config.labels == ("coin", "water")
@@ -497,6 +535,32 @@ def test_after_a_worker_was_killed_it_ends_with_the_same_figures(
     ours, theirs = (load_classifier(summary["teacher"]).state_dict() for summary in (killed, whole))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_what_has_trained_but_was_not_kept_is_kept_without_a_step(
+    ray: None, teacher: Path, patch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = {"task": f"toy={toy(tmp_path / 'toy')}", "teacher": str(teacher), "epochs": 2, "train_dtype": "float32"}
+    config = validate(FinetuneConfig, {**given, "workers": 1, "output": str(tmp_path / "out")})
+    with patch.context() as inner:
+        inner.setattr(finetune, "keep_teacher", stopping())
+        with pytest.raises(Exception, match="stopped before"):
+            finetune.finetune(config)
+    patch.setattr(finetune, "worker", killed_once(1, tmp_path / "flag"))
+    summary = finetune.finetune(config)
+    assert not (tmp_path / "flag").exists()
+    assert len(summary["epochs"]) == 2
+    assert load_classifier(summary["teacher"]).config.labels == ("coin", "water")
+
+
+def stopping() -> Callable:
+    """Return what stops a run once it has trained; goes to workers by value."""
+
+    def stop(checkpoint: object, uri: str) -> None:
+        raise OSError("stopped before the teacher was kept")
+
+    return stop
 
 
 def killed_once(step: int, flag: Path) -> Callable:
