@@ -62,6 +62,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         name = _name(config, info, texts, dev, tuning)
         done = storage.read_json(join(run.root, DONE))
         summary = {"teacher": join(run.root, TEACHER), "corpus": join(run.root, CORPUS)}
+        _check_folder(config, run, summary["teacher"])
         files = (join(summary["teacher"], "config.json"), summary["corpus"])
         if done and done.get("name") == name and all(map(storage.exists, files)):
             logger.info("the teacher in %s is finished", summary["teacher"])
@@ -89,6 +90,14 @@ def keep_teacher(checkpoint: Any, uri: str) -> None:  # noqa: ANN401 - Ray Train
     storage.remove(uri)
     with checkpoint.as_directory() as given:
         storage.upload_folder(Path(given, TEACHER), uri)
+
+
+def _check_folder(config: FinetuneConfig, run: RunFolder, teacher: str) -> None:
+    """Refuse to replace the teacher that is read, or a folder that no fine-tuning wrote."""
+    if Path(config.teacher).is_dir() and Path(config.teacher).resolve() == Path(teacher).resolve():
+        raise BadInput(f"--teacher {config.teacher} is the folder that is written: give another --output")
+    if storage.exists(teacher) and not storage.exists(run.training):
+        raise BadInput(f"{teacher} is there, but was not written by jobs/finetune.py: give another --output")
 
 
 def _pooling(config: FinetuneConfig, info: TeacherInfo) -> Pooling:

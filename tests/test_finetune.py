@@ -229,6 +229,7 @@ def tune(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) -> Call
     calls: list[Done] = []
 
     def fit(name: str, worker: object, told: dict, run: object, resources: object) -> Done:
+        Path(told["tuning"].run, "training").mkdir(exist_ok=True)  # where Ray Train keeps checkpoints
         calls.append(Done(told, tmp_path / f"checkpoint{len(calls)}"))
         return calls[-1]
 
@@ -433,6 +434,17 @@ def test_nothing_of_an_older_teacher_stays(
     assert describe(folder, BuildConfig())[0].prompt == ""
     tune(source, epochs=1, teacher=str(make_teacher("bert", "cls_token")))  # of the same weights
     assert load_classifier(folder).config.pooling == "cls"
+
+
+def test_what_is_read_or_of_others_is_not_replaced(tune: Callable[..., dict], teacher: Path, tmp_path: Path) -> None:
+    source = toy(tmp_path / "toy")
+    shutil.copytree(teacher, tmp_path / "out" / "teacher")
+    with pytest.raises(BadInput, match=r"not written by jobs/finetune\.py"):
+        tune(source, epochs=1)
+    with pytest.raises(BadInput, match="is the folder that is written"):
+        tune(source, epochs=1, teacher=str(tmp_path / "out" / "teacher"))
+    for path in teacher.iterdir():
+        assert (tmp_path / "out" / "teacher" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tune: Callable[..., dict], tmp_path: Path) -> None:
