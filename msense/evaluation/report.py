@@ -16,7 +16,7 @@ from rich.text import Text
 from msense import storage
 from msense.errors import BadInput
 from msense.evaluation.plots import Line, Point, draw_lines, draw_points
-from msense.evaluation.result import Result, difference
+from msense.evaluation.result import Result, comparable, difference
 from msense.text import clean, size
 
 VERSION = 1
@@ -112,6 +112,8 @@ def show(found: Evaluation) -> None:
             caption=Text(clean(sheet.what)),
             caption_justify="left",
             box=None,
+            collapse_padding=True,  # ten costs and the names in a hundred columns
+            pad_edge=False,
         )
         for number, name in enumerate(sheet.head):
             table.add_column(Text(clean(name)), justify="right" if number else "left", overflow="fold")
@@ -169,11 +171,29 @@ def load_report(output: str) -> Evaluation | None:
             for task in told["tasks"]
         ]
         costs = {name: Cost(**{f.name: cost[f.name] for f in fields(Cost)}) for name, cost in told["costs"].items()}
-        return Evaluation(list(told["models"]), tasks, costs, dict(told["made"]))
+        found = Evaluation(list(told["models"]), tasks, costs, dict(told["made"]))
+        _check(found)
+        return found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(
             f"{output} is there, but holds no evaluation ({type(error).__name__}: {error}): give another --output, or remove it"
         ) from error
+
+
+def _check(found: Evaluation) -> None:
+    """Refuse what no evaluation has written; results have been checked.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    names = [*found.models, *(word for task in found.tasks for word in (task.name, task.kind, task.what))]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("a name is no text")
+    figures = [figure for cost in found.costs.values() for figure in asdict(cost).values() if figure is not None]
+    if any(isinstance(figure, bool) or not isinstance(figure, int | float) for figure in figures):
+        raise ValueError("a cost is no number")
+    if not isinstance(found.made.get("settings", {}), dict):
+        raise ValueError("settings have no names")
 
 
 def to_json(found: Evaluation) -> dict[str, Any]:
@@ -199,7 +219,7 @@ def gain(found: Evaluation, task: TaskReport, model: str) -> Any:  # noqa: ANN40
         return None
     if own.gold is None and len(own.values) < 2:  # nothing to resample
         return None
-    if (own.metric, own.weights) != (first.metric, first.weights):  # such as words that one of the two lacks
+    if not comparable(own, first):  # such as words that one of the two lacks
         return None
     place = (task.name, model)
     if place not in found.gains:

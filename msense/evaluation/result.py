@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-from sklearn import metrics
 
 RESAMPLES = 2000  # of a bootstrap
 
@@ -21,11 +20,44 @@ def _correlation(of: Callable[..., Any], gold: np.ndarray, found: np.ndarray) ->
     return float(of(gold, found)[0]) if np.ptp(gold) and np.ptp(found) else 0.0
 
 
-METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {  # of (gold [P], found [P])
-    "accuracy": lambda gold, found: float((gold == found).mean()),
-    "macro F1": lambda gold, found: float(metrics.f1_score(gold, found, average="macro", zero_division=0)),
-    "F1": lambda gold, found: float(metrics.f1_score(gold == "1", found == "1", zero_division=0)),
-    "Matthews": lambda gold, found: float(metrics.matthews_corrcoef(gold, found)),
+def _table(gold: np.ndarray, found: np.ndarray, counts: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels that occur [k], and how often each (row) was found to be each (column), float64 [k, k]."""
+    labels, codes = np.unique(np.concatenate([gold, found]), return_inverse=True)
+    cells = codes[: len(gold)] * len(labels) + codes[len(gold) :]
+    return labels, np.bincount(cells, counts, len(labels) ** 2).astype(np.float64).reshape(len(labels), -1)
+
+
+def _accuracy(gold: np.ndarray, found: np.ndarray, counts: np.ndarray | None = None) -> float:
+    return float(np.average(gold == found, weights=counts))
+
+
+def _macro_f1(gold: np.ndarray, found: np.ndarray, counts: np.ndarray | None = None) -> float:
+    _, table = _table(gold, found, counts)
+    return float(np.mean(2 * table.diagonal() / (table.sum(0) + table.sum(1))))
+
+
+def _f1(gold: np.ndarray, found: np.ndarray, counts: np.ndarray | None = None) -> float:
+    labels, table = _table(gold == "1", found == "1", counts)
+    hits = table.diagonal()[labels].sum()  # none where neither side has it
+    return float(2 * hits / max(1.0, (table.sum(0) + table.sum(1))[labels].sum()))
+
+
+def _matthews(gold: np.ndarray, found: np.ndarray, counts: np.ndarray | None = None) -> float:
+    """Correlate labels (Gorodkin 2004, equation 8); 0 where one side is constant."""
+    _, table = _table(gold, found, counts)
+    real, told, n = table.sum(1), table.sum(0), table.sum()
+    spread = (n**2 - real @ real) * (n**2 - told @ told)
+    return float((table.trace() * n - real @ told) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+_OF_LABELS: Mapping[str, Callable[..., float]] = {  # of (gold [P], found [P], how often each pair counts [P] or None)
+    "accuracy": _accuracy,
+    "macro F1": _macro_f1,
+    "F1": _f1,
+    "Matthews": _matthews,
+}
+METRICS: Mapping[str, Callable[..., float]] = {  # of (gold [P], found [P])
+    **_OF_LABELS,
     "Pearson": lambda gold, found: _correlation(stats.pearsonr, gold, found),
     "Spearman": lambda gold, found: _correlation(stats.spearmanr, gold, found),
 }
@@ -73,8 +105,15 @@ class Result:
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> "Result":
-        """Make a result of what `to_json` gave."""
-        return cls(**{name: told[name] for name in cls.__dataclass_fields__})
+        """Make a result of what `to_json` gave.
+
+        Raises:
+            KeyError: something is missing.
+            ValueError: it is no result.
+        """
+        found = cls(**{name: told[name] for name in cls.__dataclass_fields__})
+        _check(found)
+        return found
 
 
 class Difference(NamedTuple):
@@ -85,6 +124,12 @@ class Difference(NamedTuple):
     high: float
 
 
+def comparable(ours: Result, theirs: Result) -> bool:
+    """Tell whether two results are of the same draws (texts, words, sets), of the same weights, by the same metric."""
+    same = ("metric", "over", "weights", "names", "gold")
+    return len(ours.values) == len(theirs.values) and all(getattr(ours, n) == getattr(theirs, n) for n in same)
+
+
 def difference(ours: Result, theirs: Result, seed: int = 0) -> Difference:
     """Compare two models on the same draws (texts, words, sets), which are resampled in pairs.
 
@@ -93,28 +138,66 @@ def difference(ours: Result, theirs: Result, seed: int = 0) -> Difference:
     Args:
         ours: of one model.
         theirs: of the other, on the same task.
-        seed: of the samples.
+        seed: of the samples, which do not depend on the models.
 
     Raises:
         ValueError: they are of different tasks.
     """
-    if (ours.metric, ours.over, len(ours.values), ours.gold) != (
-        theirs.metric,
-        theirs.over,
-        len(theirs.values),
-        theirs.gold,
-    ):
+    if not comparable(ours, theirs):
         raise ValueError("these two results are not of the same task")
     rng = np.random.default_rng(seed)
     if ours.gold is not None:
         gold, a, b = (np.array(values) for values in (ours.gold, ours.found, theirs.found))
-        metric = METRICS[ours.metric]
-        samples = (rng.integers(0, len(gold), len(gold)) for _ in range(RESAMPLES))
-        found = np.array([metric(gold[own], a[own]) - metric(gold[own], b[own]) for own in samples])
+        found = _of_texts(ours.metric, gold, a, b, rng)
     else:
         gaps = np.array(ours.values) - np.array(theirs.values)
         weights = np.ones(len(gaps)) if ours.weights is None else np.array(ours.weights)
+        gaps, weights = gaps[weights > 0], weights[weights > 0]  # a sample of what does not count would have no mean
         places = rng.integers(0, len(gaps), (RESAMPLES, len(gaps)))
         found = (gaps * weights)[places].sum(1) / weights[places].sum(1)
     low, high = np.quantile(found, [0.025, 0.975])
     return Difference(ours.score - theirs.score, float(low), float(high))
+
+
+def _of_texts(metric: str, gold: np.ndarray, a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return by how much a exceeds b in each sample of the texts, float64 [RESAMPLES], of [P] each."""
+    n = len(gold)
+    samples = (rng.integers(0, n, n) for _ in range(RESAMPLES))
+    if metric not in _OF_LABELS:
+        of = METRICS[metric]
+        return np.array([of(gold[own], a[own]) - of(gold[own], b[own]) for own in samples])
+    # texts of the same three labels are alike: a sample is how often each such triple is in it
+    codes = np.stack([np.unique(labels, return_inverse=True)[1] for labels in (gold, a, b)])
+    _, first, kinds = np.unique(codes, axis=1, return_index=True, return_inverse=True)
+    gold, a, b, kinds = gold[first], a[first], b[first], kinds.reshape(-1)
+    of, found = _OF_LABELS[metric], []
+    for own in samples:
+        counts = np.bincount(kinds[own], minlength=len(first))
+        there = counts > 0
+        counts = counts[there]
+        found.append(of(gold[there], a[there], counts) - of(gold[there], b[there], counts))
+    return np.array(found)
+
+
+def _check(found: Result) -> None:
+    """Refuse what no model has found.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if not isinstance(found.more, dict):
+        raise ValueError("more of a result has no names")
+    numbers = {"values": found.values, "weights": found.weights or [], "more": [*found.more.values()]}
+    for name, own in numbers.items():
+        if not isinstance(own, list) or any(isinstance(n, bool) or not isinstance(n, int | float) for n in own):
+            raise ValueError(f"{name} of a result are not numbers")
+    if not isinstance(found.metric, str) or not isinstance(found.over, str):
+        raise ValueError("metric or over of a result is no text")
+    if found.gold is None:
+        n = len(found.values)
+        if not n or any(len(own) != n for own in (found.weights, found.names) if own is not None):
+            raise ValueError(f"a result has {n} values, and weights or names of another number")
+        if found.weights is not None and not (min(found.weights) >= 0 < sum(found.weights)):
+            raise ValueError("weights of a result are below 0, or all 0")
+    elif found.metric not in METRICS or found.found is None or not 0 < len(found.gold) == len(found.found):
+        raise ValueError(f"a result by {found.metric!r} has predictions that do not fit")
