@@ -1,6 +1,7 @@
 """Results: their mean, deviation and paired differences; and how they are told as tables, JSON, Markdown and plots."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -196,13 +197,76 @@ def test_json_of_others_is_refused(text: str, tmp_path: Path) -> None:
         load_report(str(tmp_path / "e.json"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda told: told["tasks"][0]["rows"]["teacher"].update(values="abc"),
+        lambda told: told["tasks"][0].update(name=3),
+        lambda told: told.update(models=[1]),
+        lambda told: told["costs"]["teacher"].update(speedup="fast"),
+        lambda told: told["made"].update(settings="none"),
+    ],
+)
+def test_json_that_was_changed_is_refused(change: Callable[[dict], None], found: Evaluation, tmp_path: Path) -> None:
+    output = tmp_path / "e.json"
+    write_report(found, str(output), plots=False)
+    told = json.loads(output.read_text())
+    change(told)
+    output.write_text(json.dumps(told))
+    with pytest.raises(BadInput, match=r"e\.json is there, but holds no evaluation"):
+        load_report(str(output))
+
+
+def test_results_on_other_words_have_no_difference(found: Evaluation) -> None:
+    rows: dict[str, Result | str] = {
+        name: Result("s", "words", [0.5, 0.7], names=own)
+        for name, own in (("teacher", ["a", "b"]), ("replaced:z", ["a", "c"]))
+    }
+    task = TaskReport("t", "coarsewsd", "x", rows)
+    assert gain(found, task, "replaced:z") is None
+    assert sheets(Evaluation(list(rows), [task]))[0].head == ["model", "s"]
+
+
+def test_numbers_stay_whole_in_a_hundred_columns(
+    found: Evaluation, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    long = "replaced:runs/banking77/dictionary-auto,hard"
+    found.models.append(long)
+    found.costs[long] = cost(29_500, 30_430)
+    show(found)
+    lines = capsys.readouterr().out.split("\n")
+    assert max(map(len, lines)) <= 100
+    head = next(line for line in lines if "compression" in line)
+    assert head.split()[-4:] == ["texts/s", "tokens/s", "speed-up", "memory"]
+    row = next(line for line in lines if line.startswith("replaced:runs") and "MB" in line)
+    assert row.rstrip().endswith("22.7 M 90.0 MB 30,430    23.4 MB        3.5x  29,500        –   295.0x 1.0 GB")
+
+
+def test_a_title_and_the_names_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes: list[tuple[float, float, float]] = []
+    usual = plots._finish
+
+    def look(figure: object, plot: object, file: Path, *, spread: bool) -> None:
+        usual(figure, plot, file, spread=spread)
+        title = plot._left_title.get_window_extent()  # type: ignore[attr-defined]
+        names = plot.get_legend().get_window_extent()  # type: ignore[attr-defined]
+        boxes.append((title.y0 - names.y1, figure.bbox.x1 - title.x1, figure.bbox.x1 - names.x1))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(plots, "_finish", look)
+    points = [plots.Point(f"replaced:runs/banking77/dictionary-{n},hard", 10.0 * n, 0.8, 0.01) for n in range(1, 11)]
+    title = "mteb:ToxicConversationsClassification, all training texts: accuracy against the dictionary's size"
+    plots.draw_lines(tmp_path / "a.png", title, ("dictionary in MB", "accuracy"), points, plots.Line("teacher", 0.81))
+    assert min(boxes[0]) >= 0  # names begin below the title; both end within the picture
+
+
 def test_plots_show_every_model(found: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, list[str]]] = []
     usual = plots._finish
 
-    def look(figure: object, plot: object, file: Path) -> None:
+    def look(figure: object, plot: object, file: Path, *, spread: bool) -> None:
         seen.append((file.name, plot.get_legend_handles_labels()[1]))  # type: ignore[attr-defined]
-        usual(figure, plot, file)
+        usual(figure, plot, file, spread=spread)
 
     monkeypatch.setattr(plots, "_finish", look)
     written = write_report(found, str(tmp_path / "e.json"), plots=True)

@@ -6,6 +6,7 @@ Comes in: points with names. Goes out: a file. Holds one figure.
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from msense.errors import BadInput
@@ -13,7 +14,8 @@ from msense.text import clean
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")  # Okabe and Ito 2008
 MARKS = "osD^vPXh"
-SIZE, DPI = (8.0, 4.8), 150
+SIZE, DPI = (9.6, 5.0), 150
+TITLE = 90  # signs that fit in a line
 
 
 class Point(NamedTuple):
@@ -59,7 +61,7 @@ def draw_points(file: Path, title: str, axes: tuple[str, str], points: Sequence[
             label=f"{_short(point.name)}  {point.y:.3f}",
         )
     plot.set_xscale("log")
-    _finish(figure, plot, file)
+    _finish(figure, plot, file, spread=any(point.deviation for point in points))
 
 
 def draw_lines(file: Path, title: str, axes: tuple[str, str], points: Sequence[Point], level: Line | None) -> None:
@@ -96,7 +98,7 @@ def draw_lines(file: Path, title: str, axes: tuple[str, str], points: Sequence[P
             level.y, linestyle="--", color="#555555", linewidth=1, label=f"{_short(level.name)}  {level.y:.3f}"
         )
     plot.set_xscale("log")
-    _finish(figure, plot, file)
+    _finish(figure, plot, file, spread=any(point.deviation for point in points))
 
 
 def check_matplotlib() -> None:
@@ -115,7 +117,7 @@ def _figure(title: str, axes: tuple[str, str]) -> tuple[Any, Any]:
 
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")  # without pyplot: no window, no global state
     plot = figure.add_subplot()
-    plot.set_title(clean(title).replace("$", r"\$"), loc="left")
+    plot.set_title(fill(clean(title), TITLE).replace("$", r"\$"), loc="left")
     plot.set_xlabel(axes[0])
     plot.set_ylabel(axes[1])
     plot.grid(True, which="major", color="#dddddd", linewidth=0.8)
@@ -123,19 +125,24 @@ def _figure(title: str, axes: tuple[str, str]) -> tuple[Any, Any]:
     return figure, plot
 
 
-def _finish(figure: Any, plot: Any, file: Path) -> None:  # noqa: ANN401 - matplotlib's
+def _finish(figure: Any, plot: Any, file: Path, *, spread: bool) -> None:  # noqa: ANN401 - matplotlib's
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     plain = FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
+    some = FuncFormatter(lambda x, _: plain(x) if f"{x:e}"[0] in "25" else "")  # all nine would run into each other
     plot.xaxis.set_major_formatter(plain)
     low, high = plot.get_xlim()
-    plot.xaxis.set_minor_formatter(plain if high < 20 * low else NullFormatter())
+    few = some if high > 4 * low else plain
+    plot.xaxis.set_minor_formatter(few if high < 100 * low else NullFormatter())
+    if spread:
+        plot.set_ylabel(f"{plot.get_ylabel()} (± standard deviation over draws)")
     for side in ("top", "right"):
         plot.spines[side].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    # beside the plot and below its title, which may be as wide as both
+    plot.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False, fontsize=9)
     figure.savefig(file, format="png")
 
 
 def _short(name: str) -> str:
     text = clean(name).replace("$", r"\$")
-    return text if len(text) <= 36 else "…" + text[-35:]
+    return text if len(text) <= 44 else "…" + text[-43:]
