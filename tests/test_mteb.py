@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -108,6 +109,14 @@ def test_all_texts_are_one_experiment_told_by_text(data: str) -> None:
     assert found.more["macro F1"] == pytest.approx(f1)
 
 
+def test_a_name_is_no_path(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    for name in ("mine/own", "../own", "x" * 300, "own: a|b"):
+        assert measure(Told(by_class), name, data, Columns(), 0, 1, 0).score == 1.0
+    assert list(tmp_path.rglob("*.json")) == []  # predictions went with their folder
+
+
 def test_a_test_part_of_two_of_three_classes_and_columns_of_other_names(tmp_path: Path) -> None:
     source = write(tmp_path, ["no", "perhaps", "yes"], ("line", "tag"))
     test = tmp_path / "test.csv"
@@ -193,7 +202,9 @@ def test_a_task_of_mteb_takes_its_test_part_alone(monkeypatch: pytest.MonkeyPatc
     task = mteb_tasks.task_class("PoemSentimentClassification")
     monkeypatch.setattr(task, "dataset_transform", lambda *_, **__: None)
     model = Told(by_class)
-    found = measure(model, "PoemSentimentClassification", "", Columns(), 2, 3, 7)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*superseded")  # those of the paper all are
+        found = measure(model, "PoemSentimentClassification", "", Columns(), 2, 3, 7)
     assert found.values == [1.0] * 3  # the labels of the validation part are all wrong
     assert not [text for texts in model.asked for text in texts if "validation" in text]
     full = measure(model, "PoemSentimentClassification", "", Columns(), 0, 3, 7)
