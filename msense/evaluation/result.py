@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+from sklearn import metrics
 
 RESAMPLES = 2000  # of a bootstrap
 
@@ -20,41 +21,15 @@ def _correlation(of: Callable[..., Any], gold: np.ndarray, found: np.ndarray) ->
     return float(of(gold, found)[0]) if np.ptp(gold) and np.ptp(found) else 0.0
 
 
-def _table(gold: np.ndarray, found: np.ndarray, counts: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels that occur [k], and how often each (row) was found to be each (column), float64 [k, k]."""
-    labels, codes = np.unique(np.concatenate([gold, found]), return_inverse=True)
-    cells = codes[: len(gold)] * len(labels) + codes[len(gold) :]
-    return labels, np.bincount(cells, counts, len(labels) ** 2).astype(np.float64).reshape(len(labels), -1)
-
-
-def _accuracy(gold: np.ndarray, found: np.ndarray, counts: np.ndarray | None = None) -> float:
-    return float(np.average(gold == found, weights=counts))
-
-
-def _macro_f1(gold: np.ndarray, found: np.ndarray, counts: np.ndarray | None = None) -> float:
-    _, table = _table(gold, found, counts)
-    return float(np.mean(2 * table.diagonal() / (table.sum(0) + table.sum(1))))
-
-
-def _f1(gold: np.ndarray, found: np.ndarray, counts: np.ndarray | None = None) -> float:
-    labels, table = _table(gold == "1", found == "1", counts)
-    hits = table.diagonal()[labels].sum()  # none where neither side has it
-    return float(2 * hits / max(1.0, (table.sum(0) + table.sum(1))[labels].sum()))
-
-
-def _matthews(gold: np.ndarray, found: np.ndarray, counts: np.ndarray | None = None) -> float:
-    """Correlate labels (Gorodkin 2004, equation 8); 0 where one side is constant."""
-    _, table = _table(gold, found, counts)
-    real, told, n = table.sum(1), table.sum(0), table.sum()
-    spread = (n**2 - real @ real) * (n**2 - told @ told)
-    return float((table.trace() * n - real @ told) / np.sqrt(spread)) if spread > 0 else 0.0
-
-
 _OF_LABELS: Mapping[str, Callable[..., float]] = {  # of (gold [P], found [P], how often each pair counts [P] or None)
-    "accuracy": _accuracy,
-    "macro F1": _macro_f1,
-    "F1": _f1,
-    "Matthews": _matthews,
+    "accuracy": lambda gold, found, counts=None: float(np.average(gold == found, weights=counts)),
+    "macro F1": lambda gold, found, counts=None: float(
+        metrics.f1_score(gold, found, average="macro", sample_weight=counts, zero_division=0)
+    ),
+    "F1": lambda gold, found, counts=None: float(
+        metrics.f1_score(gold == "1", found == "1", sample_weight=counts, zero_division=0)
+    ),
+    "Matthews": lambda gold, found, counts=None: float(metrics.matthews_corrcoef(gold, found, sample_weight=counts)),
 }
 METRICS: Mapping[str, Callable[..., float]] = {  # of (gold [P], found [P])
     **_OF_LABELS,
