@@ -83,7 +83,7 @@ class DistillConfig(JobConfig):
         "name or folder",
     )
     objective: dict[str, float] = Field(
-        {"sense": 1.0, "pooled": 100.0, "replaced": 100.0},
+        {"sense": 10.0, "pooled": 100.0, "replaced": 100.0},
         description="losses and their weights: " + "; ".join(f"{name}: {what}" for name, what in OBJECTIVES.items()),
     )
     heads: Literal["one", "two"] = Field(

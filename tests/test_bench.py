@@ -5,10 +5,12 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+
+from msense.errors import BadInput
 
 JOBS = Path(__file__).parents[1] / "jobs"
 
@@ -238,3 +240,31 @@ def test_the_reference_loop_is_our_loss(jobs: None) -> None:
     labels = SenseLabels(np.array(picked, np.uint16))
     loss, _ = sense_losses(found, ids.numpy(), labels, SenseSpace(dictionary.ragged, "dot", 1.0), replaced=False)
     assert _loop(trainer, ids, found, picked).item() == pytest.approx(loss.total.item(), rel=1e-5)
+
+
+def test_a_student_that_was_made_otherwise_is_not_reused(
+    jobs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benches import workshop
+
+    from msense.distill_config import DistillConfig
+    from msense.run_folder import RunFolder
+
+    made = []
+
+    def distill(config: DistillConfig) -> None:
+        made.append(config.epochs)
+        run = RunFolder(config.output)
+        Path(run.student).mkdir(parents=True)
+        Path(run.metrics).write_text('{"loss": 1.5}\n')
+
+    monkeypatch.setattr(workshop, "distill_student", distill)
+    monkeypatch.setattr(workshop.SenseDictionary, "load", lambda folder: SimpleNamespace(fingerprint=str(folder)))
+    shop = workshop.Workshop(tmp_path, ["text"], 1)
+    for _ in range(2):
+        assert shop.student(tmp_path / "d", "static", student="static", epochs=3).metrics == {"loss": 1.5}
+    assert made == [3]
+    with pytest.raises(BadInput, match="with other settings: remove it"):
+        shop.student(tmp_path / "d", "static", student="static")  # that is, with the default number of epochs
+    with pytest.raises(BadInput, match="another dictionary"):
+        shop.student(tmp_path / "e", "static", student="static", epochs=3)

@@ -54,14 +54,15 @@ class Workshop:
     def student(self, dictionary: Path, name: str, **settings: Any) -> Made:  # noqa: ANN401 - of a distillation
         """Distill a student; all of one dictionary and metric share their labels."""
         kept = self.folder / name
-        made_of = {"settings": settings, "dictionary": SenseDictionary.load(dictionary).fingerprint}
+        labels = self.folder / f"labels-{dictionary.name}{'-dot' if settings.get('reference') else ''}"
+        given: dict[str, Any] = {"dictionary": str(dictionary), "output": str(labels), "workers": self.workers}
+        config = validate(DistillConfig, {**given, "teacher": self.teacher, **settings})
+        made_of = {"dictionary": SenseDictionary.load(dictionary).fingerprint, "labels": config.of_labels()}
+        made_of["training"] = config.of_training()
         if kept.exists():
             _check(kept / MADE_OF, made_of)
         else:
-            labels = self.folder / f"labels-{dictionary.name}{'-dot' if settings.get('reference') else ''}"
-            given: dict[str, Any] = {"dictionary": str(dictionary), "output": str(labels), "workers": self.workers}
-            given["teacher"] = self.teacher
-            distill_student(validate(DistillConfig, {**given, **settings}))
+            distill_student(config)
             run = RunFolder(str(labels))
             shutil.move(run.student, kept.with_suffix(".new"))
             shutil.move(run.metrics, kept.with_suffix(".new") / "metrics.jsonl")
