@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 130 Ctrl-C. Log lines 
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from msense.storage import S3_CREDENTIALS, s3_errors
 from msense.text import clean, plain, size
 
 logger = logging.getLogger("msense")
+
+WIDE = 120  # columns of a file or pipe
 
 
 def run_job(job: Callable[[], None]) -> int:
@@ -52,7 +55,12 @@ def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(Text(clean(name)), Text(clean(value)))
-    Console().print(table)
+    console().print(table)
+
+
+def console() -> Console:
+    """Return standard output for tables: as wide as the terminal, or `WIDE` where there is none and COLUMNS says nothing."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 
 
 def stage_rows(stages: Mapping[str, dict[str, Any]]) -> list[tuple[str, str]]:

@@ -159,6 +159,18 @@ def test_tables_tell_what_was_measured(found: Evaluation, capsys: pytest.Capture
     assert "\x1b[31m" not in told
 
 
+def test_tables_are_not_folded_where_there_is_no_terminal(
+    found: Evaluation, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    show(found)
+    words = ("dictionary", "compression", "speed-up", "memory")
+    assert any(all(word in line for word in words) for line in capsys.readouterr().out.splitlines())
+    monkeypatch.setenv("COLUMNS", "60")  # is heard
+    show(found)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
+
+
 def test_markdown_holds_its_columns(found: Evaluation) -> None:
     lines = markdown(found).split("\n")
     assert "### banking77, 8 shots" in lines

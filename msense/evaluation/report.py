@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from msense import storage
+from msense.cli import console
 from msense.errors import BadInput
 from msense.evaluation.plots import Line, Point, draw_lines, draw_points
 from msense.evaluation.result import Result, comparable, difference
@@ -104,7 +104,7 @@ def sheets(found: Evaluation) -> list[Sheet]:
 
 def show(found: Evaluation) -> None:
     """Print all tables on stdout."""
-    console = Console()
+    out = console()
     for sheet in sheets(found):
         table = Table(
             title=Text(clean(sheet.title)),
@@ -119,8 +119,8 @@ def show(found: Evaluation) -> None:
             table.add_column(Text(clean(name)), justify="right" if number else "left", overflow="fold")
         for row in sheet.rows:
             table.add_row(*(Text(clean(cell)) for cell in row))
-        console.print(table)
-        console.print()
+        out.print(table)
+        out.print()
 
 
 def write_report(found: Evaluation, output: str, *, plots: bool) -> list[str]:
