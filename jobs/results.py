@@ -149,7 +149,7 @@ def general(make: Maker) -> list[Figure]:
     main = shop.dictionary("auto")
     own = students(shop, main, tuple(STUDENTS), **OF_GENERAL)
     tasks = [f"banking77={make.task('banking77')}", f"emotion={make.task('tweet_emotion')}"]
-    found = make.evaluate("general", ["teacher", *own, *make.with_model2vec()], tasks, cost=False)
+    found = make.evaluate("general", [*make.with_model2vec(), *own], tasks, cost=False)
     figures = []
     for task in found.tasks:
         rows = {name: row.score for name, row in task.rows.items() if isinstance(row, Result)}
