@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/python jobs/build_dict.py --output runs/demo
 	$(BIN)/python -m msense show runs/demo key cell kernel tree
 
-# make results DATA=folder with banking77/ tweet_emotion/ sst2/ coarsewsd/ wordsim/ wikitext2/: about two hours on two cores
+# make results DATA=folder with banking77/ tweet_emotion/ sst2/ coarsewsd/ wordsim/ wikitext2/: hours on two cores
 results: install
 	$(BIN)/python jobs/results.py --data $(DATA) $(if $(MODEL2VEC_PYTHON),--model2vec-python $(MODEL2VEC_PYTHON))
 
