@@ -42,9 +42,6 @@ MAX_TOKEN_NUMBERS = 1 << 28  # of one token's centroids, which are read at once:
 MAX_EXEMPLARS = 1024  # of one sense
 MANY = 2**31 - 1  # more of anything fits no array of ours
 SHOWN_ERRORS = 20
-REPEATABLE: dict[str, Any] = {
-    "repeatable": True
-}  # of a field whose flag adds to what it was given before; else the last one counts
 
 Metric = Literal["l2", "dot", "cosine"]
 SenseRule = Literal["auto", "mcl"]
@@ -323,7 +320,6 @@ def parse_flags(model: type[ConfigT], description: str, argv: Sequence[str] | No
     )
     for name, field in model.model_fields.items():
         told = _flag(field.annotation, None if field.is_required() else field.default, field.description)
-        told |= {"action": "extend"} if field.json_schema_extra == REPEATABLE else {}
         parser.add_argument("--" + name.replace("_", "-"), dest=name, default=argparse.SUPPRESS, **told)
     given = vars(parser.parse_args(argv))
     file = given.pop("config", None)
@@ -379,7 +375,12 @@ def _flag(annotation: Any, default: object, description: str | None) -> dict[str
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
     if get_origin(annotation) in (tuple, dict):
-        return {"nargs": "*", "help": text, "metavar": "X" if get_origin(annotation) is tuple else "NAME=VALUE"}
+        return {
+            "action": "extend",
+            "nargs": "*",
+            "help": text,
+            "metavar": "X" if get_origin(annotation) is tuple else "NAME=VALUE",
+        }
     options = (
         [a for a in get_args(annotation) if a is not type(None)]
         if get_origin(annotation) in (Union, types.UnionType)

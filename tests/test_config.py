@@ -15,6 +15,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
     assert (config.senses, config.max_occurrences, config.metric, config.dedup) == (7, 50, "dot", False)
     assert (config.corpus, config.keep, config.workers, config.coverage) == (("one.txt",), ("centroids",), 3, 1.0)
     assert parse_flags(BuildConfig, "x", ["--corpus", "a", "b", "--keep"]).corpus == ("a", "b")
+    assert parse_flags(BuildConfig, "x", ["--corpus", "a", "--corpus", "b", "c"]).corpus == ("a", "b", "c")
 
 
 def test_all_errors_are_shown_at_once(tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_flags_of_several_values_may_be_repeated() -> None:
     config = parse_flags(EvaluateConfig, "x", words)
     assert config.model == ("teacher", "truncated:1", "truncated:2")
     assert config.shots == ("8", "full")
-    assert parse_flags(EvaluateConfig, "x", [*words, "--shots", "16"]).shots == ("16",)  # others: the last one counts
+    assert parse_flags(EvaluateConfig, "x", [*words, "--shots", "16"]).shots == ("8", "full", "16")
 
 
 def test_no_credentials_are_written_down(shipped_student: tuple) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from msense.config import MANY, REPEATABLE, JobConfig
+from msense.config import MANY, JobConfig
 from msense.evaluation.mteb_tasks import PAPER_TASKS
 from msense.evaluation.spec import MODELS, TASKS, Spec, TaskSpec, check_names, parse_model, parse_task
 from msense.labelled import Columns
@@ -27,9 +27,8 @@ class EvaluateConfig(JobConfig):
 
     model: tuple[str, ...] = Field(
         description=f"what is compared; the first is what others are held against. {_listed(MODELS)}. LABEL=MODEL names it",
-        json_schema_extra=REPEATABLE,
     )
-    task: tuple[str, ...] = Field(description=f"on what. {_listed(TASKS)}", json_schema_extra=REPEATABLE)
+    task: tuple[str, ...] = Field(description=f"on what. {_listed(TASKS)}")
     teacher: str | None = Field(
         None,
         description="name or folder of the teacher; default: that of the first dictionary or student, else the demo's",
