@@ -42,7 +42,7 @@ def fit(
         train_loop_config=told,
         torch_config=TorchConfig(timeout_s=WAIT_SECONDS),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.actors,
+            num_workers=resources.trainers,
             use_gpu=resources.device == "cuda",
             resources_per_worker={"CPU": TASK_CPUS} | ({"GPU": 1} if resources.device == "cuda" else {}),
         ),
