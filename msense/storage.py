@@ -32,6 +32,7 @@ _SEAL = "seal"  # key of a JSON file's own hash
 _SCRATCH = "msense-"
 _BUFFER = 1 << 20
 S3_CREDENTIALS = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an IAM role"
+S3_ATTEMPTS = 8
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -43,13 +44,24 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """
     scheme = uri.partition("://")[0]
     try:
-        fs, path = fsspec.core.url_to_fs(uri)
+        fs, path = fsspec.core.url_to_fs(uri, **_options(scheme))
     except ImportError as error:
         remedy = f"pip install {_PACKAGES[scheme]}" if scheme in _PACKAGES else str(error)
         raise BadInput(f"{display_uri(uri)}: {scheme}:// needs a package that is not installed: {remedy}") from error
     except ValueError as error:
         raise BadInput(f"{display_uri(uri)}: {error}; give a local path, or s3://, gs:// or hf://") from error
     return fs, path
+
+
+def _options(scheme: str) -> dict[str, Any]:
+    """Return how a store is asked: what others have written since is seen, and a busy S3 is asked again, ever later.
+
+    botocore waits up to 20 seconds before each of its attempts; AWS_MAX_ATTEMPTS and AWS_RETRY_MODE set others.
+    """
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme in ("s3", "s3a") and not os.environ.keys() & {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}:
+        options["config_kwargs"] = {"retries": {"mode": "standard", "max_attempts": S3_ATTEMPTS}}
+    return options
 
 
 def display_uri(uri: str) -> str:
