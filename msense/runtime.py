@@ -290,10 +290,17 @@ def _gone(error: Exception) -> MsenseError:
     )
 
 
+def _tellable() -> tuple[type[Exception], ...]:
+    """Return the errors of work among which `_failure` looks; those of a store's client once it is loaded."""
+    return (MsenseError, OSError, MemoryError, RuntimeError, *storage.s3_errors())
+
+
 def _failure(error: BaseException | None) -> Exception | None:
     """Return what to tell of an error that msense or the system raised on purpose; None for a bug."""
     if isinstance(error, MsenseError | OSError):
         return error
+    if isinstance(error, storage.s3_errors()):
+        return MsenseError(storage.s3_trouble(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the second is torch's
         return MsenseError(f"out of memory ({type(error).__name__}: {error}). {_MEMORY}")
     return None
@@ -320,7 +327,7 @@ def guard(work: Callable[[Any], Row], item: Any) -> Row:  # noqa: ANN401 - any J
     try:
         result = json.dumps(work(item))
         return {"result": result, "error": "", "usage": False, "seconds": time.monotonic() - began}
-    except (MsenseError, OSError, MemoryError, RuntimeError) as error:
+    except _tellable() as error:
         failure = _failure(error)
         if failure is None:
             raise

@@ -26,13 +26,14 @@ from fsspec import AbstractFileSystem
 from safetensors import SafetensorError
 
 from msense.errors import BadInput, MsenseError
+from msense.text import redact
 
 MARKER = ".done"
 _SEAL = "seal"  # key of a JSON file's own hash
 _SCRATCH = "msense-"
 _BUFFER = 1 << 20
 S3_CREDENTIALS = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an IAM role"
-S3_ATTEMPTS = 8
+S3_ATTEMPTS = 6
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -73,8 +74,22 @@ def display_uri(uri: str) -> str:
 
 def s3_errors() -> tuple[type[Exception], ...]:
     """Return the errors of the S3 client that are no OSErrors, such as missing credentials; none while it is not loaded."""
-    botocore = sys.modules.get("botocore.exceptions")
-    return (botocore.BotoCoreError,) if botocore else ()
+    found = {"botocore.exceptions": "BotoCoreError", "aiohttp.client_exceptions": "ClientPayloadError"}
+    return tuple(getattr(sys.modules[module], name) for module, name in found.items() if module in sys.modules)
+
+
+def wants_credentials(error: Exception) -> bool:
+    """Tell whether an error of the S3 client is about who asks, and not about the store or the way there."""
+    return "Credentials" in type(error).__name__ or "Profile" in type(error).__name__
+
+
+def s3_trouble(error: Exception) -> str:
+    """Say what is wrong with S3, and what to do."""
+    if wants_credentials(error):
+        return f"S3 refused ({redact(str(error))}): give credentials: {S3_CREDENTIALS}"
+    return (
+        f"S3 does not answer, however often it is asked ({redact(str(error))}): run the same command again when it does"
+    )
 
 
 def is_local(uri: str) -> bool:
@@ -384,6 +399,8 @@ def writing(uri: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise MsenseError(f"cannot write {display_uri(uri)}: {_reason(error)}") from error
+    except s3_errors() as error:
+        raise MsenseError(f"cannot write {display_uri(uri)}: {s3_trouble(error)}") from error
 
 
 def _rename_into(target: Path, write: Callable[[Path], Any]) -> None:
@@ -407,4 +424,6 @@ def _reason(error: Exception) -> str:
         return f"no space left ({told}); free some or give an --output with more room"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission ({told}); allow this user to write there"
+    if number == errno.EBUSY:
+        return f"the store is busy ({told}); run the same command again later"
     return told or type(error).__name__
