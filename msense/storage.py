@@ -139,12 +139,16 @@ def read_text(uri: str) -> str:
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
-    """Read what `write_json` wrote; None when the file is missing, torn, edited or damaged."""
+    """Read what `write_json` wrote; None when the file is missing, torn, edited or damaged, or no file."""
     fs, path = filesystem(uri)
     try:
         value = json.loads(fs.cat_file(path))
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or error.errno == errno.ELOOP:
+            return None
+        raise
     if not isinstance(value, dict) or value.pop(_SEAL, None) != _seal(value):
         return None
     return value

@@ -174,7 +174,7 @@ def load_report(output: str) -> Evaluation | None:
         found = Evaluation(list(told["models"]), tasks, costs, dict(told["made"]))
         _check(found)
         return found
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError) as error:
         raise BadInput(
             f"{output} is there, but holds no evaluation ({type(error).__name__}: {error}): give another --output, or remove it"
         ) from error
