@@ -28,11 +28,13 @@ logger = logging.getLogger(__name__)
 
 TASK_CPUS = 0.5
 TASK_GPUS = 0.5  # of a clustering task: one reads while the other computes
-RETRIES = 3  # of work whose worker died: a crash is survived, work that always kills its worker is not tried for ever
-RESTARTS = 10  # of an actor: nodes may come and go, but one that dies while it is made is not made for ever
+RETRIES = 3  # of a task whose worker died: a crash is survived, work that always kills its worker is not tried for ever
+RESTARTS = 10  # of an actor: nodes may come and go, but one that always dies is not made for ever
 _MEMORY = "Often it ran out of memory: give --workers a smaller number, or a machine with more memory"
 REPORT_SECONDS = 10.0
 MERGED_AT_ONCE = 4
+FIRST_NODE_SECONDS = 1800.0
+MANY = 1 << 20  # workers: more than any cluster has
 LONGEST_TEMP = 26  # characters of the temporary folder's path: those of Ray's sockets in it must not exceed 107
 Row = dict[str, Any]
 
@@ -44,6 +46,7 @@ class Resources:
     actors: int  # teacher actors at a time
     tasks: int  # other tasks at a time
     device: str  # "cuda" or "cpu", one kind for all teacher actors, and for all that clusters
+    most: int = 0  # of both, where nodes may come later; else there are no more than these
 
     @property
     def clusterers(self) -> int:
@@ -89,12 +92,32 @@ def connect(workers: int | None = None) -> Resources:
             if not os.environ.get("RAY_TMPDIR"):
                 environment["TMPDIR"] = options["_temp_dir"] = _temporary_folder()
         ray.init(**options)
+    if on_cluster := bool(os.environ.get("RAY_ADDRESS")):
+        _first_node()
     offered = ray.cluster_resources()
     gpus, cpus = int(offered.get("GPU", 0)), max(1, int(offered.get("CPU", 1)))
     tasks = min(workers or cpus, cpus)  # so that half a CPU each always leaves room for others
-    return Resources(
-        actors=min(workers or gpus, gpus) if gpus else tasks, tasks=tasks, device="cuda" if gpus else "cpu"
-    )
+    actors = min(workers or gpus, gpus) if gpus else tasks
+    return Resources(actors, tasks, "cuda" if gpus else "cpu", (workers or MANY) if on_cluster else 0)
+
+
+def _first_node() -> None:
+    """Wait for a node that works: the head of a cluster that grows with its work has no CPUs.
+
+    Raises:
+        MsenseError: none came.
+    """
+    import ray
+
+    if ray.cluster_resources().get("CPU", 0) >= 1:
+        return
+    logger.info("the cluster has no CPUs yet: waiting for a node")
+    asked = ray.remote(int).options(num_cpus=1).remote()  # which makes an autoscaler start one
+    if not ray.wait([asked], timeout=FIRST_NODE_SECONDS)[0]:
+        raise MsenseError(
+            f"the cluster has no CPUs, and none came within {FIRST_NODE_SECONDS / 60:.0f} minutes: start a worker node, "
+            "or see in `ray status` why the autoscaler starts none"
+        )
 
 
 def _temporary_folder() -> str:
@@ -145,9 +168,13 @@ def map_actors(name: str, actor: type, arguments: Row, items: Sequence[Any], res
     from ray.data import ActorPoolStrategy
 
     if items:
-        pool = ActorPoolStrategy(size=min(resources.actors, len(items)), max_tasks_in_flight_per_actor=2)
-        needs = {"num_gpus": 1} if resources.device == "cuda" else {"num_cpus": TASK_CPUS}
-        needs |= {"max_restarts": RESTARTS, "max_task_retries": RETRIES}
+        now, most = min(resources.actors, len(items)), min(max(resources.actors, resources.most), len(items))
+        grows = {"min_size": 1, "initial_size": now, "max_size": most}  # onto nodes that come later
+        pool = ActorPoolStrategy(**(grows if most > now else {"size": now}), max_tasks_in_flight_per_actor=2)
+        cpus = 1 if most > now else TASK_CPUS  # a pool that grows has no other limit than what its actors ask for
+        needs = {"num_gpus": 1} if resources.device == "cuda" else {"num_cpus": cpus}
+        # not RETRIES: until Ray knows that a node is gone, calls of its actors fail every second or so, and count
+        needs |= {"max_restarts": RESTARTS, "max_task_retries": -1}
         yield from _run(name, _GuardedActor, items, pool, {**needs, "fn_constructor_args": (actor, arguments)})
 
 
@@ -208,13 +235,22 @@ def _window(
     task = ray.remote(work).options(name=name, scheduling_strategy="SPREAD", **(needs or {"num_cpus": TASK_CPUS}))
     running: dict[Any, int] = {}
     for number, item in enumerate(items):
-        if len(running) >= resources.tasks:
+        if len(running) >= _tasks_now(resources):
             for reference in ray.wait(list(running))[0]:
                 yield running.pop(reference), reference
         running[task.remote(item, *common)] = number
     while running:
         for reference in ray.wait(list(running))[0]:
             yield running.pop(reference), reference
+
+
+def _tasks_now(resources: Resources) -> int:
+    """Return how many tasks may run at a time, nodes that came later counted."""
+    import ray
+
+    if resources.most <= resources.tasks:
+        return resources.tasks
+    return max(resources.tasks, min(resources.most, int(ray.cluster_resources().get("CPU", 0))))
 
 
 def run_task(work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> Any:  # noqa: ANN401 - what the work returns

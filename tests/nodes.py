@@ -1,6 +1,7 @@
 """Nodes of a Ray cluster as processes of `ray start --block`, each ended by its own process group."""
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 READY_SECONDS = 90.0
 
@@ -26,6 +28,33 @@ def free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
+
+
+def in_small_units(folder: Path, wait: str) -> Path:
+    """Copy the code, with units so small that a small corpus has many; an actor runs the lines of `wait` before each.
+
+    Who has many units runs the copy.
+    """
+    for name in ("jobs", "msense"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    file = folder / "msense" / "occurrences.py"
+    text, replaced = re.subn(r"^UNIT_BYTES = .*", "UNIT_BYTES = (60_000, 60_000)", file.read_text(), flags=re.MULTILINE)
+    assert replaced == 1
+    waits = f"""
+
+
+_call = OccurrenceActor.__call__
+
+
+def _waits(self, item):
+{wait}
+    return _call(self, item)
+
+
+OccurrenceActor.__call__ = _waits
+"""
+    file.write_text(text + waits)
+    return folder
 
 
 class Nodes:
@@ -96,3 +125,46 @@ def _is_group(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+class Namespaces:
+    """Network namespaces on a bridge, each with an address of its own; `end` removes them."""
+
+    def __init__(self, count: int) -> None:
+        """Make them.
+
+        Raises:
+            OSError, CalledProcessError: this user may not, or `ip` is not there.
+        """
+        tag = f"ms{os.getpid() % 100_000}"
+        self.bridge, self.names = f"{tag}b", [f"{tag}n{number}" for number in range(count)]
+        self.addresses = [f"10.77.0.{number}" for number in range(1, count + 1)]
+        try:
+            _ip("link", "add", self.bridge, "type", "bridge")
+            _ip("link", "set", self.bridge, "up")
+            for name, address in zip(self.names, self.addresses, strict=True):
+                _ip("netns", "add", name)
+                _ip("link", "add", f"{name}v", "type", "veth", "peer", "name", "eth0", "netns", name)
+                _ip("link", "set", f"{name}v", "master", self.bridge, "up")
+                _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+                for device in ("lo", "eth0"):
+                    _ip("-n", name, "link", "set", device, "up")
+                _ip("-n", name, "route", "add", "default", "dev", "eth0")  # Ray asks for the way to the world
+        except BaseException:
+            self.end()
+            raise
+
+    def within(self, number: int) -> list[str]:
+        """Return the words that run a command in one of them, on a host of its name."""
+        named = ["sh", "-c", 'hostname "$0" && exec "$@"', self.names[number]]
+        return ["ip", "netns", "exec", self.names[number], "unshare", "--uts", *named]
+
+    def end(self) -> None:
+        """Remove all that is there."""
+        for name in self.names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True, check=False)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], capture_output=True, check=True)

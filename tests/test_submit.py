@@ -1,7 +1,5 @@
 """`ray job submit` to a head that asks for a token: what is uploaded, refused, told, stopped and gone on with."""
 
-import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -9,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nodes import BIN, Nodes, free_ports
+from nodes import BIN, ROOT, Nodes, free_ports, in_small_units
 from tiny import WORDS
 
 from msense import storage
 from msense.errors import BadInput
 from msense.run_folder import SUBMITTED, RunFolder, lasting
-
-ROOT = Path(__file__).parents[1]
 
 
 class Head:
@@ -75,20 +71,6 @@ def test_an_output_lasts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert lasting("s3://bucket/x") == "s3://bucket/x"
 
 
-HELD = """
-_call = OccurrenceActor.__call__
-
-
-def _held(self, item):
-    while item["number"] >= 5 and Path({hold!r}).exists():
-        time.sleep(0.05)
-    return _call(self, item)
-
-
-OccurrenceActor.__call__ = _held
-"""
-
-
 @pytest.fixture
 def hold(tmp_path: Path) -> Path:
     """A file that holds up what is submitted at its sixth unit."""
@@ -100,14 +82,11 @@ def hold(tmp_path: Path) -> Path:
 @pytest.fixture
 def working_dir(tmp_path: Path, hold: Path) -> Path:
     """A copy of what is submitted, in which units are small: a job that has many units runs what was uploaded."""
-    folder = tmp_path / "submitted"
-    for name in ("jobs", "msense"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    file = folder / "msense" / "occurrences.py"
-    text, replaced = re.subn(r"^UNIT_BYTES = .*", "UNIT_BYTES = (60_000, 60_000)", file.read_text(), flags=re.MULTILINE)
-    assert replaced == 1
-    file.write_text(text + HELD.format(hold=str(hold)))
-    return folder
+    wait = f"""
+    while item["number"] >= 5 and Path({str(hold)!r}).exists():
+        time.sleep(0.05)
+"""
+    return in_small_units(tmp_path / "submitted", wait)
 
 
 def dictionary(run: Path) -> dict[str, bytes]:
@@ -148,7 +127,11 @@ def test_a_job_that_is_stopped_and_submitted_again_gives_the_same_bytes(
     assert done.returncode == 0, done.stdout
     assert str(stopped / "dictionary") in done.stdout.replace("\n", "")
     first, last = storage.read_json(RunFolder(str(stopped)).journal)["drivers"]
-    assert (first["outcome"], last["outcome"]) == ("", "finished")
+    assert first["outcome"] in (
+        "",
+        "failed: SystemExit: 15",
+    )  # Ray's drivers raise that on SIGTERM, where they have time to
+    assert last["outcome"] == "finished"
     counts = last["stages"]["occurrences"]
     assert counts["kept"] >= 2
     assert counts["made"] >= 5
