@@ -112,7 +112,7 @@ def _first_node() -> None:
     if ray.cluster_resources().get("CPU", 0) >= 1:
         return
     logger.info("the cluster has no CPUs yet: waiting for a node")
-    asked = ray.remote(int).options(num_cpus=1).remote()  # which makes an autoscaler start one
+    asked = ray.remote(peak_memory).options(num_cpus=1).remote()  # which makes an autoscaler start one
     if not ray.wait([asked], timeout=FIRST_NODE_SECONDS)[0]:
         raise MsenseError(
             f"the cluster has no CPUs, and none came within {FIRST_NODE_SECONDS / 60:.0f} minutes: start a worker node, "
