@@ -136,6 +136,7 @@ class Namespaces:
         Raises:
             OSError, CalledProcessError: this user may not, or `ip` is not there.
         """
+        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # else nobody would call `end`
         tag = f"ms{os.getpid() % 100_000}"
         self.bridge, self.names = f"{tag}b", [f"{tag}n{number}" for number in range(count)]
         self.addresses = [f"10.77.0.{number}" for number in range(1, count + 1)]
@@ -164,6 +165,7 @@ class Namespaces:
         for name in self.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
         subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True, check=False)
+        signal.signal(signal.SIGTERM, self._before)
 
 
 def _ip(*words: str) -> None:
