@@ -71,12 +71,12 @@ def nodes(bench: Bench) -> Figures:
 @contextmanager
 def _cluster() -> Iterator[Any]:
     """Give a cluster of a head without CPUs and a node of one, to which this process is connected."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    ray.shutdown()
     environment = {"RAY_AUTH_MODE": "token", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_USAGE_STATS_ENABLED": "0"}
-    with mock.patch.dict(os.environ, environment):
+    with mock.patch.dict(os.environ, environment):  # which Ray reads when it is imported
+        import ray
+        from ray.cluster_utils import Cluster
+
+        ray.shutdown()
         command = [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token", "--generate"]
         subprocess.run(command, check=True, capture_output=True)
         quiet = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
