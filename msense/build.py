@@ -24,7 +24,7 @@ from msense.occurrences import GatherSettings, OccurrenceActor, Unit, cut_units,
 from msense.passages import make_passages, refuse_bad_documents
 from msense.plan import PlanInput, make_plan
 from msense.resume import Journal, finished, timed
-from msense.run_folder import RunFolder, locked, sweep
+from msense.run_folder import RunFolder, lasting, locked, sweep
 from msense.runtime import Resources, connect, map_actors, peak_memory, run_task
 from msense.senses import SenseSettings, count_senses
 from msense.teacher import TeacherInfo, describe, resolve_dtype
@@ -87,7 +87,7 @@ def build_dictionary(config: BuildConfig) -> dict[str, Any]:
     """
     scale = config.sample if config.dry_run else 1.0
     config = with_demo(config)
-    root = storage.absolute(config.output)
+    root = lasting(config.output)
     if scale < 1:
         root = storage.join(root, "estimate")
     files = list_files(config.corpus)

@@ -23,7 +23,7 @@ from msense.occurrences import GatherSettings
 from msense.passages import make_passages
 from msense.plan import PlanInput, make_plan
 from msense.resume import Journal, finished, timed
-from msense.run_folder import RunFolder, locked, sweep
+from msense.run_folder import RunFolder, lasting, locked, sweep
 from msense.runtime import Resources, connect, peak_memory, run_task
 from msense.teacher import resolve_dtype
 
@@ -60,7 +60,7 @@ def distill_student(config: DistillConfig) -> dict[str, Any]:
         MsenseError: the run failed; the same command goes on from what is finished.
     """
     source = find_source(config)
-    root = storage.absolute(config.output)
+    root = lasting(config.output)
     with locked(RunFolder(root)):
         resources = connect(config.workers, config.gpus_per_actor)
         dtype = config.dtype

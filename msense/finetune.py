@@ -22,7 +22,7 @@ from msense.errors import BadInput
 from msense.finetune_config import FinetuneConfig
 from msense.glue import DEV, TRAIN, GlueTask, Texts, joiner_of, read_part
 from msense.ray_train import fit
-from msense.run_folder import RunFolder, locked
+from msense.run_folder import RunFolder, lasting, locked
 from msense.runtime import Resources, connect, run_task
 from msense.storage import join
 from msense.student.config import Pooling
@@ -86,6 +86,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         BadInput: settings, data or a teacher that do not work.
         MsenseError: training failed; the same command goes on from the last epoch.
     """
+    run = RunFolder(lasting(config.output))
     build = BuildConfig(revision=config.revision, max_length=config.max_length)
     info, tokenizer = describe(config.teacher, build)
     joiner = joiner_of(tokenizer) if len(config.data.columns.texts) > 1 else ""
@@ -94,7 +95,6 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         task=config.name, dim=info.dim, pooling=_pooling(config, info), labels=_labels(config, texts), joiner=joiner
     )
     dev = _dev_part(config, joiner)
-    run = RunFolder(storage.absolute(config.output))
     with locked(run):
         resources = connect(config.workers)
         tuning = _tuning(config, run, info, classifier, resources, has_dev=dev is not None)

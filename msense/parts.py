@@ -66,7 +66,8 @@ def part_workers(settings: ClusterSettings, resources: Resources) -> Iterator[li
     """Start as many actors as may cluster at a time, and end them."""
     import ray
 
-    needs = {**resources.clustering, "max_restarts": 3, "max_task_retries": 3, "scheduling_strategy": "SPREAD"}
+    needs = {**resources.clustering, "max_restarts": 3, "scheduling_strategy": "SPREAD"}
+    needs |= {"max_task_retries": -1}  # while Ray does not know yet that a node is gone, each try of a call counts
     count = refreshed(resources).clusterers
     workers = [ray.remote(PartWorker).options(**needs).remote(settings) for _ in range(count)]
     try:

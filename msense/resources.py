@@ -51,12 +51,15 @@ class Resources:
     device: str  # "cuda" or "cpu", one kind for all teacher actors, and for all that clusters
     gpus_per_actor: float = 1.0
     task_memory: int = 0  # bytes that Ray sets aside for a task that clusters
+    most: int = 0  # actors and tasks where nodes may come later; else there are no more than these
     nodes: Sequence[Node] = field(default=(), compare=False)  # none: not known
 
     @property
     def teacher(self) -> dict[str, float]:
-        """What Ray is to set aside for a teacher actor."""
-        return {"num_gpus": self.gpus_per_actor} if self.device == "cuda" else {"num_cpus": TASK_CPUS}
+        """What Ray is to set aside for a teacher actor; a pool that grows is bounded by nothing else."""
+        if self.device == "cuda":
+            return {"num_gpus": self.gpus_per_actor}
+        return {"num_cpus": 1.0 if self.most else TASK_CPUS}
 
     @property
     def clustering(self) -> dict[str, float]:

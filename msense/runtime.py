@@ -28,11 +28,12 @@ from msense.watch import track, warn_of_skew
 
 logger = logging.getLogger(__name__)
 
-RETRIES = 3  # of work whose worker died: a crash is survived, work that always kills its worker is not tried for ever
-RESTARTS = 10  # of an actor: nodes may come and go, but one that dies while it is made is not made for ever
+RETRIES = 3  # of a task whose worker died: a crash is survived, work that always kills its worker is not tried for ever
+RESTARTS = 10  # of an actor: nodes may come and go, but one that always dies is not made for ever
 _MEMORY = "Often it ran out of memory: give --workers a smaller number, or a machine with more memory"
 MERGED_AT_ONCE = 4
 _COUNTED = ("CPU", "GPU", "memory")
+MANY = 1 << 20  # workers: more than any cluster has
 LONGEST_TEMP = 26  # characters of the temporary folder's path: those of Ray's sockets in it must not exceed 107
 Row = dict[str, Any]
 
@@ -74,7 +75,10 @@ def connect(workers: int | None = None, gpus_per_actor: float = 1.0) -> Resource
             if not os.environ.get("RAY_TMPDIR"):
                 environment["TMPDIR"] = options["_temp_dir"] = _temporary_folder()
         ray.init(**options)
-    return take(nodes(), workers, gpus_per_actor)
+    resources = take(nodes(), workers, gpus_per_actor)
+    if not any(node.count and node.offers.get("CPU") for node in resources.nodes):
+        logger.info("the cluster has no CPUs yet: its autoscaler is asked for nodes")
+    return replace(resources, most=(workers or MANY) if os.environ.get("RAY_ADDRESS") else 0)
 
 
 def nodes() -> list[Node]:
@@ -147,8 +151,12 @@ def map_actors(name: str, actor: type, arguments: Row, items: Sequence[Any], res
     from ray.data import ActorPoolStrategy
 
     if items:
-        pool = ActorPoolStrategy(size=min(resources.actors, len(items)), max_tasks_in_flight_per_actor=2)
-        needs = {**resources.teacher, "max_restarts": RESTARTS, "max_task_retries": RETRIES}
+        now, most = min(resources.actors, len(items)), min(max(resources.actors, resources.most), len(items))
+        grows = {"min_size": 1, "initial_size": now, "max_size": most}  # onto nodes that come later
+        pool = ActorPoolStrategy(**(grows if most > now else {"size": now}), max_tasks_in_flight_per_actor=2)
+        needs: Row = dict(resources.teacher)
+        # not RETRIES: until Ray knows that a node is gone, calls of its actors fail every second or so, and count
+        needs |= {"max_restarts": RESTARTS, "max_task_retries": -1}
         yield from _run(name, _GuardedActor, items, pool, {**needs, "fn_constructor_args": (actor, arguments)})
 
 
@@ -217,12 +225,21 @@ def _window(
         return number, reference
 
     for number, item in enumerate(items):
-        if len(running) >= resources.tasks:
+        if len(running) >= _tasks_now(resources):
             yield first_done()
         running[task.remote(item, *common)] = number, time.monotonic()
     while running:
         yield first_done()
     warn_of_skew(name, seconds)
+
+
+def _tasks_now(resources: Resources) -> int:
+    """Return how many tasks may run at a time, nodes that came later counted."""
+    import ray
+
+    if resources.most <= resources.tasks:
+        return resources.tasks
+    return max(resources.tasks, min(resources.most, int(ray.cluster_resources().get("CPU", 0))))
 
 
 def run_task(work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> Any:  # noqa: ANN401 - what the work returns
