@@ -8,7 +8,7 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 DATA ?= data
 
-.PHONY: install demo results test test-all check format
+.PHONY: install demo results test test-all check audit format
 
 install: $(STAMP)
 
@@ -37,6 +37,11 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit:
+	$(PYTHON) -m venv .audit
+	.audit/bin/pip install pip-audit
+	.audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 format: install
 	$(BIN)/ruff check --fix .
