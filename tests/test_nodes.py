@@ -97,7 +97,9 @@ class Machines:
 def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Machines]]:
     """Make clusters; they ask for the token of this user, as the session's Ray does."""
     monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "token"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # what drivers change stands in modules beside this one
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(__file__).parent)
+    )  # what drivers change stands in modules beside this one
     subprocess.run([str(BIN / "ray"), "get-auth-token", "--generate"], capture_output=True, check=True)
     made: list[Machines] = []
 

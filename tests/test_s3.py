@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import s3fs
-from faulty import ALL, Corpus
+from faulty import ALL, Corpus, Outcome
 from s3_server import KEY, SECRET, Fault, Server, cut, dropped, throttled
 
-from msense import SenseDictionary, SenseEncoder, storage
+from msense import SenseDictionary, SenseEncoder, distill_run, storage
 from msense.cli import run_job
+from msense.distill_config import DistillConfig
+from msense.distill_run import distill_student
 from msense.errors import BadInput, MsenseError
 from msense.status import show_status
 
@@ -111,9 +113,26 @@ PLACES = {
 }
 
 
+LABELS = "labels/000000.safetensors"
+
+
+@pytest.fixture
+def label(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Label the text of the undisturbed run into a folder, and train nothing."""
+    monkeypatch.setattr(distill_run, "train", lambda *_: {})
+    given = {"dictionary": str(made.folder / "whole"), "teacher": str(made.teacher), "dtype": "float32"}
+    return lambda output: distill_student(DistillConfig(**given, output=output)) and None
+
+
+def same_labels(made: Corpus, uri: str) -> None:
+    assert files(f"{uri}/labels") == files(str(made.folder / "labels" / "labels"))
+
+
 @IN_PROCESS
 @pytest.mark.parametrize("fault", [throttled, dropped], ids=["throttled", "dropped"])
-def test_a_store_that_is_in_trouble_for_a_while_is_asked_again(made: Corpus, s3: Server, fault: Fault) -> None:
+def test_a_store_that_is_in_trouble_for_a_while_is_asked_again(
+    made: Corpus, s3: Server, fault: Fault, label: Callable[[str], None], outcome: Outcome
+) -> None:
     """Of every stage the first upload, the first download of a marker and the first listing fail twice."""
     made.build("whole", keep=ALL)
     for place in PLACES.values():
@@ -122,15 +141,28 @@ def test_a_store_that_is_in_trouble_for_a_while_is_asked_again(made: Corpus, s3:
     s3.spoil("^GET bucket/?$", fault, 2)
     made.build("run", output=f"{BUCKET}/run", keep=ALL)
     same_dictionary(made, f"{BUCKET}/run")
-    spoilt = [place for place in PLACES.values() if s3.seen.count(f"PUT bucket/run/{place}") >= 3]
-    assert len(spoilt) == len(PLACES)
+    label(str(made.folder / "labels"))
+    s3.spoil(f"^(PUT|GET|HEAD) bucket/run2/{LABELS}", fault, 2)
+    label(f"{BUCKET}/run2")
+    same_labels(made, f"{BUCKET}/run2")
+    puts = {stage: f"PUT bucket/run/{place}" for stage, place in PLACES.items()} | {
+        "labels": f"PUT bucket/run2/{LABELS}"
+    }
+    for stage, put in puts.items():
+        assert s3.seen.count(put) >= 3, stage
+        outcome("S3 busy or cut off for a while", stage, "same run goes on")
 
 
 @IN_PROCESS
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [throttled, dropped], ids=["throttled", "dropped"])
 def test_a_store_that_stays_in_trouble_is_told_and_the_next_run_goes_on(
-    made: Corpus, s3: Server, fault: Fault, monkeypatch: pytest.MonkeyPatch
+    made: Corpus,
+    s3: Server,
+    fault: Fault,
+    monkeypatch: pytest.MonkeyPatch,
+    label: Callable[[str], None],
+    outcome: Outcome,
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     made.build("whole", keep=ALL)
@@ -146,6 +178,15 @@ def test_a_store_that_stays_in_trouble_is_told_and_the_next_run_goes_on(
         s3.heal()
     made.build("run", output=f"{BUCKET}/run", keep=ALL)
     same_dictionary(made, f"{BUCKET}/run")
+    label(str(made.folder / "labels"))
+    s3.spoil(f"^PUT bucket/run2/{LABELS}", fault, 10**6)
+    with pytest.raises(MsenseError, match=f"cannot write s3://bucket/run2/{LABELS}"):
+        label(f"{BUCKET}/run2")
+    s3.heal()
+    label(f"{BUCKET}/run2")
+    same_labels(made, f"{BUCKET}/run2")
+    for stage in (*PLACES, "labels"):
+        outcome("S3 in trouble for long", stage, "told; next run goes on")
 
 
 def test_what_is_cut_off_while_it_is_read_is_read_again(s3: Server) -> None:
