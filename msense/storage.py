@@ -146,7 +146,7 @@ def read_json(uri: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     except OSError as error:
-        if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or error.errno == errno.ELOOP:
+        if _is_no_file(error):
             return None
         raise
     if not isinstance(value, dict) or value.pop(_SEAL, None) != _seal(value):
@@ -234,9 +234,14 @@ def is_whole(uri: str, written: dict[str, Any], *, verify: bool) -> bool:
     try:
         return fs.size(path) == written["size"] and not (verify and sha256_of_uri(uri) != written["sha256"])
     except OSError as error:
-        if isinstance(error, FileNotFoundError | IsADirectoryError) or error.errno == errno.EIO:  # the last: a bad disk
+        if _is_no_file(error) or error.errno == errno.EIO:  # the last: a bad disk
             return False
         raise
+
+
+def _is_no_file(error: OSError) -> bool:
+    """Tell whether there is nothing, a folder or a link that leads nowhere where a file should be."""
+    return isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or error.errno == errno.ELOOP
 
 
 def sha256_of(path: Path) -> str:
