@@ -210,6 +210,7 @@ def test_batches_are_shuffled_anew_and_waste_little_padding() -> None:
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_any_workers_and_a_killed_worker_or_driver_give_the_same_bytes(
     ray: None, made: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch, outcome: Outcome
 ) -> None:
