@@ -34,6 +34,7 @@ _SCRATCH = "msense-"
 _BUFFER = 1 << 20
 S3_CREDENTIALS = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an IAM role"
 S3_ATTEMPTS = 6
+_BUCKET = re.compile(r"(?:^|::)(s3|s3a|gs|gcs)://([^/]*)")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -41,8 +42,9 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """Return the fsspec filesystem of a URI and the path on it; a plain path is local.
 
     Raises:
-        BadInput: an unknown scheme, or one whose package is not installed.
+        BadInput: an unknown scheme, one whose package is not installed, or a bucket that no store could take.
     """
+    check_buckets(uri)
     scheme = uri.partition("://")[0]
     try:
         fs, path = fsspec.core.url_to_fs(uri, **_options(scheme))
@@ -52,6 +54,18 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     except ValueError as error:
         raise BadInput(f"{display_uri(uri)}: {error}; give a local path, or s3://, gs:// or hf://") from error
     return fs, path
+
+
+def check_buckets(uri: str) -> None:
+    """Raise for a bucket that no store could take: the store's client would quote the password, or find no words."""
+    for scheme, bucket in _BUCKET.findall(uri):
+        if "@" in bucket:
+            raise BadInput(
+                f"{display_uri(uri)}: {scheme}:// takes no credentials in the URI; leave them out and give them as "
+                + (S3_CREDENTIALS if scheme.startswith("s3") else "GOOGLE_APPLICATION_CREDENTIALS")
+            )
+        if not bucket:
+            raise BadInput(f"{display_uri(uri)}: names no bucket; write {scheme}://bucket/path")
 
 
 def _options(scheme: str) -> dict[str, Any]:
@@ -234,7 +248,7 @@ def is_whole(uri: str, written: dict[str, Any], *, verify: bool) -> bool:
     try:
         return fs.size(path) == written["size"] and not (verify and sha256_of_uri(uri) != written["sha256"])
     except OSError as error:
-        if _is_no_file(error) or error.errno == errno.EIO:  # the last: a bad disk
+        if _is_no_file(error) or (is_local(uri) and error.errno == errno.EIO):  # a bad disk; of a store it is trouble
             return False
         raise
 

@@ -171,6 +171,10 @@ def test_uris_are_told_apart_and_shown_without_secrets(tmp_path: Path, monkeypat
     assert storage.absolute("runs/x") == str(tmp_path / "runs" / "x")
     assert storage.absolute("s3://b/x/") == "s3://b/x"
     assert storage.display_uri("s3://key:secret@bucket/x?token=1#f") == "s3://bucket/x"
+    for named in ("s3://key:hunter2@bucket/x", "gs://key:hunter2@bucket/x"):
+        with pytest.raises(BadInput, match=r"://bucket/x: .* takes no credentials in the URI") as refusal:
+            storage.read_json(named)
+        assert "hunter2" not in str(refusal.value)
     with pytest.raises(BadInput, match="nosuch://"):
         storage.filesystem("nosuch://x")
 
@@ -181,3 +185,23 @@ def test_markers_hold_what_was_told(tmp_path: Path) -> None:
     assert marker["facts"] == {"n": 1, "more": 2}
     assert marker["size"] == 2
     assert marker["sha256"] == "fb8e20fc2e4c3f248c60c39bd652f3c1347298bb977b8b4d5903b85055620603"
+
+
+@pytest.mark.parametrize(("where", "damaged"), [("local", True), ("memory", False)])
+def test_a_bad_disk_is_damage_and_a_bad_answer_of_a_store_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, damaged: bool
+) -> None:
+    """What counts as damaged is removed: a store that answers 502 must not cost a finished file."""
+    root = str(tmp_path) if where == "local" else "memory://eio"
+    storage.publish(f"{root}/x", write_bytes(b"whole"))
+    kind = type(storage.filesystem(root)[0])
+
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(errno.EIO, "Bad Gateway")
+
+    monkeypatch.setattr(kind, "size", fail)
+    if damaged:
+        assert storage.facts_of(f"{root}/x") is None
+    else:
+        with pytest.raises(OSError, match="Bad Gateway"):
+            storage.facts_of(f"{root}/x")
