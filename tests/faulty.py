@@ -2,8 +2,10 @@
 
 import itertools
 import pkgutil
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,17 @@ def records(made: Corpus, name: str) -> tuple[int, int]:
     ]
     places = [(unit, *place) for unit, rows in enumerate(found) for place in rows]
     return len(places), len(set(places))
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """The system refuses more than some bytes a file, in the midst of a write, whoever writes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def flip_a_byte(path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faulty import Corpus, Outcome, StoppedError
+from faulty import Corpus, Outcome, StoppedError, full_disk
 
 from msense import distill, distill_run, storage
 from msense.distill_config import DistillConfig
@@ -37,17 +37,12 @@ def labels(made: Corpus, name: str) -> dict[str, bytes]:
 
 def full(function: Callable) -> Callable:
     """Refuse more than some bytes a file, in the midst of a write."""
-    import resource
 
     def call(*arguments: object) -> object:
         if not str(arguments[0]).endswith(PLACE):
             return function(*arguments)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        try:
+        with full_disk():
             return function(*arguments)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     return call
 

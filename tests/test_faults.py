@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faulty import ALL, Corpus, MakeTeacher, Outcome, flip_a_byte, records
+from faulty import ALL, Corpus, MakeTeacher, Outcome, flip_a_byte, full_disk, records
 
 from msense import assemble, storage
 from msense import build as build_module
@@ -126,21 +126,14 @@ def fails_then_resumes(made: Corpus, told: str, mend: Callable[[], None]) -> Non
 def test_a_full_disk_is_told_and_the_next_run_goes_on(
     made: Corpus, stage: str, patch: pytest.MonkeyPatch, outcome: Outcome
 ) -> None:
-    """The system itself refuses more than some bytes a file, in the midst of a write, whoever writes."""
-    import resource
-
     made.build("whole", keep=ALL)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(function: Callable) -> Callable:
         def call(*arguments: object) -> object:
             if function is rename_into and not str(arguments[0]).endswith(PLACES[stage]):
                 return function(*arguments)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-            try:
+            with full_disk():
                 return function(*arguments)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
         return call
 

@@ -144,14 +144,19 @@ def same_metrics(run: Path, whole: Path) -> None:
         assert one == pytest.approx(other, rel=1e-3, abs=1e-3)
 
 
+def undisturbed(machines: Callable[[int], Machines], runs: Runs) -> tuple[Machines, Path]:
+    """Build on a head and two workers; return them, and a folder for the flags of what comes next."""
+    three, flags = machines(2), runs.folder / "flags"
+    flags.mkdir()
+    finish(three.drive(runs.settings("whole"), runs.log("whole")))
+    return three, flags
+
+
 def test_a_node_lost_in_each_stage_of_a_build_changes_nothing(
     machines: Callable[[int], Machines], runs: Runs, outcome: Outcome
 ) -> None:
     """One build in which every stage loses the node of a worker at work."""
-    three = machines(2)
-    flags = runs.folder / "flags"
-    flags.mkdir()
-    finish(three.drive(runs.settings("whole"), runs.log("whole")))
+    three, flags = undisturbed(machines, runs)
     disturbed = three.drive(runs.settings("run"), runs.log("run"), driver.lose_a_node_in_each_stage, flags, STEP)
     three.lose_as_told(disturbed, flags)
     assert {flag.name for flag in flags.iterdir()} == set(STAGES)
@@ -169,10 +174,7 @@ def test_a_node_lost_in_each_stage_of_a_distillation_changes_nothing(
     machines: Callable[[int], Machines], runs: Runs, outcome: Outcome
 ) -> None:
     """Labels, then a training, lose the node of a worker at work."""
-    three = machines(2)
-    flags = runs.folder / "flags"
-    flags.mkdir()
-    finish(three.drive(runs.settings("whole"), runs.log("whole")))
+    three, flags = undisturbed(machines, runs)
     given = {"dictionary": str(runs.folder / "whole"), "teacher": str(runs.teacher), "student": "static", "epochs": 2}
     given |= {"batch_tokens": 512, "dtype": "float32", "checkpoint_steps": 5, "workers": 2, "held_out": 0.2}
     whole, run = ({**given, "output": str(runs.folder / name)} for name in ("whole-student", "student"))
