@@ -19,3 +19,8 @@ class DictionaryError(BadInput):
 
 class StudentError(BadInput):
     """A student that cannot be made of what was given, or a student folder that is truncated, foreign or inconsistent."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Tell whether a library written in Rust gave up: pyo3 makes that a BaseException of a type that cannot be imported."""
+    return type(error).__name__ == "PanicException"

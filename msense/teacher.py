@@ -104,7 +104,8 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
             f"only {vocab_size} embeddings: give a folder whose tokenizer and model belong together"
         )
     check_weights(name, body, vocab_size)
-    prefix, suffix = special_frame(backend)
+    with loading(f"{name!r}: its tokenizer"):
+        prefix, suffix = special_frame(backend)
     prompt = config.prompt if config.prompt is not None else prompt
     rule = config.special_tokens
     if rule == "auto":

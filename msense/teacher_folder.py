@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from msense.config import DEMO_TEACHER
-from msense.errors import BadInput
+from msense.errors import BadInput, is_panic
 from msense.text import first_line, redact
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,9 @@ def loading(what: str) -> Iterator[None]:
         yield
     except BadInput:
         raise
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, _LOAD_ERRORS):  # tokenizers raises bare ones
+    except BaseException as error:
+        known = type(error) is Exception or isinstance(error, _LOAD_ERRORS)  # tokenizers raises bare ones
+        if not known and not is_panic(error):
             raise
         raise BadInput(
             f"teacher {what} does not load: {first_line(error)}; a teacher is a Hugging Face encoder or decoder of an "

@@ -168,3 +168,12 @@ def test_dtype_auto_is_what_the_device_computes_in() -> None:
 
 def test_locate_takes_folders_as_they_are(tmp_path: Path) -> None:
     assert locate(str(tmp_path)) == tmp_path
+
+
+def test_a_tokenizer_whose_library_panics_is_refused(make_teacher: Callable[..., Path]) -> None:
+    folder = make_teacher("bert")
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    del definition["post_processor"]["special_tokens"]["[CLS]"]  # which its template names
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(BadInput, match="its tokenizer does not load: no entry found for key"):
+        describe(str(folder), BuildConfig())

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from msense.dictionary.checks import shown
 from msense.dictionary.contexts import exemplar_schema
-from msense.errors import DictionaryError
+from msense.errors import DictionaryError, is_panic
 
 __all__ = ["Exemplar", "Match", "TokenMatch", "Vocabulary", "exemplar_schema", "read_vocabulary"]
 
@@ -182,8 +182,7 @@ def refused(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        panic = type(error).__name__ == "PanicException"  # pyo3 makes it a BaseException of no importable type
-        if not panic and not isinstance(error, Exception):
+        if not is_panic(error) and not isinstance(error, Exception):
             raise
         reason = f"{type(error).__name__}: {shown(error)}"
         raise DictionaryError(f"tokenizer.json {what} ({reason}): copy or build the dictionary again") from error
