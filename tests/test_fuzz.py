@@ -38,9 +38,8 @@ def artefacts(made: Corpus, in_process: None, patch: pytest.MonkeyPatch, teacher
     patch.setattr(distill_run, "train", lambda *_: {})
     given = {"dictionary": str(made.folder / "status"), "teacher": str(made.teacher), "soft_targets": 2}
     distill_student(DistillConfig(**given, dtype="float32", train_tokens=400, output=str(made.folder / "labels")))
-    for name in ("status", "labels"):
-        shutil.copytree(made.folder / name, folder / name)
-    shutil.rmtree(folder / "status" / "passages")
+    shutil.copytree(made.folder / "labels" / "labels", folder / "labels" / "labels")
+    shutil.copytree(made.folder / "status", folder / "status", ignore=shutil.ignore_patterns("passages"))
     shutil.copytree(made.teacher, folder / "teacher")
     sizes = ClassifierConfig(task="sst2", dim=16, labels=("0", "1"), pooling="mean")
     save_classifier(folder / "classifier", Classifier(sizes))
