@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from msense import storage
 from msense.corpus.pydocs import choose_packages, package_version, source_files
 from msense.errors import BadInput, MsenseError
-from msense.storage import S3_CREDENTIALS, display_uri, s3_errors, s3_trouble, wants_credentials
+from msense.stores import S3_CREDENTIALS, display_uri, s3_errors, s3_trouble, wants_credentials
 from msense.text import is_utf8, redact
 
 FORMATS = ("txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "csv")
