@@ -74,7 +74,7 @@ def throttled(server: Server, environ: dict[str, Any], start: Start) -> Iterable
     """The store is busy."""
     environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))])
-    return [SLOW_DOWN]
+    return [SLOW_DOWN] if environ["REQUEST_METHOD"] != "HEAD" else []
 
 
 def dropped(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
@@ -106,6 +106,6 @@ def answers(status: str, code: str) -> Fault:
     def answer(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
-        return [body]
+        return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
 
     return answer

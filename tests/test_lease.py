@@ -28,9 +28,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(lease, name, value)
 
 
-def until(ready: Callable[[], object]) -> None:
+def until(ready: Callable[[], object], seconds: float = 60) -> None:
     """Wait, as the main thread of a driver does, with its hands free for an interruption."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + seconds
     while not ready() and time.monotonic() < end:
         time.sleep(0.05)
     assert ready()
@@ -127,9 +127,13 @@ def test_a_driver_killed_on_s3(made: Corpus, s3: Server, tmp_path: Path) -> None
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen([*command, RUN.root], env=environment, stderr=log, stdout=log)
-        until(lambda: any(name.startswith("PUT bucket/run/centroids/") for name in s3.seen))
-        first.kill()
-        first.wait()
+        try:
+            centroids = "PUT bucket/run/centroids/"
+            until(lambda: first.poll() is not None or any(name.startswith(centroids) for name in s3.seen), 300)
+        finally:
+            first.kill()
+            first.wait()
+    assert first.returncode == -signal.SIGKILL
     assert not storage.exists(RUN.finished)
     second = subprocess.run([*command, RUN.root], env=environment, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
