@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from msense.errors import BadInput, MsenseError
-from msense.storage import s3_errors, s3_trouble
+from msense.stores import s3_errors, s3_trouble
 from msense.text import clean, plain, size
 
 logger = logging.getLogger("msense")

@@ -1,12 +1,13 @@
 """A run folder: the names of all its files, and the lock that keeps a second driver out.
 
-Holds nothing but strings. The lock is the system's own (flock), so that of a driver that died is free at once.
+Holds nothing but strings. On a local disk the lock is the system's own (flock), so that of a driver that died is free at
+once; on S3 it is a lease.
 """
 
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from filelock import FileLock, Timeout
 
 from msense import storage
 from msense.errors import BadInput
+from msense.lease import leased
 from msense.storage import join
+from msense.stores import is_s3
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray gives it to the driver of a submitted job, and to nobody else
 
@@ -38,7 +41,7 @@ class RunFolder:
 
     @property
     def lock(self) -> str:
-        """Held by the driver while it works (local disks)."""
+        """Held by the driver while it works (local disks and S3)."""
         return join(self.root, ".lock")
 
     @property
@@ -243,13 +246,14 @@ def lasting(output: str) -> str:
 
 @contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
-    """Hold a run folder on a local disk against a second driver.
+    """Hold a run folder on a local disk or on S3 against a second driver.
 
     Raises:
         BadInput: another driver holds it.
     """
     if not storage.is_local(run.root):
-        yield
+        with leased(run.lock) if is_s3(run.root) else nullcontext():
+            yield
         return
     with storage.writing(run.root):
         storage.make_folder(run.root)

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msense import storage
+from msense import storage, stores
 from msense.errors import BadInput, MsenseError
 from msense.resources import TASK_CPUS, Node, Resources, take
 from msense.watch import track, warn_of_skew
@@ -309,15 +309,15 @@ def _gone(error: Exception) -> MsenseError:
 
 def _tellable() -> tuple[type[Exception], ...]:
     """Return the errors of work among which `_failure` looks; those of a store's client once it is loaded."""
-    return (MsenseError, OSError, MemoryError, RuntimeError, *storage.s3_errors())
+    return (MsenseError, OSError, MemoryError, RuntimeError, *stores.s3_errors())
 
 
 def _failure(error: BaseException | None) -> Exception | None:
     """Return what to tell of an error that msense or the system raised on purpose; None for a bug."""
     if isinstance(error, MsenseError | OSError):
         return error
-    if isinstance(error, storage.s3_errors()):
-        return MsenseError(storage.s3_trouble(error))
+    if isinstance(error, stores.s3_errors()):
+        return MsenseError(stores.s3_trouble(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the second is torch's
         return MsenseError(f"out of memory ({type(error).__name__}: {error}). {_MEMORY}")
     return None

@@ -96,9 +96,7 @@ def _counts(run: RunFolder, by_token: bool) -> dict[str, str]:
 
 def _finished(folder: str, suffix: str = "", prefix: str = "") -> int:
     """Count the files of a folder whose marker is there; files of single tokens have other names than shards."""
-    fs, path = storage.filesystem(folder)
-    names = {name.rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)} if fs.exists(path) else set()
-    names = {name for name in names if name.startswith(prefix)}
+    names = {name for name in storage.names(folder) if name.startswith(prefix)}
     return sum(name.endswith(suffix + storage.MARKER) and name.removesuffix(storage.MARKER) in names for name in names)
 
 

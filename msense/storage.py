@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,96 +18,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from filelock import FileLock, Timeout
-from fsspec import AbstractFileSystem
 from safetensors import SafetensorError
 
 from msense.errors import BadInput, MsenseError
-from msense.text import redact
+from msense.stores import call_errors, display_uri, filesystem, has_folders, is_local, open_file, reading, reason_of
 
 MARKER = ".done"
 _SEAL = "seal"  # key of a JSON file's own hash
 _SCRATCH = "msense-"
 _BUFFER = 1 << 20
-S3_CREDENTIALS = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an IAM role"
-S3_ATTEMPTS = 6
-_BUCKET = re.compile(r"(?:^|::)(s3|s3a|gs|gcs)://([^/]*)")
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
-
-
-def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
-    """Return the fsspec filesystem of a URI and the path on it; a plain path is local.
-
-    Raises:
-        BadInput: an unknown scheme, one whose package is not installed, or a bucket that no store could take.
-    """
-    check_buckets(uri)
-    scheme = uri.partition("://")[0]
-    try:
-        fs, path = fsspec.core.url_to_fs(uri, **_options(scheme))
-    except ImportError as error:
-        remedy = f"pip install {_PACKAGES[scheme]}" if scheme in _PACKAGES else str(error)
-        raise BadInput(f"{display_uri(uri)}: {scheme}:// needs a package that is not installed: {remedy}") from error
-    except ValueError as error:
-        raise BadInput(f"{display_uri(uri)}: {error}; give a local path, or s3://, gs:// or hf://") from error
-    return fs, path
-
-
-def check_buckets(uri: str) -> None:
-    """Raise for a bucket that no store could take: the store's client would quote the password, or find no words."""
-    for scheme, bucket in _BUCKET.findall(uri):
-        if "@" in bucket:
-            raise BadInput(
-                f"{display_uri(uri)}: {scheme}:// takes no credentials in the URI; leave them out and give them as "
-                + (S3_CREDENTIALS if scheme.startswith("s3") else "GOOGLE_APPLICATION_CREDENTIALS")
-            )
-        if not bucket:
-            raise BadInput(f"{display_uri(uri)}: names no bucket; write {scheme}://bucket/path")
-
-
-def _options(scheme: str) -> dict[str, Any]:
-    """Return how a store is asked: what others have written since is seen, and a busy S3 is asked again, ever later.
-
-    botocore waits up to 20 seconds before each of its attempts; AWS_MAX_ATTEMPTS and AWS_RETRY_MODE set others.
-    """
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if scheme in ("s3", "s3a") and not os.environ.keys() & {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}:
-        options["config_kwargs"] = {"retries": {"mode": "standard", "max_attempts": S3_ATTEMPTS}}
-    return options
-
-
-def display_uri(uri: str) -> str:
-    """Return a URI fit for manifests, logs and cards: without user, password, query and fragment."""
-    if "://" not in uri:
-        return uri  # a local path may hold any character
-    return re.split(r"[?#]", re.sub(r"://[^/]*@", "://", uri))[0]
-
-
-def s3_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of the S3 client that are no OSErrors, such as missing credentials; none while it is not loaded."""
-    found = {"botocore.exceptions": "BotoCoreError", "aiohttp.client_exceptions": "ClientPayloadError"}
-    return tuple(getattr(sys.modules[module], name) for module, name in found.items() if module in sys.modules)
-
-
-def wants_credentials(error: Exception) -> bool:
-    """Tell whether an error of the S3 client is about who asks, and not about the store or the way there."""
-    return "Credentials" in type(error).__name__ or "Profile" in type(error).__name__
-
-
-def s3_trouble(error: Exception) -> str:
-    """Say what is wrong with S3, and what to do."""
-    if wants_credentials(error):
-        return f"S3 refused ({redact(str(error))}): give credentials: {S3_CREDENTIALS}"
-    return (
-        f"S3 does not answer, however often it is asked ({redact(str(error))}): run the same command again when it does"
-    )
-
-
-def is_local(uri: str) -> bool:
-    """Tell whether a URI names the local disk."""
-    return "://" not in uri or uri.startswith("file://")
 
 
 def absolute(uri: str) -> str:
@@ -124,39 +44,48 @@ def join(root: str, *names: str) -> str:
 def exists(uri: str) -> bool:
     """Tell whether a file or folder is there."""
     fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    with reading(uri):
+        return bool(fs.exists(path))
 
 
 def remove(uri: str) -> None:
     """Delete a file or folder and all in it; nothing there is no error."""
     fs, path = filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    with reading(uri, "remove"):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
 
 
 def make_folder(uri: str) -> None:
-    """Create a folder and its parents."""
+    """Create a folder and its parents, where there are such things."""
     fs, path = filesystem(uri)
-    fs.makedirs(path, exist_ok=True)
+    if has_folders(uri):
+        fs.makedirs(path, exist_ok=True)
 
 
 def read_range(uri: str, start: int, length: int) -> bytes:
     """Read `length` bytes from byte `start` on."""
+    if not length:
+        return b""  # S3 takes an empty range for the whole file
     fs, path = filesystem(uri)
-    return bytes(fs.cat_file(path, start=start, end=start + length))
+    with reading(uri):
+        return bytes(fs.cat_file(path, start=start, end=start + length))
 
 
 def read_text(uri: str) -> str:
     """Read a UTF-8 text file."""
     fs, path = filesystem(uri)
-    return str(fs.cat_file(path), encoding="utf-8")
+    with reading(uri):
+        return str(fs.cat_file(path), encoding="utf-8")
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
     """Read what `write_json` wrote; None when the file is missing, torn, edited or damaged, or no file."""
     fs, path = filesystem(uri)
     try:
-        value = json.loads(fs.cat_file(path))
+        with reading(uri):
+            data = fs.cat_file(path)
+        value = json.loads(data)
     except (ValueError, RecursionError):
         return None
     except OSError as error:
@@ -224,7 +153,8 @@ def markers(folder: str) -> set[str]:
 def names(folder: str) -> list[str]:
     """Return the names of all that is in a folder; none if it is not there."""
     fs, path = filesystem(folder)
-    return [name.rpartition("/")[2] for name in fs.ls(path, detail=False, refresh=True)] if fs.exists(path) else []
+    with reading(folder):
+        return [name.rpartition("/")[2] for name in fs.ls(path, detail=False, refresh=True)] if fs.exists(path) else []
 
 
 def facts_of(uri: str, *, verify: bool = False, made_of: str = "") -> dict[str, Any] | None:
@@ -246,9 +176,11 @@ def is_whole(uri: str, written: dict[str, Any], *, verify: bool) -> bool:
     """Tell whether a file is what was written: `size` in bytes and, if `verify`, its `sha256`."""
     fs, path = filesystem(uri)
     try:
-        return fs.size(path) == written["size"] and not (verify and sha256_of_uri(uri) != written["sha256"])
+        with reading(uri):  # a store that fails is no damage
+            size = fs.size(path)
+        return size == written["size"] and not (verify and sha256_of_uri(uri) != written["sha256"])
     except OSError as error:
-        if _is_no_file(error) or (is_local(uri) and error.errno == errno.EIO):  # a bad disk; of a store it is trouble
+        if _is_no_file(error) or error.errno == errno.EIO:  # the last: a bad disk
             return False
         raise
 
@@ -266,9 +198,8 @@ def sha256_of(path: Path) -> str:
 
 def sha256_of_uri(uri: str) -> str:
     """Return the sha256 of any file, in hexadecimal, reading it in pieces."""
-    fs, path = filesystem(uri)
     digest = hashlib.sha256()
-    with fs.open(path, "rb") as file:
+    with open_file(uri) as file:
         while chunk := file.read(_BUFFER):
             digest.update(chunk)
     return digest.hexdigest()
@@ -288,7 +219,8 @@ def load_arrays(uri: str, names: tuple[str, ...] | None = None) -> dict[str, np.
     if not is_local(uri):
         with scratch_folder() as scratch:
             fs, path = filesystem(uri)
-            fs.get_file(path, f"{scratch}/file")
+            with reading(uri):
+                fs.get_file(path, f"{scratch}/file")
             return load_arrays(f"{scratch}/file", names)
     with safe_open(absolute(uri), framework="numpy") as file:
         return {name: file.get_tensor(name) for name in names or file.keys()}
@@ -297,7 +229,8 @@ def load_arrays(uri: str, names: tuple[str, ...] | None = None) -> dict[str, np.
 def upload(file: Path, uri: str) -> None:
     """Copy a local file to a URI."""
     fs, path = filesystem(uri)
-    fs.put_file(str(file), path)
+    with writing(uri):
+        fs.put_file(str(file), path)
 
 
 def upload_folder(folder: Path, uri: str) -> None:
@@ -319,9 +252,10 @@ def local_copy(uri: str) -> Path:
     if is_local(uri):
         return Path(absolute(uri))
     fs, path = filesystem(uri)
-    if not fs.exists(path):
+    if not exists(uri):
         raise BadInput(f"nothing at {display_uri(uri)}: check the name and the credentials of the store")
-    infos = fs.find(path, detail=True)
+    with reading(uri):
+        infos = fs.find(path, detail=True)
     identity = json.dumps(
         [
             (name, i.get("size"), str(i.get("ETag") or i.get("etag") or i.get("mtime")))
@@ -332,7 +266,7 @@ def local_copy(uri: str) -> Path:
     target = base / hashlib.sha256((uri + identity).encode()).hexdigest()[:32]
     if not target.exists():
         base.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(base) as scratch:
+        with scratch_folder(base) as scratch, reading(uri):
             copy = scratch / "copy"
             fs.get(path, str(copy), recursive=fs.isdir(path))
             copy.replace(target)
@@ -402,28 +336,32 @@ def _place(uri: str, write: Callable[[Path], Any]) -> None:
     Raises:
         MsenseError: it could not be written; says why, and what to do.
     """
-    with writing(uri):
-        if is_local(uri):
+    if is_local(uri):
+        with writing(uri):
             _rename_into(Path(absolute(uri)), write)
-            return
-        with scratch_folder() as folder:
+        return
+    with scratch_folder() as folder:
+        with writing(uri, on_its_way=True):
             write(folder / "file")
-            upload(folder / "file", uri)
+        upload(folder / "file", uri)
 
 
 @contextmanager
-def writing(uri: str) -> Iterator[None]:
+def writing(uri: str, on_its_way: bool = False) -> Iterator[None]:
     """Say what could not be written, why, and what to do, where the system only gives an error number.
+
+    Args:
+        uri: the file.
+        on_its_way: it is still being written to the local disk, to be uploaded from there.
 
     Raises:
         MsenseError: in place of the system's error.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise MsenseError(f"cannot write {display_uri(uri)}: {_reason(error)}") from error
-    except s3_errors() as error:
-        raise MsenseError(f"cannot write {display_uri(uri)}: {s3_trouble(error)}") from error
+    except call_errors(SafetensorError) as error:
+        reason = _reason(error) if on_its_way or is_local(uri) else reason_of(error)
+        raise MsenseError(f"cannot write {display_uri(uri)}: {reason}") from error
 
 
 def _rename_into(target: Path, write: Callable[[Path], Any]) -> None:
@@ -447,6 +385,4 @@ def _reason(error: Exception) -> str:
         return f"no space left ({told}); free some or give an --output with more room"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission ({told}); allow this user to write there"
-    if number == errno.EBUSY:
-        return f"the store is busy ({told}); run the same command again later"
     return told or type(error).__name__

@@ -391,5 +391,6 @@ def read_block(uri: str, block: int) -> Passages:
 
 def open_parquet(uri: str) -> pq.ParquetFile:
     """Open a parquet file of any storage."""
-    fs, path = storage.filesystem(uri)
-    return pq.ParquetFile(path, memory_map=True) if storage.is_local(uri) else pq.ParquetFile(fs.open(path, "rb"))
+    if storage.is_local(uri):
+        return pq.ParquetFile(storage.absolute(uri), memory_map=True)
+    return pq.ParquetFile(storage.open_file(uri))

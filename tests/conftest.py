@@ -1,6 +1,7 @@
 """One Ray for the session, and teachers whose answers are known by hand."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from fsspec import AbstractFileSystem
 
 if TYPE_CHECKING:
     from faulty import Corpus
+    from s3_server import Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")  # a checkpoint costs as much, else two seconds
@@ -63,6 +65,28 @@ def memory() -> Iterator[AbstractFileSystem]:
     filesystem.store.clear()
     yield filesystem
     filesystem.store.clear()
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator["Server"]:
+    """A server that this process and those that it starts take for S3, with an empty bucket."""
+    import s3fs
+    from s3_server import BUCKET, KEY, SECRET, Server
+
+    from msense import storage
+
+    server = Server()
+    given = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    for name, value in (given | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "3"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.empty()
+    storage.filesystem(BUCKET)[0].mkdir("bucket")
+    yield server
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

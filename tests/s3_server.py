@@ -9,11 +9,14 @@ from typing import Any
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
+from msense import storage
+
 Start = Callable[..., Any]
 Fault = Callable[["Server", dict[str, Any], Start], Iterable[bytes]]
 SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
+BUCKET = "s3://bucket"
 KEY, SECRET = "AKIATESTKEYTESTKEY12", "hunter2hunter2hunter2"
 
 
@@ -60,11 +63,18 @@ class Server:
         return self.app(environ, start)
 
 
+def files(uri: str) -> dict[str, bytes]:
+    """All that is in a folder, done-markers left out."""
+    fs, path = storage.filesystem(uri)
+    names = [name for name in fs.find(path) if not name.endswith(".done")]
+    return {name.removeprefix(f"{path}/"): fs.cat_file(name) for name in names}
+
+
 def throttled(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
     """The store is busy."""
     environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))])
-    return [SLOW_DOWN]
+    return [SLOW_DOWN] if environ["REQUEST_METHOD"] != "HEAD" else []
 
 
 def dropped(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
@@ -79,3 +89,23 @@ def cut(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes
     """The connection breaks in the midst of the answer."""
     body = b"".join(server.app(environ, start))
     return [body[: len(body) // 2]]
+
+
+def unheard(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+    """The store does as it was told, but its answer is lost."""
+    list(server.app(environ, lambda *_: lambda _: None))
+    environ["werkzeug.socket"].shutdown(2)
+    start("500 Nobody Hears This", [])
+    return []
+
+
+def answers(status: str, code: str) -> Fault:
+    """Return a fault: this status and code."""
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code} was told</Message></Error>".encode()
+
+    def answer(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+        return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
+
+    return answer

@@ -5,13 +5,16 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 from faulty import ALL, Corpus, Outcome
-from s3_server import KEY, SECRET, Fault, Server, cut, dropped, throttled
+from s3_server import BUCKET, KEY, SECRET, Fault, Server, answers, cut, dropped, files, throttled
 
 from msense import SenseDictionary, SenseEncoder, distill_run, storage
 from msense.cli import run_job
@@ -19,33 +22,9 @@ from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
 from msense.errors import BadInput, MsenseError
 from msense.status import show_status
+from msense.tokens import open_parquet
 
-BUCKET = "s3://bucket"
 IN_PROCESS = pytest.mark.usefixtures("in_process")
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that this process and those that it starts take for S3, with an empty bucket."""
-    server = Server()
-    given = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
-    for name, value in (given | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "3"}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.empty()
-    storage.filesystem(BUCKET)[0].mkdir("bucket")
-    yield server
-    server.stop()
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-def files(uri: str) -> dict[str, bytes]:
-    """All that is in a folder, done-markers left out."""
-    fs, path = storage.filesystem(uri)
-    names = [name for name in fs.find(path) if not name.endswith(".done")]
-    return {name.removeprefix(f"{path}/"): fs.cat_file(name) for name in names}
 
 
 def same_dictionary(made: Corpus, uri: str) -> None:
@@ -203,7 +182,43 @@ def test_what_is_cut_off_while_it_is_read_is_read_again(s3: Server) -> None:
     logging.getLogger("msense").addHandler(handler := _Told(told))
     assert run_job(lambda: storage.read_range(f"{BUCKET}/x", 0, len(data)) and None) == 1
     logging.getLogger("msense").removeHandler(handler)
-    assert "S3 does not answer, however often it is asked" in told[0]
+    assert "cannot read s3://bucket/x: S3 does not answer, however often it is asked" in told[0]
+
+
+def test_a_large_file_that_is_cut_off_while_it_comes_is_fetched_on(s3: Server, tmp_path: Path) -> None:
+    """Above the client's block of 50 MB."""
+    numbers = np.arange(13 << 20, dtype=np.int32)
+    storage.publish(f"{BUCKET}/x", lambda path: storage.save_arrays(path, {"a": numbers}))
+    s3.spoil("^GET bucket/x$", cut, 2)
+    np.testing.assert_array_equal(storage.load_arrays(f"{BUCKET}/x")["a"], numbers)
+    assert s3.seen.count("GET bucket/x") == 3
+
+
+@pytest.mark.parametrize("status", ["500 Internal Server Error", "502 Bad Gateway", "503 Slow Down", "403 Forbidden"])
+def test_a_store_that_fails_is_no_damage(s3: Server, monkeypatch: pytest.MonkeyPatch, status: str) -> None:
+    """What is finished stays."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    storage.publish(f"{BUCKET}/x", lambda path: path.write_bytes(b"x") and None)
+    for request in ("^HEAD bucket/x$", "^GET bucket/x$", "^GET bucket/x.done$"):
+        s3.spoil(request, answers(status, "Trouble"), 10**6)
+        with pytest.raises(MsenseError, match=r"cannot read s3://bucket/x(\.done)?: (the store|S3|no permission)"):
+            storage.facts_of(f"{BUCKET}/x", verify=True)
+        s3.heal()
+    assert storage.facts_of(f"{BUCKET}/x", verify=True) == {}
+
+
+def test_parquet_and_empty_ranges_name_the_file_and_read_what_is_there(s3: Server) -> None:
+    table = pa.table({"a": list(range(1000))})
+    storage.publish(f"{BUCKET}/x.parquet", lambda path: pq.write_table(table, path, row_group_size=100))
+    assert open_parquet(f"{BUCKET}/x.parquet").read_row_group(3) == table.slice(300, 100)
+    assert storage.read_range(f"{BUCKET}/x.parquet", 4, 0) == b""
+    file = open_parquet(f"{BUCKET}/x.parquet")
+    s3.spoil("^GET bucket/x.parquet$", cut, 10**6)
+    with pytest.raises(MsenseError, match=r"cannot read s3://bucket/x\.parquet: S3 does not answer"):
+        open_parquet(f"{BUCKET}/x.parquet").read()
+    assert file.num_row_groups == 10
 
 
 class _Told(logging.Handler):
@@ -241,7 +256,10 @@ def test_an_upload_that_was_cut_never_counts(s3: Server, tmp_path: Path, monkeyp
     ("change", "told"),
     [
         ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "true"}, "credentials"),
-        ({}, "bucket"),
+        (
+            {},
+            "cannot write s3://nobody-has-this/run/.lock: The specified bucket does not exist; check the bucket's name",
+        ),
     ],
     ids=["no credentials", "no bucket"],
 )

@@ -1,0 +1,147 @@
+"""The lease on a run folder on S3: one driver at a time, a dead one's is taken over, and who has lost it stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faulty import ALL, Corpus
+from s3_server import BUCKET, Server, answers, files, throttled, unheard
+
+from msense import lease, storage
+from msense.errors import BadInput, MsenseError
+from msense.lease import Lease, leased
+from msense.run_folder import RunFolder, locked
+
+RUN = RunFolder(f"{BUCKET}/run")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds in place of minutes; the store's clock has whole seconds."""
+    for name, value in {"LEASE_SECONDS": 6.0, "RENEW_SECONDS": 1.0, "LOOK_SECONDS": 0.1}.items():
+        monkeypatch.setattr(lease, name, value)
+
+
+def until(ready: Callable[[], object], seconds: float = 60) -> None:
+    """Wait, as the main thread of a driver does, with its hands free for an interruption."""
+    end = time.monotonic() + seconds
+    while not ready() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert ready()
+
+
+def test_a_second_driver_is_refused_while_the_first_is_at_work(s3: Server) -> None:
+    with locked(RUN):
+        assert storage.exists(RUN.lock)
+        with pytest.raises(
+            BadInput,
+            match=rf"another driver works on s3://bucket/run \(process {os.getpid()} on host .*another --output",
+        ):
+            locked(RUN).__enter__()
+    assert not storage.exists(RUN.lock)  # so the next need not wait
+    with locked(RUN):
+        pass
+
+
+def test_of_drivers_that_begin_at_once_one_wins(s3: Server) -> None:
+    one, two = Lease(RUN.lock), Lease(RUN.lock)
+    assert one.write(IfNoneMatch="*")
+    assert not two.write(IfNoneMatch="*")
+    before = one.etag
+    assert two.write(IfMatch=before)  # both saw a dead driver's lease
+    assert not one.write(IfMatch=before)
+
+
+def test_a_dead_drivers_lease_is_taken_over_in_the_end(s3: Server) -> None:
+    assert Lease(RUN.lock).write(IfNoneMatch="*")  # and no word any more
+    began = time.monotonic()
+    with locked(RUN):
+        assert time.monotonic() - began > 1
+    storage.write_text(RUN.lock, "no lease of ours")
+    with locked(RUN):
+        pass
+
+
+def at_work(disturb: Callable[[], object]) -> None:
+    """Hold the lease until something interrupts."""
+    with leased(RUN.lock):
+        disturb()
+        until(lambda: False)
+
+
+def test_who_lost_the_lease_stops_and_leaves_it_alone(s3: Server) -> None:
+    other = Lease(RUN.lock)
+    with pytest.raises(MsenseError, match="this driver has left s3://bucket/run: another driver has taken it over"):
+        at_work(other.write)
+    assert other.look().driver == other.driver
+
+
+def test_who_cannot_renew_the_lease_stops_before_it_ends(s3: Server) -> None:
+    with pytest.raises(MsenseError, match="left s3://bucket/run: its lease could not be renewed: the store"):
+        at_work(lambda: s3.spoil("bucket/run/.lock", throttled, 10**6))
+    s3.heal()
+
+
+def test_ctrl_c_stays_ctrl_c(s3: Server) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        at_work(lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert not storage.exists(RUN.lock)
+
+
+def test_an_answer_that_was_lost_is_no_lost_lease(s3: Server) -> None:
+    s3.spoil("^PUT bucket/run/.lock", unheard, 2)
+    with locked(RUN):
+        first = Lease(RUN.lock).look()
+        s3.spoil("^PUT bucket/run/.lock", unheard, 2)
+        until(lambda: Lease(RUN.lock).look().etag != first.etag)
+    assert not storage.exists(RUN.lock)
+
+
+def test_a_store_without_conditional_writes_is_used_without_a_lease(
+    s3: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    s3.spoil("^PUT bucket/run/.lock", answers("501 Not Implemented", "NotImplemented"), 10**6)
+    with locked(RUN):
+        pass
+    assert "a second driver is not kept out" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_driver_killed_on_s3(made: Corpus, s3: Server, tmp_path: Path) -> None:
+    """The same command waits for the dead driver's lease, keeps what was finished, and ends with the bytes of a local run."""
+    command = [
+        sys.executable,
+        "jobs/build_dict.py",
+        "--corpus",
+        str(made.folder / "corpus"),
+        "--teacher",
+        str(made.teacher),
+    ]
+    command += ["--senses", "3", "--workers", "2", "--dtype", "float32", "--dedup", "--keep", *ALL, "--output"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen([*command, RUN.root], env=environment, stderr=log, stdout=log)
+        try:
+            centroids = "PUT bucket/run/centroids/"
+            until(lambda: first.poll() is not None or any(name.startswith(centroids) for name in s3.seen), 300)
+        finally:
+            first.kill()
+            first.wait()
+    assert first.returncode == -signal.SIGKILL
+    assert not storage.exists(RUN.finished)
+    second = subprocess.run([*command, RUN.root], env=environment, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "waiting 90 s for a sign of it" in second.stderr
+    subprocess.run([*command, str(made.folder / "whole")], env=environment, capture_output=True, check=True)
+    for below in ("dictionary", *ALL):
+        assert files(f"{RUN.root}/{below}") == files(str(made.folder / "whole" / below)), below
+    drivers = storage.read_json(RUN.journal)["drivers"]
+    assert [driver["outcome"] for driver in drivers] == ["", "finished"]
+    assert drivers[1]["stages"]["occurrences"]["made"] == 0
+    assert json.dumps(drivers).count('"damaged": 0')
