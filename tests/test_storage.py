@@ -203,5 +203,5 @@ def test_a_bad_disk_is_damage_and_a_bad_answer_of_a_store_is_not(
     if damaged:
         assert storage.facts_of(f"{root}/x") is None
     else:
-        with pytest.raises(OSError, match="Bad Gateway"):
+        with pytest.raises(MsenseError, match="Bad Gateway"):
             storage.facts_of(f"{root}/x")
