@@ -8,7 +8,7 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 DATA ?= data
 
-.PHONY: install demo results test test-all check format
+.PHONY: install demo results test test-all check audit format
 
 install: $(STAMP)
 
@@ -37,6 +37,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# known holes of the pinned packages; asks pypi.org
+audit: install
+	$(BIN)/python -m pip_audit --disable-pip --no-deps -r constraints.txt
 
 format: install
 	$(BIN)/ruff check --fix .
