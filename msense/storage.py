@@ -34,6 +34,7 @@ _BUFFER = 1 << 20
 _LARGEST = 1 << 28  # bytes of a file that is read whole
 _MARK: Mapping[str, type] = {"size": int, "sha256": str, "made_of": str, "facts": dict}
 S3_CREDENTIALS = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an IAM role"
+_BUCKET = re.compile(r"(?:^|::)(s3|s3a|gs|gcs)://([^/]*)")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -41,9 +42,10 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """Return the fsspec filesystem of a URI and the path on it; a plain path is local.
 
     Raises:
-        BadInput: an unknown scheme, or one whose package is not installed.
+        BadInput: an unknown scheme, or one whose package is not installed; no bucket, or credentials in its place.
     """
     scheme = uri.partition("://")[0]
+    _check_buckets(uri)
     try:
         fs, path = fsspec.core.url_to_fs(uri)
     except ImportError as error:
@@ -52,6 +54,18 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     except ValueError as error:
         raise BadInput(f"{display_uri(uri)}: {error}; give a local path, or s3://, gs:// or hf://") from error
     return fs, path
+
+
+def _check_buckets(uri: str) -> None:
+    """Raise for a bucket that no store could take: the store's client would quote the password, or find no words."""
+    for scheme, bucket in _BUCKET.findall(uri):
+        if "@" in bucket:
+            raise BadInput(
+                f"{display_uri(uri)}: {scheme}:// takes no credentials in the URI; leave them out and give them as "
+                + (S3_CREDENTIALS if scheme.startswith("s3") else "GOOGLE_APPLICATION_CREDENTIALS")
+            )
+        if not bucket:
+            raise BadInput(f"{display_uri(uri)}: names no bucket; write {scheme}://bucket/path")
 
 
 def display_uri(uri: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from faulty import Corpus
 from fsspec.implementations.local import LocalFileSystem
+from students import shipped
 from test_evaluation import write_task
 
 from msense.cli import run_job
@@ -28,7 +29,7 @@ SECRETS = {
 }
 IN_URI = "pass-of-nobody"
 QUOTED = f"403 for https://me:{IN_URI}@store/x?X-Amz-Signature={IN_URI} key {SECRETS['AWS_SECRET_ACCESS_KEY']} Authorization: "
-QUOTED += f"Bearer {SECRETS['HF_TOKEN']} {SECRETS['RAY_AUTH_TOKEN']} {SECRETS['AWS_SESSION_TOKEN']} {SECRETS['AWS_ACCESS_KEY_ID']}"
+QUOTED += f"Bearer {SECRETS['HF_TOKEN']} " + " ".join(SECRETS.values())
 Run = Callable[..., int]
 
 
@@ -54,7 +55,7 @@ def run(secrets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
             code = run_job(module.main)
         except SystemExit as stop:
             code = stop.code
-        except Exception:  # as the interpreter does with what nobody caught
+        except (RuntimeError, ValueError, LookupError, TypeError):  # as the interpreter does with what nobody caught
             sys.excepthook(*sys.exc_info())
             code = 1
         told = "".join(capfd.readouterr())
@@ -87,7 +88,7 @@ def broken_store(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.mark.usefixtures("in_process")
 def test_no_job_tells_secrets(
-    made: Corpus, run: Run, monkeypatch: pytest.MonkeyPatch, broken_store: Callable[..., None], shipped_student: tuple
+    made: Corpus, run: Run, monkeypatch: pytest.MonkeyPatch, broken_store: Callable[..., None]
 ) -> None:
     from msense import distill_run
 
@@ -99,7 +100,8 @@ def test_no_job_tells_secrets(
     remote = f"s3://me:{IN_URI}@bucket/x?token={IN_URI}"
     assert run("build_dict", "--corpus", corpus, *small, "--max-occurrences", 40, "--output", root / "dict") == 0
     assert run("distill", "--dictionary", root / "dict", "--teacher", made.teacher, "--output", root / "student") == 0
-    models = ("teacher", f"s=student:{shipped_student[3]}")
+    shipped(made.teacher, root / "shipped")
+    models = ("teacher", f"s=student:{root / 'shipped'}")
     evaluated = ("--task", f"t={task}", "--shots", 2, "--draws", 2, "--no-cost", "--output", root / "e.json")
     assert run("evaluate", "--model", *models, *small, *evaluated) == 0
     # what fails
@@ -107,13 +109,23 @@ def test_no_job_tells_secrets(
     assert run("build_dict", "--corpus", corpus, "--teacher", remote, "--output", root / "b3") == 2
     assert run("distill", "--dictionary", remote, "--output", root / "d2") != 0
     assert run("evaluate", "--model", f"student:{remote}", "--task", f"t={remote}", "--output", root / "e2.json") != 0
-    assert run("finetune", "--task", f"sst2={remote}", *small[:2], "--output", root / "f") != 0
     broken_store("a.txt")
     assert run("build_dict", "--corpus", corpus, *small, "--output", root / "b4") != 0
     shutil.rmtree(root / "b4", ignore_errors=True)
     broken_store("b.txt", RuntimeError)  # which nobody foresaw
     (corpus / "a.txt").unlink()
     assert run("build_dict", "--corpus", corpus, *small, "--output", root / "b5") != 0
+
+
+def test_fine_tuning_tells_no_secrets(
+    run: Run, tmp_path: Path, teacher: Path, broken_store: Callable[..., None]
+) -> None:
+    remote = f"s3://me:{IN_URI}@bucket/x?token={IN_URI}"
+    named = ("--teacher", teacher, "--output", tmp_path / "f")
+    assert run("finetune", "--task", f"sst2={remote}", *named) == 2
+    write_task(tmp_path / "task", {part: [("the river", "0"), ("the bank", "1")] * 4 for part in ("train", "dev")})
+    broken_store("train.csv")
+    assert run("finetune", "--task", f"sst2={tmp_path / 'task'}", *named) == 2
 
 
 def test_a_job_that_dies_tells_its_traceback_without_secrets(secrets: None, tmp_path: Path) -> None:
@@ -133,7 +145,7 @@ def test_a_job_that_dies_tells_its_traceback_without_secrets(secrets: None, tmp_
 def test_known_secrets_are_blanked(secrets: None) -> None:
     for show in (redact, plain, lambda text: first_line(OSError(text))):
         assert not [secret for secret in (*SECRETS.values(), IN_URI) if secret in show(QUOTED)]
-    assert redact("token hf_aBcDeFgHiJkLmNoPqRsTuVwXyz0, AKIAIOSFODNN7EXAMPLE") == "token ***, ***"
+    assert redact("token hf_zZyYxXwWvVuUtTsSrRqQ, AKIAIOSFODNN7EXAMPLE") == "token ***, ***"
     plainly = "3 tokens of the river bank; hf_hub is a name, Bearer of news"
     assert redact(plainly) == plainly
     assert re.fullmatch(r"[^\n]*", first_line(OSError("a\nb")))

@@ -28,7 +28,6 @@ ACCEPTED = (
 )
 _CONTENT_KEYS = ("ETag", "etag", "md5Hash", "md5", "blob_id")
 _LISTING = "a corpus"  # what `reading` is told while files are only listed
-_BUCKET = re.compile(r"(?:^|::)(s3|s3a|gs|gcs)://([^/]*)")
 _TIME_KEYS = ("mtime", "LastModified", "updated", "created")
 
 
@@ -63,7 +62,6 @@ def list_files(uris: Sequence[str]) -> list[SourceFile]:
     """
     files: list[SourceFile] = []
     for uri in uris:
-        _check_buckets(uri)
         if uri == "pydocs" or uri.startswith("pydocs:"):
             root, found = _list_pydocs(uri)
         elif uri.startswith("hf://"):
@@ -142,18 +140,6 @@ def reading(uri: str, form: str) -> Iterator[None]:
 def _cause(error: Exception) -> str:
     """First line of what a library says, without the credentials that it may quote."""
     return redact(str(error).partition("\n")[0])
-
-
-def _check_buckets(uri: str) -> None:
-    """Raise for a bucket that no store could take: the store's client would quote the password, or find no words."""
-    for scheme, bucket in _BUCKET.findall(uri):
-        if "@" in bucket:
-            raise BadInput(
-                f"{display_uri(uri)}: {scheme}:// takes no credentials in the URI; leave them out and give them as "
-                + (S3_CREDENTIALS if scheme.startswith("s3") else "GOOGLE_APPLICATION_CREDENTIALS")
-            )
-        if not bucket:
-            raise BadInput(f"{display_uri(uri)}: names no bucket; write {scheme}://bucket/path")
 
 
 def _list_storage(uri: str) -> tuple[str, list[SourceFile]]:

@@ -44,8 +44,9 @@ def opened(raw: Any, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:  # noq
         raw.seek(0)
         file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)  # else it reads whole column chunks
         schema = file.schema_arrow
-        texts = [name for name in dictionaries if name in schema.names and is_text(schema.field(name).type)]
-        if not texts or len(set(schema.names)) < len(schema.names):
+        kinds = dict(zip(schema.names, schema.types, strict=True))
+        texts = [name for name in dictionaries if name in kinds and is_text(kinds[name])]
+        if not texts or len(kinds) < len(schema.names):  # two of one name are refused by whoever reads them
             return file
         return pq.ParquetFile(raw, metadata=file.metadata, read_dictionary=texts, pre_buffer=False, buffer_size=1 << 20)
     except ValueError as error:  # names that are not UTF-8 among them

@@ -49,7 +49,9 @@ def read_footer(footer: memoryview, types: Sequence[int] | None = None) -> list[
     try:
         found, end = _struct(footer, 0, 0)
         groups = [Group(index(group[3]), [_column(c) for c in group[1]]) for group in found[4]]
+        foreign = "it does not have the columns of exemplars: it is a foreign file"
         if types is None:  # a group of columns has children (5) and no type (1)
+            foreign = "its row groups do not have the columns of its schema"
             types = [element[1] for element in found[2] if not element.get(5)] if groups else []
         stored = [[column[3][1] for column in group[1]] for group in found[4]]
     except (LookupError, TypeError, AttributeError) as error:
@@ -57,7 +59,7 @@ def read_footer(footer: memoryview, types: Sequence[int] | None = None) -> list[
     if end != len(footer):
         raise ValueError("its footer is damaged")
     if any(own != list(types) for own in stored):
-        raise ValueError("its row groups do not have the columns that they should: it is a foreign file")
+        raise ValueError(foreign)
     return groups
 
 
