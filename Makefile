@@ -38,9 +38,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# known holes of the pinned packages; asks pypi.org
-audit: install
-	$(BIN)/python -m pip_audit --disable-pip --no-deps -r constraints.txt
+audit:
+	$(PYTHON) -m venv .audit
+	.audit/bin/pip install pip-audit
+	.audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 format: install
 	$(BIN)/ruff check --fix .

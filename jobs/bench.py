@@ -45,6 +45,8 @@ BENCHES = {
     "parts": Subject(
         "parts", "large tokens in parts: rounds, bytes, memory and time against their cost model; needs nothing"
     ),
+    "nodes": Subject("nodes", "occurrences stage on two nodes over one, and its ceiling; builds in --output anew"),
+    "overhead": Subject("nodes", "a build on Ray with one worker over the same without Ray; builds in --output anew"),
     "driver": Subject("occurrences", "driver's memory for a corpus ten times larger; needs nothing"),
 }
 
@@ -70,6 +72,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--senses", type=int, default=20, metavar="K", help="senses a token (default: 20)")
     parser.add_argument("--max-occurrences", type=int, default=1000, metavar="N", help="cap a token (default: 1000)")
+    parser.add_argument("--sample", type=float, metavar="F", help="share of --corpus for nodes and overhead")
+    parser.add_argument("--turns", type=int, metavar="N", help="repeats of nodes and overhead (default: 3)")
     parser.add_argument("--output", default="runs/bench", help="folder of the shared run (default: runs/bench)")
     return parser.parse_args(argv)
 

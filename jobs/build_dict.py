@@ -33,6 +33,8 @@ def show_dry_run(found: dict[str, Any]) -> None:
         ("disk: dictionary", about + size(found["dictionary_bytes"]) + " and exemplars"),
         ("memory: teacher actor", f"weights and {size(found['unit_memory'])} a unit"),
         ("memory: clustering task", about + size(found["clustering_memory"])),
+        ("cluster offers", found["offered"]),
+        ("job asks for", found["asked"]),
         ("workers", f"{found['workers']} ({found['device']}), {found['units']} units to share"),
     ]
     if rate := found.get("tokens_per_second"):

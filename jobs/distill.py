@@ -24,6 +24,8 @@ def show_dry_run(found: dict[str, Any]) -> None:
         (f"disk: --soft-targets {found['soft_targets']}", f"{size(found['soft_targets_bytes'])} more"),
         ("disk: --pooled", f"{size(found['pooled_bytes'])} more"),
         ("disk: in all, as set", size(found["total_bytes"])),
+        ("cluster offers", found["offered"]),
+        ("job asks for", found["asked"]),
         ("workers", f"{found['workers']} ({found['device']}), {found['units']} units to share"),
     ]
     if rate := found.get("tokens_per_second"):

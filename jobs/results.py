@@ -31,7 +31,7 @@ from msense.finetune_config import FinetuneConfig
 SENSES = 50  # a token, of a task's own dictionary
 OTHER_SIZES = (1, 10, "auto")
 OF_WORDS = 20  # senses a token, for CoarseWSD
-GENERAL_DOCS = "pydocs:joblib,rich"
+GENERAL_DOCS = "pydocs:sklearn"
 STUDENTS: dict[str, dict[str, Any]] = {
     "layers2": {"student": "layers:2"},
     "static": {"student": "static"},

@@ -16,7 +16,7 @@ from msense.assemble import assemble, changed_files
 from msense.config import DEMO_CORPUS, DEMO_SAMPLE, DEMO_SEED, DEMO_TEACHER, BuildConfig, SenseBudget, sense_bytes
 from msense.corpus import SourceFile, list_files
 from msense.errors import BadInput
-from msense.estimate import TeacherTimer, estimate, time_teacher
+from msense.estimate import TeacherTimer, clustering_memory, estimate, time_teacher
 from msense.kmeans import KMeansConfig
 from msense.manifest import check_manifest, describe_run, made_of
 from msense.mcl import MclConfig
@@ -24,7 +24,7 @@ from msense.occurrences import GatherSettings, OccurrenceActor, Unit, cut_units,
 from msense.passages import make_passages, refuse_bad_documents
 from msense.plan import PlanInput, make_plan
 from msense.resume import Journal, finished, timed
-from msense.run_folder import RunFolder, locked, sweep
+from msense.run_folder import RunFolder, lasting, locked, sweep
 from msense.runtime import Resources, connect, map_actors, peak_memory, run_task
 from msense.senses import SenseSettings, count_senses
 from msense.teacher import TeacherInfo, describe, resolve_dtype
@@ -87,7 +87,7 @@ def build_dictionary(config: BuildConfig) -> dict[str, Any]:
     """
     scale = config.sample if config.dry_run else 1.0
     config = with_demo(config)
-    root = storage.absolute(config.output)
+    root = lasting(config.output)
     if scale < 1:
         root = storage.join(root, "estimate")
     files = list_files(config.corpus)
@@ -95,7 +95,7 @@ def build_dictionary(config: BuildConfig) -> dict[str, Any]:
     if config.reference and "senses" not in config.model_fields_set:
         config = config.model_copy(update={"senses": "mcl" if info.decoder else REFERENCE_SENSES})
     with locked(RunFolder(root)):
-        resources = connect(config.workers)
+        resources = connect(config.workers, config.gpus_per_actor)
         dtype = config.dtype
         if dtype == "auto":
             dtype = run_task(resolve_dtype, dtype, resources.device, device=resources.device)
@@ -126,6 +126,8 @@ def _run_stages(build: Build) -> dict[str, Any]:
             raise BadInput("no token of this corpus may have senses (all are excluded special tokens): give other text")
     budget = _budget(config, facts["kinds"], build.info.dim)
     units = cut_units(run.blocks, build.info.dim)
+    needed = clustering_memory(run, config, build.info.dim)
+    build.resources = resources = resources.setting_aside(needed, config.task_memory)
     if config.dry_run:
         return {"stages": build.stages, "estimate": _estimate(build, units)}
     shards = storage.load_arrays(run.thresholds, ("shards",))["shards"]
@@ -225,6 +227,7 @@ def _estimate(build: Build, units: list[Unit]) -> dict[str, Any]:
     """Return what the dry run tells."""
     found = estimate(build.run, build.info, build.config, build.stages, build.scale)
     found |= {"workers": build.resources.actors, "device": build.resources.device, "units": len(units)}
+    found |= build.resources.described()
     found["unit_memory"] = max((unit.stored for unit in units), default=0) * record_type(build.info.dim).itemsize
     if build.config.time_teacher:
         arguments = {"run": build.run, "settings": gather_settings(build)}

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from msense.errors import BadInput, MsenseError
-from msense.storage import S3_CREDENTIALS, s3_errors
+from msense.storage import s3_errors, s3_trouble
 from msense.text import clean, plain, size
 
 logger = logging.getLogger("msense")
@@ -43,7 +43,7 @@ def run_job(job: Callable[[], None]) -> int:
         logger.error("failed: %s\nMend that and run the same command again: it goes on from what is finished.", error)
         return 1
     except s3_errors() as error:
-        logger.error("failed: S3 refused (%s): check the bucket's name, or give credentials: %s", error, S3_CREDENTIALS)
+        logger.error("failed: %s", s3_trouble(error))
         return 1
     except KeyboardInterrupt:
         logger.error("stopped; the same command goes on from what is finished")

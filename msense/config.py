@@ -13,11 +13,12 @@ import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
     BaseModel,
+    ByteSize,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -43,6 +44,7 @@ MAX_EXEMPLARS = 1024  # of one sense
 MANY = 2**31 - 1  # more of anything fits no array of ours
 SHOWN_ERRORS = 20
 
+GpusPerActor = Annotated[float, Field(gt=0, le=1, description="GPUs of a teacher actor: with 0.5 two actors share one")]
 Metric = Literal["l2", "dot", "cosine"]
 SenseRule = Literal["auto", "mcl"]
 Intermediate = Literal["passages", "occurrences", "centroids"]
@@ -202,6 +204,12 @@ class BuildConfig(JobConfig):
         description="teacher actors and other tasks at a time; default: an actor a GPU (a CPU where "
         "there is none), a task a CPU",
     )
+    gpus_per_actor: GpusPerActor = 1.0
+    task_memory: ByteSize | None = Field(
+        None,
+        ge=1,
+        description="memory that Ray sets aside for a clustering task (4GB); default: what the plan says it holds at most",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least log lines to show")
     output: str = Field(
         "runs/dictionary", description="run folder (local or URI); the dictionary is its subfolder dictionary/"
@@ -288,6 +296,8 @@ class BuildConfig(JobConfig):
         """Return the settings on which the results depend; changing one of them needs a new run folder."""
         free = {
             "workers",
+            "gpus_per_actor",
+            "task_memory",
             "log_level",
             "output",
             "keep",

@@ -71,7 +71,7 @@ def training_of(config: DistillConfig, source: Source, run: RunFolder, resources
         deepspeed_stage=config.deepspeed_stage,
         checkpoint_steps=config.checkpoint_steps,
         device=resources.device,
-        threads=max(1, (os.cpu_count() or 1) // resources.actors),
+        threads=max(1, (os.cpu_count() or 1) // resources.trainers),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
-from msense.config import MANY, JobConfig, Metric
+from msense.config import MANY, GpusPerActor, JobConfig, Metric
 
 OBJECTIVES = {
     "sense": "cross-entropy over the token's own senses, under the dictionary's metric",
@@ -26,6 +26,7 @@ _FREE = (
     "dictionary",
     "teacher",
     "workers",
+    "gpus_per_actor",
     "checkpoint_steps",
     "log_level",
     "output",
@@ -120,6 +121,7 @@ class DistillConfig(JobConfig):
     workers: int | None = Field(
         None, ge=1, description="workers at a time; default: one a GPU (a CPU where there is none)"
     )
+    gpus_per_actor: GpusPerActor = 1.0
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least log lines to show")
     ship_senses: Literal["float16", "int8", "none"] = Field(
         "float16", description="how the student's folder holds the dictionary; none: for sentence vectors only"

@@ -23,7 +23,7 @@ from msense.occurrences import GatherSettings
 from msense.passages import make_passages
 from msense.plan import PlanInput, make_plan
 from msense.resume import Journal, finished, timed
-from msense.run_folder import RunFolder, locked, sweep
+from msense.run_folder import RunFolder, lasting, locked, sweep
 from msense.runtime import Resources, connect, peak_memory, run_task
 from msense.teacher import resolve_dtype
 
@@ -60,9 +60,9 @@ def distill_student(config: DistillConfig) -> dict[str, Any]:
         MsenseError: the run failed; the same command goes on from what is finished.
     """
     source = find_source(config)
-    root = storage.absolute(config.output)
+    root = lasting(config.output)
     with locked(RunFolder(root)):
-        resources = connect(config.workers)
+        resources = connect(config.workers, config.gpus_per_actor)
         dtype = config.dtype
         if dtype == "auto":
             dtype = run_task(resolve_dtype, dtype, resources.device, device=resources.device)
@@ -97,7 +97,7 @@ def _run_stages(job: Distillation) -> dict[str, Any]:
         if job.config.dry_run:
             arguments = {"settings": settings}
             timer = (LabelTimer, arguments, units, job.resources) if job.config.time_teacher else None
-            found = _estimate(job, chosen) | {"units": len(units)}
+            found = _estimate(job, chosen) | {"units": len(units)} | job.resources.described()
             found |= {"tokens_per_second": time_teacher(*timer)} if timer else {}
             return {"stages": job.stages, "estimate": found}
         with timed(job.stages, "labels") as facts:

@@ -113,7 +113,7 @@ class SenseEncoder:
         """Load a student that was shipped.
 
         Args:
-            name_or_dir: its folder, or a name on the hub.
+            name_or_dir: its folder or URI, or a name on the hub.
             revision: branch, tag or commit on the hub.
             device: as torch names it; default: a GPU if there is one, but the CPU for a static student.
             dtype: in which a transformer computes; auto: float32 on a CPU, bfloat16 elsewhere. Vectors are float32.

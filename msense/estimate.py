@@ -39,9 +39,8 @@ def estimate(
     """
     plan, passages = stages["plan"], stages["passages"]
     scale = 1 / share
-    arrays = storage.load_arrays(run.thresholds, ("stored", "shards"))
-    stored = arrays["stored"] * scale
-    points = np.minimum(stored, config.max_occurrences) if config.max_occurrences else stored
+    stored = storage.load_arrays(run.thresholds, ("stored",))["stored"] * scale
+    points = _points(stored, config)
     seen = points[points > 0]
     senses = float(_most_senses(seen, config, info.dim))
     record = record_type(info.dim).itemsize
@@ -64,20 +63,33 @@ def estimate(
         "passages_bytes": fs.du(folder) * scale,
         "occurrences_bytes": plan["stored"] * scale * record,
         "dictionary_bytes": senses * sense_bytes(info.dim),
-        "clustering_memory": float(_clustering_memory(stored, points, arrays["shards"], config, info.dim)),
+        "clustering_memory": float(clustering_memory(run, config, info.dim, scale)),
     }
 
 
-def _clustering_memory(
-    stored: np.ndarray, points: np.ndarray, shards: np.ndarray, config: BuildConfig, dim: int
-) -> float:
-    """Return the most bytes that a task or worker holds: a shard twice and a graph of mcl, or parts of a large token."""
-    first = shards[:-1]
-    large = (np.diff(shards) == 1) & (points[first] > config.max_points_per_part)
+def clustering_memory(run: RunFolder, config: BuildConfig, dim: int, scale: float = 1.0) -> float:
+    """Return the most bytes that a task or worker holds: a shard twice and a graph of mcl, or parts of a large token.
+
+    Args:
+        run: with a finished plan.
+        config: the build's settings.
+        dim: D of the teacher.
+        scale: how many times more text there is than the plan has seen.
+    """
+    arrays = storage.load_arrays(run.thresholds, ("stored", "shards"))
+    stored = arrays["stored"] * scale
+    points = _points(stored, config)
+    first = arrays["shards"][:-1]
+    large = (np.diff(arrays["shards"]) == 1) & (points[first] > config.max_points_per_part)
     shard = 2 * record_type(dim).itemsize * np.add.reduceat(stored, first)[~large].max(initial=0)
     graph = 22 * min(MCL_POINTS, points.max()) ** 2 if config.senses == "mcl" else 0
     parts = np.minimum(points[first][large], PARTS_HELD * config.max_points_per_part).max(initial=0)
-    return max(shard + graph, parts * (2 * dim + 16))
+    return float(max(shard + graph, parts * (2 * dim + 16)))
+
+
+def _points(stored: np.ndarray, config: BuildConfig) -> np.ndarray:
+    """Return how many points of each token are clustered."""
+    return np.minimum(stored, config.max_occurrences) if config.max_occurrences else stored
 
 
 def _most_senses(points: np.ndarray, config: BuildConfig, dim: int) -> float:

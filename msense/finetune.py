@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ from msense.classifier import LONGEST_LABEL, MAX_LABELS, ClassifierConfig
 from msense.config import BuildConfig
 from msense.errors import BadInput
 from msense.finetune_config import FinetuneConfig
-from msense.finetune_worker import TEACHER, Tuning
-from msense.glue import DEV, TRAIN, Texts, joiner_of, read_part
+from msense.glue import DEV, TRAIN, GlueTask, Texts, joiner_of, read_part
 from msense.ray_train import fit
-from msense.run_folder import RunFolder, locked
+from msense.run_folder import RunFolder, lasting, locked
 from msense.runtime import Resources, connect, run_task
 from msense.storage import join
 from msense.student.config import Pooling
@@ -32,6 +32,45 @@ logger = logging.getLogger(__name__)
 
 CORPUS = "corpus.jsonl"  # the training texts, for build_dict.py
 DONE = "training.json"
+TEACHER = "teacher"  # folder of the last checkpoint
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Everything a worker needs to know.
+
+    Attributes:
+        run: run folder, for progress.
+        teacher: name or folder.
+        revision: of it.
+        task: how data are read.
+        source: where they are.
+        classifier: what is trained on top.
+        max_length: longest text in tokens.
+        has_dev: whether there is a part to tell progress by.
+        threads: of torch, for each worker.
+    Others are as in `FinetuneConfig`.
+    """
+
+    run: str
+    teacher: str
+    revision: str | None
+    task: GlueTask
+    source: str
+    classifier: ClassifierConfig
+    max_length: int
+    has_dev: bool
+    epochs: int
+    lr: float
+    batch_size: int
+    warmup: float
+    weight_decay: float
+    clip: float
+    dropout: float
+    dtype: str
+    seed: int
+    device: str
+    threads: int
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -47,6 +86,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         BadInput: settings, data or a teacher that do not work.
         MsenseError: training failed; the same command goes on from the last epoch.
     """
+    run = RunFolder(lasting(config.output))
     build = BuildConfig(revision=config.revision, max_length=config.max_length)
     info, tokenizer = describe(config.teacher, build)
     joiner = joiner_of(tokenizer) if len(config.data.columns.texts) > 1 else ""
@@ -55,7 +95,6 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         task=config.name, dim=info.dim, pooling=_pooling(config, info), labels=_labels(config, texts), joiner=joiner
     )
     dev = _dev_part(config, joiner)
-    run = RunFolder(storage.absolute(config.output))
     with locked(run):
         resources = connect(config.workers)
         tuning = _tuning(config, run, info, classifier, resources, has_dev=dev is not None)
@@ -168,7 +207,7 @@ def _tuning(
         dtype=dtype,
         seed=config.seed,
         device=resources.device,
-        threads=max(1, (os.cpu_count() or 1) // resources.actors),
+        threads=max(1, (os.cpu_count() or 1) // resources.trainers),
     )
 
 

@@ -22,11 +22,12 @@ from ray.train.torch import get_device, prepare_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from msense.classifier import Classifier, ClassifierConfig
+from msense.classifier import Classifier
 from msense.config import BuildConfig
 from msense.errors import MsenseError
 from msense.evaluation.result import METRICS
-from msense.glue import DEV, TRAIN, GlueTask, read_part
+from msense.finetune import TEACHER, Tuning
+from msense.glue import DEV, TRAIN, read_part
 from msense.student.tokenizer import padded
 from msense.student.transformer import TransformerBody, body_settings, load_weights
 from msense.teacher import describe, load_body, token_batches
@@ -36,46 +37,7 @@ from msense.train_loop import STATE, Group, rate
 from msense.train_progress import Progress
 from msense.tuned_teacher import save_teacher
 
-TEACHER = "teacher"  # folder of the last checkpoint
 BUCKET = 50  # batches whose texts are sorted by length together: little padding, and batches still differ
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Everything a worker needs to know.
-
-    Attributes:
-        run: run folder, for progress.
-        teacher: name or folder.
-        revision: of it.
-        task: how data are read.
-        source: where they are.
-        classifier: what is trained on top.
-        max_length: longest text in tokens.
-        has_dev: whether there is a part to tell progress by.
-        threads: of torch, for each worker.
-    Others are as in `FinetuneConfig`.
-    """
-
-    run: str
-    teacher: str
-    revision: str | None
-    task: GlueTask
-    source: str
-    classifier: ClassifierConfig
-    max_length: int
-    has_dev: bool
-    epochs: int
-    lr: float
-    batch_size: int
-    warmup: float
-    weight_decay: float
-    clip: float
-    dropout: float
-    dtype: str
-    seed: int
-    device: str
-    threads: int
 
 
 class Tuned(nn.Module):

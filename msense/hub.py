@@ -5,6 +5,7 @@ Only the files of a student go either way. Tokens are handed on and never writte
 
 from pathlib import Path
 
+from msense import storage
 from msense.errors import BadInput, MsenseError, StudentError
 from msense.student.config import StudentFiles
 from msense.student.files import inside
@@ -14,16 +15,19 @@ _FILES = ("*.json", "*.safetensors", "README.md", "dictionary/*")
 
 
 def student_folder(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """Return the local folder of a student: a folder as it is, or fetched from the hub.
+    """Return the local folder of a student: a folder as it is, or fetched from a store or the hub.
 
     Args:
-        name: a folder, or a hub name (owner/model).
+        name: a folder, its URI, or a hub name (owner/model).
         revision: branch, tag or commit on the hub.
         token: for a private repository; default: the one that is stored on this machine.
 
     Raises:
         StudentError: there is no such folder, and no such student could be had from the hub.
+        BadInput: nothing is at the URI.
     """
+    if isinstance(name, str) and "://" in name:
+        return storage.local_copy(name)
     folder, shown = Path(name), redact(str(name))
     try:
         if folder.is_dir():

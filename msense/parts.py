@@ -31,7 +31,7 @@ import numpy as np
 
 from msense import kmeans, storage
 from msense.part_worker import PARTS_HELD, Part, PartWorker, Places, add_up, cut, nearest_of, pieces
-from msense.runtime import Resources, Row, get, track
+from msense.runtime import Resources, Row, get, refreshed, track
 from msense.units import ClusterSettings, Range, as_stored, read_ranges, senses_of, stored
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,10 @@ def part_workers(settings: ClusterSettings, resources: Resources) -> Iterator[li
     """Start as many actors as may cluster at a time, and end them."""
     import ray
 
-    needs = {**resources.clustering, "max_restarts": 3, "max_task_retries": 3, "scheduling_strategy": "SPREAD"}
-    workers = [ray.remote(PartWorker).options(**needs).remote(settings) for _ in range(resources.clusterers)]
+    needs = {**resources.clustering, "max_restarts": 3, "scheduling_strategy": "SPREAD"}
+    needs |= {"max_task_retries": -1}  # while Ray does not know yet that a node is gone, each try of a call counts
+    count = refreshed(resources).clusterers
+    workers = [ray.remote(PartWorker).options(**needs).remote(settings) for _ in range(count)]
     try:
         yield workers
     finally:

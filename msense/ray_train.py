@@ -7,6 +7,7 @@ settings only.
 from collections.abc import Callable
 from typing import Any
 
+from msense import storage
 from msense.errors import MsenseError
 from msense.run_folder import RunFolder
 from msense.runtime import TASK_CPUS, Resources
@@ -42,13 +43,13 @@ def fit(
         train_loop_config=told,
         torch_config=TorchConfig(timeout_s=WAIT_SECONDS),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.actors,
+            num_workers=resources.trainers,
             use_gpu=resources.device == "cuda",
             resources_per_worker={"CPU": TASK_CPUS} | ({"GPU": 1} if resources.device == "cuda" else {}),
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=run.training,
+            **_storage(run.training),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
@@ -58,6 +59,16 @@ def fit(
             return trainer.fit()
     except Exception as error:  # Ray wraps whatever a worker raised in errors of its own
         raise MsenseError(f"training failed: {_cause(error)}") from error
+
+
+def _storage(uri: str) -> dict[str, Any]:
+    """Return where checkpoints go: on a store by the client of all other files, with its patience and credentials."""
+    if storage.is_local(uri):
+        return {"storage_path": uri}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = storage.filesystem(uri)
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 
 def _cause(error: BaseException) -> str:

@@ -18,7 +18,8 @@ from msense import storage
 from msense.errors import MsenseError
 from msense.run_folder import RunFolder
 from msense.runtime import Resources, map_tasks
-from msense.text import plain
+from msense.text import plain, size
+from msense.watch import spilled_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,16 @@ def timed(stages: dict[str, dict[str, Any]], name: str) -> Iterator[dict[str, An
     """Time a stage; what is put into the yielded dict becomes its facts in `stages`."""
     facts: dict[str, Any] = {}
     logger.info("%s ...", name)
-    began = time.monotonic()
+    began, before = time.monotonic(), spilled_bytes()
     yield facts
     facts["seconds"] = round(time.monotonic() - began, 1)
+    if spilled := spilled_bytes() - before:
+        facts["spilled_bytes"] = spilled
+        logger.warning(
+            "%s: Ray moved %s of its object store to disk: give it more memory (`ray start --object-store-memory`)",
+            name,
+            size(spilled),
+        )
     stages[name] = facts
     told = (f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in facts.items())
     logger.info("%s: %s", name, ", ".join(told))

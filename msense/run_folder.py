@@ -17,6 +17,8 @@ from msense import storage
 from msense.errors import BadInput
 from msense.storage import join
 
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray gives it to the driver of a submitted job, and to nobody else
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -223,6 +225,20 @@ class RunFolder:
     def contexts_file(self, unit: int) -> str:
         """Contexts of the exemplars that lie in one unit."""
         return join(self.contexts, f"{unit:06d}.parquet")
+
+
+def lasting(output: str) -> str:
+    """Return an output as an absolute URI.
+
+    Raises:
+        BadInput: it would go with the job: one of `ray job submit` runs in a copy of its working directory that Ray removes.
+    """
+    if SUBMITTED in os.environ and storage.is_local(output) and not Path(output.removeprefix("file://")).is_absolute():
+        raise BadInput(
+            f"--output {output} is relative, and a submitted job runs in a copy of its working directory that Ray removes: "
+            "give an absolute path or a URI that every node can reach"
+        )
+    return storage.absolute(output)
 
 
 @contextmanager

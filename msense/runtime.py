@@ -17,51 +17,37 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from msense import storage
 from msense.errors import BadInput, MsenseError
+from msense.resources import TASK_CPUS, Node, Resources, take
+from msense.watch import track, warn_of_skew
 
 logger = logging.getLogger(__name__)
 
-TASK_CPUS = 0.5
-TASK_GPUS = 0.5  # of a clustering task: one reads while the other computes
-RETRIES = 3  # of work whose worker died: a crash is survived, work that always kills its worker is not tried for ever
-RESTARTS = 10  # of an actor: nodes may come and go, but one that dies while it is made is not made for ever
+RETRIES = 3  # of a task whose worker died: a crash is survived, work that always kills its worker is not tried for ever
+RESTARTS = 10  # of an actor: nodes may come and go, but one that always dies is not made for ever
 _MEMORY = "Often it ran out of memory: give --workers a smaller number, or a machine with more memory"
-REPORT_SECONDS = 10.0
 MERGED_AT_ONCE = 4
+_COUNTED = ("CPU", "GPU", "memory")
+MANY = 1 << 20  # workers: more than any cluster has
 LONGEST_TEMP = 26  # characters of the temporary folder's path: those of Ray's sockets in it must not exceed 107
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What the cluster offers and how much of it this job takes."""
-
-    actors: int  # teacher actors at a time
-    tasks: int  # other tasks at a time
-    device: str  # "cuda" or "cpu", one kind for all teacher actors, and for all that clusters
-
-    @property
-    def clusterers(self) -> int:
-        """Actors that cluster at a time: no more than there is room for, or they would be waited for without end."""
-        return int(min(self.actors / TASK_GPUS, self.tasks / TASK_CPUS)) if self.device == "cuda" else self.tasks
-
-    @property
-    def clustering(self) -> dict[str, float]:
-        """What Ray is to set aside for a task or actor that clusters."""
-        return {"num_cpus": TASK_CPUS} | ({"num_gpus": TASK_GPUS} if self.device == "cuda" else {})
-
-
-def connect(workers: int | None = None) -> Resources:
+def connect(workers: int | None = None, gpus_per_actor: float = 1.0) -> Resources:
     """Connect to the cluster of RAY_ADDRESS, or start a local Ray; return what to use of it.
 
     Args:
         workers: actors and tasks at a time, but no more than there are GPUs and CPUs; None = a teacher actor a GPU
             (a CPU where there is none), a task a CPU.
+        gpus_per_actor: GPUs of a teacher actor.
+
+    Raises:
+        BadInput: the cluster has no node that could ever run the job.
     """
     if "ray" not in sys.modules:  # Ray reads these when it is imported
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -89,12 +75,32 @@ def connect(workers: int | None = None) -> Resources:
             if not os.environ.get("RAY_TMPDIR"):
                 environment["TMPDIR"] = options["_temp_dir"] = _temporary_folder()
         ray.init(**options)
-    offered = ray.cluster_resources()
-    gpus, cpus = int(offered.get("GPU", 0)), max(1, int(offered.get("CPU", 1)))
-    tasks = min(workers or cpus, cpus)  # so that half a CPU each always leaves room for others
-    return Resources(
-        actors=min(workers or gpus, gpus) if gpus else tasks, tasks=tasks, device="cuda" if gpus else "cpu"
-    )
+    resources = take(nodes(), workers, gpus_per_actor)
+    if not any(node.count and node.offers.get("CPU") for node in resources.nodes):
+        logger.info("the cluster has no CPUs yet: its autoscaler is asked for nodes")
+    return replace(resources, most=(workers or MANY) if os.environ.get("RAY_ADDRESS") else 0)
+
+
+def nodes() -> list[Node]:
+    """Return the nodes that are there, and those that an autoscaler may start."""
+    import ray
+    from ray._private.state import state  # whence Ray Data and Ray Train have it
+
+    here = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    found = [Node({name: own[name] for name in _COUNTED if name in own}, 1, 1) for own in here]
+    config = state.get_cluster_config()
+    for group in config.node_group_configs if config else ():
+        offers = {name: float(group.resources[name]) for name in _COUNTED if name in group.resources}
+        most = group.max_count if group.max_count >= 0 else len(here) + 1
+        found.append(Node(offers, 0, most))
+    return found
+
+
+def refreshed(resources: Resources) -> Resources:
+    """Return the same with the nodes that are there now; as they are where Ray is not running."""
+    import ray
+
+    return replace(resources, nodes=nodes()) if ray.is_initialized() else resources
 
 
 def _temporary_folder() -> str:
@@ -145,9 +151,12 @@ def map_actors(name: str, actor: type, arguments: Row, items: Sequence[Any], res
     from ray.data import ActorPoolStrategy
 
     if items:
-        pool = ActorPoolStrategy(size=min(resources.actors, len(items)), max_tasks_in_flight_per_actor=2)
-        needs = {"num_gpus": 1} if resources.device == "cuda" else {"num_cpus": TASK_CPUS}
-        needs |= {"max_restarts": RESTARTS, "max_task_retries": RETRIES}
+        now, most = min(resources.actors, len(items)), min(max(resources.actors, resources.most), len(items))
+        grows = {"min_size": 1, "initial_size": now, "max_size": most}  # onto nodes that come later
+        pool = ActorPoolStrategy(**(grows if most > now else {"size": now}), max_tasks_in_flight_per_actor=2)
+        needs: Row = dict(resources.teacher)
+        # not RETRIES: until Ray knows that a node is gone, calls of its actors fail every second or so, and count
+        needs |= {"max_restarts": RESTARTS, "max_task_retries": -1}
         yield from _run(name, _GuardedActor, items, pool, {**needs, "fn_constructor_args": (actor, arguments)})
 
 
@@ -206,29 +215,51 @@ def _window(
     import ray
 
     task = ray.remote(work).options(name=name, scheduling_strategy="SPREAD", **(needs or {"num_cpus": TASK_CPUS}))
-    running: dict[Any, int] = {}
+    running: dict[Any, tuple[int, float]] = {}
+    seconds: list[float] = []
+
+    def first_done() -> tuple[int, Any]:
+        reference = ray.wait(list(running))[0][0]
+        number, began = running.pop(reference)
+        seconds.append(time.monotonic() - began)
+        return number, reference
+
     for number, item in enumerate(items):
-        if len(running) >= resources.tasks:
-            for reference in ray.wait(list(running))[0]:
-                yield running.pop(reference), reference
-        running[task.remote(item, *common)] = number
+        if len(running) >= _tasks_now(resources):
+            yield first_done()
+        running[task.remote(item, *common)] = number, time.monotonic()
     while running:
-        for reference in ray.wait(list(running))[0]:
-            yield running.pop(reference), reference
+        yield first_done()
+    warn_of_skew(name, seconds)
+
+
+def _tasks_now(resources: Resources) -> int:
+    """Return how many tasks may run at a time, nodes that came later counted."""
+    import ray
+
+    if resources.most <= resources.tasks:
+        return resources.tasks
+    return max(resources.tasks, min(resources.most, int(ray.cluster_resources().get("CPU", 0))))
 
 
 def run_task(work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> Any:  # noqa: ANN401 - what the work returns
     """Run one task away from the driver, on a GPU if `device` is "cuda"; arguments may be object references."""
     import ray
 
-    return get(ray.remote(work).options(num_cpus=TASK_CPUS, num_gpus=int(device == "cuda")).remote(*arguments))
+    needs = {"num_cpus": TASK_CPUS, "num_gpus": int(device == "cuda"), "name": _name_of(work)}
+    return get(ray.remote(work).options(**needs).remote(*arguments))
 
 
 def submit(work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - an ObjectRef
     """Start one task and return a reference to its result."""
     import ray
 
-    return ray.remote(work).options(num_cpus=TASK_CPUS).remote(*arguments)
+    return ray.remote(work).options(num_cpus=TASK_CPUS, name=_name_of(work)).remote(*arguments)
+
+
+def _name_of(work: Callable[..., Any]) -> str:
+    """Return what the dashboard calls a task."""
+    return getattr(work, "__name__", type(work).__name__).strip("_").replace("_", " ")
 
 
 def get(reference: Any) -> Any:  # noqa: ANN401 - what the task returned
@@ -276,10 +307,17 @@ def _gone(error: Exception) -> MsenseError:
     )
 
 
+def _tellable() -> tuple[type[Exception], ...]:
+    """Return the errors of work among which `_failure` looks; those of a store's client once it is loaded."""
+    return (MsenseError, OSError, MemoryError, RuntimeError, *storage.s3_errors())
+
+
 def _failure(error: BaseException | None) -> Exception | None:
     """Return what to tell of an error that msense or the system raised on purpose; None for a bug."""
     if isinstance(error, MsenseError | OSError):
         return error
+    if isinstance(error, storage.s3_errors()):
+        return MsenseError(storage.s3_trouble(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the second is torch's
         return MsenseError(f"out of memory ({type(error).__name__}: {error}). {_MEMORY}")
     return None
@@ -302,13 +340,15 @@ def unwrap(row: Row) -> Row:
 
 def guard(work: Callable[[Any], Row], item: Any) -> Row:  # noqa: ANN401 - any JSON value
     """Run work so that an error of msense or of the system travels as a row, not as a traceback through Ray."""
+    began = time.monotonic()
     try:
-        return {"result": json.dumps(work(item)), "error": "", "usage": False}
-    except (MsenseError, OSError, MemoryError, RuntimeError) as error:
+        result = json.dumps(work(item))
+        return {"result": result, "error": "", "usage": False, "seconds": time.monotonic() - began}
+    except _tellable() as error:
         failure = _failure(error)
         if failure is None:
             raise
-        return {"result": "", "error": str(failure), "usage": isinstance(failure, BadInput)}
+        return {"result": "", "error": str(failure), "usage": isinstance(failure, BadInput), "seconds": 0.0}
 
 
 class _Guarded:
@@ -316,7 +356,7 @@ class _Guarded:
 
     def __init__(self, work: Callable[[Any], Row]) -> None:
         self.work = work
-        self.__name__ = getattr(work, "__name__", type(work).__name__)
+        self.__name__ = _name_of(work)
 
     def __call__(self, row: Row) -> Row:
         return guard(self.work, json.loads(row["item"]))
@@ -346,26 +386,10 @@ def _run(name: str, function: Any, items: Sequence[Any], pool: Any, options: Row
     with warnings.catch_warnings():  # until Ray 2.64 there is no other way to bound retries
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(function, compute=pool, **options)
+    dataset.set_name(name.replace(" ", "_"))
+    seconds = []
     with _in_plain_words():
         for row in track(name, dataset.iter_rows(), len(rows)):
+            seconds.append(row["seconds"])
             yield unwrap(row)
-
-
-T = TypeVar("T")
-
-
-def track(name: str, rows: Iterator[T], total: int) -> Iterator[T]:
-    """Pass rows through, with a progress bar on a terminal and a line every ten seconds elsewhere."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track as rich_track
-
-        yield from rich_track(rows, description=name, total=total, console=Console(stderr=True), transient=True)
-        return
-    began = told = time.monotonic()
-    for done, row in enumerate(rows, 1):
-        now = time.monotonic()
-        if now - told >= REPORT_SECONDS and done < total:
-            logger.info("%s: %d of %d, %.0f s left", name, done, total, (now - began) / done * (total - done))
-            told = now
-        yield row
+    warn_of_skew(name, seconds)

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import uuid
@@ -26,6 +27,7 @@ from fsspec import AbstractFileSystem
 from safetensors import SafetensorError
 
 from msense.errors import BadInput, MsenseError
+from msense.text import redact
 
 MARKER = ".done"
 SEAL = "seal"  # key of a JSON file's own hash
@@ -35,6 +37,7 @@ _LARGEST = 1 << 28  # bytes of a file that is read whole
 _MARK: Mapping[str, type] = {"size": int, "sha256": str, "made_of": str, "facts": dict}
 S3_CREDENTIALS = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an IAM role"
 _BUCKET = re.compile(r"(?:^|::)(s3|s3a|gs|gcs)://([^/]*)")
+S3_ATTEMPTS = 6
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -47,7 +50,7 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     scheme = uri.partition("://")[0]
     _check_buckets(uri)
     try:
-        fs, path = fsspec.core.url_to_fs(uri)
+        fs, path = fsspec.core.url_to_fs(uri, **_options(scheme))
     except ImportError as error:
         remedy = f"pip install {_PACKAGES[scheme]}" if scheme in _PACKAGES else str(error)
         raise BadInput(f"{display_uri(uri)}: {scheme}:// needs a package that is not installed: {remedy}") from error
@@ -68,6 +71,17 @@ def _check_buckets(uri: str) -> None:
             raise BadInput(f"{display_uri(uri)}: names no bucket; write {scheme}://bucket/path")
 
 
+def _options(scheme: str) -> dict[str, Any]:
+    """Return how a store is asked: what others have written since is seen, and a busy S3 is asked again, ever later.
+
+    botocore waits up to 20 seconds before each of its attempts; AWS_MAX_ATTEMPTS and AWS_RETRY_MODE set others.
+    """
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme in ("s3", "s3a") and not os.environ.keys() & {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}:
+        options["config_kwargs"] = {"retries": {"mode": "standard", "max_attempts": S3_ATTEMPTS}}
+    return options
+
+
 def display_uri(uri: str) -> str:
     """Return a URI fit for manifests, logs and cards: without user, password, query and fragment."""
     if "://" not in uri:
@@ -77,8 +91,22 @@ def display_uri(uri: str) -> str:
 
 def s3_errors() -> tuple[type[Exception], ...]:
     """Return the errors of the S3 client that are no OSErrors, such as missing credentials; none while it is not loaded."""
-    botocore = sys.modules.get("botocore.exceptions")
-    return (botocore.BotoCoreError,) if botocore else ()
+    found = {"botocore.exceptions": "BotoCoreError", "aiohttp.client_exceptions": "ClientPayloadError"}
+    return tuple(getattr(sys.modules[module], name) for module, name in found.items() if module in sys.modules)
+
+
+def wants_credentials(error: Exception) -> bool:
+    """Tell whether an error of the S3 client is about who asks, and not about the store or the way there."""
+    return "Credentials" in type(error).__name__ or "Profile" in type(error).__name__
+
+
+def s3_trouble(error: Exception) -> str:
+    """Say what is wrong with S3, and what to do."""
+    if wants_credentials(error):
+        return f"S3 refused ({redact(str(error))}): give credentials: {S3_CREDENTIALS}"
+    return (
+        f"S3 does not answer, however often it is asked ({redact(str(error))}): run the same command again when it does"
+    )
 
 
 def is_local(uri: str) -> bool:
@@ -129,10 +157,14 @@ def read_bytes(uri: str, most: int) -> bytes:
         BadInput: it has more bytes than `most`.
     """
     fs, path = filesystem(uri)
-    if is_local(uri) and not os.path.isfile(path):
-        raise FileNotFoundError(errno.ENOENT, "no plain file", path)
-    if is_local(uri) and (size := os.path.getsize(path)) > most:
-        raise BadInput(f"{uri} has {size} bytes, of such a file at most {most} are read: restore or remove it")
+    if is_local(uri):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "no plain file", path)
+        if found.st_size > most:
+            raise BadInput(
+                f"{uri} has {found.st_size} bytes, of such a file at most {most} are read: restore or remove it"
+            )
     return bytes(fs.cat_file(path))
 
 
@@ -142,7 +174,7 @@ def read_text(uri: str, most: int = _LARGEST) -> str:
 
 
 def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, Any] | None:
-    """Read what `write_json` wrote; None when the file is missing, torn, edited or damaged.
+    """Read what `write_json` wrote; None when the file is missing, torn, edited or damaged, or no plain file.
 
     Args:
         uri: the file.
@@ -150,8 +182,12 @@ def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, An
     """
     try:
         value = json.loads(read_bytes(uri, _LARGEST))
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None
+    except OSError as error:
+        if _is_no_file(error):
+            return None
+        raise
     if not isinstance(value, dict) or value.pop(SEAL, None) != seal(value):
         return None
     if any(not isinstance(value.get(name), kind) for name, kind in (shape or {}).items()):
@@ -240,9 +276,14 @@ def is_whole(uri: str, written: dict[str, Any], *, verify: bool) -> bool:
     try:
         return fs.size(path) == written["size"] and not (verify and sha256_of_uri(uri) != written["sha256"])
     except OSError as error:
-        if isinstance(error, FileNotFoundError | IsADirectoryError) or error.errno == errno.EIO:  # the last: a bad disk
+        if _is_no_file(error) or error.errno == errno.EIO:  # the last: a bad disk
             return False
         raise
+
+
+def _is_no_file(error: OSError) -> bool:
+    """Tell whether there is nothing, a folder or a link that leads nowhere where a file should be."""
+    return isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or error.errno == errno.ELOOP
 
 
 def sha256_of(path: Path) -> str:
@@ -409,6 +450,8 @@ def writing(uri: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise MsenseError(f"cannot write {display_uri(uri)}: {_reason(error)}") from error
+    except s3_errors() as error:
+        raise MsenseError(f"cannot write {display_uri(uri)}: {s3_trouble(error)}") from error
 
 
 def _rename_into(target: Path, write: Callable[[Path], Any]) -> None:
@@ -432,4 +475,6 @@ def _reason(error: Exception) -> str:
         return f"no space left ({told}); free some or give an --output with more room"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission ({told}); allow this user to write there"
+    if number == errno.EBUSY:
+        return f"the store is busy ({told}); run the same command again later"
     return told or type(error).__name__

@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from msense import storage
 from msense.errors import BadInput, MsenseError
 from msense.student import Student
 from msense.text import first_line
 
 _TRIM_THRESHOLD, _MMAP_MAX, _NEVER = -1, -4, (1 << 31) - 1  # of glibc's mallopt
 TENSORS, ZERO = "tensors.safetensors", "zero"  # of a checkpoint
+HASH = "tensors.sha256"  # of that file: a bit that flipped in a number is noticed by nothing else
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
 
@@ -122,10 +124,13 @@ class Plain:
         for number, of in self.optimizer.state_dict()["state"].items():
             tensors |= {f"{number}.{name}": value for name, value in of.items()}
         save_file({name: value.detach().cpu().clone() for name, value in tensors.items()}, folder / TENSORS)
+        (folder / HASH).write_text(storage.sha256_of(folder / TENSORS), encoding="ascii")
 
     def load(self, folder: Path) -> None:
         """Read that file."""
         try:
+            if storage.sha256_of(folder / TENSORS) != (folder / HASH).read_text(encoding="ascii"):
+                raise ValueError(f"{TENSORS} does not hold the bytes that were written")
             student = _still(self.student)
             found: dict[int, dict[str, Tensor]] = {}
             for name, value in load_file(folder / TENSORS).items():
@@ -225,7 +230,10 @@ def keep_freed_memory() -> None:
 
 def damaged(folder: Path, error: BaseException) -> BadInput:
     """Say that a checkpoint cannot be read."""
-    return BadInput(f"the checkpoint {folder} is damaged ({first_line(error)}): delete it to go on from the one before")
+    return BadInput(
+        f"the checkpoint {folder} is damaged ({first_line(error)}): delete {folder.parent}, and the same command trains "
+        "from the beginning"
+    )
 
 
 def _check_norm(norm: float) -> None:

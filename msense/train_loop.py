@@ -6,7 +6,6 @@ epoch, step, worker). Never imports Ray. Holds the student four times over, the 
 `sense_losses.KEPT_BYTES` of them in float32 too, one slice of a batch, and where losses are on hidden states the teacher.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from msense import storage
 from msense.config import NO_SENSE
 from msense.dictionary import SenseDictionary
 from msense.errors import BadInput, MsenseError
@@ -290,7 +290,7 @@ class Trainer:
             self.engine.save(folder)
         if self.group.rank == 0:
             told = asdict(self.state) | {"workers": self.group.world}
-            (folder / STATE).write_text(json.dumps(told), encoding="utf-8")
+            storage.write_json(str(folder / STATE), told)
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save` wrote.
@@ -299,7 +299,9 @@ class Trainer:
             BadInput: it is damaged, or of another number of workers, each of whom wrote a part of it.
         """
         try:
-            told = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            told = storage.read_json(str(folder / STATE))
+            if told is None:
+                raise ValueError(f"{STATE} is not there, or does not hold what was written")
             epoch, step, tokens, workers = (int(told[name]) for name in ("epoch", "step", "tokens", "workers"))
             self.state = State(epoch, step, tokens, float(told["seconds"]), dict(told["sums"]), list(told["history"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

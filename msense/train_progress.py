@@ -21,7 +21,7 @@ from rich.progress import Progress as Bar
 
 from msense import storage
 from msense.run_folder import RunFolder
-from msense.runtime import REPORT_SECONDS
+from msense.watch import REPORT_SECONDS, tell_ray
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,7 @@ def _watch(run: RunFolder, ended: threading.Event) -> None:
         if told is None or told["step"] == step:
             continue
         step = told["step"]
+        tell_ray("training", step, told["steps"])
         if bar is None or task is None:
             logger.info("training: %s", line(told))
         else:

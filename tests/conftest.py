@@ -210,7 +210,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return runtime._merge(*results)
 
     fakes = {
-        "connect": lambda workers=None: runtime.Resources(actors=workers or 2, tasks=workers or 2, device="cpu"),
+        "connect": lambda workers=None, gpus_per_actor=1.0: runtime.Resources(
+            actors=workers or 2, tasks=workers or 2, device="cpu"
+        ),
         "map_data": lambda name, work, items, resources: run(work, items),
         "map_actors": lambda name, actor, arguments, items, resources: run(actor(**arguments), items) if items else (),
         "map_tasks": lambda name, work, items, resources, *common, needs=None: run(

@@ -154,7 +154,7 @@ def disturbed(step: int, flag: Path, kill: bool) -> Callable:
 
     Args:
         step: of the whole training, counted in each worker.
-        flag: the file; where it is there, nothing happens.
+        flag: the file, which gets the id of the worker's node; where it is there, nothing happens.
         kill: die, rather than wait for the end of this process.
     """
 
@@ -163,12 +163,17 @@ def disturbed(step: int, flag: Path, kill: bool) -> Callable:
 
         from msense import train_loop, train_worker
 
+        def node() -> str:
+            import ray
+
+            return ray.get_runtime_context().get_node_id()
+
         original, steps = train_loop.Trainer._step, [0]
 
         def counted(self: object, *arguments: object) -> dict:
             steps[0] += 1
             if steps[0] == step and not flag.exists():
-                flag.touch()
+                flag.write_text(node())
                 if kill:
                     os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(600)
@@ -191,20 +196,115 @@ def drive_training(settings: dict, address: str, step: int, flag: str) -> None:
     distill_run.distill_student(DistillConfig(**settings))
 
 
+def held_once(function: Callable, flag: Path) -> Callable:
+    """Return a function whose first call writes the id of its node into a file, and waits for the end of that node."""
+
+    def call(*arguments: object, **named: object) -> object:
+        import time
+        from contextlib import suppress
+
+        import ray
+
+        with suppress(FileExistsError), flag.open("x") as file:
+            file.write(ray.get_runtime_context().get_node_id())
+            file.flush()
+            time.sleep(600)
+        return function(*arguments, **named)
+
+    return call
+
+
+def met(function: Callable, folder: Path, first: int = 0) -> Callable:
+    """Return a function that waits, from the item of this number on, until it has been called on two nodes."""
+
+    def call(item: dict, *more: object) -> object:
+        import time
+
+        import ray
+
+        (folder / ray.get_runtime_context().get_node_id()).touch()
+        until = time.monotonic() + 300
+        while item.get("number", item.get("shard")) >= first and len(list(folder.iterdir())) < 2:
+            if time.monotonic() > until:
+                raise RuntimeError("nobody came from another node")
+            time.sleep(0.05)
+        return function(item, *more)
+
+    return call
+
+
+def lose_a_node_in_each_stage(flags: Path, step: int) -> None:
+    """Have one piece of work of each stage wait for the end of its node, and a training worker at its step."""
+    from msense import assemble, build, clustering, distill, exemplars, labels, parts, passages, plan, senses
+
+    places = {"passages": (passages, "_write_piece"), "plan": (plan, "_select"), "senses": (senses, "look_at_shard")}
+    places |= {"clustering": (clustering, "cluster_shard"), "exemplars": (exemplars, "_resolve_unit")}
+    for stage, (module, name) in places.items():
+        setattr(module, name, held_once(getattr(module, name), flags / stage))
+    build.assemble = held_once(assemble.assemble, flags / "dictionary")
+    for stage, module, name in (("occurrences", build, "OccurrenceActor"), ("labels", labels, "LabelActor")):
+        actor = getattr(module, name)
+        setattr(module, name, type(name, (actor,), {"__call__": held_once(actor.__call__, flags / stage)}))
+    worker = parts.PartWorker
+
+    class LastingWorker(worker):
+        def partial(self, part: object, state: Any) -> object:  # noqa: ANN401 - of k-means
+            if state.rounds >= 1:
+                return held_once(super().partial, flags / "large tokens")(part, state)
+            return super().partial(part, state)
+
+    parts.PartWorker = LastingWorker
+    distill.worker = disturbed(step, flags / "training", kill=False)
+
+
+def meet_on_two_nodes(folder: Path) -> None:
+    """Have teacher actors, from the fourth unit on, and the tasks of clustering wait until they are on two nodes."""
+    from msense import build, clustering
+
+    for name in ("occurrences", "clustering"):
+        (folder / name).mkdir(parents=True)
+    actor = build.OccurrenceActor
+    call = met(lambda item, self: actor.__call__(self, item), folder / "occurrences", first=3)
+    build.OccurrenceActor = type("MeetingActor", (actor,), {"__call__": lambda self, item: call(item, self)})
+    clustering.cluster_shard = met(clustering.cluster_shard, folder / "clustering")
+
+
+def drive_on_nodes(settings: dict, address: str, log: str, change: tuple[Callable, tuple] | None) -> None:
+    """Build, or distill with training, by a light teacher; `change` is called with its arguments before."""
+    os.environ["RAY_ADDRESS"] = address
+    os.environ["RAY_AUTH_MODE"] = "token"
+    from msense import distill_run
+    from msense.build import build_dictionary
+    from msense.config import BuildConfig
+    from msense.distill_config import DistillConfig
+
+    in_small_pieces(Path(log), setattr, light=True)
+    labels_in_small_pieces(Path(log), setattr)
+    if change:
+        change[0](*change[1])
+    if "dictionary" in settings:
+        distill_run.distill_student(DistillConfig(**settings))
+    else:
+        build_dictionary(BuildConfig(**settings))
+
+
 def start(settings: dict, log: Path, kill_at: tuple[str, int] | None = None, light: bool = False) -> BaseProcess:
     """Start a driver that builds or labels."""
     return start_process(drive, settings, str(log), kill_at, light)
 
 
-def start_process(target: Callable, settings: dict, *arguments: object) -> BaseProcess:
-    """Start a driver; its modules are imported once for all drivers, by the server that they are forked from."""
+def start_process(target: Callable, settings: dict, *arguments: object, address: str | None = None) -> BaseProcess:
+    """Start a driver on a cluster, else on that of the test session.
+
+    Its modules are imported once for all drivers, by the server that they are forked from.
+    """
     import ray
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["driver", "msense.build", "msense.distill_run", "ray.data", "torch", "transformers"]
     )
-    address = ray.get_runtime_context().gcs_address
+    address = address or ray.get_runtime_context().gcs_address
     plain = json.loads(json.dumps(settings))
     process = context.Process(target=target, args=(plain, address, *arguments))
     process.start()

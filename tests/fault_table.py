@@ -9,6 +9,7 @@ from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
 STAGES = ("passages", "plan", "occurrences", "senses", "clustering", "large tokens", "exemplars", "dictionary")
+STAGES += ("labels", "training")  # of a distillation
 
 
 def table(seen: dict[tuple[str, str], str]) -> str:

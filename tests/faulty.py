@@ -47,10 +47,10 @@ class Corpus:
         """Build until a function is called so often."""
         real, counted = pkgutil.resolve_name(function), itertools.count(1)
 
-        def stop(*arguments: object) -> object:
+        def stop(*arguments: object, **named: object) -> object:
             if next(counted) == calls:
                 raise StoppedError
-            return real(*arguments)
+            return real(*arguments, **named)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(function, stop)

@@ -1,6 +1,8 @@
 """The benchmarks: what the command line tells, one from end to end, and their loops of other libraries."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -9,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from faulty import Corpus
 
 from msense.errors import BadInput
 
@@ -141,6 +144,37 @@ def test_gather_deletes_no_folder_of_somebody_else(jobs: None, tmp_path: Path) -
     with pytest.raises(BadInput, match=r"is no run folder, and gather would delete all in it: give another --output"):
         gather(Bench(bench.parse(["gather", "--output", str(tmp_path)])))
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_stages_without_ray_give_the_same_dictionary(jobs: None, made: Corpus, in_process: None) -> None:
+    """And nothing of them stays replaced."""
+    from benches.nodes import without_ray
+
+    from msense import build, runtime
+
+    made.build("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "map_actors", "run_task"):
+            patch.setattr(build, name, getattr(runtime, name))
+        with without_ray():
+            assert build.map_actors is not runtime.map_actors
+            made.build("bare")
+        assert build.map_actors is runtime.map_actors
+    assert made.files("bare") == made.files("whole") != {}
+
+
+@pytest.mark.slow
+def test_nodes_and_overhead_from_end_to_end(tmp_path: Path) -> None:
+    """A quick turn of each, whose figures say nothing, in the form in which they are asked for."""
+    (tmp_path / "text.txt").write_text("the bank of the river is deep and money is in the bank\n" * 3000)
+    command = [sys.executable, str(JOBS / "bench.py"), "nodes", "overhead", "--turns", "1", "--senses", "2"]
+    command += ["--corpus", str(tmp_path / "text.txt"), "--output", str(tmp_path / "run")]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, env=outside, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert {"nodes.speedup", "nodes.ceiling", "nodes.of_ceiling", "overhead.ratio", "overhead.bare_s"} <= set(figures)
+    assert all(figures[name] > 0 for name in ("nodes.of_ceiling", "nodes.two_s", "overhead.ratio"))
 
 
 def test_wrong_settings_are_told_and_not_raised(jobs: None, monkeypatch: pytest.MonkeyPatch) -> None:

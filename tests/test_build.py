@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msense import SenseDictionary
+from msense import SenseDictionary, storage
 from msense.build import build_dictionary
 from msense.config import BuildConfig
 from msense.errors import BadInput
-from msense.estimate import _clustering_memory
+from msense.estimate import clustering_memory
 from msense.manifest import differences
+from msense.run_folder import RunFolder
 
 MakeTeacher = Callable[..., Path]
 on_ray = pytest.mark.usefixtures("ray")
@@ -207,16 +208,19 @@ def test_dry_run_tells_what_the_build_then_does(tmp_path: Path, corpus: Path, ma
     assert summary["stages"]["occurrences"]["occurrences"] == told["stored"]
 
 
-def test_a_dry_run_tells_the_memory_of_what_clusters() -> None:
+def test_the_memory_of_what_clusters(tmp_path: Path) -> None:
     """Shards twice, but of a token that is cut into parts only those that a worker holds; with mcl a graph as well."""
-    stored, shards = np.array([10, 20, 9000, 40]), np.array([0, 2, 3, 4])
+    run = RunFolder(str(tmp_path))
+    (tmp_path / "plan").mkdir()
+    arrays = {"stored": np.array([10, 20, 9000, 40]), "shards": np.array([0, 2, 3, 4])}
+    storage.save_arrays(Path(run.thresholds), arrays)
     for given, expected in (
         ({"max_points_per_part": 9000}, 2 * 9000 * 28),
         ({"max_points_per_part": 1024}, 4 * 1024 * 24),
         ({"max_points_per_part": 5000}, 9000 * 24),
         ({"max_points_per_part": 9000, "senses": "mcl"}, 2 * 9000 * 28 + 22 * 4000**2),
     ):
-        assert _clustering_memory(stored, stored, shards, BuildConfig(**given), dim=4) == expected
+        assert clustering_memory(run, BuildConfig(max_occurrences=0, **given), dim=4) == expected
 
 
 @on_ray

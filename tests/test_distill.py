@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from faulty import Corpus
+from faulty import Corpus, Outcome, flip_a_byte
 from safetensors.torch import load_file, save_file
 
-from msense import SenseEncoder, distill, distill_run, train_loop
+from msense import SenseEncoder, distill, distill_run, storage, train_loop
 from msense.dictionary import SenseDictionary
 from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
@@ -95,7 +95,7 @@ def test_a_checkpoint_goes_on_to_the_same_numbers(training: Training, tmp_path: 
     whole = trained(training).state.history
     trained(training, stop=stop).save(tmp_path / "checkpoint")
     assert sorted(p.name for p in (tmp_path / "checkpoint").rglob("*") if p.is_file()) == [
-        "state.json", "tensors.safetensors",
+        "state.json", "tensors.safetensors", "tensors.sha256",
     ]  # fmt: skip
     held = set(load_file(tmp_path / "checkpoint" / "tensors.safetensors"))
     assert "student.head.weight" in held
@@ -145,11 +145,12 @@ def test_deepspeed_gives_the_same_numbers_and_goes_on(
     for name in ("train_sense", "train_pooled", "held_out_sense", "held_out_accuracy"):
         assert again[1][name] == pytest.approx(whole[1][name], rel=1e-5)
         assert whole[1][name] == pytest.approx(wanted[1][name], rel=1e-3)
-    state = tmp_path / "checkpoint" / "state.json"
-    state.write_text(state.read_text().replace('"workers": 1', '"workers": 2'))
+    state = str(tmp_path / "checkpoint" / "state.json")
+    told = storage.read_json(state)
+    storage.write_json(state, {**told, "workers": 2})
     with pytest.raises(BadInput, match=r"was made by 2 workers, .*: give --workers 2, or delete it"):
         trained(training, tmp_path / "checkpoint")
-    state.write_text(state.read_text().replace('"workers": 2', '"workers": 1'))
+    storage.write_json(state, told)
     shutil.rmtree(tmp_path / "checkpoint" / "zero")
     with pytest.raises(BadInput, match=r"the checkpoint .* is damaged"):
         trained(training, tmp_path / "checkpoint")
@@ -162,21 +163,27 @@ def test_slices_of_a_batch_add_up_to_it(training: Training) -> None:
         assert many[0][name] == pytest.approx(one[0][name], rel=1e-4)
 
 
-@pytest.mark.parametrize("damage", ["state", "cut", "foreign", "gone"])
-def test_damaged_checkpoints_are_told(training: Training, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["state", "foreign", "file cut short", "file gone", "byte flipped"])
+def test_damaged_checkpoints_are_told(training: Training, tmp_path: Path, damage: str, outcome: Outcome) -> None:
     folder = tmp_path / "checkpoint"
     trained(training, stop=1).save(folder)
     tensors = folder / "tensors.safetensors"
     if damage == "state":
         (folder / "state.json").write_text('{"epoch": "one"}')
-    elif damage == "cut":
+    elif damage == "file cut short":
         os.truncate(tensors, tensors.stat().st_size // 2)
+    elif damage == "byte flipped":
+        flip_a_byte(tensors)
     elif damage == "foreign":
         save_file({"student.body.other": torch.zeros(2)}, tensors)
+        (folder / "tensors.sha256").write_text(storage.sha256_of(tensors))
     else:
         tensors.unlink()
-    with pytest.raises(BadInput, match=r"the checkpoint .* is damaged .*delete it"):
+    told = r"the checkpoint .* is damaged .*delete .*, and the same command trains from the beginning"
+    with pytest.raises(BadInput, match=told):
         trained(training, folder)
+    if damage not in ("state", "foreign"):
+        outcome(damage, "training", "told; trained again")
 
 
 def test_losses_and_gradients_that_are_not_finite_are_told(training: Training) -> None:

@@ -10,11 +10,13 @@ import driver
 import numpy as np
 import pytest
 import torch
-from faulty import WORDS, Corpus, flip_a_byte
+from faulty import WORDS, Corpus, Outcome, flip_a_byte
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_kills import killed_once
 
 from msense import SenseDictionary, distill_run, storage
+from msense import labels as labels_module
 from msense.config import BuildConfig
 from msense.dictionary import DictionaryConfig, TeacherName, write_dictionary
 from msense.distill_config import DistillConfig
@@ -208,13 +210,13 @@ def test_batches_are_shuffled_anew_and_waste_little_padding() -> None:
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 
 
-def test_any_workers_and_a_killed_driver_give_the_same_bytes(
-    ray: None, made: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch
+def test_any_workers_and_a_killed_worker_or_driver_give_the_same_bytes(
+    ray: None, made: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch, outcome: Outcome
 ) -> None:
     """On a real Ray, with a light teacher; the dictionary is built without it."""
     made.build("dict", senses=3)
     monkeypatch.undo()
-    logs = {name: made.folder / f"{name}.log" for name in ("whole", "killed")}
+    logs = {name: made.folder / f"{name}.log" for name in ("whole", "killed", "worker")}
 
     def given(name: str, workers: int = 2) -> dict:
         return of(made, output=str(made.folder / name), dtype="float32", workers=workers)
@@ -225,6 +227,20 @@ def test_any_workers_and_a_killed_driver_give_the_same_bytes(
     whole = all_bytes(made.folder / "whole")
     units = sum(name.endswith(".safetensors") and name[0] == "0" for name in whole)
     assert units >= 5
+    with monkeypatch.context() as patch:
+        driver.labels_in_small_pieces(logs["worker"], patch.setattr)
+        actor, flag = labels_module.LabelActor, made.folder / "flag"
+
+        class DyingActor(actor):
+            def __call__(self, item: dict) -> dict:
+                return killed_once(super().__call__, flag, "write_json")(item)
+
+        patch.setattr(labels_module, "LabelActor", DyingActor)
+        distill_student(DistillConfig(**given("worker")))
+    assert flag.exists()
+    assert all_bytes(made.folder / "worker") == whole
+    assert len(logs["worker"].read_text().splitlines()) == units + 1
+    outcome("worker killed", "labels", "same run goes on")
     process = driver.start(given("killed"), logs["killed"], ("labels", 2))
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -237,6 +253,7 @@ def test_any_workers_and_a_killed_driver_give_the_same_bytes(
     assert len(begun) <= units + 2  # at most one unit a worker twice
     journal = storage.read_json(RunFolder(str(made.folder / "killed")).journal)["drivers"]
     assert journal[-1]["stages"]["labels"]["kept"] >= 1
+    outcome("driver killed", "labels", "next run goes on")
     assert not list((made.folder / "killed").rglob(".*.part"))
 
 
@@ -258,12 +275,16 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+DAMAGES = {"byte flipped": flip_a_byte, "file cut short": cut, "file gone": Path.unlink}
+
+
 @without_ray
-@pytest.mark.parametrize("damage", [flip_a_byte, cut, Path.unlink])
+@pytest.mark.parametrize("fault", DAMAGES)
 @pytest.mark.parametrize("name", ["000001.safetensors", "senses.safetensors", "labels.json"])
 def test_a_damaged_file_is_refused_and_made_again(
-    made: Corpus, labelled: Corpus, name: str, damage: Callable[[Path], None]
+    made: Corpus, labelled: Corpus, name: str, fault: str, outcome: Outcome
 ) -> None:
+    damage = DAMAGES[fault]
     before = all_bytes(made.folder / "run")
     damage(made.folder / "run" / "labels" / name)
     if not (damage is flip_a_byte and name == "senses.safetensors"):  # that one has no hash outside its marker
@@ -271,6 +292,7 @@ def test_a_damaged_file_is_refused_and_made_again(
             LabelSet.open(str(made.folder / "run"), verify=True)
     distill(made.folder / "run", **of(made))
     assert all_bytes(made.folder / "run") == before
+    outcome(fault, "labels", "made again")
 
 
 @without_ray

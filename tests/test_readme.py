@@ -24,6 +24,7 @@ def test_every_flag_is_there() -> None:
     fields = [name for config in configs for name in config.model_fields]
     known = {"--" + name.replace("_", "-") for name in fields} | {"--config", "--help", "--no-pooled", "--no-cost"}
     known |= {"--senses", "--exemplars", "--output", "--corpus", "--data"}  # of show and bench too
+    known |= {"--address", "--working-dir", "--object-store-memory", "--generate"}  # of Ray
     assert flags <= known
     assert len(flags) > 10
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faulty import Corpus
+from faulty import ALL, Corpus
 from fsspec.implementations.local import LocalFileSystem
 from students import shipped
 from test_evaluation import write_task
@@ -98,7 +98,12 @@ def test_no_job_tells_secrets(
     corpus = root / "corpus"
     task = write_task(root / "task", {part: [("the river", "a"), ("the bank", "b")] * 4 for part in ("train", "test")})
     remote = f"s3://me:{IN_URI}@bucket/x?token={IN_URI}"
-    assert run("build_dict", "--corpus", corpus, *small, "--max-occurrences", 40, "--output", root / "dict") == 0
+    assert (
+        run(
+            "build_dict", "--corpus", corpus, *small, "--max-occurrences", 40, "--keep", *ALL, "--output", root / "dict"
+        )
+        == 0
+    )
     assert run("distill", "--dictionary", root / "dict", "--teacher", made.teacher, "--output", root / "student") == 0
     shipped(made.teacher, root / "shipped")
     models = ("teacher", f"s=student:{root / 'shipped'}")

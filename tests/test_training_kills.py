@@ -9,7 +9,7 @@ from pathlib import Path
 
 import driver
 import pytest
-from faulty import Corpus
+from faulty import Corpus, Outcome
 
 from msense import distill
 from msense.distill_config import DistillConfig
@@ -68,7 +68,7 @@ def kill_a_worker(whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, name: s
 
 
 def test_a_worker_and_a_driver_killed_in_the_middle_of_an_epoch(
-    whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch
+    whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, outcome: Outcome
 ) -> None:
     made, given = whole
     same(kill_a_worker(whole, patch, "worker"), made.folder / "whole")
@@ -85,6 +85,8 @@ def test_a_worker_and_a_driver_killed_in_the_middle_of_an_epoch(
     assert not (run / "student").exists()
     distill_student(DistillConfig(**given, output=str(run)))
     same(run, made.folder / "whole")
+    outcome("worker killed", "training", "same run goes on")
+    outcome("driver killed", "training", "next run goes on")
 
 
 @pytest.mark.slow

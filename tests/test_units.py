@@ -154,15 +154,6 @@ def test_tasks_add_up_in_order_and_errors_come_back_as_themselves() -> None:
         list(map_tasks("refusing", refuse, [3], resources))
 
 
-def test_clustering_actors_fit_into_the_cluster() -> None:
-    for gpus, cpus, actors in ((1, 1, 2), (8, 64, 16), (8, 2, 4)):
-        resources = Resources(actors=gpus, tasks=cpus, device="cuda")
-        assert resources.clusterers == actors
-        assert actors * resources.clustering["num_cpus"] <= cpus
-        assert actors * resources.clustering["num_gpus"] <= gpus
-    assert Resources(actors=3, tasks=3, device="cpu").clusterers == 3
-
-
 def refuse_it(item: int) -> dict:
     raise BadInput(f"no {item}")
 

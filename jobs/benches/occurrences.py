@@ -18,7 +18,6 @@ from benches.shared import Bench, Figures
 from msense import storage
 from msense.build import THREADS
 from msense.config import DEMO_TEACHER, BuildConfig
-from msense.errors import BadInput
 from msense.occurrences import Duplicates, cut_units, select_unit, unit_passages
 from msense.run_folder import RunFolder
 from msense.teacher import TOKEN_BUDGET, describe, pad_batch, resolve_dtype, token_batches
@@ -27,9 +26,7 @@ from msense.teacher_folder import locate
 
 def gather(bench: Bench) -> Figures:
     """Occurrences stage in its steady state over the bare forward pass: same model, dtype, batches and cores."""
-    if storage.names(bench.run.root) and not storage.exists(bench.run.manifest):
-        raise BadInput(f"{bench.run.root} is no run folder, and gather would delete all in it: give another --output")
-    storage.remove(bench.run.root)
+    bench.start_afresh("gather")
     bench.build(dry_run=True)
     before = _bare_rate(bench)
     bench.build()

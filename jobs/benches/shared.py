@@ -16,7 +16,7 @@ import numpy as np
 
 from msense import storage
 from msense.build import build_dictionary, cluster_settings
-from msense.config import DEMO_TEACHER, BuildConfig, validate
+from msense.config import DEMO_CORPUS, DEMO_TEACHER, BuildConfig, validate
 from msense.errors import BadInput
 from msense.evaluation.model2vec_peer import Peer
 from msense.run_folder import RunFolder
@@ -54,10 +54,17 @@ class Bench:
         self.senses: int = given.senses
         self._data: str | None = given.data
         self.peer_python: str | None = given.peer_python
+        self._sample: float | None = given.sample
+        self._turns: int | None = given.turns
         settings = {name: getattr(given, name) for name in ("corpus", "workers", "senses", "max_occurrences", "output")}
         keep = ("passages", "occurrences", "centroids")
         self.config = validate(BuildConfig, {**settings, "teacher": DEMO_TEACHER, "keep": keep})
         self.run = RunFolder(storage.absolute(given.output))
+
+    @property
+    def dry_run(self) -> RunFolder:
+        """Where a dry run of a sample of the corpus puts passages and plan."""
+        return RunFolder(storage.join(self.run.root, "estimate"))
 
     @property
     def dim(self) -> int:
@@ -67,6 +74,27 @@ class Bench:
     def build(self, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - settings
         """Build the dictionary of the shared run, or take it as it is."""
         return build_dictionary(self.config.model_copy(update=changes))
+
+    def sample(self, usual: float) -> float:
+        """Return the share of the corpus to read: `--sample`, or what a benchmark usually reads of the demo's."""
+        return self._sample or (usual if self.config.corpus == (DEMO_CORPUS,) else 1.0)
+
+    def turns(self, usual: int) -> int:
+        """Return how often to measure."""
+        return self._turns or usual
+
+    def start_afresh(self, name: str) -> None:
+        """Delete the shared run for a benchmark.
+
+        Raises:
+            BadInput: its folder holds something else.
+        """
+        ours = any(storage.exists(run.manifest) for run in (self.run, self.dry_run))
+        if storage.names(self.run.root) and not ours:
+            raise BadInput(
+                f"{self.run.root} is no run folder, and {name} would delete all in it: give another --output"
+            )
+        storage.remove(self.run.root)
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """Read the clustered points: token ids int32 [N], grouped, and embeddings float16 [N, D]."""

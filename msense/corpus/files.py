@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from msense import storage
 from msense.corpus.pydocs import choose_packages, package_version, source_files
 from msense.errors import BadInput, MsenseError
-from msense.storage import S3_CREDENTIALS, display_uri, s3_errors
+from msense.storage import display_uri, s3_errors, s3_trouble, wants_credentials
 from msense.text import is_utf8, redact
 
 FORMATS = ("txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "csv")
@@ -134,7 +134,7 @@ def reading(uri: str, form: str) -> Iterator[None]:
         remedy = "check the path" if form == _LISTING else remedy
         raise BadInput(f"{shown}: cannot be read as {form} ({_cause(error)}); {remedy}") from error
     except s3_errors() as error:
-        raise BadInput(f"{shown}: S3 refused ({_cause(error)}); give credentials: {S3_CREDENTIALS}") from error
+        raise (BadInput if wants_credentials(error) else MsenseError)(f"{shown}: {s3_trouble(error)}") from error
 
 
 def _cause(error: Exception) -> str:

@@ -126,7 +126,7 @@ def folder_of_student(source: str) -> Path:
     """
     inside = storage.join(source, "student")
     source = inside if storage.exists(storage.join(inside, "config.json")) else source
-    return student_folder(storage.local_copy(source) if "://" in source else source)
+    return student_folder(source)
 
 
 class TeacherModel:

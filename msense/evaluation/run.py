@@ -20,6 +20,7 @@ from msense.evaluation.plots import check_matplotlib
 from msense.evaluation.report import Cost, Evaluation, TaskReport, load_report, write_report
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
+from msense.run_folder import lasting
 from msense.runtime import Resources, connect, map_tasks, run_task
 from msense.student.files import load_student
 from msense.teacher import resolve_dtype
@@ -64,6 +65,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         MsenseError: a model or task failed; what is finished is kept.
     """
     check_matplotlib()  # not after hours
+    lasting(config.output)
     specs, tasks = config.specs(config.teacher or _teacher_of(config)), config.tasks()
     data = {task.title: of_data(task) for task in tasks}  # before anything is loaded
     resources = connect(config.workers)

@@ -1,0 +1,81 @@
+"""A real S3 API on this machine, and ways in which it fails."""
+
+import re
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+Start = Callable[..., Any]
+Fault = Callable[["Server", dict[str, Any], Start], Iterable[bytes]]
+SLOW_DOWN = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
+KEY, SECRET = "AKIATESTKEYTESTKEY12", "hunter2hunter2hunter2"
+
+
+class Server:
+    """Moto's S3 behind a filter that spoils some requests.
+
+    Attributes:
+        url: where it listens.
+        seen: "METHOD key" of every request.
+    """
+
+    def __init__(self) -> None:
+        self.app = DomainDispatcherApplication(create_backend_app)
+        self.seen: list[str] = []
+        self._faults: list[tuple[re.Pattern, Fault, list[int]]] = []
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def empty(self) -> None:
+        """Forget all that any server of this process holds."""
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")) as answer:
+            assert answer.status == 200
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+
+    def spoil(self, requests: str, fault: Fault, times: int) -> None:
+        """Spoil the next requests that match `METHOD key`, so many times."""
+        self._faults.append((re.compile(requests), fault, [times]))
+
+    def heal(self) -> None:
+        self._faults.clear()
+
+    def _answer(self, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+        name = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO'].lstrip('/')}"
+        self.seen.append(name)
+        for pattern, fault, left in self._faults:
+            if left[0] > 0 and pattern.search(name):
+                left[0] -= 1
+                return fault(self, environ, start)
+        return self.app(environ, start)
+
+
+def throttled(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+    """The store is busy."""
+    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))])
+    return [SLOW_DOWN]
+
+
+def dropped(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+    """The connection breaks in the midst of what is sent, before there is an answer."""
+    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
+    environ["werkzeug.socket"].shutdown(2)
+    start("500 Nobody Hears This", [])
+    return []
+
+
+def cut(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+    """The connection breaks in the midst of the answer."""
+    body = b"".join(server.app(environ, start))
+    return [body[: len(body) // 2]]

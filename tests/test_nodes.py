@@ -1,0 +1,279 @@
+"""Clusters of several nodes on one machine: nodes that are lost in every stage, and nodes that come while a job runs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import driver
+import pytest
+from faulty import Outcome
+from nodes import BIN, Namespaces, Nodes, in_small_units
+from test_kills import Runs
+
+from msense import storage
+from msense.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+LIMIT = 420.0  # seconds of a driver
+STAGES = ("passages", "plan", "occurrences", "senses", "clustering", "large tokens", "exemplars", "dictionary")
+NOT_REPLACED = "occurrences"  # the work goes on with the rest
+STEP = 12  # of the training, at which a node is lost
+
+
+def patiently(start: Callable[[], Any]) -> Any:  # noqa: ANN401 - a node of Ray's
+    """Start a node; on a busy machine that may take longer than the 30 seconds that Ray gives it."""
+    for tries_left in (2, 1, 0):
+        try:
+            return start()
+        except Exception as error:  # Ray raises no other
+            if not tries_left or "timed out during startup" not in str(error):
+                raise
+    return None
+
+
+class Machines:
+    """A head without CPUs, and workers of one CPU each, that come and go."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        quiet = {"include_dashboard": False, "object_store_memory": 200 << 20}
+        quiet |= {
+            "_system_config": {"health_check_period_ms": 1000}
+        }  # else it takes 15 s to notice that a node is gone
+        self.temporary = tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets lie in it
+        quiet |= {"temp_dir": self.temporary}
+        self.cluster = Cluster()
+        patiently(lambda: self.cluster.add_node(num_cpus=0, **quiet))
+        self.workers: dict[str, Any] = {}
+        self.lost = 0
+
+    @property
+    def address(self) -> str:
+        return self.cluster.address
+
+    def add(self, count: int = 1) -> None:
+        """Start workers."""
+        for _ in range(count):
+            node = patiently(lambda: self.cluster.add_node(num_cpus=1, object_store_memory=200 << 20))
+            self.workers[node.node_id] = node
+
+    def lose(self, node: str) -> None:
+        """Kill all processes of a worker."""
+        self.cluster.remove_node(self.workers.pop(node), allow_graceful=False)
+        self.lost += 1
+
+    def drive(self, settings: dict, log: Path, change: Callable | None = None, *arguments: object) -> BaseProcess:
+        """Start a driver on the head."""
+        given = (change, arguments) if change else None
+        return driver.start_process(driver.drive_on_nodes, settings, str(log), given, address=self.address)
+
+    def lose_as_told(self, process: BaseProcess, flags: Path) -> None:
+        """Lose each node that a file of `flags` names, in place of which another comes; wait for the driver's end."""
+        seen: set[Path] = set()
+        until = time.monotonic() + LIMIT
+        while process.is_alive() and time.monotonic() < until:
+            process.join(0.1)
+            for flag in set(flags.iterdir()) - seen:
+                if node := flag.read_text():
+                    seen.add(flag)
+                    if flag.name != NOT_REPLACED:
+                        self.add(3 - len(self.workers))
+                    self.lose(node)
+        process.kill()
+        process.join()
+        assert process.exitcode == 0
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Machines]]:
+    """Make clusters; they ask for the token of this user, as the session's Ray does."""
+    monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "token"))
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(__file__).parent)
+    )  # what drivers change stands in modules beside this one
+    subprocess.run([str(BIN / "ray"), "get-auth-token", "--generate"], capture_output=True, check=True)
+    made: list[Machines] = []
+
+    def make(workers: int) -> Machines:
+        made.append(Machines())
+        made[-1].add(workers)
+        return made[-1]
+
+    yield make
+    for machines in made:
+        machines.cluster.shutdown()
+        shutil.rmtree(machines.temporary, ignore_errors=True)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, teacher: Path) -> Runs:
+    return Runs(tmp_path, teacher)
+
+
+def finish(process: BaseProcess) -> None:
+    """Wait for a driver."""
+    process.join(LIMIT)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
+
+
+def labels_of(run: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((run / "labels").iterdir()) if p.suffix != ".done"}
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+
+
+def same_metrics(run: Path, whole: Path) -> None:
+    """Check two epochs of a training against those of another."""
+    found, wanted = metrics_of(run), metrics_of(whole)
+    assert len(wanted) == 2
+    for one, other in zip(found, wanted, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-3)
+
+
+def test_a_node_lost_in_each_stage_of_a_build_changes_nothing(
+    machines: Callable[[int], Machines], runs: Runs, outcome: Outcome
+) -> None:
+    """One build in which every stage loses the node of a worker at work."""
+    three = machines(2)
+    flags = runs.folder / "flags"
+    flags.mkdir()
+    finish(three.drive(runs.settings("whole"), runs.log("whole")))
+    disturbed = three.drive(runs.settings("run"), runs.log("run"), driver.lose_a_node_in_each_stage, flags, STEP)
+    three.lose_as_told(disturbed, flags)
+    assert {flag.name for flag in flags.iterdir()} == set(STAGES)
+    assert three.lost == len(STAGES)
+    runs.same("run")
+    begun = runs.begun("run")
+    assert begun.keys() == runs.begun("whole").keys()
+    (only,) = storage.read_json(RunFolder(str(runs.folder / "run")).journal)["drivers"]
+    assert only["outcome"] == "finished"
+    for stage in STAGES:
+        outcome("node killed", stage, "same run goes on")
+
+
+def test_a_node_lost_in_each_stage_of_a_distillation_changes_nothing(
+    machines: Callable[[int], Machines], runs: Runs, outcome: Outcome
+) -> None:
+    """Labels, then a training, lose the node of a worker at work."""
+    three = machines(2)
+    flags = runs.folder / "flags"
+    flags.mkdir()
+    finish(three.drive(runs.settings("whole"), runs.log("whole")))
+    given = {"dictionary": str(runs.folder / "whole"), "teacher": str(runs.teacher), "student": "static", "epochs": 2}
+    given |= {"batch_tokens": 512, "dtype": "float32", "checkpoint_steps": 5, "workers": 2, "held_out": 0.2}
+    whole, run = ({**given, "output": str(runs.folder / name)} for name in ("whole-student", "student"))
+    finish(three.drive(whole, runs.log("whole-student")))
+    three.lose_as_told(three.drive(run, runs.log("student"), driver.lose_a_node_in_each_stage, flags, STEP), flags)
+    assert {flag.name for flag in flags.iterdir()} == {"labels", "training"}
+    assert labels_of(Path(run["output"])) == labels_of(Path(whole["output"])) != {}
+    same_metrics(Path(run["output"]), Path(whole["output"]))
+    for stage in ("labels", "training"):
+        outcome("node killed", stage, "same run goes on")
+
+
+def test_a_node_that_comes_while_a_job_runs_is_used(machines: Callable[[int], Machines], runs: Runs) -> None:
+    """The driver finds a head alone, waits for a first node, and is held at its fourth unit until a second has come."""
+    growing = machines(0)
+    places = runs.folder / "places"
+    settings = {name: value for name, value in runs.settings("run").items() if name != "workers"}
+    process = growing.drive(settings, runs.log("run"), driver.meet_on_two_nodes, places)
+    until = time.monotonic() + LIMIT
+    while not runs.folder.joinpath("run", ".lock").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    growing.add()
+    while not list(places.glob("occurrences/*")) and process.is_alive() and time.monotonic() < until:
+        time.sleep(0.1)
+    growing.add()
+    finish(process)
+    for stage in ("occurrences", "clustering"):
+        assert {path.name for path in (places / stage).iterdir()} == set(growing.workers)
+    finish(growing.drive(runs.settings("whole"), runs.log("whole")))
+    runs.same("run")
+
+
+def test_nodes_with_addresses_of_their_own_give_what_one_node_gives(runs: Runs) -> None:
+    """Build and distillation on a head and two workers, each in a network namespace, and by a local Ray of one worker."""
+    try:
+        spaces = Namespaces(3)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this user may make no network namespaces ({error})")
+    nodes = Nodes()
+    hosts = runs.folder / "hosts"
+    hosts.mkdir()
+    wait = f"""
+    hosts = Path({str(hosts)!r})
+    (hosts / socket.gethostname()).touch()
+    while item["number"] >= 3 and len(list(hosts.iterdir())) < 2:
+        time.sleep(0.05)
+"""
+    code = in_small_units(runs.folder / "code", wait)
+    nodes.environment["PYTHONPATH"] = str(code)
+    given = runs.settings("x")
+
+    def commands(name: str, workers: int) -> list[list[str]]:
+        python = [sys.executable, "jobs/build_dict.py", "--corpus", *given["corpus"], "--teacher", given["teacher"]]
+        build = ["--dtype", "float32", "--max-occurrences", "4000", "--keep", "occurrences", "passages"]
+        distill = [sys.executable, "jobs/distill.py", "--dictionary", str(runs.folder / name), "--student", "static"]
+        distill += ["--epochs", "2", "--batch-tokens", "512", "--dtype", "float32", "--held-out", "0.2"]
+        distill += ["--teacher", given["teacher"], "--output", str(runs.folder / f"{name}-student")]
+        jobs = [[*python, *build, "--output", str(runs.folder / name)], distill]
+        return [[*job, "--workers", str(workers)] for job in jobs]
+
+    def run(jobs: list[list[str]], within: Sequence[str] = (), **more: str) -> None:
+        for job in jobs:
+            done = subprocess.run(
+                [*within, *job],
+                cwd=code,
+                env={**nodes.environment, **more},
+                capture_output=True,
+                text=True,
+                timeout=LIMIT,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+
+    try:
+        address = f"{spaces.addresses[0]}:6379"
+        for number, own in enumerate(spaces.addresses):
+            options = ["--num-cpus", str(min(number, 1)), "--node-ip-address", own]
+            if number == 0:
+                options += ["--head", "--port", "6379", "--include-dashboard", "false"]
+                options += ["--temp-dir", str(nodes.folder / "ray")]
+            else:
+                options += ["--address", address]
+            nodes.start(*options, within=spaces.within(number))
+            ready = f"import ray; ray.init({address!r}); assert len(ray.nodes()) == {number + 1}"
+            nodes.wait_for([*spaces.within(0), sys.executable, "-c", ready], number)
+        run(commands("spread", 2), spaces.within(0), RAY_ADDRESS=address)
+        assert {path.name for path in hosts.iterdir()} == set(spaces.names[1:])
+        units = (runs.folder / "spread" / "occurrences").glob("*.records")
+        actors = {(storage.facts_of(str(path)) or {})["actor"].rpartition("-")[0] for path in units}
+        assert actors == set(spaces.names[1:])
+    finally:
+        nodes.end()
+        spaces.end()
+    again = Nodes()
+    nodes.environment = {**again.environment, "PYTHONPATH": str(code)}
+    try:
+        run(commands("alone", 1))
+    finally:
+        again.end()
+    assert runs.bytes("spread") == runs.bytes("alone") != {}
+    assert runs.records("spread") == runs.records("alone")
+    spread, alone = (runs.folder / f"{name}-student" for name in ("spread", "alone"))
+    assert labels_of(spread) == labels_of(alone) != {}
+    same_metrics(spread, alone)

@@ -1,0 +1,171 @@
+"""What a job takes of a cluster: never more than it offers, and never what no node could run."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faulty import Corpus
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msense.config import BuildConfig, parse_flags
+from msense.distill_config import DistillConfig
+from msense.errors import BadInput
+from msense.resources import TASK_CPUS, WORKER_MEMORY, Node, Resources, described, take
+
+GB = 10**9
+LAPTOP = Node({"CPU": 8, "memory": 16 * GB}, 1, 1)
+HEAD = Node({"CPU": 0, "GPU": 0, "memory": 16 * GB}, 1, 1)
+GPU_NODE = {"CPU": 8, "GPU": 2, "memory": 60 * GB}
+
+
+def test_a_laptop() -> None:
+    found = take([LAPTOP])
+    assert (found.actors, found.tasks, found.device, found.trainers, found.clusterers) == (8, 8, "cpu", 8, 8)
+    assert take([LAPTOP], workers=3).actors == 3
+    assert take([LAPTOP], workers=30).tasks == 8
+
+
+def test_gpus_are_shared_by_as_many_actors_as_are_asked_for() -> None:
+    nodes = [HEAD, Node(GPU_NODE, 3, 3)]
+    assert (take(nodes).actors, take(nodes).tasks, take(nodes).device) == (6, 24, "cuda")
+    half = take(nodes, gpus_per_actor=0.5)
+    assert (half.actors, half.trainers, half.clusterers) == (12, 6, 12)
+    assert half.teacher == {"num_gpus": 0.5}
+    assert take(nodes, workers=4, gpus_per_actor=0.5).actors == 4
+
+
+def test_nodes_that_only_the_autoscaler_has_count() -> None:
+    """A cluster that has scaled down to its head, which does no work, is not taken for one without GPUs."""
+    spot, on_demand = Node({"CPU": 8, "GPU": 1}, 0, 8), Node({"CPU": 8, "GPU": 1}, 0, 6)
+    found = take([HEAD, spot, on_demand])
+    assert (found.actors, found.tasks, found.device) == (8, 64, "cuda")  # not 14: one kind stands in for the other
+    assert found.clusterers == 1  # of nodes that may never come nobody waits for more
+    assert "up to 8 of 8 CPUs, 1 GPUs" in described(found.nodes)
+
+
+def test_a_job_that_no_node_could_run_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"no CPU to work on\. Add a node"):
+        take([HEAD])
+    apart = [Node({"CPU": 8}, 1, 1), Node({"CPU": 0, "GPU": 4}, 1, 1)]
+    with pytest.raises(
+        BadInput, match=r"a clustering task asks for 0\.5 CPU \+ 0\.5 GPU, but .* no node can ever run it"
+    ):
+        take(apart)
+    with pytest.raises(BadInput, match=r"0\.5 CPU \+ 17\.0 GB, but .*1 of 8 CPUs, 16\.0 GB.*--task-memory"):
+        take([LAPTOP]).setting_aside(0, 17 * GB)
+    with pytest.raises(BadInput, match="no CPU"):
+        take([HEAD, Node({"CPU": 8}, 0, 0)])
+
+
+def test_memory_is_set_aside_for_clustering(caplog: pytest.LogCaptureFixture) -> None:
+    found = take([LAPTOP]).setting_aside(5 * GB, None)
+    assert found.clustering == {"num_cpus": TASK_CPUS, "memory": 5 * GB + WORKER_MEMORY}
+    assert found.clusterers == 2
+    assert take([LAPTOP]).setting_aside(5 * GB, 2 * GB).clustering["memory"] == 2 * GB
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert take([LAPTOP]).setting_aside(50 * GB, None).task_memory == 16 * GB
+    assert "may hold 50.4 GB, but the largest node offers 16.0 GB" in caplog.text
+    assert take([Node({"CPU": 4}, 1, 1)]).setting_aside(GB, None).task_memory == 0  # where no node tells its memory
+
+
+amounts = st.fixed_dictionaries(
+    {"CPU": st.integers(0, 9)},
+    optional={"GPU": st.integers(0, 4), "memory": st.integers(1, 9).map(lambda gb: gb * GB)},
+)
+node = st.builds(
+    lambda offers, count, more: Node(offers, count, count + more), amounts, st.integers(0, 3), st.integers(0, 2)
+)
+
+
+@given(st.lists(node, min_size=1, max_size=4), st.none() | st.integers(1, 20), st.sampled_from([0.25, 0.5, 1.0]))
+def test_what_is_taken_is_there(nodes: list[Node], workers: int | None, share: float) -> None:
+    """Either the cluster is refused, or all kinds of work find room, as many at a time as is said."""
+    try:
+        found = take(nodes, workers, share).setting_aside(GB, None)
+    except BadInput:
+        return
+    assert min(found.actors, found.tasks, found.trainers, found.clusterers) >= 1
+    for needs in (found.teacher, found.clustering):
+        assert any(node.most and node.holds(needs) for node in nodes)
+    room = sum(node.count * node.holds(found.clustering) for node in nodes)
+    assert found.clusterers <= max(1, room)
+    if workers:
+        assert max(found.actors, found.tasks) <= workers
+    if found.device == "cuda":
+        gpus = max(
+            [sum(n.count * n.offers.get("GPU", 0) for n in nodes), *(n.most * n.offers.get("GPU", 0) for n in nodes)]
+        )
+        assert found.actors * share <= gpus
+
+
+def test_settings() -> None:
+    config = parse_flags(BuildConfig, "x", ["--gpus-per-actor", "0.5", "--task-memory", "4GB"])
+    assert (config.gpus_per_actor, config.task_memory) == (0.5, 4 * GB)
+    assert config.of_results() == BuildConfig().of_results()
+    assert (
+        DistillConfig(dictionary="d", gpus_per_actor=0.25).of_training() == DistillConfig(dictionary="d").of_training()
+    )
+    with pytest.raises(BadInput, match=r"gpus_per_actor.*\n.*task_memory"):
+        parse_flags(BuildConfig, "x", ["--gpus-per-actor", "2", "--task-memory", "much"])
+
+
+@pytest.mark.usefixtures("ray")
+def test_the_dry_run_tells_what_is_offered_and_asked_for(made: Corpus) -> None:
+    found = made.build("dry", dry_run=True, workers=2)["estimate"]
+    assert found["offered"].startswith("nodes: 1 of 3 CPUs, ")
+    assert found["asked"].startswith(
+        "2 teacher actors of 0.5 CPU, 2 tasks of 0.5 CPU, 2 of them clustering, of 0.5 CPU + "
+    )
+    with pytest.raises(BadInput, match="no node can ever run it"):
+        made.build("dry", dry_run=True, task_memory=10**15)
+
+
+@pytest.fixture
+def outside() -> Callable[[str], str]:
+    """Run Python in a process with a Ray of its own; return what it says on stderr."""
+
+    def run(code: str) -> str:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    return run
+
+
+SPILL = """
+import logging, numpy as np, ray
+logging.basicConfig(level=logging.WARNING)
+ray.init(num_cpus=1, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
+from msense.resume import timed
+stages = {}
+with timed(stages, "one"):
+    pass
+with timed(stages, "two"):
+    held = [ray.put(np.zeros(25 << 20, np.uint8)) for _ in range(6)]
+assert "spilled_bytes" not in stages["one"]
+assert stages["two"]["spilled_bytes"] >= 50 << 20
+"""
+
+
+@pytest.mark.slow
+def test_spilling_is_told(outside: Callable[[str], str]) -> None:
+    told = outside(SPILL)
+    assert "two: Ray moved" in told
+    assert "one: Ray" not in told
+
+
+def test_resources_without_nodes_take_what_they_are_told() -> None:
+    for gpus, cpus, actors in ((1, 1, 2), (8, 64, 16), (8, 2, 4)):
+        resources = Resources(actors=gpus, tasks=cpus, device="cuda")
+        assert resources.clusterers == actors
+        assert actors * resources.clustering["num_cpus"] <= cpus
+        assert actors * resources.clustering["num_gpus"] <= gpus
+    assert Resources(actors=3, tasks=3, device="cpu").clusterers == 3

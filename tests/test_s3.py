@@ -1,0 +1,315 @@
+"""Runs on a real S3 API: the bytes of a local run, whatever the store does in between; and no key is ever written down."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import s3fs
+from faulty import ALL, Corpus, Outcome
+from s3_server import KEY, SECRET, Fault, Server, cut, dropped, throttled
+
+from msense import SenseDictionary, SenseEncoder, distill_run, storage
+from msense.cli import run_job
+from msense.distill_config import DistillConfig
+from msense.distill_run import distill_student
+from msense.errors import BadInput, MsenseError
+from msense.status import show_status
+
+BUCKET = "s3://bucket"
+IN_PROCESS = pytest.mark.usefixtures("in_process")
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that this process and those that it starts take for S3, with an empty bucket."""
+    server = Server()
+    given = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    for name, value in (given | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "3"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.empty()
+    storage.filesystem(BUCKET)[0].mkdir("bucket")
+    yield server
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def files(uri: str) -> dict[str, bytes]:
+    """All that is in a folder, done-markers left out."""
+    fs, path = storage.filesystem(uri)
+    names = [name for name in fs.find(path) if not name.endswith(".done")]
+    return {name.removeprefix(f"{path}/"): fs.cat_file(name) for name in names}
+
+
+def same_dictionary(made: Corpus, uri: str) -> None:
+    assert files(f"{uri}/dictionary") == files(str(made.folder / "whole" / "dictionary"))
+    for below in ALL:
+        assert files(f"{uri}/{below}") == files(str(made.folder / "whole" / below)), below
+
+
+@IN_PROCESS
+def test_a_run_on_s3_gives_the_bytes_of_a_local_one(
+    made: Corpus, s3: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(made.folder / "cache"))
+    made.build("whole", keep=ALL)
+    fs = storage.filesystem(BUCKET)[0]
+    for file in sorted((made.folder / "corpus").iterdir()):
+        fs.put_file(str(file), f"bucket/corpus/{file.name}")
+    summary = made.build("run", keep=ALL, output=f"{BUCKET}/run", corpus=(f"{BUCKET}/corpus",))
+    assert summary["dictionary"] == f"{BUCKET}/run/dictionary"
+    assert files(f"{BUCKET}/run/passages") == files(str(made.folder / "whole" / "passages"))
+    local, remote = files(str(made.folder / "whole" / "dictionary")), files(f"{BUCKET}/run/dictionary")
+    assert {name for name in local if local[name] != remote[name]} <= {"README.md"}  # names the corpus
+    there = SenseDictionary.load(f"{BUCKET}/run")
+    assert there.fingerprint == SenseDictionary.load(made.folder / "whole").fingerprint
+    show_status(f"{BUCKET}/run")
+    assert "finished" in capsys.readouterr().out
+    written = "".join(map(str, files(f"{BUCKET}/run").values()))
+    assert KEY not in written
+    assert SECRET not in written
+
+
+STOPS = {
+    "passages": "msense.passages._write_piece",
+    "plan": "msense.plan._write",
+    "occurrences": "msense.build.write_index",
+    "clustering": "msense.clustering.cluster_shard",
+    "dictionary": "msense.build.assemble",
+    "the end": "msense.build._drop_intermediates",
+}
+
+
+@IN_PROCESS
+def test_a_run_on_s3_goes_on_after_stops_in_each_stage(made: Corpus, s3: Server) -> None:
+    made.build("whole", keep=ALL)
+    output = f"{BUCKET}/run"
+    for function in STOPS.values():
+        made.stop_at(function, output=output, keep=ALL)
+    made.build("run", output=output, keep=ALL)
+    same_dictionary(made, output)
+    drivers = storage.read_json(f"{output}/journal.json")["drivers"]
+    assert len(drivers) == len(STOPS) + 1
+    assert drivers[-1]["stages"] == {"dictionary": {"kept": 1}}
+    assert drivers[-2]["stages"]["occurrences"]["made"] == 0
+
+
+PLACES = {
+    "passages": "passages/000001.parquet",
+    "plan": "plan/plan.safetensors",
+    "occurrences": "occurrences/000001.records",
+    "senses": "senses/senses.safetensors",
+    "clustering": "centroids/000001.safetensors",
+    "large tokens": "centroids/token-00000004-round.safetensors",
+    "exemplars": "contexts/000001.parquet",
+    "dictionary": "dictionary/dictionary.safetensors",
+}
+
+
+LABELS = "labels/000000.safetensors"
+
+
+@pytest.fixture
+def label(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Label the text of the undisturbed run into a folder, and train nothing."""
+    monkeypatch.setattr(distill_run, "train", lambda *_: {})
+    given = {"dictionary": str(made.folder / "whole"), "teacher": str(made.teacher), "dtype": "float32"}
+    return lambda output: distill_student(DistillConfig(**given, output=output)) and None
+
+
+def same_labels(made: Corpus, uri: str) -> None:
+    assert files(f"{uri}/labels") == files(str(made.folder / "labels" / "labels"))
+
+
+@IN_PROCESS
+@pytest.mark.parametrize("fault", [throttled, dropped], ids=["throttled", "dropped"])
+def test_a_store_that_is_in_trouble_for_a_while_is_asked_again(
+    made: Corpus, s3: Server, fault: Fault, label: Callable[[str], None], outcome: Outcome
+) -> None:
+    """Of every stage the first upload, the first download of a marker and the first listing fail twice."""
+    made.build("whole", keep=ALL)
+    for place in PLACES.values():
+        s3.spoil(f"^PUT bucket/run/{place}$", fault, 2)
+        s3.spoil(f"^(GET|HEAD) bucket/run/{place}", fault, 2)
+    s3.spoil("^GET bucket/?$", fault, 2)
+    made.build("run", output=f"{BUCKET}/run", keep=ALL)
+    same_dictionary(made, f"{BUCKET}/run")
+    label(str(made.folder / "labels"))
+    s3.spoil(f"^(PUT|GET|HEAD) bucket/run2/{LABELS}", fault, 2)
+    label(f"{BUCKET}/run2")
+    same_labels(made, f"{BUCKET}/run2")
+    puts = {stage: f"PUT bucket/run/{place}" for stage, place in PLACES.items()} | {
+        "labels": f"PUT bucket/run2/{LABELS}"
+    }
+    for stage, put in puts.items():
+        assert s3.seen.count(put) >= 3, stage
+        outcome("S3 busy or cut off for a while", stage, "same run goes on")
+
+
+@IN_PROCESS
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [throttled, dropped], ids=["throttled", "dropped"])
+def test_a_store_that_stays_in_trouble_is_told_and_the_next_run_goes_on(
+    made: Corpus,
+    s3: Server,
+    fault: Fault,
+    monkeypatch: pytest.MonkeyPatch,
+    label: Callable[[str], None],
+    outcome: Outcome,
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    made.build("whole", keep=ALL)
+    for number, (stage, place) in enumerate(PLACES.items()):
+        s3.spoil(f"^PUT bucket/run/{place}$", fault, 10**6)
+        where = "dictionary" if stage == "dictionary" else place
+        told = "the store is busy .* later" if fault is throttled else "S3 does not answer.* run the same command again"
+        with pytest.raises(MsenseError, match=rf"cannot write s3://bucket/run/{where}.*: {told}") as caught:
+            made.build("run", output=f"{BUCKET}/run", keep=ALL)
+        assert SECRET not in str(caught.value)
+        assert not storage.exists(f"{BUCKET}/run/{place}.done")
+        assert len(storage.read_json(f"{BUCKET}/run/journal.json")["drivers"]) == number + 1
+        s3.heal()
+    made.build("run", output=f"{BUCKET}/run", keep=ALL)
+    same_dictionary(made, f"{BUCKET}/run")
+    label(str(made.folder / "labels"))
+    s3.spoil(f"^PUT bucket/run2/{LABELS}", fault, 10**6)
+    with pytest.raises(MsenseError, match=f"cannot write s3://bucket/run2/{LABELS}"):
+        label(f"{BUCKET}/run2")
+    s3.heal()
+    label(f"{BUCKET}/run2")
+    same_labels(made, f"{BUCKET}/run2")
+    for stage in (*PLACES, "labels"):
+        outcome("S3 in trouble for long", stage, "told; next run goes on")
+
+
+def test_what_is_cut_off_while_it_is_read_is_read_again(s3: Server) -> None:
+    data = os.urandom(300_000)
+    storage.publish(f"{BUCKET}/x", lambda path: path.write_bytes(data) and None)
+    for read in (
+        lambda: storage.read_range(f"{BUCKET}/x", 0, len(data)) == data,
+        lambda: storage.facts_of(f"{BUCKET}/x", verify=True) == {},
+    ):
+        s3.spoil("^GET bucket/x$", cut, 2)
+        assert read()
+    s3.spoil("^GET bucket/x$", cut, 10**6)
+    told: list[str] = []
+    logging.getLogger("msense").addHandler(handler := _Told(told))
+    assert run_job(lambda: storage.read_range(f"{BUCKET}/x", 0, len(data)) and None) == 1
+    logging.getLogger("msense").removeHandler(handler)
+    assert "S3 does not answer, however often it is asked" in told[0]
+
+
+class _Told(logging.Handler):
+    def __init__(self, told: list[str]) -> None:
+        super().__init__()
+        self.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+
+
+def test_an_upload_that_was_cut_never_counts(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in several parts of which one never comes; and one whose upload ended, but not its marker's."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            file.truncate(101 << 20)  # above twice a part
+
+    s3.spoil("^PUT bucket/large$", dropped, 10**6)
+    with pytest.raises(MsenseError, match="cannot write s3://bucket/large"):
+        storage.publish(f"{BUCKET}/large", write)
+    assert s3.seen.count("POST bucket/large") >= 1  # it did go in parts
+    assert not storage.exists(f"{BUCKET}/large")
+    s3.heal()
+    s3.spoil("^PUT bucket/small.done$", dropped, 10**6)
+    with pytest.raises(MsenseError, match=r"cannot write s3://bucket/small\.done"):
+        storage.publish(f"{BUCKET}/small", lambda path: path.write_bytes(b"x") and None)
+    assert storage.facts_of(f"{BUCKET}/small") is None
+    s3.heal()
+    storage.publish(f"{BUCKET}/small", lambda path: path.write_bytes(b"xy") and None)
+    storage.filesystem(BUCKET)[0].pipe_file("bucket/small", b"x")  # what a store without atomic uploads might show
+    assert storage.facts_of(f"{BUCKET}/small") is None
+
+
+@IN_PROCESS
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "true"}, "credentials"),
+        ({}, "bucket"),
+    ],
+    ids=["no credentials", "no bucket"],
+)
+def test_what_is_wrong_with_bucket_or_credentials_is_told(
+    made: Corpus, s3: Server, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], told: str
+) -> None:
+    monkeypatch.setenv("HOME", str(made.folder))  # no credentials of this user
+    for name, value in change.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()  # clients remember who they are
+    output = f"{BUCKET}/run" if change else "s3://nobody-has-this/run"
+    heard: list[str] = []
+    logging.getLogger("msense").addHandler(handler := _Told(heard))
+    assert run_job(lambda: made.build("run", output=output) and None) in (1, 2)
+    logging.getLogger("msense").removeHandler(handler)
+    assert told in heard[-1]
+    assert SECRET not in "".join(heard)
+
+
+@pytest.fixture
+def command(s3: Server, tmp_path: Path) -> Callable[..., str]:
+    """Run a job on S3 with a Ray of its own; return all it says."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def run(*words: str) -> str:
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.mark.slow
+def test_build_distill_and_encode_on_s3(
+    made: Corpus, command: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fs = storage.filesystem(BUCKET)[0]
+    fs.put(str(made.folder / "corpus"), "bucket/corpus", recursive=True)
+    given = ["--corpus", f"{BUCKET}/corpus", "--teacher", str(made.teacher), "--senses", "3", "--workers", "2"]
+    told = command("jobs/build_dict.py", *given, "--dtype", "float32", "--dedup", "--output", f"{BUCKET}/run")
+    given = [
+        "--student",
+        "static",
+        "--epochs",
+        "2",
+        "--workers",
+        "2",
+        "--dtype",
+        "float32",
+        "--teacher",
+        str(made.teacher),
+    ]
+    distill = ["jobs/distill.py", "--dictionary", f"{BUCKET}/run", *given, "--output", f"{BUCKET}/student"]
+    told += command(*distill)
+    assert "the student in s3://bucket/student/student is finished" in command(*distill)
+    encoder = SenseEncoder.from_pretrained(f"{BUCKET}/student/student")
+    fs.get("bucket/student/student", str(tmp_path / "student"), recursive=True)
+    texts = ["the bank of the river", "money is in the bank"]
+    assert (encoder.encode(texts) == SenseEncoder.from_pretrained(tmp_path / "student").encode(texts)).all()
+    assert encoder.tokens(texts[0])
+    assert len([json.loads(line) for line in storage.read_text(f"{BUCKET}/student/metrics.jsonl").splitlines()]) == 2
+    written = told + "".join(map(str, (*files(f"{BUCKET}/run").values(), *files(f"{BUCKET}/student").values())))
+    assert KEY not in written
+    assert SECRET not in written
+
+
+def test_a_student_that_is_not_there_is_told(s3: Server) -> None:
+    with pytest.raises(BadInput, match="nothing at s3://bucket/none"):
+        SenseEncoder.from_pretrained(f"{BUCKET}/none")

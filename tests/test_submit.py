@@ -1,0 +1,151 @@
+"""`ray job submit` to a head that asks for a token: what is uploaded, refused, told, stopped and gone on with."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nodes import BIN, ROOT, Nodes, free_ports, in_small_units
+from tiny import WORDS
+
+from msense import storage
+from msense.errors import BadInput
+from msense.run_folder import SUBMITTED, RunFolder, lasting
+
+
+class Head:
+    """A head node, and `ray job` against it."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes = nodes
+        port, dashboard, *others = map(str, free_ports(5))
+        names = ("ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+        options = [word for name, other in zip(names, others, strict=True) for word in (f"--{name}", other)]
+        options += ["--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard, "--num-cpus", "2"]
+        nodes.start("--head", "--port", port, "--temp-dir", str(nodes.folder / "ray"), *options)
+        self.address = ("--address", f"http://127.0.0.1:{dashboard}")
+        nodes.wait_for([str(BIN / "ray"), "job", "list", *self.address], 0)
+
+    def job(self, *words: str, token: bool = True) -> subprocess.CompletedProcess:
+        """Call `ray job`, with its output and errors in one."""
+        environment = {k: v for k, v in self.nodes.environment.items() if token or not k.startswith("RAY_AUTH")}
+        command = [str(BIN / "ray"), "job", words[0], *self.address, *words[1:]]
+        return subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+
+    def submit(self, folder: Path, *command: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+        """Submit a command with a working directory."""
+        return self.job("submit", "--working-dir", str(folder), *options, "--", *command)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    nodes = Nodes()
+    try:
+        yield Head(nodes)
+    finally:
+        nodes.end()
+
+
+def test_no_token_no_job_and_a_relative_output_is_refused(head: Head) -> None:
+    refused = head.job("list", token=False)
+    assert refused.returncode == 1
+    assert "Unauthorized: Missing authentication token" in refused.stdout
+    bad = head.submit(ROOT, "python", "jobs/build_dict.py", "--corpus", "README.md", "--output", "runs/mine")
+    assert bad.returncode == 1  # Ray's own, whatever the job's is
+    assert "exit code 2" in bad.stdout
+    assert "error: --output runs/mine is relative, and a submitted job runs in a copy" in bad.stdout
+
+
+def test_an_output_lasts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert lasting("runs/x") == str(tmp_path / "runs/x")
+    monkeypatch.setenv(SUBMITTED, "{}")
+    for output in ("runs/x", "file://runs/x"):
+        with pytest.raises(BadInput, match="give an absolute path or a URI that every node can reach"):
+            lasting(output)
+    assert lasting("/runs/x") == lasting("file:///runs/x") == "/runs/x"
+    assert lasting("s3://bucket/x") == "s3://bucket/x"
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Path:
+    """A file that holds up what is submitted at its sixth unit."""
+    path = tmp_path / "hold"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def working_dir(tmp_path: Path, hold: Path) -> Path:
+    """A copy of what is submitted, in which units are small: a job that has many units runs what was uploaded."""
+    wait = f"""
+    while item["number"] >= 5 and Path({str(hold)!r}).exists():
+        time.sleep(0.05)
+"""
+    return in_small_units(tmp_path / "submitted", wait)
+
+
+def dictionary(run: Path) -> dict[str, bytes]:
+    folder = run / "dictionary"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_job_that_is_stopped_and_submitted_again_gives_the_same_bytes(
+    head: Head, working_dir: Path, hold: Path, tmp_path: Path, teacher: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "corpus").mkdir()
+    for name in "abcdef":
+        lines = [" ".join(rng.choice(WORDS, 24)) for _ in range(150)]
+        (tmp_path / "corpus" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+
+    def command(output: str) -> list[str]:
+        given = ["--corpus", str(tmp_path / "corpus"), "--teacher", str(teacher), "--dtype", "float32"]
+        given += ["--max-occurrences", "0", "--senses", "3", "--keep", "occurrences", "--output", output]
+        return ["python", "jobs/build_dict.py", *given]
+
+    stopped = tmp_path / "stopped"
+    again = command(str(stopped))
+    assert head.submit(working_dir, *again, options=("--submission-id", "first", "--no-wait")).returncode == 0
+    until = time.monotonic() + 120
+    while len(units := list(stopped.glob("occurrences/*.records.done"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(units) >= 2, head.job("logs", "first").stdout
+    assert head.job("stop", "first").returncode == 0
+    hold.unlink()
+    assert "was stopped" in head.job("status", "first").stdout
+    assert not (stopped / "finished.json").exists()
+    taken = head.submit(working_dir, *again, options=("--submission-id", "first"))
+    assert taken.returncode == 1
+    assert "already exists" in taken.stdout
+    done = head.submit(working_dir, *again, options=("--submission-id", "second"))
+    assert done.returncode == 0, done.stdout
+    assert str(stopped / "dictionary") in done.stdout.replace("\n", "")
+    first, last = storage.read_json(RunFolder(str(stopped)).journal)["drivers"]
+    assert first["outcome"] in (
+        "",
+        "failed: SystemExit: 15",
+    )  # Ray's drivers raise that on SIGTERM, where they have time to
+    assert last["outcome"] == "finished"
+    counts = last["stages"]["occurrences"]
+    assert counts["kept"] >= 2
+    assert counts["made"] >= 5
+    assert counts["kept"] + counts["made"] >= 10  # small units: the uploaded copy was run, by driver and workers
+    whole = head.submit(working_dir, *command(str(tmp_path / "whole")))
+    assert whole.returncode == 0, whole.stdout
+    assert dictionary(stopped) == dictionary(tmp_path / "whole") != {}
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_says_why(head: Head, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the bank of the river\n")
+    given = ["--corpus", str(tmp_path / "text.txt"), "--teacher", str(teacher)]
+    failed = head.submit(ROOT, "python", "jobs/build_dict.py", *given, "--output", "/proc/nothing")
+    assert failed.returncode == 1
+    assert "failed with exit code 1" in failed.stdout
+    assert "failed: cannot write" in failed.stdout
