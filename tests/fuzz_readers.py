@@ -128,7 +128,10 @@ def corpus(folder: Path) -> Iterator[object]:
 
 def _documents(folder: Path) -> Iterator[object]:
     (name,) = [path.name for path in folder.iterdir()]
-    for piece in cut_pieces(list_files((str(folder / name),))):
+    files = list_files((str(folder / name),))
+    if files[0].size > 1 << 36:
+        raise BadInput("a corpus may be as large as this hole, but nobody waits for it")
+    for piece in cut_pieces(files):
         for found in read_documents(piece):
             if isinstance(found, Document):
                 assert found.text.strip()
