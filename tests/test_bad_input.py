@@ -76,7 +76,8 @@ def run(tmp_path: Path, job: ModuleType, teacher: Path, monkeypatch: Patch, capf
 
     def call(*flags: object) -> Told:
         (tmp_path / "good.txt").write_text("\n".join(LINES * 3))
-        good = ["--corpus", tmp_path / "good.txt", "--teacher", teacher, "--output", tmp_path / "run"]
+        good = ["--teacher", teacher, "--output", tmp_path / "run"]
+        good += [] if "--corpus" in flags else ["--corpus", tmp_path / "good.txt"]
         monkeypatch.setattr(sys, "argv", [str(word) for word in ("build_dict.py", *good, "--exemplars", 0, *flags)])
         monkeypatch.setattr(logging.root, "handlers", [])  # so that log lines go to stderr as they do for a user
         capfd.readouterr()
@@ -197,7 +198,7 @@ def test_s3_without_its_package_and_without_credentials(run: Run, monkeypatch: P
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     told = run("--corpus", "s3://b/x.txt")
     assert told.code == 2
-    assert re.search(r"s3://b/x.txt: S3 refused .*locate credentials\); give credentials: AWS_PROFILE", told.text)
+    assert re.search(r"s3://b/x.txt: S3 refused .*locate credentials\): give credentials: AWS_PROFILE", told.text)
 
 
 # --- single documents: skipped and counted, or the run stops

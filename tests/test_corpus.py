@@ -215,7 +215,7 @@ def test_missing_s3_credentials_are_bad_input(monkeypatch: Patch) -> None:
         raise exceptions.NoCredentialsError
 
     monkeypatch.setattr(s3fs.S3FileSystem, "info", fail)
-    with pytest.raises(BadInput, match=r"s3://b/a.txt: S3 refused \(Unable to locate credentials\); give credentials"):
+    with pytest.raises(BadInput, match=r"s3://b/a.txt: S3 refused \(Unable to locate credentials\): give credentials"):
         list_files(["s3://b/a.txt"])
 
 
