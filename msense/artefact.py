@@ -127,7 +127,7 @@ class Artefact:
             end += needed
         if 8 + len(raw) + end != size:
             self.refuse(
-                f"{path} has {size} bytes, its header speaks of {8 + len(raw) + end}: it is cut off; copy it again"
+                f"{path} has {size} bytes, its header speaks of {8 + len(raw) + end}: it is cut off; {self.remedy}"
             )
         return {name: (entry.dtype, entry.shape) for name, entry in header.items()}, starts
 

@@ -28,7 +28,7 @@ POOL_BATCHES = 64  # batches that are sorted by length together
 _LONGEST = 1 << 24  # tokens of a passage
 _TYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "F16": "<f2", "U8": "|u1"}
 _SUM_TOLERANCE = 0.01  # of weights that are stored in float16
-LABELS = Artefact("set of labels", "run jobs/distill.py again, and they are made again", BadInput)
+LABELS = Artefact("set of labels", "damaged labels are made again by jobs/distill.py", BadInput)
 _Count = Annotated[int, Field(ge=0, lt=1 << 60)]
 
 
