@@ -4,25 +4,24 @@ Comes in: embeddings of a teacher, or senses or a student's in their place. Goes
 `classifier/` in the teacher's folder: config.json and classifier.safetensors, of which nothing is trusted. Holds its weights.
 """
 
-import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from msense.artefact import Artefact, FrozenModel, shown
 from msense.config import MAX_DIM
-from msense.dictionary.checks import leads_out, shown
-from msense.dictionary.format import FrozenModel, atomic_path
+from msense.dictionary.format import atomic_path
 from msense.errors import BadInput
 from msense.pooling import pool, pool_rows
 from msense.student.config import Pooling
 
 FOLDER, CONFIG, WEIGHTS = "classifier", "config.json", "classifier.safetensors"
-_CONFIG_BYTES = 1 << 20
+CLASSIFIER = Artefact("classifier", "copy or train it again", BadInput)
 MAX_LABELS, LONGEST_LABEL = 1 << 12, 4096
 
 _Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
@@ -31,7 +30,7 @@ _Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
 class ClassifierConfig(FrozenModel):
     """What a classifier is."""
 
-    format_version: int = Field(default=1, ge=1, le=1)
+    format_version: Literal[1] = 1
     task: Annotated[str, Field(max_length=4096)]
     dim: int = Field(gt=0, le=MAX_DIM)
     pooling: Pooling
@@ -97,15 +96,8 @@ def load_classifier(folder: str | Path) -> Classifier:
         raise BadInput(
             f"{folder} has no classifier: make a teacher with one by jobs/finetune.py, and give it as --teacher"
         )
-    paths = [_inside(inner / name, Path(folder)) for name in (CONFIG, WEIGHTS)]
-    if paths[0].stat().st_size > _CONFIG_BYTES:
-        raise BadInput(f"{paths[0]} is too large for a classifier's config: copy or train it again")
-    try:
-        config = ClassifierConfig.model_validate_json(paths[0].read_bytes(), strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = shown(".".join(map(str, first["loc"]))) or "all of it"
-        raise BadInput(f"{paths[0]} is wrong: {place}: {shown(first['msg'])}; copy or train it again") from error
+    paths = [CLASSIFIER.inside(inner / name, Path(folder)) for name in (CONFIG, WEIGHTS)]
+    config = CLASSIFIER.read_config(paths[0], ClassifierConfig)
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in Classifier(config).state_dict().items()}
     try:
@@ -122,13 +114,3 @@ def load_classifier(folder: str | Path) -> Classifier:
     classifier = Classifier(config)
     classifier.load_state_dict(weights)
     return classifier.eval()
-
-
-def _inside(path: Path, folder: Path) -> Path:
-    """Return a path unless it is missing, no plain file, or a link leads out of the teacher's folder."""
-    if not path.is_file():
-        what = "is no plain file" if os.path.lexists(path) else "is missing"
-        raise BadInput(f"{path} {what}: the classifier is not whole; copy or train it again")
-    if leads_out(path, folder):
-        raise BadInput(f"{path} links to {path.resolve()}, outside the teacher: put the file itself there")
-    return path

@@ -6,7 +6,9 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 130 Ctrl-C. Log lines 
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +30,7 @@ def run_job(job: Callable[[], None]) -> int:
     handler.setFormatter(_PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("msense").setLevel(logging.INFO)
+    sys.excepthook = _tell_plainly
     try:
         job()
     except BadInput as error:
@@ -75,6 +78,11 @@ def stage_rows(stages: Mapping[str, dict[str, Any]]) -> list[tuple[str, str]]:
         told += [size(facts["bytes"])] if "bytes" in facts else []
         rows.append((name, f"{facts['seconds']:,.1f} s  {', '.join(told)}"))
     return rows
+
+
+def _tell_plainly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Write the traceback of what nobody foresaw, without credentials that a library quotes."""
+    sys.stderr.write(plain("".join(traceback.format_exception(kind, error, trace))))
 
 
 class _PlainFormatter(logging.Formatter):

@@ -310,6 +310,11 @@ class BuildConfig(JobConfig):
         return self.model_dump(mode="json", exclude=free)
 
 
+_YAML_BYTES = 1 << 20
+_YAML_ERRORS = (  # what PyYAML raises on values that are not of their tag's kind
+    *(OSError, ValueError, RecursionError, yaml.YAMLError),
+    *(AttributeError, LookupError, TypeError, ArithmeticError),
+)
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
@@ -400,11 +405,20 @@ def _flag(annotation: Any, default: object, description: str | None) -> dict[str
     return {"help": text, "metavar": "|".join(str(name) for shape in shapes for name in shape)}
 
 
+def _text_of(path: Path) -> str:
+    """Read a file of settings: opening a pipe would wait for ever, and no such file is large."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no plain file")
+    if (size := path.stat().st_size) > _YAML_BYTES:
+        raise ValueError(f"it has {size} bytes, at most {_YAML_BYTES} are read")
+    return path.read_text(encoding="utf-8")
+
+
 def _read_yaml(file: str) -> dict[str, Any]:
     """Read a YAML mapping; keys may be written with - or _."""
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        values = yaml.safe_load(_text_of(Path(file)))
+    except _YAML_ERRORS as error:
         raise BadInput(
             f"cannot read the config file {file!r}: {redact(str(error))}\nIt must be UTF-8 text of `setting: value` lines."
         ) from error

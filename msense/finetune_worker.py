@@ -190,7 +190,7 @@ class Tuner:
         self.engine.load(folder)
         try:
             self.history = list(json.loads((folder / STATE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise damaged(folder, error) from error
 
     def save_teacher(self, folder: Path) -> None:

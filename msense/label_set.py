@@ -16,16 +16,19 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from msense import storage
-from msense.config import MAX_DIM, MAX_VOCABULARY, NO_SENSE
-from msense.dictionary.format import FrozenModel, TeacherName
+from msense.artefact import Artefact, FrozenModel, all_errors, shown
+from msense.config import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, NO_SENSE
+from msense.dictionary.checks import pieces
+from msense.dictionary.format import TeacherName
 from msense.errors import BadInput
 from msense.run_folder import RunFolder
 from msense.teacher import pad_batch, token_batches
 
 POOL_BATCHES = 64  # batches that are sorted by length together
-_HEADER_BYTES = 1 << 16
+_LONGEST = 1 << 24  # tokens of a passage
 _TYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "F16": "<f2", "U8": "|u1"}
 _SUM_TOLERANCE = 0.01  # of weights that are stored in float16
+LABELS = Artefact("set of labels", "damaged labels are made again by jobs/distill.py", BadInput)
 _Count = Annotated[int, Field(ge=0, lt=1 << 60)]
 
 
@@ -51,12 +54,12 @@ class LabelManifest(FrozenModel):
     vocab_size: int = Field(gt=0, le=MAX_VOCABULARY)
     dim: int = Field(gt=0, le=MAX_DIM)
     metric: Literal["l2", "dot", "cosine"]
-    temperature_unit: float = Field(ge=0)
+    temperature_unit: float = Field(ge=0, le=1e77)
     temperature: float | None = Field(gt=0, description="of the soft targets' weights, if there are any")
     train_tokens: _Count | None
     held_out: float = Field(ge=0, lt=1, description="share of the documents")
     held_out_salt: int
-    soft_targets: _Count
+    soft_targets: int = Field(ge=0, le=MAX_SENSES)
     pooled: bool
     pooling: str
     normalize: bool
@@ -143,16 +146,18 @@ class LabelSet:
             there = "damaged labels" if storage.exists(names.label_manifest) else "no finished labels"
             raise BadInput(f"{run} has {there} (labels/labels.json): run jobs/distill.py on it again")
         try:
-            manifest = LabelManifest(**found)
+            manifest = LabelManifest.model_validate_json(json.dumps(found), strict=True)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
             raise BadInput(
-                f"{names.label_manifest} is no manifest of labels ({'.'.join(map(str, first['loc']))}: {first['msg']}): "
-                "make the labels again"
+                f"{names.label_manifest} is no manifest of labels ({all_errors(error)}): make the labels again"
             ) from error
         folder = storage.local_copy(names.labels)
         file = folder / _name(names.label_senses)
         sizes = _map_columns(file, {"senses": ("I32", (manifest.vocab_size,))})["senses"]
+        if sizes.min() < 0 or sizes.max() > MAX_SENSES:
+            raise _damaged(file, "a token has more senses than can be")
+        if verify and storage.facts_of(names.label_senses, verify=True, made_of=manifest.made_of) is None:
+            raise _damaged(file, "its bytes are not those that were written")
         labels = cls(manifest, folder, np.array(sizes))
         for path, unit in zip(labels._files, manifest.units, strict=True) if verify else ():
             if storage.sha256_of(path) != unit.sha256:
@@ -251,6 +256,8 @@ class LabelSet:
             if ((senses != NO_SENSE) & (senses >= own)).any():
                 raise _damaged(where, "a token has a sense that the dictionary does not have")
         if "soft_weights" in found:
+            if min(float(rows.min()) for rows in found["soft_weights"]) < 0:
+                raise _damaged(where, "a weight of a sense is below 0")
             sums = np.concatenate(found["soft_weights"]).astype(np.float32).sum(axis=1)
             told = np.concatenate(found["senses"]) != NO_SENSE
             if not (np.abs(sums - told) <= _SUM_TOLERANCE).all():
@@ -272,13 +279,18 @@ def _map_unit(file: Path, unit: LabelUnit, manifest: LabelManifest) -> dict[str,
     """Map one unit file and check how its passages follow one another."""
     dim = manifest.dim if manifest.pooled else 0
     columns = _map_columns(file, label_columns(unit.passages, unit.tokens, dim, manifest.soft_targets))
-    offsets = columns["offsets"]
-    if offsets[0] != 0 or offsets[-1] != unit.tokens or (np.diff(offsets) <= 0).any():
+    offsets, held_out = columns["offsets"], 0
+    if offsets[0] != 0 or offsets[-1] != unit.tokens:
         raise _damaged(file, "its passages do not follow one another")
-    if (
-        int(columns["held_out"].astype(np.int64).sum()) != unit.held_out_passages
-        or columns["held_out"].max(initial=0) > 1
-    ):
+    for part in pieces(offsets, 1):  # a file of holes ends here
+        lengths = np.diff(part)
+        if (part[1:] <= part[:-1]).any() or lengths.max(initial=0) > _LONGEST:
+            raise _damaged(file, "its passages do not follow one another")
+    for part in pieces(columns["held_out"]):
+        held_out += int(part.sum(dtype=np.int64))
+        if part.max(initial=0) > 1:
+            raise _damaged(file, "it holds out other passages than the manifest says")
+    if held_out != unit.held_out_passages:
         raise _damaged(file, "it holds out other passages than the manifest says")
     return columns
 
@@ -286,40 +298,27 @@ def _map_unit(file: Path, unit: LabelUnit, manifest: LabelManifest) -> dict[str,
 def _map_columns(file: Path, expected: Columns) -> dict[str, np.ndarray]:
     """Map a safetensors file whose tensors and size are exactly those expected."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length)) if length <= min(_HEADER_BYTES, size) else None
-    except FileNotFoundError:
-        raise _damaged(file, "it is not there") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(file, str(error)) from error
-    found, end = {}, 0
-    for name, (dtype, shape) in expected.items():
-        entry = header.get(name) if isinstance(header, dict) else None
-        count = int(np.prod(shape, dtype=object)) if shape else 1
-        span = entry.get("data_offsets") if isinstance(entry, dict) else None
-        bytes_wanted = count * np.dtype(_TYPES[dtype]).itemsize
-        start = _start_of(span, bytes_wanted, size - 8 - length)
-        if start is None or entry != {"dtype": dtype, "shape": list(shape), "data_offsets": span}:
-            raise _damaged(file, f"{name} is not {dtype} {list(shape)}")
-        mapped = np.memmap(file, np.dtype(_TYPES[dtype]), "r", 8 + length + start, shape) if count else None
-        found[name] = np.zeros(shape, _TYPES[dtype]) if mapped is None else np.asarray(mapped)
-        end += bytes_wanted
-    if 8 + length + end != size or len(header or ()) != len(expected):
-        raise _damaged(file, "it holds more or less than its manifest says")
-    return found
+        header, starts = LABELS.header(LABELS.inside(file, file.parent))
+        if header.keys() != expected.keys():
+            raise _damaged(file, "it holds more or less than its manifest says")
+        wrong = next((name for name in expected if header[name] != expected[name]), None)
+        if wrong is not None:
+            dtype, shape = expected[wrong]
+            raise _damaged(file, f"{wrong} is not {dtype} {list(shape)}")
+        return {name: _mapped(file, starts[name], *spec) for name, spec in expected.items()}
+    except (OSError, OverflowError, MemoryError) as error:
+        raise _damaged(file, shown(error)) from error
+
+
+def _mapped(file: Path, start: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Map an array of a file; nothing can be mapped of none."""
+    if not all(shape):
+        return np.zeros(shape, _TYPES[dtype])
+    return np.asarray(np.memmap(file, np.dtype(_TYPES[dtype]), "r", start, shape))
 
 
 def _name(uri: str) -> str:
     return uri.rpartition("/")[2]
-
-
-def _start_of(span: object, size: int, room: int) -> int | None:
-    """Return the start of a header's [start, end) if it is of a size and inside the file."""
-    if not (isinstance(span, list) and len(span) == 2 and all(type(x) is int for x in span)):
-        return None
-    return span[0] if 0 <= span[0] <= span[1] <= room and span[1] - span[0] == size else None
 
 
 def _damaged(path: Path, why: str) -> BadInput:

@@ -6,6 +6,7 @@ their labels, both as text. Holds the whole part.
 
 import csv
 import io
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
-from msense.corpus import list_files
+from msense.artefact import shown
+from msense.corpus import list_files, tables
 from msense.corpus.files import SourceFile, display_uri, filesystem_of, reading
 from msense.errors import BadInput
 
+_LARGEST = 1 << 30  # bytes of a file
 _FORMATS = ("csv", "jsonl", "parquet")
 
 
@@ -112,6 +116,9 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
             f"{display_uri(source)}: row {int(lacking.to_numpy().argmax())} of part {part!r} lacks a text or label: mend "
             "or remove it"
         )
+    for name in wanted:
+        if not table[name].map(lambda value: isinstance(value, str | int | float)).all():
+            raise BadInput(f"{display_uri(source)}: column {name!r} of part {part!r} holds more than texts and numbers")
     texts = list(zip(*(_as_text(table[name]) for name in columns.texts), strict=True))
     labels = np.array(_as_text(table[columns.label]))
     return Labelled(texts, labels, tuple(f"{file.name} {file.size} {file.fingerprint}" for file in files))
@@ -119,6 +126,8 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
 
 def _table(file: SourceFile, wanted: Sequence[str]) -> pd.DataFrame:
     """Read the columns that are wanted of a file."""
+    if file.size > _LARGEST:
+        raise BadInput(f"{display_uri(file.uri)} has {file.size} bytes, at most {_LARGEST} are read: cut it")
     with reading(file.uri, file.format):
         filesystem, path = filesystem_of(file.uri)
         with filesystem.open(path, "rb") as opened:
@@ -135,11 +144,42 @@ def _parsed(file: SourceFile, opened: Any) -> pd.DataFrame:  # noqa: ANN401 - a 
     try:
         if file.format == "csv":
             return _csv(file, opened)
-        if file.format == "jsonl":
-            return pd.read_json(opened, lines=True, dtype=False, convert_dates=False, encoding="utf-8")
-        return pd.read_parquet(opened)
-    except (ValueError, TypeError, KeyError) as error:  # pandas' own errors are ValueErrors
-        raise BadInput(f"{display_uri(file.uri)}: cannot be read as {file.format} ({error}): restore it") from error
+        return pd.DataFrame(_json(opened) if file.format == "jsonl" else _parquet(opened), dtype=object)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(
+            f"{display_uri(file.uri)}: cannot be read as {file.format} ({shown(error)}): restore it"
+        ) from error
+
+
+def _json(opened: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a file
+    """Read the objects of a file, a line each."""
+    rows = [json.loads(line.decode("utf-8-sig")) for line in opened if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line is no JSON object")
+    return rows
+
+
+def _parquet(opened: Any) -> dict[str, list[Any]]:  # noqa: ANN401 - a file
+    """Read the columns of a parquet file that hold texts, numbers or truths."""
+    names = tables.opened(opened).schema_arrow.names
+    if len(set(names)) < len(names):
+        raise ValueError("two columns have the same name")
+    table = tables.opened(opened, dictionaries=names)
+    found: dict[str, list[Any]] = {
+        name: [] for name, kind in zip(names, table.schema_arrow.types, strict=True) if _is_plain(kind)
+    }
+    for batch in table.iter_batches(1024, columns=list(found), use_threads=False):
+        for name, values in found.items():
+            told = tables.values(batch.column(name))
+            values += [value.decode() if isinstance(value, bytes) else value for value in told]
+    return found
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    of = pa.types
+    return bool(
+        tables.is_text(kind) or of.is_integer(kind) or of.is_floating(kind) or of.is_boolean(kind) or of.is_null(kind)
+    )
 
 
 def _csv(file: SourceFile, opened: Any) -> pd.DataFrame:  # noqa: ANN401 - a file

@@ -42,7 +42,7 @@ class Journal:
     @staticmethod
     def begin(run: RunFolder, workers: int) -> "Journal":
         """Open a run's journal and begin the record of this driver."""
-        journal = Journal(run.journal, (storage.read_json(run.journal) or {}).get("drivers", []))
+        journal = Journal(run.journal, (storage.read_json(run.journal, {"drivers": list}) or {}).get("drivers", []))
         began = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"began": began, "host": socket.gethostname(), "pid": os.getpid(), "workers": workers}
         journal.drivers = [*journal.drivers, {**record, "stages": {}, "outcome": ""}][-DRIVERS_KEPT:]

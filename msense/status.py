@@ -7,9 +7,11 @@ the done-markers and the journal only.
 from typing import Any
 
 from msense import storage
+from msense.artefact import shown
 from msense.cli import show_table
 from msense.errors import BadInput
 from msense.label_set import LabelUnit
+from msense.label_source import SHAPE
 from msense.run_folder import RunFolder
 from msense.text import size
 from msense.train_progress import line
@@ -24,9 +26,19 @@ def show_status(run: str) -> None:
         BadInput: there is no run.
     """
     folder = RunFolder(storage.absolute(run))
-    manifest = storage.read_json(folder.manifest)
+    manifest = storage.read_json(folder.manifest, SHAPE)
     if manifest is None:
         raise BadInput(f"{run} is no run folder: it has no sound manifest.json; give the --output of a build")
+    try:
+        _show(run, folder, manifest)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(
+            f"{run} has records that this msense did not write ({type(error).__name__}: {shown(error)}): give a run of "
+            "this version"
+        ) from error
+
+
+def _show(run: str, folder: RunFolder, manifest: dict[str, Any]) -> None:
     teacher = manifest["teacher"]
     rows = [("teacher", f"{teacher['name']} ({teacher['dim']} wide, {manifest['pins']['dtype']})")]
     rows.append(("corpus", " ".join(manifest["corpus"])))

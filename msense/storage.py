@@ -11,9 +11,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from msense.errors import BadInput, MsenseError
 from msense.stores import call_errors, display_uri, filesystem, has_folders, is_local, open_file, reading, reason_of
 
 MARKER = ".done"
-_SEAL = "seal"  # key of a JSON file's own hash
+SEAL = "seal"  # key of a JSON file's own hash
 _SCRATCH = "msense-"
 _BUFFER = 1 << 20
+_LARGEST = 1 << 28  # bytes of a file that is read whole
+_MARK: Mapping[str, type] = {"size": int, "sha256": str, "made_of": str, "facts": dict}
 
 
 def absolute(uri: str) -> str:
@@ -72,27 +75,49 @@ def read_range(uri: str, start: int, length: int) -> bytes:
         return bytes(fs.cat_file(path, start=start, end=start + length))
 
 
-def read_text(uri: str) -> str:
-    """Read a UTF-8 text file."""
+def read_bytes(uri: str, most: int) -> bytes:
+    """Read a whole file, of a local disk only a plain one: opening a pipe would wait for ever.
+
+    Raises:
+        FileNotFoundError: there is none, or no plain one.
+        BadInput: it has more bytes than `most`.
+    """
     fs, path = filesystem(uri)
+    if is_local(uri):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "no plain file", path)
+        if found.st_size > most:
+            raise BadInput(
+                f"{uri} has {found.st_size} bytes, of such a file at most {most} are read: restore or remove it"
+            )
     with reading(uri):
-        return str(fs.cat_file(path), encoding="utf-8")
+        return bytes(fs.cat_file(path))
 
 
-def read_json(uri: str) -> dict[str, Any] | None:
-    """Read what `write_json` wrote; None when the file is missing, torn, edited or damaged, or no file."""
-    fs, path = filesystem(uri)
+def read_text(uri: str, most: int = _LARGEST) -> str:
+    """Read a UTF-8 text file of at most so many bytes."""
+    return str(read_bytes(uri, most), encoding="utf-8")
+
+
+def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, Any] | None:
+    """Read what `write_json` wrote; None when the file is missing, torn, edited or damaged, or no plain file.
+
+    Args:
+        uri: the file.
+        shape: names that must be in it, and the types of their values; else it counts as damaged.
+    """
     try:
-        with reading(uri):
-            data = fs.cat_file(path)
-        value = json.loads(data)
+        value = json.loads(read_bytes(uri, _LARGEST))
     except (ValueError, RecursionError):
         return None
     except OSError as error:
         if _is_no_file(error):
             return None
         raise
-    if not isinstance(value, dict) or value.pop(_SEAL, None) != _seal(value):
+    if not isinstance(value, dict) or value.pop(SEAL, None) != seal(value):
+        return None
+    if any(not isinstance(value.get(name), kind) for name, kind in (shape or {}).items()):
         return None
     return value
 
@@ -100,10 +125,11 @@ def read_json(uri: str) -> dict[str, Any] | None:
 def write_json(uri: str, value: dict[str, Any]) -> None:
     """Write a JSON object and its own hash in one atomic step."""
     plain = json.loads(json.dumps(value))
-    write_text(uri, json.dumps({**plain, _SEAL: _seal(plain)}, indent=1, ensure_ascii=False) + "\n")
+    write_text(uri, json.dumps({**plain, SEAL: seal(plain)}, indent=1, ensure_ascii=False) + "\n")
 
 
-def _seal(value: dict[str, Any]) -> str:
+def seal(value: dict[str, Any]) -> str:
+    """Return the hash by which a JSON object is known to be as it was written."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -165,7 +191,7 @@ def facts_of(uri: str, *, verify: bool = False, made_of: str = "") -> dict[str, 
         verify: also compare the sha256 (reads the whole file).
         made_of: what the file must have been made of; "" = anything.
     """
-    marker = read_json(uri + MARKER)
+    marker = read_json(uri + MARKER, _MARK)
     if marker is None or made_of not in ("", marker["made_of"]) or not is_whole(uri, marker, verify=verify):
         return None
     facts: dict[str, Any] = marker["facts"]

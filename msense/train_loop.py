@@ -304,7 +304,7 @@ class Trainer:
                 raise ValueError(f"{STATE} is not there, or does not hold what was written")
             epoch, step, tokens, workers = (int(told[name]) for name in ("epoch", "step", "tokens", "workers"))
             self.state = State(epoch, step, tokens, float(told["seconds"]), dict(told["sums"]), list(told["history"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise damaged(folder, error) from error
         if self.engine.every_rank and workers != self.group.world:
             raise BadInput(

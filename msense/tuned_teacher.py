@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from msense.artefact import leads_out
 from msense.classifier import Classifier, save_classifier
 from msense.dictionary.card import one_line
 from msense.teacher_folder import read_settings
@@ -56,7 +57,8 @@ def save_teacher(
     _save_body(folder, body)
     for pattern in _TOKENIZER:
         for path in inner.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+            if not leads_out(path, source):  # else whatever a link leads to would be shared with the teacher
+                shutil.copyfile(path, folder / path.name)
     config = classifier.config
     pooling = {"word_embedding_dimension": config.dim}
     pooling |= {mode: how == config.pooling for how, mode in _MODES.items()}

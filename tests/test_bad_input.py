@@ -318,7 +318,7 @@ TEACHERS: list[tuple[str, Spoil, tuple[str, ...], int, str]] = [
     ("of other weights", lambda t: settings_of(t, num_hidden_layers=3), (), 2, r"lack 16 tensors .*belong together"),
     ("of other shapes", lambda t: settings_of(t, intermediate_size=64), (), 2, r"6 tensors of another shape .*belong togeth"),
     ("lacking a shard", lambda t: write(t / "model.safetensors.index.json", '{"weight_map": {"a": "b"}}'), (), 2, r"file b"),
-    ("broken in config.json", lambda t: write(t / "config.json", "{"), (), 2, r"does not load: .*not a valid JSON file"),
+    ("broken in config.json", lambda t: write(t / "config.json", "{"), (), 2, r"config.json cannot be read as JSON .*restore it"),
     ("of wrong types in config.json", lambda t: settings_of(t, vocab_size="x"), (), 2, r"does not load: .*'vocab_size'"),
     ("of no layers", lambda t: settings_of(t, num_hidden_layers=-2), (), 2, r"gives -2 layers, .*give a model of text"),
     ("of a vocabulary beyond all", lambda t: settings_of(t, vocab_size=10**12), (), 2, r"1000000000000 tokens; a dictionary has"),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msense import storage
 from msense.errors import BadInput
 from msense.evaluation import plots
 from msense.evaluation.report import (
@@ -187,6 +188,7 @@ def test_json_comes_back(found: Evaluation, tmp_path: Path) -> None:
     assert written == [output, str(tmp_path / "new" / "e.md")]
     told = json.loads(Path(output).read_text())
     assert told["tasks"][0]["differences"]["replaced:z"]["gain"] == pytest.approx(-0.05)
+    assert told.pop(storage.SEAL) == storage.seal(told)
     assert told == to_json(found)
     assert load_report(str(tmp_path / "none.json")) is None
 

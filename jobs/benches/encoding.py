@@ -76,7 +76,7 @@ def _ways(folders: dict[str, Path], texts: list[str]) -> dict[str, Callable[[], 
 
     body = str(body_folder(DEMO_TEACHER, None))
     teacher: dict[str, Any] = {
-        name: SentenceTransformer(body, device="cpu", model_kwargs={"dtype": dtype})
+        name: SentenceTransformer(body, device="cpu", trust_remote_code=False, model_kwargs={"dtype": dtype})
         for name, dtype in (("teacher", "float32"), ("teacher_bf16", "bfloat16"))
     }
     layers2 = SenseEncoder.from_pretrained(folders["layers2"], device="cpu", dtype="float32")

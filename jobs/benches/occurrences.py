@@ -72,7 +72,7 @@ def _bare_forward(run: RunFolder, config: BuildConfig, number: int, of: int, sta
     info, _ = describe(DEMO_TEACHER, config)
     spec, threshold = info.passage_spec(config), storage.load_arrays(run.thresholds)["threshold"]
     dtype = getattr(torch, resolve_dtype(config.dtype, "cpu"))
-    model = AutoModel.from_pretrained(locate(DEMO_TEACHER), dtype=dtype).eval()
+    model = AutoModel.from_pretrained(locate(DEMO_TEACHER), dtype=dtype, trust_remote_code=False).eval()
     batches = []
     for unit in cut_units(run.blocks, info.dim)[number::of]:
         passages = unit_passages(run, unit, Duplicates(run))
@@ -99,7 +99,7 @@ def driver(bench: Bench) -> Figures:
         BertModel(
             BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
         ).save_pretrained(teacher)
-        AutoTokenizer.from_pretrained(locate(DEMO_TEACHER)).save_pretrained(teacher)
+        AutoTokenizer.from_pretrained(locate(DEMO_TEACHER), trust_remote_code=False).save_pretrained(teacher)
         text.mkdir()
         words = np.array(
             [

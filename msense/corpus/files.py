@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from msense import storage
 from msense.corpus.pydocs import choose_packages, package_version, source_files
 from msense.errors import BadInput, MsenseError
-from msense.stores import check_buckets, display_uri, s3_errors, s3_trouble, wants_credentials
+from msense.stores import display_uri, s3_errors, s3_trouble, wants_credentials
 from msense.text import is_utf8, redact
 
 FORMATS = ("txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "csv")
@@ -62,7 +62,6 @@ def list_files(uris: Sequence[str]) -> list[SourceFile]:
     """
     files: list[SourceFile] = []
     for uri in uris:
-        check_buckets(uri)
         if uri == "pydocs" or uri.startswith("pydocs:"):
             root, found = _list_pydocs(uri)
         elif uri.startswith("hf://"):

@@ -7,8 +7,7 @@ In memory: this list, about 300 bytes a piece, and the footer of one parquet fil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import pyarrow.parquet as pq
-
+from msense.corpus import tables
 from msense.corpus.files import SourceFile, filesystem_of, reading
 from msense.corpus.pydocs import source_files
 
@@ -96,7 +95,7 @@ def _row_group_ranges(file: SourceFile, piece_bytes: int) -> list[tuple[int, int
     """(start, stop, first_row) of runs of row groups of at most `piece_bytes` of (uncompressed) data, one at least."""
     filesystem, path = filesystem_of(file.uri)
     with reading(file.uri, "parquet"), filesystem.open(path, "rb") as stream:
-        metadata = pq.ParquetFile(stream).metadata
+        metadata = tables.opened(stream).metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     ranges: list[tuple[int, int, int]] = []
     start = first_row = row = size = 0

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
+from msense.corpus import tables
 from msense.corpus.files import display_uri, filesystem_of, reading
 from msense.corpus.pieces import CHUNK_BYTES, UNKNOWN, WHOLE, Piece
 from msense.corpus.pydocs import PARSE_ERRORS, docstrings, source_files
@@ -25,6 +25,7 @@ from msense.errors import BadInput
 
 MAX_DOCUMENT_BYTES = 16 << 20  # of UTF-8; in jsonl and csv also of the line or record that holds the text
 _BATCH_BYTES = 8 << 20
+_UNPACKED_BYTES, _RATIO = 64 << 20, 200  # of compressed files: so many, and so many times their own; text has 3 to 20
 _CODECS = {"gz": "gzip", "zst": "zstd"}
 _BOM = b"\xef\xbb\xbf"
 
@@ -159,7 +160,27 @@ def _buffered(raw: io.RawIOBase, codec: str) -> Iterator[io.BufferedReader]:
         yield io.BufferedReader(raw, CHUNK_BYTES)
         return
     with pa.CompressedInputStream(raw, _CODECS[codec]) as plain:
-        yield io.BufferedReader(plain, CHUNK_BYTES)
+        yield io.BufferedReader(_Unpacked(plain, raw), CHUNK_BYTES)
+
+
+class _Unpacked(io.RawIOBase):
+    """A decompressed stream that ends with an error when it is far larger than any text that was packed."""
+
+    def __init__(self, plain: Any, packed: io.RawIOBase) -> None:  # noqa: ANN401 - Arrow's stream
+        self._plain, self._packed, self._size = plain, packed, 0
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - what takes bytes
+        """Read into a buffer."""
+        found = self._plain.read(len(buffer))
+        buffer[: len(found)] = found
+        self._size += len(found)
+        if self._size > _UNPACKED_BYTES + _RATIO * self._packed.tell():
+            raise OSError(f"it unpacks to over {_RATIO} times its size")
+        return len(found)
 
 
 def _lines(stream: io.BufferedReader, start: int, stop: int) -> Iterator[bytes | _Fault]:
@@ -282,6 +303,11 @@ def _csv_rows(stream: io.BufferedReader, piece: Piece, text_column: str) -> Iter
     header = next(records, [])
     if isinstance(header, _Fault) or text_column not in header:
         raise _missing_column(piece, text_column, [] if isinstance(header, _Fault) else header)
+    for name in (text_column, "id"):
+        if header.count(name) > 1:
+            raise BadInput(
+                f"{display_uri(piece.uri)}: {header.count(name)} columns are named {name!r}; rename or drop some"
+            )
     for cells in records:
         if isinstance(cells, _Fault) or not cells:  # csv gives an empty list for a blank line
             yield None, cells or ""
@@ -291,7 +317,7 @@ def _csv_rows(stream: io.BufferedReader, piece: Piece, text_column: str) -> Iter
 
 
 def _parquet_rows(raw: io.RawIOBase, piece: Piece, text_column: str) -> Iterator[_Row]:
-    table = pq.ParquetFile(raw, buffer_size=CHUNK_BYTES, pre_buffer=False)  # else it reads whole column chunks
+    table = tables.opened(raw, dictionaries=(text_column, "id"))
     names = table.schema_arrow.names
     if text_column not in names:
         raise _missing_column(piece, text_column, names)
@@ -302,31 +328,17 @@ def _parquet_rows(raw: io.RawIOBase, piece: Piece, text_column: str) -> Iterator
                 f"{display_uri(piece.uri)}: {names.count(name)} columns are named {name!r}; rename or drop some"
             )
         kind = table.schema_arrow.types[names.index(name)]
-        if not (_is_text(kind) or (name == "id" and (pa.types.is_integer(kind) or pa.types.is_null(kind)))):
+        if not (tables.is_text(kind) or (name == "id" and (pa.types.is_integer(kind) or pa.types.is_null(kind)))):
             wanted = "strings or integers" if name == "id" else "strings"
             raise BadInput(f"{display_uri(piece.uri)}: column {name!r} holds {kind}, not {wanted}; cast it")
     for number in range(piece.start, piece.stop):
         group = table.metadata.row_group(number)
         rows = min(1024, max(1, group.num_rows * _BATCH_BYTES // max(1, group.total_byte_size)))
         for batch in table.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
-            texts = _as_bytes(batch.column(text_column))
-            ids = _as_bytes(batch.column("id")) if "id" in names else [None] * len(batch)
+            texts = tables.values(batch.column(text_column))
+            ids = tables.values(batch.column("id")) if "id" in names else [None] * len(batch)
             for own_id, text in zip(ids, texts, strict=True):
                 yield own_id.decode("utf-8", "surrogateescape") if isinstance(own_id, bytes) else own_id, text
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _as_bytes(column: pa.Array) -> Iterator[object]:
-    """The values of a column, strings as the bytes that the file holds: they may be no UTF-8."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if _is_text(column.type):
-        column = column.cast(pa.large_binary())
-    return (value.as_py() for value in column)
 
 
 def _missing_column(piece: Piece, text_column: str, there: list[str]) -> BadInput:

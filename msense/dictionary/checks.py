@@ -5,7 +5,6 @@ time, and stops at the first that is wrong: a file of holes as large as its head
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,7 +34,7 @@ def check_arrays(arrays: "Arrays", config: "DictionaryConfig") -> None:
     _check_counts("counts", arrays.counts, 1)
     _check_offsets(arrays.offsets, senses, config)
     _check_counts("token_counts", arrays.token_counts, 0)
-    for part in _pieces(arrays.spread):
+    for part in pieces(arrays.spread):
         if not (np.isfinite(part).all() and (part >= 0).all()):
             raise DictionaryError("spread holds negative, infinite or NaN values: the dictionary is damaged")
 
@@ -46,14 +45,14 @@ def check_scales(scales: np.ndarray) -> None:
     Raises:
         DictionaryError: a scale is 0, negative, infinite or NaN.
     """
-    for part in _pieces(scales):
+    for part in pieces(scales):
         if not (np.isfinite(part).all() and (part > 0).all()):
             raise DictionaryError(
                 "scales holds numbers that are not above 0 and finite: the dictionary is damaged; copy or build it again"
             )
 
 
-def _pieces(array: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
+def pieces(array: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
     """Cut a mapped array so that a fault near its start is found before the rest is read."""
     for start in range(0, len(array) - overlap, _CHUNK):
         yield array[start : start + _CHUNK + overlap]
@@ -62,7 +61,7 @@ def _pieces(array: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
 def _check_counts(name: str, array: np.ndarray, least: int) -> None:
     """Refuse counts below `least` or too large to be added up."""
     total = 0
-    for part in _pieces(array):
+    for part in pieces(array):
         low, high = int(part.min()), int(part.max())
         if low < least:
             wrong = f"the negative number {low}" if low < 0 else "0, but no sense is of no points"
@@ -79,7 +78,7 @@ def _check_offsets(offsets: np.ndarray, senses: int, config: "DictionaryConfig")
     """Refuse offsets that are not the borders of each token's senses, or give senses to an excluded token."""
     rising = offsets[0] == 0 and offsets[-1] == senses
     first = 0
-    for part in _pieces(offsets, 1) if rising else ():
+    for part in pieces(offsets, 1) if rising else ():
         sizes = np.diff(part)
         if not (rising := bool((part[1:] >= part[:-1]).all())):
             break
@@ -106,21 +105,3 @@ def _check_offsets(offsets: np.ndarray, senses: int, config: "DictionaryConfig")
             raise DictionaryError(
                 f"token {excluded} has {own} senses, but config.json excludes it: they are not of one dictionary"
             )
-
-
-def leads_out(path: Path, folder: Path) -> bool:
-    """Tell whether a link leads out of a folder; those of the hub's cache lead from its snapshots to its own blobs."""
-    target = path.resolve()
-    for snapshot in (folder.absolute(), *folder.absolute().parents):
-        repository = snapshot.parent.parent
-        if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
-            if target.is_relative_to((repository / "blobs").resolve()):
-                return False
-            break
-    return not target.is_relative_to(folder.resolve())
-
-
-def shown(value: object) -> str:
-    """Return what a file says on one short line, without control characters, for an error."""
-    text = str(value)[:200]
-    return "".join(c if c.isprintable() else "?" for c in text) + ("..." if len(str(value)) > 200 else "")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from msense.artefact import shown
 from msense.config import MAX_EXEMPLARS
-from msense.dictionary.checks import shown
 from msense.dictionary.format import DictionaryFiles
 from msense.dictionary.pages import Group, check_pages, read_footer
 from msense.errors import DictionaryError

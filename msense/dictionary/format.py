@@ -17,34 +17,29 @@ from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from msense.artefact import ITEM_BYTES, Artefact, FrozenModel, TensorSpecs
 from msense.config import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, Metric
 from msense.dictionary.arguments import as_tensor
 from msense.dictionary.card import model_card
-from msense.dictionary.checks import check_arrays, leads_out
+from msense.dictionary.checks import check_arrays
 from msense.dictionary.quantised import quantise
 from msense.errors import DictionaryError
 from msense.storage import scratch_name, sha256_of
 
 FORMAT_VERSION: Literal[1] = 1
+DICTIONARY = Artefact("dictionary", "copy or build it again", DictionaryError)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # int8 comes from float32
 Stored = Literal["float16", "bfloat16", "float32", "int8"]
 _STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}  # safetensors' names
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8, "I8": 1}
 SHARD_BYTES = 4_000_000_000  # centroids above this are cut into several files
 
 _Name = Annotated[str, Field(max_length=4096)]
 _Text = Annotated[str, Field(max_length=1 << 16)]
 _Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 _Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
-
-
-class FrozenModel(BaseModel):
-    """What is read from disk: nothing unknown, nothing infinite, nothing changed later."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TeacherName(FrozenModel):
@@ -155,17 +150,7 @@ class DictionaryFiles:
 
     def inside(self, path: Path) -> Path:
         """Return a path of this folder unless it is missing, no plain file, or a link leads out of the folder."""
-        if not path.is_file():
-            what = "is no plain file" if os.path.lexists(path) else "is missing"  # opening a pipe would wait for ever
-            raise DictionaryError(f"{path} {what}: the dictionary is not whole; copy or build it again")
-        if leads_out(path, self.folder):
-            raise DictionaryError(
-                f"{path} links to {path.resolve()}, outside the dictionary: put the file itself there"
-            )
-        return path
-
-
-TensorSpecs = dict[str, tuple[str, tuple[int, ...]]]  # name: (safetensors dtype, shape)
+        return DICTIONARY.inside(path, self.folder)
 
 
 def file_layout(files: DictionaryFiles, config: DictionaryConfig, borders: list[int]) -> list[tuple[Path, TensorSpecs]]:

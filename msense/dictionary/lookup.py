@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from msense.dictionary.checks import shown
+from msense.artefact import shown
 from msense.dictionary.contexts import exemplar_schema
 from msense.errors import DictionaryError, is_panic
 

@@ -36,12 +36,12 @@ class Group(NamedTuple):
     columns: list[Column]
 
 
-def read_footer(footer: memoryview, types: Sequence[int]) -> list[Group]:
+def read_footer(footer: memoryview, types: Sequence[int] | None = None) -> list[Group]:
     """Read the row groups of a footer; arrow's own objects end the process at a column of a wrong type.
 
     Args:
         footer: its bytes.
-        types: parquet's numbers of the columns' physical types.
+        types: parquet's numbers of the columns' physical types; None: those of its own schema.
 
     Raises:
         ValueError: in words for the middle of a sentence.
@@ -49,13 +49,17 @@ def read_footer(footer: memoryview, types: Sequence[int]) -> list[Group]:
     try:
         found, end = _struct(footer, 0, 0)
         groups = [Group(index(group[3]), [_column(c) for c in group[1]]) for group in found[4]]
+        foreign = "it does not have the columns of exemplars: it is a foreign file"
+        if types is None:  # a group of columns has children (5) and no type (1)
+            foreign = "its row groups do not have the columns of its schema"
+            types = [element[1] for element in found[2] if not element.get(5)] if groups else []
         stored = [[column[3][1] for column in group[1]] for group in found[4]]
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError("its footer is damaged") from error
     if end != len(footer):
         raise ValueError("its footer is damaged")
     if any(own != list(types) for own in stored):
-        raise ValueError("it does not have the columns of exemplars: it is a foreign file")
+        raise ValueError(foreign)
     return groups
 
 

@@ -4,44 +4,32 @@ Comes in: a folder. Goes out: the config, the small arrays and the memory-mapped
 file is mapped only once its header is what the config asks for and its size is what the header says.
 """
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from msense.artefact import FrozenModel, TensorSpecs, shown
 from msense.config import MAX_SENSES
-from msense.dictionary.checks import check_arrays, check_scales, shown
+from msense.dictionary.checks import check_arrays, check_scales
 from msense.dictionary.format import (
+    DICTIONARY,
     FORMAT_VERSION,
-    ITEM_BYTES,
     Arrays,
     DictionaryConfig,
     DictionaryFiles,
-    FrozenModel,
-    TensorSpecs,
     file_layout,
     slice_name,
     weight_map,
 )
 from msense.errors import DictionaryError
 
-_JSON_BYTES = 4 << 20
-_HEADER_BYTES = 1 << 20
 _Size = Annotated[int, Field(ge=0, lt=1 << 62)]
-
-
-class _Entry(FrozenModel):
-    """What a safetensors header says of one tensor."""
-
-    dtype: str
-    shape: Annotated[tuple[_Size, ...], Field(max_length=2)]
-    data_offsets: tuple[_Size, _Size]
 
 
 class _Index(FrozenModel):
@@ -49,9 +37,6 @@ class _Index(FrozenModel):
 
     weight_map: dict[str, str]
     row_ranges: dict[str, tuple[_Size, _Size]]
-
-
-_HEADER = TypeAdapter(dict[str, _Entry])
 
 
 class Opened(NamedTuple):
@@ -98,15 +83,6 @@ def _open(files: DictionaryFiles) -> Opened:
     return Opened(config, arrays, centroids, torch.cat(scales) if scales else None)
 
 
-def _read_json(path: Path) -> bytes:
-    size = path.stat().st_size
-    if size > _JSON_BYTES:
-        raise DictionaryError(
-            f"{path} has {size} bytes; no dictionary has such a file of over {_JSON_BYTES}: copy or build it again"
-        )
-    return path.read_bytes()
-
-
 def _read_config(files: DictionaryFiles) -> DictionaryConfig:
     if not files.folder.is_dir():
         raise DictionaryError(f"there is no folder {files.folder}: give a dictionary, or a run folder that holds one")
@@ -114,43 +90,7 @@ def _read_config(files: DictionaryFiles) -> DictionaryConfig:
         raise DictionaryError(
             f"{files.folder} has no {files.config.name}: it is not a dictionary, or its build never ended"
         )
-    raw = _read_json(files.inside(files.config))
-    try:
-        given = json.loads(raw, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise DictionaryError(
-            f"{files.config} is not JSON ({shown(error)}): copy or build the dictionary again"
-        ) from error
-    version = given.get("format_version") if isinstance(given, dict) else None
-    if version is None:
-        raise DictionaryError(
-            f"{files.config} is not the config of a sense dictionary: it states no format_version; give another folder"
-        )
-    if version != FORMAT_VERSION or type(version) is not int:  # True and 1.0 equal 1
-        raise DictionaryError(
-            f"{files.config} has format version {shown(repr(version))}, this msense reads {FORMAT_VERSION}: update it"
-        )
-    try:
-        return DictionaryConfig.model_validate_json(raw, strict=True)
-    except ValidationError as error:
-        raise DictionaryError(
-            f"{files.config} is wrong: {_all_errors(error)}; copy or build the dictionary again"
-        ) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object; where a key comes twice, two readers may see two different files."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {twice!r} comes twice")
-    return found
-
-
-def _all_errors(error: ValidationError) -> str:
-    """Return the first faults of a file, each with its place in it."""
-    errors = error.errors(include_url=False, include_context=False, include_input=False)[:5]
-    return "; ".join(f"{shown('.'.join(map(str, e['loc']))) or 'all of it'}: {shown(e['msg'])}" for e in errors)
+    return DICTIONARY.read_config(files.inside(files.config), DictionaryConfig, FORMAT_VERSION)
 
 
 def _checked_layout(files: DictionaryFiles, config: DictionaryConfig) -> list[tuple[Path, TensorSpecs]]:
@@ -164,7 +104,7 @@ def _checked_layout(files: DictionaryFiles, config: DictionaryConfig) -> list[tu
         )
     layout = file_layout(files, config, borders)
     for path, expected in layout:
-        header = _read_header(files.inside(path))
+        header = DICTIONARY.header(files.inside(path))[0]
         if header.keys() != expected.keys():
             raise DictionaryError(
                 f"{path} holds the tensors {shown(sorted(header))}, not {sorted(expected)}: it is a foreign file; "
@@ -180,19 +120,15 @@ def _checked_layout(files: DictionaryFiles, config: DictionaryConfig) -> list[tu
 
 
 def _count_senses(files: DictionaryFiles) -> int:
-    shape = _read_header(files.inside(files.arrays)).get("counts", ("", ()))[1]
+    shape = DICTIONARY.header(files.inside(files.arrays))[0].get("counts", ("", ()))[1]
     if len(shape) != 1:
         raise DictionaryError(f"{files.arrays} holds no list of counts: it is a foreign file; copy or build it again")
     return shape[0]
 
 
 def _read_borders(files: DictionaryFiles, config: DictionaryConfig) -> list[int]:
-    try:
-        index = _Index.model_validate_json(_read_json(files.inside(files.index)), strict=True)
-    except ValidationError as error:
-        raise DictionaryError(
-            f"{files.index} is wrong: {_all_errors(error)}; copy or build the dictionary again"
-        ) from error
+    raw = DICTIONARY.read_json(files.inside(files.index))
+    index = DICTIONARY.valid(files.index, lambda: _Index.model_validate_json(raw, strict=True))
     for name in index.weight_map.values():
         if not re.fullmatch(r"dictionary-\d{5}-of-\d{5}\.safetensors", name):
             raise DictionaryError(
@@ -210,33 +146,3 @@ def _read_borders(files: DictionaryFiles, config: DictionaryConfig) -> list[int]
             "copy or build the dictionary again"
         )
     return borders
-
-
-def _read_header(path: Path) -> TensorSpecs:
-    """Return the tensors of a safetensors file whose size is exactly what its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_BYTES):
-            raise DictionaryError(f"{path} ({size} bytes) is cut off or no safetensors file: copy or build it again")
-        raw = file.read(length)
-    try:
-        header = _HEADER.validate_json(raw, strict=True)
-    except ValidationError as error:
-        raise DictionaryError(f"{path} has a foreign header: {_all_errors(error)}; copy or build it again") from error
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
-        needed = ITEM_BYTES.get(entry.dtype, 0)
-        for length in entry.shape:
-            needed *= length  # Python integers: nothing overflows
-        if entry.dtype not in ITEM_BYTES or entry.data_offsets != (end, end + needed):
-            raise DictionaryError(
-                f"{path}: the bytes of {shown(name)} ({shown(entry.dtype)} {entry.shape}) are not where they should be: "
-                "copy or build it again"
-            )
-        end += needed
-    if 8 + len(raw) + end != size:
-        raise DictionaryError(
-            f"{path} has {size} bytes, its header speaks of {8 + len(raw) + end}: it is cut off; copy it again"
-        )
-    return {name: (entry.dtype, entry.shape) for name, entry in header.items()}

@@ -281,7 +281,11 @@ class SentenceModel:
             ) from error
         with loading(repr(spec.source)):
             self.model = SentenceTransformer(
-                spec.source, device=device, revision=spec.revision, model_kwargs={"use_safetensors": True}
+                spec.source,
+                device=device,
+                revision=spec.revision,
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
             )
         self.spec = spec
 

@@ -20,6 +20,7 @@ from msense.evaluation.result import Result, comparable, difference
 from msense.text import clean, size
 
 VERSION = 1
+_LARGEST = 1 << 30  # bytes of a file of results
 NONE = "–"
 MORE_COLUMNS = 5  # of other figures in a table
 
@@ -136,7 +137,7 @@ def write_report(found: Evaluation, output: str, *, plots: bool) -> list[str]:
     """
     stem = output.removesuffix(".json")
     storage.make_folder(output.rpartition("/")[0] or ".")
-    storage.write_text(output, json.dumps(to_json(found), indent=1, ensure_ascii=False) + "\n")
+    storage.write_json(output, to_json(found))
     storage.write_text(f"{stem}.md", markdown(found))
     written = [output, f"{stem}.md"]
     if plots:
@@ -158,7 +159,9 @@ def load_report(output: str) -> Evaluation | None:
     if not storage.exists(output):
         return None
     try:
-        told = json.loads(storage.read_text(output))
+        told = json.loads(storage.read_text(output, _LARGEST))
+        if storage.SEAL in told and told.pop(storage.SEAL) != storage.seal(told):
+            raise ValueError("a byte of it has changed since it was written")
         if told["format_version"] != VERSION:
             raise BadInput(f"{output} has format version {told['format_version']!r}, this msense reads {VERSION}")
         tasks = [
@@ -174,7 +177,7 @@ def load_report(output: str) -> Evaluation | None:
         found = Evaluation(list(told["models"]), tasks, costs, dict(told["made"]))
         _check(found)
         return found
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise BadInput(
             f"{output} is there, but holds no evaluation ({type(error).__name__}: {error}): give another --output, or remove it"
         ) from error

@@ -23,6 +23,7 @@ from msense.evaluation.models import Model
 from msense.evaluation.result import Result
 
 MOST = 512  # senses of a word of several tokens: means of one sense of each, of the most frequent ones
+_LARGEST = 64 << 20  # bytes of a set
 BEST, MEAN, ONE, TEXT = "best pair", "mean of pairs", "one embedding", "as texts"
 
 
@@ -84,6 +85,8 @@ def read_sets(source: str) -> dict[str, list[Pair]]:
     for file in list_files((source,)):
         if file.format != "txt":
             continue
+        if file.size > _LARGEST:
+            raise BadInput(f"{display_uri(file.uri)} has {file.size} bytes, of a set at most {_LARGEST} are read")
         with reading(file.uri, file.format):
             filesystem, path = filesystem_of(file.uri)
             with filesystem.open(path, "rb") as opened:

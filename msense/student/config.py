@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from msense.artefact import FrozenModel
 from msense.config import MAX_DIM, MAX_VOCABULARY
-from msense.dictionary.format import DictionaryFiles, FrozenModel, TeacherName
+from msense.dictionary.format import DictionaryFiles, TeacherName
 from msense.errors import StudentError
 
 MAX_WINDOW = 1000

@@ -4,23 +4,21 @@ Comes in: a student, or a folder. Goes out: a folder, or a student. Loading make
 holds its shapes against the file's header: what is allocated then is what the file holds. Holds the weights twice.
 """
 
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msense.dictionary.checks import leads_out, shown
+from msense.artefact import Artefact, check_model_settings, shown
 from msense.dictionary.format import atomic_path
 from msense.errors import BadInput, StudentError
 from msense.student.config import StudentConfig, StudentFiles
 from msense.student.student import Student
 
-_CONFIG_BYTES = 4 << 20
+STUDENT = Artefact("student", "copy or train it again", StudentError)
+LARGEST_WEIGHT = 1e9  # far above what training gives; products of some do not leave float32
+_BUFFER_BYTES = 256 << 20
 _DTYPES = ("F32", "F16", "BF16")
 
 
@@ -49,7 +47,7 @@ def load_student(folder: str | Path) -> Student:
     """
     files = StudentFiles(Path(folder))
     try:
-        config = _read_config(files)
+        config = STUDENT.read_config(inside(files, files.config), StudentConfig)
         return _read_weights(inside(files, files.weights), config)
     except (OSError, UnicodeDecodeError) as error:
         raise StudentError(f"{files.folder} cannot be read ({error}): see to its files, or copy it again") from error
@@ -57,33 +55,7 @@ def load_student(folder: str | Path) -> Student:
 
 def inside(files: StudentFiles, path: Path) -> Path:
     """Return a path of the folder unless it is missing, no plain file, or a link leads out of the folder."""
-    if not path.is_file():
-        what = "is no plain file" if os.path.lexists(path) else "is missing"  # opening a pipe would wait for ever
-        raise StudentError(f"{path} {what}: the student is not whole; copy or train it again")
-    if leads_out(path, files.folder):
-        raise StudentError(f"{path} links to {path.resolve()}, outside the student: put the file itself there")
-    return path
-
-
-def _read_config(files: StudentFiles) -> StudentConfig:
-    path = inside(files, files.config)
-    if (size := path.stat().st_size) > _CONFIG_BYTES:
-        raise StudentError(f"{path} has {size} bytes, which is no student's config: copy or train it again")
-    raw = path.read_bytes()
-    try:
-        version = json.loads(raw).get("format_version")
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise StudentError(f"{path} is not a JSON object ({shown(error)}): copy or train it again") from error
-    if version is None:
-        raise StudentError(f"{path} is not the config of a student: it states no format_version; give another folder")
-    if version != 1 or type(version) is not int:
-        raise StudentError(f"{path} has format version {shown(repr(version))}, this msense reads 1: update it")
-    try:
-        return StudentConfig.model_validate_json(raw, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = shown(".".join(map(str, first["loc"]))) or "all of it"
-        raise StudentError(f"{path} is wrong: {place}: {shown(first['msg'])}; copy or train it again") from error
+    return STUDENT.inside(path, files.folder)
 
 
 def _read_weights(path: Path, config: StudentConfig) -> Student:
@@ -93,15 +65,18 @@ def _read_weights(path: Path, config: StudentConfig) -> Student:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             found = {name: tuple(part.get_shape()) for name, part in slices.items()}
             foreign = sorted({part.get_dtype() for part in slices.values()} - set(_DTYPES))
-            _check_sizes(path, config, len(found))
+            if wrong := check_model_settings(config.body, len(found)):
+                raise StudentError(f"{path.parent}: in config.json, {wrong}: copy or train it again")
             with torch.device("meta"):
-                wanted = {name: tuple(tensor.shape) for name, tensor in _built(path, config).weights().items()}
-            wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-            if wrong:
-                here, there = (shapes.get(wrong[0], "nothing") for shapes in (found, wanted))
+                empty = _built(path, config)
+            wanted = {name: tuple(tensor.shape) for name, tensor in empty.weights().items()}
+            _check_buffers(path, empty)
+            unequal = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            if unequal:
+                here, there = (shapes.get(unequal[0], "nothing") for shapes in (found, wanted))
                 raise StudentError(
-                    f"{path} does not fit config.json: {shown(wrong[0])} is {here} there, but should be {there} "
-                    f"({len(wrong)} tensors differ): copy or train it again"
+                    f"{path} does not fit config.json: {shown(unequal[0])} is {here} there, but should be {there} "
+                    f"({len(unequal)} tensors differ): copy or train it again"
                 )
             if foreign:
                 raise StudentError(f"{path} holds numbers of type {shown(foreign[0])}, not {_DTYPES}: train it again")
@@ -109,22 +84,20 @@ def _read_weights(path: Path, config: StudentConfig) -> Student:
     except SafetensorError as error:
         raise StudentError(f"{path} is cut off or no safetensors file ({shown(error)}): copy it again") from error
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise StudentError(f"{path}: {name} holds NaN or infinite numbers: train the student again")
+        if not (tensor.abs() <= LARGEST_WEIGHT).all():  # NaN is not, either
+            raise StudentError(
+                f"{path}: {name} holds NaN or infinite numbers, or some above {LARGEST_WEIGHT:g}: train the student again"
+            )
     student = _built(path, config)
     student.load_weights(weights)
     return student.eval()
 
 
-def _check_sizes(path: Path, config: StudentConfig, tensors: int) -> None:
-    """Refuse a body of more layers than the file has tensors, before as many objects are made."""
-    for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_decoder_layers", "decoder_layers"):
-        layers: Any = (config.body or {}).get(name, 0)
-        if isinstance(layers, int) and layers > tensors:
-            raise StudentError(
-                f"{path} has {tensors} tensors, but config.json speaks of {layers} layers ({name}): they are not of one "
-                "student; copy or train it again"
-            )
+def _check_buffers(path: Path, student: Student) -> None:
+    """Refuse a student that makes far more of its config than its file holds; it takes no memory yet."""
+    size = sum(buffer.numel() * buffer.element_size() for buffer in student.buffers())
+    if size > _BUFFER_BYTES + 2 * path.stat().st_size:
+        raise StudentError(f"{path.parent}: config.json asks for {size} bytes beside the weights: train it again")
 
 
 def _built(path: Path, config: StudentConfig) -> Student:

@@ -1,0 +1,331 @@
+"""Every reader of bytes that others wrote, as `fuzzing` calls them, and the whole folders that they read."""
+
+import dataclasses
+import gzip
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from fuzzing import Reader
+
+from msense import SenseDictionary, SenseEncoder, storage
+from msense.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
+from msense.config import BuildConfig, parse_flags
+from msense.corpus import cut_pieces, list_files
+from msense.corpus.readers import MAX_DOCUMENT_BYTES, Document, read_documents
+from msense.errors import BadInput
+from msense.evaluation import coarsewsd, wordsim
+from msense.evaluation.report import Cost, Evaluation, TaskReport, load_report, to_json, write_report
+from msense.evaluation.result import Result
+from msense.label_set import LabelManifest, LabelSet, LabelUnit
+from msense.labelled import read_labelled
+from msense.manifest import check_manifest
+from msense.resume import Journal
+from msense.run_folder import RunFolder
+from msense.status import show_status
+from msense.student import load_student
+from msense.teacher import Teacher, describe
+
+TEXTS = ["the river bank", "", "a cat sat on the mat , running", "is near " * 9]
+PARQUET = {"text": [f"a text of {n % 7} words" for n in range(90)], "id": [f"d{n}" for n in range(90)]}
+
+
+def digest(*arrays: Any) -> list[object]:  # noqa: ANN401 - arrays and tensors
+    """Return what arrays hold, told by shape, type and bytes."""
+    import hashlib
+
+    plain = [np.ascontiguousarray(a.detach().float().numpy() if isinstance(a, torch.Tensor) else a) for a in arrays]
+    return [(a.shape, str(a.dtype), hashlib.sha256(a.tobytes()).hexdigest()) for a in plain]
+
+
+# --- readers: a folder in, its meaning out
+
+
+def dictionary(folder: Path) -> object:
+    d = SenseDictionary.load(folder)
+    senses = [d.senses(token) for token in range(d.vocab_size)]
+    assert all(np.isfinite(np.asarray(s.centroids, np.float32)).all() for s in senses)
+    assert all((s.counts > 0).all() for s in senses)
+    examples = [d.exemplars(token) for token in range(d.vocab_size)]
+    assert all(0 <= e.sense < len(s.counts) for es, s in zip(examples, senses, strict=True) for e in es)
+    told = d.config.model_dump(), d.find("bank").explain()
+    return told, examples, digest(d.offsets, d.counts, d.spread, d.token_counts, d.centroids)
+
+
+def student(folder: Path) -> object:
+    encoder = SenseEncoder.from_pretrained(folder, device="cpu", dtype="float32")
+    vectors = encoder.encode(TEXTS)
+    assert vectors.shape == (len(TEXTS), encoder.config.dim)
+    assert np.isfinite(vectors).all()
+    tokens = encoder.tokens(TEXTS[2])
+    assert all(0 <= t.start <= t.end <= len(TEXTS[2]) and 0 <= t.probability <= 1.0001 for t in tokens)
+    return encoder.config.model_dump(), digest(vectors), tokens, digest(*load_student(folder).state_dict().values())
+
+
+def classifier(folder: Path) -> object:
+    found = load_classifier(folder)
+    assert all(torch.isfinite(t).all() for t in found.state_dict().values())
+    return found.config.model_dump(), digest(*found.state_dict().values())
+
+
+def teacher(folder: Path) -> object:
+    info, tokenizer = describe(str(folder), BuildConfig())
+    own = Teacher(str(folder), revision=None, layer=-1, dtype="float32", device="cpu")
+    ids = np.array([tokenizer.encode("the river bank").ids], np.int32)
+    assert 0 <= ids.min() <= ids.max() < info.vocab_size
+    assert own.embed(ids, np.ones(ids.shape, bool)).shape == (*ids.shape, info.dim)
+    return dataclasses.replace(info, name=""), digest(*own.engine.module.state_dict().values())
+
+
+def labels(folder: Path) -> object:
+    return _labels(folder, verify=False)
+
+
+def verified_labels(folder: Path) -> object:
+    return _labels(folder, verify=True)
+
+
+def _labels(folder: Path, verify: bool) -> object:
+    found = LabelSet.open(str(folder), verify=verify)
+    batch = found.read(np.arange(len(found.lengths)))
+    known = batch.ids[batch.mask]
+    assert known.min() >= 0
+    assert known.max() < found.manifest.vocab_size
+    assert batch.senses.max() < 65535
+    assert batch.pooled is not None
+    assert torch.isfinite(batch.pooled).all()
+    assert int(found.token_counts()[0].sum() + found.token_counts()[1].sum()) == found.lengths.sum() == len(known)
+    steps = [b.tolist() for b in found.batches(0, 0, 64)]
+    assert sorted(n for b in steps for n in b) + found.held_out().tolist() != []
+    parts = [part for part in batch if part is not None]
+    return found.manifest.model_dump(), steps, digest(*parts)
+
+
+def run_folder(folder: Path) -> object:
+    run = RunFolder(str(folder))
+    told = [storage.read_json(uri) for uri in (run.manifest, run.journal)]
+    facts = storage.facts_of(run.blocks, verify=True)
+    if None in (*told, facts):
+        raise BadInput("counts for nothing: it is made again")
+    show_status(str(folder))
+    Journal.begin(run, 1)
+    check_manifest(run, MANIFEST)
+    return told, facts
+
+
+def settings(folder: Path) -> object:
+    return parse_flags(BuildConfig, "", ["--config", str(folder / "run.yaml")]).model_dump()
+
+
+def corpus(folder: Path) -> Iterator[object]:
+    return list(_documents(folder))  # type: ignore[return-value]
+
+
+def _documents(folder: Path) -> Iterator[object]:
+    (name,) = [path.name for path in folder.iterdir()]
+    files = list_files((str(folder / name),))
+    if files[0].size > 1 << 36:
+        raise BadInput("a corpus may be as large as this hole, but nobody waits for it")
+    for piece in cut_pieces(files):
+        for found in read_documents(piece):
+            if isinstance(found, Document):
+                assert found.text.strip()
+                assert len(found.text.encode()) <= MAX_DOCUMENT_BYTES
+            assert isinstance(found.id, str)
+            if not isinstance(found, Document) and found.reason == "empty":
+                continue  # a bomb of line ends would fill this list
+            yield found
+
+
+def labelled(folder: Path) -> object:
+    found = read_labelled(str(folder), "train")
+    assert len(found.texts) == len(found.labels) > 0
+    assert all(isinstance(text, str) for row in found.texts for text in row)
+    return found.texts, found.labels.tolist()
+
+
+def contexts(folder: Path) -> object:
+    found = [
+        coarsewsd.read_contexts(str(folder), word, p) for word in coarsewsd.words(str(folder)) for p in coarsewsd.PARTS
+    ]
+    for own in found:
+        assert len(own.texts) == len(own.starts) == len(own.gold)
+        assert all(0 <= start <= len(text) for start, text in zip(own.starts, own.texts, strict=True))
+    return [(own.texts, own.starts.tolist(), own.gold.tolist()) for own in found]
+
+
+def word_pairs(folder: Path) -> object:
+    found = wordsim.read_sets(str(folder))
+    assert all(math.isfinite(pair.score) for pairs in found.values() for pair in pairs)
+    return found
+
+
+def results(folder: Path) -> object:
+    found = load_report(str(folder / "e.json"))
+    if found is None:
+        raise BadInput("there is none")
+    return to_json(found)
+
+
+# --- whole folders
+
+
+MANIFEST: dict[str, Any] = {
+    "format": 1,
+    "config": {"senses": 20, "layer": -1},
+    "corpus": ["a"],
+    "inputs": {"a.txt": "3 x"},
+    "teacher": {"name": "t", "dim": 16, "fingerprint": "f"},
+    "pins": {"dtype": "float32", "device": "cpu"},
+}
+
+
+def write_run(folder: Path) -> None:
+    run = RunFolder(str(folder))
+    storage.write_json(run.manifest, MANIFEST)
+    Journal.begin(run, 2).end("done")
+
+    def write(path: Path) -> None:
+        pq.write_table(pa.table({"piece": [1, 2]}), path)
+
+    run.publish(run.blocks, write, {"stored": 3})
+
+
+def write_labels(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    run = RunFolder(str(folder), "m")
+    sizes = rng.integers(1, 4, 25).astype(np.int32)
+
+    def senses(path: Path) -> None:
+        storage.save_arrays(path, {"senses": sizes})
+
+    run.publish(run.label_senses, senses)
+    units = []
+    for number in range(2):
+        lengths = rng.integers(2, 9, 6)
+        ids = rng.integers(0, 25, lengths.sum()).astype(np.int32)
+        soft = np.stack([np.zeros(len(ids)), np.where(sizes[ids] > 1, 1, 65535)], 1).astype(np.uint16)
+        weights = np.where(soft == [[0, 1]], [[0.75, 0.25]], [[1.0, 0.0]]).astype(np.float16)
+        weights[sizes[ids] == 1] = [1, 0]
+        arrays = {
+            "offsets": np.cumsum([0, *lengths]).astype(np.int64), "ids": ids, "senses": soft[:, 0].copy(),
+            "held_out": np.array([0, 0, 1, 0, 0, 1], np.uint8), "soft_senses": soft, "soft_weights": weights,
+            "pooled": rng.normal(size=(6, 4)).astype(np.float16),
+        }  # fmt: skip
+
+        def write(path: Path, arrays: dict[str, np.ndarray] = arrays) -> None:
+            storage.save_arrays(path, arrays)
+
+        run.publish(run.label_file(number), write)
+        file = Path(run.label_file(number))
+        told = {"passages": 6, "tokens": len(ids), "labelled": len(ids), "held_out_passages": 2}
+        units.append(LabelUnit(**told, size=file.stat().st_size, sha256=storage.sha256_of(file)))
+    manifest = LabelManifest(
+        made_of="m", dictionary="d", teacher={"name": "t"}, tokenizer_fingerprint="t", vocab_size=25, dim=4, metric="l2",
+        temperature_unit=1.0, temperature=0.5, train_tokens=None, held_out=0.3, held_out_salt=1, soft_targets=2,
+        pooled=True, pooling="mean", normalize=False, units=tuple(units),
+    )  # fmt: skip
+    storage.write_json(run.label_manifest, manifest.model_dump(mode="json"))
+
+
+def write_classifier(folder: Path) -> None:
+    config = ClassifierConfig(task="sst2", dim=16, pooling="mean", labels=("a", "b"))
+    save_classifier(folder, Classifier(config))
+
+
+def write_results(folder: Path) -> None:
+    rows: dict[str, Result | str] = {
+        "a": Result("accuracy", "draws", [0.5, 0.6], more={"macro F1": 0.4}),
+        "b": Result("accuracy", "texts", gold=["x", "y"], found=["x", "x"]),
+        "c": "has none",
+    }
+    cost = Cost(**{field.name: 1 for field in dataclasses.fields(Cost)})
+    report = Evaluation(list(rows), [TaskReport("t", "k", "w", rows)], {"a": cost}, {"settings": {"seed": 1}})
+    write_report(report, str(folder / "e.json"), plots=False)
+
+
+def _text(name: str, content: str | bytes) -> Callable[[Path], object]:
+    def write(folder: Path) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return write
+
+
+def _parquet(name: str, table: dict[str, list], **told: object) -> Callable[[Path], object]:
+    return lambda folder: pq.write_table(pa.table(table), folder / name, row_group_size=40, **told)
+
+
+LINES = "\n".join(PARQUET["text"])
+JSONL = "".join(
+    f'{{"id": "d{n}", "text": "a text, {n}", "label": "l{n % 3}", "more": {{"a": [1, 2]}}}}\n' for n in range(30)
+)
+CSV = "id,text,label\n" + "".join(f'd{n},"a text, ""{n}""\nof two lines",l{n % 3}\n' for n in range(30))
+YAML = (
+    "corpus: [a.txt, 'b/*.txt']\nteacher: org/name\nlayer: -2\nsenses: 30\nkeep: [passages]\ncoverage: 0.9\nseed: 7\n"
+)
+YAML += "output: runs/x\n"
+WHOLE: dict[str, Callable[[Path], object]] = {
+    "run folder": write_run,
+    "labels": write_labels,
+    "labels, verified": write_labels,
+    "classifier": write_classifier,
+    "results": write_results,
+    "config": _text("run.yaml", YAML),
+    "corpus txt": _text("a.txt", LINES),
+    "corpus jsonl": _text("a.jsonl", JSONL),
+    "corpus csv": _text("a.csv", CSV),
+    "corpus gz": _text("a.jsonl.gz", gzip.compress(JSONL.encode())),
+    "corpus zst": _text("a.txt.zst", pa.Codec("zstd").compress(LINES.encode(), asbytes=True)),
+    "corpus parquet": _parquet("a.parquet", PARQUET, compression="zstd"),
+    "corpus parquet, plain": _parquet("a.parquet", PARQUET, compression="none", data_page_version="2.0"),
+    "labelled csv": _text("train.csv", CSV),
+    "labelled jsonl": _text("train.jsonl", JSONL),
+    "labelled parquet": _parquet("train.parquet", {"text": PARQUET["text"], "label": [n % 3 for n in range(90)]}),
+    "word contexts": lambda f: [
+        _text(f"bank/{part}.{kind}.txt", text * 5)(f)
+        for part in ("train", "test")
+        for kind, text in (("data", "1\tthe bank is\n0\tbank of a river\n"), ("gold", "a\nb\n"))
+    ],
+    "word pairs": _text("set.txt", "bank river 3\nbank money 2.5\ncat dog 9\n" * 5),
+}  # dictionary, students and teacher are made by fixtures
+_STUDENT = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "dictionary/config.json",
+    "dictionary/dictionary.safetensors",
+)
+_LABELS = ("labels/labels.json", "labels/000000.safetensors", "labels/000001.safetensors")
+READERS: dict[str, Reader] = {
+    "dictionary": Reader(
+        dictionary, ("config.json", "dictionary.safetensors", "exemplars.parquet", "tokenizer/tokenizer.json")
+    ),
+    "student static": Reader(student, _STUDENT),
+    "student layers:1": Reader(student, _STUDENT),
+    "classifier": Reader(classifier, ("classifier/config.json", "classifier/classifier.safetensors")),
+    "teacher": Reader(
+        teacher,
+        ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json"),
+    ),
+    "labels": Reader(labels, _LABELS),
+    "labels, verified": Reader(verified_labels, _LABELS, exact=True),
+    "run folder": Reader(
+        run_folder, ("manifest.json", "journal.json", "plan/blocks.parquet", "plan/blocks.parquet.done"), exact=True
+    ),
+    "config": Reader(settings, ("run.yaml",)),
+    "results": Reader(results, ("e.json",)),
+    "word contexts": Reader(contexts, ("bank/train.data.txt", "bank/test.gold.txt")),
+    "word pairs": Reader(word_pairs, ("set.txt",)),
+    **{name: Reader(corpus, (f"a.{form}",)) for name, form in (
+        ("corpus txt", "txt"), ("corpus jsonl", "jsonl"), ("corpus csv", "csv"), ("corpus gz", "jsonl.gz"),
+        ("corpus zst", "txt.zst"), ("corpus parquet", "parquet"), ("corpus parquet, plain", "parquet"),
+    )},
+    **{f"labelled {form}": Reader(labelled, (f"train.{form}",)) for form in ("csv", "jsonl", "parquet")},
+}  # fmt: skip

@@ -1,0 +1,156 @@
+"""Credentials in URIs, in the environment and in what libraries say: none is written down or told by any job."""
+
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faulty import ALL, Corpus
+from fsspec.implementations.local import LocalFileSystem
+from students import shipped
+from test_evaluation import write_task
+
+from msense.cli import run_job
+from msense.text import first_line, plain, redact
+
+ROOT = Path(__file__).parents[1]
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "AKIA1111AAAA2222BBBB",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLE",
+    "AWS_SESSION_TOKEN": "session-token-of-nobody",
+    "HF_TOKEN": "hf_aBcDeFgHiJkLmNoPqRsTuVwX",
+    "RAY_AUTH_TOKEN": "ray-token-of-nobody",
+}
+IN_URI = "pass-of-nobody"
+QUOTED = f"403 for https://me:{IN_URI}@store/x?X-Amz-Signature={IN_URI} key {SECRETS['AWS_SECRET_ACCESS_KEY']} Authorization: "
+QUOTED += f"Bearer {SECRETS['HF_TOKEN']} " + " ".join(SECRETS.values())
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def run(secrets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a job as from the command line; nothing that is told or written holds a secret."""
+
+    def call(job: str, *flags: object) -> int:
+        spec = importlib.util.spec_from_file_location(f"{job}_job", ROOT / "jobs" / f"{job}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{job}.py", *map(str, flags)])
+        monkeypatch.setattr(logging.root, "handlers", [])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        capfd.readouterr()
+        try:
+            code = run_job(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        except (RuntimeError, ValueError, LookupError, TypeError):  # as the interpreter does with what nobody caught
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        told = "".join(capfd.readouterr())
+        assert told
+        written = {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        for secret in (*SECRETS.values(), IN_URI):
+            assert secret not in told, told
+            assert [name for name, data in written.items() if secret.encode() in data or secret in name] == []
+        return code
+
+    return call
+
+
+@pytest.fixture
+def broken_store(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have the store refuse a file in words that quote all secrets."""
+
+    def breaks(name: str, error: type[Exception] = OSError) -> None:
+        whole = LocalFileSystem._open
+
+        def fail(self: LocalFileSystem, path: str, *rest: object, **options: object) -> object:
+            if name in path:
+                raise error(QUOTED)
+            return whole(self, path, *rest, **options)
+
+        monkeypatch.setattr(LocalFileSystem, "_open", fail)
+
+    return breaks
+
+
+@pytest.mark.usefixtures("in_process")
+def test_no_job_tells_secrets(
+    made: Corpus, run: Run, monkeypatch: pytest.MonkeyPatch, broken_store: Callable[..., None]
+) -> None:
+    from msense import distill_run
+
+    monkeypatch.setattr(distill_run, "train", lambda *_: {})
+    root = made.folder
+    small = ("--teacher", made.teacher, "--dtype", "float32")
+    corpus = root / "corpus"
+    task = write_task(root / "task", {part: [("the river", "a"), ("the bank", "b")] * 4 for part in ("train", "test")})
+    remote = f"s3://me:{IN_URI}@bucket/x?token={IN_URI}"
+    assert (
+        run(
+            "build_dict", "--corpus", corpus, *small, "--max-occurrences", 40, "--keep", *ALL, "--output", root / "dict"
+        )
+        == 0
+    )
+    assert run("distill", "--dictionary", root / "dict", "--teacher", made.teacher, "--output", root / "student") == 0
+    shipped(made.teacher, root / "shipped")
+    models = ("teacher", f"s=student:{root / 'shipped'}")
+    evaluated = ("--task", f"t={task}", "--shots", 2, "--draws", 2, "--no-cost", "--output", root / "e.json")
+    assert run("evaluate", "--model", *models, *small, *evaluated) == 0
+    # what fails
+    assert run("build_dict", "--corpus", remote, *small, "--output", root / "b2") == 2
+    assert run("build_dict", "--corpus", corpus, "--teacher", remote, "--output", root / "b3") == 2
+    assert run("distill", "--dictionary", remote, "--output", root / "d2") != 0
+    assert run("evaluate", "--model", f"student:{remote}", "--task", f"t={remote}", "--output", root / "e2.json") != 0
+    broken_store("a.txt")
+    assert run("build_dict", "--corpus", corpus, *small, "--output", root / "b4") != 0
+    shutil.rmtree(root / "b4", ignore_errors=True)
+    broken_store("b.txt", RuntimeError)  # which nobody foresaw
+    (corpus / "a.txt").unlink()
+    assert run("build_dict", "--corpus", corpus, *small, "--output", root / "b5") != 0
+
+
+def test_fine_tuning_tells_no_secrets(
+    run: Run, tmp_path: Path, teacher: Path, broken_store: Callable[..., None]
+) -> None:
+    remote = f"s3://me:{IN_URI}@bucket/x?token={IN_URI}"
+    named = ("--teacher", teacher, "--output", tmp_path / "f")
+    assert run("finetune", "--task", f"sst2={remote}", *named) == 2
+    write_task(tmp_path / "task", {part: [("the river", "0"), ("the bank", "1")] * 4 for part in ("train", "dev")})
+    broken_store("train.csv")
+    assert run("finetune", "--task", f"sst2={tmp_path / 'task'}", *named) == 2
+
+
+def test_a_job_that_dies_tells_its_traceback_without_secrets(secrets: None, tmp_path: Path) -> None:
+    """The interpreter's own way out, in a process of its own."""
+    code = f"from msense.cli import run_job\ndef job():\n    raise RuntimeError({QUOTED!r})\nrun_job(job)"
+    (tmp_path / "job.py").write_text(code)
+    path = {"PYTHONPATH": str(ROOT)}
+    told = subprocess.run(
+        [sys.executable, tmp_path / "job.py"], capture_output=True, text=True, env=os.environ | path, check=False
+    )
+    assert told.returncode == 1
+    said = told.stderr.rpartition("RuntimeError")[2]
+    assert said.startswith(": 403 for https://store/x key ***")
+    assert not [secret for secret in (*SECRETS.values(), IN_URI) if secret in said]
+
+
+def test_known_secrets_are_blanked(secrets: None) -> None:
+    for show in (redact, plain, lambda text: first_line(OSError(text))):
+        assert not [secret for secret in (*SECRETS.values(), IN_URI) if secret in show(QUOTED)]
+    assert redact("token hf_zZyYxXwWvVuUtTsSrRqQ, AKIAIOSFODNN7EXAMPLE") == "token ***, ***"
+    plainly = "3 tokens of the river bank; hf_hub is a name, Bearer of news"
+    assert redact(plainly) == plainly
+    assert re.fullmatch(r"[^\n]*", first_line(OSError("a\nb")))
