@@ -57,8 +57,8 @@ def spoil(path: Path, edits: list[Edit], reseal: bool) -> None:
             return
         raw = path.read_bytes()
         packed = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
-        if packed and also < 0.7:  # else its packed bytes
-            plain = pa.CompressedInputStream(pa.BufferReader(raw), packed).read()
+        plain = _unpacked(raw, packed) if packed and also < 0.7 else None
+        if plain is not None:
             plain = damage(plain, kind, where, also, data, path)
             if where > 0.97:
                 plain = (data * 1000)[: 1 << 10] * (96 << 10)  # a bomb of 96 MB, with or without ends of lines
@@ -68,6 +68,14 @@ def spoil(path: Path, edits: list[Edit], reseal: bool) -> None:
         path.write_bytes(raw)
     if reseal:
         seal(path)
+
+
+def _unpacked(raw: bytes, packed: str) -> bytes | None:
+    """Return what packed bytes hold; None if an edit before this one broke them."""
+    try:
+        return pa.CompressedInputStream(pa.BufferReader(raw), packed).read()
+    except OSError:
+        return None
 
 
 def seal(path: Path) -> None:
