@@ -6,7 +6,8 @@ from typing import Any
 
 from msense.build import build_dictionary
 from msense.cli import run_job, show_table, stage_rows
-from msense.config import BuildConfig, parse_flags
+from msense.config import BuildConfig
+from msense.flags import parse_flags
 from msense.text import size
 from msense.tokens import LISTED_BAD_DOCUMENTS
 

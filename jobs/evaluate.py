@@ -4,10 +4,10 @@ import logging
 import sys
 
 from msense.cli import run_job
-from msense.config import parse_flags
 from msense.evaluation.config import EvaluateConfig
 from msense.evaluation.report import show
 from msense.evaluation.run import evaluate
+from msense.flags import parse_flags
 
 DESCRIPTION = """Measure models on tasks, side by side: quality with its uncertainty, and cost.
 

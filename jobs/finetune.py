@@ -5,9 +5,9 @@ import sys
 from typing import Any
 
 from msense.cli import run_job, show_table
-from msense.config import parse_flags
 from msense.finetune import finetune
 from msense.finetune_config import FinetuneConfig
+from msense.flags import parse_flags
 
 DESCRIPTION = """Fine-tune a teacher with a classifier: the teacher of a dictionary and students for that one task.
 

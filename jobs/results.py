@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from benches.workshop import Workshop
 
 from msense.cli import run_job, show_table
-from msense.config import DEMO_TEACHER, validate
+from msense.config import DEMO_TEACHER
 from msense.errors import BadInput
 from msense.evaluation.coarsewsd import read_contexts, words
 from msense.evaluation.config import EvaluateConfig
@@ -27,6 +27,7 @@ from msense.evaluation.result import Result
 from msense.evaluation.run import evaluate
 from msense.finetune import finetune
 from msense.finetune_config import FinetuneConfig
+from msense.flags import validate
 
 SENSES = 50  # a token, of a task's own dictionary
 OTHER_SIZES = (1, 10, "auto")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from msense import storage
+from msense import storage, stores
 from msense.config import BuildConfig
 from msense.dictionary.format import (
     Arrays,
@@ -27,6 +27,7 @@ from msense.dictionary.format import (
 )
 from msense.exemplars import collect
 from msense.run_folder import RunFolder
+from msense.scratch import scratch_folder
 from msense.teacher import TeacherInfo
 
 
@@ -151,10 +152,10 @@ def _chunks(files: list[str], order: _Order, dtype: str) -> Iterator[torch.Tenso
 @contextmanager
 def _target(run: RunFolder) -> Iterator[Path]:
     """Give a local folder to write to; it is uploaded when the run is not on the local disk, config.json last."""
-    if storage.is_local(run.dictionary):
+    if stores.is_local(run.dictionary):
         yield Path(storage.absolute(run.dictionary))
         return
-    with storage.scratch_folder() as folder:
+    with scratch_folder() as folder:
         yield folder
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         for name in sorted(names, key=lambda n: n == "config.json"):

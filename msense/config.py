@@ -1,21 +1,14 @@
-"""The settings of a build: one frozen, validated model, read from flags and a YAML file.
+"""The settings of a build: one frozen, validated model.
 
-Comes in: command line and YAML. Goes out: a `BuildConfig`. Flags win over the file, the file over the defaults, and
-all errors of a config are shown at once.
+Comes in: values, by way of `flags.parse_flags`. Goes out: a `BuildConfig`; what is wrong is said of each setting.
 """
 
-import argparse
-import difflib
 import math
 import re
-import reprlib
-import types
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ByteSize,
@@ -29,7 +22,7 @@ from pydantic import (
 )
 
 from msense.errors import BadInput
-from msense.text import is_utf8, plain, redact
+from msense.text import is_utf8, plain
 
 DEMO_TEACHER = "all-MiniLM-L6-v2"
 DEMO_CORPUS = "pydocs:pandas,sklearn,torch"
@@ -42,7 +35,6 @@ MAX_DIM = 1 << 16
 MAX_TOKEN_NUMBERS = 1 << 28  # of one token's centroids, which are read at once: 1 GiB in float32
 MAX_EXEMPLARS = 1024  # of one sense
 MANY = 2**31 - 1  # more of anything fits no array of ours
-SHOWN_ERRORS = 20
 
 GpusPerActor = Annotated[float, Field(gt=0, le=1, description="GPUs of a teacher actor: with 0.5 two actors share one")]
 Metric = Literal["l2", "dot", "cosine"]
@@ -310,120 +302,8 @@ class BuildConfig(JobConfig):
         return self.model_dump(mode="json", exclude=free)
 
 
-_YAML_BYTES = 1 << 20
-_YAML_ERRORS = (  # what PyYAML raises on values that are not of their tag's kind
-    *(OSError, ValueError, RecursionError, yaml.YAMLError),
-    *(AttributeError, LookupError, TypeError, ArithmeticError),
-)
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
-
-
-def parse_flags(model: type[ConfigT], description: str, argv: Sequence[str] | None = None) -> ConfigT:
-    """Make a config from the command line and the YAML file of `--config`.
-
-    Args:
-        model: the pydantic model; each field becomes a flag with the field's description as help.
-        description: first lines of `--help`.
-        argv: arguments, without the program's name; default: those of the process.
-
-    Raises:
-        BadInput: a flag, key or value is wrong; the message lists every error.
-    """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="YAML file with any of the settings below; flags win over it"
-    )
-    for name, field in model.model_fields.items():
-        told = _flag(field.annotation, None if field.is_required() else field.default, field.description)
-        parser.add_argument("--" + name.replace("_", "-"), dest=name, default=argparse.SUPPRESS, **told)
-    given = vars(parser.parse_args(argv))
-    file = given.pop("config", None)
-    return validate(model, {**({} if file is None else _read_yaml(file)), **given})
-
-
-def validate(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """Check settings as a whole; BadInput lists every error at once."""
-    try:
-        return model(**values)
-    except ValidationError as error:
-        wrong = error.errors(include_url=False, include_context=False)
-        lines = [
-            f"  {_told(e['loc'], e['type'], e['msg'], e['input'], model.model_fields)}" for e in wrong[:SHOWN_ERRORS]
-        ]
-        lines += [f"  and {len(wrong) - SHOWN_ERRORS} more"] if len(wrong) > SHOWN_ERRORS else []
-        raise BadInput("these settings are wrong (--help tells all):\n" + "\n".join(lines)) from error
-
-
-def _told(place: Sequence[int | str], kind: str, message: str, given: object, known: Iterable[str]) -> str:
-    """Say what is wrong with one setting."""
-    name = ".".join(str(part) for part in place)
-    if kind == "missing":
-        return f"{name}: must be given (--{name.replace('_', '-')})"
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(name, known, n=1)
-        message = "there is no such setting" + (f"; is it {near[0]}?" if near else "")
-    shown = reprlib.Repr()  # a YAML file of one line may stand for terabytes
-    shown.maxstring = shown.maxother = 120
-    return f"{name}: {message.removeprefix('Value error, ')} (given: {redact(shown.repr(given))})"
-
-
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:  # a name too long, or a folder that may not be looked into
         return False
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that quotes the command line without its control characters."""
-
-    def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ANN401 - a stream
-        super()._print_message(plain(message), file)
-
-
-def _flag(annotation: Any, default: object, description: str | None) -> dict[str, Any]:  # noqa: ANN401 - a type object
-    """Return argparse's keywords for a field; values stay text, pydantic converts them."""
-    shown = " ".join(default) if isinstance(default, tuple) else default
-    if isinstance(default, dict):
-        shown = " ".join(f"{name}={value:g}" for name, value in default.items())
-    text = (description or "").replace("%", "%%") + (f" (default: {shown})" if shown not in (None, "", False) else "")
-    if annotation is bool:
-        return {"action": argparse.BooleanOptionalAction, "help": text}
-    if get_origin(annotation) in (tuple, dict):
-        return {
-            "action": "extend",
-            "nargs": "*",
-            "help": text,
-            "metavar": "X" if get_origin(annotation) is tuple else "NAME=VALUE",
-        }
-    options = (
-        [a for a in get_args(annotation) if a is not type(None)]
-        if get_origin(annotation) in (Union, types.UnionType)
-        else [annotation]
-    )
-    shapes = [get_args(a) if get_origin(a) is Literal else [{int: "N", float: "F"}.get(a, "X")] for a in options]
-    return {"help": text, "metavar": "|".join(str(name) for shape in shapes for name in shape)}
-
-
-def _text_of(path: Path) -> str:
-    """Read a file of settings: opening a pipe would wait for ever, and no such file is large."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no plain file")
-    if (size := path.stat().st_size) > _YAML_BYTES:
-        raise ValueError(f"it has {size} bytes, at most {_YAML_BYTES} are read")
-    return path.read_text(encoding="utf-8")
-
-
-def _read_yaml(file: str) -> dict[str, Any]:
-    """Read a YAML mapping; keys may be written with - or _."""
-    try:
-        values = yaml.safe_load(_text_of(Path(file)))
-    except _YAML_ERRORS as error:
-        raise BadInput(
-            f"cannot read the config file {file!r}: {redact(str(error))}\nIt must be UTF-8 text of `setting: value` lines."
-        ) from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise BadInput(f"the config file {file!r} must hold `setting: value` lines, found a {type(values).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}

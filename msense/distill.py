@@ -21,6 +21,7 @@ from msense.losses import Mix
 from msense.ray_train import fit
 from msense.run_folder import RunFolder
 from msense.runtime import Resources, run_task
+from msense.scratch import scratch_folder
 from msense.storage import join
 from msense.student import StudentSettings, load_student, ship
 from msense.student.shipping import ShippedSenses
@@ -135,7 +136,7 @@ def ship_student(
     if training.mix.metric is not None:
         dictionary.config = dictionary.config.model_copy(update={"metric": training.mix.metric})
     figures = {name.replace("_", " "): value for name, value in metrics.items() if name.startswith("held_out")}
-    with checkpoint.as_directory() as given, storage.scratch_folder() as scratch:
+    with checkpoint.as_directory() as given, scratch_folder() as scratch:
         ship(scratch, load_student(Path(given, STUDENT)), dictionary, senses=senses, figures=figures)
         storage.upload_folder(scratch, uri)
 

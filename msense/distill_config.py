@@ -1,6 +1,6 @@
 """The settings of a distillation: one frozen, validated model, as `config.py` has it for a build.
 
-Comes in: command line and YAML, by way of `config.parse_flags`. Goes out: a `DistillConfig`; those of its settings that
+Comes in: command line and YAML, by way of `flags.parse_flags`. Goes out: a `DistillConfig`; those of its settings that
 the labels depend on, and those of the training, each as JSON values.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from msense import storage
+from msense import storage, stores
 from msense.config import BuildConfig, SenseBudget, sense_bytes
 from msense.kmeans import POINTS_A_SENSE
 from msense.labels import LabelActor
@@ -44,7 +44,7 @@ def estimate(
     seen = points[points > 0]
     senses = float(_most_senses(seen, config, info.dim))
     record = record_type(info.dim).itemsize
-    fs, folder = storage.filesystem(run.passages)
+    fs, folder = stores.filesystem(run.passages)
     return {
         "sample": share,
         "documents": passages["documents"] * scale,

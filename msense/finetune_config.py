@@ -1,6 +1,6 @@
 """The settings of a fine-tuning: one frozen, validated model, as `config.py` has it for a build.
 
-Comes in: command line and YAML, by way of `config.parse_flags`. Goes out: a `FinetuneConfig`, its task read.
+Comes in: command line and YAML, by way of `flags.parse_flags`. Goes out: a `FinetuneConfig`, its task read.
 """
 
 from typing import Any, Literal

@@ -11,11 +11,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from msense import storage
-from msense.config import BuildConfig, validate
+from msense.config import BuildConfig
 from msense.corpus import SourceFile, display_uri, list_files
 from msense.dictionary import DictionaryConfig, SenseDictionary
 from msense.distill_config import DistillConfig
 from msense.errors import BadInput
+from msense.flags import validate
 from msense.pooling import check_pooling
 from msense.run_folder import RunFolder
 from msense.storage import join

@@ -7,7 +7,7 @@ settings only.
 from collections.abc import Callable
 from typing import Any
 
-from msense import storage
+from msense import stores
 from msense.errors import MsenseError
 from msense.run_folder import RunFolder
 from msense.runtime import TASK_CPUS, Resources
@@ -63,11 +63,11 @@ def fit(
 
 def _storage(uri: str) -> dict[str, Any]:
     """Return where checkpoints go: on a store by the client of all other files, with its patience and credentials."""
-    if storage.is_local(uri):
+    if stores.is_local(uri):
         return {"storage_path": uri}
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    filesystem, path = storage.filesystem(uri)
+    filesystem, path = stores.filesystem(uri)
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from msense import storage
+from msense import storage, stores
 from msense.errors import BadInput
 from msense.lease import leased
+from msense.scratch import is_scratch
 from msense.storage import join
 from msense.stores import is_s3
 
@@ -236,7 +237,7 @@ def lasting(output: str) -> str:
     Raises:
         BadInput: it would go with the job: one of `ray job submit` runs in a copy of its working directory that Ray removes.
     """
-    if SUBMITTED in os.environ and storage.is_local(output) and not Path(output.removeprefix("file://")).is_absolute():
+    if SUBMITTED in os.environ and stores.is_local(output) and not Path(output.removeprefix("file://")).is_absolute():
         raise BadInput(
             f"--output {output} is relative, and a submitted job runs in a copy of its working directory that Ray removes: "
             "give an absolute path or a URI that every node can reach"
@@ -251,7 +252,7 @@ def locked(run: RunFolder) -> Iterator[None]:
     Raises:
         BadInput: another driver holds it.
     """
-    if not storage.is_local(run.root):
+    if not stores.is_local(run.root):
         with leased(run.lock) if is_s3(run.root) else nullcontext():
             yield
         return
@@ -273,7 +274,7 @@ def locked(run: RunFolder) -> Iterator[None]:
 
 def sweep(run: RunFolder) -> None:
     """Remove the temporary files of processes that were killed while they wrote into a run folder on a local disk."""
-    if not storage.is_local(run.root):
+    if not stores.is_local(run.root):
         return
     ours = {
         Path(name).name
@@ -282,5 +283,5 @@ def sweep(run: RunFolder) -> None:
     found = [p for p in Path(run.root).glob(".*.part") if p.name[1:].rpartition(".")[0].rpartition(".")[0] in ours]
     for folder in run.outputs()[:-1]:
         found += Path(folder).rglob(".*.part")
-    for left in filter(storage.is_scratch, found):
+    for left in filter(is_scratch, found):
         left.unlink(missing_ok=True)

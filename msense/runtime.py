@@ -21,9 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msense import storage, stores
+from msense import stores
 from msense.errors import BadInput, MsenseError
 from msense.resources import TASK_CPUS, Node, Resources, take
+from msense.scratch import scratch_folder
 from msense.watch import track, warn_of_skew
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def _temporary_folder() -> str:
 
     usual = Path(tempfile.gettempdir())
     held = ExitStack()  # left in reverse order; a folder of a killed process goes when the next one is made
-    folder = held.enter_context(storage.scratch_folder(usual if len(str(usual)) <= LONGEST_TEMP else Path("/tmp")))
+    folder = held.enter_context(scratch_folder(usual if len(str(usual)) <= LONGEST_TEMP else Path("/tmp")))
     held.callback(ray.shutdown)
     atexit.register(held.close)  # after Ray's own registration, hence before it
     return str(folder)

@@ -10,25 +10,21 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from msense.errors import BadInput, MsenseError
+from msense.scratch import scratch_folder, scratch_name
 from msense.stores import call_errors, display_uri, filesystem, has_folders, is_local, open_file, reading, reason_of
 
 MARKER = ".done"
 SEAL = "seal"  # key of a JSON file's own hash
-_SCRATCH = "msense-"
 _BUFFER = 1 << 20
 _LARGEST = 1 << 28  # bytes of a file that is read whole
 _MARK: Mapping[str, type] = {"size": int, "sha256": str, "made_of": str, "facts": dict}
@@ -297,54 +293,6 @@ def local_copy(uri: str) -> Path:
             fs.get(path, str(copy), recursive=fs.isdir(path))
             copy.replace(target)
     return target
-
-
-@contextmanager
-def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """Give a folder for temporary files, and remove it; those that killed processes left behind go with it.
-
-    Each is locked by its process, so that one without a holder is known to be left behind.
-
-    Args:
-        parent: where to make it; None = the system's temporary folder.
-    """
-    parent = parent or Path(tempfile.gettempdir())
-    for left in parent.glob(f"{_SCRATCH}*.lock"):
-        if re.fullmatch(rf"{_SCRATCH}[0-9a-f]{{8}}", left.stem):  # ours by its name
-            _remove_unheld(left)
-    lock = parent / f"{_SCRATCH}{_unique()}.lock"  # short: Ray puts sockets into one
-    folder = lock.with_suffix("")
-    with FileLock(lock):
-        folder.mkdir(mode=0o700)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)
-
-
-def _remove_unheld(lock: Path) -> None:
-    """Remove a scratch folder whose process is gone."""
-    try:
-        with FileLock(lock, timeout=0):
-            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-            lock.unlink(missing_ok=True)
-    except (Timeout, OSError):  # at work, or another user's
-        return
-
-
-def _unique() -> str:
-    return uuid.uuid4().hex[:8]
-
-
-def scratch_name(path: Path) -> Path:
-    """Return a temporary name beside a path, told from all others by `is_scratch`."""
-    return path.with_name(f".{path.name}.{_unique()}.part")
-
-
-def is_scratch(path: Path) -> bool:
-    """Tell whether a name is a temporary one of ours."""
-    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.part", path.name) is not None
 
 
 def _umask() -> int:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import xxhash
 from tokenizers import Encoding, Tokenizer
 
-from msense import storage
+from msense import storage, stores
 from msense.corpus import BadDocument, Document, Piece, read_documents
 from msense.errors import BadInput
 
@@ -391,6 +391,6 @@ def read_block(uri: str, block: int) -> Passages:
 
 def open_parquet(uri: str) -> pq.ParquetFile:
     """Open a parquet file of any storage."""
-    if storage.is_local(uri):
+    if stores.is_local(uri):
         return pq.ParquetFile(storage.absolute(uri), memory_map=True)
-    return pq.ParquetFile(storage.open_file(uri))
+    return pq.ParquetFile(stores.open_file(uri))

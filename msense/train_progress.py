@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from msense import storage
+from msense import storage, stores
 from msense.run_folder import RunFolder
 from msense.watch import REPORT_SECONDS, tell_ray
 
@@ -81,7 +81,7 @@ class Progress:
 
 def _board(run: RunFolder, step: int) -> Any:  # noqa: ANN401 - a SummaryWriter, or None
     """Open TensorBoard's file; what an earlier training wrote after a step is hidden by it."""
-    if not storage.is_local(run.root):
+    if not stores.is_local(run.root):
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -73,7 +73,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator["Server"]:
     import s3fs
     from s3_server import BUCKET, KEY, SECRET, Server
 
-    from msense import storage
+    from msense import stores
 
     server = Server()
     given = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
@@ -83,7 +83,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator["Server"]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     s3fs.S3FileSystem.clear_instance_cache()
     server.empty()
-    storage.filesystem(BUCKET)[0].mkdir("bucket")
+    stores.filesystem(BUCKET)[0].mkdir("bucket")
     yield server
     server.stop()
     s3fs.S3FileSystem.clear_instance_cache()

@@ -15,13 +15,14 @@ from fuzzing import Reader
 
 from msense import SenseDictionary, SenseEncoder, storage
 from msense.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
-from msense.config import BuildConfig, parse_flags
+from msense.config import BuildConfig
 from msense.corpus import cut_pieces, list_files
 from msense.corpus.readers import MAX_DOCUMENT_BYTES, Document, read_documents
 from msense.errors import BadInput
 from msense.evaluation import coarsewsd, wordsim
 from msense.evaluation.report import Cost, Evaluation, TaskReport, load_report, to_json, write_report
 from msense.evaluation.result import Result
+from msense.flags import parse_flags
 from msense.label_set import LabelManifest, LabelSet, LabelUnit
 from msense.labelled import read_labelled
 from msense.manifest import check_manifest

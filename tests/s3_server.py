@@ -9,7 +9,7 @@ from typing import Any
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from msense import storage
+from msense import stores
 
 Start = Callable[..., Any]
 Fault = Callable[["Server", dict[str, Any], Start], Iterable[bytes]]
@@ -65,7 +65,7 @@ class Server:
 
 def files(uri: str) -> dict[str, bytes]:
     """All that is in a folder, done-markers left out."""
-    fs, path = storage.filesystem(uri)
+    fs, path = stores.filesystem(uri)
     names = [name for name in fs.find(path) if not name.endswith(".done")]
     return {name.removeprefix(f"{path}/"): fs.cat_file(name) for name in names}
 

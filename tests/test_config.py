@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from msense.config import BuildConfig, parse_flags
+from msense.config import BuildConfig
 from msense.errors import BadInput
+from msense.flags import parse_flags
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:

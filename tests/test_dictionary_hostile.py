@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import exemplars, make, with_tokenizer, word_piece
 
-from msense import storage
+from msense import scratch
 from msense.__main__ import main
 from msense.dictionary import SenseDictionary
 from msense.dictionary import format as dictionary_format
@@ -138,7 +138,7 @@ def test_merge_and_save_refuse_what_the_files_hide(tmp_path: Path) -> None:
 
 
 def test_save_follows_no_link_out_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_unique", lambda: "0123abcd")  # a temporary name that somebody foresaw
+    monkeypatch.setattr(scratch, "_unique", lambda: "0123abcd")  # a temporary name that somebody foresaw
     full(tmp_path / "a")
     d = SenseDictionary.load(tmp_path / "a")
     outside = tmp_path / "outside"

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from msense.config import parse_flags
 from msense.distill_config import DistillConfig
 from msense.errors import BadInput
+from msense.flags import parse_flags
 
 
 def parse(*words: str) -> DistillConfig:

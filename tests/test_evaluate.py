@@ -9,7 +9,7 @@ import pytest
 from students import dictionary_of
 from test_evaluation import write_contexts, write_task
 
-from msense.config import BuildConfig, parse_flags, validate
+from msense.config import BuildConfig
 from msense.dictionary.format import write_tokenizer
 from msense.errors import BadInput, MsenseError
 from msense.evaluation import cost, measuring, run
@@ -17,6 +17,7 @@ from msense.evaluation.config import EvaluateConfig
 from msense.evaluation.report import load_report, to_json
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
+from msense.flags import parse_flags, validate
 from msense.runtime import Resources
 from msense.teacher import describe
 

@@ -15,7 +15,7 @@ from test_evaluation import write_task
 
 from msense import SenseDictionary, finetune
 from msense.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
-from msense.config import BuildConfig, validate
+from msense.config import BuildConfig
 from msense.corpus import cut_pieces, list_files
 from msense.errors import BadInput, MsenseError
 from msense.evaluation import classifier as task
@@ -23,6 +23,7 @@ from msense.evaluation.models import make_model
 from msense.evaluation.spec import Spec
 from msense.finetune_config import FinetuneConfig
 from msense.finetune_worker import Tuner, _read, batches
+from msense.flags import validate
 from msense.glue import DEV, GLUE, TEST, TRAIN, joiner_of, read_part, task_of
 from msense.labelled import Columns
 from msense.runtime import Resources

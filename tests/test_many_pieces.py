@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import WORDS
 
-from msense import SenseDictionary, storage
+from msense import SenseDictionary, storage, stores
 from msense.build import build_dictionary
 from msense.config import BuildConfig
 from msense.corpus import cut_pieces
@@ -171,7 +171,7 @@ def test_a_run_folder_on_an_object_store_gives_the_same_bytes_and_goes_on(
     given |= {"max_occurrences": 6000, "max_points_per_part": 1024, "keep": ("passages", "occurrences", "centroids")}
     build_dictionary(BuildConfig(output=str(tmp_path / "here"), **given))
     root = f"memory://{tmp_path.name}/there"
-    fs, path = storage.filesystem(root)
+    fs, path = stores.filesystem(root)
 
     def there() -> dict[str, bytes]:
         folder = f"{path}/dictionary/"

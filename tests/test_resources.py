@@ -11,9 +11,10 @@ from faulty import Corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msense.config import BuildConfig, parse_flags
+from msense.config import BuildConfig
 from msense.distill_config import DistillConfig
 from msense.errors import BadInput
+from msense.flags import parse_flags
 from msense.resources import TASK_CPUS, WORKER_MEMORY, Node, Resources, described, take
 
 GB = 10**9

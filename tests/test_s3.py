@@ -16,7 +16,7 @@ import s3fs
 from faulty import ALL, Corpus, Outcome
 from s3_server import BUCKET, KEY, SECRET, Fault, Server, answers, cut, dropped, files, throttled
 
-from msense import SenseDictionary, SenseEncoder, distill_run, storage
+from msense import SenseDictionary, SenseEncoder, distill_run, storage, stores
 from msense.cli import run_job
 from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
@@ -39,7 +39,7 @@ def test_a_run_on_s3_gives_the_bytes_of_a_local_one(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(made.folder / "cache"))
     made.build("whole", keep=ALL)
-    fs = storage.filesystem(BUCKET)[0]
+    fs = stores.filesystem(BUCKET)[0]
     for file in sorted((made.folder / "corpus").iterdir()):
         fs.put_file(str(file), f"bucket/corpus/{file.name}")
     summary = made.build("run", keep=ALL, output=f"{BUCKET}/run", corpus=(f"{BUCKET}/corpus",))
@@ -247,7 +247,7 @@ def test_an_upload_that_was_cut_never_counts(s3: Server, tmp_path: Path, monkeyp
     assert storage.facts_of(f"{BUCKET}/small") is None
     s3.heal()
     storage.publish(f"{BUCKET}/small", lambda path: path.write_bytes(b"xy") and None)
-    storage.filesystem(BUCKET)[0].pipe_file("bucket/small", b"x")  # what a store without atomic uploads might show
+    stores.filesystem(BUCKET)[0].pipe_file("bucket/small", b"x")  # what a store without atomic uploads might show
     assert storage.facts_of(f"{BUCKET}/small") is None
 
 
@@ -298,7 +298,7 @@ def test_build_distill_and_encode_on_s3(
     made: Corpus, command: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    fs = storage.filesystem(BUCKET)[0]
+    fs = stores.filesystem(BUCKET)[0]
     fs.put(str(made.folder / "corpus"), "bucket/corpus", recursive=True)
     given = ["--corpus", f"{BUCKET}/corpus", "--teacher", str(made.teacher), "--senses", "3", "--workers", "2"]
     told = command("jobs/build_dict.py", *given, "--dtype", "float32", "--dedup", "--output", f"{BUCKET}/run")

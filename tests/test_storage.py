@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from msense import storage
+from msense import scratch, storage, stores
 from msense.errors import BadInput, MsenseError
 
 
@@ -35,7 +35,7 @@ def test_a_file_counts_only_whole_and_with_its_marker(root: str) -> None:
     assert storage.publish(file, write_bytes(b"12345"), {"n": 5}) == {"n": 5}
     assert storage.facts_of(file, verify=True) == {"n": 5}
     assert storage.read_range(file, 1, 3) == b"234"
-    fs, path = storage.filesystem(file)
+    fs, path = stores.filesystem(file)
     fs.pipe_file(path, b"1234")  # cut off
     assert storage.facts_of(file) is None
     fs.pipe_file(path, b"12354")  # same size, other bytes
@@ -78,7 +78,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(root: str) -> No
     with pytest.raises(MsenseError, match=r"cannot write .*x\.json: disk full"):
         storage.publish(file, fail)
     assert storage.read_json(file) == {"a": 1}
-    fs, path = storage.filesystem(root)
+    fs, path = stores.filesystem(root)
     assert [name.rsplit("/", 1)[-1] for name in fs.find(path)] == ["x.json"]
 
 
@@ -117,23 +117,23 @@ def test_a_byte_that_flipped_in_a_marker_is_noticed(tmp_path: Path, place: bytes
 
 def test_scratch_of_killed_processes_is_removed_and_that_of_others_is_not(tmp_path: Path) -> None:
     code = (
-        "import os, sys, signal; from pathlib import Path; from msense import storage\n"
-        "with storage.scratch_folder(Path(sys.argv[1])) as folder:\n"
+        "import os, sys, signal; from pathlib import Path; from msense import scratch\n"
+        "with scratch.scratch_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'x').write_text('left')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    with storage.scratch_folder(tmp_path) as other:
+    with scratch.scratch_folder(tmp_path) as other:
         assert not left.exists()
-        with storage.scratch_folder(tmp_path) as folder:
+        with scratch.scratch_folder(tmp_path) as folder:
             assert other.exists()
             assert folder != other
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert not list(tmp_path.iterdir())
     (tmp_path / "msense-data").mkdir()
     (tmp_path / "msense-data.lock").touch()
-    with storage.scratch_folder(tmp_path):
+    with scratch.scratch_folder(tmp_path):
         assert len(list(tmp_path.glob("msense-data*"))) == 2  # not ours
 
 
@@ -170,13 +170,13 @@ def test_uris_are_told_apart_and_shown_without_secrets(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("runs/x") == str(tmp_path / "runs" / "x")
     assert storage.absolute("s3://b/x/") == "s3://b/x"
-    assert storage.display_uri("s3://key:secret@bucket/x?token=1#f") == "s3://bucket/x"
+    assert stores.display_uri("s3://key:secret@bucket/x?token=1#f") == "s3://bucket/x"
     for named in ("s3://key:hunter2@bucket/x", "gs://key:hunter2@bucket/x"):
         with pytest.raises(BadInput, match=r"://bucket/x: .* takes no credentials in the URI") as refusal:
             storage.read_json(named)
         assert "hunter2" not in str(refusal.value)
     with pytest.raises(BadInput, match="nosuch://"):
-        storage.filesystem("nosuch://x")
+        stores.filesystem("nosuch://x")
 
 
 def test_markers_hold_what_was_told(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_bad_disk_is_damage_and_a_bad_answer_of_a_store_is_not(
     """What counts as damaged is removed: a store that answers 502 must not cost a finished file."""
     root = str(tmp_path) if where == "local" else "memory://eio"
     storage.publish(f"{root}/x", write_bytes(b"whole"))
-    kind = type(storage.filesystem(root)[0])
+    kind = type(stores.filesystem(root)[0])
 
     def fail(*_: object, **__: object) -> int:
         raise OSError(errno.EIO, "Bad Gateway")

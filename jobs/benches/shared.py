@@ -16,9 +16,10 @@ import numpy as np
 
 from msense import storage
 from msense.build import build_dictionary, cluster_settings
-from msense.config import DEMO_CORPUS, DEMO_TEACHER, BuildConfig, validate
+from msense.config import DEMO_CORPUS, DEMO_TEACHER, BuildConfig
 from msense.errors import BadInput
 from msense.evaluation.model2vec_peer import Peer
+from msense.flags import validate
 from msense.run_folder import RunFolder
 from msense.teacher import describe
 from msense.teacher_folder import body_folder

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from msense.build import build_dictionary
-from msense.config import DEMO_TEACHER, BuildConfig, validate
+from msense.config import DEMO_TEACHER, BuildConfig
 from msense.dictionary import SenseDictionary
 from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
 from msense.errors import BadInput
+from msense.flags import validate
 from msense.run_folder import RunFolder
 
 logger = logging.getLogger("msense.bench")

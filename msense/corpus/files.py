@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from msense import storage
+from msense import stores
 from msense.corpus.pydocs import choose_packages, package_version, source_files
 from msense.errors import BadInput, MsenseError
 from msense.stores import display_uri, s3_errors, s3_trouble, wants_credentials
@@ -97,10 +97,10 @@ def fingerprint_of(uri: str) -> str | None:
 
 
 def filesystem_of(uri: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a URI and the path on it; as `storage.filesystem`, and the hub's as well."""
+    """The fsspec filesystem of a URI and the path on it; as `stores.filesystem`, and the hub's as well."""
     if uri.startswith("hf://"):
         return hub_filesystem(), uri.removeprefix("hf://")
-    return storage.filesystem(uri)
+    return stores.filesystem(uri)
 
 
 def hub_filesystem() -> Any:  # noqa: ANN401 - fsspec has no types

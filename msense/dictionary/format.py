@@ -27,7 +27,8 @@ from msense.dictionary.card import model_card
 from msense.dictionary.checks import check_arrays
 from msense.dictionary.quantised import quantise
 from msense.errors import DictionaryError
-from msense.storage import scratch_name, sha256_of
+from msense.scratch import scratch_name
+from msense.storage import sha256_of
 
 FORMAT_VERSION: Literal[1] = 1
 DICTIONARY = Artefact("dictionary", "copy or build it again", DictionaryError)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn import metrics
 
-from msense import storage
+from msense import storage, stores
 from msense.corpus.files import display_uri, reading
 from msense.errors import BadInput
 from msense.evaluation.models import TokenModel, slabs
@@ -100,7 +100,7 @@ def words(source: str) -> list[str]:
         BadInput: it has none.
     """
     with reading(source, "a folder of words"):
-        filesystem, path = storage.filesystem(source)
+        filesystem, path = stores.filesystem(source)
         listed = filesystem.ls(path, detail=True)
     there = [info["name"].rstrip("/").rpartition("/")[2] for info in listed if info["type"] == "directory"]
     found = sorted(word for word in there if storage.exists(_file(source, word, "train", "data")))
@@ -179,7 +179,7 @@ def _file(source: str, word: str, part: str, kind: str) -> str:
 
 def _lines(uri: str) -> list[str]:
     with reading(uri, "text"):
-        filesystem, path = storage.filesystem(uri)
+        filesystem, path = stores.filesystem(uri)
         if (size := filesystem.size(path)) > _LARGEST:
             raise BadInput(f"{display_uri(uri)} has {size} bytes, of contexts at most {_LARGEST} are read")
         with filesystem.open(path, "rb") as opened:

@@ -1,6 +1,6 @@
 """The settings of an evaluation: one frozen, validated model, as `config.py` has it for a build.
 
-Comes in: command line and YAML, by way of `config.parse_flags`. Goes out: an `EvaluateConfig`, its models and tasks parsed.
+Comes in: command line and YAML, by way of `flags.parse_flags`. Goes out: an `EvaluateConfig`, its models and tasks parsed.
 """
 
 import os

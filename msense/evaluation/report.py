@@ -17,6 +17,7 @@ from msense.cli import console
 from msense.errors import BadInput
 from msense.evaluation.plots import Line, Point, draw_lines, draw_points
 from msense.evaluation.result import Result, comparable, difference
+from msense.scratch import scratch_folder
 from msense.text import clean, size
 
 VERSION = 1
@@ -141,7 +142,7 @@ def write_report(found: Evaluation, output: str, *, plots: bool) -> list[str]:
     storage.write_text(f"{stem}.md", markdown(found))
     written = [output, f"{stem}.md"]
     if plots:
-        with storage.scratch_folder() as scratch:
+        with scratch_folder() as scratch:
             for name, draw in _drawings(found):
                 file = scratch / f"{name}.png"
                 draw(file)
