@@ -16,6 +16,7 @@ from msense.errors import BadInput, MsenseError
 
 PLACE = "labels/000001.safetensors"
 INSIDE = {"labels": "msense.distill_run.make_labels", "training": "msense.distill_run.train"}
+CAUSES = {"disk full": "File too large|No space left", "rights lost": "Permission denied"}
 without_ray = pytest.mark.usefixtures("in_process")
 
 
@@ -127,9 +128,10 @@ def test_a_second_driver_and_changed_input_are_refused(
 
 
 @pytest.mark.slow
-def test_a_training_whose_disk_is_full_is_told_and_the_next_run_goes_on(
+@pytest.mark.parametrize("fault", CAUSES)
+def test_a_training_that_cannot_write_is_told_and_the_next_run_goes_on(
     ray: None, made: Corpus, in_process: None, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch,
-    outcome: Outcome,
+    outcome: Outcome, fault: str,
 ) -> None:  # fmt: skip
     from test_training_kills import SETTINGS, metrics, same
 
@@ -139,6 +141,7 @@ def test_a_training_whose_disk_is_full_is_told_and_the_next_run_goes_on(
     shutil.copytree(
         made.folder / "whole", made.folder / "run", ignore=shutil.ignore_patterns("training", "student", "metrics*")
     )
+    training = made.folder / "run" / "training"
 
     def worker(given: dict) -> list:
         import resource
@@ -148,19 +151,25 @@ def test_a_training_whose_disk_is_full_is_told_and_the_next_run_goes_on(
         original = train_loop.Trainer._step
 
         def limited(self: train_loop.Trainer, *arguments: object) -> dict:
-            if self.state.step == 35:  # in the second epoch: from now on the system refuses more than some bytes a file
+            if self.state.step == 35 and fault == "disk full":  # in the second epoch: the system refuses larger files
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            elif self.state.step == 35:
+                for folder in [training, *(path for path in training.rglob("*") if path.is_dir())]:
+                    folder.chmod(0o555)
+                os.seteuid(65534)  # root may write anywhere
             return original(self, *arguments)
 
         train_loop.Trainer._step = limited
         return train_worker.train_worker(given)
 
     patch.setattr(distill, "worker", worker)
-    with pytest.raises(MsenseError, match=r"training failed: .*(File too large|No space left)"):
+    with pytest.raises(MsenseError, match=rf"training failed: .*({CAUSES[fault]})"):
         run(made, **SETTINGS)
     patch.undo()
+    for folder in [training, *(path for path in training.rglob("*") if path.is_dir())]:
+        folder.chmod(0o755)
     assert not (made.folder / "run" / "student").exists()
     assert len(metrics(made.folder / "run")) == 1
     run(made, **SETTINGS)
     same(made.folder / "run", made.folder / "whole")
-    outcome("disk full", "training", "told; next run goes on")
+    outcome(fault, "training", "told; next run goes on")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -285,9 +286,11 @@ def command(s3: Server, tmp_path: Path) -> Callable[..., str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
 
-    def run(*words: str) -> str:
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
+    def run(*words: str, fails: bool = False, **more: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, check=False, env={**environment, **more}
+        )
+        assert (done.returncode != 0) == fails, done.stderr
         return done.stdout + done.stderr
 
     return run
@@ -326,6 +329,40 @@ def test_build_distill_and_encode_on_s3(
     written = told + "".join(map(str, (*files(f"{BUCKET}/run").values(), *files(f"{BUCKET}/student").values())))
     assert KEY not in written
     assert SECRET not in written
+
+
+@IN_PROCESS
+@pytest.mark.slow
+def test_a_training_whose_store_is_in_trouble(
+    made: Corpus, s3: Server, command: Callable[..., str], outcome: Outcome
+) -> None:
+    """Checkpoints go to the store: for a while it is asked again; for long it is told, and the next run goes on."""
+    words = ["jobs/distill.py", "--dictionary", str(made.folder / "dict"), "--teacher", str(made.teacher)]
+    words += ["--student", "static", "--epochs", "2", "--dtype", "float32", "--output"]
+    made.build("dict")
+    command(*words, str(made.folder / "local"))
+    checkpoints = "^PUT bucket/[a-z]+/training/.*checkpoint"
+    s3.spoil(checkpoints, throttled, 2)
+    command(*words, f"{BUCKET}/busy")
+    assert sum(re.match(checkpoints, name) is not None for name in s3.seen) > 2
+    s3.spoil(checkpoints, throttled, 10**6)
+    told = command(*words, f"{BUCKET}/long", fails=True, AWS_MAX_ATTEMPTS="1")
+    assert "training failed" in told
+    assert not storage.exists(f"{BUCKET}/long/student")
+    s3.heal()
+    command(*words, f"{BUCKET}/long")
+    wanted = _metrics(str(made.folder / "local"))
+    assert len(wanted) == 2
+    for name in ("busy", "long"):
+        for found, own in zip(_metrics(f"{BUCKET}/{name}"), wanted, strict=True):
+            assert found == pytest.approx(own, rel=1e-3, abs=1e-3)
+    outcome("S3 busy or cut off for a while", "training", "same run goes on")
+    outcome("S3 in trouble for long", "training", "told; next run goes on")
+
+
+def _metrics(run: str) -> list[dict[str, float]]:
+    lines = storage.read_text(f"{run}/metrics.jsonl").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
 
 
 def test_a_student_that_is_not_there_is_told(s3: Server) -> None:
