@@ -76,7 +76,7 @@ def read_bytes(uri: str, most: int) -> bytes:
 
     Raises:
         FileNotFoundError: there is none, or no plain one.
-        BadInput: it has more bytes than `most`.
+        BadInput: a local one has more bytes than `most`; to ask a store for the size first would cost a request a file.
     """
     fs, path = filesystem(uri)
     if is_local(uri):

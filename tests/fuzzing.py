@@ -10,6 +10,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 SECONDS, BYTES = 60, 768 << 20  # of one input
+MOST = 6 << 30  # bytes of the process that reads
 Edit = tuple[str, float, float, bytes]
 VALUES: list[Any] = [
     *(-1, 0, 1, 2**31, 2**63, 10**4000, -(2**63) - 1, 1e308, 0.5, float("nan"), float("inf"), True, None),
@@ -179,6 +181,7 @@ def _json(raw: bytes, kind: str, where: float, also: float, path: Path) -> bytes
 def serve(end: Connection, module: str, wholes: dict[str, str]) -> None:
     """Read what is asked for, in a process of its own, until nothing more is."""
     readers: dict[str, Reader] = importlib.import_module(module).READERS
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))  # who reads without end fails, and the machine stands
     said = os.open(os.devnull, os.O_WRONLY)
     os.dup2(said, 1)
     os.dup2(said, 2)

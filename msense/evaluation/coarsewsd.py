@@ -179,9 +179,5 @@ def _file(source: str, word: str, part: str, kind: str) -> str:
 
 def _lines(uri: str) -> list[str]:
     with reading(uri, "text"):
-        filesystem, path = stores.filesystem(uri)
-        if (size := filesystem.size(path)) > _LARGEST:
-            raise BadInput(f"{display_uri(uri)} has {size} bytes, of contexts at most {_LARGEST} are read")
-        with filesystem.open(path, "rb") as opened:
-            text: str = opened.read().decode("utf-8", "replace")
+        text = storage.read_bytes(uri, _LARGEST).decode("utf-8", "replace")
     return text.removesuffix("\n").split("\n")
