@@ -76,7 +76,7 @@ class Artefact:
     def read_config(self, path: Path, model: type[ModelT], version: int = 1) -> ModelT:
         """Read a config of a format version; a key may come once only, and no type is converted."""
         raw = self.read_json(path)
-        given = self.parsed(path, lambda: json.loads(raw, object_pairs_hook=_unique))
+        given = self.parsed(path, lambda: json.loads(raw, object_pairs_hook=unique_keys))
         found = given.get("format_version") if isinstance(given, dict) else None
         if found is None:
             self.refuse(f"{path} is not the config of a {self.name}: it states no format_version; give another folder")
@@ -107,7 +107,7 @@ class Artefact:
                 self.refuse(f"{path} ({size} bytes) is cut off or no safetensors file: {self.remedy}")
             raw = file.read(length)
         try:
-            json.loads(raw, object_pairs_hook=_unique)
+            json.loads(raw, object_pairs_hook=unique_keys)
             header = _HEADER.validate_json(raw, strict=True)
         except ValidationError as error:
             raise self.error(f"{path} has a foreign header: {all_errors(error)}; {self.remedy}") from error
@@ -191,7 +191,7 @@ def all_errors(error: ValidationError) -> str:
     return "; ".join(f"{shown('.'.join(map(str, e['loc']))) or 'all of it'}: {shown(e['msg'])}" for e in errors)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object; where a key comes twice, two readers may see two different files."""
     found: dict[str, Any] = {}
     for key, value in pairs:

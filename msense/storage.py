@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+from msense.artefact import unique_keys
 from msense.errors import BadInput, MsenseError
 from msense.scratch import scratch_folder, scratch_name
 from msense.stores import call_errors, display_uri, filesystem, has_folders, is_local, open_file, reading, reason_of
@@ -104,7 +105,7 @@ def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, An
         shape: names that must be in it, and the types of their values; else it counts as damaged.
     """
     try:
-        value = json.loads(read_bytes(uri, _LARGEST))
+        value = json.loads(read_bytes(uri, _LARGEST), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError):
         return None
     except OSError as error:

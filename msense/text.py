@@ -11,6 +11,7 @@ _TOKEN = re.compile(
     re.ASCII,
 )
 _NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL|_AUTH\b", re.IGNORECASE)
+_LONGEST = 1000  # letters of what a library says
 _SHORTEST = 8  # letters of a secret: "true" and numbers are none
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 
@@ -69,4 +70,5 @@ def first_line(error: BaseException) -> str:
     """Return the first line of what a library says; of errors that say little without it, with the kind."""
     kind = f"{type(error).__name__}: " if isinstance(error, LookupError | TypeError | AttributeError) else ""
     lines = (str(error).strip() or "no reason given").splitlines()
-    return redact(kind + " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]))
+    told = redact(kind + " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]))
+    return told if len(told) <= _LONGEST else told[:_LONGEST] + "..."  # some quote the value that they were given

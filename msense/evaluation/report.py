@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from msense import storage
+from msense.artefact import unique_keys
 from msense.cli import console
 from msense.errors import BadInput
 from msense.evaluation.plots import Line, Point, draw_lines, draw_points
@@ -160,7 +161,7 @@ def load_report(output: str) -> Evaluation | None:
     if not storage.exists(output):
         return None
     try:
-        told = json.loads(storage.read_text(output, _LARGEST))
+        told = json.loads(storage.read_text(output, _LARGEST), object_pairs_hook=unique_keys)
         if storage.SEAL in told and told.pop(storage.SEAL) != storage.seal(told):
             raise ValueError("a byte of it has changed since it was written")
         if told["format_version"] != VERSION:
