@@ -206,6 +206,7 @@ KILLS = {
 }
 
 
+@pytest.mark.slow
 def test_drivers_killed_in_each_stage_one_after_the_other(runs: Runs, outcome: Outcome) -> None:
     settings = runs.settings("chain")
     for stage, kill_at in KILLS.items():

@@ -67,6 +67,7 @@ def kill_a_worker(whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, name: s
     return run
 
 
+@pytest.mark.slow
 def test_a_worker_and_a_driver_killed_in_the_middle_of_an_epoch(
     whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, outcome: Outcome
 ) -> None:
