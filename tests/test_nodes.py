@@ -188,15 +188,12 @@ def test_a_node_lost_in_each_stage_of_a_distillation_changes_nothing(
 
 
 def test_a_node_that_comes_while_a_job_runs_is_used(machines: Callable[[int], Machines], runs: Runs) -> None:
-    """The driver finds a head alone, waits for a first node, and is held at its fourth unit until a second has come."""
-    growing = machines(0)
+    """The driver finds one worker, and is held at its fourth unit until a second has come."""
+    growing = machines(1)
     places = runs.folder / "places"
     settings = {name: value for name, value in runs.settings("run").items() if name != "workers"}
     process = growing.drive(settings, runs.log("run"), driver.meet_on_two_nodes, places)
     until = time.monotonic() + LIMIT
-    while not runs.folder.joinpath("run", ".lock").exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    growing.add()
     while not list(places.glob("occurrences/*")) and process.is_alive() and time.monotonic() < until:
         time.sleep(0.1)
     growing.add()
