@@ -128,7 +128,9 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")  # as Ray Train sets it
-        patch.setitem(__compatible_ops__, "deepspeed_shm_comm", False)  # minutes of compiling for a process that is alone
+        patch.setitem(
+            __compatible_ops__, "deepspeed_shm_comm", False
+        )  # minutes of compiling for a process that is alone
         yield
     dist.destroy_process_group()
 

@@ -117,16 +117,21 @@ def test_a_job_that_is_stopped_and_submitted_again_gives_the_same_bytes(
         time.sleep(0.05)
     assert len(units) >= 2, head.job("logs", "first").stdout
     assert head.job("stop", "first").returncode == 0
-    hold.unlink()
     assert "was stopped" in head.job("status", "first").stdout
     assert not (stopped / "finished.json").exists()
     taken = head.submit(working_dir, *again, options=("--submission-id", "first"))
     assert taken.returncode == 1
     assert "already exists" in taken.stdout
-    done = head.submit(working_dir, *again, options=("--submission-id", "second"))
-    assert done.returncode == 0, done.stdout
+    assert head.submit(working_dir, *again, options=("--submission-id", "second", "--no-wait")).returncode == 0
+    journal = RunFolder(str(stopped)).journal
+    until = time.monotonic() + 120
+    while len(storage.read_json(journal)["drivers"]) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    hold.unlink()  # by now no worker of the first is left to go on
+    done = head.job("logs", "second", "--follow")
+    assert "succeeded" in head.job("status", "second").stdout, done.stdout
     assert str(stopped / "dictionary") in done.stdout.replace("\n", "")
-    first, last = storage.read_json(RunFolder(str(stopped)).journal)["drivers"]
+    first, last = storage.read_json(journal)["drivers"]
     assert first["outcome"] in (
         "",
         "failed: SystemExit: 15",
