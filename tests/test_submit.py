@@ -100,8 +100,8 @@ def test_a_job_that_is_stopped_and_submitted_again_gives_the_same_bytes(
 ) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "corpus").mkdir()
-    for name in "abcdef":
-        lines = [" ".join(rng.choice(WORDS, 24)) for _ in range(150)]
+    for name in "abcdefghijklmnop":  # a unit each, at least
+        lines = [" ".join(rng.choice(WORDS, 24)) for _ in range(60)]
         (tmp_path / "corpus" / f"{name}.txt").write_text("\n".join(lines) + "\n")
 
     def command(output: str) -> list[str]:
