@@ -128,8 +128,7 @@ def corpus(folder: Path) -> Iterator[object]:
 
 
 def _documents(folder: Path) -> Iterator[object]:
-    (name,) = [path.name for path in folder.iterdir()]
-    files = list_files((str(folder / name),))
+    files = list_files((str(folder),))
     if files[0].size > 1 << 36:
         raise BadInput("a corpus may be as large as this hole, but nobody waits for it")
     for piece in cut_pieces(files):

@@ -60,7 +60,11 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def values(column: pa.Array) -> Iterator[object]:
-    """Yield the values of a column, strings as the bytes that the file holds: they may be no UTF-8."""
+    """Yield the values of a column, strings as the bytes that the file holds: they may be no UTF-8.
+
+    Raises:
+        ArrowInvalid: the column is damaged.
+    """
     if not pa.types.is_dictionary(column.type):
         texts = column.cast(pa.large_binary()) if is_text(column.type) else column
         yield from (value.as_py() for value in texts)
@@ -69,5 +73,7 @@ def values(column: pa.Array) -> Iterator[object]:
     known: dict[int, object] = {}
     for place in column.indices.to_pylist():
         if place is not None and place not in known:
+            if not 0 <= place < len(words):  # Arrow looks at neither
+                raise pa.ArrowInvalid(f"a value is number {place} of {len(words)}")
             known[place] = words[place].as_py()
         yield None if place is None else known[place]
