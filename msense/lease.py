@@ -88,7 +88,10 @@ class Lease:
         return self.write(IfNoneMatch="*")
 
     def renew_until(self, ended: threading.Event, lost: list[str]) -> None:
-        """Renew it; when it is lost, say why and interrupt the driver, whatever it waits for."""
+        """Renew it; when it is lost, say why and interrupt the driver, whatever it waits for.
+
+        Not by SIGINT: that of a command in the background is ignored, and Ray Train has its own handler.
+        """
         renewed = time.monotonic()
         while not ended.wait(RENEW_SECONDS) and not lost:
             began = time.monotonic()
@@ -100,13 +103,13 @@ class Lease:
             except call_errors() as error:
                 if time.monotonic() - renewed > LEASE_SECONDS - 3 * RENEW_SECONDS:  # the next try may come too late
                     lost.append(f"its lease could not be renewed: {reason_of(error)}")
-        if lost:
-            os.kill(os.getpid(), signal.SIGINT)
+        if lost and signal.getsignal(signal.SIGUSR1) is signal.default_int_handler:
+            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 @contextmanager
 def leased(uri: str) -> Iterator[None]:
-    """Hold a lease; interrupts the main thread if it is lost.
+    """Hold a lease; interrupts the main thread if it is lost (by SIGUSR1), of which another thread is told at its end.
 
     Raises:
         BadInput: another driver holds it.
@@ -129,16 +132,21 @@ def leased(uri: str) -> Iterator[None]:
         return
     ended, lost = threading.Event(), list[str]()
     renewer = threading.Thread(target=lease.renew_until, args=(ended, lost), daemon=True)
+    listens = threading.current_thread() is threading.main_thread()  # others are told at their end only
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler) if listens else signal.SIG_IGN
     renewer.start()
     try:
         yield
     except KeyboardInterrupt:
-        if lost:
-            raise MsenseError(f"this driver has left {root}: {lost[0]}") from None
-        raise
+        if not lost:
+            raise
     finally:
         ended.set()
         renewer.join()
         with suppress(*call_errors()):  # else it ends by itself
             if (found := lease.look()) and found.driver == lease.driver:
                 lease.fs.rm_file(lease.path)
+        if listens:
+            signal.signal(signal.SIGUSR1, before)
+    if lost:
+        raise MsenseError(f"this driver has left {root}: {lost[0]}")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,14 @@ from msense.lease import Lease, leased
 from msense.run_folder import RunFolder, locked
 
 RUN = RunFolder(f"{BUCKET}/run")
+
+
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Python's own handler; Ray Train leaves another, and a test in the background has none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +96,7 @@ def test_who_cannot_renew_the_lease_stops_before_it_ends(s3: Server) -> None:
     s3.heal()
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_ctrl_c_stays_ctrl_c(s3: Server) -> None:
     with pytest.raises(KeyboardInterrupt):
         at_work(lambda: os.kill(os.getpid(), signal.SIGINT))

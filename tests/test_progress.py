@@ -83,7 +83,9 @@ def test_who_waits_is_told(
             train_progress.time.sleep(0.01)
     assert [record.getMessage() for record in caplog.records] == [f"training: {wanted}"]
     write_json(
-        run.manifest, {"teacher": {"name": "t", "dim": 4}, "pins": {"dtype": "f"}, "corpus": [], "dictionary": "d"}
+        run.manifest,
+        {"teacher": {"name": "t", "dim": 4}, "pins": {"dtype": "f"}, "corpus": [], "dictionary": "d"}
+        | {"config": {}, "inputs": {}},
     )
     show_status(str(tmp_path))
     assert "30 of 1,200 steps" in capsys.readouterr().out

@@ -184,7 +184,9 @@ def test_status_counts_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFi
         show_status(str(tmp_path))
     run = RunFolder(str(tmp_path))
     teacher, pins = {"name": "t", "dim": 4}, {"dtype": "float32"}
-    storage.write_json(run.manifest, {"teacher": teacher, "pins": pins, "corpus": ["x.txt"]})
+    storage.write_json(
+        run.manifest, {"teacher": teacher, "pins": pins, "corpus": ["x.txt"], "config": {}, "inputs": {}}
+    )
     storage.write_json(run.units, {"units": 3, "shards": 2})
     for unit in (0, 1):
         storage.publish(run.unit_file(unit), lambda path: path.write_bytes(b"x") and None)
