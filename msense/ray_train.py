@@ -72,7 +72,13 @@ def _storage(uri: str) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the last line of what a worker said."""
+    """Return the last line of what a worker said, or what a page of Ray's own words comes to."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    told = str(error).strip() or type(error).__name__
+    if "out of memory issue" in told:
+        return (
+            "the machine ran out of memory, and Ray killed a worker; end what else takes memory there, or give --workers a "
+            "smaller number"
+        )
+    return told.splitlines()[-1]

@@ -247,6 +247,8 @@ def test_the_cause_of_a_failed_worker_is_its_last_line() -> None:
     failed.__cause__ = MsenseError("first line\nthe loss is not finite")
     assert _cause(failed) == "the loss is not finite"
     assert _cause(RuntimeError()) == "RuntimeError"
+    page = "Memory on the node was 23 GB.\nRefer to the documentation on how to address the out of memory issue: ... . Set ..."
+    assert _cause(RuntimeError(page)).startswith("the machine ran out of memory, and Ray killed a worker; ")
 
 
 def test_learning_rates_rise_and_fall() -> None:
