@@ -37,9 +37,6 @@ _OF_TEXT = (
 )
 
 
-SHAPE = {"config": dict, "corpus": list, "inputs": dict, "teacher": dict, "pins": dict}  # of a manifest
-
-
 @dataclass(frozen=True)
 class Source:
     """Dictionary, teacher and text of a distillation."""
@@ -72,7 +69,7 @@ def find_source(config: DistillConfig) -> Source:
     folder, run = _folders(storage.absolute(config.dictionary))
     dictionary = SenseDictionary.load(folder)
     of = dictionary.config
-    manifest = storage.read_json(run.manifest, SHAPE) if run else None
+    manifest = run.read_manifest() if run else None
     if manifest is None or manifest.get("teacher", {}).get("fingerprint") != of.teacher.fingerprint:
         manifest, run = None, None  # no run, or that of another dictionary
     build = _build_config(config, of, manifest)

@@ -66,8 +66,8 @@ class Lease:
             self.etag = put["ETag"]
         except call_errors():
             found = self.look()
-            if found is None:
-                raise  # no such bucket, no permission, ...
+            if found is None or found.etag == self.etag:  # nothing was written: no such bucket, no permission, ...
+                raise
             if found.driver != self.driver:
                 return False
             self.etag = found.etag

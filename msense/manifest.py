@@ -16,7 +16,7 @@ from msense.config import BuildConfig
 from msense.corpus import SourceFile, display_uri
 from msense.distill_config import DistillConfig
 from msense.errors import BadInput
-from msense.label_source import SHAPE, Source
+from msense.label_source import Source
 from msense.run_folder import RunFolder
 from msense.teacher import TOKEN_BUDGET, TeacherInfo
 
@@ -100,7 +100,7 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
     Raises:
         BadInput: naming what differs; or the folder's manifest is damaged, or it holds a run's files without one.
     """
-    before = storage.read_json(run.manifest, SHAPE)
+    before = run.read_manifest()
     if before is None:
         if storage.exists(run.manifest):
             raise BadInput(f"{run.manifest} is damaged: {_remedy(run)}")

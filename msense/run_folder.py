@@ -22,6 +22,7 @@ from msense.storage import join
 from msense.stores import is_s3
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray gives it to the driver of a submitted job, and to nobody else
+_MANIFEST = {"config": dict, "corpus": list, "inputs": dict, "teacher": dict, "pins": dict}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class RunFolder:
     def publish(self, uri: str, write: Callable[[Path], Any], facts: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write a file of this run and its done-marker, as `storage.publish`."""
         return storage.publish(uri, write, facts, self.made_of)
+
+    def read_manifest(self) -> dict[str, Any] | None:
+        """Return the manifest; None when it is missing or damaged, or lacks what every manifest has."""
+        return storage.read_json(self.manifest, _MANIFEST)
 
     @property
     def manifest(self) -> str:

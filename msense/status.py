@@ -11,7 +11,6 @@ from msense.artefact import shown
 from msense.cli import show_table
 from msense.errors import BadInput
 from msense.label_set import LabelUnit
-from msense.label_source import SHAPE
 from msense.run_folder import RunFolder
 from msense.text import size
 from msense.train_progress import line
@@ -26,7 +25,7 @@ def show_status(run: str) -> None:
         BadInput: there is no run.
     """
     folder = RunFolder(storage.absolute(run))
-    manifest = storage.read_json(folder.manifest, SHAPE)
+    manifest = folder.read_manifest()
     if manifest is None:
         raise BadInput(f"{run} is no run folder: it has no sound manifest.json; give the --output of a build")
     try:

@@ -22,7 +22,16 @@ from safetensors import SafetensorError
 from msense.artefact import unique_keys
 from msense.errors import BadInput, MsenseError
 from msense.scratch import scratch_folder, scratch_name
-from msense.stores import call_errors, display_uri, filesystem, has_folders, is_local, open_file, reading, reason_of
+from msense.stores import (
+    call_errors,
+    display_uri,
+    filesystem,
+    has_folders,
+    is_local,
+    open_file,
+    reason_of,
+    told_by_store,
+)
 
 MARKER = ".done"
 SEAL = "seal"  # key of a JSON file's own hash
@@ -44,14 +53,14 @@ def join(root: str, *names: str) -> str:
 def exists(uri: str) -> bool:
     """Tell whether a file or folder is there."""
     fs, path = filesystem(uri)
-    with reading(uri):
+    with told_by_store(uri):
         return bool(fs.exists(path))
 
 
 def remove(uri: str) -> None:
     """Delete a file or folder and all in it; nothing there is no error."""
     fs, path = filesystem(uri)
-    with reading(uri, "remove"):
+    with told_by_store(uri, "remove"):
         if fs.exists(path):
             fs.rm(path, recursive=True)
 
@@ -68,27 +77,35 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     if not length:
         return b""  # S3 takes an empty range for the whole file
     fs, path = filesystem(uri)
-    with reading(uri):
+    with told_by_store(uri):
         return bytes(fs.cat_file(path, start=start, end=start + length))
 
 
-def read_bytes(uri: str, most: int) -> bytes:
+def read_bytes(uri: str, most: int, ask_store: bool = True) -> bytes:
     """Read a whole file, of a local disk only a plain one: opening a pipe would wait for ever.
+
+    Args:
+        uri: the file.
+        most: bytes that it may have.
+        ask_store: ask a store for the size first, one more request; else only local files are held to `most`.
 
     Raises:
         FileNotFoundError: there is none, or no plain one.
-        BadInput: a local one has more bytes than `most`; to ask a store for the size first would cost a request a file.
+        BadInput: it is larger.
     """
     fs, path = filesystem(uri)
-    if is_local(uri):
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise FileNotFoundError(errno.ENOENT, "no plain file", path)
-        if found.st_size > most:
+    with told_by_store(uri):
+        if is_local(uri):
+            found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):
+                raise FileNotFoundError(errno.ENOENT, "no plain file", path)
+            size = found.st_size
+        else:
+            size = fs.size(path) if ask_store else 0
+        if size > most:
             raise BadInput(
-                f"{uri} has {found.st_size} bytes, of such a file at most {most} are read: restore or remove it"
+                f"{display_uri(uri)} has {size} bytes, of such a file at most {most} are read: restore or remove it"
             )
-    with reading(uri):
         return bytes(fs.cat_file(path))
 
 
@@ -105,7 +122,7 @@ def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, An
         shape: names that must be in it, and the types of their values; else it counts as damaged.
     """
     try:
-        value = json.loads(read_bytes(uri, _LARGEST), object_pairs_hook=unique_keys)
+        value = json.loads(read_bytes(uri, _LARGEST, ask_store=False), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError):
         return None
     except OSError as error:
@@ -176,7 +193,7 @@ def markers(folder: str) -> set[str]:
 def names(folder: str) -> list[str]:
     """Return the names of all that is in a folder; none if it is not there."""
     fs, path = filesystem(folder)
-    with reading(folder):
+    with told_by_store(folder):
         return [name.rpartition("/")[2] for name in fs.ls(path, detail=False, refresh=True)] if fs.exists(path) else []
 
 
@@ -199,7 +216,7 @@ def is_whole(uri: str, written: dict[str, Any], *, verify: bool) -> bool:
     """Tell whether a file is what was written: `size` in bytes and, if `verify`, its `sha256`."""
     fs, path = filesystem(uri)
     try:
-        with reading(uri):  # a store that fails is no damage
+        with told_by_store(uri):  # a store that fails is no damage
             size = fs.size(path)
         return size == written["size"] and not (verify and sha256_of_uri(uri) != written["sha256"])
     except OSError as error:
@@ -242,7 +259,7 @@ def load_arrays(uri: str, names: tuple[str, ...] | None = None) -> dict[str, np.
     if not is_local(uri):
         with scratch_folder() as scratch:
             fs, path = filesystem(uri)
-            with reading(uri):
+            with told_by_store(uri):
                 fs.get_file(path, f"{scratch}/file")
             return load_arrays(f"{scratch}/file", names)
     with safe_open(absolute(uri), framework="numpy") as file:
@@ -277,7 +294,7 @@ def local_copy(uri: str) -> Path:
     fs, path = filesystem(uri)
     if not exists(uri):
         raise BadInput(f"nothing at {display_uri(uri)}: check the name and the credentials of the store")
-    with reading(uri):
+    with told_by_store(uri):
         infos = fs.find(path, detail=True)
     identity = json.dumps(
         [
@@ -289,7 +306,7 @@ def local_copy(uri: str) -> Path:
     target = base / hashlib.sha256((uri + identity).encode()).hexdigest()[:32]
     if not target.exists():
         base.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(base) as scratch, reading(uri):
+        with scratch_folder(base) as scratch, told_by_store(uri):
             copy = scratch / "copy"
             fs.get(path, str(copy), recursive=fs.isdir(path))
             copy.replace(target)

@@ -118,7 +118,7 @@ def call_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def reading(uri: str, doing: str = "read") -> Iterator[None]:
+def told_by_store(uri: str, doing: str = "read") -> Iterator[None]:
     """Say what could not be read (or else), why, and what to do, where a store's client names no file.
 
     A file that is not there, and what goes wrong on the local disk, passes.
@@ -159,7 +159,7 @@ class _Remote(io.RawIOBase):
     def __init__(self, uri: str) -> None:
         self._uri = uri
         fs, path = filesystem(uri)
-        with reading(uri):
+        with told_by_store(uri):
             self._file = fs.open(path, "rb")
 
     def readable(self) -> bool:
@@ -180,5 +180,5 @@ class _Remote(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - any writable buffer
         """Read into a buffer."""
-        with reading(self._uri):
+        with told_by_store(self._uri):
             return int(self._file.readinto(buffer))

@@ -20,7 +20,7 @@ from msense.errors import BadInput
 from msense.teacher_folder import (
     body_folder,
     check_files,
-    check_weights,
+    check_vocabulary,
     loading,
     locate,
     read_settings,
@@ -112,7 +112,7 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
             f"the tokenizer of teacher {name!r} has {backend.get_vocab_size(with_added_tokens=True)} tokens, its model "
             f"only {vocab_size} embeddings: give a folder whose tokenizer and model belong together"
         )
-    check_weights(name, body, vocab_size)
+    check_vocabulary(name, body, vocab_size)
     with loading(f"{name!r}: its tokenizer"):
         prefix, suffix = special_frame(backend)
     prompt = config.prompt if config.prompt is not None else prompt

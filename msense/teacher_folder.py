@@ -135,8 +135,19 @@ def body_folder(name: str, revision: str | None) -> Path:
     return read_settings(locate(name, revision))[0]
 
 
-def check_weights(name: str, folder: Path, vocab_size: int) -> None:
-    """Refuse weights that are missing, pickled, damaged or incomplete; reads the files' headers only."""
+def check_files(name: str, folder: Path) -> None:
+    """Refuse weights that are missing, pickled or damaged, and what would make a library wait or build without end.
+
+    That are pipes, huge files of settings and layers without weights. Reads the weights' headers only.
+    """
+    for pattern in _HUB_FILES:
+        for file in folder.glob(pattern):
+            if not file.is_file():
+                raise BadInput(f"teacher {name!r}: {file.name} is no plain file: put the file itself there")
+            if file.suffix != ".safetensors" and (size := file.stat().st_size) > _JSON_BYTES:
+                raise BadInput(
+                    f"teacher {name!r}: {file.name} has {size} bytes, at most {_JSON_BYTES} are read: fetch it again"
+                )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         other = next(
@@ -150,39 +161,25 @@ def check_weights(name: str, folder: Path, vocab_size: int) -> None:
     lacking = sorted({str(n) for n in index.values()} - {f.name for f in files}) if isinstance(index, dict) else []
     if lacking:
         raise BadInput(f"teacher {name!r} lacks the weights file {lacking[0]} that its index names: fetch it again")
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"teacher {name!r}: {file.name} is damaged ({first_line(error)}): fetch it again") from error
-    if vocab_size > sum(file.stat().st_size for file in files):
-        raise BadInput(
-            f"config.json of teacher {name!r} promises {vocab_size} tokens, more than its weights can hold: give a folder "
-            "whose weights and config.json belong together"
-        )
-
-
-def check_files(name: str, folder: Path) -> None:
-    """Refuse what would make a library wait or build without end: pipes, huge files of settings, layers without weights."""
-    for pattern in _HUB_FILES:
-        for file in folder.glob(pattern):
-            if not file.is_file():
-                raise BadInput(f"teacher {name!r}: {file.name} is no plain file: put the file itself there")
-            if file.suffix != ".safetensors" and (size := file.stat().st_size) > _JSON_BYTES:
-                raise BadInput(
-                    f"teacher {name!r}: {file.name} has {size} bytes, at most {_JSON_BYTES} are read: fetch it again"
-                )
     tensors = 0
-    for file in folder.glob("*.safetensors"):
+    for file in files:
         try:
             with safe_open(file, framework="numpy") as opened:
                 tensors += len(list(opened.keys()))
-        except (SafetensorError, OSError):
-            return  # told by `check_weights`
-    if tensors and (wrong := check_model_settings(_read_object(folder / "config.json"), tensors)):
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"teacher {name!r}: {file.name} is damaged ({first_line(error)}): fetch it again") from error
+    if wrong := check_model_settings(_read_object(folder / "config.json"), tensors):
         raise BadInput(
             f"teacher {name!r}: in config.json, {wrong}: give a folder whose weights and config.json belong together"
+        )
+
+
+def check_vocabulary(name: str, folder: Path, vocab_size: int) -> None:
+    """Refuse a vocabulary that the weights have no room for."""
+    if vocab_size > sum(file.stat().st_size for file in folder.glob("*.safetensors")):
+        raise BadInput(
+            f"config.json of teacher {name!r} promises {vocab_size} tokens, more than its weights can hold: give a folder "
+            "whose weights and config.json belong together"
         )
 
 

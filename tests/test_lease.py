@@ -90,9 +90,10 @@ def test_who_lost_the_lease_stops_and_leaves_it_alone(s3: Server) -> None:
     assert other.look().driver == other.driver
 
 
-def test_who_cannot_renew_the_lease_stops_before_it_ends(s3: Server) -> None:
+@pytest.mark.parametrize("requests", ["bucket/run/.lock", "^PUT bucket/run/.lock"])
+def test_who_cannot_renew_the_lease_stops_before_it_ends(s3: Server, requests: str) -> None:
     with pytest.raises(MsenseError, match="left s3://bucket/run: its lease could not be renewed: the store"):
-        at_work(lambda: s3.spoil("bucket/run/.lock", throttled, 10**6))
+        at_work(lambda: s3.spoil(requests, throttled, 10**6))
     s3.heal()
 
 

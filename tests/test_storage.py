@@ -205,3 +205,10 @@ def test_a_bad_disk_is_damage_and_a_bad_answer_of_a_store_is_not(
     else:
         with pytest.raises(MsenseError, match="Bad Gateway"):
             storage.facts_of(f"{root}/x")
+
+
+def test_files_beyond_a_limit_are_not_read_from_any_disk_or_store(root: str) -> None:
+    storage.publish(f"{root}/x", write_bytes(b"12345"))
+    assert storage.read_bytes(f"{root}/x", 5) == b"12345"
+    with pytest.raises(BadInput, match="x has 5 bytes, of such a file at most 4 are read"):
+        storage.read_bytes(f"{root}/x", 4)

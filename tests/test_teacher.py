@@ -55,7 +55,7 @@ def test_settings_that_do_not_fit_are_refused(make_teacher: MakeTeacher, tmp_pat
         describe(folder, BuildConfig(max_length=65))
     with pytest.raises(BadInput, match=r"no-such/teacher.*check the name or give a folder"):
         describe("no-such/teacher", BuildConfig())
-    with pytest.raises(BadInput, match="does not load"):
+    with pytest.raises(BadInput, match="has no safetensors weights"):
         describe(str(tmp_path), BuildConfig())
     config = json.loads((Path(folder) / "config.json").read_text())
     config["vocab_size"] = 10
