@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -268,3 +269,10 @@ def test_parquet_columns_that_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 2, names=["text", "text"]), path)
     with pytest.raises(BadInput, match=r"2 columns are named 'text'"):
         read(path)
+
+
+def test_who_reads_a_corpus_loads_no_torch() -> None:
+    """Every task of the passages stage would: seconds and hundreds of megabytes."""
+    code = "import sys, msense.corpus, msense.passages; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -20,8 +20,8 @@ from msense import scratch
 from msense.__main__ import main
 from msense.dictionary import SenseDictionary
 from msense.dictionary import format as dictionary_format
-from msense.dictionary.pages import check_pages
 from msense.errors import BadInput, DictionaryError
+from msense.parquet_pages import check_pages
 
 
 def small(folder: Path) -> None:

@@ -24,6 +24,7 @@ from msense.corpus import (
     number_pieces,
     read_documents,
     readers,
+    tables,
 )
 
 Patch = pytest.MonkeyPatch
@@ -217,3 +218,14 @@ def test_sample_goes_by_the_id_column(tmp_path: Path) -> None:
     kept = {row.id for row in read(tmp_path / "a.jsonl", sample=0.3)}
     assert 0 < len(kept) < 200
     assert {row.id for row in read(tmp_path / "b.jsonl", sample=0.3)} == kept
+
+
+@pytest.mark.parametrize("place", [2, -1])
+def test_values_that_are_not_in_their_dictionary_are_damage(place: int) -> None:
+    """Arrow reads such a file without a word."""
+    words = pa.array(["river", "bank"])
+    whole = pa.DictionaryArray.from_arrays(pa.array([1, 0, 1], pa.int32()), words)
+    assert list(tables.values(whole)) == [b"bank", b"river", b"bank"]
+    damaged = pa.DictionaryArray.from_arrays(pa.array([1, place], pa.int32()), words, safe=False)
+    with pytest.raises(pa.ArrowInvalid, match=rf"number {place} of 2"):
+        list(tables.values(damaged))

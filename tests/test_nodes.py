@@ -16,9 +16,11 @@ import driver
 import pytest
 from faulty import Outcome
 from nodes import BIN, Namespaces, Nodes, in_small_units
+from test_finetune import toy
 from test_kills import Runs
 
 from msense import storage
+from msense.finetune import DONE
 from msense.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -205,7 +207,7 @@ def test_a_node_that_comes_while_a_job_runs_is_used(machines: Callable[[int], Ma
 
 
 def test_nodes_with_addresses_of_their_own_give_what_one_node_gives(runs: Runs) -> None:
-    """Build and distillation on a head and two workers, each in a network namespace, and by a local Ray of one worker."""
+    """All jobs on a head and two workers, each in a network namespace, and by a local Ray of one worker, or two that train."""
     try:
         spaces = Namespaces(3)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -222,6 +224,7 @@ def test_nodes_with_addresses_of_their_own_give_what_one_node_gives(runs: Runs) 
     code = in_small_units(runs.folder / "code", wait)
     nodes.environment["PYTHONPATH"] = str(code)
     given = runs.settings("x")
+    task = toy(runs.folder / "toy")
 
     def commands(name: str, workers: int) -> list[list[str]]:
         python = [sys.executable, "jobs/build_dict.py", "--corpus", *given["corpus"], "--teacher", given["teacher"]]
@@ -230,7 +233,25 @@ def test_nodes_with_addresses_of_their_own_give_what_one_node_gives(runs: Runs) 
         distill += ["--epochs", "2", "--batch-tokens", "512", "--dtype", "float32", "--held-out", "0.2"]
         distill += ["--teacher", given["teacher"], "--output", str(runs.folder / f"{name}-student")]
         jobs = [[*python, *build, "--output", str(runs.folder / name)], distill]
-        return [[*job, "--workers", str(workers)] for job in jobs]
+        models = ["--model", "teacher", "r=replaced:" + str(runs.folder / name), "--teacher", given["teacher"]]
+        evaluate = [
+            sys.executable,
+            "jobs/evaluate.py",
+            *models,
+            "--task",
+            f"toy={task}",
+            "--shots",
+            "2",
+            "--draws",
+            "2",
+        ]
+        jobs += [[*evaluate, "--dtype", "float32", "--no-cost", "--output", str(runs.folder / f"{name}.json")]]
+        finetune = [sys.executable, "jobs/finetune.py", "--task", f"toy={task}", "--teacher", given["teacher"]]
+        finetune += ["--epochs", "2", "--lr", "3e-3", "--train-dtype", "float32", "--workers", "2"]
+        return [
+            *([*job, "--workers", str(workers)] for job in jobs),
+            [*finetune, "--output", str(runs.folder / f"{name}-teacher")],
+        ]
 
     def run(jobs: list[list[str]], within: Sequence[str] = (), **more: str) -> None:
         for job in jobs:
@@ -276,3 +297,9 @@ def test_nodes_with_addresses_of_their_own_give_what_one_node_gives(runs: Runs) 
     spread, alone = (runs.folder / f"{name}-student" for name in ("spread", "alone"))
     assert labels_of(spread) == labels_of(alone) != {}
     same_metrics(spread, alone)
+    reports = [json.loads((runs.folder / f"{name}.json").read_text())["tasks"] for name in ("spread", "alone")]
+    assert reports[0] == reports[1] != []
+    tuned = [storage.read_json(str(runs.folder / f"{name}-teacher" / DONE))["epochs"] for name in ("spread", "alone")]
+    assert len(tuned[0]) == 2
+    for one, other in zip(*tuned, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-3)

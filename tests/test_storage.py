@@ -212,3 +212,12 @@ def test_files_beyond_a_limit_are_not_read_from_any_disk_or_store(root: str) -> 
     assert storage.read_bytes(f"{root}/x", 5) == b"12345"
     with pytest.raises(BadInput, match="x has 5 bytes, of such a file at most 4 are read"):
         storage.read_bytes(f"{root}/x", 4)
+
+
+def test_json_in_which_a_key_comes_twice_is_damaged(tmp_path: Path) -> None:
+    """Two readers may see two different files in it, though one sees what was written."""
+    file = tmp_path / "x.json"
+    storage.write_json(str(file), {"a": 1, "b": 2})
+    assert storage.read_json(str(file)) == {"a": 1, "b": 2}
+    file.write_text(file.read_text().replace("{", '{"a": 3,', 1))
+    assert storage.read_json(str(file)) is None

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from msense.artefact import shown
-from msense.dictionary.pages import read_footer
+from msense.parquet_pages import read_footer
 
 _FOOTER_BYTES = 64 << 20
 _CHECKED_BYTES = 8 << 20  # of a longer footer only the length is looked at: it takes a second a megabyte

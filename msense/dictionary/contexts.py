@@ -13,8 +13,8 @@ import numpy as np
 from msense.artefact import shown
 from msense.config import MAX_EXEMPLARS
 from msense.dictionary.format import DictionaryFiles
-from msense.dictionary.pages import Group, check_pages, read_footer
 from msense.errors import DictionaryError
+from msense.parquet_pages import Group, check_pages, read_footer
 
 if TYPE_CHECKING:
     import pyarrow as pa
