@@ -1,6 +1,7 @@
 """A corpus, a teacher, and builds of them without Ray that may be stopped and spoilt."""
 
 import itertools
+import json
 import pkgutil
 import resource
 import shutil
@@ -93,3 +94,17 @@ def flip_a_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) * 2 // 3] ^= 4
     path.write_bytes(data)
+
+
+def metrics(run: Path | str) -> list[dict[str, float]]:
+    """What a run, on any storage, has told of its epochs, without times."""
+    lines = storage.read_text(f"{run}/metrics.jsonl").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+
+
+def same_metrics(run: Path | str, whole: Path | str) -> None:
+    """Check the metrics of all epochs."""
+    wanted = metrics(whole)
+    assert wanted
+    for found, own in zip(metrics(run), wanted, strict=True):
+        assert found == pytest.approx(own, rel=1e-3, abs=1e-3)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faulty import Corpus, Outcome, StoppedError, full_disk
+from faulty import Corpus, Outcome, StoppedError, full_disk, metrics, same_metrics
 
 from msense import distill, distill_run, storage
 from msense.distill_config import DistillConfig
@@ -133,7 +133,7 @@ def test_a_training_that_cannot_write_is_told_and_the_next_run_goes_on(
     ray: None, made: Corpus, in_process: None, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch,
     outcome: Outcome, fault: str,
 ) -> None:  # fmt: skip
-    from test_training_kills import SETTINGS, metrics, same
+    from test_training_kills import SETTINGS
 
     made.build("dict", senses=3)
     monkeypatch.undo()
@@ -172,5 +172,5 @@ def test_a_training_that_cannot_write_is_told_and_the_next_run_goes_on(
     assert not (made.folder / "run" / "student").exists()
     assert len(metrics(made.folder / "run")) == 1
     run(made, **SETTINGS)
-    same(made.folder / "run", made.folder / "whole")
+    same_metrics(made.folder / "run", made.folder / "whole")
     outcome(fault, "training", "told; next run goes on")

@@ -14,7 +14,7 @@ from typing import Any
 
 import driver
 import pytest
-from faulty import Outcome
+from faulty import Outcome, same_metrics
 from nodes import BIN, Namespaces, Nodes, in_small_units
 from test_finetune import toy
 from test_kills import Runs
@@ -131,19 +131,6 @@ def finish(process: BaseProcess) -> None:
 
 def labels_of(run: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted((run / "labels").iterdir()) if p.suffix != ".done"}
-
-
-def metrics_of(run: Path) -> list[dict[str, float]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
-
-
-def same_metrics(run: Path, whole: Path) -> None:
-    """Check two epochs of a training against those of another."""
-    found, wanted = metrics_of(run), metrics_of(whole)
-    assert len(wanted) == 2
-    for one, other in zip(found, wanted, strict=True):
-        assert one == pytest.approx(other, rel=1e-3, abs=1e-3)
 
 
 def undisturbed(machines: Callable[[int], Machines], runs: Runs) -> tuple[Machines, Path]:

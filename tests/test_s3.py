@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-from faulty import ALL, Corpus, Outcome
+from faulty import ALL, Corpus, Outcome, metrics, same_metrics
 from s3_server import BUCKET, KEY, SECRET, Fault, Server, answers, cut, dropped, files, throttled
 
 from msense import SenseDictionary, SenseEncoder, distill_run, storage, stores
@@ -351,18 +351,11 @@ def test_a_training_whose_store_is_in_trouble(
     assert not storage.exists(f"{BUCKET}/long/student")
     s3.heal()
     command(*words, f"{BUCKET}/long")
-    wanted = _metrics(str(made.folder / "local"))
-    assert len(wanted) == 2
+    assert len(metrics(made.folder / "local")) == 2
     for name in ("busy", "long"):
-        for found, own in zip(_metrics(f"{BUCKET}/{name}"), wanted, strict=True):
-            assert found == pytest.approx(own, rel=1e-3, abs=1e-3)
+        same_metrics(f"{BUCKET}/{name}", made.folder / "local")
     outcome("S3 busy or cut off for a while", "training", "same run goes on")
     outcome("S3 in trouble for long", "training", "told; next run goes on")
-
-
-def _metrics(run: str) -> list[dict[str, float]]:
-    lines = storage.read_text(f"{run}/metrics.jsonl").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
 
 
 def test_a_student_that_is_not_there_is_told(s3: Server) -> None:

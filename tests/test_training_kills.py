@@ -1,6 +1,5 @@
 """Trainings whose workers or driver are killed in the middle of an epoch end with the numbers of an undisturbed one."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import driver
 import pytest
-from faulty import Corpus, Outcome
+from faulty import Corpus, Outcome, metrics, same_metrics
 
 from msense import distill
 from msense.distill_config import DistillConfig
@@ -21,12 +20,6 @@ SETTINGS = {
     "student": "static", "epochs": 3, "batch_tokens": 256, "lr": 5e-3, "held_out": 0.2, "dtype": "float32",
     "checkpoint_steps": 10, "workers": 2,
 }  # fmt: skip
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    """What a run has told of its epochs, without times."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
 
 
 @pytest.fixture
@@ -49,12 +42,6 @@ def labelled(whole: tuple[Corpus, dict], name: str) -> Path:
     return folder / name
 
 
-def same(run: Path, whole: Path) -> None:
-    """Check the metrics of all epochs."""
-    for found, wanted in zip(metrics(run), metrics(whole), strict=True):
-        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-3)
-
-
 def kill_a_worker(whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, name: str, **more: object) -> Path:
     """Train once more, and kill a worker in the second epoch; return the run."""
     made, given = whole
@@ -72,7 +59,7 @@ def test_a_worker_and_a_driver_killed_in_the_middle_of_an_epoch(
     whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, outcome: Outcome
 ) -> None:
     made, given = whole
-    same(kill_a_worker(whole, patch, "worker"), made.folder / "whole")
+    same_metrics(kill_a_worker(whole, patch, "worker"), made.folder / "whole")
     run, flag = labelled(whole, "driver"), made.folder / "driver.flag"
     process = driver.start_process(driver.drive_training, {**given, "output": str(run)}, KILLED_AT, str(flag))
     until = time.monotonic() + 600  # a hang
@@ -85,7 +72,7 @@ def test_a_worker_and_a_driver_killed_in_the_middle_of_an_epoch(
     process.join()
     assert not (run / "student").exists()
     distill_student(DistillConfig(**given, output=str(run)))
-    same(run, made.folder / "whole")
+    same_metrics(run, made.folder / "whole")
     outcome("worker killed", "training", "same run goes on")
     outcome("driver killed", "training", "next run goes on")
 
@@ -98,7 +85,7 @@ def test_deepspeed_with_two_workers_and_one_killed(
     undisturbed = labelled(whole, "undisturbed")
     distill_student(DistillConfig(**whole[1], deepspeed_stage=stage, output=str(undisturbed)))
     run = kill_a_worker(whole, patch, f"zero{stage}", deepspeed_stage=stage)
-    same(run, undisturbed)
+    same_metrics(run, undisturbed)
     for found, plain in zip(metrics(run), metrics(whole[0].folder / "whole"), strict=True):
         for name in ("train_sense", "train_pooled", "held_out_sense"):
             assert found[name] == pytest.approx(plain[name], rel=0.02)  # sums in another order, step after step
