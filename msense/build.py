@@ -20,7 +20,7 @@ from msense.estimate import TeacherTimer, clustering_memory, estimate, time_teac
 from msense.kmeans import KMeansConfig
 from msense.manifest import check_manifest, describe_run, made_of
 from msense.mcl import MclConfig
-from msense.occurrences import GatherSettings, OccurrenceActor, Unit, cut_units, record_type, write_index
+from msense.occurrences import GatherSettings, OccurrenceActor, Unit, cut_units, longest_first, record_type, write_index
 from msense.passages import make_passages, refuse_bad_documents
 from msense.plan import PlanInput, make_plan
 from msense.resume import Journal, finished, timed
@@ -215,7 +215,8 @@ def _occurrences(build: Build, units: list[Unit]) -> None:
     run = build.run
     with build.stage("occurrences") as facts:
         done = finished("occurrences", run, [run.unit_file(u.number) for u in units], build.resources, build.journal)
-        todo = [asdict(unit) for unit, f in zip(units, done, strict=True) if f is None]
+        missing = [unit for unit, f in zip(units, done, strict=True) if f is None]
+        todo = [asdict(unit) for unit in longest_first(missing)]
         arguments = {"run": run, "settings": gather_settings(build)}
         for _ in map_actors("occurrences", OccurrenceActor, arguments, todo, build.resources):
             pass

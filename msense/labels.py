@@ -190,7 +190,7 @@ def label_units(settings: LabelSettings) -> list[Unit]:
     size = label_bytes(table["passages"], table["tokens"], dim, settings.soft_targets)
     some = size > 0
     target = int(np.clip(size.sum() // UNITS_WANTED, *UNIT_BYTES))
-    return group_blocks(table["piece"][some], table["block"][some], size[some], target)
+    return group_blocks(table["piece"][some], table["block"][some], size[some], table["tokens"][some], target)
 
 
 class LabelActor:

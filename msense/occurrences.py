@@ -49,6 +49,7 @@ class Unit:
     pieces: list[int]
     blocks: list[int]
     stored: int  # occurrences; of labels: bytes
+    tokens: int  # that the teacher reads, hence its time
 
 
 def cut_units(blocks_file: str, dim: int) -> list[Unit]:
@@ -58,29 +59,40 @@ def cut_units(blocks_file: str, dim: int) -> list[Unit]:
         blocks_file: the plan's table of blocks (piece, block, stored, ...).
         dim: D.
     """
-    table = read_columns(blocks_file, ["piece", "block", "stored"])
-    piece, block, stored = (table[name] for name in ("piece", "block", "stored"))
+    table = read_columns(blocks_file, ["piece", "block", "stored", "needed_tokens"])
+    piece, block, stored, tokens = (table[name] for name in ("piece", "block", "stored", "needed_tokens"))
     size = record_type(dim).itemsize
     target = int(np.clip(stored.sum() * size // UNITS_WANTED, *UNIT_BYTES)) // size
-    return group_blocks(piece, block, stored, target)
+    return group_blocks(piece, block, stored, tokens, target)
 
 
-def group_blocks(piece: np.ndarray, block: np.ndarray, amount: np.ndarray, target: int) -> list[Unit]:
+def group_blocks(
+    piece: np.ndarray, block: np.ndarray, amount: np.ndarray, tokens: np.ndarray, target: int
+) -> list[Unit]:
     """Put blocks that follow one another into units of about equal amounts.
 
     Args:
         piece: int64 [n], the passages file of each block.
         block: int64 [n], its number there.
         amount: int64 [n], what it gives to its unit.
+        tokens: int64 [n], what the teacher reads of it.
         target: amount of a unit.
     """
     number = (np.cumsum(amount) - amount) // max(1, target)
     starts = np.flatnonzero(np.r_[True, number[1:] != number[:-1]]) if len(number) else np.zeros(0, dtype=np.int64)
     stops = [*starts[1:], len(number)]
     return [
-        Unit(n, piece[a:b].tolist(), block[a:b].tolist(), int(amount[a:b].sum()))
+        Unit(n, piece[a:b].tolist(), block[a:b].tolist(), int(amount[a:b].sum()), int(tokens[a:b].sum()))
         for n, (a, b) in enumerate(zip(starts, stops, strict=True))
     ]
+
+
+def longest_first(units: list[Unit]) -> list[Unit]:
+    """Return the units in the order in which actors should take them, so that none waits long for the last one.
+
+    Longest processing time first: Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 17 (1969).
+    """
+    return sorted(units, key=lambda unit: (-unit.tokens, unit.number))
 
 
 def cut_shards(stored: np.ndarray, dim: int) -> np.ndarray:

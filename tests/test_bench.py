@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,6 +124,18 @@ def test_ratios_are_medians_over_turns(jobs: None) -> None:
     found = in_turn({"one": lambda: 1, "two": lambda: 2}, 3, budget=0)
     assert found.results == {"one": 1, "two": 2}
     assert all(len(seconds) == 1 for seconds in found.seconds.values())
+
+
+def test_rates_leave_start_up_out_but_no_work(jobs: None) -> None:
+    from benches.nodes import rate
+
+    def unit(actor: str, began: float, ended: float) -> dict[str, Any]:
+        return {"actor": actor, "began": began, "ended": ended, "tokens": 100 * (ended - began)}
+
+    assert rate([unit("a", 5, 9), unit("a", 9, 25)]) == pytest.approx(100)
+    both = [unit("a", 5, 9), unit("a", 9, 25), unit("b", 15, 20), unit("b", 20, 25)]  # b loads its teacher for 10 s
+    assert rate(both) == pytest.approx(200)
+    assert rate([*both, unit("a", 25, 45)]) == pytest.approx(100 * (2 * 10 + 20) / 30)  # b waits for a
 
 
 def test_constants_of_the_cost_model_are_found_also_where_a_term_is_always_0(jobs: None) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msense import occurrences, storage
 from msense.errors import BadInput, MsenseError
 from msense.exemplars import nearest
-from msense.occurrences import cut_shards, cut_units, read_rows, record_type
+from msense.occurrences import cut_shards, cut_units, longest_first, read_rows, record_type
 from msense.part_worker import cut
 from msense.parts import _prefixes
 from msense.run_folder import RunFolder
@@ -92,6 +92,7 @@ def test_units_are_runs_of_blocks_of_about_equal_output(stored_counts: list[int]
                     "piece": [b // 7 for b in range(blocks)],
                     "block": [b % 7 for b in range(blocks)],
                     "stored": stored_counts,
+                    "needed_tokens": [3 * (n % 1000) for n in stored_counts],
                 }
             ),
             file,
@@ -104,6 +105,10 @@ def test_units_are_runs_of_blocks_of_about_equal_output(stored_counts: list[int]
     least = occurrences.UNIT_BYTES[0] // record_type(384).itemsize
     assert all(u.stored <= least + 40_000 for u in units)
     assert sum(u.stored for u in units) == sum(stored_counts)
+    assert sum(u.tokens for u in units) == sum(3 * (n % 1000) for n in stored_counts)
+    order = longest_first(units)
+    assert sorted(u.number for u in order) == list(range(len(units)))
+    assert all(a.tokens >= b.tokens for a, b in pairwise(order))
 
 
 def test_rows_of_a_unit_are_one_range(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from benches.shared import Bench, Figures
 from msense import storage
 from msense.build import THREADS
 from msense.config import DEMO_TEACHER
-from msense.occurrences import GatherSettings, OccurrenceActor, cut_units
+from msense.occurrences import GatherSettings, OccurrenceActor, cut_units, longest_first
 from msense.run_folder import RunFolder
 from msense.runtime import Resources, connect, map_actors
 from msense.teacher import describe, resolve_dtype
@@ -43,7 +43,7 @@ def nodes(bench: Bench) -> Figures:
         sample = bench.sample(SAMPLE["nodes"])
         bench.build(dry_run=True, sample=sample, workers=1)
         run, settings = bench.dry_run if sample < 1 else bench.run, _gather_settings(bench)
-        items = [asdict(unit) for unit in cut_units(run.blocks, settings.dim)]
+        items = [asdict(unit) for unit in longest_first(cut_units(run.blocks, settings.dim))]
         for turn in range(bench.turns(TURNS)):
             ways: dict[str, Callable[[], float]] = {
                 "one": lambda: _on_nodes(1, run, settings, items),
@@ -110,16 +110,29 @@ def _gather_settings(bench: Bench) -> GatherSettings:
 
 
 def _on_nodes(count: int, run: RunFolder, settings: GatherSettings, items: list[dict[str, Any]]) -> float:
-    """Return tokens/s of the stage on so many nodes, from the moment when all its actors are at work to its end."""
+    """Return tokens/s of the stage on so many nodes."""
     arguments = {"run": run, "settings": settings}
     for _ in map_actors("occurrences", OccurrenceActor, arguments, items, Resources(count, count, "cpu")):
         pass
     units = [storage.facts_of(run.unit_file(item["number"])) or {} for item in items]
+    actors = len({u["actor"] for u in units})
+    if actors < count:
+        logger.warning("%d of %d actors did all the work: give a larger --sample", actors, count)
+    return rate(units)
+
+
+def rate(units: list[dict[str, Any]]) -> float:
+    """Return tokens/s from the moment when all actors are at work to the end, start-up left out.
+
+    Args:
+        units: facts of each: `actor`, `began` and `ended` (seconds of the clock), `tokens`. One that began before that
+            moment counts by the share of its time that lies after it.
+    """
     began = [min(u["began"] for u in units if u["actor"] == actor) for actor in {u["actor"] for u in units}]
-    if len(began) < count:
-        logger.warning("%d of %d actors did all the work: give a larger --sample", len(began), count)
-    counted = [u for u in units if u["began"] >= max(began)]
-    return float(sum(u["tokens"] for u in counted) / (max(u["ended"] for u in units) - max(began)))
+    start, end = max(began), max(u["ended"] for u in units)
+    shares = [(u["ended"] - max(u["began"], start)) / (u["ended"] - u["began"]) for u in units]
+    tokens = sum(share * u["tokens"] for share, u in zip(shares, units, strict=True) if share > 0)
+    return float(tokens / (end - start))
 
 
 _actor: OccurrenceActor | None = None  # of a bare process
@@ -128,7 +141,7 @@ _actor: OccurrenceActor | None = None  # of a bare process
 def _bare(count: int, run: RunFolder, settings: GatherSettings, items: list[dict[str, Any]]) -> float:
     """Return tokens/s of the stage in so many plain processes, whose teachers are loaded before the clock runs."""
     with multiprocessing.get_context("spawn").Pool(count, _make_actor, (run, settings)) as pool:
-        pool.map(_call_actor, [items[0]] * count, 1)
+        pool.map(_call_actor, [items[-1]] * count, 1)
         began = time.perf_counter()
         done = pool.map(_call_actor, items, 1)
         return float(sum(done) / (time.perf_counter() - began))
