@@ -109,7 +109,9 @@ def same_labels(made: Corpus, uri: str) -> None:
 
 
 @IN_PROCESS
-@pytest.mark.parametrize("fault", [throttled, dropped], ids=["throttled", "dropped"])
+@pytest.mark.parametrize(
+    "fault", [pytest.param(throttled, marks=pytest.mark.slow), dropped], ids=["throttled", "dropped"]
+)
 def test_a_store_that_is_in_trouble_for_a_while_is_asked_again(
     made: Corpus, s3: Server, fault: Fault, label: Callable[[str], None], outcome: Outcome
 ) -> None:
