@@ -248,7 +248,8 @@ def last_first(function: Callable) -> Callable:
 
 
 @pytest.mark.parametrize(
-    ("workers", "block_bytes", "parts_of"), [(1, 1 << 30, 131072), (3, 1, 2048)], ids=["one", "three"]
+    ("workers", "block_bytes", "parts_of"),
+    [pytest.param(1, 1 << 30, 131072, id="one"), pytest.param(3, 1, 2048, id="three", marks=pytest.mark.slow)],
 )
 def test_workers_ray_blocks_parts_and_finish_order_do_not_matter(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, workers: int, block_bytes: int, parts_of: int
