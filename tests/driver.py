@@ -269,10 +269,10 @@ def meet_on_two_nodes(folder: Path) -> None:
     clustering.cluster_shard = met(clustering.cluster_shard, folder / "clustering")
 
 
-def drive_on_nodes(settings: dict, address: str, log: str, change: tuple[Callable, tuple] | None) -> None:
+def drive_on_nodes(settings: dict, address: str, auth: str, log: str, change: tuple[Callable, tuple] | None) -> None:
     """Build, or distill with training, by a light teacher; `change` is called with its arguments before."""
     os.environ["RAY_ADDRESS"] = address
-    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_MODE"] = auth
     from msense import distill_run
     from msense.build import build_dictionary
     from msense.config import BuildConfig

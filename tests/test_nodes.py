@@ -16,7 +16,6 @@ import driver
 import pytest
 from faulty import Outcome, same_metrics
 from nodes import BIN, Namespaces, Nodes, in_small_units
-from test_finetune import toy
 from test_kills import Runs
 
 from msense import storage
@@ -76,7 +75,8 @@ class Machines:
     def drive(self, settings: dict, log: Path, change: Callable | None = None, *arguments: object) -> BaseProcess:
         """Start a driver on the head."""
         given = (change, arguments) if change else None
-        return driver.start_process(driver.drive_on_nodes, settings, str(log), given, address=self.address)
+        auth = os.environ["RAY_AUTH_MODE"]  # the cluster's
+        return driver.start_process(driver.drive_on_nodes, settings, auth, str(log), given, address=self.address)
 
     def lose_as_told(self, process: BaseProcess, flags: Path) -> None:
         """Lose each node that a file of `flags` names, in place of which another comes; wait for the driver's end."""
@@ -97,8 +97,9 @@ class Machines:
 
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Machines]]:
-    """Make clusters; they ask for the token of this user, as the session's Ray does."""
-    monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "token"))
+    """Make clusters; they ask for the token of this user, unless this process has already imported a Ray that does not."""
+    usual = "disabled" if "ray" in sys.modules else "token"
+    monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", usual))
     monkeypatch.setenv(
         "PYTHONPATH", str(Path(__file__).parent)
     )  # what drivers change stands in modules beside this one
@@ -199,6 +200,8 @@ def test_nodes_with_addresses_of_their_own_give_what_one_node_gives(runs: Runs) 
         spaces = Namespaces(3)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"this user may make no network namespaces ({error})")
+    from test_finetune import toy  # not before a cluster is made: it imports Ray, which then asks for no token
+
     nodes = Nodes()
     hosts = runs.folder / "hosts"
     hosts.mkdir()
