@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# torch goes first: where a package needs it to build, and so that nothing pulls in another build of it
-# make install TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from there (a CPU build)
+# torch is installed first: some packages need it to build, and others must not replace it.
+# CPU build: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 DATA ?= data
@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/python jobs/build_dict.py --output runs/demo
 	$(BIN)/python -m msense show runs/demo key cell kernel tree
 
-# make results DATA=folder with banking77/ tweet_emotion/ sst2/ coarsewsd/ wordsim/ wikitext2/: hours on two cores
+# make results DATA=DIR, with banking77/ tweet_emotion/ sst2/ coarsewsd/ wordsim/ wikitext2/; hours on two cores
 results: install
 	$(BIN)/python jobs/results.py --data $(DATA) $(if $(MODEL2VEC_PYTHON),--model2vec-python $(MODEL2VEC_PYTHON))
 

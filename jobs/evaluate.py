@@ -1,4 +1,4 @@
-"""Compare a teacher, its dictionary and its students with others: `python jobs/evaluate.py --help`."""
+"""Evaluate a teacher, its dictionaries and students against other models: `python jobs/evaluate.py --help`."""
 
 import logging
 import sys
@@ -9,13 +9,13 @@ from msense.evaluation.report import show
 from msense.evaluation.run import evaluate
 from msense.flags import parse_flags
 
-DESCRIPTION = """Measure models on tasks, side by side: quality with its uncertainty, and cost.
+DESCRIPTION = """Evaluate every model on every task and print one table per task plus a cost table.
 
-Run the same command again after any interruption: it goes on with what is missing."""
+Rerun the same command after an interruption to resume."""
 
 
 def main() -> None:
-    """Evaluate, and show what was found."""
+    """Evaluate and print the results."""
     config = parse_flags(EvaluateConfig, DESCRIPTION)
     logging.getLogger("msense").setLevel(config.log_level.upper())
     show(evaluate(config))

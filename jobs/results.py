@@ -1,9 +1,9 @@
-"""Make the README's results: `python jobs/results.py --data DATA [NAME ...]`.
+"""Reproduce the README's results: `python jobs/results.py --data DATA [NAME ...]`.
 
-Dictionaries, teachers and students are made by the jobs into --output, evaluations beside them as NAME.json, NAME.md and plots;
-what is there already is kept. At the end a table holds every figure against what it should be, and the last line of the
-output is the same as one JSON object. DATA holds banking77/, tweet_emotion/, sst2/ (csv of text and label), coarsewsd/,
-wordsim/ and wikitext2/.
+The jobs write dictionaries, teachers and students into --output, with evaluations next to them as NAME.json, NAME.md and
+plots; existing ones are reused. A final table compares every figure with its target, and the last line of the output is the
+same as one JSON object. DATA contains banking77/, tweet_emotion/, sst2/ (csv of text and label), coarsewsd/, wordsim/ and
+wikitext2/.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from msense.finetune import finetune
 from msense.finetune_config import FinetuneConfig
 from msense.flags import validate
 
-SENSES = 50  # a token, of a task's own dictionary
+SENSES = 50  # per token, in dictionaries of a task's own texts
 OTHER_SIZES = (1, 10, "auto")
-OF_WORDS = 20  # senses a token, for CoarseWSD
+OF_WORDS = 20  # senses per token for CoarseWSD
 GENERAL_DOCS = "pydocs:sklearn"
 STUDENTS: dict[str, dict[str, Any]] = {
     "layers2": {"student": "layers:2"},
@@ -42,24 +42,22 @@ TWO_OUTPUTS = ("layers2", "static")
 OF_TASK: dict[str, Any] = {"epochs": 5}
 OF_CONTEXTS: dict[str, Any] = {"epochs": 3}
 OF_GENERAL: dict[str, Any] = {"epochs": 3, "train_tokens": 100_000}
-OF_CLASSIFIER = {"lr": 3e-4}  # a fine-tuned teacher is further from its first layers: faster steps overshoot
-
-
-TOLD = {True: "met", False: "missed", None: ""}
+OF_CLASSIFIER = {"lr": 3e-4}  # a fine-tuned teacher is further from its first layers: larger steps overshoot
+VERDICTS = {True: "met", False: "missed", None: ""}
 
 
 class Figure(NamedTuple):
-    """A figure and what it should be."""
+    """A figure and its target."""
 
     what: str
     value: float
     bar: str
-    is_met: bool | None  # None: no bar
+    is_met: bool | None  # None: no target
 
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes what results are of, in a folder."""
+    """Builds models and evaluations in a folder."""
 
     data: Path
     output: Path
@@ -67,51 +65,46 @@ class Maker:
     model2vec_python: str | None
 
     def task(self, name: str) -> str:
-        """Return a folder of the data.
-
-        Raises:
-            BadInput: it is not there.
-        """
+        """Return a folder of the data; BadInput if it is missing."""
         folder = self.data / name
         if not folder.is_dir():
-            raise BadInput(f"{folder} is not there: --data must name a folder that holds {name}/")
+            raise BadInput(f"{folder} does not exist: --data must be a folder that contains {name}/")
         return str(folder)
 
     def shop(self, name: str, *corpus: str, teacher: str = DEMO_TEACHER) -> Workshop:
-        """Return a workshop of its own for a text."""
+        """Return the builder of dictionaries and students of a corpus."""
         return Workshop(self.output / name, corpus, self.workers, teacher)
 
     def evaluate(self, name: str, models: Sequence[str], tasks: Sequence[str], **more: Any) -> Evaluation:  # noqa: ANN401
-        """Evaluate, and show what was found."""
+        """Evaluate and print the results."""
         given: dict[str, Any] = {"model": models, "task": tasks, "output": str(self.output / f"{name}.json")}
         given |= {"teacher": DEMO_TEACHER, "workers": self.workers, "model2vec_python": self.model2vec_python}
-        found = evaluate(validate(EvaluateConfig, {**given, **more}))
-        show(found)
-        return found
+        evaluation = evaluate(validate(EvaluateConfig, {**given, **more}))
+        show(evaluation)
+        return evaluation
 
     def with_model2vec(self) -> tuple[str, ...]:
-        """Return model2vec as a model, if there is a Python that has it."""
+        """Return model2vec as a model if its Python is known."""
         return ("model2vec",) if self.model2vec_python else ()
 
 
 def students(shop: Workshop, dictionary: Path, names: Sequence[str], **settings: Any) -> list[str]:  # noqa: ANN401
-    """Distil students; return them as models."""
+    """Distil students and return them as models."""
     return [f"{name}=student:{shop.student(dictionary, name, **STUDENTS[name], **settings).folder}" for name in names]
 
 
 def banking77(make: Maker) -> list[Figure]:
-    """Banking77: the replaced teacher, students of its training texts, and others."""
+    """Banking77: the replaced teacher, students of its training texts, and baselines."""
     return _own_text(make, "banking77", "banking77", sizes=(), bar=1.5)
 
 
 def emotion(make: Maker) -> list[Figure]:
-    """TweetEval's emotion, the same with dictionaries of several sizes; what all of them cost; and the package mteb."""
-    found = _own_text(make, "emotion", "tweet_emotion", sizes=OTHER_SIZES, bar=3.0)
-    return [*found, *_by_mteb(make)]
+    """TweetEval's emotion: the same with dictionaries of several sizes, costs, and the mteb package."""
+    return [*_own_text(make, "emotion", "tweet_emotion", sizes=OTHER_SIZES, bar=3.0), *_by_mteb(make)]
 
 
 def _own_text(make: Maker, name: str, folder: str, sizes: Sequence[int | str], bar: float) -> list[Figure]:
-    """Dictionary and students of a task's training texts, on that task."""
+    """Evaluate a dictionary and students of a task's training texts on that task."""
     source = make.task(folder)
     shop = make.shop(name, f"{source}/train.csv")
     main = shop.dictionary(SENSES)
@@ -130,7 +123,7 @@ def _own_text(make: Maker, name: str, folder: str, sizes: Sequence[int | str], b
 
 
 def _by_mteb(make: Maker) -> list[Figure]:
-    """Compare our protocol with that of the package mteb, on the same models and data."""
+    """Compare our protocol with that of the mteb package on the same models and data."""
     source, shop = make.task("tweet_emotion"), make.output / "emotion"
     models = ["teacher", f"layers2=student:{shop / 'layers2'}", f"static=student:{shop / 'static'}"]
     found = make.evaluate("mteb", models, [f"emotion={source}", f"mteb:emotion={source}"], cost=False)
@@ -145,7 +138,7 @@ def _by_mteb(make: Maker) -> list[Figure]:
 
 
 def general(make: Maker) -> list[Figure]:
-    """Dictionary and students of text of other kinds, on both tasks; and word similarity by that dictionary."""
+    """Dictionary and students of general text on both classification tasks."""
     shop = make.shop("general", make.task("wikitext2"), GENERAL_DOCS)
     main = shop.dictionary("auto")
     own = students(shop, main, tuple(STUDENTS), **OF_GENERAL)
@@ -154,9 +147,7 @@ def general(make: Maker) -> list[Figure]:
     figures = []
     for task in found.tasks:
         rows = {name: row.score for name, row in task.rows.items() if isinstance(row, Result)}
-        figures += [
-            Figure(f"{task.name}, text of other kinds: {name}", score, "", None) for name, score in rows.items()
-        ]
+        figures += [Figure(f"{task.name}, general text: {name}", score, "", None) for name, score in rows.items()]
     return figures
 
 
@@ -168,35 +159,33 @@ def wordsim(make: Maker) -> list[Figure]:
     gap = row.score - row.more["one embedding"]
     return [
         Figure("word similarity: best pair of senses", row.score, "", None),
-        Figure("word similarity: best pair over one embedding a word", gap, "above 0", gap > 0),
+        Figure("word similarity: best pair over one embedding per word", gap, "above 0", gap > 0),
     ]
 
 
 def coarsewsd(make: Maker) -> list[Figure]:
-    """Senses of people, by the teacher's dictionary and through students; and what students are worth token by token."""
+    """Word sense disambiguation by the teacher's dictionary and by students; students' token-level fidelity."""
     source = make.task("coarsewsd")
-    corpus = make.output / "coarsewsd.txt"
-    lines = [f"{text}\n" for word in words(source) for text in read_contexts(source, word, "train").texts]
-    _write_once(corpus, "".join(lines))
+    corpus, test = (make.output / name for name in ("coarsewsd.txt", "coarsewsd-test.txt"))
+    for path, part in ((corpus, "train"), (test, "test")):
+        _write_once(path, "".join(f"{t}\n" for w in words(source) for t in read_contexts(source, w, part).texts))
     shop = make.shop("coarsewsd", str(corpus))
     main = shop.dictionary(OF_WORDS)
     own = students(shop, main, tuple(STUDENTS), **OF_CONTEXTS)
     replaced = [f"{model.replace('=', ', replaced=', 1)},hard" for model in own[: len(TWO_OUTPUTS)]]
     models = [f"teacher=replaced:{main},hard", *own, *replaced]
-    test = make.output / "coarsewsd-test.txt"
-    _write_once(test, "".join(f"{t}\n" for w in words(source) for t in read_contexts(source, w, "test").texts))
     found = make.evaluate("coarsewsd", models, [f"coarsewsd={source}", f"tokens:contexts={test}"], cost=False)
     teacher, student = (_result(found, "coarsewsd", name) for name in ("teacher", "layers2"))
     over, below = 100 * (teacher.score - teacher.more["gold centroids"]), 100 * (teacher.score - student.score)
     return [
         Figure("CoarseWSD, teacher's senses: accuracy", teacher.score, "", None),
-        Figure("CoarseWSD, teacher's senses over a centroid a gold sense, points", over, "at least 3", over >= 3),
+        Figure("CoarseWSD, teacher's senses over a centroid per gold sense, points", over, "at least 3", over >= 3),
         Figure("CoarseWSD, layers2 below the teacher, points", below, "at most 3", below <= 3),
     ]
 
 
 def sst2(make: Maker) -> list[Figure]:
-    """SST-2: a fine-tuned teacher, replaced; and students under its frozen classifier."""
+    """SST-2: a fine-tuned teacher, replaced by senses, and students under its frozen classifier."""
     source = make.task("sst2")
     given = {"task": f"sst2={source}", "output": str(make.output / "sst2" / "finetuned"), "workers": make.workers}
     tuned = finetune(validate(FinetuneConfig, given))
@@ -215,25 +204,23 @@ def sst2(make: Maker) -> list[Figure]:
 
 
 def _write_once(path: Path, text: str) -> None:
-    """Write a file, unless it holds that already: what is made of it is known by its time."""
+    """Write a file unless it already has this text: its modification time is part of cache keys."""
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 
 def _result(found: Evaluation, title: str, model: str) -> Result:
-    """Return a result."""
     row = next(task.rows[model] for task in found.tasks if task.name == title)
     assert isinstance(row, Result)
     return row
 
 
 def _loss(found: Evaluation, title: str, model: str, bar: float) -> Figure:
-    """Return by how many points a model is below the teacher."""
-    task = next(task for task in found.tasks if task.name == title)
-    told = gain(found, task, model)
-    lost = -100 * told.gain
-    what = f"{title}: {model} below the teacher, points [{-100 * told.high:.1f}, {-100 * told.low:.1f}]"
+    """Return by how many points a model is below the teacher, with its confidence interval."""
+    gap = gain(found, next(task for task in found.tasks if task.name == title), model)
+    lost = -100 * gap.gain
+    what = f"{title}: {model} below the teacher, points [{-100 * gap.high:.1f}, {-100 * gap.low:.1f}]"
     return Figure(what, lost, f"at most {bar:g}", lost <= bar)
 
 
@@ -243,19 +230,21 @@ NAMES: dict[str, Callable[[Maker], list[Figure]]] = {
 
 
 def main() -> None:
-    """Make the results asked for."""
+    """Reproduce the requested results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(NAMES)} (default: all)")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of the labelled data")
-    parser.add_argument("--output", default="runs/results", metavar="DIR", help="where to (default: runs/results)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one a core")
-    parser.add_argument("--model2vec-python", metavar="FILE", help="a Python that has model2vec, to compare with it")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"results: {', '.join(NAMES)} (default: all)")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder of the data sets")
+    parser.add_argument("--output", default="runs/results", metavar="DIR", help="output folder (default: runs/results)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one per core")
+    parser.add_argument("--model2vec-python", metavar="FILE", help="Python with model2vec, to include it")
     given = parser.parse_args()
     if unknown := [name for name in given.names if name not in NAMES]:
-        raise BadInput(f"{unknown[0]} is no result; these are: {', '.join(NAMES)}")
+        raise BadInput(f"unknown result {unknown[0]!r}: use {', '.join(NAMES)}")
     make = Maker(Path(given.data).absolute(), Path(given.output).absolute(), given.workers, given.model2vec_python)
     figures = [figure for name in given.names or NAMES for figure in NAMES[name](make)]
-    rows = [(figure.what, f"{figure.value:.4g}  {figure.bar}  {TOLD[figure.is_met]}".rstrip()) for figure in figures]
+    rows = [
+        (figure.what, f"{figure.value:.4g}  {figure.bar}  {VERDICTS[figure.is_met]}".rstrip()) for figure in figures
+    ]
     show_table("Results", rows)
     sys.stdout.write(json.dumps({figure.what: float(f"{figure.value:.4g}") for figure in figures}) + "\n")
 

@@ -1,8 +1,14 @@
-"""msense: sense dictionaries from large teacher models, and small students that speak in them.
+"""msense: sense dictionaries from large teacher models, and small student encoders distilled from them.
 
-`import msense` is light: neither torch nor Ray is loaded until a name below is used.
+`import msense` loads neither torch nor Ray; they are imported when one of the names below is first used.
+
+Example:
+    >>> from msense import SenseDictionary
+    >>> dictionary = SenseDictionary.load("runs/demo")
+    >>> print(dictionary.find("bank").explain())
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,15 +18,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["SenseDictionary", "SenseEncoder", "__version__"]
 
+_MODULES = {"SenseDictionary": "msense.dictionary", "SenseEncoder": "msense.encoder"}
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - the module-level hook of PEP 562 is untyped by nature
-    """Import the dictionary and the encoder on first use (PEP 562), so that `import msense` stays light."""
-    if name == "SenseDictionary":
-        from msense.dictionary import SenseDictionary
 
-        return SenseDictionary
-    if name == "SenseEncoder":
-        from msense.encoder import SenseEncoder
-
-        return SenseEncoder
-    raise AttributeError(f"module 'msense' has no attribute {name!r}")
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - the module-level hook of PEP 562 is untyped
+    """Import a public class on first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'msense' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

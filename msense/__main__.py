@@ -1,7 +1,6 @@
-"""`python -m msense`: look into a dictionary (`show`) or a run folder (`status`).
+"""`python -m msense`: inspect a dictionary (`show`) or a run folder (`status`).
 
-Comes in: a folder and words on the command line. Goes out: lines on the terminal, and the exit code. Holds one
-dictionary, mapped. Text from a dictionary is shown without control characters and never as markup.
+Text from a dictionary is printed without control characters and never interpreted as markup.
 """
 
 import argparse
@@ -19,27 +18,28 @@ from msense.errors import BadInput, MsenseError
 from msense.text import clean, plain
 
 _INDENT = 4
-_LONGEST = 2000  # of what a tokenizer writes on one line
+_LONGEST = 2000  # characters of an untrusted token or explanation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed or no word found, 2 wrong usage or bad input."""
+    """Run a command and return its exit code: 0 success, 1 failure or no match, 2 wrong usage or bad input."""
     parser = argparse.ArgumentParser(prog="python -m msense", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = commands.add_parser(
         "show",
         help="print the senses of words with example contexts",
-        description="Print the senses of words, the most frequent first, each with contexts nearest to its centroid.",
+        description="Print the senses of words, most frequent first, with the contexts nearest to each centroid.",
         epilog="Example: python -m msense show runs/dictionary key cell --senses 5",
     )
-    show.add_argument("dictionary", metavar="DICTIONARY", help="folder of a dictionary or of a run, or its URI")
-    show.add_argument("words", metavar="WORD", nargs="+", help="words to look up; upper and lower case are both tried")
-    show.add_argument(
-        "--exemplars", type=_count, default=3, metavar="N", help="contexts a sense (default: %(default)s)"
+    show.add_argument("dictionary", metavar="DICTIONARY", help="folder or URI of a dictionary or run")
+    show.add_argument("words", metavar="WORD", nargs="+", help="words to look up, in upper and lower case")
+    for flag, default, name in (("--exemplars", 3, "contexts per sense"), ("--senses", 6, "senses per token")):
+        text = f"maximum {name} (default: %(default)s)"
+        show.add_argument(flag, type=_count, default=default, metavar="N", help=text)
+    status = commands.add_parser(
+        "status", help="print the progress of a run", description="Print the progress of a run."
     )
-    show.add_argument("--senses", type=_count, default=6, metavar="N", help="senses a token (default: %(default)s)")
-    status = commands.add_parser("status", help="show how far a run is", description="Show how far a run is.")
-    status.add_argument("run", metavar="RUN", help="run folder or its URI")
+    status.add_argument("run", metavar="RUN", help="folder or URI of a run")
     given = parser.parse_args(arguments)
     try:
         if given.command == "show":
@@ -54,20 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show_words(source: str, words: Sequence[str], exemplars: int, senses: int) -> int:
-    """Print what a dictionary knows of some words.
+    """Print the senses of words; return 0, or 1 if no word has senses.
 
     Args:
-        source: the dictionary.
-        words: to look up.
-        exemplars: contexts a sense, at most.
-        senses: senses a token, at most.
-
-    Returns:
-        0, or 1 if no word was found.
+        source: folder or URI of the dictionary.
+        words: words to look up.
+        exemplars: maximum contexts per sense.
+        senses: maximum senses per token.
     """
     dictionary = SenseDictionary.load(source)
     console = Console(highlight=False, emoji=False, markup=False)
-    shown: set[int] = set()  # "Bank bank" names the same tokens twice
+    shown: set[int] = set()  # "Bank bank" matches the same tokens twice
     for match in map(dictionary.find, words):
         if not match.found:
             console.print(Text(clean(match.explain()[:_LONGEST])), soft_wrap=True)
@@ -79,21 +76,20 @@ def show_words(source: str, words: Sequence[str], exemplars: int, senses: int) -
 
 
 def _show_token(console: Console, dictionary: SenseDictionary, token: TokenMatch, exemplars: int, limit: int) -> None:
-    """Print the senses of a token, the most frequent first."""
+    """Print the senses of a token, most frequent first."""
     own = dictionary.senses(token.token_id)
     occurrences = int(dictionary.token_counts[token.token_id])
     head = Text(clean(token.token[:_LONGEST]), style="bold")
-    head.append(
-        f"  token {token.token_id}, {token.senses} senses, {occurrences:,} occurrences in the corpus", style="not bold"
-    )
-    console.print(head, soft_wrap=True)
+    facts = f"token {token.token_id}, {token.senses} senses, {occurrences:,} occurrences in the corpus"
+    console.print(head.append(f"  {facts}", style="not bold"), soft_wrap=True)
     contexts: dict[int, list[Exemplar]] = {}
     for exemplar in dictionary.exemplars(token.token_id) if exemplars else ():
         contexts.setdefault(exemplar.sense, []).append(exemplar)
     total = max(1, int(own.counts.sum()))
     for sense in np.argsort(-own.counts, kind="stable")[:limit].tolist():
         count = int(own.counts[sense])
-        line = f"  sense {sense:<5} count {count:<9,} share {count / total:6.1%}   spread {own.spread[sense]:.3g}"
+        share, distance = count / total, own.spread[sense]
+        line = f"  sense {sense:<5} count {count:<9,} share {share:6.1%}   RMS distance {distance:.3g}"
         console.print(Text(line), soft_wrap=True)
         for exemplar in contexts.get(sense, [])[:exemplars]:
             console.print(_context(exemplar, console), no_wrap=True, overflow="crop")
@@ -102,11 +98,11 @@ def _show_token(console: Console, dictionary: SenseDictionary, token: TokenMatch
 
 
 def _context(exemplar: Exemplar, console: Console) -> Text:
-    """Return a context on one line of the console, its word beginning in the same column as every other's."""
+    """Return a context as one line of the console; the word starts in the same column on every line."""
     width = max(console.width - _INDENT, 8)
     before = width // 2 - 2
     left, word, right = (clean(text) for text in (exemplar.left[-4 * width :], exemplar.word, exemplar.right))
-    space = " " * (len(word) - len(word.lstrip()))  # some tokenizers count the space before a word as its own
+    space = " " * (len(word) - len(word.lstrip()))  # some tokens include the preceding space
     left, word = (left + space)[-width:], word.strip()
     while cell_len(left) > before:
         left = left[1:]
@@ -121,14 +117,13 @@ def _context(exemplar: Exemplar, console: Console) -> Text:
 
 
 def _cut(text: str, cells: int) -> str:
-    """Return text cut to at most so many columns of the terminal."""
+    """Return text truncated to a number of terminal columns."""
     return text if cell_len(text) <= cells else set_cell_size(text, max(cells, 0))
 
 
 def _count(text: str) -> int:
-    """Read a number from 0 of the command line."""
     if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative integer")
     return int(text)
 
 

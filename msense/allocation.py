@@ -1,11 +1,11 @@
-"""How many senses each token gets for a budget: variance curves and counts in, K a token out.
+"""Allocate a budget of senses to tokens from their variance curves.
 
 Minimises the distortion of the whole corpus, the sum over tokens of
     occurrences in the corpus x mean squared distance of the token's points to the nearest of its K centroids,
-under a sum of all K. Where a token's distortion is convex in K, giving one sense at a time to whoever gains most is
-optimal (Fox 1966, Discrete optimization via marginal analysis, Management Science 13(3)); a curve that is not is
-replaced by its lower convex hull, as in bit allocation among quantizers (Shoham and Gersho 1988, IEEE Trans. ASSP 36(9)).
-Holds about 100 bytes x steps of the curve for TOKENS_AT_A_TIME tokens, and 24 bytes a corner of a hull.
+for a fixed sum of all K. If every token's distortion is convex in K, giving senses one at a time to the token that gains
+most is optimal (Fox 1966, Discrete optimization via marginal analysis, Management Science 13(3)); other curves are
+replaced by their lower convex hulls, as in bit allocation among quantizers (Shoham and Gersho 1988, IEEE Trans. ASSP
+36(9)). Memory: about 100 bytes x steps of the curve for TOKENS_AT_A_TIME tokens, and 24 bytes per corner of a hull.
 """
 
 from dataclasses import dataclass
@@ -18,22 +18,28 @@ from msense.config import MAX_SENSES, MAX_TOKEN_NUMBERS
 from msense.errors import BadInput
 from msense.kmeans.curve import POINTS_A_SENSE
 
-STEPS_AN_OCTAVE = 16  # K that are looked at; all others between are reached by the last of the budget
-SLOPE_OVER = 3  # last steps of a known curve whose slope it goes on with
+STEPS_AN_OCTAVE = 16  # K that are evaluated; those between are reached only with the last of the budget
+SLOPE_OVER = 3  # last steps of a known curve, whose slope is extrapolated
 TOKENS_AT_A_TIME = 1 << 13
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What is known of T tokens with at least one point each."""
+    """Variance curves of T tokens with at least one point each.
 
-    points: NDArray[np.int64]  # [T] points that will be clustered
+    Example:
+        >>> points, variance = np.array([100, 100]), np.array([[4.0, 1.0], [2.0, 1.9]])
+        >>> allocate(Curves(points, points, variance), grid=np.array([1, 2]), budget=3, dim=8)
+        array([2, 1])
+    """
+
+    points: NDArray[np.int64]  # [T] to be clustered
     occurrences: NDArray[np.int64]  # [T] in the corpus
-    variance: NDArray[np.float64]  # [T, G] as `kmeans.variance_curves` has it
+    variance: NDArray[np.float64]  # [T, G], see `kmeans.variance_curves`
 
 
 class _Steps(NamedTuple):
-    """Pieces of hulls: `senses` more senses for a token lower the distortion by `gain` each."""
+    """Segments of hulls: `senses` more senses lower the token's distortion by `gain` each."""
 
     token: NDArray[np.int64]
     senses: NDArray[np.int64]
@@ -41,24 +47,24 @@ class _Steps(NamedTuple):
 
 
 def allocate(curves: Curves, grid: NDArray[np.int64], budget: int, dim: int) -> NDArray[np.int64]:
-    """Share a budget of senses out among tokens.
+    """Allocate a budget of senses to tokens.
 
     Args:
         curves: of T tokens.
         grid: int64 [G], the K of the curves' columns.
-        budget: senses in all.
-        dim: width D, as one token's senses are read at once (`MAX_TOKEN_NUMBERS`).
+        budget: total number of senses.
+        dim: width D, because one token's senses are read at once (`MAX_TOKEN_NUMBERS`).
 
     Returns:
-        int64 [T], K of each token, from 1 to max(1, points // POINTS_A_SENSE); their sum is at most the budget, and less
-        only if no token gains from another sense.
+        int64 [T], K of each token, from 1 to max(1, points // POINTS_A_SENSE). Their sum is the budget, or less if no
+        token gains from another sense.
 
     Raises:
-        BadInput: the budget has not one sense for each token.
+        BadInput: the budget is smaller than the number of tokens.
     """
     tokens = len(curves.points)
     if budget < tokens:
-        raise BadInput(f"{budget:,} senses are too few for {tokens:,} tokens, each of which needs one")
+        raise BadInput(f"a budget of {budget:,} senses is below one sense for each of {tokens:,} tokens; increase it")
     if not tokens:
         return np.zeros(0, np.int64)
     most = np.clip(curves.points // POINTS_A_SENSE, 1, min(MAX_SENSES, MAX_TOKEN_NUMBERS // dim))
@@ -68,20 +74,24 @@ def allocate(curves: Curves, grid: NDArray[np.int64], budget: int, dim: int) -> 
         chunk = Curves(curves.points[own], curves.occurrences[own], curves.variance[own])
         steps = _hulls(*_distortions(chunk, grid, most[own]))
         found.append(steps._replace(token=steps.token + at))
-    token, senses, gain = (np.concatenate(columns) for columns in zip(*found, strict=True))
-    order = np.lexsort((token, -gain))  # stable, so that a token's steps stay in order where gains are equal
+    token, senses, gain = _concatenated(found)
+    order = np.lexsort((token, -gain))  # stable, so a token's steps of equal gain stay in order
     before = np.cumsum(senses[order]) - senses[order]
     taken = np.clip(budget - tokens - before, 0, senses[order])
     return 1 + np.bincount(token[order], weights=taken, minlength=tokens).astype(np.int64)
 
 
+def _concatenated(several: list[_Steps]) -> _Steps:
+    return _Steps(*(np.concatenate(columns) for columns in zip(*several, strict=True)))
+
+
 def _distortions(
     curves: Curves, grid: NDArray[np.int64], most: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """K [T, C], rising up to each token's most, and the corpus's distortion at each of them [T, C].
+    """Return K [T, C], rising up to each token's maximum, and the corpus distortion at each of them [T, C].
 
-    Between the K of the grid the variance is interpolated in log K; past the last known one it goes on as a power of K,
-    as a quantizer's distortion does (Zador 1982, IEEE Trans. Inf. Theory 28(2)).
+    Between the K of the grid the variance is interpolated in log K; beyond the last known one it is extrapolated as a
+    power of K, like a quantizer's distortion (Zador 1982, IEEE Trans. Inf. Theory 28(2)).
     """
     ladder = np.unique(np.round(2 ** np.arange(0, np.log2(most.max()) + 1, 1 / STEPS_AN_OCTAVE)).astype(np.int64))
     senses = np.minimum(ladder, most[:, None])
@@ -95,20 +105,19 @@ def _distortions(
     earlier = np.maximum(last - SLOPE_OVER, 0)
     low, high = values[rows, last], values[rows, earlier]
     falls = (low > 0) & (last > earlier)
-    slope = np.log(np.where(falls, low / np.where(falls, high, 1), 1)) / np.where(
-        falls, log_grid[last] - log_grid[earlier], 1
-    )
-    past = low[:, None] * np.exp(slope[:, None] * np.maximum(log_k - log_grid[last][:, None], 0))
-    variance = np.where(senses > grid[last][:, None], past, inside)
+    ratio, width = np.where(falls, low / np.where(falls, high, 1), 1), log_grid[last] - log_grid[earlier]
+    slope = np.log(ratio) / np.where(falls, width, 1)
+    beyond = low[:, None] * np.exp(slope[:, None] * np.maximum(log_k - log_grid[last][:, None], 0))
+    variance = np.where(senses > grid[last][:, None], beyond, inside)
     weight = curves.occurrences / curves.points
     return senses, variance * (curves.points[:, None] - senses) * weight[:, None]
 
 
 def _hulls(senses: NDArray[np.int64], distortion: NDArray[np.float64]) -> _Steps:
-    """Lower convex hulls of T curves, both [T, C], as steps whose gain falls along a token."""
-    token, at = np.arange(len(senses)), np.zeros(len(senses), np.int64)  # tokens under way, and the corner each is at
+    """Return the lower convex hulls of T curves, both [T, C], as steps of falling gain for each token."""
+    token, at = np.arange(len(senses)), np.zeros(len(senses), np.int64)  # unfinished tokens, and their current corners
     found = [_Steps(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
-    while len(token):  # from each corner to the one that the curve falls to most steeply
+    while len(token):  # from each corner to the one of steepest descent
         rows = np.arange(len(token))
         more = senses - senses[rows, at][:, None]
         fall = np.where(more > 0, distortion[rows, at][:, None] - distortion, 0.0) / np.maximum(more, 1)
@@ -116,4 +125,4 @@ def _hulls(senses: NDArray[np.int64], distortion: NDArray[np.float64]) -> _Steps
         goes = np.flatnonzero(fall[rows, corner] > 0)
         token, at, senses, distortion = token[goes], corner[goes], senses[goes], distortion[goes]
         found.append(_Steps(token, more[goes, at], fall[goes, at]))
-    return _Steps(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
+    return _concatenated(found)

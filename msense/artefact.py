@@ -1,10 +1,11 @@
-"""Folders that nobody vouches for: the checks that dictionaries, students, classifiers and labels share.
+"""Checks of untrusted model folders, shared by dictionaries, students, classifiers and labels.
 
-Comes in: a path. Goes out: the same path, a config, or what a safetensors header says; else the artefact's own error, in
-one line. Holds one JSON file or header: nothing is read before its size is known, and pipes are never opened.
+Nothing is read before its size is checked, pipes are never opened, and nothing is unpickled. Memory: one JSON file or
+safetensors header.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,25 +16,25 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from msense.errors import BadInput
 
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8, "I32": 4, "U16": 2, "I8": 1, "U8": 1}  # safetensors' names
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8, "I32": 4, "U16": 2, "I8": 1, "U8": 1}  # safetensors dtypes
 _JSON_BYTES = 4 << 20
 _HEADER_BYTES = 1 << 20
-_POSITIONS = 1 << 24  # of a model; some make a buffer of as many
-_COUNTS = ("layer", "block", "expert", "depth", "stage")  # words in names of settings that say how many modules to make
-_FETCHED = ("backbone", "use_timm_backbone", "use_pretrained_backbone")  # names of other models, to be had from the hub
+_MAX_POSITIONS = 1 << 24  # of a model; some allocate a buffer of this size
+_COUNTS = ("layer", "block", "expert", "depth", "stage")  # words in names of settings that are numbers of modules
+_FETCHED = ("backbone", "use_timm_backbone", "use_pretrained_backbone")  # settings that name models to download
 
 _Size = Annotated[int, Field(ge=0, lt=1 << 62)]
 TensorSpecs = dict[str, tuple[str, tuple[int, ...]]]  # name: (safetensors dtype, shape)
 
 
 class FrozenModel(BaseModel):
-    """What is read from disk: nothing unknown, nothing infinite, nothing changed later."""
+    """Base of the configs read from disk: immutable, without unknown keys or infinite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class _Entry(FrozenModel):
-    """What a safetensors header says of one tensor."""
+    """A tensor in a safetensors header."""
 
     dtype: str
     shape: Annotated[tuple[_Size, ...], Field(max_length=8)]
@@ -46,12 +47,16 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Artefact:
-    """A kind of folder, and how its faults are told.
+    """A kind of folder, with the checks of its files and the errors that they raise.
 
     Attributes:
-        name: such as dictionary.
-        remedy: what to do about a damaged one.
-        error: what is raised.
+        name: such as "dictionary".
+        remedy: what to do if a folder is corrupted.
+        error: exception type.
+
+    Example:
+        >>> kind = Artefact("dictionary", "copy or build it again", DictionaryError)
+        >>> specs, starts = kind.header(kind.inside(folder / "dictionary.safetensors", folder))
     """
 
     name: str
@@ -59,105 +64,98 @@ class Artefact:
     error: type[BadInput]
 
     def inside(self, path: Path, folder: Path) -> Path:
-        """Return a path of a folder unless it is missing, no plain file, or a link leads out of the folder."""
+        """Return a path, or raise if it is missing, not a regular file, or a link to outside the folder."""
         if not path.is_file():
-            what = "is no plain file" if os.path.lexists(path) else "is missing"  # opening a pipe would wait for ever
-            self.refuse(f"{path} {what}: the {self.name} is not whole; {self.remedy}")
+            problem = "is not a regular file" if os.path.lexists(path) else "is missing"
+            self.refuse(f"{path} {problem}: the {self.name} is incomplete; {self.remedy}")
         if leads_out(path, folder):
-            self.refuse(f"{path} links to {path.resolve()}, outside the {self.name}: put the file itself there")
+            self.refuse(f"{path} links to {path.resolve()}, outside the {self.name}: replace the link with the file")
         return path
 
     def read_json(self, path: Path) -> bytes:
-        """Return the bytes of a JSON file unless there are too many."""
+        """Return the bytes of a JSON file, or raise if it is too large."""
         if (size := path.stat().st_size) > _JSON_BYTES:
-            self.refuse(f"{path} has {size} bytes; no {self.name} has such a file of over {_JSON_BYTES}: {self.remedy}")
+            self.refuse(f"{path} has {size} bytes, more than the limit of {_JSON_BYTES}: {self.remedy}")
         return path.read_bytes()
 
     def read_config(self, path: Path, model: type[ModelT], version: int = 1) -> ModelT:
-        """Read a config of a format version; a key may come once only, and no type is converted."""
+        """Read a config of a format version, strictly: no duplicate keys, no type conversion."""
         raw = self.read_json(path)
         given = self.parsed(path, lambda: json.loads(raw, object_pairs_hook=unique_keys))
         found = given.get("format_version") if isinstance(given, dict) else None
         if found is None:
-            self.refuse(f"{path} is not the config of a {self.name}: it states no format_version; give another folder")
+            self.refuse(f"{path} is not the config of a {self.name}: it has no format_version; use another folder")
         if found != version or type(found) is not int:  # True and 1.0 equal 1
-            self.refuse(f"{path} has format version {shown(repr(found))}, this msense reads {version}: update it")
+            self.refuse(f"{path} has format version {shown(repr(found))}, this msense reads {version}: update msense")
         return self.valid(path, lambda: model.model_validate_json(raw, strict=True))
 
     def parsed(self, path: Path, parse: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
-        """Return what a JSON reader makes of a file."""
+        """Return the result of a JSON parser, or raise the artefact's error."""
         try:
             return parse()
         except (ValueError, RecursionError) as error:
             raise self.error(f"{path} is not JSON ({shown(error)}): {self.remedy}") from error
 
     def valid(self, path: Path, validate: Callable[[], ModelT]) -> ModelT:
-        """Return what pydantic makes of a file, or its first faults with their places."""
+        """Return the result of a pydantic validation, or raise the artefact's error with its first errors."""
         try:
             return validate()
         except ValidationError as error:
-            raise self.error(f"{path} is wrong: {all_errors(error)}; {self.remedy}") from error
+            raise self.error(f"{path} is invalid: {all_errors(error)}; {self.remedy}") from error
 
     def header(self, path: Path) -> tuple[TensorSpecs, dict[str, int]]:
-        """Return the tensors of a safetensors file, one after the other to its very end, and where each starts in it."""
+        """Return the tensors of a safetensors file, which must fill it without gaps, and the byte offset of each."""
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _HEADER_BYTES):
-                self.refuse(f"{path} ({size} bytes) is cut off or no safetensors file: {self.remedy}")
+                self.refuse(f"{path} ({size} bytes) is truncated or not a safetensors file: {self.remedy}")
             raw = file.read(length)
         try:
             json.loads(raw, object_pairs_hook=unique_keys)
             header = _HEADER.validate_json(raw, strict=True)
-        except ValidationError as error:
-            raise self.error(f"{path} has a foreign header: {all_errors(error)}; {self.remedy}") from error
         except (ValueError, RecursionError) as error:
-            raise self.error(f"{path} has a foreign header: {shown(error)}; {self.remedy}") from error
+            reason = all_errors(error) if isinstance(error, ValidationError) else shown(error)
+            raise self.error(f"{path} has an invalid header: {reason}; {self.remedy}") from error
         end, starts = 0, {}
         for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
-            needed = ITEM_BYTES.get(entry.dtype, 0)
-            for count in entry.shape:
-                needed *= count  # Python integers: nothing overflows
+            needed = ITEM_BYTES.get(entry.dtype, 0) * math.prod(entry.shape)
             if entry.dtype not in ITEM_BYTES or entry.data_offsets != (end, end + needed):
-                self.refuse(
-                    f"{path}: the bytes of {shown(name)} ({shown(entry.dtype)} {entry.shape}) are not where they should "
-                    f"be: {self.remedy}"
-                )
+                what = f"{shown(name)} ({shown(entry.dtype)} {entry.shape})"
+                self.refuse(f"{path}: tensor {what} has an invalid dtype or data offsets: {self.remedy}")
             starts[name] = 8 + len(raw) + end
             end += needed
-        if 8 + len(raw) + end != size:
-            self.refuse(
-                f"{path} has {size} bytes, its header speaks of {8 + len(raw) + end}: it is cut off; {self.remedy}"
-            )
+        if (expected := 8 + len(raw) + end) != size:
+            self.refuse(f"{path} is truncated: it has {size} bytes, its header {expected}; {self.remedy}")
         return {name: (entry.dtype, entry.shape) for name, entry in header.items()}, starts
 
     def refuse(self, message: str) -> NoReturn:
-        """Raise the artefact's own error."""
+        """Raise the artefact's error."""
         raise self.error(message)
 
 
 def check_model_settings(settings: Any, tensors: int) -> str | None:  # noqa: ANN401 - JSON
-    """Look for what would make a library build without end, or fetch code, on the word of a model's config.
+    """Look for settings of a model config that would make a library allocate without limit, or download code.
 
     Args:
-        settings: of a transformer, as JSON.
-        tensors: of its weights: no model has more layers.
+        settings: a transformer's config, as JSON.
+        tensors: number of tensors in its weights, an upper bound of its layers.
 
     Returns:
-        What is wrong, in words for the middle of a sentence; None if nothing is.
+        The problem, as a phrase for the middle of a sentence; None if there is none.
     """
-    waiting: list[tuple[str, Any]] = [("", settings)]
-    while waiting:
-        name, value = waiting.pop()
+    stack: list[tuple[str, Any]] = [("", settings)]
+    while stack:
+        name, value = stack.pop()
         if isinstance(value, dict):
-            waiting += [(str(key), inner) for key, inner in value.items()]
+            stack += [(str(key), inner) for key, inner in value.items()]
         elif isinstance(value, list):
-            waiting += [(name, inner) for inner in value]
+            stack += [(name, inner) for inner in value]
         elif name.endswith("_implementation") and "/" in str(value):
             return f"{shown(name)} names code on the hub, {shown(value)!r}, which is never run"
         elif name in _FETCHED and value:
             return f"{shown(name)} names another model, which is never fetched"
-        elif isinstance(value, int | float) and value > _POSITIONS and "position" in name:
+        elif isinstance(value, int | float) and value > _MAX_POSITIONS and "position" in name:
             return f"{shown(name)} is {shown(value)}, more than any model reads"
         elif isinstance(value, int | float) and value > tensors and any(word in name for word in _COUNTS):
             return f"{shown(name)} is {shown(value)}, but its weights have {tensors} tensors"
@@ -165,7 +163,7 @@ def check_model_settings(settings: Any, tensors: int) -> str | None:  # noqa: AN
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Tell whether a link leads out of a folder; those of the hub's cache lead from its snapshots to its own blobs."""
+    """Return whether a link leads out of a folder; links from a Hub cache's snapshot to its own blobs do not."""
     target = path.resolve()
     for snapshot in (folder.absolute(), *folder.absolute().parents):
         repository = snapshot.parent.parent
@@ -177,25 +175,25 @@ def leads_out(path: Path, folder: Path) -> bool:
 
 
 def shown(value: object) -> str:
-    """Return what a file says on one short line, without control characters, for an error."""
+    """Return an untrusted value for an error message: one short line without control characters."""
     try:
         whole = str(value)
-    except ValueError:  # a number of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python converts
         whole = "a very long number"
     return "".join(c if c.isprintable() else "?" for c in whole[:200]) + ("..." if len(whole) > 200 else "")
 
 
 def all_errors(error: ValidationError) -> str:
-    """Return the first faults of a file, each with its place in it."""
+    """Return the first errors of a file, each with its location."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)[:5]
-    return "; ".join(f"{shown('.'.join(map(str, e['loc']))) or 'all of it'}: {shown(e['msg'])}" for e in errors)
+    return "; ".join(f"{shown('.'.join(map(str, e['loc']))) or 'the file'}: {shown(e['msg'])}" for e in errors)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object; where a key comes twice, two readers may see two different files."""
-    found: dict[str, Any] = {}
+    """Return a JSON object; raise ValueError for a duplicate key, which readers may resolve differently."""
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} comes twice")
-        found[key] = value
-    return found
+        if key in result:
+            raise ValueError(f"duplicate key {key!r}")
+        result[key] = value
+    return result

@@ -1,7 +1,6 @@
-"""Stage 5: centroid files in, the dictionary folder out.
+"""Stage 5: concatenate the centroid files of all shards into the dictionary folder, sorted by token.
 
-One task puts the senses of all shards in the order of their tokens, beside the exemplars and the tokenizer. Holds the
-small arrays (20 bytes a sense), one shard's centroids, and all exemplars while they are sorted.
+Memory: the small arrays (20 bytes per sense), the centroids of one shard, and all exemplars while they are sorted.
 """
 
 import math
@@ -33,12 +32,12 @@ from msense.teacher import TeacherInfo
 
 @dataclass(frozen=True)
 class _Order:
-    """Where each token's senses lie: T tokens in increasing order."""
+    """Location of the senses of T tokens, sorted by token; all int64 [T]."""
 
-    tokens: np.ndarray  # int64 [T]
-    sizes: np.ndarray  # int64 [T]
-    file: np.ndarray  # int64 [T], which centroid file
-    start: np.ndarray  # int64 [T], first sense in that file
+    tokens: np.ndarray
+    sizes: np.ndarray
+    file: np.ndarray  # index of the centroid file
+    start: np.ndarray  # first sense in that file
 
 
 def assemble(
@@ -49,37 +48,41 @@ def assemble(
     Args:
         run: the run folder.
         info: the teacher.
-        config: the build's settings.
-        centroid_files: files of stage 4.
-        context_files: contexts of the exemplars, a file a unit; none = no exemplars.
+        config: settings of the build.
+        centroid_files: output of stage 4.
+        context_files: contexts of exemplars, one file per partition; none without exemplars.
 
     Returns:
         `facts`: tokens (with senses), senses, points, bytes; `files`: size and sha256 of each file.
     """
     small = [storage.load_arrays(file, ("tokens", "sizes", "counts", "spread", "inertia")) for file in centroid_files]
     order = _order(small)
-    gather = [np.arange(s, s + k) for s, k in zip(order.start, order.sizes, strict=True)]
-    counts, spread = (_in_order(small, order, gather, name) for name in ("counts", "spread"))
-    plan = storage.load_arrays(run.thresholds)
+    rows = [np.arange(start, start + size) for start, size in zip(order.start, order.sizes, strict=True)]
+    counts, spread = (
+        np.concatenate([small[file][name][own] for file, own in zip(order.file.tolist(), rows, strict=True)])
+        for name in ("counts", "spread")
+    )
+    token_counts = storage.load_arrays(run.thresholds)["token_counts"]
     offsets = np.zeros(info.vocab_size + 1, dtype=np.int64)
     offsets[order.tokens + 1] = order.sizes
     offsets = np.cumsum(offsets)
-    inertia = math.fsum(x for arrays in small for x in arrays["inertia"].tolist())
     points = int(counts.sum())
-    spread_of_all = inertia / max(1, points)
-    distortion = corpus_distortion(Arrays(offsets, counts, spread, plan["token_counts"]))
-    quality = {"points": float(points), "mean_squared_spread": spread_of_all, "corpus_distortion": distortion}
-    described = _config(info, config, spread_of_all, quality)
-    chunks = _chunks(centroid_files, order, config.store_dtype)
+    mean_square = math.fsum(x for arrays in small for x in arrays["inertia"].tolist()) / max(1, points)
+    quality = {
+        "points": float(points),
+        "mean_squared_spread": mean_square,
+        "corpus_distortion": corpus_distortion(Arrays(offsets, counts, spread, token_counts)),
+    }
     with storage.writing(run.dictionary), _target(run) as folder:
         files = DictionaryFiles(folder)
         write_tokenizer(folder, storage.read_text(run.tokenizer))
         if context_files:
             collect(context_files, files.exemplars)
-        write_dictionary(folder, described, offsets, counts, spread, plan["token_counts"], chunks)
-        names = [path.relative_to(folder).as_posix() for path in files.present()]
+        chunks = _chunks(centroid_files, order, config.store_dtype)
+        write_dictionary(folder, _config(info, config, quality), offsets, counts, spread, token_counts, chunks)
         written: dict[str, dict[str, Any]] = {
-            n: {"size": (folder / n).stat().st_size, "sha256": storage.sha256_of(folder / n)} for n in names
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": storage.sha256_of(path)}
+            for path in files.present()
         }
     size = sum(entry["size"] for entry in written.values())
     facts = {"tokens": len(order.tokens), "senses": len(counts), "points": points, "bytes": size}
@@ -87,12 +90,7 @@ def assemble(
 
 
 def changed_files(run: RunFolder, written: dict[str, dict[str, Any]]) -> list[str]:
-    """Name the files of a finished dictionary that are gone or are not what was written.
-
-    Args:
-        run: the run folder.
-        written: as `assemble` returned them.
-    """
+    """Return the names of files of a finished dictionary, as listed by `assemble`, that are missing or modified."""
     return [
         name
         for name, entry in written.items()
@@ -100,7 +98,7 @@ def changed_files(run: RunFolder, written: dict[str, dict[str, Any]]) -> list[st
     ]
 
 
-def _config(info: TeacherInfo, config: BuildConfig, unit: float, quality: dict[str, float]) -> DictionaryConfig:
+def _config(info: TeacherInfo, config: BuildConfig, quality: dict[str, float]) -> DictionaryConfig:
     return DictionaryConfig(
         teacher=TeacherName(name=info.name, revision=info.revision, fingerprint=info.fingerprint),
         tokenizer_fingerprint=info.tokenizer_fingerprint,
@@ -110,7 +108,7 @@ def _config(info: TeacherInfo, config: BuildConfig, unit: float, quality: dict[s
         senses=config.senses,
         dtype=config.store_dtype,
         metric=config.metric,
-        temperature_unit=unit,
+        temperature_unit=quality["mean_squared_spread"],
         special_tokens=info.special_tokens,
         excluded_token_ids=info.excluded,
         pooling=info.pooling,
@@ -124,7 +122,6 @@ def _config(info: TeacherInfo, config: BuildConfig, unit: float, quality: dict[s
 
 
 def _order(small: list[dict[str, np.ndarray]]) -> _Order:
-    """Sort the tokens of all files."""
     tokens = np.concatenate([a["tokens"] for a in small]).astype(np.int64)
     sizes = np.concatenate([a["sizes"] for a in small])
     file = np.repeat(np.arange(len(small)), [len(a["tokens"]) for a in small])
@@ -133,12 +130,8 @@ def _order(small: list[dict[str, np.ndarray]]) -> _Order:
     return _Order(tokens[order], sizes[order], file[order], start[order])
 
 
-def _in_order(small: list[dict[str, np.ndarray]], order: _Order, gather: list[np.ndarray], name: str) -> np.ndarray:
-    return np.concatenate([small[f][name][g] for f, g in zip(order.file.tolist(), gather, strict=True)])
-
-
 def _chunks(files: list[str], order: _Order, dtype: str) -> Iterator[torch.Tensor]:
-    """Yield the centroids in the order of their tokens, a run of tokens of one file at a time."""
+    """Yield the centroids sorted by token, as the longest contiguous slices of each file."""
     breaks = np.flatnonzero(np.r_[True, (np.diff(order.file) != 0) | (np.diff(order.start) != order.sizes[:-1])])
     held, centroids = -1, np.empty(0)
     for first, last in zip(breaks, [*breaks[1:], len(order.file)], strict=True):
@@ -151,7 +144,7 @@ def _chunks(files: list[str], order: _Order, dtype: str) -> Iterator[torch.Tenso
 
 @contextmanager
 def _target(run: RunFolder) -> Iterator[Path]:
-    """Give a local folder to write to; it is uploaded when the run is not on the local disk, config.json last."""
+    """Yield a local folder to write to; for a remote run its files are uploaded on exit, config.json last."""
     if stores.is_local(run.dictionary):
         yield Path(storage.absolute(run.dictionary))
         return

@@ -1,10 +1,8 @@
-"""Stage 4, second half, on Ray: unit files in, centroids out, a file a shard.
+"""Stage 4, second half: cluster the tokens of each shard on Ray and write one file of centroids per shard.
 
-A task reads its shard's rows from every unit (one range each) and clusters its tokens. It holds the shard twice (its
-rows and its points). Tokens of more than `max_points_per_part` points are left to `parts`.
+A task holds its shard twice (rows and points). Tokens of more than `max_points_per_part` points go to `msense.parts`.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,61 +32,71 @@ def cluster(
     Args:
         settings: run folder and k-means settings.
         shards: int64 [shards + 1], first token of each shard.
-        resources: how many tasks at a time.
-        journal: where to note what is kept of earlier drivers and what is made.
+        resources: limit of concurrent tasks.
+        journal: records how many outputs are reused and how many are new.
 
     Returns:
-        The centroid files, in shard order (a shard may have several).
+        The centroid files, in shard order, then those of large tokens.
     """
-    run = settings.run
-    total = len(shards) - 1
-    facts = dict(enumerate(finished("clustering", run, [run.shard_file(n) for n in range(total)], resources, journal)))
+    run, total = settings.run, len(shards) - 1
+    files = [run.shard_file(shard) for shard in range(total)]
+    stats = dict(enumerate(finished("clustering", run, files, resources, journal)))
     todo = [
         {"shard": shard, "first": int(shards[shard]), "last": int(shards[shard + 1])}
-        for shard, f in facts.items()
-        if f is None
+        for shard, done in stats.items()
+        if done is None
     ]
     for row in map_tasks("clustering", cluster_shard, todo, resources, settings, needs=resources.clustering):
-        facts[row["shard"]] = row
+        stats[row["shard"]] = row
     large = {
-        int(token): [Range(*r) for r in ranges] for f in facts.values() if f for token, ranges in f["large"].items()
+        int(token): [Range(*r) for r in ranges]
+        for row in stats.values()
+        if row
+        for token, ranges in row["large"].items()
     }
-    files = [run.shard_file(shard) for shard in range(total)] + [run.token_file(token) for token in sorted(large)]
-    done = finished("clustering", run, files[total:], resources, journal)
-    waiting = {token: large[token] for token, f in zip(sorted(large), done, strict=True) if f is None}
+    token_files = [run.token_file(token) for token in sorted(large)]
+    done = finished("clustering", run, token_files, resources, journal)
+    waiting = {token: large[token] for token, row in zip(sorted(large), done, strict=True) if row is None}
     if waiting:
         cluster_large(waiting, settings, resources)
-    for left in storage.names(run.centroids):
-        if run.is_round(left):  # of a token that is finished
-            storage.remove(storage.join(run.centroids, left))
+    for name in storage.names(run.centroids):
+        if run.is_round(name):  # left over from a finished token
+            storage.remove(storage.join(run.centroids, name))
     if journal is not None:
         journal.add("clustering", made=len(todo) + len(waiting))
-    return files
+    return files + token_files
 
 
 def cluster_shard(item: dict[str, int], settings: ClusterSettings) -> dict[str, Any]:
-    """Cluster one shard; tokens that must be cut into parts are only named, with the rows they have in every unit."""
+    """Cluster one shard; large tokens are only returned, as `large`, with their rows in every partition."""
     run, shard = settings.run, item["shard"]
     ranges, rows = shard_ranges(settings, shard)
     large: dict[str, list[tuple[int, int, int]]] = {}
-    if item["last"] - item["first"] == 1 and _capped(rows, settings) > settings.max_points_per_part:
+    if item["last"] - item["first"] == 1 and _are_large(np.array(rows), settings):
         large[str(item["first"])] = [(r.unit, r.start, r.stop) for r in ranges if r.stop > r.start]
         ranges = []
     records, unit = read_ranges(settings, ranges)
-    found = _large_tokens(records["token"], settings)
-    for r in ranges if found else []:
-        mine = records["token"][unit == r.unit]
-        for token in found:
-            start, stop = np.searchsorted(mine, [token, token + 1]).tolist()
+    token, count = np.unique(records["token"], return_counts=True)
+    large_tokens = token[_are_large(count, settings)].tolist()
+    for r in ranges if large_tokens else []:
+        own = records["token"][unit == r.unit]
+        for number in large_tokens:
+            start, stop = np.searchsorted(own, [number, number + 1]).tolist()
             if start < stop:
-                large.setdefault(str(token), []).append((r.unit, r.start + start, r.start + stop))
-    kept = ~np.isin(records["token"], found)
+                large.setdefault(str(number), []).append((r.unit, r.start + start, r.start + stop))
+    kept = ~np.isin(records["token"], large_tokens)
     records, unit = records[kept], unit[kept]
+    arrays = _clustered(records, unit, settings)
+    stats = {"shard": shard, "large": large}
+    return run.publish(run.shard_file(shard), lambda path: storage.save_arrays(path, arrays), stats)
+
+
+def _clustered(records: np.ndarray, unit: np.ndarray, settings: ClusterSettings) -> dict[str, np.ndarray]:
+    """Cluster the tokens of records [n] from partitions int32 [n]; return the arrays of a centroids file."""
     order, key_order = sample(records["key"], records["token"], settings.max_occurrences)
     tokens, sizes = np.unique(records["token"][order], return_counts=True)
-    points = stored(records["embedding"][order], settings.store_dtype)
     clusters = kmeans.cluster_tokens(
-        points,
+        stored(records["embedding"][order], settings.store_dtype),
         sizes,
         tokens,
         settings.kmeans,
@@ -96,33 +104,19 @@ def cluster_shard(item: dict[str, int], settings: ClusterSettings) -> dict[str, 
         device=settings.device,
         key_order=key_order,
     )
-    del points
     places = {name: records[name][order] for name in ("token", "row", "position")} | {"unit": unit[order]}
-    nearest_places = exemplar_places(
-        (clusters.assignment, clusters.distance), clusters.sizes, sizes, places, settings.exemplars
-    )
-    arrays = {
+    assigned = (clusters.assignment, clusters.distance)
+    return {
         "tokens": tokens.astype(np.int64),
         "sizes": clusters.sizes,
         "centroids": as_stored(clusters.centroids, settings.store_dtype),
         "counts": clusters.counts,
         "spread": clusters.spread,
         "inertia": clusters.inertia,
-        **nearest_places,
+        **exemplar_places(assigned, clusters.sizes, sizes, places, settings.exemplars),
     }
 
-    def write(path: Path) -> None:
-        storage.save_arrays(path, arrays)
 
-    return run.publish(run.shard_file(shard), write, {"shard": shard, "large": large})
-
-
-def _capped(rows: int, settings: ClusterSettings) -> int:
-    return min(rows, settings.max_occurrences) if settings.max_occurrences else rows
-
-
-def _large_tokens(tokens: np.ndarray, settings: ClusterSettings) -> list[int]:
-    """Name the tokens of more points than a part may have."""
-    token, count = np.unique(tokens, return_counts=True)
-    capped = np.minimum(count, settings.max_occurrences) if settings.max_occurrences else count
-    return [int(t) for t in token[capped > settings.max_points_per_part]]
+def _are_large(counts: np.ndarray, settings: ClusterSettings) -> np.ndarray:
+    """Return which tokens of so many rows have more points than a chunk may have."""
+    return np.minimum(counts, settings.max_occurrences or counts) > settings.max_points_per_part

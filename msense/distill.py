@@ -1,7 +1,7 @@
-"""Stage 7 on Ray Train: labels in, a trained student's folder out.
+"""Stage 7: train a student on the labels with Ray Train, and write its folder.
 
-Runs on the driver, which holds settings and metrics only. A training has a folder of its own by its settings, so that one
-run folder's labels serve many; Ray Train goes on in it from the last checkpoint after a worker or the driver died.
+Runs on the driver, which holds settings and metrics only. Each training has a folder named after its settings, so that
+one set of labels serves several trainings, and an interrupted training resumes from its last checkpoint.
 """
 
 import hashlib
@@ -30,26 +30,21 @@ from msense.train_loop import Training, new_student
 
 logger = logging.getLogger(__name__)
 
-TOLD = ("sense", "pooled", "accuracy", "frequent", "pooled_cosine")
+TOLD = ("sense", "pooled", "accuracy", "frequent", "pooled_cosine")  # held-out metrics in the summary
 
 
 def try_student(training: Training) -> None:
-    """Make the student once and forget it, before the teacher reads anything.
-
-    Raises:
-        BadInput: it cannot be made.
-    """
+    """Raise BadInput if the student cannot be built; called before any labels are generated."""
     new_student(training)
 
 
 def training_of(config: DistillConfig, source: Source, run: RunFolder, resources: Resources, dtype: str) -> Training:
-    """Return what the workers are told; `dtype` is the teacher's."""
+    """Return the workers' settings; `dtype` is the teacher's."""
     student_dtype = config.student_dtype
     if student_dtype == "auto":
-        found = run_task(resolve_dtype, "auto", resources.device, device=resources.device)
-        student_dtype = "bfloat16" if found == "bfloat16" else "float32"
+        resolved = run_task(resolve_dtype, "auto", resources.device, device=resources.device)
+        student_dtype = "bfloat16" if resolved == "bfloat16" else "float32"
     weights: dict[str, Any] = dict(config.objective)
-    mix = Mix(metric=config.metric, temperature=None if config.reference else config.temperature, **weights)
     return Training(
         run=run.root,
         dictionary=source.dictionary,
@@ -57,7 +52,7 @@ def training_of(config: DistillConfig, source: Source, run: RunFolder, resources
         revision=source.info.revision,
         teacher_dtype=dtype,
         student=StudentSettings(kind=config.student, heads=config.heads, seed=config.seed),
-        mix=mix,
+        mix=Mix(metric=config.metric, temperature=None if config.reference else config.temperature, **weights),
         train_embeddings=config.train_embeddings,
         epochs=config.epochs,
         batch_tokens=config.batch_tokens,
@@ -77,7 +72,7 @@ def training_of(config: DistillConfig, source: Source, run: RunFolder, resources
 
 
 def worker(given: dict[str, Any]) -> list[dict[str, float]]:
-    """Do what a worker of Ray Train does; its module is loaded there."""
+    """Run `train_worker`, which is imported in the worker process only."""
     from msense.train_worker import train_worker
 
     return train_worker(given)
@@ -86,32 +81,22 @@ def worker(given: dict[str, Any]) -> list[dict[str, float]]:
 def train(
     config: DistillConfig, training: Training, run: RunFolder, resources: Resources, labels: LabelSet
 ) -> dict[str, Any]:
-    """Train a student, or go on with a training that was cut off; a finished one is left as it is.
-
-    Args:
-        config: all settings.
-        training: what the workers are told.
-        run: run folder, for the student and the checkpoints.
-        resources: workers.
-        labels: of the run, for what they are made of.
-
-    Returns:
-        Facts: the last epoch's metrics.
+    """Train a student or resume an interrupted training, unless it is finished; return its last metrics.
 
     Raises:
-        MsenseError: workers failed again and again; tells the cause.
+        MsenseError: workers failed repeatedly; names the cause.
     """
     name = _name(training, labels)
     history = storage.read_json(join(run.student, "training.json"))
     if history and history.get("name") == name:
         logger.info("the student in %s is finished", run.student)
-        return _facts(history["epochs"])
+        return _stats(history["epochs"])
     result = fit(name, worker, {"training": training}, run, resources)
     epochs: list[dict[str, float]] = result.return_value
     run_task(ship_student, result.checkpoint, training, run.student, config.ship_senses, epochs[-1])
     storage.write_json(join(run.student, "training.json"), {"name": name, "epochs": epochs})
     storage.remove(join(run.training, name))
-    return _facts(epochs)
+    return _stats(epochs)
 
 
 def ship_student(
@@ -121,15 +106,7 @@ def ship_student(
     senses: ShippedSenses,
     metrics: dict[str, float],
 ) -> None:
-    """Make of the last checkpoint a student's folder with all that it takes to use it.
-
-    Args:
-        checkpoint: of Ray Train, with the student.
-        training: settings.
-        uri: where to.
-        senses: how the dictionary is stored.
-        metrics: of the last epoch, for the model card.
-    """
+    """Write the self-contained folder of the student in a checkpoint to `uri`; the model card shows `metrics`."""
     from msense.train_worker import STUDENT
 
     dictionary = SenseDictionary.load(training.dictionary)
@@ -142,16 +119,15 @@ def ship_student(
 
 
 def _name(training: Training, labels: LabelSet) -> str:
-    """Name a training by all that its result depends on."""
-    told = asdict(training) | {"run": labels.manifest.made_of, "dictionary": labels.manifest.dictionary}
+    """Return a hash of everything that the result of a training depends on."""
+    settings = asdict(training) | {"run": labels.manifest.made_of, "dictionary": labels.manifest.dictionary}
     for name in ("threads", "teacher", "device", "checkpoint_steps"):
-        told.pop(name)
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        settings.pop(name)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _facts(epochs: list[dict[str, float]]) -> dict[str, Any]:
-    """Return what is told of a finished training."""
+def _stats(epochs: list[dict[str, float]]) -> dict[str, Any]:
+    """Return the summary of a finished training."""
     last = epochs[-1]
-    names = {f"held_out_{name}": f"held out {name}" for name in TOLD}
-    found = {told: round(last[name], 4) for name, told in names.items() if name in last}
-    return {"epochs": len(epochs), "steps": int(last["step"]), **found}
+    held_out = {f"held out {name}": round(last[f"held_out_{name}"], 4) for name in TOLD if f"held_out_{name}" in last}
+    return {"epochs": len(epochs), "steps": int(last["step"]), **held_out}

@@ -1,7 +1,7 @@
-"""A fine-tuning on Ray Train: a teacher and labelled texts in, a teacher with a classifier out.
+"""Driver of a fine-tuning on Ray Train: a teacher and labelled texts in, a teacher with a classifier out.
 
-Runs on the driver, which holds settings, metrics and, while it writes them down, the training texts. A fine-tuning is known by
-all that its result depends on: the same command goes on from the last epoch, or leaves what is finished as it is.
+A run is identified by a hash of everything its result depends on: repeating a command resumes from the last epoch, or does
+nothing if the run is finished. Memory: settings, metrics and the training texts.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from msense.classifier import LONGEST_LABEL, MAX_LABELS, ClassifierConfig
 from msense.config import BuildConfig
 from msense.errors import BadInput
 from msense.finetune_config import FinetuneConfig
-from msense.glue import DEV, TRAIN, GlueTask, Texts, joiner_of, read_part
+from msense.glue import DEV, TRAIN, Texts, joiner_of, read_part
 from msense.ray_train import fit
 from msense.run_folder import RunFolder, lasting, locked
 from msense.runtime import Resources, connect, run_task
@@ -30,61 +30,45 @@ from msense.teacher import TeacherInfo, describe, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
-CORPUS = "corpus.jsonl"  # the training texts, for build_dict.py
+CORPUS = "corpus.jsonl"  # the training texts, as a corpus for build_dict.py
 DONE = "training.json"
-TEACHER = "teacher"  # folder of the last checkpoint
+TEACHER = "teacher"  # folder in the last checkpoint and in the run folder
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Everything a worker needs to know.
+    """The settings of a worker.
 
     Attributes:
+        config: with absolute paths, the teacher's commit, and the dtype that `auto` stands for.
         run: run folder, for progress.
-        teacher: name or folder.
-        revision: of it.
-        task: how data are read.
-        source: where they are.
-        classifier: what is trained on top.
         max_length: longest text in tokens.
-        has_dev: whether there is a part to tell progress by.
-        threads: of torch, for each worker.
-    Others are as in `FinetuneConfig`.
+        has_dev: whether there is a dev split to evaluate after every epoch.
+        threads: torch threads per worker.
     """
 
+    config: FinetuneConfig
     run: str
-    teacher: str
-    revision: str | None
-    task: GlueTask
-    source: str
     classifier: ClassifierConfig
     max_length: int
     has_dev: bool
-    epochs: int
-    lr: float
-    batch_size: int
-    warmup: float
-    weight_decay: float
-    clip: float
-    dropout: float
-    dtype: str
-    seed: int
     device: str
     threads: int
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Fine-tune, or go on with a fine-tuning that was cut off.
-
-    Args:
-        config: all settings.
+    """Fine-tune a teacher, or resume an interrupted fine-tuning.
 
     Returns:
         A summary: `teacher`, its folder; `corpus`, the training texts; `epochs`, the metrics of each; `seconds`.
 
     Raises:
-        BadInput: settings, data or a teacher that do not work.
-        MsenseError: training failed; the same command goes on from the last epoch.
+        BadInput: invalid settings, data or teacher.
+        MsenseError: training failed; the same command resumes from the last epoch.
+
+    Example:
+        >>> summary = finetune(FinetuneConfig(task="sst2", output="runs/teacher"))
+        >>> summary["epochs"][-1]["train_loss"]
     """
     run = RunFolder(lasting(config.output))
     build = BuildConfig(revision=config.revision, max_length=config.max_length)
@@ -94,7 +78,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     classifier = ClassifierConfig(
         task=config.name, dim=info.dim, pooling=_pooling(config, info), labels=_labels(config, texts), joiner=joiner
     )
-    dev = _dev_part(config, joiner)
+    dev = _dev_split(config, joiner)
     with locked(run):
         resources = connect(config.workers)
         tuning = _tuning(config, run, info, classifier, resources, has_dev=dev is not None)
@@ -104,73 +88,70 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         _check_folder(config, run, summary["teacher"])
         files = (join(summary["teacher"], "config.json"), summary["corpus"])
         if done and done.get("name") == name and all(map(storage.exists, files)):
-            logger.info("the teacher in %s is finished", summary["teacher"])
+            logger.info("the teacher in %s is already finished", summary["teacher"])
             return summary | {"epochs": done["epochs"], "seconds": done["seconds"]}
         began = time.monotonic()
         result = fit(name, worker, {"tuning": tuning}, run, resources)
-        storage.remove(join(run.root, DONE))  # until here, what another command finished is whole
+        storage.remove(join(run.root, DONE))  # not earlier: a training that fails keeps the previous result valid
         _write_corpus(texts, summary["corpus"])
         run_task(keep_teacher, result.checkpoint, summary["teacher"])
-        found = {"epochs": result.return_value, "seconds": time.monotonic() - began}
-        storage.write_json(join(run.root, DONE), {"name": name, **found})
+        outcome = {"epochs": result.return_value, "seconds": time.monotonic() - began}
+        storage.write_json(join(run.root, DONE), {"name": name, **outcome})
         storage.remove(join(run.training, name))
-    return summary | found
+    return summary | outcome
 
 
 def worker(given: dict[str, Any]) -> list[dict[str, float]]:
-    """Do what a worker of Ray Train does; its module is loaded there."""
+    """Run a worker of Ray Train; its module is imported there only."""
     from msense.finetune_worker import finetune_worker
 
     return finetune_worker(given)
 
 
 def keep_teacher(checkpoint: Any, uri: str) -> None:  # noqa: ANN401 - Ray Train's
-    """Copy the teacher out of the last checkpoint; one that is there is replaced."""
+    """Copy the teacher out of the last checkpoint, replacing an existing one."""
     storage.remove(uri)
-    with checkpoint.as_directory() as given:
-        storage.upload_folder(Path(given, TEACHER), uri)
+    with checkpoint.as_directory() as folder:
+        storage.upload_folder(Path(folder, TEACHER), uri)
 
 
 def _check_folder(config: FinetuneConfig, run: RunFolder, teacher: str) -> None:
-    """Refuse to replace the teacher that is read, or a folder that no fine-tuning wrote."""
+    """Raise if the run would replace its own input, or a folder that no fine-tuning wrote."""
     if Path(config.teacher).is_dir() and Path(config.teacher).resolve() == Path(teacher).resolve():
-        raise BadInput(f"--teacher {config.teacher} is the folder that is written: give another --output")
+        raise BadInput(f"--teacher {config.teacher} is the folder to be written: give another --output")
     if storage.exists(teacher) and not storage.exists(run.training):
-        raise BadInput(f"{teacher} is there, but was not written by jobs/finetune.py: give another --output")
+        raise BadInput(f"{teacher} exists, but was not written by jobs/finetune.py: give another --output")
 
 
 def _pooling(config: FinetuneConfig, info: TeacherInfo) -> Pooling:
-    """Return how the classifier pools."""
-    known: tuple[Pooling, ...] = ("mean", "cls", "lasttoken")
-    found = config.pooling or info.pooling
-    for pooling in known:
-        if found == pooling:
-            return pooling
-    raise BadInput(f"the teacher pools by {found!r}, which no classifier does: choose with --pooling {'|'.join(known)}")
+    """Return the classifier's pooling: the requested one or the teacher's."""
+    pooling = config.pooling or info.pooling
+    if pooling not in (known := get_args(Pooling)):
+        raise BadInput(f"unsupported teacher pooling {pooling!r}: choose another with --pooling {'|'.join(known)}")
+    return cast(Pooling, pooling)
 
 
 def _labels(config: FinetuneConfig, texts: Texts) -> tuple[str, ...] | None:
     """Return the labels of the training texts; None for a regression."""
     if config.data.regression:
         return None
-    found = tuple(np.unique(texts.labels).tolist())
-    if not 2 <= len(found) <= MAX_LABELS or max(map(len, found)) > LONGEST_LABEL:
+    labels = tuple(np.unique(texts.labels).tolist())
+    if not 2 <= len(labels) <= MAX_LABELS or max(map(len, labels)) > LONGEST_LABEL:
         raise BadInput(
-            f"the training texts of task {config.name} have {len(found)} different labels, but 2 to {MAX_LABELS} of at "
-            f"most {LONGEST_LABEL} characters can be told apart: name another column with --label-column, or give --regression "
-            "for numbers"
+            f"the training texts of task {config.name} have {len(labels)} different labels; 2 to {MAX_LABELS} of at most "
+            f"{LONGEST_LABEL} characters are supported: give another --label-column, or --regression for numbers"
         )
-    return found
+    return labels
 
 
-def _dev_part(config: FinetuneConfig, joiner: str) -> Texts | None:
-    """Read the part by which progress is told, if there is one: of a folder `dev` or `validation`."""
-    if config.source == config.data.source:  # GLUE's validation part is what is tested on
+def _dev_split(config: FinetuneConfig, joiner: str) -> Texts | None:
+    """Read the dev split of a folder, if there is one; GLUE has none, as its validation split is the test data."""
+    if config.source == config.data.source:
         return None
     try:
         return read_part(config.name, config.data, config.source, DEV, joiner)
     except BadInput as error:
-        logger.info("no part to tell progress by (%s)", error)
+        logger.info("no dev split to evaluate after each epoch (%s)", error)
         return None
 
 
@@ -183,46 +164,48 @@ def _tuning(
     *,
     has_dev: bool,
 ) -> Tuning:
-    """Return what workers are told."""
+    """Return the settings of the workers."""
     dtype = config.train_dtype
     if dtype == "auto":
-        found = run_task(resolve_dtype, "auto", resources.device, device=resources.device)
-        dtype = "bfloat16" if found == "bfloat16" else "float32"
+        native = run_task(resolve_dtype, "auto", resources.device, device=resources.device)
+        dtype = "bfloat16" if native == "bfloat16" else "float32"
+    resolved = {
+        "teacher": storage.absolute(config.teacher) if Path(config.teacher).is_dir() else config.teacher,
+        "revision": info.revision,
+        "task": f"{config.name}={config.source if '://' in config.source else storage.absolute(config.source)}",
+        "train_dtype": dtype,
+    }
     return Tuning(
+        config=config.model_copy(update=resolved),
         run=run.root,
-        teacher=storage.absolute(config.teacher) if Path(config.teacher).is_dir() else config.teacher,
-        revision=info.revision,
-        task=config.data,
-        source=config.source if "://" in config.source else storage.absolute(config.source),
         classifier=classifier,
         max_length=info.max_length,
         has_dev=has_dev,
-        epochs=config.epochs,
-        lr=config.lr,
-        batch_size=config.batch_size,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-        dropout=config.dropout,
-        dtype=dtype,
-        seed=config.seed,
         device=resources.device,
         threads=max(1, (os.cpu_count() or 1) // resources.trainers),
     )
 
 
 def _name(config: FinetuneConfig, info: TeacherInfo, texts: Texts, dev: Texts | None, tuning: Tuning) -> str:
-    """Name a fine-tuning by all that its result depends on."""
-    told: dict[str, Any] = config.of_results() | {"dtype": tuning.dtype, "max_length": tuning.max_length}
-    told |= {"weights": info.fingerprint, "tokenizer": info.tokenizer_fingerprint, "teacher": "", "prompt": info.prompt}
-    told |= {"data": list(texts.fingerprints), "dev": list(dev.fingerprints) if dev else []}
-    told |= {"columns": config.data.columns, "metrics": config.data.metrics}  # the parts tested on move nothing
-    told["classifier"] = tuning.classifier.model_dump(mode="json")  # the teacher's own pooling too
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()[:16]
+    """Return a hash of everything that the result depends on."""
+    inputs: dict[str, Any] = config.of_results() | {
+        "dtype": tuning.config.train_dtype,
+        "max_length": info.max_length,
+        "weights": info.fingerprint,
+        "tokenizer": info.tokenizer_fingerprint,
+        "teacher": "",
+        "prompt": info.prompt,
+        "data": list(texts.fingerprints),
+        "dev": list(dev.fingerprints) if dev else [],
+        "columns": config.data.columns,
+        "metrics": config.data.metrics,  # test splits have no influence
+        "classifier": tuning.classifier.model_dump(mode="json"),  # includes the teacher's own pooling
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
 def _write_corpus(texts: Texts, uri: str) -> None:
-    """Write the training texts as documents; a file that holds them already stays, time and all."""
+    """Write the training texts as documents; an identical file keeps its time, on which dictionaries depend."""
     content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts.texts)
     if not storage.exists(uri) or storage.read_text(uri) != content:
         storage.write_text(uri, content)

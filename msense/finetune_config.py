@@ -1,7 +1,4 @@
-"""The settings of a fine-tuning: one frozen, validated model, as `config.py` has it for a build.
-
-Comes in: command line and YAML, by way of `flags.parse_flags`. Goes out: a `FinetuneConfig`, its task read.
-"""
+"""The settings of a fine-tuning as one frozen, validated model; see `config.py`."""
 
 from typing import Any, Literal
 
@@ -12,48 +9,55 @@ from msense.errors import BadInput
 from msense.glue import GLUE, GlueTask, task_of
 from msense.labelled import Columns
 
-_FREE = ("workers", "output", "log_level")
+_FREE = ("workers", "output", "log_level")  # without influence on the result
 
 
 class FinetuneConfig(JobConfig):
-    """Everything `jobs/finetune.py` can be told; each field is a flag and a key of the YAML file."""
+    """All settings of `jobs/finetune.py`; each field is a command-line flag and a key of the YAML file.
+
+    Example:
+        >>> config = FinetuneConfig(task="sentiment=data/sentiment", epochs=2)
+        >>> config.name, config.source
+        ('sentiment', 'data/sentiment')
+    """
 
     task: str = Field(
-        description="NAME=DATA: a folder with train and, if there is one, dev or validation as csv, jsonl or parquet, or "
-        f"hf://dataset[:config]; of GLUE's ({', '.join(GLUE)}) the name is enough"
+        description="NAME=DATA, where DATA is a folder with train and optionally dev or validation as csv, jsonl or "
+        f"parquet, or hf://dataset[:config]; for a GLUE task ({', '.join(GLUE)}) the name suffices"
     )
     teacher: str = Field(DEMO_TEACHER, description="Hugging Face name or folder of the teacher to fine-tune")
     revision: str | None = Field(None, description="branch, tag or commit of the teacher on the hub")
-    regression: bool = Field(False, description="labels are numbers (GLUE's stsb knows)")
-    text_column: str = Field("text", description="column of the text")
-    label_column: str = Field("label", description="column of the label")
+    regression: bool = Field(False, description="labels are numbers (the default for GLUE's stsb)")
+    text_column: str = Field("text", description="name of the text column")
+    label_column: str = Field("label", description="name of the label column")
     pooling: Literal["mean", "cls", "lasttoken"] | None = Field(
-        None, description="what the classifier reads; default: as the teacher pools"
+        None, description="pooling of the classifier's input; default: the teacher's own"
     )
     max_length: int | None = Field(
-        None, ge=4, description="longest text in tokens; default: the teacher's own, at most 512"
+        None, ge=4, description="maximum text length in tokens; default: the teacher's own, at most 512"
     )
-    epochs: int = Field(3, ge=1, le=1000, description="times that each text is trained on")
-    lr: float = Field(1e-4, gt=0, le=1, description="highest learning rate; it rises first, then falls to 0 in a line")
-    batch_size: int = Field(32, ge=1, le=1 << 16, description="texts of a step on all workers")
-    warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.01, ge=0, le=1, description="of AdamW")
-    clip: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient, 0 = any")
-    dropout: float = Field(0.1, ge=0, lt=1, description="of the classifier")
-    train_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="in which the teacher computes")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
+    epochs: int = Field(3, ge=1, le=1000, description="passes over the training texts")
+    lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate, after warmup; decays linearly to 0")
+    batch_size: int = Field(32, ge=1, le=1 << 16, description="texts per step, over all workers")
+    warmup: float = Field(0.06, ge=0, lt=1, description="fraction of the steps with increasing learning rate")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="weight decay of AdamW")
+    clip: float = Field(1.0, ge=0, le=1e6, description="maximum gradient norm; 0: no clipping")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the classifier")
+    train_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of the teacher's computation"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="random seed")
     workers: int | None = Field(
-        None, ge=1, description="workers at a time; default: one a GPU (a CPU where there is none)"
+        None, ge=1, description="maximum number of workers; default: one per GPU, or one per CPU without a GPU"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least log lines to show")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum log level")
     output: str = Field(
-        "runs/teacher",
-        description="run folder, on a disk that all workers share; the teacher is its subfolder teacher/",
+        "runs/teacher", description="run folder on a disk shared by all workers; the teacher is its subfolder teacher/"
     )
 
     @field_validator("task")
     @classmethod
-    def _named(cls, value: str) -> str:
+    def _check_task(cls, value: str) -> str:
         name, _, source = value.partition("=")
         if not name or (not source and name not in GLUE):
             raise ValueError(f"must be NAME=DATA, or one of {', '.join(GLUE)}")
@@ -61,9 +65,9 @@ class FinetuneConfig(JobConfig):
 
     @field_validator("output")
     @classmethod
-    def _local(cls, value: str) -> str:
+    def _check_output(cls, value: str) -> str:
         if "://" in value:
-            raise ValueError("must be a local folder: a teacher is read from a folder or from the hub")
+            raise ValueError("must be a local folder: teachers are only read from folders and from the hub")
         return value
 
     @property
@@ -73,21 +77,17 @@ class FinetuneConfig(JobConfig):
 
     @property
     def data(self) -> GlueTask:
-        """How the task is read.
-
-        Raises:
-            BadInput: a task of GLUE with labels is to be a regression.
-        """
-        found = task_of(self.name, Columns((self.text_column,), self.label_column), regression=self.regression)
-        if self.regression and not found.regression:
-            raise BadInput(f"task {self.name} has labels, no numbers: leave --regression out, or give it another name")
-        return found
+        """The task's columns and metrics; raises `BadInput` for a regression on a GLUE classification task."""
+        task = task_of(self.name, Columns((self.text_column,), self.label_column), regression=self.regression)
+        if self.regression and not task.regression:
+            raise BadInput(f"task {self.name} is a classification: remove --regression, or use another task name")
+        return task
 
     @property
     def source(self) -> str:
-        """Where the data are."""
+        """The data's folder or dataset."""
         return self.task.partition("=")[2] or self.data.source
 
     def of_results(self) -> dict[str, Any]:
-        """Return the settings on which the result depends."""
+        """Return the settings that the result depends on."""
         return self.model_dump(mode="json", exclude={*_FREE, "task"}) | {"name": self.name}

@@ -1,7 +1,6 @@
-"""One worker of Ray Train that fine-tunes a teacher with a classifier; after every epoch it reports a checkpoint.
+"""A Ray Train worker that fine-tunes a teacher with a classifier and reports a checkpoint after every epoch.
 
-Comes in: a `Tuning`. Goes out: metrics of all epochs, and in the last checkpoint the teacher's folder. Holds the teacher four
-times over, the texts as token ids, and one batch.
+Memory: four times the teacher (weights, gradients, optimizer), the texts as token ids, and one batch.
 """
 
 import json
@@ -37,20 +36,21 @@ from msense.train_loop import STATE, Group, rate
 from msense.train_progress import Progress
 from msense.tuned_teacher import save_teacher
 
-BUCKET = 50  # batches whose texts are sorted by length together: little padding, and batches still differ
+BUCKET = 50  # batches sorted by length together: enough for little padding, few enough that batches vary
 
 
 class Tuned(nn.Module):
-    """A teacher's body, read as `Teacher.embed` reads it, with a classifier."""
+    """A teacher's body, computing as `Teacher.embed` does, with a classifier."""
 
     def __init__(self, tuning: Tuning) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(tuning.seed)
-            model = load_body(body_folder(tuning.teacher, tuning.revision), tuning.teacher, torch.float32)
+            config = tuning.config
+            torch.manual_seed(config.seed)
+            model = load_body(body_folder(config.teacher, config.revision), config.teacher, torch.float32)
             self.body = TransformerBody(body_settings(model))
             load_weights(self.body, model)
-            self.classifier = Classifier(tuning.classifier, tuning.dropout)
+            self.classifier = Classifier(tuning.classifier, config.dropout)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return scores [B, labels] of token ids int64 [B, L] where the mask is true."""
@@ -60,11 +60,11 @@ class Tuned(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the data as it is trained on.
+    """A tokenized split of the data.
 
     Attributes:
         rows: token ids of each text.
-        targets: int64 [P], numbers of labels, or float32 [P].
+        targets: label indices, int64 [P] (-100 for an unknown label), or float32 [P].
         gold: the labels themselves.
     """
 
@@ -74,11 +74,7 @@ class Part:
 
 
 def finetune_worker(given: dict[str, Any]) -> list[dict[str, float]]:
-    """Fine-tune; return the metrics of all epochs.
-
-    Args:
-        given: `tuning`, a `Tuning`.
-    """
+    """Fine-tune with the settings in `given["tuning"]`, a `Tuning`; return the metrics of all epochs."""
     tuning: Tuning = given["tuning"]
     torch.set_num_threads(tuning.threads)
     keep_freed_memory()
@@ -97,40 +93,44 @@ def finetune_worker(given: dict[str, Any]) -> list[dict[str, float]]:
 
 
 class Tuner:
-    """One worker of a fine-tuning: settings, model, data, and where it stands."""
+    """The training loop of one worker.
+
+    Example:
+        >>> tuner = Tuner(tuning, Group())  # one process, without Ray
+        >>> metrics = list(tuner.run())
+        >>> tuner.save_teacher(Path("teacher"))
+    """
 
     def __init__(self, tuning: Tuning, group: Group, wrap: Any = None) -> None:  # noqa: ANN401 - a function of Ray Train
-        self.tuning, self.group = tuning, group
+        self.tuning, self.config, self.group = tuning, tuning.config, group
         self.model = Tuned(tuning).to(tuning.device)
-        self.engine = Plain(self.model, tuning.weight_decay, tuning.clip, wrap)
+        self.engine = Plain(self.model, self.config.weight_decay, self.config.clip, wrap)
         self.train_part = _read(tuning, TRAIN)
         self.dev_part = _read(tuning, DEV) if tuning.has_dev and group.rank == 0 else None
         self.history: list[dict[str, float]] = []
 
     def run(self, progress: Progress | None = None) -> Iterator[dict[str, float]]:
-        """Train from where it stands; yield the metrics of every epoch.
+        """Train the remaining epochs; yield the metrics of each.
 
         Raises:
             MsenseError: a loss or gradient is NaN or infinite.
         """
-        tuning = self.tuning
-        steps = math.ceil(len(self.train_part.rows) / tuning.batch_size)
-        total = steps * tuning.epochs
-        for epoch in range(len(self.history), tuning.epochs):
+        config, rows = self.config, self.train_part.rows
+        steps = math.ceil(len(rows) / config.batch_size)
+        total = steps * config.epochs
+        for epoch in range(len(self.history), config.epochs):
             self.engine.model.train()
             began, losses, tokens = time.monotonic(), 0.0, 0
-            for step, batch in enumerate(batches(self.train_part.rows, tuning.batch_size, (tuning.seed, epoch))):
-                seed = np.random.SeedSequence((tuning.seed, epoch, step, self.group.rank)).generate_state(1)
+            for step, batch in enumerate(batches(rows, config.batch_size, (config.seed, epoch))):
+                seed = np.random.SeedSequence((config.seed, epoch, step, self.group.rank)).generate_state(1)
                 torch.manual_seed(int(seed[0]))
                 done = epoch * steps + step
-                losses += self._step(batch, tuning.lr * rate(done, total, tuning.warmup, "linear"))
-                tokens += sum(len(self.train_part.rows[i]) for i in batch)
+                losses += self._step(batch, config.lr * rate(done, total, config.warmup, "linear"))
+                tokens += sum(len(rows[i]) for i in batch)
                 if progress is not None and progress.is_due():
                     seconds = time.monotonic() - began
-                    speed = {
-                        "tokens_per_s": tokens / seconds,
-                        "seconds_left": (total - done - 1) * seconds / (step + 1),
-                    }
+                    left = (total - done - 1) * seconds / (step + 1)
+                    speed = {"tokens_per_s": tokens / seconds, "seconds_left": left}
                     progress.tell(done + 1, total, epoch + 1, {"loss": losses / (step + 1)}, speed)
             metrics = {"epoch": epoch + 1, "step": (epoch + 1) * steps, "train_loss": losses / steps, **self.evaluate()}
             self.history.append(metrics)
@@ -139,19 +139,18 @@ class Tuner:
             yield metrics
 
     def _step(self, batch: np.ndarray, lr: float) -> float:
-        """Take one step with a global batch; return its mean loss."""
+        """Run one step on a global batch; return its mean loss."""
         group, part, device = self.group, self.train_part, self.tuning.device
         own = batch[group.rank :: group.world]
-        rows = own if len(own) else batch[:1]  # all workers must take part
+        rows = own if len(own) else batch[:1]  # all workers must take part in the reduction
         ids, mask = (tensor.to(device) for tensor in padded([part.rows[i] for i in rows]))
-        with torch.autocast(device, torch.bfloat16, enabled=self.tuning.dtype == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=self.config.train_dtype == "bfloat16"):
             scores = self.engine.model(ids, mask).float()
         targets = part.targets[torch.from_numpy(rows)].to(device)
-        loss = (
-            mse_loss(scores[:, 0], targets, reduction="sum")
-            if self.tuning.task.regression
-            else cross_entropy(scores, targets, reduction="sum")
-        )
+        if self.config.data.regression:
+            loss = mse_loss(scores[:, 0], targets, reduction="sum")
+        else:
+            loss = cross_entropy(scores, targets, reduction="sum")
         loss = loss if len(own) else loss * 0
         self.engine.backward(loss * group.world / len(batch))  # gradients are averaged over workers
         mean = group.sum([float(loss.detach())], device)[0] / len(batch)
@@ -162,19 +161,19 @@ class Tuner:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the task's metrics on the part for that, if this worker has one."""
+        """Return the task's metrics on the dev split; empty on workers without one."""
         if self.dev_part is None:
             return {}
         self.engine.model.eval()
         part, labels = self.dev_part, self.tuning.classifier.labels
-        found: list[Any] = [None] * len(part.rows)
+        predictions: list[Any] = [None] * len(part.rows)
         for rows in token_batches(np.array([len(row) for row in part.rows]), 4096):
             ids, mask = (tensor.to(self.tuning.device) for tensor in padded([part.rows[i] for i in rows]))
             scores = self.model(ids, mask).float().cpu()
             own = scores[:, 0].tolist() if labels is None else [labels[i] for i in scores.argmax(1).tolist()]
             for row, value in zip(rows, own, strict=True):
-                found[row] = value
-        return {f"dev_{name}": METRICS[name](part.gold, np.array(found)) for name in self.tuning.task.metrics}
+                predictions[row] = value
+        return {f"dev_{name}": METRICS[name](part.gold, np.array(predictions)) for name in self.config.data.metrics}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint."""
@@ -182,11 +181,7 @@ class Tuner:
         (folder / STATE).write_text(json.dumps(self.history), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
-        """Read a checkpoint.
-
-        Raises:
-            BadInput: it is damaged.
-        """
+        """Load a checkpoint; raise `BadInput` if it is corrupted."""
         self.engine.load(folder)
         try:
             self.history = list(json.loads((folder / STATE).read_text(encoding="utf-8")))
@@ -194,19 +189,22 @@ class Tuner:
             raise damaged(folder, error) from error
 
     def save_teacher(self, folder: Path) -> None:
-        """Write what was trained as a teacher's folder: body, tokenizer, pooling, classifier."""
-        source = locate(self.tuning.teacher, self.tuning.revision)
+        """Write the fine-tuned teacher's folder: body, tokenizer, pooling, classifier."""
+        source = locate(self.config.teacher, self.config.revision)
         body, classifier = self.model.body.model, self.model.classifier
         save_teacher(folder, body, classifier, source, self.tuning.max_length, self.history[-1])
 
 
 def batches(rows: list[np.ndarray], size: int, seed: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Yield places of texts, int64 [B]: all of them once, in random order, near ones of a like length.
+    """Yield batches in random order that together hold every text once; texts of a batch have similar lengths.
 
     Args:
         rows: token ids of each text.
-        size: texts a batch.
-        seed: what the order follows from.
+        size: texts per batch.
+        seed: determines the order.
+
+    Yields:
+        int64 [B], indices into `rows`.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed))
     order = rng.permutation(len(rows))
@@ -219,32 +217,31 @@ def batches(rows: list[np.ndarray], size: int, seed: tuple[int, ...]) -> Iterato
     yield from (every[i] for i in rng.permutation(len(every)))
 
 
-def _read(tuning: Tuning, part: str) -> Part:
-    """Read and tokenise a part of the data."""
-    config = tuning.classifier
-    found = read_part(config.task, tuning.task, tuning.source, part, config.joiner)
-    settings = BuildConfig(revision=tuning.revision, max_length=tuning.max_length)
-    info, tokenizer = describe(tuning.teacher, settings)
-    tokenizer.enable_truncation(info.max_length)
-    encodings = tokenizer.encode_batch_fast([info.prompt + text for text in found.texts])
+def _read(tuning: Tuning, split: str) -> Part:
+    """Read and tokenize a split of the data."""
+    config, classifier = tuning.config, tuning.classifier
+    data = read_part(config.name, config.data, config.source, split, classifier.joiner)
+    info, tokenizer = describe(config.teacher, BuildConfig(revision=config.revision, max_length=tuning.max_length))
+    tokenizer.enable_truncation(tuning.max_length)
+    encodings = tokenizer.encode_batch_fast([info.prompt + text for text in data.texts])
     rows = [np.array(encoding.ids, np.int64) for encoding in encodings]
-    if config.labels is None:
-        return Part(rows, torch.from_numpy(found.labels).float(), found.labels)
-    number = {label: i for i, label in enumerate(config.labels)}
-    targets = torch.tensor([number.get(label, -100) for label in found.labels.tolist()])
-    return Part(rows, targets, found.labels)
+    if classifier.labels is None:
+        return Part(rows, torch.from_numpy(data.labels).float(), data.labels)
+    index = {label: i for i, label in enumerate(classifier.labels)}
+    targets = torch.tensor([index.get(label, -100) for label in data.labels.tolist()])
+    return Part(rows, targets, data.labels)
 
 
 def _report(tuner: Tuner) -> None:
-    """Hand a checkpoint to Ray Train, and wait until it counts."""
+    """Report a checkpoint to Ray Train, and wait until a restart would use it."""
     with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
         if tuner.group.rank == 0:
             tuner.save(Path(folder))
-            if len(tuner.history) == tuner.tuning.epochs:
+            if len(tuner.history) == tuner.config.epochs:
                 tuner.save_teacher(Path(folder, TEACHER))
-        checkpoint = ray.train.Checkpoint.from_directory(folder) if tuner.group.rank == 0 else None
-        ray.train.report(
-            dict(tuner.history[-1]), checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{len(tuner.history):05d}"
-        )
-        # a report that returns is not yet a checkpoint to go on from
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        name = f"epoch_{len(tuner.history):05d}"
+        ray.train.report(dict(tuner.history[-1]), checkpoint=checkpoint, checkpoint_dir_name=name)
+        # `report` returns before the checkpoint is committed
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)

@@ -1,7 +1,7 @@
-"""Classification tasks by name: GLUE's eight with their columns, parts and metrics, and any other of texts and labels.
+"""Classification tasks by name: the eight of GLUE with columns, splits and metrics, or any other of texts and labels.
 
-Comes in: a name, and where the data are. Goes out: texts and labels. A pair of texts is one text, the two joined by the
-tokenizer's separator: so teacher, dictionary and student read the same tokens. Holds one part.
+A pair of texts is joined by the tokenizer's separator into one text, so that teacher, dictionary and student read the
+same tokens. Memory: one split.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,19 @@ HUB = "hf://nyu-mll/glue"
 
 @dataclass(frozen=True)
 class GlueTask:
-    """How a task is read and told.
+    """How a task is read and reported.
 
     Attributes:
         columns: of texts and label.
-        metrics: as `evaluation.result.METRICS` names them, the main one first.
-        test: part that is tested on; GLUE's test labels are not public.
+        metrics: keys of `evaluation.result.METRICS`, the main one first.
+        test: split to test on; GLUE's test labels are not public.
         regression: whether labels are numbers.
-        source: of the data, if no other is given.
-        further: part that is told of beside the test part, where it is there.
+        source: default source of the data.
+        further: additional split to report, if available.
+
+    Example:
+        >>> task_of("sst2").metrics
+        ('accuracy', 'macro F1')
     """
 
     columns: Columns
@@ -58,7 +62,7 @@ GLUE = {  # Wang et al. 2019, table 1
 
 
 def task_of(name: str, columns: Columns | None = None, *, regression: bool = False) -> GlueTask:
-    """Return a task by name: one of GLUE's, or one of the given columns."""
+    """Return the GLUE task of a name, or a task with the given columns."""
     if name in GLUE:
         return GLUE[name]
     metrics = ("Pearson", "Spearman") if regression else ("accuracy", "macro F1")
@@ -67,11 +71,11 @@ def task_of(name: str, columns: Columns | None = None, *, regression: bool = Fal
 
 @dataclass(frozen=True)
 class Texts:
-    """A part of a task: P texts, the two of a pair joined.
+    """One split of a task: P texts, pairs joined.
 
     Attributes:
-        texts: as the teacher reads them.
-        labels: str [P], or float64 [P] of a regression.
+        texts: input of the teacher.
+        labels: str [P], or float64 [P] for a regression.
         fingerprints: of the files.
     """
 
@@ -81,42 +85,42 @@ class Texts:
 
 
 def read_part(name: str, task: GlueTask, source: str, part: str, joiner: str) -> Texts:
-    """Read a part of a task.
+    """Read one split of a task.
 
-    A folder under a GLUE name may also hold plain data, `text` and `label` in train and test.
+    A folder for a GLUE task may also hold plain data: `text` and `label` in train and test.
 
     Args:
         name: of the task, for errors.
-        task: how it is read.
-        source: folder or dataset of the hub.
+        task: how to read it.
+        source: folder or Hub dataset.
         part: train, test (the task's own) or dev (`validation` or `dev`); any other by its own name.
-        joiner: put between the texts of a pair.
+        joiner: placed between the texts of a pair.
 
     Raises:
-        BadInput: the part is not there or damaged, or a label is no number where one is needed.
+        BadInput: the split is missing or corrupted, or a label of a regression is not a number.
     """
-    found = _found(task, source, part)
-    labels: np.ndarray = found.labels
+    data = _read_split(task, source, part)
+    labels: np.ndarray = data.labels
     if task.regression:
         try:
-            labels = found.labels.astype(np.float64)
+            labels = data.labels.astype(np.float64)
         except ValueError as error:
             raise BadInput(
-                f"task {name}: a label is no number ({error}): leave --regression out, or mend it"
+                f"task {name}: a label is not a number ({error}): remove --regression, or fix the label"
             ) from error
         if not np.isfinite(labels).all():
-            raise BadInput(f"task {name}: a label is NaN or infinite: mend it")
-    return Texts([joiner.join(row) for row in found.texts], labels, found.fingerprints)
+            raise BadInput(f"task {name}: a label is NaN or infinite: fix it")
+    return Texts([joiner.join(row) for row in data.texts], labels, data.fingerprints)
 
 
-def _found(task: GlueTask, source: str, part: str) -> Labelled:
-    """Read a part under the task's own names, or else under the plain ones."""
+def _read_split(task: GlueTask, source: str, part: str) -> Labelled:
+    """Read a split under the task's own names, else under the plain ones."""
     own = {TEST: (task.test,), DEV: ("validation", "dev")}.get(part, (part,))
-    tries: list[tuple[str, Columns]] = [(name, task.columns) for name in own]
+    candidates: list[tuple[str, Columns]] = [(name, task.columns) for name in own]
     if task.source and not source.startswith("hf://"):
-        tries += [(part, Columns())]
+        candidates += [(part, Columns())]
     errors = []
-    for name, columns in tries:
+    for name, columns in candidates:
         try:
             return read_labelled(source, name, columns)
         except BadInput as error:
@@ -125,7 +129,7 @@ def _found(task: GlueTask, source: str, part: str) -> Labelled:
 
 
 def joiner_of(tokenizer: Any) -> str:  # noqa: ANN401 - a tokenizers.Tokenizer
-    """Return what stands between the texts of a pair: the tokenizer's separator, as text that it reads as that token."""
+    """Return the separator of a pair of texts: the tokenizer's own, if it reads it as one token in a text."""
     known = tokenizer.get_vocab(with_added_tokens=True)
     for token in ("[SEP]", "</s>", "<|end_of_text|>", "<eos>"):
         if token in known and tokenizer.encode(f"a {token} a", add_special_tokens=False).ids.count(known[token]) == 1:

@@ -1,8 +1,6 @@
-"""Labels as the trainer sees them: batches of passages by (seed, epoch, step), and a fast reader.
+"""Checked, memory-mapped reader of a run's labels, and deterministic training batches over them.
 
-Comes in: the labels folder of a run, checked as it is read. Goes out: passages, padded. Maps the unit files; holds 17
-bytes a passage (where it starts, its length, whether it is held out), 8 more while an epoch is laid out, and one batch.
-Never imports Ray.
+Memory: 17 bytes per passage, 8 more while an epoch is laid out, and one batch. Never imports Ray.
 """
 
 import json
@@ -24,16 +22,16 @@ from msense.errors import BadInput
 from msense.run_folder import RunFolder
 from msense.teacher import pad_batch, token_batches
 
-POOL_BATCHES = 64  # batches that are sorted by length together
+POOL_BATCHES = 64  # batches whose passages are sorted by length together
 _LONGEST = 1 << 24  # tokens of a passage
 _TYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "F16": "<f2", "U8": "|u1"}
-_SUM_TOLERANCE = 0.01  # of weights that are stored in float16
-LABELS = Artefact("set of labels", "damaged labels are made again by jobs/distill.py", BadInput)
+_SUM_TOLERANCE = 0.01  # of the sum of weights stored in float16
+LABELS = Artefact("set of labels", "run jobs/distill.py again to regenerate it", BadInput)
 _Count = Annotated[int, Field(ge=0, lt=1 << 60)]
 
 
 class LabelUnit(FrozenModel):
-    """One file of labels."""
+    """Counts and checksum of one label file (one partition)."""
 
     passages: _Count
     tokens: _Count
@@ -44,7 +42,7 @@ class LabelUnit(FrozenModel):
 
 
 class LabelManifest(FrozenModel):
-    """What the labels are of, and the files they lie in."""
+    """Settings that the labels were generated with, and their files."""
 
     format_version: Literal[1] = 1
     made_of: str
@@ -55,7 +53,7 @@ class LabelManifest(FrozenModel):
     dim: int = Field(gt=0, le=MAX_DIM)
     metric: Literal["l2", "dot", "cosine"]
     temperature_unit: float = Field(ge=0, le=1e77)
-    temperature: float | None = Field(gt=0, description="of the soft targets' weights, if there are any")
+    temperature: float | None = Field(gt=0, description="of the weights of soft targets, if any")
     train_tokens: _Count | None
     held_out: float = Field(ge=0, lt=1, description="share of the documents")
     held_out_salt: int
@@ -67,12 +65,12 @@ class LabelManifest(FrozenModel):
 
     @property
     def passages(self) -> int:
-        """In all."""
+        """Total number of passages."""
         return sum(unit.passages for unit in self.units)
 
     @property
     def tokens(self) -> int:
-        """In all."""
+        """Total number of tokens."""
         return sum(unit.tokens for unit in self.units)
 
 
@@ -80,9 +78,9 @@ Columns = dict[str, tuple[str, tuple[int, ...]]]  # name: (safetensors dtype, sh
 
 
 def label_columns(passages: int, tokens: int, dim: int, soft_targets: int) -> Columns:
-    """Return the tensors of a file of P passages and N tokens; `dim` 0 = not pooled.
+    """Return the tensors of a file of P passages and N tokens; `dim` 0 means no pooled embeddings.
 
-    offsets [P + 1] is where each passage starts in ids, senses (65535 = none), soft_senses and soft_weights [N, ...].
+    `offsets` [P + 1] delimits the passages in `ids`, `senses` (65535 = none), `soft_senses`, `soft_weights` [N, ...].
     """
     columns: Columns = {
         "offsets": ("I64", (passages + 1,)),
@@ -96,34 +94,39 @@ def label_columns(passages: int, tokens: int, dim: int, soft_targets: int) -> Co
 
 
 def label_bytes(passages: Any, tokens: Any, dim: int, soft_targets: int) -> Any:  # noqa: ANN401 - numbers or arrays
-    """Return the bytes of so many passages and tokens; `dim` 0 = not pooled."""
+    """Return the size in bytes of labels for these counts; `dim` 0 means no pooled embeddings."""
     return tokens * (6 + 4 * soft_targets) + passages * (9 + 2 * dim)
 
 
 class LabelBatch(NamedTuple):
-    """Padded passages."""
+    """Padded passages with their labels."""
 
     ids: Tensor  # int64 [B, L], 0 on padding
     mask: Tensor  # bool [B, L]
     senses: Tensor  # int64 [B, L], -1 = none
     pooled: Tensor | None  # float32 [B, D]
     soft_senses: Tensor | None  # int64 [B, L, M], -1 = none
-    soft_weights: Tensor | None  # float32 [B, L, M], of each token with a sense they sum to about 1
+    soft_weights: Tensor | None  # float32 [B, L, M], sums to about 1 for each token with a sense
 
 
 class LabelSet:
-    """The labels of a run: P passages, numbered in the order of the units.
+    """The labels of a run: P passages, numbered in the order of the partitions.
 
     Attributes:
-        manifest: what they are.
+        manifest: settings and files of the labels.
         lengths: int32 [P], tokens of each passage.
+
+    Example:
+        labels = LabelSet.open("runs/student")
+        for passages in labels.batches(epoch=0, seed=0, tokens_per_batch=8192):
+            batch = labels.read(passages)  # ids, mask, senses, ...
     """
 
     def __init__(self, manifest: LabelManifest, folder: Path, sizes: np.ndarray) -> None:
-        """Map the unit files of a folder; `sizes` is the number of senses of every token, int32 [V]."""
+        """Map the label files of a folder; `sizes` is the number of senses of every token, int32 [V]."""
         self.manifest = manifest
         self._sizes = sizes
-        self._files = [folder / _name(RunFolder("").label_file(n)) for n in range(len(manifest.units))]
+        self._files = [folder / Path(RunFolder("").label_file(n)).name for n in range(len(manifest.units))]
         self._units = [_map_unit(f, u, manifest) for f, u in zip(self._files, manifest.units, strict=True)]
         self._first = np.cumsum([0, *(unit.passages for unit in manifest.units)])
         self.lengths = np.concatenate([np.diff(unit["offsets"]).astype(np.int32) for unit in self._units])
@@ -131,64 +134,60 @@ class LabelSet:
 
     @classmethod
     def open(cls, run: str, verify: bool = False) -> "LabelSet":
-        """Open the labels of a run folder (a remote one is copied to this user's cache).
-
-        Args:
-            run: the run folder or its URI.
-            verify: also read and hash every file.
+        """Open the labels of a run folder or URI (copied to the user's cache); `verify` also checks all checksums.
 
         Raises:
-            BadInput: there are none, or a file is missing, cut off, foreign or contradicts another.
+            BadInput: there are no labels, or a file is missing, truncated, foreign or inconsistent.
         """
         names = RunFolder(storage.absolute(run))
-        found = storage.read_json(names.label_manifest)
-        if found is None:
-            there = "damaged labels" if storage.exists(names.label_manifest) else "no finished labels"
-            raise BadInput(f"{run} has {there} (labels/labels.json): run jobs/distill.py on it again")
+        stored = storage.read_json(names.label_manifest)
+        if stored is None:
+            problem = "corrupted labels" if storage.exists(names.label_manifest) else "no finished labels"
+            raise BadInput(f"{run} has {problem} (labels/labels.json): run jobs/distill.py on it again")
         try:
-            manifest = LabelManifest.model_validate_json(json.dumps(found), strict=True)
+            manifest = LabelManifest.model_validate_json(json.dumps(stored), strict=True)
         except ValidationError as error:
             raise BadInput(
-                f"{names.label_manifest} is no manifest of labels ({all_errors(error)}): make the labels again"
+                f"{names.label_manifest} is not a valid label manifest ({all_errors(error)}): regenerate the labels"
             ) from error
         folder = storage.local_copy(names.labels)
-        file = folder / _name(names.label_senses)
+        file = folder / Path(names.label_senses).name
         sizes = _map_columns(file, {"senses": ("I32", (manifest.vocab_size,))})["senses"]
         if sizes.min() < 0 or sizes.max() > MAX_SENSES:
-            raise _damaged(file, "a token has more senses than can be")
+            raise _corrupted(file, f"a token has fewer than 0 or more than {MAX_SENSES} senses")
         if verify and storage.facts_of(names.label_senses, verify=True, made_of=manifest.made_of) is None:
-            raise _damaged(file, "its bytes are not those that were written")
+            raise _corrupted(file, "checksum mismatch")
         labels = cls(manifest, folder, np.array(sizes))
         for path, unit in zip(labels._files, manifest.units, strict=True) if verify else ():
             if storage.sha256_of(path) != unit.sha256:
-                raise _damaged(path, "its bytes are not those that were written")
+                raise _corrupted(path, "checksum mismatch")
         return labels
 
     def batches(
         self, epoch: int, seed: int, tokens_per_batch: int, world: int = 1, rank: int = 0, first_step: int = 0
     ) -> Iterator[np.ndarray]:
-        """Yield what a worker reads in each step of an epoch; the global batches do not depend on `world`.
+        """Yield the passages of each step of an epoch; the global batches do not depend on `world`.
 
-        All passages that are not held out come once, in an order of (seed, epoch): shuffled, then sorted by length in
-        pools of `POOL_BATCHES` batches, whose batches are shuffled again.
+        Every training passage occurs once, in an order determined by (seed, epoch): shuffled, sorted by length within
+        pools of `POOL_BATCHES` batches, then the batches of each pool are shuffled.
 
         Args:
             epoch: from 0.
             seed: of the order.
-            tokens_per_batch: padded tokens of a global batch at most; a longer passage is a batch of its own.
+            tokens_per_batch: maximum padded tokens of a global batch; a longer passage forms a batch of its own.
             world: number of workers.
-            rank: of this one; it takes every world-th passage of a batch, which may be none of a small batch.
-            first_step: steps to skip; nothing is read for them.
+            rank: of this worker, which gets every world-th passage of a batch (possibly none).
+            first_step: number of steps to skip.
 
         Yields:
-            int64 [B], numbers of passages.
+            int64 [B], passage numbers.
         """
         for step, batch in enumerate(self._global_batches(epoch, seed, tokens_per_batch)):
             if step >= first_step:
                 yield batch[rank::world]
 
     def steps(self, epoch: int, seed: int, tokens_per_batch: int) -> int:
-        """Return how many batches an epoch has: a few more or less in each."""
+        """Return the number of batches of an epoch; it varies slightly between epochs."""
         return sum(1 for _ in self._global_batches(epoch, seed, tokens_per_batch))
 
     def _global_batches(self, epoch: int, seed: int, budget: int) -> Iterator[np.ndarray]:
@@ -203,71 +202,72 @@ class LabelSet:
                 yield batches[number]
 
     def token_counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Count each token in the passages that are trained on, and in those held out, int64 [V]; reads all ids once."""
+        """Return the counts of each token in the training and the held-out passages, int64 [V]; reads all ids."""
         counts = np.zeros((2, self.manifest.vocab_size), np.int64)
         for file, unit in zip(self._files, self._units, strict=True):
             ids = unit["ids"]
-            if len(ids) and (ids.min() < 0 or ids.max() >= counts.shape[1]):
-                raise _damaged(file, f"it has a token outside the {counts.shape[1]} of the vocabulary")
+            _check_ids(ids, counts.shape[1], file)
             is_held_out = np.repeat(unit["held_out"], np.diff(unit["offsets"]))
             for part in (0, 1):
                 counts[part] += np.bincount(ids[is_held_out == part], minlength=counts.shape[1])
         return counts[0], counts[1]
 
     def held_out(self) -> np.ndarray:
-        """Return the passages that are never trained on, int64 [H] in the order of the files."""
+        """Return the held-out passages, int64 [H], in file order."""
         return np.flatnonzero(self._held_out)
 
     def read(self, passages: np.ndarray) -> LabelBatch:
-        """Read passages, padded on the right to the longest.
-
-        Args:
-            passages: int64 [B], at least one.
+        """Read passages int64 [B], B >= 1, padded on the right to the longest.
 
         Raises:
-            BadInput: a number that is no passage, or a file that holds what cannot be.
+            BadInput: a number is not a passage, or a file has invalid content.
         """
         if not len(passages) or passages.min() < 0 or passages.max() >= len(self.lengths):
-            raise BadInput(f"no passages, or a number outside 0 to {len(self.lengths) - 1}")
+            raise BadInput(f"no passages, or a number outside 0 to {len(self.lengths) - 1}: pass valid passage numbers")
         unit = np.searchsorted(self._first, passages, side="right") - 1
-        found: dict[str, list[Any]] = {name: [None] * len(passages) for name in self._units[0]}
+        rows: dict[str, list[Any]] = {name: [None] * len(passages) for name in self._units[0]}
         for place, (u, row) in enumerate(zip(unit.tolist(), (passages - self._first[unit]).tolist(), strict=True)):
             columns = self._units[u]
             start, stop = columns["offsets"][row : row + 2].tolist()
             for name, values in columns.items():
-                of_passage = name in ("offsets", "held_out", "pooled")
-                found[name][place] = values[row] if of_passage else values[start:stop]
-        ids, mask = pad_batch(found["ids"])
-        self._check(found, self._files[int(unit[0])] if len(set(unit.tolist())) == 1 else self._files[0].parent)
+                per_passage = name in ("offsets", "held_out", "pooled")
+                rows[name][place] = values[row] if per_passage else values[start:stop]
+        ids, mask = pad_batch(rows["ids"])
+        self._check(rows, self._files[int(unit[0])] if len(set(unit.tolist())) == 1 else self._files[0].parent)
         padded = torch.from_numpy(mask)
-        pooled = torch.from_numpy(np.stack(found["pooled"])).float() if "pooled" in found else None
-        soft = [_padded(found[name], padded) if name in found else None for name in ("soft_senses", "soft_weights")]
-        senses = _padded(found["senses"], padded)
+        pooled = torch.from_numpy(np.stack(rows["pooled"])).float() if "pooled" in rows else None
+        soft = [_padded(rows[name], padded) if name in rows else None for name in ("soft_senses", "soft_weights")]
+        senses = _padded(rows["senses"], padded)
         return LabelBatch(torch.from_numpy(ids).long(), padded, senses, pooled, soft[0], soft[1])
 
-    def _check(self, found: dict[str, list[Any]], where: Path) -> None:
-        """Refuse ids outside the vocabulary, senses that their token has not, and values that are not finite."""
-        ids = np.concatenate(found["ids"])
-        if len(ids) and (ids.min() < 0 or ids.max() >= len(self._sizes)):
-            raise _damaged(where, f"it has a token outside the {len(self._sizes)} of the vocabulary")
+    def _check(self, rows: dict[str, list[Any]], where: Path) -> None:
+        """Raise BadInput for out-of-range ids or senses, invalid weights, and values that are not finite."""
+        ids = np.concatenate(rows["ids"])
+        _check_ids(ids, len(self._sizes), where)
         for name in ("senses", "soft_senses"):
-            senses = np.concatenate(found[name]) if name in found else np.zeros(0, np.uint16)
-            own = self._sizes[ids].reshape(-1, *[1] * (senses.ndim - 1)) if len(senses) else 0
-            if ((senses != NO_SENSE) & (senses >= own)).any():
-                raise _damaged(where, "a token has a sense that the dictionary does not have")
-        if "soft_weights" in found:
-            if min(float(rows.min()) for rows in found["soft_weights"]) < 0:
-                raise _damaged(where, "a weight of a sense is below 0")
-            sums = np.concatenate(found["soft_weights"]).astype(np.float32).sum(axis=1)
-            told = np.concatenate(found["senses"]) != NO_SENSE
-            if not (np.abs(sums - told) <= _SUM_TOLERANCE).all():
-                raise _damaged(where, "weights of senses do not sum to 1")
-        if "pooled" in found and not np.isfinite(np.stack(found["pooled"])).all():
-            raise _damaged(where, "an embedding of a passage is NaN or infinite")
+            if name in rows:
+                senses = np.concatenate(rows[name])
+                own = self._sizes[ids].reshape(-1, *[1] * (senses.ndim - 1))
+                if ((senses != NO_SENSE) & (senses >= own)).any():
+                    raise _corrupted(where, "a token has a sense that the dictionary does not have")
+        if "soft_weights" in rows:
+            weights = np.concatenate(rows["soft_weights"]).astype(np.float32)
+            if weights.min() < 0:
+                raise _corrupted(where, "a sense weight is negative")
+            labelled = np.concatenate(rows["senses"]) != NO_SENSE
+            if not (np.abs(weights.sum(axis=1) - labelled) <= _SUM_TOLERANCE).all():
+                raise _corrupted(where, "sense weights do not sum to 1")
+        if "pooled" in rows and not np.isfinite(np.stack(rows["pooled"])).all():
+            raise _corrupted(where, "a passage embedding is NaN or infinite")
+
+
+def _check_ids(ids: np.ndarray, vocabulary: int, where: Path) -> None:
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocabulary):
+        raise _corrupted(where, f"a token id is outside the vocabulary of {vocabulary}")
 
 
 def _padded(rows: list[np.ndarray], mask: Tensor) -> Tensor:
-    """Pad senses (int64, -1) or weights (float32, 0) of passages as the mask says: [B, L, ...]."""
+    """Pad senses (int64, -1) or weights (float32, 0) of passages according to the mask: [B, L, ...]."""
     values = torch.from_numpy(np.concatenate(rows).astype(np.float32 if rows[0].dtype == np.float16 else np.int64))
     weights = values.dtype == torch.float32
     out = torch.full((*mask.shape, *values.shape[1:]), 0 if weights else -1, dtype=values.dtype)
@@ -276,50 +276,42 @@ def _padded(rows: list[np.ndarray], mask: Tensor) -> Tensor:
 
 
 def _map_unit(file: Path, unit: LabelUnit, manifest: LabelManifest) -> dict[str, np.ndarray]:
-    """Map one unit file and check how its passages follow one another."""
+    """Map one label file and check its passage offsets and held-out flags."""
     dim = manifest.dim if manifest.pooled else 0
     columns = _map_columns(file, label_columns(unit.passages, unit.tokens, dim, manifest.soft_targets))
-    offsets, held_out = columns["offsets"], 0
-    if offsets[0] != 0 or offsets[-1] != unit.tokens:
-        raise _damaged(file, "its passages do not follow one another")
-    for part in pieces(offsets, 1):  # a file of holes ends here
-        lengths = np.diff(part)
-        if (part[1:] <= part[:-1]).any() or lengths.max(initial=0) > _LONGEST:
-            raise _damaged(file, "its passages do not follow one another")
-    for part in pieces(columns["held_out"]):
-        held_out += int(part.sum(dtype=np.int64))
-        if part.max(initial=0) > 1:
-            raise _damaged(file, "it holds out other passages than the manifest says")
-    if held_out != unit.held_out_passages:
-        raise _damaged(file, "it holds out other passages than the manifest says")
+    offsets, held_out = columns["offsets"], columns["held_out"]
+    if (
+        offsets[0] != 0
+        or offsets[-1] != unit.tokens
+        or any((p[1:] <= p[:-1]).any() or np.diff(p).max(initial=0) > _LONGEST for p in pieces(offsets, 1))
+    ):  # read in pieces, so that a huge sparse file fails early
+        raise _corrupted(file, "passage offsets do not increase from 0 to the number of tokens")
+    flagged = int(held_out.sum(dtype=np.int64))
+    if any(p.max(initial=0) > 1 for p in pieces(held_out)) or flagged != unit.held_out_passages:
+        raise _corrupted(file, "held-out flags do not match the manifest")
     return columns
 
 
 def _map_columns(file: Path, expected: Columns) -> dict[str, np.ndarray]:
-    """Map a safetensors file whose tensors and size are exactly those expected."""
+    """Map a safetensors file that has exactly the expected tensors and size."""
     try:
         header, starts = LABELS.header(LABELS.inside(file, file.parent))
         if header.keys() != expected.keys():
-            raise _damaged(file, "it holds more or less than its manifest says")
-        wrong = next((name for name in expected if header[name] != expected[name]), None)
-        if wrong is not None:
-            dtype, shape = expected[wrong]
-            raise _damaged(file, f"{wrong} is not {dtype} {list(shape)}")
-        return {name: _mapped(file, starts[name], *spec) for name, spec in expected.items()}
+            raise _corrupted(file, "its tensors do not match the manifest")
+        for name, (dtype, shape) in expected.items():
+            if header[name] != (dtype, shape):
+                raise _corrupted(file, f"{name} is not {dtype} {list(shape)}")
+        return {name: _map_array(file, starts[name], *spec) for name, spec in expected.items()}
     except (OSError, OverflowError, MemoryError) as error:
-        raise _damaged(file, shown(error)) from error
+        raise _corrupted(file, shown(error)) from error
 
 
-def _mapped(file: Path, start: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Map an array of a file; nothing can be mapped of none."""
+def _map_array(file: Path, start: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Map one array of a file; mmap rejects empty ranges, so empty arrays are allocated."""
     if not all(shape):
         return np.zeros(shape, _TYPES[dtype])
     return np.asarray(np.memmap(file, np.dtype(_TYPES[dtype]), "r", start, shape))
 
 
-def _name(uri: str) -> str:
-    return uri.rpartition("/")[2]
-
-
-def _damaged(path: Path, why: str) -> BadInput:
-    return BadInput(f"the labels in {path} are damaged ({why}): run jobs/distill.py again, and they are made again")
+def _corrupted(path: Path, why: str) -> BadInput:
+    return BadInput(f"the labels in {path} are corrupted ({why}): run jobs/distill.py again to regenerate them")

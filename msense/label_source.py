@@ -1,10 +1,8 @@
-"""What labels are made of: the dictionary, its teacher, and the text, each checked against the others.
+"""The inputs of labelling: the dictionary, its teacher and the text, each checked against the others.
 
-Comes in: a `DistillConfig`. Goes out: a `Source`. Reads manifests, the dictionary's small arrays and the teacher's
-files but no text; Ray is not needed.
+Manifests, the dictionary's small arrays and the teacher's files are read, but no text; Ray is not needed.
 """
 
-import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,19 +20,10 @@ from msense.run_folder import RunFolder
 from msense.storage import join
 from msense.teacher import TeacherInfo, describe
 
-logger = logging.getLogger(__name__)
-
-_OF_TEXT = (
-    "text_column",
-    "dedup",
-    "stride",
-    "seed",
-    "sample",
-    "max_occurrences",
-    "coverage",
-    "reference",
-    "special_tokens",
-)
+_TEXT_SETTINGS = {
+    *("text_column", "dedup", "stride", "seed", "sample"),
+    *("max_occurrences", "coverage", "reference", "special_tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,87 +36,78 @@ class Source:
     teacher: str  # name or folder
     info: TeacherInfo
     tokenizer: Tokenizer
-    build: BuildConfig  # how the text becomes passages and their plan
-    inputs: dict[str, str]  # files of the text and their fingerprints
+    build: BuildConfig  # settings of the passages and their plan
+    inputs: dict[str, str]  # fingerprints of the text's files
     corpus: tuple[str, ...]
-    run: RunFolder | None  # the run that made the dictionary, if its text is to be labelled
+    run: RunFolder | None  # the run that made the dictionary, if its text is labelled
 
     def of_text(self) -> dict[str, Any]:
-        """Return the settings on which the passages and their plan depend."""
-        return self.build.model_dump(mode="json", include=set(_OF_TEXT))
+        """Return the settings that the passages and their plan depend on."""
+        return self.build.model_dump(mode="json", include=_TEXT_SETTINGS)
 
 
 def find_source(config: DistillConfig) -> Source:
-    """Find all that labels are made of.
-
-    Args:
-        config: all settings.
+    """Resolve and check all inputs of labelling.
 
     Raises:
-        BadInput: the dictionary, its teacher or a text is not there, or they do not belong together.
+        BadInput: the dictionary, its teacher or a text is missing, or they do not belong together.
     """
     folder, run = _folders(storage.absolute(config.dictionary))
     dictionary = SenseDictionary.load(folder)
     of = dictionary.config
     manifest = run.read_manifest() if run else None
     if manifest is None or manifest.get("teacher", {}).get("fingerprint") != of.teacher.fingerprint:
-        manifest, run = None, None  # no run, or that of another dictionary
+        manifest, run = None, None  # no run, or another dictionary's
     build = _build_config(config, of, manifest)
     name = config.teacher or of.teacher.name
     info, tokenizer = _teacher(name, build, of, config)
     if config.corpus:
-        files, run = list_files(config.corpus), None
-        inputs, corpus = fingerprints(files), tuple(display_uri(uri) for uri in config.corpus)
+        inputs, corpus, run = fingerprints(list_files(config.corpus)), tuple(map(display_uri, config.corpus)), None
     elif manifest is not None:
         inputs, corpus = manifest["inputs"], tuple(manifest["corpus"])
     else:
-        raise BadInput(
-            f"no text: {config.dictionary!r} lies beside no run that tells what it was made of: give --corpus"
-        )
+        raise BadInput(f"no text: {config.dictionary!r} is not in a run folder that records its corpus: give --corpus")
     return Source(folder, of, dictionary.fingerprint, name, info, tokenizer, build, inputs, corpus, run)
 
 
 def fingerprints(files: list[SourceFile]) -> dict[str, str]:
-    """Return what a manifest says of the files of a text."""
+    """Return the files of a text as a manifest records them: name to size and fingerprint."""
     return {file.name: f"{file.size} {file.fingerprint}" for file in files}
 
 
 def text_again(source: Source) -> list[SourceFile]:
-    """List the text of a dictionary whose run does not keep its passages any more.
+    """Return the files of the text of a dictionary whose run no longer has its passages.
 
     Raises:
-        BadInput: it is not where it was.
+        BadInput: a file is missing or has changed.
     """
+    gone = "the dictionary's run has no passages, and the text they were made from"
     try:
         files = list_files(source.corpus)
     except BadInput as error:
-        raise BadInput(
-            f"the dictionary's run keeps no passages, and the text they were made of is not there any more ({error}): "
-            "bring it back, or give --corpus"
-        ) from error
+        raise BadInput(f"{gone} no longer exists ({error}): restore it, or give --corpus") from error
     if fingerprints(files) != source.inputs:
         raise BadInput(
-            f"the dictionary's run keeps no passages, and the text they were made of ({' '.join(source.corpus)}) has "
-            "changed: bring the former back, or name it with --corpus to take it as it is"
+            f"{gone} ({' '.join(source.corpus)}) has changed: restore the original, or give --corpus to use it as it is"
         )
     return files
 
 
 def _folders(given: str) -> tuple[str, RunFolder | None]:
-    """Return the folder of a dictionary, and that of its run: the folder given is the one or the other."""
+    """Return a dictionary's folder and its run's, if any, from the path of either."""
     inside = RunFolder(given).dictionary
     for folder, root in ((inside, given), (given, given.rpartition("/")[0])):
-        if storage.exists(join(folder, "config.json")) and (folder == inside or storage.exists(folder)):
+        if storage.exists(join(folder, "config.json")):
             run = RunFolder(root)
             return folder, run if root and run.dictionary == folder and storage.exists(run.finished) else None
     raise BadInput(
-        f"there is no dictionary at {display_uri(given)}: give the folder of one, or of a finished run of build_dict.py"
+        f"there is no dictionary at {display_uri(given)}: give a dictionary folder, or a finished run of build_dict.py"
     )
 
 
 def _build_config(config: DistillConfig, of: DictionaryConfig, manifest: dict[str, Any] | None) -> BuildConfig:
-    """Return the settings of the text's passages and plan: those of the dictionary's build, or of a corpus of its own."""
-    values = {name: value for name, value in (manifest or {}).get("config", {}).items() if name in _OF_TEXT}
+    """Return the settings of the passages and plan: those of the dictionary's build, or of another corpus."""
+    values = {name: value for name, value in (manifest or {}).get("config", {}).items() if name in _TEXT_SETTINGS}
     if config.corpus or manifest is None:
         own = {"text_column": config.text_column, "dedup": config.dedup, "seed": config.seed}
         values = {**own, "max_occurrences": of.max_occurrences, "special_tokens": of.special_tokens}
@@ -139,7 +119,7 @@ def _build_config(config: DistillConfig, of: DictionaryConfig, manifest: dict[st
 def _teacher(
     name: str, build: BuildConfig, of: DictionaryConfig, config: DistillConfig
 ) -> tuple[TeacherInfo, Tokenizer]:
-    """Describe the teacher, and hold it against the dictionary."""
+    """Load the teacher's metadata and check it against the dictionary."""
     if config.pooled:
         check_pooling(of.pooling)
     try:
@@ -147,24 +127,20 @@ def _teacher(
     except BadInput as error:
         if config.teacher:
             raise
-        raise BadInput(f"{error}\nThe dictionary names this teacher: say where it is with --teacher") from error
+        raise BadInput(f"{error}\nThe dictionary names this teacher: give its location with --teacher") from error
     wrong = [
-        f"its {what} {_short(now)}, the dictionary's {_short(then)}"
-        for what, then, now in (
+        f"its {what} {str(actual)[:12]}, the dictionary's {str(expected)[:12]}"
+        for what, expected, actual in (
             ("weights have the fingerprint", of.teacher.fingerprint, info.fingerprint),
             ("tokenizer has the fingerprint", of.tokenizer_fingerprint, info.tokenizer_fingerprint),
             ("width is", of.dim, info.dim),
             ("vocabulary is", of.vocab_size, info.vocab_size),
         )
-        if then not in ("", now)
+        if expected not in ("", actual)
     ]
     if wrong:
         raise BadInput(
-            f"teacher {name!r} is not the one that the dictionary was made with: {'; '.join(wrong)}. Give that one with "
-            "--teacher"
+            f"teacher {name!r} is not the one that the dictionary was built with: {'; '.join(wrong)}. Give the original "
+            "with --teacher"
         )
     return replace(info, name=of.teacher.name, excluded=of.excluded_token_ids), tokenizer
-
-
-def _short(value: object) -> str:
-    return str(value)[:12]

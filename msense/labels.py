@@ -1,12 +1,13 @@
-"""Stage 6: passages and a dictionary in, unit files of labels out: the sense of every token, as the teacher sees it.
+"""Stage 6: label every token of the chosen passages with the sense that the teacher assigns to it.
 
-The passages are those that the plan needed, or the first by key up to a number of tokens. Units are cut, read by teacher
-actors and published as those of stage 3. An actor holds the teacher, the dictionary and one unit: its token ids, labels
-and passage embeddings (about `UNIT_BYTES` at most), and one batch of hidden states.
+The passages are those that the plan needs, or the first by key up to a number of tokens. Partitions are cut, processed
+by teacher actors and published like those of the embed stage. Memory of an actor: the teacher, the dictionary, one
+partition (about `UNIT_BYTES` at most) and one batch of hidden states.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,21 @@ from msense.sampling import select
 from msense.teacher import TOKEN_BUDGET, pad_batch, token_batches
 from msense.tokens import Passages, open_parquet, read_block
 
-UNIT_BYTES = (1 << 19, 256 << 20)  # least and most bytes of labels a unit aims at
-HELD_OUT_SALT = 0x68656C64  # documents are held out by a hash of their own, not by the keys of their passages
+UNIT_BYTES = (1 << 19, 256 << 20)  # minimum and maximum of the target size of a partition
+HELD_OUT_SALT = 0x68656C64  # documents are held out by a hash independent of the passage keys
 KEY_BINS_BITS = 20
-ASSIGN_NUMBERS = 1 << 23  # of hidden states that are assigned together: few tokens at a time cost as much as many
+ASSIGN_NUMBERS = 1 << 23  # hidden-state elements assigned together, as small batches cost as much as large ones
 _ROW = ("piece", "block", "passages", "tokens")
+_TYPES = {"U16": np.uint16, "F16": np.float16}
 
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """What the tasks and actors of this stage are made with."""
+    """Arguments of the tasks and actors of this stage."""
 
-    run: RunFolder  # where the labels go
-    text: RunFolder  # where the passages and their plan are
-    gather: GatherSettings  # teacher, and how passages are laid out
+    run: RunFolder  # where the labels are written
+    text: RunFolder  # with the passages and their plan
+    gather: GatherSettings  # teacher and passage layout
     dictionary: str
     fingerprint: str  # of the dictionary
     pooling: str
@@ -55,27 +57,22 @@ class LabelSettings:
     temperature: float
     held_out: float
     train_tokens: int | None
-    last_key: int | None = None  # of the passages to label; None = those that the plan needed
+    last_key: int | None = None  # of the passages to label; None = those that the plan needs
 
 
 def choose(
     settings: LabelSettings, blocks: Sequence[int], resources: Resources
 ) -> tuple[LabelSettings, dict[str, int]]:
-    """Find the passages to label, and write how many of them each block has.
+    """Choose the passages to label, and write the number chosen from each block.
 
-    Args:
-        settings: without `last_key`.
-        blocks: number of blocks of every passages file.
-        resources: how many tasks at a time.
-
-    Returns:
-        The settings with `last_key`, and facts: passages and tokens.
+    `blocks` is the number of blocks of every passages file. Returns the settings with `last_key`, and the numbers of
+    chosen passages and tokens.
 
     Raises:
-        BadInput: the first passage has more tokens than are to be labelled.
+        BadInput: `train_tokens` is smaller than the first passages.
     """
-    pieces = [(piece, count) for piece, count in enumerate(blocks) if count]
-    slices = [s for i in range(2 * resources.tasks) if (s := pieces[i :: 2 * resources.tasks])]
+    splits = [(split, count) for split, count in enumerate(blocks) if count]
+    slices = [s for i in range(2 * resources.tasks) if (s := splits[i :: 2 * resources.tasks])]
     if settings.train_tokens is not None:
         by_key = get(reduce_tasks("labels: keys", _count_keys, slices, resources, settings))
         settings = replace(settings, last_key=by_key.last(settings.train_tokens))
@@ -85,7 +82,7 @@ def choose(
 
 @dataclass
 class _Tokens:
-    """Tokens of the passages by the first bits of their keys; adds up."""
+    """Mergeable token counts of the passages, binned by the leading bits of their keys."""
 
     counts: np.ndarray  # int64 [2^KEY_BINS_BITS]
 
@@ -93,20 +90,18 @@ class _Tokens:
         self.counts = self.counts + other.counts
 
     def last(self, tokens: int) -> int:
-        """Return the last key of the bins that hold so many tokens at most."""
+        """Return the last key of the leading bins that hold at most `tokens` tokens."""
         total = np.cumsum(self.counts)
         bins = int(np.searchsorted(total, tokens, side="right"))
         if not bins or not total[bins - 1]:
-            first = total[total > 0][:1]
-            raise BadInput(
-                f"--train-tokens {tokens} has no room for the first passages: give {int(first.sum())} or more"
-            )
+            least = int(total[total > 0][:1].sum())
+            raise BadInput(f"--train-tokens {tokens} is too small for the first passages: set it to at least {least}")
         return (bins << (64 - KEY_BINS_BITS)) - 1
 
 
 @dataclass
 class _Blocks:
-    """How many passages and tokens are chosen of each block; adds up."""
+    """Mergeable numbers of chosen passages and tokens of each block."""
 
     rows: np.ndarray  # int64 [n, 4], the columns of _ROW
 
@@ -114,38 +109,34 @@ class _Blocks:
         self.rows = np.concatenate([self.rows, other.rows])
 
 
-def _count_keys(pieces: list[tuple[int, int]], settings: LabelSettings) -> _Tokens:
+def _count_keys(splits: list[tuple[int, int]], settings: LabelSettings) -> _Tokens:
     counts, dropped = np.zeros(1 << KEY_BINS_BITS, np.int64), Duplicates(settings.text)
-    for piece, count in pieces:
+    for split, count in splits:
         for block in range(count):
-            passages = read_block(settings.text.passages_file(piece), block).without(dropped.of(piece, block))
+            passages = read_block(settings.text.passages_file(split), block).without(dropped.of(split, block))
             bins = (passages.keys >> np.uint64(64 - KEY_BINS_BITS)).astype(np.int64)
             counts += np.bincount(bins, passages.lengths, len(counts)).astype(np.int64)
     return _Tokens(counts)
 
 
-def _count_passages(pieces: list[tuple[int, int]], settings: LabelSettings) -> _Blocks:
+def _count_passages(splits: list[tuple[int, int]], settings: LabelSettings) -> _Blocks:
     chooser, rows = Chooser(settings), []
-    for piece, count in pieces:
+    for split, count in splits:
         for block in range(count):
-            passages, chosen = chooser(piece, block)
-            rows.append((piece, block, len(chosen), passages.lengths[chosen].sum()))
+            passages, chosen = chooser(split, block)
+            rows.append((split, block, len(chosen), passages.lengths[chosen].sum()))
     return _Blocks(np.array(rows, dtype=np.int64))
 
 
 def _write_blocks(counted: _Blocks, settings: LabelSettings) -> dict[str, int]:
     rows = counted.rows[np.lexsort((counted.rows[:, 1], counted.rows[:, 0]))]
     table = pa.table({name: rows[:, i] for i, name in enumerate(_ROW)})
-
-    def write(path: Path) -> None:
-        pq.write_table(table, path)
-
-    facts = {"passages": int(rows[:, 2].sum()), "tokens": int(rows[:, 3].sum())}
-    return settings.run.publish(settings.run.label_blocks, write, facts)
+    stats = {"passages": int(rows[:, 2].sum()), "tokens": int(rows[:, 3].sum())}
+    return settings.run.publish(settings.run.label_blocks, partial(pq.write_table, table), stats)
 
 
 class Chooser:
-    """Reads blocks and finds the passages to label; holds the plan's thresholds."""
+    """Reads blocks and selects the passages to label; keeps the plan's thresholds in memory."""
 
     def __init__(self, settings: LabelSettings) -> None:
         self.settings = settings
@@ -153,7 +144,7 @@ class Chooser:
         self.threshold = storage.load_arrays(settings.text.thresholds, ("threshold",))["threshold"]
 
     def __call__(self, piece: int, block: int) -> tuple[Passages, np.ndarray]:
-        """Return the passages of a block, and the rows of those to label, increasing int64."""
+        """Return the passages of a block, and the rows to label, increasing int64."""
         passages = read_block(self.settings.text.passages_file(piece), block)
         if self.settings.last_key is not None:
             rows = np.flatnonzero(passages.keys <= np.uint64(self.settings.last_key))
@@ -163,7 +154,7 @@ class Chooser:
         return passages, np.setdiff1d(rows, self.duplicates.of(piece, block))
 
     def unit(self, unit: Unit) -> tuple[Passages, np.ndarray]:
-        """Return the passages of a unit to label, and whether each is held out, bool [P]."""
+        """Return the passages of a partition to label, and whether each is held out, bool [P]."""
         parts, held = [], []
         for piece, block in zip(unit.pieces, unit.blocks, strict=True):
             passages, rows = self(piece, block)
@@ -173,7 +164,7 @@ class Chooser:
 
 
 def _held_out(uri: str, block: int, share: float) -> np.ndarray:
-    """Tell which passages of a block are of documents that are held out, bool [P]."""
+    """Return which passages of a block belong to held-out documents, bool [P]."""
     column = open_parquet(uri).read_row_group(block, columns=["document_id"]).column("document_id").combine_chunks()
     documents = column.dictionary_encode()
     drawn = [
@@ -184,7 +175,7 @@ def _held_out(uri: str, block: int, share: float) -> np.ndarray:
 
 
 def label_units(settings: LabelSettings) -> list[Unit]:
-    """Cut the chosen passages into units of about equal bytes; the result depends on data and config only."""
+    """Cut the chosen passages into partitions of similar size in bytes; depends on data and config only."""
     table = read_columns(settings.run.label_blocks, list(_ROW))
     dim = settings.gather.dim if settings.pooled else 0
     size = label_bytes(table["passages"], table["tokens"], dim, settings.soft_targets)
@@ -194,30 +185,26 @@ def label_units(settings: LabelSettings) -> list[Unit]:
 
 
 class LabelActor:
-    """Loads teacher and dictionary once and writes a file of labels for every unit it is given."""
+    """Loads teacher and dictionary once, and writes the label file of each partition it is called with."""
 
     def __init__(self, settings: LabelSettings) -> None:
-        """Load what all units need.
-
-        Raises:
-            MsenseError: teacher or dictionary are not those that the run began with.
-        """
+        """Load teacher and dictionary; raise MsenseError if either differs from the one the run was started with."""
         self.settings = settings
         self.chooser = Chooser(settings)
         self.teacher = load_teacher(settings.gather)
         dictionary = SenseDictionary.load(settings.dictionary)
         if dictionary.fingerprint != settings.fingerprint:
             raise MsenseError(
-                f"the dictionary {settings.dictionary} changed, or this node has another: bring the former back, or give "
-                "another --output to start afresh"
+                f"the dictionary {settings.dictionary} changed during the run, or differs on this node: restore it, or "
+                "start over with another --output"
             )
         self.dictionary = dictionary.to("cuda") if settings.gather.device == "cuda" else dictionary
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Write one unit; return its facts."""
+        """Write one partition; return its stats."""
         unit = Unit(**item)
         passages, held = self.chooser.unit(unit)
-        facts = {
+        stats = {
             "unit": unit.number,
             "passages": len(passages.keys),
             "tokens": len(passages.ids),
@@ -230,18 +217,18 @@ class LabelActor:
             labelled = int((arrays["senses"] != NO_SENSE).sum())
             return {"labelled": labelled, "size": path.stat().st_size, "sha256": storage.sha256_of(path)}
 
-        return self.settings.run.publish(self.settings.run.label_file(unit.number), write, facts)
+        return self.settings.run.publish(self.settings.run.label_file(unit.number), write, stats)
 
     def _label(self, passages: Passages, unit: int) -> dict[str, np.ndarray]:
-        """Run the teacher over passages and return the columns of their file, but `held_out`."""
+        """Embed passages and return the columns of their label file except `held_out`."""
         settings = self.settings
         dim = settings.gather.dim if settings.pooled else 0
         columns = label_columns(len(passages.keys), len(passages.ids), dim, settings.soft_targets)
-        types = {"U16": np.uint16, "F16": np.float16}
-        arrays = {name: np.zeros(shape, types[kind]) for name, (kind, shape) in columns.items() if kind in types}
-        for name in ("senses", "soft_senses"):
-            if name in arrays:
-                arrays[name].fill(NO_SENSE)
+        arrays = {
+            name: np.full(shape, NO_SENSE if name in ("senses", "soft_senses") else 0, _TYPES[kind])
+            for name, (kind, shape) in columns.items()
+            if kind in _TYPES
+        }
         eligible = passages.eligible(settings.gather.spec)
         places: list[np.ndarray] = []
         points: list[Tensor] = []
@@ -263,96 +250,85 @@ class LabelActor:
         return {**arrays, "offsets": passages.offsets, "ids": passages.ids.astype(np.int32)}
 
     def _pool(self, hidden: Tensor, mask: Tensor, unit: int) -> np.ndarray:
-        """Return the teacher's embeddings of passages, float16 [B, D]."""
+        """Return the pooled embeddings of passages, float16 [B, D]."""
         vectors = pool(hidden, mask, self.settings.pooling, normalize=self.settings.normalize).half()
-        self._check(bool(vectors.isfinite().all()), unit)
+        self._check_finite(vectors, unit)
         return np.asarray(vectors.cpu().numpy())
 
     def _assign(
         self, passages: Passages, places: np.ndarray, points: Tensor, arrays: dict[str, np.ndarray], unit: int
     ) -> None:
-        """Write the senses of tokens at some places of the unit."""
-        self._check(bool(points.isfinite().all()), unit)
+        """Write the senses of the tokens at these positions of the partition into the columns."""
+        self._check_finite(points, unit)
         ids = torch.from_numpy(passages.ids[places])
         arrays["senses"][places] = _stored(self.dictionary.assign(ids, points, metric=self.settings.metric))
         if top := self.settings.soft_targets:
-            asked = (top, self.settings.temperature)
-            senses, weights = self.dictionary.weigh(ids, points, *asked, metric=self.settings.metric)
+            senses, weights = self.dictionary.weigh(
+                ids, points, top, self.settings.temperature, metric=self.settings.metric
+            )
             arrays["soft_senses"][places] = _stored(senses)
             arrays["soft_weights"][places] = weights.half().cpu().numpy()
 
-    def _check(self, is_finite: bool, unit: int) -> None:
-        """Refuse embeddings that are NaN or infinite."""
-        if not is_finite:
+    def _check_finite(self, embeddings: Tensor, unit: int) -> None:
+        if not embeddings.isfinite().all():
             dtype = self.settings.gather.dtype
-            remedy = "" if dtype == "float32" else "give --dtype float32, in a new output folder, or "
+            remedy = "" if dtype == "float32" else "use --dtype float32 with a new --output, or "
             raise MsenseError(
-                f"labels, unit {unit}: the teacher gave NaN or infinite embeddings in {dtype}, or ones too large for "
-                f"float16: {remedy}check its weights"
+                f"label partition {unit}: the teacher's {dtype} embeddings are NaN, infinite or too large for float16; "
+                f"{remedy}check its weights"
             )
 
 
 def _stored(senses: Tensor) -> np.ndarray:
-    """Return sense numbers as they are stored; -1, none, becomes 65535."""
+    """Return sense numbers as they are stored, uint16; -1 (none) becomes 65535."""
     return np.asarray(senses.cpu().numpy().astype(np.uint16))
 
 
 def are_finished(run: RunFolder, resources: Resources) -> bool:
-    """Tell whether the labels of a run are whole, every byte of them."""
+    """Return whether the labels of a run are complete and every checksum matches."""
     manifest = storage.read_json(run.label_manifest)
     if manifest is None or manifest.get("made_of") != run.made_of:
         return False
     files = [run.label_senses, *(run.label_file(n) for n in range(len(manifest["units"])))]
-    return all(facts is not None for facts in finished("labels", run, files, resources, repair=False))
+    return all(stats is not None for stats in finished("labels", run, files, resources, repair=False))
 
 
 def make_labels(settings: LabelSettings, units: list[Unit], resources: Resources, journal: Journal) -> dict[str, Any]:
-    """Write the labels of a run; units that an earlier driver finished are kept.
+    """Write the labels of a run, keeping partitions finished by an earlier driver; return stats as `label_facts` does.
 
-    Args:
-        settings: as `choose` returns them.
-        units: of `label_units`.
-        resources: how many actors.
-        journal: where to note what is kept and what is made.
-
-    Returns:
-        Facts: units, passages, tokens, labelled (tokens with a sense), held_out (passages), bytes.
+    `settings` come from `choose`, `units` from `label_units`; `journal` records the numbers of kept and new partitions.
     """
     run = settings.run
-    found = finished("labels", run, [run.label_file(unit.number) for unit in units], resources, journal)
-    todo = [asdict(unit) for unit, facts in zip(units, found, strict=True) if facts is None]
+    done = finished("labels", run, [run.label_file(unit.number) for unit in units], resources, journal)
+    todo = [asdict(unit) for unit, stats in zip(units, done, strict=True) if stats is None]
     for _ in map_actors("labels", LabelActor, {"settings": settings}, todo, resources):
         pass
     journal.add("labels", made=len(todo))
-    facts: dict[str, Any] = run_task(_write_manifest, settings, len(units))
-    return facts
+    stats: dict[str, Any] = run_task(_write_manifest, settings, len(units))
+    return stats
 
 
 def _write_manifest(settings: LabelSettings, units: int) -> dict[str, Any]:
-    """Bring the facts of all units together; the numbers of senses go beside them."""
+    """Write the number of senses of every token, and the manifest with the stats of all partitions."""
     run, dictionary = settings.run, SenseDictionary.load(settings.dictionary)
     sizes = np.diff(dictionary.offsets).astype(np.int32)
-
-    def write(path: Path) -> None:
-        storage.save_arrays(path, {"senses": sizes})
-
-    run.publish(run.label_senses, write)
-    found = []
+    run.publish(run.label_senses, lambda path: storage.save_arrays(path, {"senses": sizes}))
+    files = []
     for number in range(units):
-        facts = storage.facts_of(run.label_file(number), made_of=run.made_of)
-        if facts is None:
-            raise MsenseError(f"{run.label_file(number)} went missing: run the same command again")
-        found.append(LabelUnit(**{name: facts[name] for name in LabelUnit.model_fields}))
-    of = dictionary.config
+        stats = storage.facts_of(run.label_file(number), made_of=run.made_of)
+        if stats is None:
+            raise MsenseError(f"{run.label_file(number)} disappeared during the run: run the same command again")
+        files.append(LabelUnit(**{name: stats[name] for name in LabelUnit.model_fields}))
+    config = dictionary.config
     manifest = LabelManifest(
         made_of=run.made_of,
         dictionary=settings.fingerprint,
-        teacher=of.teacher,
-        tokenizer_fingerprint=of.tokenizer_fingerprint,
-        vocab_size=of.vocab_size,
-        dim=of.dim,
+        teacher=config.teacher,
+        tokenizer_fingerprint=config.tokenizer_fingerprint,
+        vocab_size=config.vocab_size,
+        dim=config.dim,
         metric=settings.metric,
-        temperature_unit=of.temperature_unit,
+        temperature_unit=config.temperature_unit,
         temperature=settings.temperature if settings.soft_targets else None,
         train_tokens=settings.train_tokens,
         held_out=settings.held_out,
@@ -361,14 +337,14 @@ def _write_manifest(settings: LabelSettings, units: int) -> dict[str, Any]:
         pooled=settings.pooled,
         pooling=settings.pooling,
         normalize=settings.normalize,
-        units=tuple(found),
+        units=tuple(files),
     )
     storage.write_json(run.label_manifest, manifest.model_dump(mode="json"))
     return label_facts(manifest)
 
 
 def label_facts(manifest: LabelManifest) -> dict[str, Any]:
-    """Return what is told of finished labels."""
+    """Return the stats of finished labels; `labelled` counts tokens with a sense, `held_out` passages."""
     units = manifest.units
     return {
         "units": len(units),

@@ -1,8 +1,7 @@
-"""What a student is trained towards: senses of its tokens, sentence vectors, hidden states; and how well it does.
+"""Training losses of a student against senses, sentence vectors and hidden states, and accuracy metrics.
 
-Comes in: a student's output, and labels. Goes out: sums and counts, apart from each other, so that a trainer divides by
-the count of the whole global batch. Every loss is differentiable in the student's embeddings only. Holds what
-`sense_losses` holds.
+Losses are sums with counts, so that the trainer can divide by the count of the whole global batch. They are
+differentiable in the student's embeddings only. For memory see `sense_losses`.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,61 +19,50 @@ from msense.errors import BadInput
 from msense.sense_losses import LossSum, SenseLabels, SenseSpace, sense_losses
 from msense.student.student import StudentOutput
 
+_LABEL_KINDS = {"sense": "sense numbers", "pooled": "sentence vectors", "replaced": "sentence vectors"}
+
 
 @dataclass(frozen=True)
 class Labelled:
-    """A batch of B passages of up to L tokens, N in all, with what the teacher said of it, as far as an objective asks for it.
+    """A batch of B passages of up to L tokens, N tokens in total, with the labels that the objective needs."""
 
-    Attributes:
-        ids: int64 [B, L], on the CPU.
-        mask: bool [B, L], on the student's device.
-        senses: of all B·L places, row by row; padding has none.
-        sentences: [B, D], the teacher's sentence vectors.
-        hidden: [N, D], its hidden states where the mask is true.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    senses: SenseLabels | None = None
-    sentences: Tensor | None = None
-    hidden: Tensor | None = None
+    ids: Tensor  # int64 [B, L], on the CPU
+    mask: Tensor  # bool [B, L], on the student's device
+    senses: SenseLabels | None = None  # of all B·L positions, row by row; padding has none
+    sentences: Tensor | None = None  # [B, D], the teacher's sentence vectors
+    hidden: Tensor | None = None  # [N, D], the teacher's hidden states where the mask is true
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Weights of the losses, each a mean over tokens or passages.
+    """Weights of the losses, each of which is a mean over tokens or passages.
 
-    Attributes:
-        sense: cross-entropy over the token's own senses.
-        pooled: 1 - cosine of the sentence vector and the teacher's.
-        replaced: the same of the sentence vector after soft replacement of the tokens, through which it is trained.
-        mse: mean squared difference of the hidden states.
-        cosine: 1 - cosine of the hidden states.
-        metric: of senses; None: the dictionary's.
-        temperature: divides scores of senses, in units of the dictionary's mean squared spread; None: bare scores.
+    Example:
+        >>> Mix(sense=1.0, pooled=50.0).weights()
+        {'sense': 1.0, 'pooled': 50.0}
     """
 
-    sense: float = 0.0
-    pooled: float = 0.0
-    replaced: float = 0.0
-    mse: float = 0.0
-    cosine: float = 0.0
-    metric: Metric | None = None
-    temperature: float | None = 1 / 3
+    sense: float = 0.0  # cross-entropy over the token's own senses
+    pooled: float = 0.0  # 1 - cosine between the student's and the teacher's sentence vector
+    replaced: float = 0.0  # as `pooled`, after soft replacement of the tokens by their senses
+    mse: float = 0.0  # mean squared difference of the hidden states
+    cosine: float = 0.0  # 1 - cosine of the hidden states
+    metric: Metric | None = None  # of sense scores; None: the dictionary's
+    temperature: float | None = (
+        1 / 3
+    )  # divides sense scores, in units of the mean squared RMS distance; None: raw scores
 
     def weights(self) -> dict[str, float]:
-        """Return the losses that count, by name."""
+        """Return the non-zero weights by loss name."""
         every = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("metric", "temperature")}
         return {name: weight for name, weight in every.items() if weight}
 
     def space(self, dictionary: SenseDictionary) -> SenseSpace:
-        """Return a dictionary's senses, kept ready for many batches.
-
-        Scores are divided by 1 where every sense is a single point and no spread tells how far is far.
-        """
-        of = dictionary.config
-        scale = 1.0 if self.temperature is None else self.temperature * of.temperature_unit or 1.0
-        return SenseSpace(dictionary.ragged, self.metric or of.metric, scale, kept=True)
+        """Return the dictionary's senses prepared for scoring many batches."""
+        config = dictionary.config
+        # a dictionary whose senses are single points has the unit 0
+        scale = 1.0 if self.temperature is None else self.temperature * config.temperature_unit or 1.0
+        return SenseSpace(dictionary.ragged, self.metric or config.metric, scale, kept=True)
 
 
 def loss_sums(
@@ -84,52 +72,43 @@ def loss_sums(
     space: SenseSpace,
     sentence: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, LossSum]:
-    """Compute the losses of a mix that have a weight, unweighted.
+    """Return the losses that have a weight in `mix` by name, unweighted; `weighted` combines them.
 
     Args:
-        mix: what to compute.
-        output: of the student for the batch.
-        batch: its labels.
-        space: of the mix, for the dictionary.
-        sentence: the student's pooling, of embeddings [B, L, D] and mask.
-
-    Returns:
-        By name; `weighted` makes one loss of them.
+        mix: the losses to compute.
+        output: the student's output for the batch.
+        batch: the labels.
+        space: `mix.space(dictionary)`.
+        sentence: the student's pooling of embeddings [B, L, D] and mask [B, L].
 
     Raises:
-        BadInput: a label is missing, or names a sense that is not there.
+        BadInput: a label is missing, or names a sense that does not exist.
     """
     mask = batch.mask
     names = mix.weights()
-    found: dict[str, LossSum] = {}
+    losses: dict[str, LossSum] = {}
     if "sense" in names or "replaced" in names:
-        labels = _needed(batch.senses, "sense") if "sense" in names else None
-        ids = batch.ids.masked_fill(~mask.cpu(), -1).view(-1).numpy()  # padding is of no token: it has no senses
+        labels = _require(batch.senses, "sense") if "sense" in names else None
+        ids = batch.ids.masked_fill(~mask.cpu(), -1).view(-1).numpy()  # -1 has no senses: padding is left out
         loss, means = sense_losses(output.senses.flatten(0, 1), ids, labels, space, replaced="replaced" in names)
         if loss is not None:
-            found["sense"] = loss
+            losses["sense"] = loss
         if means is not None:
             vectors = sentence(means.view_as(output.senses), mask)
-            found["replaced"] = cosine_loss(vectors, _needed(batch.sentences, "replaced"))
+            losses["replaced"] = cosine_loss(vectors, _require(batch.sentences, "replaced"))
     if "pooled" in names:
-        found["pooled"] = cosine_loss(sentence(output.hidden, mask), _needed(batch.sentences, "pooled"))
-    for name, loss_of in (("mse", mse_loss), ("cosine", cosine_loss)):
+        losses["pooled"] = cosine_loss(sentence(output.hidden, mask), _require(batch.sentences, "pooled"))
+    for name, compute in (("mse", mse_loss), ("cosine", cosine_loss)):
         if name in names:
-            found[name] = loss_of(output.hidden[mask], _needed(batch.hidden, name))
-    return found
+            losses[name] = compute(output.hidden[mask], _require(batch.hidden, name))
+    return losses
 
 
 def weighted(mix: Mix, sums: Mapping[str, LossSum], counts: Mapping[str, int], workers: int = 1) -> Tensor:
-    """Make one loss of sums: the only place where losses are normalised.
+    """Combine loss sums into one scalar; the only place where losses are normalised.
 
-    Gradients of several calls (accumulated batches) add up to that of the whole batch; where gradients are averaged over
-    workers, as data-parallel training does, their number makes up for it.
-
-    Args:
-        mix: the weights.
-        sums: of this call.
-        counts: of the whole global batch: of all calls and workers together.
-        workers: over which gradients are averaged.
+    `counts` are those of the whole global batch, so gradients of its slices add up to its gradient. Data-parallel
+    training averages gradients over workers, hence the factor `workers`.
     """
     weights = mix.weights()
     parts = [weights[name] * workers / max(1, counts[name]) * loss.total for name, loss in sums.items()]
@@ -137,56 +116,45 @@ def weighted(mix: Mix, sums: Mapping[str, LossSum], counts: Mapping[str, int], w
 
 
 def cosine_loss(found: Tensor, wanted: Tensor) -> LossSum:
-    """Sum of 1 - cosine over rows, of [M, D] and [M, D]."""
+    """Return the sum of 1 - cosine over the rows of [M, D] and [M, D]."""
     return LossSum((1 - cosine_similarity(found.float(), wanted.float(), dim=1)).sum(), len(found))
 
 
 def mse_loss(found: Tensor, wanted: Tensor) -> LossSum:
-    """Sum over rows of the mean squared difference, of [M, D] and [M, D]."""
+    """Return the sum over rows of the mean squared difference of [M, D] and [M, D]."""
     return LossSum((found.float() - wanted.float()).square().mean(1).sum(), len(found))
 
 
 def sense_accuracy(
     embeddings: Tensor, ids: np.ndarray, labels: np.ndarray, dictionary: SenseDictionary, metric: Metric | None = None
 ) -> LossSum:
-    """Count tokens whose nearest sense is the teacher's, of those that have a label.
-
-    Args:
-        embeddings: [N, D].
-        ids: integers [N].
-        labels: uint16 [N].
-        dictionary: of the senses.
-        metric: says what is near; default: the dictionary's.
-    """
+    """Count labelled tokens whose nearest sense is the teacher's: embeddings [N, D], ids [N], labels uint16 [N]."""
     rows = np.flatnonzero(labels != NO_SENSE)
     chosen = embeddings.detach().index_select(0, torch.from_numpy(rows).to(embeddings.device))
-    found = dictionary.assign(torch.from_numpy(ids[rows]), chosen, metric=metric).cpu().numpy()
-    return LossSum(torch.tensor(float((found == labels[rows]).sum())), len(rows))
+    nearest = dictionary.assign(torch.from_numpy(ids[rows]), chosen, metric=metric).cpu().numpy()
+    return LossSum(torch.tensor(float((nearest == labels[rows]).sum())), len(rows))
 
 
 def frequent_sense_accuracy(ids: np.ndarray, labels: np.ndarray, dictionary: SenseDictionary) -> LossSum:
-    """Count tokens for which the sense of the most points is the teacher's: what a student without context can reach.
+    """Count labelled tokens whose most frequent sense is the teacher's: the baseline without context.
 
-    Args:
-        ids: integers [N].
-        labels: uint16 [N].
-        dictionary: its counts say what is frequent.
+    Takes ids [N] and labels uint16 [N]. Ties go to the lowest sense number.
     """
     sizes = np.diff(dictionary.offsets)
     token = np.repeat(np.arange(len(sizes)), sizes)
-    order = np.lexsort((-np.asarray(dictionary.counts), token))  # stable: ties go to the lowest
+    order = np.lexsort((-np.asarray(dictionary.counts), token))  # stable, so ties keep their order
     frequent = np.full(len(sizes), NO_SENSE)
-    frequent[sizes > 0] = order[dictionary.offsets[:-1][sizes > 0]] - dictionary.offsets[:-1][sizes > 0]
+    starts = dictionary.offsets[:-1][sizes > 0]
+    frequent[sizes > 0] = order[starts] - starts
     rows = np.flatnonzero(labels != NO_SENSE)
     return LossSum(torch.tensor(float((frequent[ids[rows]] == labels[rows]).sum())), len(rows))
 
 
-def _needed(label: Any, name: str) -> Any:  # noqa: ANN401 - whatever the label is
-    """Return a label that an objective asks for."""
+def _require(label: Any, name: str) -> Any:  # noqa: ANN401 - SenseLabels or Tensor
+    """Return the label of a loss; raise BadInput if the batch has none."""
     if label is None:
-        kind = {"sense": "sense numbers", "pooled": "sentence vectors", "replaced": "sentence vectors"}
         raise BadInput(
-            f"the objective asks for {name}, but the labels hold no {kind.get(name, 'hidden states')}: make labels that do, "
-            "or choose another objective"
+            f"cannot compute the loss {name!r}: the labels hold no {_LABEL_KINDS.get(name, 'hidden states')}; "
+            "regenerate the labels with them, or choose another --objective"
         )
     return label

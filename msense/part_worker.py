@@ -1,8 +1,8 @@
-"""The actor that clusters parts of large tokens: ranges of unit files in, sums and counts out.
+"""The actor that holds chunks of large tokens and computes their sums and counts.
 
-Holds PARTS_HELD parts, 2 D + 16 bytes a point, until their tokens are finished; others it reads anew whenever it is
-asked about them. It reads and computes BLOCKS_AT_A_TIME blocks at a time (8 to 12 D bytes a row of these): torch's
-small results, scattered over the heap, would otherwise hold on to as much memory as the points take.
+It holds PARTS_HELD chunks (2 D + 16 bytes per point) until their tokens are finished, and reads others again for every
+call. It reads and computes BLOCKS_AT_A_TIME blocks at a time (8 to 12 D bytes per row): otherwise torch's small results,
+scattered over the heap, would retain as much memory as the points.
 """
 
 import math
@@ -19,14 +19,14 @@ from msense.occurrences import read_rows
 from msense.runtime import Row
 from msense.units import ClusterSettings, Range, exemplar_places, stored
 
-PARTS_HELD = 4  # by a worker; the rows of others are read anew whenever they are asked about
-BLOCKS_AT_A_TIME = 16  # of rows, when a worker reads or computes
+PARTS_HELD = 4  # chunks in a worker's memory
+BLOCKS_AT_A_TIME = 16
 Places = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A slice of one token's points, in corpus order."""
+    """A chunk of one token's points, in corpus order."""
 
     token: int
     first_row: int  # inside the token, a multiple of kmeans.BLOCK_ROWS
@@ -34,7 +34,12 @@ class Part:
 
 
 def cut(ranges: Sequence[Range], first: int, last: int) -> Iterator[Range]:
-    """Cut rows [first, last) out of ranges laid end to end."""
+    """Yield the ranges of rows [first, last) of the concatenated ranges.
+
+    Example:
+        >>> list(cut([Range(0, 10, 14), Range(1, 0, 9)], 2, 6))
+        [Range(unit=0, start=12, stop=14), Range(unit=1, start=0, stop=2)]
+    """
     at = 0
     for r in ranges:
         start, stop = max(first, at), min(last, at + r.stop - r.start)
@@ -52,10 +57,7 @@ def pieces(settings: ClusterSettings, ranges: Sequence[Range]) -> Iterator[np.nd
 
 
 class PartWorker:
-    """An actor that keeps its parts' points in memory and answers the driver's questions about them.
-
-    Each answer is about all of a token's parts that live here, added up.
-    """
+    """An actor that holds chunks of points; each call returns the sum over the given chunks of one token."""
 
     def __init__(self, settings: ClusterSettings) -> None:
         import torch
@@ -64,20 +66,19 @@ class PartWorker:
         self.settings = settings
         self.held: dict[Part, tuple[Any, Places]] = {}
 
-    def do(self, work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - whatever the work takes and gives
-        """Do other work with this worker's settings."""
+    def do(self, work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - as `work` has it
+        """Call a function with this worker's settings as the last argument."""
         return work(*arguments, self.settings)
 
     def partial(self, parts: Sequence[Part], state: kmeans.BlockedState) -> kmeans.Partial:
         """Return sums, counts and inertia of one round."""
-        state, config, device = _own(state), self.settings.kmeans, self.settings.device
-        found = (kmeans.partial(points, state, config, device=device) for _, points, _ in self._points(parts))
-        total = add_up(found)
+        state, config, device = _writable(state), self.settings.kmeans, self.settings.device
+        total = add_up(kmeans.partial(points, state, config, device=device) for _, points, _ in self._points(parts))
         return replace(total, inertia=_exact(total.inertia))
 
     def farthest(self, parts: Sequence[Part], state: kmeans.BlockedState, count: int) -> kmeans.Farthest:
         """Return the points farthest from their centroids."""
-        state, config, device = _own(state), self.settings.kmeans, self.settings.device
+        state, config, device = _writable(state), self.settings.kmeans, self.settings.device
         found = (
             kmeans.farthest(points, state, count, config, first_row=row, device=device)
             for row, points, _ in self._points(parts)
@@ -85,8 +86,8 @@ class PartWorker:
         return reduce(lambda first, second: kmeans.combine_farthest([first, second], count), found)
 
     def finish(self, parts: Sequence[Part], state: kmeans.BlockedState) -> tuple[kmeans.Finished, Places]:
-        """Return sums of squared distances per sense, and the places of the exemplars; let go of the parts."""
-        state, config, count = _own(state), self.settings.kmeans, self.settings.exemplars
+        """Return sums of squared distances per sense and the places of the exemplars; release the chunks."""
+        state, config, count = _writable(state), self.settings.kmeans, self.settings.exemplars
         squares: list[np.ndarray] = []
         exemplars: list[Places] = []
         for _, points, places in self._points(parts):
@@ -104,12 +105,12 @@ class PartWorker:
         return replace(done, assignment=done.assignment[:0], distance=done.distance[:0], squares=exact), exemplars[0]
 
     def _points(self, parts: Sequence[Part]) -> Iterator[tuple[int, Any, Places]]:
-        """Go through the points of parts, a few blocks at a time: first row inside the token, points, their places."""
+        """Yield the first row within the token, the points and their places, a few blocks at a time."""
         step = BLOCKS_AT_A_TIME * kmeans.BLOCK_ROWS
         for part in parts:
             if part not in self.held and len(self.held) < PARTS_HELD:
                 points, places = self._read(part.ranges)
-                self.held[part] = self._near(points), places
+                self.held[part] = self._on_device(points), places
             rows = sum(r.stop - r.start for r in part.ranges)
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
@@ -121,23 +122,21 @@ class PartWorker:
                 yield part.first_row + start, *found
 
     def _read(self, ranges: Sequence[Range]) -> tuple[Any, Places]:
-        """Read points [n, D] as stored and their places."""
-        rows = sum(r.stop - r.start for r in ranges)
-        points = np.empty((rows, self.settings.dim), np.uint16)
-        places = {name: np.empty(rows, np.int32) for name in ("token", "row", "position")}
+        """Read points [n, D] as stored, and their places."""
+        lengths = [r.stop - r.start for r in ranges]
+        points = np.empty((sum(lengths), self.settings.dim), np.uint16)
+        places = {name: np.empty(len(points), np.int32) for name in ("token", "row", "position")}
         start = 0
         for records in pieces(self.settings, ranges):
-            stop = start + len(records)
-            points[start:stop] = records["embedding"]
+            rows = slice(start, start := start + len(records))
+            points[rows] = records["embedding"]
             for name, column in places.items():
-                column[start:stop] = records[name]
-            start = stop
-        units = np.array([r.unit for r in ranges], np.int32)
-        places["unit"] = np.repeat(units, [r.stop - r.start for r in ranges])
+                column[rows] = records[name]
+        places["unit"] = np.repeat(np.array([r.unit for r in ranges], np.int32), lengths)
         return stored(points, self.settings.store_dtype), places
 
-    def _near(self, points: Any) -> Any:  # noqa: ANN401 - tensors
-        """Move a part's points to the GPU, if they take no more than half of what is free there: two workers share one."""
+    def _on_device(self, points: Any) -> Any:  # noqa: ANN401 - tensors
+        """Move a chunk's points to the GPU if they need at most half of its free memory: two workers may share it."""
         import torch
 
         if self.settings.device == "cpu" or 2 * points.nbytes > torch.cuda.mem_get_info()[0]:
@@ -145,14 +144,14 @@ class PartWorker:
         return points.to(self.settings.device)
 
 
-def _own(state: kmeans.BlockedState) -> kmeans.BlockedState:
-    """Copy a state's arrays: torch warns of those in Ray's store, which are read-only."""
+def _writable(state: kmeans.BlockedState) -> kmeans.BlockedState:
+    """Copy a state's arrays: torch warns about read-only ones, which those in Ray's object store are."""
     arrays: Row = {name: value.copy() for name, value in vars(state).items() if isinstance(value, np.ndarray)}
     return replace(state, **arrays)
 
 
 def add_up(found: Iterator[kmeans.Partial]) -> kmeans.Partial:
-    """Add up results in the order of their rows, as `kmeans.combine`, but holding two at a time."""
+    """Add up results in row order, as `kmeans.combine`, but with only two in memory."""
     first = next(found)
     sums, counts, inertia = first.sums.copy(), first.counts.copy(), [first.inertia]
     for other in found:
@@ -163,7 +162,7 @@ def add_up(found: Iterator[kmeans.Partial]) -> kmeans.Partial:
 
 
 def _exact(values: np.ndarray) -> np.ndarray:
-    """Return the few numbers float64 [m] whose exact sum is that of the values: `math.fsum` cannot tell them apart."""
+    """Return a few numbers, float64 [m], with exactly the sum of the values, so that `math.fsum` gives equal results."""
     left, few = values.tolist(), []
     while math.isfinite(total := math.fsum(left)) and total:
         few.append(total)
@@ -172,7 +171,7 @@ def _exact(values: np.ndarray) -> np.ndarray:
 
 
 def nearest_of(several: Sequence[Places], count: int) -> Places:
-    """Keep the exemplars nearest to each sense; ties go to the earlier ones."""
+    """Return the exemplars nearest to each sense; ties go to the earlier ones."""
     places = {f"exemplar_{name}": np.concatenate([p[f"exemplar_{name}"] for p in several]) for name in PLACE}
     chosen, rank = nearest(places["exemplar_sense"], places["exemplar_distance"], count)
     return {name: column[chosen] for name, column in places.items()} | {"exemplar_rank": rank}

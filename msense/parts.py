@@ -1,22 +1,13 @@
-"""Tokens too large for one worker: their rows' ranges in, a centroids file a token out.
+"""Cluster tokens that are too large for one worker: their points are split into chunks held by several actors.
 
-A token's points are cut, in corpus order, into parts that stay on several workers. Every round each worker adds up the
-float64 sums and counts of its parts, the driver adds up those of the workers, sends out the new centroids and, while
-the workers compute, writes them down: a later run goes on from there. Each token goes round at its own pace.
+In each round every worker sums its chunks per cluster, the driver adds the workers' sums and sends out new centroids,
+and writes them to the run folder while the workers compute, so that a later run resumes there. Tokens converge
+independently of each other.
 
-What that costs, for N points of width D in P parts, K senses and W workers; n = N ceil(P / W) / P are the points of the
-worker with most, u those of them that are in none of the PARTS_HELD parts it holds, B = 16,384 rows read at a time:
-
-    seconds a round    a n D K + e n D + f u (20 + 2 D) + b W (12 D + 16) K + c
-    bytes a round      to each worker 4 K D + 4 D + 8 K, from each K (8 D + 8), and some 500: no part, no block counts
-    reads, of 20 + 2 D bytes: N once and u again every round; first SEED_POINTS and some windows
-    memory of a worker (n - u) (2 D + 16) + 8 B D, or 12 B D where u > 0, + 24 K D, over what torch takes
-    memory of the driver 32 K D, and about 200 for each unit and part, of each token that is under way
-    of it to prepare a token: SEED_POINTS (6 D + 60) more
-
-`jobs/bench.py parts` holds it against measurement. With D = 384 on two cores of 2026: a 1.7e-11 s, e 9.6e-10 s,
-f 7e-10 s (from the system's cache; a disk of 200 MB/s has 5e-9), c 8 ms; b is that of the network. On a GPU a worker
-keeps points there, 2 D bytes each, where they fit, else in its own memory, whence every round moves them.
+For N points of width D and K senses, a round costs about N x D x K multiplications, and sends 4 K D bytes to and 8 K D
+bytes from each worker; no traffic grows with N. A worker holds up to PARTS_HELD chunks (2 D + 16 bytes per point, on
+the GPU where they fit) and reads others again in every round. The driver holds 32 K D bytes per active token, and needs
+SEED_POINTS (6 D + 60) bytes more to prepare one.
 """
 
 import logging
@@ -24,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,12 +26,12 @@ from msense.units import ClusterSettings, Range, as_stored, read_ranges, senses_
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 64  # rows of a unit, and as many more as chance may need, that are looked at for a token's first rows by key
+WINDOW = 64  # rows on each side of the expected cut, in addition to four standard deviations, in which it is searched
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A token cut into parts and seeded."""
+    """A token split into chunks, with its initial centroids."""
 
     parts: tuple[Part, ...]
     state: kmeans.BlockedState
@@ -50,10 +40,7 @@ class Prepared:
 def cluster_large(waiting: dict[int, list[Range]], settings: ClusterSettings, resources: Resources) -> None:
     """Cluster tokens of more than `max_points_per_part` points, as many at a time as the workers can hold.
 
-    Args:
-        waiting: by token, its rows in every unit, in corpus order.
-        settings: run folder and k-means settings.
-        resources: how many workers.
+    `waiting` holds the rows of each token in every partition, in corpus order.
     """
     with part_workers(settings, resources) as workers:
         rows = cluster_on(workers, waiting, settings)
@@ -63,11 +50,11 @@ def cluster_large(waiting: dict[int, list[Range]], settings: ClusterSettings, re
 
 @contextmanager
 def part_workers(settings: ClusterSettings, resources: Resources) -> Iterator[list[Any]]:
-    """Start as many actors as may cluster at a time, and end them."""
+    """Start the actors that cluster large tokens; they are killed on exit."""
     import ray
 
     needs = {**resources.clustering, "max_restarts": 3, "scheduling_strategy": "SPREAD"}
-    needs |= {"max_task_retries": -1}  # while Ray does not know yet that a node is gone, each try of a call counts
+    needs |= {"max_task_retries": -1}  # until Ray notices that a node is gone, every attempt of a call would count
     count = refreshed(resources).clusterers
     workers = [ray.remote(PartWorker).options(**needs).remote(settings) for _ in range(count)]
     try:
@@ -78,18 +65,18 @@ def part_workers(settings: ClusterSettings, resources: Resources) -> Iterator[li
 
 
 def cluster_on(workers: Sequence[Any], waiting: dict[int, list[Range]], settings: ClusterSettings) -> Iterator[Row]:
-    """Run rounds until every token has converged, each at its own pace; yield once a token.
+    """Run rounds until every token has converged; yield once per finished token.
 
-    A token is taken in as soon as the workers can hold its parts; one of more parts than they can hold has them alone.
+    A token starts as soon as the workers can hold its chunks; one with more chunks than that runs alone.
     """
     room, load = PARTS_HELD * len(workers), [0] * len(workers)
-    coming = _prepared(waiting, workers)
-    following = next(coming, None)
+    prepared = _prepared(waiting, workers)
+    following = next(prepared, None)
     working: deque[_Token] = deque()
     while working or following:
         while following and (not working or sum(load) + len(following.parts) <= room):
-            working.append(_take_in(following, settings, workers, load))
-            following = next(coming, None)
+            working.append(_start(following, settings, workers, load))
+            following = next(prepared, None)
         token = working.popleft()
         if token.close_round(settings):
             working.append(token)
@@ -100,7 +87,7 @@ def cluster_on(workers: Sequence[Any], waiting: dict[int, list[Range]], settings
 
 
 def _prepared(waiting: dict[int, list[Range]], workers: Sequence[Any]) -> Iterator[Prepared]:
-    """Have the workers, which hold all GPUs, prepare tokens, one each at a time; yield them in order."""
+    """Prepare tokens on the workers, which hold all GPUs, one per worker at a time; yield them in order."""
     running: deque[Any] = deque()
     for number, (token, ranges) in enumerate(sorted(waiting.items())):
         running.append(workers[number % len(workers)].do.remote(prepare, token, ranges))
@@ -111,7 +98,7 @@ def _prepared(waiting: dict[int, list[Range]], workers: Sequence[Any]) -> Iterat
 
 
 def prepare(token: int, ranges: list[Range], settings: ClusterSettings) -> Prepared:
-    """Find a token's points (the first `max_occurrences` by key), cut them into parts, and seed it."""
+    """Select a token's points (the first `max_occurrences` by key), split them into chunks and choose the seeds."""
     chosen = first_by_key(settings, ranges, settings.max_occurrences) if settings.max_occurrences else ranges
     records, _ = read_ranges(settings, first_by_key(settings, chosen, kmeans.SEED_POINTS))
     embeddings = records["embedding"][np.argsort(records["key"], kind="stable")]
@@ -125,17 +112,17 @@ def prepare(token: int, ranges: list[Range], settings: ClusterSettings) -> Prepa
 
 
 def first_by_key(settings: ClusterSettings, ranges: list[Range], count: int) -> list[Range]:
-    """Cut a token's ranges down to its first `count` rows by key, ties in corpus order.
+    """Shorten a token's ranges to its first `count` rows by key, ties in corpus order.
 
-    Rows of a unit are in the order of their keys, and keys are random: where the cut lies in a range is nearly known.
-    Only a window of rows around is read, a wider one where it holds no cut.
+    The rows of a partition are sorted by key, and keys are random, so the position of the cut in each range is almost
+    known. Only a window of rows around it is read, and widened where it does not contain the cut.
     """
     rows = np.array([r.stop - r.start for r in ranges])
     if count >= rows.sum():
         return ranges
-    expected, chance = rows * (count / rows.sum()), WINDOW + 4 * np.sqrt(rows)
-    low = np.maximum(expected - chance, 0).astype(np.int64)
-    high = np.minimum(np.ceil(expected + chance), rows).astype(np.int64)
+    expected, margin = rows * (count / rows.sum()), WINDOW + 4 * np.sqrt(rows)
+    low = np.maximum(expected - margin, 0).astype(np.int64)
+    high = np.minimum(np.ceil(expected + margin), rows).astype(np.int64)
     while True:
         cuts = zip(ranges, low.tolist(), high.tolist(), strict=True)
         windows = [Range(r.unit, r.start + first, r.start + last) for r, first, last in cuts]
@@ -149,50 +136,51 @@ def first_by_key(settings: ClusterSettings, ranges: list[Range], count: int) -> 
 
 
 def _prefixes(ranges: list[Range], counts: np.ndarray) -> list[Range]:
-    """Cut every range down to its number of rows."""
+    """Shorten every range to its number of rows; empty ones are dropped."""
     cut = zip(ranges, counts.tolist(), strict=True)
     return [Range(r.unit, r.start, r.start + count) for r, count in cut if count]
 
 
 @dataclass
 class _Token:
-    """A token whose rounds are under way, as the driver sees it."""
+    """The driver's view of a token whose rounds are in progress."""
 
     state: kmeans.BlockedState
-    homes: list[tuple[int, Any, int]]  # worker's number, reference to its parts in order, how many
+    homes: list[tuple[int, Any, int]]  # worker's number, reference to its chunks in order, their number
     workers: Sequence[Any]
-    given: Any = None  # reference to the state that the workers were asked with
-    asked: deque[Any] = field(default_factory=deque)
+    state_ref: Any = None  # reference to the state of the current round
+    pending: deque[Any] = field(default_factory=deque)
 
-    def ask(self) -> None:
-        """Have the workers begin a round."""
+    def begin_round(self) -> None:
+        """Start a round on the workers."""
         import ray
 
-        self.given = ray.put(self.state)
-        self.asked = deque(self.workers[w].partial.remote(parts, self.given) for w, parts, _ in self.homes)
+        self.state_ref = ray.put(self.state)
+        self.pending = deque(self.workers[w].partial.remote(parts, self.state_ref) for w, parts, _ in self.homes)
 
     def close_round(self, settings: ClusterSettings) -> bool:
-        """Add up what the workers found and begin the next round, or write the token's file; tell if it goes on."""
+        """Add up the results, then begin the next round or write the token's file; return whether it continues."""
         import ray
 
-        total = add_up(get(self.asked.popleft()) for _ in self.homes)
+        total = add_up(get(self.pending.popleft()) for _ in self.homes)
         far = None
         if empty := int((total.counts == 0).sum()):
-            asked = [self.workers[w].farthest.remote(parts, self.given, empty) for w, parts, _ in self.homes]
-            far = kmeans.combine_farthest(get(asked), empty)
+            results = [self.workers[w].farthest.remote(parts, self.state_ref, empty) for w, parts, _ in self.homes]
+            far = kmeans.combine_farthest(get(results), empty)
         self.state = state = kmeans.update(self.state, total, settings.kmeans, far)
         logger.debug("token %d: round %d, inertia %.9g", state.token_id, state.rounds, state.inertia)
         if state.final is None:
-            self.ask()
+            self.begin_round()
             _write_round(settings, state)  # while the workers compute
             return True
-        self.given = ray.put(state)
-        _write_token(settings, state, get([self.workers[w].finish.remote(p, self.given) for w, p, _ in self.homes]))
+        self.state_ref = ray.put(state)
+        results = [self.workers[w].finish.remote(parts, self.state_ref) for w, parts, _ in self.homes]
+        _write_token(settings, state, get(results))
         return False
 
 
-def _take_in(prepared: Prepared, settings: ClusterSettings, workers: Sequence[Any], load: list[int]) -> _Token:
-    """Give a token's parts to the workers that have fewest, neighbours to the same one, and begin its rounds."""
+def _start(prepared: Prepared, settings: ClusterSettings, workers: Sequence[Any], load: list[int]) -> _Token:
+    """Distribute a token's chunks over the workers with the lowest load, neighbours together; begin its first round."""
     import ray
 
     before = list(load)
@@ -205,42 +193,30 @@ def _take_in(prepared: Prepared, settings: ClusterSettings, workers: Sequence[An
         for worker, (count, stop) in enumerate(zip(counts, stops, strict=True))
         if count
     ]
-    state = _resume(settings, prepared.state.token_id) or prepared.state
-    token = _Token(state, homes, workers)
-    token.ask()
+    token = _Token(_resume(settings, prepared.state.token_id) or prepared.state, homes, workers)
+    token.begin_round()
     return token
 
 
 def _write_round(settings: ClusterSettings, state: kmeans.BlockedState) -> None:
-    """Write down where a token stands after a round."""
+    """Write a token's state, for `_resume`."""
     arrays = {name: np.asarray(value) for name, value in asdict(state).items() if value is not None}
-
-    def write(path: Path) -> None:
-        storage.save_arrays(path, arrays)
-
-    settings.run.publish(settings.run.round_file(state.token_id), write)
+    settings.run.publish(settings.run.round_file(state.token_id), lambda path: storage.save_arrays(path, arrays))
 
 
 def _resume(settings: ClusterSettings, token: int) -> kmeans.BlockedState | None:
-    """Return where an earlier run left a token."""
+    """Return a token's state at the end of an earlier run, if any."""
     file = settings.run.round_file(token)
     if storage.facts_of(file, verify=True, made_of=settings.run.made_of) is None:
         return None
-    arrays = storage.load_arrays(file)
-    return kmeans.BlockedState(
-        token_id=arrays["token_id"].item(),
-        centroids=arrays["centroids"],
-        shift=arrays["shift"],
-        counts=arrays["counts"],
-        inertia=arrays["inertia"].item(),
-        rounds=arrays["rounds"].item(),
-    )
+    values: dict[str, Any] = storage.load_arrays(file)
+    return kmeans.BlockedState(**{name: value if value.ndim else value.item() for name, value in values.items()})
 
 
 def _write_token(
     settings: ClusterSettings, state: kmeans.BlockedState, parts: list[tuple[kmeans.Finished, Places]]
 ) -> None:
-    """Write the centroids file of a finished token and forget its rounds."""
+    """Write the centroids file of a finished token and remove its state file."""
     assert state.final is not None
     counts, spread, inertia = kmeans.summary(state, [done for done, _ in parts])
     arrays = {
@@ -252,10 +228,7 @@ def _write_token(
         "inertia": np.array([inertia]),
         **nearest_of([places for _, places in parts], settings.exemplars),
     }
-
-    def write(path: Path) -> None:
-        storage.save_arrays(path, arrays)
-
-    settings.run.publish(settings.run.token_file(state.token_id), write)
-    for name in (settings.run.round_file(state.token_id), settings.run.round_file(state.token_id) + storage.MARKER):
+    run, token = settings.run, state.token_id
+    run.publish(run.token_file(token), lambda path: storage.save_arrays(path, arrays))
+    for name in (run.round_file(token), run.round_file(token) + storage.MARKER):
         storage.remove(name)

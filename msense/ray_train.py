@@ -1,8 +1,4 @@
-"""Ray Train, seen from the jobs: workers that train until the last of them is done, from the last checkpoint on.
-
-Comes in: a worker's function and what it is told. Goes out: what the first worker returned, and the last checkpoint. Holds
-settings only.
-"""
+"""Ray Train as the jobs use it: run training workers, resumed from the last checkpoint, until the last epoch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,27 +9,24 @@ from msense.run_folder import RunFolder
 from msense.runtime import TASK_CPUS, Resources
 from msense.train_progress import shown
 
-WAIT_SECONDS = 1800  # that workers wait for one another
-MAX_FAILURES = 3  # of workers: more is no accident
+WAIT_SECONDS = 1800  # timeout of collective operations
+MAX_FAILURES = 3  # of workers, before the training is given up
 
 
 def fit(
     name: str, worker: Callable[[dict[str, Any]], Any], told: dict[str, Any], run: RunFolder, resources: Resources
 ) -> Any:  # noqa: ANN401 - Ray Train's
-    """Train, or go on with a training of this name that was cut off.
+    """Start a training, or resume an interrupted one of this name; return Ray Train's result.
 
     Args:
-        name: of the training, by all that its result depends on.
-        worker: its function; reports checkpoints.
-        told: what it is given.
+        name: identifies the training by everything that its result depends on.
+        worker: function of each worker; reports checkpoints.
+        told: its argument.
         run: run folder, for checkpoints and progress.
-        resources: workers.
-
-    Returns:
-        Ray Train's result.
+        resources: number and device of the workers.
 
     Raises:
-        MsenseError: workers failed again and again; tells the cause.
+        MsenseError: workers failed repeatedly; names the cause.
     """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -57,12 +50,12 @@ def fit(
     try:
         with shown(run):
             return trainer.fit()
-    except Exception as error:  # Ray wraps whatever a worker raised in errors of its own
+    except Exception as error:  # Ray wraps a worker's exception in several of its own
         raise MsenseError(f"training failed: {_cause(error)}") from error
 
 
 def _storage(uri: str) -> dict[str, Any]:
-    """Return where checkpoints go: on a store by the client of all other files, with its patience and credentials."""
+    """Return Ray Train's storage options; remote stores use msense's client, with its retries and credentials."""
     if stores.is_local(uri):
         return {"storage_path": uri}
     from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -72,13 +65,10 @@ def _storage(uri: str) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the last line of what a worker said, or what a page of Ray's own words comes to."""
+    """Return the last line of a worker's error, or a summary of Ray's out-of-memory report."""
     while error.__cause__ is not None:
         error = error.__cause__
-    told = str(error).strip() or type(error).__name__
-    if "out of memory issue" in told:
-        return (
-            "the machine ran out of memory, and Ray killed a worker; end what else takes memory there, or give --workers a "
-            "smaller number"
-        )
-    return told.splitlines()[-1]
+    message = str(error).strip() or type(error).__name__
+    if "out of memory issue" in message:
+        return "the machine ran out of memory and Ray killed a worker; stop other processes there, or lower --workers"
+    return message.splitlines()[-1]

@@ -1,7 +1,4 @@
-"""Temporary folders and names: told from all others, and removed even when the process that made them was killed.
-
-Holds nothing but names.
-"""
+"""Temporary folders and names that are recognisable, and removed even if their process was killed."""
 
 import re
 import shutil
@@ -18,18 +15,15 @@ _PREFIX = "msense-"
 
 @contextmanager
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """Give a folder for temporary files, and remove it; those that killed processes left behind go with it.
+    """Create a temporary folder in `parent` (default: the system's) and remove it on exit.
 
-    Each is locked by its process, so that one without a holder is known to be left behind.
-
-    Args:
-        parent: where to make it; None = the system's temporary folder.
+    Also removes the folders that killed processes left: those whose lock nobody holds.
     """
     parent = parent or Path(tempfile.gettempdir())
-    for left in parent.glob(f"{_PREFIX}*.lock"):
-        if re.fullmatch(rf"{_PREFIX}[0-9a-f]{{8}}", left.stem):  # ours by its name
-            _remove_unheld(left)
-    lock = parent / f"{_PREFIX}{_unique()}.lock"  # short: Ray puts sockets into one
+    for lock in parent.glob(f"{_PREFIX}*.lock"):
+        if re.fullmatch(rf"{_PREFIX}[0-9a-f]{{8}}", lock.stem):
+            _remove_unlocked(lock)
+    lock = parent / f"{_PREFIX}{_unique()}.lock"  # short, because Ray creates sockets in such folders
     folder = lock.with_suffix("")
     with FileLock(lock):
         folder.mkdir(mode=0o700)
@@ -40,13 +34,13 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
             lock.unlink(missing_ok=True)
 
 
-def _remove_unheld(lock: Path) -> None:
-    """Remove a scratch folder whose process is gone."""
+def _remove_unlocked(lock: Path) -> None:
+    """Remove a temporary folder whose process has ended."""
     try:
         with FileLock(lock, timeout=0):
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink(missing_ok=True)
-    except (Timeout, OSError):  # at work, or another user's
+    except (Timeout, OSError):  # in use, or another user's
         return
 
 
@@ -55,10 +49,10 @@ def _unique() -> str:
 
 
 def scratch_name(path: Path) -> Path:
-    """Return a temporary name beside a path, told from all others by `is_scratch`."""
+    """Return a temporary name beside a path, recognised by `is_scratch`."""
     return path.with_name(f".{path.name}.{_unique()}.part")
 
 
 def is_scratch(path: Path) -> bool:
-    """Tell whether a name is a temporary one of ours."""
+    """Return whether a path has a name from `scratch_name`."""
     return re.fullmatch(r"\..+\.[0-9a-f]{8}\.part", path.name) is not None

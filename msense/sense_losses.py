@@ -1,8 +1,7 @@
-"""Losses over the senses of tokens: cross-entropy with the teacher's sense, and soft replacement that gradients flow through.
+"""Losses over the senses of tokens: cross-entropy with the teacher's sense, and differentiable soft replacement.
 
-Comes in: embeddings [N, D], token ids, a dictionary's senses. Goes out: a sum and [N, D], differentiable in the embeddings
-only. Scores are computed once for both. Holds N·D numbers, for the way back N·K chances and `HELD_NUMBERS` of senses, one
-batch of `assignment.BATCH_ELEMENTS` a few times, never [N, K, D]; and the senses in float32 where they are kept ready.
+Both use the same scores, computed once. Memory: N·D numbers, N·K probabilities and `HELD_NUMBERS` of senses kept for
+the backward pass, a few times `assignment.BATCH_ELEMENTS`, and optionally the senses in float32; never [N, K, D].
 """
 
 from collections.abc import Iterator
@@ -17,14 +16,14 @@ from msense.config import NO_SENSE, Metric
 from msense.dictionary.assignment import Batch, RaggedSenses, batch_elements, ragged_batches, real
 from msense.errors import BadInput
 
-HELD_NUMBERS = 1 << 24  # of a batch's senses between the two ways; the others are fetched again
-KEPT_BYTES = 1 << 30  # of senses kept ready in float32; of a larger dictionary they are made ready batch by batch
-_ROWS = 1 << 16  # made ready at a time
+HELD_NUMBERS = 1 << 24  # gathered sense elements kept between forward and backward; the rest is gathered again
+KEPT_BYTES = 1 << 30  # largest float32 cache of prepared senses; larger dictionaries are prepared batch by batch
+_ROWS = 1 << 16  # senses prepared at a time
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """A loss summed over what it counts; the mean of several is the sum of totals by the sum of counts."""
+    """A loss summed over `count` items; the mean over several is the sum of totals divided by the sum of counts."""
 
     total: Tensor  # scalar
     count: int  # tokens or passages
@@ -32,40 +31,35 @@ class LossSum:
 
 @dataclass(frozen=True)
 class SenseLabels:
-    """The senses that the teacher picked, hard or soft.
+    """The teacher's senses of N tokens, hard or soft."""
 
-    Attributes:
-        numbers: uint16 [N], or [N, m]: of the m nearest; 65535 for none.
-        weights: float [N, m], from 0 on; a token's are brought to the sum 1. None: all equal.
-    """
-
-    numbers: np.ndarray
-    weights: np.ndarray | None = None
+    numbers: np.ndarray  # uint16 [N], or [N, m] for the m nearest; 65535 = none
+    weights: np.ndarray | None = None  # float [N, m], non-negative, normalised per token; None: all equal
 
 
 class SenseSpace:
-    """A dictionary's senses, to be scored: minus the squared distance, the dot product or the cosine, by a scale.
+    """A dictionary's senses with a score: negative squared distance, dot product or cosine, divided by a scale.
 
-    For l2 senses are taken against the first of their token, so that embeddings far from zero keep the digits that tell
-    senses apart; no softmax over a token's senses sees the difference.
+    For l2, senses are taken relative to the first sense of their token, which keeps precision for embeddings far from
+    zero and does not change the softmax over a token's senses.
+
+    Example:
+        >>> senses = RaggedSenses(np.array([0, 2]), (torch.tensor([[0.0, 0], [2, 0]]),))
+        >>> space = SenseSpace(senses, "l2", scale=1.0)
+        >>> loss, _ = sense_losses(torch.zeros(1, 2), np.array([0]), SenseLabels(np.array([0])), space, replaced=False)
+        >>> round(loss.total.item(), 4)  # log(1 + exp(-4))
+        0.0181
     """
 
     def __init__(self, senses: RaggedSenses, metric: Metric, scale: float, *, kept: bool = False) -> None:
-        """Take senses as they are.
-
-        Args:
-            senses: of the dictionary, best on the embeddings' device.
-            metric: l2, dot or cosine.
-            scale: divides the scores.
-            kept: keep them ready in float32, for many calls (up to KEPT_BYTES).
-        """
+        """Store the senses, best on the embeddings' device; `kept` caches them prepared, up to KEPT_BYTES."""
         self.senses, self.metric, self.scale = senses, metric, scale
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._cache: tuple[Tensor, Tensor] | None = None
         if kept and sum(part.numel() for part in senses.parts) * 4 <= KEPT_BYTES:
             first = torch.from_numpy(np.repeat(senses.offsets[:-1], np.diff(senses.offsets)))
-            parts = [self._made(rows, first[rows], torch.float32) for rows in torch.arange(len(first)).split(_ROWS)]
+            parts = [self._prepare(rows, first[rows], torch.float32) for rows in torch.arange(len(first)).split(_ROWS)]
             if parts:
-                self._kept = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+                self._cache = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def batches(self, embeddings: Tensor, ids: np.ndarray) -> "Iterator[_Scored]":
         """Yield batches of embeddings [N, D] of tokens [N] with their logits, in the working dtype."""
@@ -75,52 +69,48 @@ class SenseSpace:
             points = self.points(embeddings, rows)
             ready, bias = self.ready(batch, points)
             if self.metric == "l2":
-                found = torch.baddbmm(bias[:, None], points, ready.transpose(1, 2), beta=-1, alpha=2)
+                scores = torch.baddbmm(bias[:, None], points, ready.transpose(1, 2), beta=-1, alpha=2)
             else:
-                asked = torch.nn.functional.normalize(points, dim=2) if self.metric == "cosine" else points
-                found = torch.bmm(asked, ready.transpose(1, 2))
+                points = torch.nn.functional.normalize(points, dim=2) if self.metric == "cosine" else points
+                scores = torch.bmm(points, ready.transpose(1, 2))
             if batch.present is not None:
-                found.masked_fill_(~batch.present[:, None].to(device), -torch.inf)
-            logits = found.sub_(found.amax(2, keepdim=True)).div_(self.scale)  # so a tiny scale does not overflow
+                scores.masked_fill_(~batch.present[:, None].to(device), -torch.inf)
+            logits = scores.sub_(scores.amax(2, keepdim=True)).div_(self.scale)  # maximum first: no overflow
             yield _Scored(batch, rows, ready, logits)
 
     def points(self, embeddings: Tensor, rows: Tensor) -> Tensor:
         """Return rows [T, n] of embeddings [N, D] as [T, n, D], in the working dtype."""
-        found = embeddings.index_select(0, rows.view(-1))
-        return found.to(torch.promote_types(found.dtype, torch.float32)).view(*rows.shape, -1)
+        chosen = embeddings.index_select(0, rows.view(-1))
+        return chosen.to(torch.promote_types(chosen.dtype, torch.float32)).view(*rows.shape, -1)
 
     def ready(self, batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a batch's senses as they are multiplied [T, K, D], and what l2 takes off their scores [T, K].
-
-        Both have the dtype and device of `like`.
-        """
+        """Return prepared senses [T, K, D] and the l2 bias of their scores [T, K], in `like`'s dtype and device."""
         rows, shape = batch.senses.view(-1), batch.senses.shape
-        if self._kept is not None and like.dtype == torch.float32:
+        if self._cache is not None and like.dtype == torch.float32:
             rows = rows.to(like.device)
-            ready, bias = self._kept[0].index_select(0, rows), self._kept[1].index_select(0, rows)
+            ready, bias = self._cache[0].index_select(0, rows), self._cache[1].index_select(0, rows)
         else:
             first = batch.senses[:, :1].expand(shape).reshape(-1)
-            ready, bias = (part.to(like.device) for part in self._made(rows, first, like.dtype))
+            ready, bias = (part.to(like.device) for part in self._prepare(rows, first, like.dtype))
         return ready.view(*shape, -1), bias.view(shape)
 
     def mean(self, chances: Tensor, batch: Batch, ready: Tensor) -> Tensor:
-        """Return the mean of each token's senses [T, n, D], weighted by chances [T, n, K] of sum 1."""
+        """Return the mean of each token's senses [T, n, D], weighted by probabilities [T, n, K]."""
         if self.metric == "dot":
             return torch.bmm(chances, ready)
         if self.metric == "l2":
             origin = self.senses.rows(batch.senses[:, 0]).to(ready.device, ready.dtype)
             return torch.baddbmm(origin[:, None], chances, ready)
-        own = self.senses.rows(batch.senses.view(-1)).to(ready.device, ready.dtype)
-        return torch.bmm(chances, own.view(ready.shape))
+        return torch.bmm(chances, self._raw(batch, ready))
 
     def above(self, upstream: Tensor, batch: Batch, ready: Tensor) -> Tensor:
-        """Return the products [T, n, K] of gradients [T, n, D] with senses, but for a constant of each embedding."""
+        """Return products [T, n, K] of upstream gradients [T, n, D] with senses, up to a constant per embedding."""
         if self.metric == "cosine":
-            ready = self.senses.rows(batch.senses.view(-1)).to(ready.device, ready.dtype).view(ready.shape)
+            ready = self._raw(batch, ready)
         return torch.bmm(upstream, ready.transpose(1, 2))
 
     def pull(self, weights: Tensor, embeddings: Tensor, rows: Tensor, ready: Tensor) -> Tensor:
-        """Return the gradient in rows of embeddings [T, n, D] of Σ weights · logits, the weights of each summing to 0."""
+        """Return the gradient [T, n, D] of Σ weights · logits in rows of embeddings; weights [T, n, K] sum to 0."""
         towards = torch.bmm(weights, ready)
         if self.metric != "cosine":
             return towards.mul_((2 if self.metric == "l2" else 1) / self.scale)
@@ -129,8 +119,12 @@ class SenseSpace:
         unit = points / length
         return (towards - unit * (unit * towards).sum(2, keepdim=True)) / (length * self.scale)
 
-    def _made(self, rows: Tensor, first: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Make senses ready: int64 [M] and the first rows of their tokens in, [M, D] and [M] out."""
+    def _raw(self, batch: Batch, like: Tensor) -> Tensor:
+        """Return a batch's unprepared senses [T, K, D]."""
+        return self.senses.rows(batch.senses.view(-1)).to(like.device, like.dtype).view(like.shape)
+
+    def _prepare(self, rows: Tensor, first: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return prepared senses [M, D] and biases [M] of rows int64 [M], given the first rows of their tokens."""
         own = self.senses.rows(rows).to(dtype)
         if self.metric == "l2":
             origin = self.senses.rows(first).to(dtype)
@@ -143,27 +137,27 @@ class SenseSpace:
 def sense_losses(
     embeddings: Tensor, ids: np.ndarray, labels: SenseLabels | None, space: SenseSpace, *, replaced: bool
 ) -> tuple[LossSum | None, Tensor | None]:
-    """Cross-entropy over each token's own senses, and the embeddings replaced softly by them, of one look at them.
+    """Return the cross-entropy over each token's own senses, and the softly replaced embeddings.
 
     Args:
         embeddings: floating point [N, D].
         ids: integers [N].
-        labels: of these N tokens, for the cross-entropy of softmax(scores / scale); tokens without a label are left out.
+        labels: targets of softmax(scores / scale) for these N tokens; unlabelled tokens are ignored. None: no loss.
         space: the senses.
         replaced: also return the softmax(scores / scale)-weighted means of the senses, [N, D] in the embeddings' dtype;
-            embeddings of tokens without senses as they are.
+            embeddings of tokens without senses are returned unchanged.
 
     Raises:
-        BadInput: shapes do not fit, or a label names a sense that its token does not have.
+        BadInput: shapes do not match, or a label names a sense that its token does not have.
     """
     target = None if labels is None else _target(labels, ids, space.senses.offsets, embeddings.device)
     total, means = _SenseLosses.apply(embeddings, ids, space, target, replaced)
-    loss = None if target is None else LossSum(total, target.labelled)
+    loss = None if target is None else LossSum(total, target.tokens)
     return loss, means if replaced else None
 
 
 class _Scored(NamedTuple):
-    """A batch among its senses."""
+    """A batch of tokens scored against their senses."""
 
     batch: Batch
     rows: Tensor  # int64 [T, n]
@@ -172,16 +166,16 @@ class _Scored(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """What the teacher picked; rows of tokens without a label are zero."""
+    """The teacher's senses; rows of unlabelled tokens are zero."""
 
     numbers: Tensor  # int64 [N, m]
     weights: Tensor  # float [N, m]
-    told: Tensor  # float [N]: 1 where there is a label
-    labelled: int
+    labelled: Tensor  # float [N]: 1 where there is a label
+    tokens: int  # labelled ones
 
 
 class _SenseLosses(torch.autograd.Function):
-    """Keeps the chances of senses for the way back, and of the senses themselves as many as `HELD_NUMBERS` allow."""
+    """Keep the sense probabilities for the backward pass, and up to `HELD_NUMBERS` of the senses themselves."""
 
     @staticmethod
     def forward(
@@ -213,43 +207,47 @@ class _SenseLosses(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_total: Tensor | None, of_means: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's
+    def backward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        of_total: Tensor | None,
+        of_means: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         (embeddings,), space, target = ctx.saved_tensors, ctx.space, ctx.target
-        found = torch.zeros_like(embeddings) if of_means is None else of_means.clone()
+        gradient = torch.zeros_like(embeddings) if of_means is None else of_means.clone()
         with torch.autocast(embeddings.device.type, enabled=False):
             for batch, rows, chances, ready in ctx.kept:
                 ready = space.ready(batch, chances)[0] if ready is None else ready
                 weights = torch.zeros_like(chances)
                 if of_total is not None and target is not None:
-                    weights.addcmul_(chances, target.told[rows].to(chances.dtype)[..., None])
+                    weights.addcmul_(chances, target.labelled[rows].to(chances.dtype)[..., None])
                     weights.scatter_add_(2, target.numbers[rows], -target.weights[rows].to(chances.dtype)).mul_(
                         of_total
                     )
                 if of_means is not None:
                     above = space.above(space.points(of_means, rows), batch, ready)
                     weights.addcmul_(above.sub_((chances * above).sum(2, keepdim=True)), chances)
-                _put(found, rows, space.pull(weights, embeddings, rows, ready))
-        return found, None, None, None, None
+                _put(gradient, rows, space.pull(weights, embeddings, rows, ready))
+        return gradient, None, None, None, None
 
 
 def _put(out: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Write a batch's values [T, n, D] to their rows; padding writes once more what its row is given anyway."""
+    """Write a batch's values [T, n, D] to their rows; padding repeats a row together with its value."""
     out.index_copy_(0, rows.view(-1), values.flatten(0, 1).to(out.dtype))
 
 
 def _target(labels: SenseLabels, ids: np.ndarray, offsets: np.ndarray, device: torch.device) -> _Target:
-    """Check labels, and bring each token's weights to the sum 1."""
+    """Check labels and normalise each token's weights to sum 1."""
     numbers = labels.numbers.astype(np.int64)
     numbers = numbers[:, None] if numbers.ndim == 1 else numbers
-    given = np.ones(numbers.shape) if labels.weights is None else labels.weights.astype(np.float64)
-    if len(numbers) != len(ids) or given.shape != numbers.shape:
+    weights = np.ones(numbers.shape) if labels.weights is None else labels.weights.astype(np.float64)
+    if len(numbers) != len(ids) or weights.shape != numbers.shape:
         raise BadInput(
-            f"{len(ids)} tokens came with sense numbers {labels.numbers.shape} and weights {given.shape}: each token needs "
-            "its numbers, each number its weight"
+            f"sense numbers {labels.numbers.shape} and weights {weights.shape} do not match {len(ids)} tokens: pass "
+            "one row per token, and one weight per number"
         )
-    if not (np.isfinite(given).all() and (given >= 0).all()):
-        raise BadInput("a weight of a label is negative, infinite or NaN: make the labels again")
-    weights = np.where(numbers == NO_SENSE, 0.0, given)
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise BadInput("a label weight is negative, infinite or NaN: regenerate the labels")
+    weights = np.where(numbers == NO_SENSE, 0.0, weights)
     sums = weights.sum(1, keepdims=True)
     inside = (ids >= 0) & (ids < len(offsets) - 1)
     known = np.where(inside, ids, 0)
@@ -258,10 +256,13 @@ def _target(labels: SenseLabels, ids: np.ndarray, offsets: np.ndarray, device: t
     if len(wrong):
         first = wrong[0]
         raise BadInput(
-            f"token {ids[first]} has {sizes[first]} senses, but is labelled {numbers[first].tolist()}: these labels are "
-            "of another dictionary; make them again"
+            f"token {ids[first]} is labelled {numbers[first].tolist()}, but has {sizes[first]} senses: the labels "
+            "belong to another dictionary; regenerate them"
         )
-    told = sums[:, 0] > 0
-    arrays = np.where(weights > 0, numbers, 0), weights / np.where(sums > 0, sums, 1), told.astype(np.float64)
-    first, second, third = (torch.from_numpy(array).to(device) for array in arrays)
-    return _Target(first, second, third, int(told.sum()))
+    labelled = sums[:, 0] > 0
+    return _Target(
+        torch.from_numpy(np.where(weights > 0, numbers, 0)).to(device),
+        torch.from_numpy(weights / np.where(sums > 0, sums, 1)).to(device),
+        torch.from_numpy(labelled.astype(np.float64)).to(device),
+        int(labelled.sum()),
+    )

@@ -1,13 +1,11 @@
-"""Stage 4, first half, on Ray: unit files in, the number of senses of each token (K) out, for `--senses auto` and `mcl`.
+"""Stage 4, first half: choose the number of senses of each token (K) on Ray, for `--senses auto` and `mcl`.
 
-A task a shard looks at a sample of each token's points, the first by key: with auto it writes down variance curves,
-with mcl the numbers themselves. One task brings them together, for auto by sharing out the budget. A shard's task holds
-its rows twice (of a shard that is one large token only the sample) and what the rule looks at; the last task what
-`allocation` holds, and 150 bytes a token.
+One task per shard examines the first points by key of each token and writes variance curves (auto) or K itself (mcl);
+one last task merges them, for auto by allocating the budget. A shard's task holds its rows twice (only the sample, if
+the shard is one large token); the last task needs the memory of `allocation` and 150 bytes per token.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,55 +22,55 @@ from msense.units import ClusterSettings, read_ranges, sample, shard_ranges, sto
 
 @dataclass(frozen=True)
 class SenseSettings:
-    """What the tasks of this stage need to know."""
+    """Settings of this stage's tasks."""
 
     clustering: ClusterSettings
-    budget: int  # senses in all, for auto
+    budget: int  # total number of senses, for auto
     mcl: MclConfig | None  # None: auto
 
 
 def count_senses(
     settings: SenseSettings, shards: np.ndarray, resources: Resources, journal: Journal | None = None
 ) -> dict[str, Any]:
-    """Find the number of senses of every token and write it down.
+    """Choose the number of senses of every token and write it to the run folder.
 
     Args:
         settings: run folder and rule.
         shards: int64 [shards + 1], first token of each shard.
-        resources: how many tasks at a time.
-        journal: where to note what is kept of earlier drivers and what is made.
+        resources: limit of concurrent tasks.
+        journal: records how many outputs are reused and how many are new.
 
     Returns:
-        Facts: senses in all, and those of the token with most (`largest`).
+        Stats: `senses` in total, and those of the token with most (`largest`).
     """
     run = settings.clustering.run
     files = [run.curves_file(number) for number in range(len(shards) - 1)]
     *done, whole = finished("senses", run, [*files, run.senses], resources, journal)
     todo = [
         {"shard": number, "first": int(shards[number]), "last": int(shards[number + 1])}
-        for number, facts in enumerate(done)
-        if facts is None
+        for number, stats in enumerate(done)
+        if stats is None
     ]
     if todo or whole is None:
         for _ in map_tasks("senses", look_at_shard, todo, resources, settings, needs=resources.clustering):
             pass
-        whole = run_task(_bring_together, files, settings)
+        whole = run_task(_merge_shards, files, settings)
         if journal is not None:
             journal.add("senses", made=len(todo) + 1)
     return {name: whole[name] for name in ("senses", "largest")}
 
 
 def look_at_shard(item: dict[str, int], settings: SenseSettings) -> dict[str, Any]:
-    """Write down the curves, or with mcl the numbers of senses, of a shard's tokens."""
+    """Write the variance curves, or with mcl the numbers of senses, of a shard's tokens."""
     own, shard = settings.clustering, item["shard"]
     wanted = CURVE_POINTS if settings.mcl is None else MCL_POINTS
-    cap = min(wanted, own.max_occurrences) if own.max_occurrences else wanted
+    cap = min(wanted, own.max_occurrences or wanted)
     ranges, rows = shard_ranges(own, shard)
     alone = item["last"] - item["first"] == 1
     records, _ = read_ranges(own, first_by_key(own, ranges, cap) if alone else ranges)
     rows_of_tokens = np.array([rows]) if alone else np.unique(records["token"], return_counts=True)[1]
     chosen, key_rank = sample(records["key"], records["token"], cap)
-    chosen = chosen[np.lexsort((key_rank, records["token"][chosen]))]  # the first by key come first
+    chosen = chosen[np.lexsort((key_rank, records["token"][chosen]))]  # by key within each token
     tokens, sizes = np.unique(records["token"][chosen], return_counts=True)
     points = stored(records["embedding"][chosen], own.store_dtype)
     arrays = {
@@ -83,18 +81,14 @@ def look_at_shard(item: dict[str, int], settings: SenseSettings) -> dict[str, An
         arrays["variance"] = variance_curves(points, sizes, tokens, own.kmeans, device=own.device)
     else:
         arrays["senses"] = mcl_senses(points, sizes, settings.mcl, token_ids=tokens, device=own.device)
-
-    def write(path: Path) -> None:
-        storage.save_arrays(path, arrays)
-
-    return own.run.publish(own.run.curves_file(shard), write)
+    return own.run.publish(own.run.curves_file(shard), lambda path: storage.save_arrays(path, arrays))
 
 
-def _bring_together(files: list[str], settings: SenseSettings) -> dict[str, Any]:
-    """Write the file of all numbers; return its facts."""
+def _merge_shards(files: list[str], settings: SenseSettings) -> dict[str, Any]:
+    """Write the file of all numbers and return its stats."""
     own = settings.clustering
-    of_shards = [storage.load_arrays(file) for file in files]
-    arrays = {name: np.concatenate([shard[name] for shard in of_shards]) for name in of_shards[0]}
+    by_shard = [storage.load_arrays(file) for file in files]
+    arrays = {name: np.concatenate([shard[name] for shard in by_shard]) for name in by_shard[0]}
     tokens, occurrences = arrays["tokens"], storage.load_arrays(own.run.thresholds, ("token_counts",))["token_counts"]
     if settings.mcl is None:
         curves = Curves(arrays["points"], occurrences[tokens], arrays["variance"])
@@ -103,9 +97,5 @@ def _bring_together(files: list[str], settings: SenseSettings) -> dict[str, Any]
         numbers = arrays["senses"]
     senses = np.zeros(len(occurrences), np.int64)
     senses[tokens] = numbers
-
-    def write(path: Path) -> None:
-        storage.save_arrays(path, {"senses": senses})
-
-    facts = {"senses": int(numbers.sum()), "largest": int(numbers.max(initial=0))}
-    return own.run.publish(own.run.senses, write, facts)
+    stats = {"senses": int(numbers.sum()), "largest": int(numbers.max(initial=0))}
+    return own.run.publish(own.run.senses, lambda path: storage.save_arrays(path, {"senses": senses}), stats)

@@ -1,12 +1,11 @@
-"""A student as a module of sentence-transformers: `SentenceTransformer(folder, trust_remote_code=True)` makes one.
+"""A student as a sentence-transformers module: `SentenceTransformer(folder, trust_remote_code=True)`.
 
-Comes in: a shipped student's folder or hub name, then texts. Goes out: sentence vectors and token embeddings. Its embeddings
-are those of `SenseEncoder.encode`. Holds the student, and a static one once more as `StaticEncoder` while it infers on a
-CPU; the dictionary is never read.
+Its embeddings equal those of `SenseEncoder.encode`; the dictionary is never read. For CPU inference a static student is
+held twice, once as `StaticEncoder`.
 """
 
-from _collections_abc import dict_items, dict_keys, dict_values
-from collections.abc import Callable, Iterator
+from collections import UserDict
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,13 @@ from msense.student.tokenizer import TextReader, padded
 
 
 class SenseModule(InputModule):
-    """A student and its tokenizer."""
+    """A student and its tokenizer.
+
+    Example:
+        >>> model = SentenceTransformer("runs/student/student", trust_remote_code=True)  # doctest: +SKIP
+        >>> model.encode(["a river bank", "a bank account"]).shape  # doctest: +SKIP
+        (2, 384)
+    """
 
     config_file_name = "config.json"
 
@@ -35,14 +40,14 @@ class SenseModule(InputModule):
         self._reader = reader
         self.tokenizer = reader.tokenizer
         self._max_length = student.config.max_length
-        self._fast: tuple[tuple[object, ...], StaticEncoder] | None = None  # of the weights that the stamp tells
+        self._fast: tuple[tuple[object, ...], StaticEncoder] | None = None  # with the version of its weights
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens of a text that are read, special ones too.
+        """Maximum tokens per text, special tokens included.
 
         Raises:
-            BadInput: when set to more than the student was shipped with, or to no more than the special tokens.
+            BadInput: on setting a value that leaves no room for text or exceeds the student's own maximum.
         """
         return self._max_length
 
@@ -50,45 +55,40 @@ class SenseModule(InputModule):
     def max_seq_length(self, value: int) -> None:
         special = self.tokenizer.num_special_tokens_to_add(is_pair=False)
         if not special < value <= self.student.config.max_length:
-            raise BadInput(
-                f"max_seq_length is {value}, but must be from {special + 1} to {self.student.config.max_length}: beyond the "
-                "special tokens, and no more than the student was shipped with"
-            )
+            raise BadInput(f"invalid max_seq_length {value}: use {special + 1} to {self.student.config.max_length}")
         self.tokenizer.enable_truncation(value)
         self._max_length = value
 
     def get_embedding_dimension(self) -> int:
-        """Return the width D of the vectors."""
+        """Return the dimension D of the vectors."""
         return self.student.config.dim
 
-    def preprocess(self, inputs: list[str], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:  # noqa: ANN401 - the library's own
+    def preprocess(self, inputs: list[str], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:  # noqa: ANN401 - inherited
         """Return the token ids int64 [B, L] of texts, and their mask."""
         ids, mask = padded(self._reader.ids(inputs, prompt or ""))
         return {"input_ids": ids, "attention_mask": mask.long()}
 
-    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:  # noqa: ANN401 - the library's own
-        """Add the embeddings of tokens [B, L, D] and texts [B, D]; those of tokens when asked for, where that is faster."""
+    def forward(self, features: dict[str, Any], **_: Any) -> MutableMapping[str, Any]:  # noqa: ANN401 - inherited
+        """Add token embeddings [B, L, D], lazily in the fast path, and sentence vectors [B, D]."""
         ids, mask = features["input_ids"], features["attention_mask"].bool()
         if self._is_fast(ids):
             rows = [row[real] for row, real in zip(ids.numpy(), mask.numpy(), strict=True)]
             sentences = torch.from_numpy(self._static().sentences(rows))
-            return _Lazy({**features, "sentence_embedding": sentences}, lambda: self.student(ids, mask).hidden)
+            lazy = {"token_embeddings": lambda: self.student(ids, mask).hidden, "sentence_embedding": sentences}
+            return _LazyFeatures({**features, **lazy})
         hidden = self.student(ids, mask).hidden
-        return {
-            **features,
-            "token_embeddings": hidden,
-            "sentence_embedding": self.student.sentence(hidden, mask),
-        }
+        sentences = self.student.sentence(hidden, mask)
+        return {**features, "token_embeddings": hidden, "sentence_embedding": sentences}
 
     def train(self, mode: bool = True) -> "SenseModule":
-        """Set to training or inference; the tables for inference are dropped."""
+        """Set training or inference mode; training frees the inference tables."""
         if mode:
             self._fast = None
         super().train(mode)
         return self
 
     def _is_fast(self, ids: Tensor) -> bool:
-        """Tell whether nothing but the vectors of a static student in float32 on the CPU is wanted: no gradients."""
+        """Return whether this is float32 CPU inference of a static student, without gradients."""
         body = self.student.body
         return (
             isinstance(body, StaticBody)
@@ -100,14 +100,14 @@ class SenseModule(InputModule):
         )
 
     def _static(self) -> StaticEncoder:
-        """Return the student made fast; made anew when weights have changed since."""
+        """Return the inference tables, rebuilt if a weight has changed."""
         tensors = self.student.state_dict(keep_vars=True).values()
-        stamp = tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
-        if self._fast is None or self._fast[0] != stamp:
-            self._fast = stamp, StaticEncoder(self.student)
+        version = tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
+        if self._fast is None or self._fast[0] != version:
+            self._fast = version, StaticEncoder(self.student)
         return self._fast[1]
 
-    def save(self, output_path: str, *_: Any, **__: Any) -> None:  # noqa: ANN401 - the library's own
+    def save(self, output_path: str, *_: Any, **__: Any) -> None:  # noqa: ANN401 - inherited
         """Write student and tokenizer; sentence-transformers writes the rest."""
         files = StudentFiles(Path(output_path))
         config = self.student.config.model_copy(update={"max_length": self.max_seq_length})
@@ -118,75 +118,32 @@ class SenseModule(InputModule):
         self.tokenizer.enable_truncation(self.max_seq_length)
 
     @classmethod
-    def load(cls, model_name_or_path: str, *, subfolder: str = "", **told: Any) -> "SenseModule":  # noqa: ANN401 - the library's own
-        """Load a shipped student.
-
-        Args:
-            model_name_or_path: its folder, or a name on the hub.
-            subfolder: where in it the student is.
-            told: how to reach the hub, and what is for other modules.
+    def load(cls, model_name_or_path: str, *, subfolder: str = "", **kwargs: Any) -> "SenseModule":  # noqa: ANN401 - inherited
+        """Load a saved student from a folder or the hub; options other than those of the hub are ignored.
 
         Raises:
-            StudentError: a file is missing, truncated, foreign, leads out of the folder or contradicts another.
+            StudentError: a file is missing, truncated, malformed, inconsistent, or links out of the folder.
         """
-        hub = {name: told.get(name) for name in ("token", "cache_folder", "revision")}
-        own = StudentFiles(Path())
-        paths = [
-            cls.load_file_path(
-                model_name_or_path,
-                path.name,
-                subfolder=subfolder,
-                local_files_only=bool(told.get("local_files_only")),
-                **hub,
-            )
-            for path in (own.config, own.weights, own.tokenizer)
+        options = {name: kwargs.get(name) for name in ("token", "cache_folder", "revision")}
+        options |= {"subfolder": subfolder, "local_files_only": bool(kwargs.get("local_files_only"))}
+        names = StudentFiles(Path())
+        config, *_ = [
+            cls.load_file_path(model_name_or_path, path.name, **options)
+            for path in (names.config, names.weights, names.tokenizer)
         ]
-        if paths[0] is None:
-            raise StudentError(f"{model_name_or_path} has no config.json: it is no student; give another folder")
-        files = StudentFiles(Path(paths[0]).parent)
+        if config is None:
+            raise StudentError(f"{model_name_or_path} has no config.json: give the folder or hub name of a student")
+        files = StudentFiles(Path(config).parent)
         student = load_student(files.folder)
         return cls(student, TextReader(inside(files, files.tokenizer), student.config))
 
 
-class _Lazy(dict[str, Any]):
-    """Features whose token embeddings are computed when first asked for: few who want a text's vector want them."""
+class _LazyFeatures(UserDict[str, Any]):
+    """Features in which a callable value is computed on first access; a caller may want sentence vectors only."""
 
-    def __init__(self, features: dict[str, Any], tokens: Callable[[], Tensor]) -> None:
-        super().__init__(features)
-        self._tokens = tokens
-
-    def __missing__(self, name: str) -> Tensor:
-        if name != "token_embeddings":
-            raise KeyError(name)
-        with torch.no_grad():
-            self[name] = self._tokens()
-        return self[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name == "token_embeddings" or super().__contains__(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __len__(self) -> int:
-        return len(self.keys())
-
-    def get(self, name: str, default: Any = None) -> Any:  # noqa: ANN401 - as a dict has it
-        """Return a feature."""
-        known = name in self
-        return self[name] if known else default
-
-    def keys(self) -> "dict_keys[str, Any]":
-        """Return the names of all."""
-        self["token_embeddings"]
-        return super().keys()
-
-    def items(self) -> "dict_items[str, Any]":
-        """Return all."""
-        self["token_embeddings"]
-        return super().items()
-
-    def values(self) -> "dict_values[str, Any]":
-        """Return all, without names."""
-        self["token_embeddings"]
-        return super().values()
+    def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - features are tensors, lists and numbers
+        value = super().__getitem__(name)
+        if callable(value):
+            with torch.no_grad():
+                value = self[name] = value()
+        return value

@@ -1,8 +1,8 @@
-"""Files of a run: URIs in, bytes out, and a done-marker that says a file is whole.
+"""Files of a run: atomic writes to any storage, and markers that record when a file is complete.
 
-Every output of a stage is written to a temporary name (renamed on a local disk, uploaded from local scratch on an
-object store) and counts only once its marker `<file>.done` exists: JSON with size, sha256 and the stage's facts. Every
-JSON file carries its own hash, so that a byte that flipped is noticed. Holds nothing in memory beyond one copy buffer.
+Files are written under a temporary name and renamed (local disk), or written locally and uploaded (object store). A
+file is valid only with its marker `<file>.done`, JSON with size, sha256 and statistics. JSON files include a checksum,
+so that corruption is detected. Memory: one copy buffer.
 """
 
 import errno
@@ -34,14 +34,13 @@ from msense.stores import (
 )
 
 MARKER = ".done"
-SEAL = "seal"  # key of a JSON file's own hash
-_BUFFER = 1 << 20
-_LARGEST = 1 << 28  # bytes of a file that is read whole
-_MARK: Mapping[str, type] = {"size": int, "sha256": str, "made_of": str, "facts": dict}
+SEAL = "seal"  # key of a JSON file's own checksum
+_MAX_BYTES = 1 << 28  # of a file that is read whole
+_MARKER_TYPES: Mapping[str, type] = {"size": int, "sha256": str, "made_of": str, "facts": dict}
 
 
 def absolute(uri: str) -> str:
-    """Make a local path absolute (workers have other working directories); other URIs stay as they are."""
+    """Return a local path as an absolute one, as workers have other working directories; other URIs are unchanged."""
     return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri.rstrip("/")
 
 
@@ -51,14 +50,14 @@ def join(root: str, *names: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Tell whether a file or folder is there."""
+    """Return whether a file or folder exists."""
     fs, path = filesystem(uri)
     with told_by_store(uri):
         return bool(fs.exists(path))
 
 
 def remove(uri: str) -> None:
-    """Delete a file or folder and all in it; nothing there is no error."""
+    """Delete a file, or a folder and its contents, if it exists."""
     fs, path = filesystem(uri)
     with told_by_store(uri, "remove"):
         if fs.exists(path):
@@ -66,63 +65,63 @@ def remove(uri: str) -> None:
 
 
 def make_folder(uri: str) -> None:
-    """Create a folder and its parents, where there are such things."""
+    """Create a folder and its parents, on storage that has folders."""
     fs, path = filesystem(uri)
     if has_folders(uri):
         fs.makedirs(path, exist_ok=True)
 
 
 def read_range(uri: str, start: int, length: int) -> bytes:
-    """Read `length` bytes from byte `start` on."""
+    """Read `length` bytes from byte `start`."""
     if not length:
-        return b""  # S3 takes an empty range for the whole file
+        return b""  # S3 returns the whole file for an empty range
     fs, path = filesystem(uri)
     with told_by_store(uri):
         return bytes(fs.cat_file(path, start=start, end=start + length))
 
 
 def read_bytes(uri: str, most: int, ask_store: bool = True) -> bytes:
-    """Read a whole file, of a local disk only a plain one: opening a pipe would wait for ever.
+    """Read a whole file; a local one must be a regular file, as opening a pipe would block.
 
     Args:
         uri: the file.
-        most: bytes that it may have.
-        ask_store: ask a store for the size first, one more request; else only local files are held to `most`.
+        most: maximum size in bytes.
+        ask_store: request the size from an object store first; else the limit applies to local files only.
 
     Raises:
-        FileNotFoundError: there is none, or no plain one.
-        BadInput: it is larger.
+        FileNotFoundError: the file does not exist or is not a regular file.
+        BadInput: the file is too large.
     """
     fs, path = filesystem(uri)
     with told_by_store(uri):
         if is_local(uri):
-            found = os.stat(path)
-            if not stat.S_ISREG(found.st_mode):
-                raise FileNotFoundError(errno.ENOENT, "no plain file", path)
-            size = found.st_size
+            info = os.stat(path)
+            if not stat.S_ISREG(info.st_mode):
+                raise FileNotFoundError(errno.ENOENT, "not a regular file", path)
+            size = info.st_size
         else:
             size = fs.size(path) if ask_store else 0
         if size > most:
             raise BadInput(
-                f"{display_uri(uri)} has {size} bytes, of such a file at most {most} are read: restore or remove it"
+                f"{display_uri(uri)} has {size} bytes, more than the limit of {most} for such a file: restore or remove it"
             )
         return bytes(fs.cat_file(path))
 
 
-def read_text(uri: str, most: int = _LARGEST) -> str:
-    """Read a UTF-8 text file of at most so many bytes."""
+def read_text(uri: str, most: int = _MAX_BYTES) -> str:
+    """Read a UTF-8 text file of at most `most` bytes."""
     return str(read_bytes(uri, most), encoding="utf-8")
 
 
 def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, Any] | None:
-    """Read what `write_json` wrote; None when the file is missing, torn, edited or damaged, or no plain file.
+    """Read a file written by `write_json`; None if it is missing, incomplete, edited, corrupted or not a regular file.
 
     Args:
         uri: the file.
-        shape: names that must be in it, and the types of their values; else it counts as damaged.
+        shape: required keys and the types of their values; a mismatch counts as corruption.
     """
     try:
-        value = json.loads(read_bytes(uri, _LARGEST, ask_store=False), object_pairs_hook=unique_keys)
+        value = json.loads(read_bytes(uri, _MAX_BYTES, ask_store=False), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError):
         return None
     except OSError as error:
@@ -137,123 +136,116 @@ def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, An
 
 
 def write_json(uri: str, value: dict[str, Any]) -> None:
-    """Write a JSON object and its own hash in one atomic step."""
+    """Write a JSON object and its checksum atomically."""
     plain = json.loads(json.dumps(value))
     write_text(uri, json.dumps({**plain, SEAL: seal(plain)}, indent=1, ensure_ascii=False) + "\n")
 
 
 def seal(value: dict[str, Any]) -> str:
-    """Return the hash by which a JSON object is known to be as it was written."""
+    """Return the checksum of a JSON object."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_text(uri: str, text: str) -> None:
-    """Write a UTF-8 text file in one atomic step."""
-
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    _place(uri, write)
+    """Write a UTF-8 text file atomically."""
+    _place(uri, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def publish(
     uri: str, write: Callable[[Path], Any], facts: dict[str, Any] | None = None, made_of: str = ""
 ) -> dict[str, Any]:
-    """Write a file through `write(local path)`, then its done-marker.
+    """Write a file, then its marker.
 
     Args:
-        uri: where the file goes.
-        write: writes the whole file to the local path it is given; a dict it returns is added to the facts.
-        facts: what the stage wants to remember about the file (JSON values).
-        made_of: the hash of all that the file depends on.
+        uri: destination.
+        write: writes the file to a local path; if it returns a dict, that is added to the stats.
+        facts: stats to record with the file (JSON values).
+        made_of: inputs hash, of everything that the file depends on.
 
     Returns:
-        The facts as the marker holds them.
+        The stats as recorded in the marker.
     """
-    found: dict[str, Any] = dict(facts or {})
+    stats: dict[str, Any] = dict(facts or {})
     digest: dict[str, Any] = {}
 
     def write_and_hash(path: Path) -> None:
         more = write(path)
         if isinstance(more, dict):
-            found.update(more)
+            stats.update(more)
         digest["size"] = path.stat().st_size
         digest["sha256"] = sha256_of(path)
 
     _place(uri, write_and_hash)
-    write_json(uri + MARKER, {**digest, "made_of": made_of, "facts": found})
-    return found
+    write_json(uri + MARKER, {**digest, "made_of": made_of, "facts": stats})
+    return stats
 
 
 def markers(folder: str) -> set[str]:
-    """Return the names of the files in a folder that have a done-marker, the files themselves unseen."""
+    """Return the names of the files in a folder that have a marker, without looking at the files themselves."""
     return {name.removesuffix(MARKER) for name in names(folder) if name.endswith(MARKER)}
 
 
 def names(folder: str) -> list[str]:
-    """Return the names of all that is in a folder; none if it is not there."""
+    """Return the names in a folder; none if it does not exist."""
     fs, path = filesystem(folder)
     with told_by_store(folder):
         return [name.rpartition("/")[2] for name in fs.ls(path, detail=False, refresh=True)] if fs.exists(path) else []
 
 
 def facts_of(uri: str, *, verify: bool = False, made_of: str = "") -> dict[str, Any] | None:
-    """Return the facts of a finished file, or None when it does not count (no marker, wrong size, wrong bytes).
+    """Return the stats of a finished file, or None if it is invalid (no marker, wrong size or content).
 
     Args:
         uri: the file.
-        verify: also compare the sha256 (reads the whole file).
-        made_of: what the file must have been made of; "" = anything.
+        verify: also compare the sha256, which reads the whole file.
+        made_of: required inputs hash; "" accepts any.
     """
-    marker = read_json(uri + MARKER, _MARK)
+    marker = read_json(uri + MARKER, _MARKER_TYPES)
     if marker is None or made_of not in ("", marker["made_of"]) or not is_whole(uri, marker, verify=verify):
         return None
-    facts: dict[str, Any] = marker["facts"]
-    return facts
+    stats: dict[str, Any] = marker["facts"]
+    return stats
 
 
 def is_whole(uri: str, written: dict[str, Any], *, verify: bool) -> bool:
-    """Tell whether a file is what was written: `size` in bytes and, if `verify`, its `sha256`."""
+    """Return whether a file has the `size` in bytes and, if `verify`, the `sha256` that were recorded."""
     fs, path = filesystem(uri)
     try:
-        with told_by_store(uri):  # a store that fails is no damage
+        with told_by_store(uri):  # an unavailable store is not corruption
             size = fs.size(path)
         return size == written["size"] and not (verify and sha256_of_uri(uri) != written["sha256"])
     except OSError as error:
-        if _is_no_file(error) or error.errno == errno.EIO:  # the last: a bad disk
+        if _is_no_file(error) or error.errno == errno.EIO:  # EIO: a bad disk
             return False
         raise
 
 
 def _is_no_file(error: OSError) -> bool:
-    """Tell whether there is nothing, a folder or a link that leads nowhere where a file should be."""
+    """Return whether there is nothing, a folder or a broken link in place of a file."""
     return isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or error.errno == errno.ELOOP
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a local file, in hexadecimal."""
+    """Return the hexadecimal sha256 of a local file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_uri(uri: str) -> str:
-    """Return the sha256 of any file, in hexadecimal, reading it in pieces."""
-    digest = hashlib.sha256()
+    """Return the hexadecimal sha256 of a file on any storage."""
     with open_file(uri) as file:
-        while chunk := file.read(_BUFFER):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write named arrays as one safetensors file without free metadata."""
+    """Write named arrays to a safetensors file."""
     from safetensors.numpy import save_file
 
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
 def load_arrays(uri: str, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
-    """Read arrays of a safetensors file: all, or those named."""
+    """Read the arrays of a safetensors file, by default all."""
     from safetensors import safe_open
 
     if not is_local(uri):
@@ -274,20 +266,19 @@ def upload(file: Path, uri: str) -> None:
 
 
 def upload_folder(folder: Path, uri: str) -> None:
-    """Copy a local folder to a URI, every config.json after the other files, that of the folder itself last."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in sorted(
-        paths, key=lambda path: (path.name == "config.json", -len(path.parts) * (path.name == "config.json"))
-    ):
+    """Copy a local folder to a URI, the config.json files last and that of the folder itself at the very end."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    configs = sorted((path for path in paths if path.name == "config.json"), key=lambda path: -len(path.parts))
+    for path in [path for path in paths if path.name != "config.json"] + configs:
         target = join(uri, *path.relative_to(folder).parts)
         make_folder(target.rpartition("/")[0])
         upload(path, target)
 
 
 def local_copy(uri: str) -> Path:
-    """Return a local path to a file or folder; a remote one is copied once into the cache of this user.
+    """Return a local path to a file or folder; a remote one is copied once into the user's cache.
 
-    The cache key holds the URI and each file's size and etag, so a changed remote is copied anew.
+    The cache key contains the URI and each file's size and etag, so a changed remote is copied again.
     """
     if is_local(uri):
         return Path(absolute(uri))
@@ -296,12 +287,8 @@ def local_copy(uri: str) -> Path:
         raise BadInput(f"nothing at {display_uri(uri)}: check the name and the credentials of the store")
     with told_by_store(uri):
         infos = fs.find(path, detail=True)
-    identity = json.dumps(
-        [
-            (name, i.get("size"), str(i.get("ETag") or i.get("etag") or i.get("mtime")))
-            for name, i in sorted(infos.items())
-        ]
-    )
+    tags = {name: str(i.get("ETag") or i.get("etag") or i.get("mtime")) for name, i in infos.items()}
+    identity = json.dumps([(name, i.get("size"), tags[name]) for name, i in sorted(infos.items())])
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "msense"
     target = base / hashlib.sha256((uri + identity).encode()).hexdigest()[:32]
     if not target.exists():
@@ -319,15 +306,11 @@ def _umask() -> int:
     return mask
 
 
-_MODE = 0o666 & ~_umask()  # once: to look at it is to change it for all threads
+_MODE = 0o666 & ~_umask()  # at import only: reading the umask changes it for all threads
 
 
 def _place(uri: str, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it appears whole or not at all.
-
-    Raises:
-        MsenseError: it could not be written; says why, and what to do.
-    """
+    """Write a file atomically: it appears complete or not at all."""
     if is_local(uri):
         with writing(uri):
             _rename_into(Path(absolute(uri)), write)
@@ -340,14 +323,9 @@ def _place(uri: str, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def writing(uri: str, on_its_way: bool = False) -> Iterator[None]:
-    """Say what could not be written, why, and what to do, where the system only gives an error number.
+    """Convert write errors into a MsenseError that names the file, the cause and the remedy.
 
-    Args:
-        uri: the file.
-        on_its_way: it is still being written to the local disk, to be uploaded from there.
-
-    Raises:
-        MsenseError: in place of the system's error.
+    `on_its_way` marks errors of the local disk, to which the file is written before its upload.
     """
     try:
         yield
@@ -361,20 +339,20 @@ def _rename_into(target: Path, write: Callable[[Path], Any]) -> None:
     scratch = scratch_name(target)
     try:
         write(scratch)
-        scratch.chmod(_MODE)  # safetensors writes for its owner alone; workers may be other users
+        scratch.chmod(_MODE)  # safetensors files are readable by their owner only; workers may be other users
         scratch.replace(target)
     finally:
-        with suppress(OSError):  # a folder that may not be written to any more; the next driver sweeps
+        with suppress(OSError):  # if the folder became read-only, the next driver removes temporary files
             scratch.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:
-    """Say why a write failed and what to do; safetensors tells the system's error number in its text only."""
-    told = str(error)
-    found = re.search(r"os error (\d+)", told)
-    number = int(found[1]) if found else getattr(error, "errno", None)
+    """Return the cause and remedy of a failed local write; safetensors has the error number in its message only."""
+    message = str(error)
+    match = re.search(r"os error (\d+)", message)
+    number = int(match[1]) if match else getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"no space left ({told}); free some or give an --output with more room"
+        return f"no space left ({message}); free some space, or choose an --output with more"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission ({told}); allow this user to write there"
-    return told or type(error).__name__
+        return f"no permission ({message}); allow this user to write there"
+    return message or type(error).__name__

@@ -1,8 +1,4 @@
-"""Stores of files: a URI in, its client out, and errors that name the file.
-
-The local disk, and all that fsspec has a client for. Every client is made here: what it remembers, how often it asks
-again. Holds nothing beyond what a client reads ahead.
-"""
+"""Storage clients: fsspec filesystems by URI, with retries, and errors that name the file, the cause and the remedy."""
 
 import errno
 import io
@@ -31,7 +27,7 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """Return the fsspec filesystem of a URI and the path on it; a plain path is local.
 
     Raises:
-        BadInput: an unknown scheme, one whose package is not installed, or a bucket that no store could take.
+        BadInput: unknown scheme, missing package, or invalid bucket.
     """
     check_buckets(uri)
     scheme = uri.partition("://")[0]
@@ -41,90 +37,85 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
         remedy = f"pip install {_PACKAGES[scheme]}" if scheme in _PACKAGES else str(error)
         raise BadInput(f"{display_uri(uri)}: {scheme}:// needs a package that is not installed: {remedy}") from error
     except ValueError as error:
-        raise BadInput(f"{display_uri(uri)}: {error}; give a local path, or s3://, gs:// or hf://") from error
+        raise BadInput(f"{display_uri(uri)}: {error}; use a local path, or s3://, gs:// or hf://") from error
     return fs, path
 
 
 def check_buckets(uri: str) -> None:
-    """Raise for a bucket that no store could take: the store's client would quote the password, or find no words."""
+    """Raise for an invalid bucket, before a storage client quotes the password in it or fails without a reason."""
     for scheme, bucket in _BUCKET.findall(uri):
         if "@" in bucket:
+            variables = S3_CREDENTIALS if scheme in S3 else "GOOGLE_APPLICATION_CREDENTIALS"
             raise BadInput(
-                f"{display_uri(uri)}: {scheme}:// takes no credentials in the URI; leave them out and give them as "
-                + (S3_CREDENTIALS if scheme in S3 else "GOOGLE_APPLICATION_CREDENTIALS")
+                f"{display_uri(uri)}: {scheme}:// takes no credentials in the URI; remove them and use {variables}"
             )
         if not bucket:
             raise BadInput(f"{display_uri(uri)}: names no bucket; write {scheme}://bucket/path")
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    """Return how a store is asked: what others have written since is seen, and a busy S3 is asked again, ever later.
+    """Return client options: no listings cache, as other processes write too, and S3 retries with exponential backoff.
 
-    botocore waits up to 20 seconds before each of its attempts; AWS_MAX_ATTEMPTS and AWS_RETRY_MODE set others.
+    botocore waits up to 20 seconds before each attempt; AWS_MAX_ATTEMPTS and AWS_RETRY_MODE override the retries.
     """
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme in S3:
-        options["max_concurrency"] = 1  # one part at a time: only so s3fs goes on with a download that breaks off
+        options["max_concurrency"] = 1  # s3fs resumes an interrupted download only when it is sequential
     if scheme in S3 and not os.environ.keys() & {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}:
         options["config_kwargs"] = {"retries": {"mode": "standard", "max_attempts": S3_ATTEMPTS}}
     return options
 
 
 def display_uri(uri: str) -> str:
-    """Return a URI fit for manifests, logs and cards: without user, password, query and fragment."""
+    """Return a URI for manifests, logs and cards: without user, password, query and fragment."""
     if "://" not in uri:
-        return uri  # a local path may hold any character
+        return uri  # a local path may contain any character
     return re.split(r"[?#]", re.sub(r"://[^/]*@", "://", uri))[0]
 
 
 def is_local(uri: str) -> bool:
-    """Tell whether a URI names the local disk."""
+    """Return whether a URI is on the local disk."""
     return "://" not in uri or uri.startswith("file://")
 
 
 def has_folders(uri: str) -> bool:
-    """Tell whether folders are made; an object store has none, and its client would make a bucket of a misspelt name."""
+    """Return whether the storage has folders; the client of an object store would create a bucket instead."""
     return uri.partition("://")[0] not in _PACKAGES
 
 
 def is_s3(uri: str) -> bool:
-    """Tell whether a URI names a store with S3's API."""
+    """Return whether a URI is on storage with the S3 API."""
     return uri.partition("://")[0] in S3
 
 
 def s3_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of the S3 client that are no OSErrors, such as missing credentials; none while it is not loaded."""
-    found = {"botocore.exceptions": "BotoCoreError", "aiohttp.client_exceptions": "ClientError"}
-    return tuple(getattr(sys.modules[module], name) for module, name in found.items() if module in sys.modules)
+    """Return the S3 client's errors that are not OSErrors, such as missing credentials; empty if it is not imported."""
+    types = {"botocore.exceptions": "BotoCoreError", "aiohttp.client_exceptions": "ClientError"}
+    return tuple(getattr(sys.modules[module], name) for module, name in types.items() if module in sys.modules)
 
 
 def wants_credentials(error: Exception) -> bool:
-    """Tell whether an error of the S3 client is about who asks, and not about the store or the way there."""
+    """Return whether an error of the S3 client is about credentials, not about the store or the network."""
     return "Credentials" in type(error).__name__ or "Profile" in type(error).__name__
 
 
 def s3_trouble(error: Exception) -> str:
-    """Say what is wrong with S3, and what to do."""
+    """Return the cause and remedy of an error of the S3 client."""
     if wants_credentials(error):
-        return f"S3 refused ({redact(str(error))}): give credentials: {S3_CREDENTIALS}"
-    return (
-        f"S3 does not answer, however often it is asked ({redact(str(error))}): run the same command again when it does"
-    )
+        return f"S3 denied access ({redact(str(error))}): set credentials: {S3_CREDENTIALS}"
+    return f"S3 is unavailable after all retries ({redact(str(error))}): run the same command again later"
 
 
 def call_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
-    """Return the errors that a disk or store may answer with, and more."""
+    """Return the errors that a disk or storage client may raise, and `more`."""
     return (OSError, *s3_errors(), *more)
 
 
 @contextmanager
 def told_by_store(uri: str, doing: str = "read") -> Iterator[None]:
-    """Say what could not be read (or else), why, and what to do, where a store's client names no file.
+    """Convert errors of a storage client into a MsenseError that names the file.
 
-    A file that is not there, and what goes wrong on the local disk, passes.
-
-    Raises:
-        MsenseError: in place of the client's error.
+    FileNotFoundError, IsADirectoryError and errors of the local disk are passed through.
     """
     try:
         yield
@@ -135,21 +126,21 @@ def told_by_store(uri: str, doing: str = "read") -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Say why a store did not do what it was asked, and what to do; its client has tried again where that may help."""
-    told = first_line(error)
+    """Return the cause and remedy of a failed storage request, which the client has already retried where that helps."""
+    message = first_line(error)
     if isinstance(error, s3_errors()):
         return s3_trouble(error)
     if isinstance(error, PermissionError):
-        return f"no permission ({told}); allow it, or give other credentials: {S3_CREDENTIALS}"
+        return f"no permission ({message}); grant access, or use other credentials: {S3_CREDENTIALS}"
     if isinstance(error, FileNotFoundError):
-        return f"{told}; check the bucket's name, or make it"
+        return f"{message}; check the bucket's name, or create it"
     if isinstance(error, OSError) and error.errno == errno.EBUSY:
-        return f"the store is busy ({told}); run the same command again later"
-    return f"the store failed ({told}); run the same command again when it works"
+        return f"the store is busy ({message}); run the same command again later"
+    return f"the store failed ({message}); run the same command again when it works"
 
 
 def open_file(uri: str) -> io.BufferedIOBase:
-    """Open a file of any storage to read it; errors of a remote one name it."""
+    """Open a file on any storage for reading; errors of a remote one name it."""
     return Path(uri.removeprefix("file://")).open("rb") if is_local(uri) else io.BufferedReader(_Remote(uri), 1 << 20)
 
 
@@ -163,22 +154,17 @@ class _Remote(io.RawIOBase):
             self._file = fs.open(path, "rb")
 
     def readable(self) -> bool:
-        """Yes."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place."""
         return int(self._file.seek(offset, whence))
 
     def tell(self) -> int:
-        """Return the place."""
         return int(self._file.tell())
 
     def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - any writable buffer
-        """Read into a buffer."""
         with told_by_store(self._uri):
             return int(self._file.readinto(buffer))

@@ -1,8 +1,7 @@
-"""The teacher: any Hugging Face encoder or decoder body, run by DeepSpeed inference.
+"""The teacher: any Hugging Face encoder or decoder body, run with DeepSpeed inference.
 
-Comes in: a model name or folder and batches of passages. Goes out: one contextual embedding a token, and the facts the
-other stages need (pooling, special tokens, longest passage, fingerprint). Weights are safetensors only, remote code is
-never run. Holds the model and the hidden states of one batch.
+Only safetensors weights are loaded, and remote code is never executed. Memory: the model and the hidden states of one
+batch.
 """
 
 import inspect
@@ -36,15 +35,15 @@ LONGEST_BY_DEFAULT = 512
 TOKEN_BUDGET = {
     "cpu": 1024,
     "cuda": 16384,
-}  # padded tokens a batch: a constant, so that batches never depend on the machine
-# model types whose positions are counted from the padding token's id on, as RoBERTa's are
+}  # padded tokens per batch; constant, so that batches are the same everywhere
+# model types whose position ids start after the padding token's id, as RoBERTa's do
 _AFTER_PADDING = ("roberta", "mpnet", "camembert", "longformer", "xmod", "data2vec-text", "ibert", "luke", "esm")
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # from one of them a tokenizer is made
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # a tokenizer needs one of them
 
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What the stages need to know of the teacher without loading its weights; pinned in the manifest."""
+    """The teacher's properties that stages need without its weights; recorded in the manifest."""
 
     name: str
     revision: str | None
@@ -54,7 +53,7 @@ class TeacherInfo:
     dim: int
     layer: int
     pooling: str
-    special_tokens: str  # the rule that `auto` stands for: include or exclude
+    special_tokens: str  # include or exclude; `auto` is resolved
     normalize: bool
     prompt: str
     max_length: int
@@ -62,7 +61,7 @@ class TeacherInfo:
     suffix: tuple[int, ...]
     prompt_ids: tuple[int, ...]
     excluded: tuple[int, ...]
-    decoder: bool = False  # a language model that reads from left to right
+    decoder: bool = False  # a causal language model
 
     def passage_spec(self, config: BuildConfig) -> PassageSpec:
         """Return how to cut this teacher's passages."""
@@ -81,17 +80,17 @@ class TeacherInfo:
 
 
 def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
-    """Read everything about a teacher but its weights.
+    """Load a teacher's metadata and tokenizer, without its weights.
 
     Args:
         name: folder, hub name or the demo teacher.
-        config: layer, prompt, longest passage and special-token rule are checked against the model.
+        config: its layer, prompt, maximum length and special-token rule are checked against the model.
 
     Returns:
-        The facts, and the tokenizer without truncation and padding.
+        The metadata, and the tokenizer without truncation and padding.
 
     Raises:
-        BadInput: the folder, model config, tokenizer or a setting does not fit.
+        BadInput: the folder, model config, tokenizer or a setting is invalid.
     """
     from transformers import AutoConfig
 
@@ -99,21 +98,20 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
     body, pooling, normalize, longest, prompt = read_settings(folder)
     check_files(name, body)
     with loading(repr(name)):
-        model_config = AutoConfig.from_pretrained(body, trust_remote_code=False)
-        text_config = model_config.get_text_config()
+        text_config = AutoConfig.from_pretrained(body, trust_remote_code=False).get_text_config()
     layers, dim, vocab_size = _sizes(name, text_config)
     _check_settings(config, layers, dim)
     tokenizer = _load_tokenizer(name, body)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    if backend.get_vocab_size(with_added_tokens=True) > vocab_size:
+    if (tokens := backend.get_vocab_size(with_added_tokens=True)) > vocab_size:
         raise BadInput(
-            f"the tokenizer of teacher {name!r} has {backend.get_vocab_size(with_added_tokens=True)} tokens, its model "
-            f"only {vocab_size} embeddings: give a folder whose tokenizer and model belong together"
+            f"teacher {name!r}: the tokenizer has {tokens} tokens, but the model only {vocab_size} embeddings: give a "
+            "folder whose tokenizer and model belong together"
         )
     check_vocabulary(name, body, vocab_size)
-    with loading(f"{name!r}: its tokenizer"):
+    with loading(f"{name!r} (tokenizer)"):
         prefix, suffix = special_frame(backend)
     prompt = config.prompt if config.prompt is not None else prompt
     rule = config.special_tokens
@@ -138,41 +136,39 @@ def describe(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
         excluded=excluded_tokens(tokenizer, rule, config.special_tokens == "auto"),
         decoder=_is_decoder(text_config.model_type),
     )
-    info.passage_spec(config)  # refuses a stride or prompt that does not fit, before anything is written
+    info.passage_spec(config)  # raises for an invalid stride or prompt before anything is written
     return info, backend
 
 
 def _check_settings(config: BuildConfig, layers: int, dim: int) -> None:
-    """Refuse settings that do not fit a teacher of so many layers and dimensions."""
+    """Raise for a layer or a number of senses that a teacher of this size does not support."""
     if not -layers - 1 <= config.layer <= layers:
-        raise BadInput(
-            f"layer {config.layer} is not there: this teacher has layers 0 (embeddings) to {layers}; choose with --layer"
-        )
+        raise BadInput(f"layer {config.layer} does not exist: give --layer 0 (embeddings) to {layers}")
     if isinstance(config.senses, int) and config.senses * dim > MAX_TOKEN_NUMBERS:
         raise BadInput(
-            f"{config.senses} senses of {dim} dimensions are too many numbers for one token: give --senses "
+            f"{config.senses} senses of {dim} dimensions exceed {MAX_TOKEN_NUMBERS} numbers per token: give --senses "
             f"{MAX_TOKEN_NUMBERS // dim} or less"
         )
 
 
 def _load_tokenizer(name: str, body: Path) -> Any:  # noqa: ANN401 - a transformers tokenizer
-    """Load a teacher's tokenizer; refuse one that is missing or gives no character offsets."""
+    """Load a teacher's tokenizer, which must provide character offsets."""
     from transformers import AutoTokenizer
 
     if not any(any(body.glob(pattern)) for pattern in _VOCABULARIES):
         raise BadInput(f"teacher {name!r} has no tokenizer: put its tokenizer.json beside config.json")
-    with loading(f"{name!r}: its tokenizer"):
+    with loading(f"{name!r} (tokenizer)"):
         tokenizer = AutoTokenizer.from_pretrained(body, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise BadInput(
-            f"teacher {name!r} has no fast tokenizer (tokenizer.json), whose character offsets msense needs: convert it "
-            "with transformers, or give another teacher"
+            f"teacher {name!r} has no fast tokenizer (tokenizer.json), which msense needs for character offsets: convert "
+            "it with transformers, or give another teacher"
         )
     return tokenizer
 
 
 def _is_decoder(model_type: str) -> bool:
-    """Tell whether models of a type predict the next token and nothing else."""
+    """Return whether a model type is a causal language model only."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -183,32 +179,32 @@ def _is_decoder(model_type: str) -> bool:
 
 def _sizes(name: str, config: Any) -> tuple[int, int, int]:  # noqa: ANN401 - a transformers config
     """Return a model's number of layers, embedding size and vocabulary size."""
-    found = [getattr(config, key, None) for key in ("num_hidden_layers", "hidden_size", "vocab_size")]
-    sizes = [size for size in found if isinstance(size, int) and size > 0]
-    if len(sizes) < len(found):
+    sizes: list[Any] = [getattr(config, key, None) for key in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    layers, dim, vocab_size = sizes
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise BadInput(
-            f"config.json of teacher {name!r} gives {found[0]} layers, {found[1]} dimensions and {found[2]} tokens: "
-            "give a model of text"
+            f"teacher {name!r}: config.json specifies {layers} layers, {dim} dimensions and {vocab_size} tokens: give a "
+            "text model"
         )
-    if sizes[1] > MAX_DIM or sizes[2] > MAX_VOCABULARY:
+    if dim > MAX_DIM or vocab_size > MAX_VOCABULARY:
         raise BadInput(
-            f"teacher {name!r} has {sizes[1]} dimensions and {sizes[2]} tokens; a dictionary has at most {MAX_DIM} and "
-            f"{MAX_VOCABULARY}: give a smaller one"
+            f"teacher {name!r} has {dim} dimensions and {vocab_size} tokens; a dictionary supports at most {MAX_DIM} and "
+            f"{MAX_VOCABULARY}: give a smaller teacher"
         )
-    return sizes[0], sizes[1], sizes[2]
+    return layers, dim, vocab_size
 
 
 def excluded_tokens(tokenizer: Any, rule: str, auto: bool) -> tuple[int, ...]:  # noqa: ANN401 - a transformers tokenizer
-    """Return the tokens that are never sampled, labelled or replaced, increasing.
+    """Return the ids of tokens that are never sampled, labelled or replaced, in increasing order.
 
     Args:
         tokenizer: the teacher's.
-        rule: "include" leaves out the padding token only, "exclude" every special token but the unknown token.
-        auto: also leave out a decoder's BOS, an attention sink (a BOS that is no CLS).
+        rule: "include" excludes the padding token only, "exclude" every special token except the unknown token.
+        auto: also exclude a decoder's BOS (a BOS that is not the CLS token), which is an attention sink.
     """
     excluded = {tokenizer.pad_token_id}
     if tokenizer.pad_token_id in (tokenizer.eos_token_id, tokenizer.unk_token_id):
-        excluded = set()  # a padding token that is also another one: the mask tells them apart, the id does not
+        excluded = set()  # the id has a second meaning; padding is identified by the mask
     if rule == "exclude":
         excluded |= set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     elif auto and tokenizer.bos_token_id not in (None, tokenizer.cls_token_id):
@@ -217,7 +213,7 @@ def excluded_tokens(tokenizer: Any, rule: str, auto: bool) -> tuple[int, ...]:  
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """Return the dtype that `auto` stands for: bfloat16 where the device computes in it."""
+    """Return the dtype that `auto` stands for: bfloat16 where the device supports it natively."""
     import torch
 
     if dtype != "auto":
@@ -228,7 +224,14 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 
 class Teacher:
-    """A loaded teacher; `embed` gives the hidden states of a padded batch."""
+    """A loaded teacher; `embed` returns the hidden states of a padded batch.
+
+    Example:
+        >>> teacher = Teacher("all-MiniLM-L6-v2", revision=None, layer=-1, dtype="float32", device="cpu")
+        >>> ids, mask = pad_batch([np.array([101, 2924, 102])])
+        >>> teacher.embed(ids, mask).shape
+        torch.Size([1, 3, 384])
+    """
 
     def __init__(
         self,
@@ -241,7 +244,7 @@ class Teacher:
         threads: int = 1,
         keep: str | None = None,
     ) -> None:
-        """Load a teacher; `keep` leaves it only some layers, as `layers:2` names them."""
+        """Load a teacher; `keep` truncates it, for example `layers:2` to its first two layers."""
         os.environ.setdefault("DS_ACCELERATOR", device)  # read once, when DeepSpeed is first imported in this process
         import torch
 
@@ -265,10 +268,10 @@ class Teacher:
         self.engine = deepspeed.init_inference(model, dtype=getattr(torch, dtype), replace_with_kernel_inject=False)
 
     def embed(self, ids: np.ndarray, mask: np.ndarray) -> "torch.Tensor":
-        """Run the teacher on one batch.
+        """Compute the hidden states of one batch.
 
         Args:
-            ids: int [B, L], token ids; anything where the mask is 0.
+            ids: int [B, L], token ids; arbitrary where the mask is 0.
             mask: bool [B, L], padding on either side.
 
         Returns:
@@ -276,63 +279,64 @@ class Teacher:
         """
         import torch
 
-        last = self.layer in (-1, self._layers())
-        more = {}
-        if not mask[:, 0].all() and self.takes_positions:  # on the left: the first token is at position 0 all the same
-            more["position_ids"] = torch.from_numpy(np.maximum(mask.cumsum(axis=1) - 1, 0)).to(self.device)
+        last = self.layer in (-1, int(self.engine.module.config.get_text_config().num_hidden_layers))
+        optional = {}
+        if not mask[:, 0].all() and self.takes_positions:  # left padding must not shift the positions
+            optional["position_ids"] = torch.from_numpy(np.maximum(mask.cumsum(axis=1) - 1, 0)).to(self.device)
         with torch.inference_mode():
             output = self.engine(
                 input_ids=torch.from_numpy(ids.astype(np.int64)).to(self.device),
                 attention_mask=torch.from_numpy(mask.astype(np.int64)).to(self.device),
                 output_hidden_states=not last,
-                **more,
+                **optional,
             )
         hidden: torch.Tensor = output.last_hidden_state if last else output.hidden_states[self.layer]
         return hidden
 
-    def _layers(self) -> int:
-        return int(self.engine.module.config.get_text_config().num_hidden_layers)
-
 
 def takes_positions(model: Any) -> bool:  # noqa: ANN401 - a transformers model
-    """Tell whether a model must be given the places of its tokens where padding is on the left."""
+    """Return whether a model needs explicit position ids for input that is padded on the left."""
     if any(kind in model.config.model_type for kind in _AFTER_PADDING):
-        return False  # they find their positions themselves
+        return False  # these derive positions from the padding token
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-    """Group passages of similar length so that a padded batch holds at most `budget` tokens (but one passage at least).
+    """Group passages of similar length into padded batches of at most `budget` tokens (at least one passage).
 
     Args:
         lengths: int64 [P].
-        budget: padded tokens a batch.
+        budget: padded tokens per batch.
 
     Yields:
-        int64 [B], places in `lengths`, shortest passages first.
+        int64 [B], indices into `lengths`, shortest passages first.
     """
     order = np.argsort(lengths, kind="stable")
     start = 0
     while start < len(order):
-        near = order[start : start + budget]
-        width = lengths[near] * np.arange(1, len(near) + 1)
-        stop = start + max(1, int(np.searchsorted(width, budget, side="right")))
+        candidates = order[start : start + budget]
+        padded_tokens = lengths[candidates] * np.arange(1, len(candidates) + 1)
+        stop = start + max(1, int(np.searchsorted(padded_tokens, budget, side="right")))
         yield order[start:stop]
         start = stop
 
 
 def pad_batch(rows: list[np.ndarray], pad: int = 0, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
-    """Pad passages on the right (or left): token ids int32 [B, L] and mask bool [B, L]."""
+    """Return passages padded on the right (or left): token ids int32 [B, L] and mask bool [B, L]."""
     lengths = np.array([len(r) for r in rows])[:, None]
-    place = np.arange(lengths.max())
-    mask = place < lengths if side == "right" else place >= lengths.max() - lengths
+    columns = np.arange(lengths.max())
+    mask = columns < lengths if side == "right" else columns >= lengths.max() - lengths
     ids = np.full(mask.shape, pad, dtype=np.int32)
     ids[mask] = np.concatenate(rows)
     return ids, mask
 
 
 def load_body(folder: Path, name: str, dtype: Any) -> Any:  # noqa: ANN401 - a transformers model
-    """Load the weights; refuse a checkpoint that leaves parts of the body at random values."""
+    """Load a teacher's model; of an encoder-decoder model, the encoder.
+
+    Raises:
+        BadInput: loading fails, or the checkpoint would leave parts of the model at random values.
+    """
     from transformers import AutoModel
 
     with loading(repr(name)):
@@ -342,39 +346,39 @@ def load_body(folder: Path, name: str, dtype: Any) -> Any:  # noqa: ANN401 - a t
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below
+            ignore_mismatched_sizes=True,  # reported below
         )
-    unequal = sorted(item for item in report["mismatched_keys"] if "pooler" not in item[0])
-    if unequal:
-        key, there, wanted = unequal[0]
+    mismatched = sorted(item for item in report["mismatched_keys"] if "pooler" not in item[0])
+    if mismatched:
+        key, actual, expected = mismatched[0]
         raise BadInput(
-            f"the weights of teacher {name!r} have {len(unequal)} tensors of another shape than config.json says, {key} "
-            f"the first ({list(there)}, not {list(wanted)}): give a folder whose weights and config.json belong together"
+            f"teacher {name!r}: {len(mismatched)} tensors differ in shape from config.json, first {key} ({list(actual)} "
+            f"instead of {list(expected)}): give a folder whose weights and config.json belong together"
         )
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
-    if hasattr(model, "encoder") and hasattr(model, "decoder"):  # only the encoder of such a model is a teacher
+    if hasattr(model, "encoder") and hasattr(model, "decoder"):
         missing = [key for key in missing if not key.startswith("decoder.")]
         model = model.encoder
     if missing:
         raise BadInput(
-            f"the weights of teacher {name!r} lack {len(missing)} tensors of the model, {missing[0]} the first: "
-            "they are not this model's; give a folder whose weights and config.json belong together"
+            f"teacher {name!r}: the weights lack {len(missing)} tensors of the model, first {missing[0]}: give a folder "
+            "whose weights and config.json belong together"
         )
     model.config.use_cache = False
     return model.eval()
 
 
-def _max_length(wanted: int | None, usual: int | None, limits: tuple[int | None, ...]) -> int:
-    """Return the longest passage: what is wanted, else what is usual for the teacher, within its limits."""
-    # Tokenizers write a huge number for "no limit".
+def _max_length(requested: int | None, usual: int | None, limits: tuple[int | None, ...]) -> int:
+    """Return the longest passage in tokens: the requested or the teacher's usual one, within its limits."""
+    # Tokenizers represent "no limit" by a huge number.
     known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < 1 << 24]
-    if wanted and known and wanted > min(known):
-        raise BadInput(f"max_length {wanted} is more than the {min(known)} tokens that this teacher can read: lower it")
-    return wanted or min([*known, usual or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT])
+    if requested and known and requested > min(known):
+        raise BadInput(f"max_length {requested} exceeds the {min(known)} tokens that this teacher can read: lower it")
+    return requested or min([*known, usual or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT])
 
 
 def positions(config: Any) -> int | None:  # noqa: ANN401 - a transformers config
-    """Return how many tokens the position embeddings reach; some begin after the padding token's id."""
-    places = getattr(config, "max_position_embeddings", None)
-    taken = (config.pad_token_id or 0) + 1 if any(kind in config.model_type for kind in _AFTER_PADDING) else 0
-    return places - taken if isinstance(places, int) else None
+    """Return the maximum number of tokens that the position embeddings of a model support."""
+    count = getattr(config, "max_position_embeddings", None)
+    unused = (config.pad_token_id or 0) + 1 if any(kind in config.model_type for kind in _AFTER_PADDING) else 0
+    return count - unused if isinstance(count, int) else None

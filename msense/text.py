@@ -1,4 +1,4 @@
-"""Text for people: fit for a terminal, a log or a file, whoever wrote it."""
+"""Formatting of text for people: sizes, and messages without control characters or secrets."""
 
 import os
 import re
@@ -11,22 +11,23 @@ _TOKEN = re.compile(
     re.ASCII,
 )
 _NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL|_AUTH\b", re.IGNORECASE)
-_LONGEST = 1000  # letters of what a library says
-_SHORTEST = 8  # letters of a secret: "true" and numbers are none
+_MAX_MESSAGE = 1000  # characters of a library's message
+_MIN_SECRET = 8  # characters; shorter values such as "true" and numbers are not secrets
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 
 
 def size(count: float) -> str:
-    """Write a number of bytes for people."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+    """Format a number of bytes with a decimal unit, such as "1.5 MB"."""
+    unit = "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if count < 1000:
+            break
+        count, unit = count / 1000, larger
+    return f"{count:.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
 
 
 def clean(text: str) -> str:
-    """Return text without escape sequences, control, format and other invisible characters; line breaks are spaces."""
+    """Return text without escape sequences, control, format and other invisible characters; line breaks become spaces."""
     text = _ESCAPES.sub("", text)
     return "".join(
         " " if c in "\n\r\t" or (kind := unicodedata.category(c)) in ("Zl", "Zp") else "" if kind[0] == "C" else c
@@ -35,15 +36,15 @@ def clean(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return lines fit for a terminal, a log or a file: clean, and without the credentials and queries of URIs."""
+    """Return lines that are safe to print or log: cleaned and redacted."""
     return "\n".join(redact(clean(line)) for line in text.split("\n"))
 
 
 def redact(text: str) -> str:
-    """Return text without secrets: URIs have no user, password, query and fragment, and no known token is left.
+    """Return text without secrets.
 
-    Known are the values of this process's environment under names of secrets, and what looks like a token of the hub, of
-    AWS, or of an HTTP header.
+    Removed are user, password, query and fragment of URIs, the values of environment variables with names of secrets, and
+    what looks like a token of the Hub, of AWS, or of an HTTP header.
     """
     text = _QUERY.sub(r"\1", _USER.sub("://", text))
     for secret in _secrets():
@@ -52,13 +53,13 @@ def redact(text: str) -> str:
 
 
 def _secrets() -> list[str]:
-    """Return the secrets in the environment, the longest first: one may be in another."""
-    found = {value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= _SHORTEST}
-    return sorted((value for value in found if value[0] != "/"), key=len, reverse=True)
+    """Return the secrets in the environment, longest first, as one may contain another."""
+    values = {value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= _MIN_SECRET}
+    return sorted((value for value in values if value[0] != "/"), key=len, reverse=True)
 
 
 def is_utf8(text: str) -> bool:
-    """Tell whether text can be written down; a file name of other bytes cannot."""
+    """Return whether text can be encoded; file names with other bytes cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -67,8 +68,8 @@ def is_utf8(text: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what a library says; of errors that say little without it, with the kind."""
+    """Return the first line of a library's message, redacted; with the error type where the message alone is unclear."""
     kind = f"{type(error).__name__}: " if isinstance(error, LookupError | TypeError | AttributeError) else ""
     lines = (str(error).strip() or "no reason given").splitlines()
-    told = redact(kind + " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]))
-    return told if len(told) <= _LONGEST else told[:_LONGEST] + "..."  # some quote the value that they were given
+    message = redact(kind + " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]))
+    return message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "..."  # some quote whole values

@@ -1,16 +1,15 @@
-"""Stage 1: documents in, passages out.
+"""Cutting of documents into passages, and the passages file of an input split.
 
-A document is tokenised, cut at word ends into passages of at most `max_length` tokens, and written to the passages
-file of its piece in input order, in row groups (*blocks*) of about 32k tokens, the grain in which units are cut.
-Holds one batch of documents and one block; a document is tokenised in slices of at most 256k characters.
+A document is tokenized and cut at word ends into passages of at most `max_length` tokens, stored in input order in row
+groups ("blocks") of about 32k tokens, the grain of partitions. Memory: one batch of documents and one block.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,13 +36,20 @@ SCHEMA = pa.schema(
     ]
 )
 
+_ItemT = TypeVar("_ItemT")
+_Offsets = list[tuple[int, int]]  # characters [start, stop) of each token
+
 
 @dataclass(frozen=True)
 class PassageSpec:
-    """How documents become passages; the same for every piece of a run.
+    """How documents are cut into passages; the same for every input split of a run.
 
     A passage is prefix + prompt + context + body + suffix: prefix and suffix are the tokenizer's special tokens, the
-    context repeats the last tokens of the passage before (`stride`).
+    context repeats the last tokens of the previous passage (`stride`).
+
+    Example:
+        >>> PassageSpec(max_length=128, prefix=(101,), suffix=(102,)).body_length
+        126
     """
 
     max_length: int
@@ -60,7 +66,7 @@ class PassageSpec:
     def __post_init__(self) -> None:
         if self.body_length < 1:
             raise BadInput(
-                f"max_length {self.max_length} leaves no room for text beside {len(self.prompt)} tokens of prompt and "
+                f"max_length {self.max_length} leaves no room for text after {len(self.prompt)} tokens of prompt and "
                 f"{len(self.prefix) + len(self.suffix)} special tokens: raise --max-length or shorten --prompt"
             )
         if self.stride >= self.body_length:
@@ -70,41 +76,46 @@ class PassageSpec:
 
     @property
     def body_length(self) -> int:
-        """Most text tokens in a passage, context included."""
+        """Maximum number of text tokens in a passage, context included."""
         return self.max_length - len(self.prefix) - len(self.prompt) - len(self.suffix)
 
 
 @dataclass(frozen=True)
 class Passages:
-    """A block of passages as flat arrays: P passages, T tokens."""
+    """A block of P passages with T tokens, as flat arrays.
+
+    Example:
+        >>> block = read_block("passages/00000.parquet", 0)
+        >>> first = block.ids[block.offsets[0] : block.offsets[1]]
+    """
 
     keys: np.ndarray  # uint64 [P]
-    context: np.ndarray  # int32 [P], context tokens of each passage
+    context: np.ndarray  # int32 [P], number of context tokens of each passage
     ids: np.ndarray  # int32 [T]
-    offsets: np.ndarray  # int64 [P + 1], where each passage starts in ids
+    offsets: np.ndarray  # int64 [P + 1], start of each passage in ids
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each passage, int64 [P]."""
+        """Number of tokens of each passage, int64 [P]."""
         return np.diff(self.offsets)
 
     def rows(self) -> np.ndarray:
-        """Passage of each token, int64 [T]."""
+        """Return the passage of each token, int64 [T]."""
         return np.repeat(np.arange(len(self.keys)), self.lengths)
 
     def positions(self) -> np.ndarray:
-        """Place of each token in its passage, int64 [T]."""
+        """Return the position of each token in its passage, int64 [T]."""
         return np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths)
 
     def eligible(self, spec: PassageSpec) -> np.ndarray:
-        """Tell which tokens may be sampled and labelled, bool [T]: not prompt, context or an excluded token."""
+        """Return which tokens may be sampled and labelled, bool [T]: not prompt, context or excluded tokens."""
         position = self.positions()
         start = len(spec.prefix)
         skipped = (position >= start) & (position < start + len(spec.prompt) + np.repeat(self.context, self.lengths))
         return ~skipped & ~np.isin(self.ids, np.asarray(spec.excluded, dtype=np.int32))
 
     def without(self, rows: np.ndarray) -> "Passages":
-        """Leave out the passages of these rows."""
+        """Return the block without the passages of these rows."""
         if not len(rows):
             return self
         kept = np.ones(len(self.keys), dtype=bool)
@@ -114,7 +125,7 @@ class Passages:
 
     @staticmethod
     def concatenate(blocks: "list[Passages]") -> "Passages":
-        """Put blocks one after another."""
+        """Concatenate blocks."""
         starts = np.cumsum([0, *(len(b.ids) for b in blocks)])
         return Passages(
             np.concatenate([b.keys for b in blocks]),
@@ -125,21 +136,21 @@ class Passages:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the sha256 of a tokenizer's whole definition, in hexadecimal (truncation and padding left out)."""
+    """Return the hexadecimal sha256 of a tokenizer's definition, without truncation and padding."""
     definition = json.loads(tokenizer.to_str())
     definition.update(truncation=None, padding=None)
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
 def special_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the special tokens that the tokenizer puts before and after a text."""
+    """Return the special tokens that the tokenizer adds before and after a text."""
     body = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a").ids
     start = next((i for i in range(len(whole)) if whole[i : i + len(body)] == body), None)
     if start is None:
         raise BadInput(
-            "the teacher's tokenizer changes the text's own tokens when it adds special tokens; msense cannot cut "
-            "passages with it: give another teacher"
+            "the teacher's tokenizer changes the tokens of a text when it adds special tokens, so passages cannot be cut "
+            "with it: use another teacher"
         )
     return tuple(whole[:start]), tuple(whole[start + len(body) :])
 
@@ -157,18 +168,18 @@ def passage_keys(document_id: str, count: int, seed: int) -> np.ndarray:
 
 
 def cut_points(encoding: Encoding, text: str, length: int, stride: int) -> list[tuple[int, int, int]]:
-    """Cut one tokenised text into passages.
+    """Cut one tokenized text into passages.
 
     Args:
-        encoding: the text's tokens without special tokens.
+        encoding: tokens of the text, without special tokens.
         text: the text.
-        length: most tokens in a passage, context included.
-        stride: context tokens wanted before the body of every passage but the first.
+        length: maximum number of tokens in a passage, context included.
+        stride: desired context tokens before the body of every passage but the first.
 
     Returns:
-        (context start, body start, end) of each passage, in tokens. Bodies follow one another without gap or overlap.
-        A passage starts after white space if there is any in reach, else outside a run of letters and digits, else
-        (a single word longer than a passage) between two characters.
+        (context start, body start, end) of each passage, in tokens. Bodies are consecutive, without gap or overlap. A
+        passage starts after white space if possible, else outside a run of letters and digits, else (in a word longer
+        than a passage) between two characters.
     """
     total = len(encoding)
     if total <= length:
@@ -189,10 +200,10 @@ def cut_points(encoding: Encoding, text: str, length: int, stride: int) -> list[
     return cuts
 
 
-def _word_end(offsets: list[tuple[int, int]], text: str, first: int, last: int) -> int:
-    """Return the largest token in [first, last] at which a passage may open, best kind of border first.
+def _word_end(offsets: _Offsets, text: str, first: int, last: int) -> int:
+    """Return the last token in [first, last] at which a passage may start, by the best kind of border available.
 
-    The last half is searched first, so that a space far back does not leave a short passage.
+    The last half is searched first, so that a space far back does not cause a short passage.
     """
     for start, borders in (((first + last) // 2, (_after_space, _between_words)), (first, _BORDERS)):
         for border in borders:
@@ -202,12 +213,12 @@ def _word_end(offsets: list[tuple[int, int]], text: str, first: int, last: int) 
     return last
 
 
-def _context_start(offsets: list[tuple[int, int]], text: str, first: int, last: int) -> int:
-    """Return the smallest token in [first, last] that opens a word; `last` when the context would be cut inside one."""
+def _context_start(offsets: _Offsets, text: str, first: int, last: int) -> int:
+    """Return the first token in [first, last) that starts a word, else `last` (no context)."""
     return next((t for t in range(first, last) if t == 0 or _after_space(offsets, text, t)), last)
 
 
-def _after_space(offsets: list[tuple[int, int]], text: str, token: int) -> bool:
+def _after_space(offsets: _Offsets, text: str, token: int) -> bool:
     start, stop = offsets[token]
     return (
         start < stop
@@ -216,13 +227,13 @@ def _after_space(offsets: list[tuple[int, int]], text: str, token: int) -> bool:
     )
 
 
-def _between_words(offsets: list[tuple[int, int]], text: str, token: int) -> bool:
+def _between_words(offsets: _Offsets, text: str, token: int) -> bool:
     start, stop = offsets[token]
     inside = start > 0 and text[start - 1].isalnum() and start < stop and text[start].isalnum()
     return start >= offsets[token - 1][1] and not inside
 
 
-def _between_characters(offsets: list[tuple[int, int]], text: str, token: int) -> bool:
+def _between_characters(offsets: _Offsets, text: str, token: int) -> bool:
     return offsets[token][0] >= offsets[token - 1][1]
 
 
@@ -231,23 +242,23 @@ _BORDERS = (_after_space, _between_words, _between_characters)
 
 @dataclass
 class BlockWriter:
-    """Collects passages and writes a row group whenever a block is full."""
+    """Buffer of passages that writes a row group whenever a block is full."""
 
     writer: pq.ParquetWriter
     rows: list[tuple[np.uint64, str, int, int, np.ndarray]] = field(default_factory=list)
     tokens: int = 0
-    blocks: list[int] = field(default_factory=list)  # tokens of each block written
+    blocks: list[int] = field(default_factory=list)  # number of tokens of each block written
     passages: int = 0
 
     def add(self, key: np.uint64, document_id: str, index: int, context: int, ids: np.ndarray) -> None:
-        """Take one passage; write a block when it is full."""
+        """Add one passage; write the block when it is full."""
         self.rows.append((key, document_id, index, context, ids))
         self.tokens += len(ids)
         if self.tokens >= BLOCK_TOKENS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is there as one block."""
+        """Write the buffered passages as one block."""
         if not self.rows:
             return
         keys, documents, index, context, ids = zip(*self.rows, strict=True)
@@ -268,18 +279,18 @@ class BlockWriter:
 def write_passages(
     piece: Piece, spec: PassageSpec, tokenizer: Tokenizer, path: Path, fail_on_bad: bool = False
 ) -> dict[str, Any]:
-    """Write the passages file of one piece.
+    """Write the passages file of one input split.
 
     Args:
-        piece: the part of the corpus.
-        spec: how to cut.
-        tokenizer: the teacher's.
+        piece: input split.
+        spec: how to cut passages.
+        tokenizer: tokenizer of the teacher.
         path: local file to write.
         fail_on_bad: raise at the first bad document instead of counting it.
 
     Returns:
-        Counts: documents, passages, tokens, blocks (tokens of each), bad (number by reason), listed (the first hundred
-        bad documents of each reason).
+        Counts: documents, passages, tokens, blocks (tokens of each), bad (number by reason), listed (the first 100 bad
+        documents of each reason).
 
     Raises:
         BadInput: a bad document, when `fail_on_bad`.
@@ -289,17 +300,17 @@ def write_passages(
     documents = tokens = 0
     with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_statistics=False) as parquet:
         blocks = BlockWriter(parquet)
-        for batch in _batches(read_documents(piece, spec.text_column, sample=spec.sample, seed=spec.seed)):
+        items = read_documents(piece, spec.text_column, sample=spec.sample, seed=spec.seed)
+        for batch in _batches(items, lambda item: len(item.text) if isinstance(item, Document) else 0):
             for item in batch:
-                if isinstance(item, BadDocument):
-                    if fail_on_bad:
-                        raise BadInput(
-                            f"bad document {item.id}: {item.reason} {item.detail}".rstrip()
-                            + "; --on-bad-document skip goes past it"
-                        )
-                    bad[item.reason] = bad.get(item.reason, 0) + 1
-                    if bad[item.reason] <= LISTED_BAD_DOCUMENTS:
-                        listed.append({"id": item.id, "reason": item.reason, "detail": item.detail})
+                if not isinstance(item, BadDocument):
+                    continue
+                if fail_on_bad:
+                    message = f"bad document {item.id}: {item.reason} {item.detail}".rstrip()
+                    raise BadInput(f"{message}; skip bad documents with --on-bad-document skip")
+                bad[item.reason] = bad.get(item.reason, 0) + 1
+                if bad[item.reason] <= LISTED_BAD_DOCUMENTS:
+                    listed.append({"id": item.id, "reason": item.reason, "detail": item.detail})
             good = [item for item in batch if isinstance(item, Document)]
             documents += len(good)
             tokens += _add_documents(good, spec, tokenizer, blocks)
@@ -314,36 +325,22 @@ def write_passages(
     }
 
 
-def _batches(items: Iterable[Document | BadDocument]) -> Iterator[list[Document | BadDocument]]:
-    """Group documents by number and characters, so that a batch is small in memory."""
-    batch: list[Document | BadDocument] = []
-    characters = 0
+def _batches(items: Iterable[_ItemT], characters: Callable[[_ItemT], int]) -> Iterator[list[_ItemT]]:
+    """Group items by their number and characters, to bound the memory of a batch."""
+    batch: list[_ItemT] = []
+    total = 0
     for item in items:
         batch.append(item)
-        characters += len(item.text) if isinstance(item, Document) else 0
-        if len(batch) >= BATCH_DOCUMENTS or characters >= SLICE_CHARACTERS:
+        total += characters(item)
+        if len(batch) >= BATCH_DOCUMENTS or total >= SLICE_CHARACTERS:
             yield batch
-            batch, characters = [], 0
+            batch, total = [], 0
     if batch:
         yield batch
 
 
-def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Group slices so that the tokenizer holds about one slice's worth of text at a time."""
-    group: list[tuple[int, str]] = []
-    characters = 0
-    for number, part in parts:
-        group.append((number, part))
-        characters += len(part)
-        if characters >= SLICE_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
 def _slices(text: str) -> Iterator[str]:
-    """Split a very long text at white space into slices that are tokenised one by one."""
+    """Split a very long text at white space into slices that are tokenized separately."""
     start = 0
     while len(text) - start > SLICE_CHARACTERS:
         window = text[start : start + SLICE_CHARACTERS]
@@ -355,17 +352,16 @@ def _slices(text: str) -> Iterator[str]:
 
 
 def _add_documents(documents: list[Document], spec: PassageSpec, tokenizer: Tokenizer, blocks: BlockWriter) -> int:
-    """Tokenise, cut and add documents; return the number of tokens in their passages."""
+    """Tokenize, cut and add documents; return the number of tokens in their passages."""
     before = np.array((*spec.prefix, *spec.prompt), dtype=np.int32)
     after = np.array(spec.suffix, dtype=np.int32)
     passages: list[list[tuple[int, np.ndarray]]] = [[] for _ in documents]
-    for group in _groups(
-        (number, part) for number, document in enumerate(documents) for part in _slices(document.text)
-    ):
-        encodings = tokenizer.encode_batch([part for _, part in group], add_special_tokens=False)
-        for (number, part), encoding in zip(group, encodings, strict=True):
+    slices = ((number, text) for number, document in enumerate(documents) for text in _slices(document.text))
+    for group in _batches(slices, lambda numbered: len(numbered[1])):
+        encodings = tokenizer.encode_batch([text for _, text in group], add_special_tokens=False)
+        for (number, text), encoding in zip(group, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
-            for context, begin, end in cut_points(encoding, part, spec.body_length, spec.stride):
+            for context, begin, end in cut_points(encoding, text, spec.body_length, spec.stride):
                 passages[number].append((begin - context, np.concatenate([before, ids[context:end], after])))
     tokens = 0
     for document, its_passages in zip(documents, passages, strict=True):
@@ -390,7 +386,7 @@ def read_block(uri: str, block: int) -> Passages:
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:
-    """Open a parquet file of any storage."""
+    """Open a parquet file on any storage, memory-mapped if local."""
     if stores.is_local(uri):
         return pq.ParquetFile(storage.absolute(uri), memory_map=True)
     return pq.ParquetFile(stores.open_file(uri))

@@ -1,8 +1,7 @@
-"""How a student is moved: AdamW with gradients averaged by DDP, or by DeepSpeed's ZeRO; and how each writes where it stands.
+"""Optimisation engines: AdamW with optional DDP, and DeepSpeed ZeRO; both write and load checkpoints.
 
-Comes in: a student on its device, and losses. Goes out: a student one step further, and a checkpoint folder. That of AdamW
-holds tensors only; DeepSpeed's is pickled by DeepSpeed, so it is read from the run's own folder and from nowhere else.
-Holds the student four times over; ZeRO shares AdamW's half of it among the workers.
+AdamW checkpoints hold tensors only. DeepSpeed pickles its checkpoints, so they are loaded from the run's own folder
+only. Memory: four times the student; ZeRO shards the optimiser's half of it over the workers.
 """
 
 import ctypes
@@ -25,60 +24,52 @@ from msense.text import first_line
 
 _TRIM_THRESHOLD, _MMAP_MAX, _NEVER = -1, -4, (1 << 31) - 1  # of glibc's mallopt
 TENSORS, ZERO = "tensors.safetensors", "zero"  # of a checkpoint
-HASH = "tensors.sha256"  # of that file: a bit that flipped in a number is noticed by nothing else
+HASH = "tensors.sha256"  # checksum of TENSORS: safetensors does not detect flipped bits in values
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
 
 class Engine(Protocol):
-    """What takes steps.
+    """Wraps a student for training and takes optimiser steps."""
 
-    Attributes:
-        student: the student itself, for what needs no gradient.
-        model: what is called in training.
-        every_rank: whether each worker writes a part of a checkpoint.
-    """
-
-    student: Student
-    model: nn.Module
-    every_rank: bool
+    student: Student  # the module itself, for forward passes without gradient
+    model: nn.Module  # the wrapped module, for training
+    every_rank: bool  # whether each worker writes a part of a checkpoint
 
     def slice_of_step(self, last: bool) -> AbstractContextManager[Any]:
-        """Surround forward and backward of a slice of a step."""
+        """Return a context for forward and backward of one slice of a step; gradients are reduced with the last."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients up."""
+        """Accumulate the gradients of a loss."""
 
     def step(self, lr: float) -> None:
-        """Take a step with the gradients of all slices, and forget them.
-
-        Raises:
-            MsenseError: a gradient is not finite.
-        """
+        """Clip the accumulated gradients, take a step and clear them; raise MsenseError if one is not finite."""
 
     def whole(self) -> AbstractContextManager[Any]:
-        """Surround what reads the student's weights; all workers must take part."""
+        """Return a context in which the student's weights are complete; all workers must enter it."""
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer."""
+        """Write weights and optimiser state."""
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            BadInput: it is damaged, or of another student.
-        """
+        """Load what `save` wrote; raise BadInput if it is corrupted or belongs to another student."""
 
 
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's: biases, norms and a transformer's embeddings are not decayed, a static student's shift is."""
+    """Return AdamW's groups: matrices and a static student's shift decay; biases, norms and embeddings do not."""
     parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in ((n, p) for n, p in student.named_parameters() if p.requires_grad):
         parts[parameter.ndim == 2 and "embedding" not in name].append(parameter)
-    return [{"params": found, "weight_decay": weight_decay * decayed} for decayed, found in parts.items()]
+    return [{"params": group, "weight_decay": weight_decay * decayed} for decayed, group in parts.items()]
 
 
 class Plain:
-    """AdamW; the model may be wrapped for DDP."""
+    """AdamW; `wrap` may add DDP.
+
+    Example:
+        engine = Plain(student, weight_decay=0.01, clip=1.0)
+        engine.backward(loss)
+        engine.step(lr=1e-3)
+    """
 
     every_rank = False
 
@@ -95,16 +86,16 @@ class Plain:
         self.optimizer = torch.optim.AdamW(parameter_groups(student, weight_decay), fused=True)
 
     def slice_of_step(self, last: bool) -> AbstractContextManager[Any]:
-        """Leave gradients of all but the last slice where they are."""
-        held: AbstractContextManager[Any] = nullcontext() if last else getattr(self.model, "no_sync", nullcontext)()
-        return held
+        """Postpone DDP's gradient reduction to the last slice."""
+        no_sync: Callable[[], AbstractContextManager[Any]] = getattr(self.model, "no_sync", nullcontext)
+        return nullcontext() if last else no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients up."""
+        """Accumulate the gradients of a loss."""
         torch.autograd.backward(loss)
 
     def step(self, lr: float) -> None:
-        """Clip, and take a step."""
+        """Clip the gradients and take a step."""
         if self.clip:
             norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.clip, foreach=True)
             _check_norm(float(norm))
@@ -118,49 +109,45 @@ class Plain:
         return nullcontext()
 
     def save(self, folder: Path) -> None:
-        """Write one file of tensors, without those that no step moves."""
-        still = _still(self.student)
-        tensors = {f"student.{name}": value for name, value in self.student.state_dict().items() if name not in still}
-        for number, of in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"{number}.{name}": value for name, value in of.items()}
+        """Write trained weights and optimiser state to one file, and its checksum."""
+        frozen = _frozen(self.student)
+        tensors = {f"student.{name}": value for name, value in self.student.state_dict().items() if name not in frozen}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"{number}.{name}": value for name, value in state.items()}
         save_file({name: value.detach().cpu().clone() for name, value in tensors.items()}, folder / TENSORS)
         (folder / HASH).write_text(storage.sha256_of(folder / TENSORS), encoding="ascii")
 
     def load(self, folder: Path) -> None:
-        """Read that file."""
+        """Load that file after verifying its checksum."""
         try:
             if storage.sha256_of(folder / TENSORS) != (folder / HASH).read_text(encoding="ascii"):
-                raise ValueError(f"{TENSORS} does not hold the bytes that were written")
-            student = _still(self.student)
-            found: dict[int, dict[str, Tensor]] = {}
+                raise ValueError(f"checksum mismatch of {TENSORS}")
+            student = _frozen(self.student)
+            states: dict[int, dict[str, Tensor]] = {}
             for name, value in load_file(folder / TENSORS).items():
                 owner, _, key = name.partition(".")
-                (student if owner == "student" else found.setdefault(int(owner), {}))[key] = value
+                (student if owner == "student" else states.setdefault(int(owner), {}))[key] = value
             self.student.load_state_dict(student)
             groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": found, "param_groups": groups})
+            self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         except _DAMAGE as error:
             raise damaged(folder, error) from error
 
 
 class Zero:
-    """DeepSpeed's engine; stage 1 shares the optimizer's state among workers, 2 also gradients, 3 also weights."""
+    """DeepSpeed engine; stage 1 shards the optimiser state over the workers, 2 also gradients, 3 also weights."""
 
     every_rank = True
 
     def __init__(self, student: Student, weight_decay: float, clip: float, stage: int, device: str) -> None:
-        """Wrap a student; torch's process group must be there.
-
-        Raises:
-            MsenseError: this DeepSpeed does not take it.
-        """
-        os.environ.setdefault("DS_ACCELERATOR", device)  # read once, when DeepSpeed is first imported in this process
+        """Initialise DeepSpeed; torch's process group must exist."""
+        os.environ.setdefault("DS_ACCELERATOR", device)  # read when DeepSpeed is first imported in this process
         os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")  # workers of this node
         import deepspeed
 
         self.stage, self.clip = stage, clip
         config = {
-            "train_micro_batch_size_per_gpu": 1,  # losses are sums over batches of any size: see `losses.weighted`
+            "train_micro_batch_size_per_gpu": 1,  # losses are normalised by `losses.weighted`, not by DeepSpeed
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip,
             "zero_optimization": {"stage": stage, "overlap_comm": False},
@@ -172,16 +159,16 @@ class Zero:
         self.model, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
 
     def slice_of_step(self, last: bool) -> AbstractContextManager[Any]:
-        """Tell DeepSpeed whether gradients are whole."""
+        """Set whether this slice completes the gradients."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients up."""
+        """Accumulate the gradients of a loss."""
         self.model.backward(loss)
 
     def step(self, lr: float) -> None:
-        """Clip, and take a step."""
+        """Clip the gradients and take a step."""
         for group in self.model.optimizer.param_groups:
             group["lr"] = lr
         self.model.step()
@@ -190,7 +177,7 @@ class Zero:
             _check_norm(float(norm))
 
     def whole(self) -> AbstractContextManager[Any]:
-        """Bring the weights together that stage 3 keeps apart."""
+        """Gather the weights that stage 3 shards."""
         if self.stage < 3:
             return nullcontext()
         import deepspeed
@@ -199,28 +186,28 @@ class Zero:
         return gathered
 
     def save(self, folder: Path) -> None:
-        """Write this worker's part."""
+        """Write this worker's shard."""
         self.model.save_checkpoint(str(folder), tag=ZERO)
 
     def load(self, folder: Path) -> None:
-        """Read the parts of all workers: as many as wrote them."""
+        """Load the shards; the number of workers must be the one that wrote them."""
         try:
-            found, _ = self.model.load_checkpoint(str(folder), tag=ZERO)
+            path, _ = self.model.load_checkpoint(str(folder), tag=ZERO)
         except (*_DAMAGE, AssertionError) as error:
             raise damaged(folder, error) from error
-        if found is None:
-            raise damaged(folder, FileNotFoundError(f"it has no {ZERO}/"))
+        if path is None:
+            raise damaged(folder, FileNotFoundError(f"{ZERO}/ is missing"))
 
 
-def _still(student: nn.Module) -> dict[str, Tensor]:
+def _frozen(student: nn.Module) -> dict[str, Tensor]:
     """Return the weights that are not trained, by name."""
     return {name: parameter.detach() for name, parameter in student.named_parameters() if not parameter.requires_grad}
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep what a step frees, as the next one needs it again (glibc; a fifth of a step on a CPU).
+    """Make glibc keep freed memory for the next step, which saves a fifth of a step on a CPU.
 
-    Else large tensors are given back to the system, and every page of the next ones is cleared anew.
+    Otherwise large tensors are returned to the system, and the kernel zeroes every page of the next ones.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -229,13 +216,13 @@ def keep_freed_memory() -> None:
 
 
 def damaged(folder: Path, error: BaseException) -> BadInput:
-    """Say that a checkpoint cannot be read."""
+    """Return the error for a checkpoint that cannot be loaded."""
     return BadInput(
-        f"the checkpoint {folder} is damaged ({first_line(error)}): delete {folder.parent}, and the same command trains "
-        "from the beginning"
+        f"the checkpoint {folder} is corrupted ({first_line(error)}): delete {folder.parent} and run the same command "
+        "again to train from the beginning"
     )
 
 
 def _check_norm(norm: float) -> None:
     if not math.isfinite(norm):
-        raise MsenseError("a gradient is not finite: give a smaller --lr, or train in float32")
+        raise MsenseError("a gradient is not finite: use a smaller --lr, or train in float32")

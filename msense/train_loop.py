@@ -1,9 +1,9 @@
-"""What a training worker does: labels and a student in, a trained student out, checkpoints on the way.
+"""Training loop of one distillation worker: labels and a student in, a trained student and checkpoints out.
 
-Every worker derives the global batches from the labels' manifest and reads its share of each; `train_engine` averages
-gradients and takes the steps. A checkpoint says how many steps are done; the random numbers of a step follow from (seed,
-epoch, step, worker). Never imports Ray. Holds the student four times over, the dictionary's senses, up to
-`sense_losses.KEPT_BYTES` of them in float32 too, one slice of a batch, and where losses are on hidden states the teacher.
+Every worker derives the global batches from the label manifest and reads its share of each; `train_engine` averages
+the gradients. The random state of a step depends on (seed, epoch, step, rank) only. Never imports Ray. Memory: four
+times the student, the dictionary's senses (plus up to `sense_losses.KEPT_BYTES`), one batch slice, and the teacher for
+hidden-state losses.
 """
 
 import math
@@ -22,14 +22,7 @@ from msense.config import NO_SENSE
 from msense.dictionary import SenseDictionary
 from msense.errors import BadInput, MsenseError
 from msense.label_set import LabelBatch, LabelSet
-from msense.losses import (
-    Labelled,
-    Mix,
-    frequent_sense_accuracy,
-    loss_sums,
-    sense_accuracy,
-    weighted,
-)
+from msense.losses import Labelled, Mix, frequent_sense_accuracy, loss_sums, sense_accuracy, weighted
 from msense.sense_losses import LossSum, SenseLabels
 from msense.student import Student, StudentSettings, make_student
 from msense.student.narrow import narrow
@@ -44,25 +37,13 @@ STATE = "state.json"  # of a checkpoint
 
 @dataclass(frozen=True)
 class Training:
-    """Everything a worker needs to know.
+    """Settings of a training worker; those without a comment are as in `DistillConfig`."""
 
-    Attributes:
-        run: run folder with the labels.
-        dictionary: its folder.
-        teacher: name or folder.
-        revision: of the teacher.
-        teacher_dtype: where losses are on hidden states.
-        student: what to make.
-        mix: weights of the losses, and how senses are scored.
-        threads: of torch, for each worker.
-    Others are as in `DistillConfig`.
-    """
-
-    run: str
-    dictionary: str
-    teacher: str
-    revision: str | None
-    teacher_dtype: str
+    run: str  # run folder with the labels
+    dictionary: str  # folder
+    teacher: str  # name or folder
+    revision: str | None  # of the teacher
+    teacher_dtype: str  # for hidden-state losses
     student: StudentSettings
     mix: Mix
     train_embeddings: bool
@@ -79,39 +60,30 @@ class Training:
     deepspeed_stage: int
     checkpoint_steps: int
     device: str
-    threads: int
+    threads: int  # torch threads per worker
 
 
 @dataclass
 class State:
-    """Where a training stands.
+    """Progress of a training; a checkpoint stores it as JSON."""
 
-    Attributes:
-        epoch: epochs that are finished.
-        step: steps that are done of the epoch under way.
-        tokens: that these steps have read.
-        seconds: that they took.
-        sums: of their losses, by name.
-        history: metrics of each finished epoch.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the current epoch
+    tokens: int = 0  # read by these steps
+    seconds: float = 0.0  # taken by these steps
+    sums: dict[str, float] = field(default_factory=dict)  # losses of these steps, by name
+    history: list[dict[str, float]] = field(default_factory=list)  # metrics of each finished epoch
 
 
 @dataclass(frozen=True)
 class Group:
-    """The workers of a training; one alone needs no process group."""
+    """Rank and number of the workers; a single worker needs no process group."""
 
     rank: int = 0
     world: int = 1
 
     def sum(self, values: list[float], device: str) -> list[float]:
-        """Add numbers up over all workers."""
+        """Return the values summed over all workers."""
         if self.world == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -120,15 +92,15 @@ class Group:
 
 
 def new_student(training: Training, labels: LabelSet | None = None) -> Student:
-    """Make the student that a training begins with.
+    """Return the untrained student.
 
     Args:
         training: settings.
-        labels: of the run: a static student's tokens move the further the more often they are seen there, and tables of
-            tokens that are trained are narrowed to those there. None: for a look at it.
+        labels: token frequencies scale the steps of a static student's tokens, and trained embedding tables are
+            reduced to the tokens in the labels. None: build the student only to check the settings.
 
     Raises:
-        BadInput: it cannot be made.
+        BadInput: the student cannot be built.
     """
     dictionary = SenseDictionary.load(training.dictionary)
     trained, held_out = (None, None) if labels is None else labels.token_counts()
@@ -142,10 +114,18 @@ def new_student(training: Training, labels: LabelSet | None = None) -> Student:
 
 
 class Trainer:
-    """One worker of a training: settings, engine, labels, dictionary, and where it stands."""
+    """Training loop of one worker.
+
+    Example:
+        labels = LabelSet.open(training.run)
+        student = new_student(training, labels)
+        trainer = Trainer(training, Plain(student, training.weight_decay, training.clip), labels)
+        for state in trainer.run():
+            trainer.save(Path("checkpoint"))
+    """
 
     def __init__(self, training: Training, engine: Engine, labels: LabelSet, group: Group | None = None) -> None:
-        """Bring together what a training needs; the teacher is loaded where losses are on hidden states."""
+        """Load the dictionary, and the teacher if a hidden-state loss needs it."""
         self.training, self.engine, self.labels = training, engine, labels
         self.group, self.state = group or Group(), State()
         self.student = engine.student
@@ -163,10 +143,7 @@ class Trainer:
             )
 
     def run(self, progress: Progress | None = None) -> Iterator[State]:
-        """Train from the state on; yield it at every step of which a checkpoint is wanted, the end of an epoch among them.
-
-        Args:
-            progress: is told how it goes.
+        """Train from the current state on; yield it whenever a checkpoint is due, which includes the end of each epoch.
 
         Raises:
             MsenseError: a loss or gradient is NaN or infinite.
@@ -177,23 +154,7 @@ class Trainer:
         for epoch in range(state.epoch, training.epochs):
             self.engine.model.train()
             for passages in self.labels.batches(epoch, *order, first_step=state.step):
-                began = time.monotonic()
-                numbers = (training.seed, epoch, state.step, self.group.rank)
-                torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
-                done = sum(lengths[:epoch]) + state.step
-                is_told = progress is not None and progress.is_due()
-                found = self._step(
-                    passages, training.lr * rate(done, sum(lengths), training.warmup, training.schedule), is_told
-                )
-                state.step += 1
-                state.tokens += int(self.labels.lengths[passages].sum())
-                state.seconds += time.monotonic() - began
-                for name in training.mix.weights():
-                    state.sums[name] = state.sums.get(name, 0.0) + found[name]
-                if progress is not None and is_told:
-                    left = (sum(lengths) - done - 1) * state.seconds / state.step
-                    speed = {"tokens_per_s": state.tokens / state.seconds, "seconds_left": left}
-                    progress.tell(done + 1, sum(lengths), epoch + 1, found, speed)
+                self._next_step(passages, sum(lengths[:epoch]) + state.step, sum(lengths), progress)
                 if state.step % training.checkpoint_steps == 0 and state.step < lengths[epoch]:
                     yield state
             metrics = {f"train_{name}": total / max(1, lengths[epoch]) for name, total in state.sums.items()}
@@ -206,38 +167,59 @@ class Trainer:
                 progress.epoch(state.history)
             yield state
 
-    def _step(self, passages: np.ndarray, lr: float, is_told: bool) -> dict[str, float]:
-        """Take one step; return the mean of each loss over the global batch, and if it is told the sense accuracy here."""
+    def _next_step(self, passages: np.ndarray, done: int, steps: int, progress: Progress | None) -> None:
+        """Take step number `done` of `steps`, update the state and report progress if that is due."""
+        training, state = self.training, self.state
+        began = time.monotonic()
+        numbers = (training.seed, state.epoch, state.step, self.group.rank)
+        torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+        is_due = progress is not None and progress.is_due()
+        lr = training.lr * rate(done, steps, training.warmup, training.schedule)
+        losses = self._step(passages, lr, is_due)
+        state.step += 1
+        state.tokens += int(self.labels.lengths[passages].sum())
+        state.seconds += time.monotonic() - began
+        for name in training.mix.weights():
+            state.sums[name] = state.sums.get(name, 0.0) + losses[name]
+        if progress is not None and is_due:
+            left = (steps - done - 1) * state.seconds / state.step
+            speed = {"tokens_per_s": state.tokens / state.seconds, "seconds_left": left}
+            progress.tell(done + 1, steps, state.epoch + 1, losses, speed)
+
+    def _step(self, passages: np.ndarray, lr: float, with_accuracy: bool) -> dict[str, float]:
+        """Take one step; return the global batch's mean losses and, if requested, this worker's sense accuracy."""
         training, group = self.training, self.group
         share = passages[group.rank :: group.world]
         slices = [part for part in np.array_split(share, training.accumulate) if len(part)]
-        batches = [self.labels.read(part) for part in slices] or [self.labels.read(passages[:1])]  # all must take part
+        # a worker without passages takes part in the collective operations with a zero loss
+        batches = [self.labels.read(part) for part in slices] or [self.labels.read(passages[:1])]
         own = [_counts(training.mix, batch) for batch in batches] if slices else []
         names = list(training.mix.weights())
-        counts = dict(zip(names, group.sum([sum(c[n] for c in own) for n in names], training.device), strict=True))
+        counted = group.sum([sum(c[n] for c in own) for n in names], training.device)
+        counts = {name: int(count) for name, count in zip(names, counted, strict=True)}
         totals, right = dict.fromkeys(names, 0.0), []
         for number, batch in enumerate(batches):
             with self.engine.slice_of_step(last=number == len(batches) - 1):
-                output, given = self._forward(batch, self.engine.model)
-                sums = loss_sums(training.mix, output, given, self.space, self.student.sentence)
-                loss = weighted(training.mix, sums, {n: int(c) for n, c in counts.items()}, group.world)
+                output, labelled = self._forward(batch, self.engine.model)
+                sums = loss_sums(training.mix, output, labelled, self.space, self.student.sentence)
+                loss = weighted(training.mix, sums, counts, group.world)
                 self.engine.backward(loss if slices else loss * 0)
             for name, part in sums.items() if slices else ():
                 totals[name] += float(part.total.detach())
-            if is_told:
+            if with_accuracy:
                 right.append(self._accuracy(output, batch))
         every = group.sum(list(totals.values()), training.device)
-        found = {name: total / max(1, counts[name]) for name, total in zip(names, every, strict=True)}
-        if not all(map(math.isfinite, found.values())):
-            told = ", ".join(f"{name} {value}" for name, value in found.items())
-            raise MsenseError(f"the loss is not finite ({told}): give a smaller --lr, or --student-dtype float32")
+        losses = {name: total / max(1, counts[name]) for name, total in zip(names, every, strict=True)}
+        if not all(map(math.isfinite, losses.values())):
+            values = ", ".join(f"{name} {value}" for name, value in losses.items())
+            raise MsenseError(f"the loss is not finite ({values}): use a smaller --lr, or --student-dtype float32")
         self.engine.step(lr)
-        if is_told:
-            found["accuracy"] = float(sum(part.total for part in right)) / max(1, sum(part.count for part in right))
-        return found
+        if with_accuracy:
+            losses["accuracy"] = float(sum(part.total for part in right)) / max(1, sum(part.count for part in right))
+        return losses
 
     def _forward(self, batch: LabelBatch, model: nn.Module) -> tuple[StudentOutput, Labelled]:
-        """Return a student's output for a slice, and what it is held against."""
+        """Return the student's output for a batch, and the labels to compare it with."""
         device = self.training.device
         mask = batch.mask.to(device)
         with torch.autocast(device, torch.bfloat16, enabled=self.training.dtype == "bfloat16"):
@@ -248,102 +230,98 @@ class Trainer:
         return StudentOutput(output[0].float(), output[1].float()), _labelled(batch, mask, hidden)
 
     def _accuracy(self, output: StudentOutput, batch: LabelBatch) -> LossSum:
-        return sense_accuracy(output.senses.flatten(0, 1), *_picked(batch), self.dictionary, self.space.metric)
+        return sense_accuracy(output.senses.flatten(0, 1), *_hard_labels(batch), self.dictionary, self.space.metric)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Measure the student on the passages that are held out: losses, sense accuracy and its baseline, pooled cosine."""
+        """Return losses, sense accuracy, its baseline and the pooled cosine on the held-out passages."""
         self.engine.model.eval()
         training, labels, group = self.training, self.labels, self.group
         passages = labels.held_out()
         own = passages[np.argsort(labels.lengths[passages], kind="stable")][group.rank :: group.world]
         names = [*training.mix.weights(), "accuracy", "frequent", "pooled_cosine"]
         totals, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        longest = max(1, int(labels.lengths[own].max(initial=1)))
+        size = max(1, training.batch_tokens // longest)
         with self.engine.whole():
-            for batch in self._batches(own):
-                output, given = self._forward(batch, self.student)
-                told = loss_sums(training.mix, output, given, self.space, self.student.sentence)
-                told["accuracy"] = self._accuracy(output, batch)
-                told["frequent"] = frequent_sense_accuracy(*_picked(batch), self.dictionary)
-                if given.sentences is not None:
-                    vectors = self.student.sentence(output.hidden, given.mask)
-                    cosine = nn.functional.cosine_similarity(vectors, given.sentences).sum()
-                    told["pooled_cosine"] = LossSum(cosine, len(vectors))
-                for name, part in told.items():
+            for start in range(0, len(own), size):
+                for name, part in self._metrics(labels.read(own[start : start + size])).items():
                     totals[name] += float(part.total)
                     counts[name] += part.count
         summed = group.sum([*totals.values(), *counts.values()], training.device)
         pairs = zip(names, summed[: len(names)], summed[len(names) :], strict=True)
         return {f"held_out_{name}": total / count for name, total, count in pairs if count}
 
-    def _batches(self, passages: np.ndarray) -> Iterator[LabelBatch]:
-        """Read passages that are sorted by length, a step's tokens at a time."""
-        longest = max(1, int(self.labels.lengths[passages].max(initial=1)))
-        size = max(1, self.training.batch_tokens // longest)
-        for at in range(0, len(passages), size):
-            yield self.labels.read(passages[at : at + size])
+    def _metrics(self, batch: LabelBatch) -> dict[str, LossSum]:
+        """Return the losses and held-out metrics of a batch."""
+        output, labelled = self._forward(batch, self.student)
+        metrics = loss_sums(self.training.mix, output, labelled, self.space, self.student.sentence)
+        metrics["accuracy"] = self._accuracy(output, batch)
+        metrics["frequent"] = frequent_sense_accuracy(*_hard_labels(batch), self.dictionary)
+        if labelled.sentences is not None:
+            vectors = self.student.sentence(output.hidden, labelled.mask)
+            cosine = nn.functional.cosine_similarity(vectors, labelled.sentences).sum()
+            metrics["pooled_cosine"] = LossSum(cosine, len(vectors))
+        return metrics
 
     def save(self, folder: Path) -> None:
-        """Write where this training stands; the JSON file last."""
+        """Write a checkpoint; its JSON file is written last."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.group.rank == 0 or self.engine.every_rank:
             self.engine.save(folder)
         if self.group.rank == 0:
-            told = asdict(self.state) | {"workers": self.group.world}
-            storage.write_json(str(folder / STATE), told)
+            storage.write_json(str(folder / STATE), asdict(self.state) | {"workers": self.group.world})
 
     def restore(self, folder: Path) -> None:
-        """Go on from what `save` wrote.
-
-        Raises:
-            BadInput: it is damaged, or of another number of workers, each of whom wrote a part of it.
-        """
+        """Load a checkpoint; raise BadInput if it is corrupted or sharded over another number of workers."""
         try:
-            told = storage.read_json(str(folder / STATE))
-            if told is None:
-                raise ValueError(f"{STATE} is not there, or does not hold what was written")
-            epoch, step, tokens, workers = (int(told[name]) for name in ("epoch", "step", "tokens", "workers"))
-            self.state = State(epoch, step, tokens, float(told["seconds"]), dict(told["sums"]), list(told["history"]))
+            stored = storage.read_json(str(folder / STATE))
+            if stored is None:
+                raise ValueError(f"{STATE} is missing or fails its checksum")
+            epoch, step, tokens, workers = (int(stored[name]) for name in ("epoch", "step", "tokens", "workers"))
+            self.state = State(
+                epoch, step, tokens, float(stored["seconds"]), dict(stored["sums"]), list(stored["history"])
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise damaged(folder, error) from error
         if self.engine.every_rank and workers != self.group.world:
             raise BadInput(
-                f"the checkpoint {folder} was made by {workers} workers, and DeepSpeed goes on with as many only: give "
-                f"--workers {workers}, or delete it"
+                f"the checkpoint {folder} was written by {workers} workers, and DeepSpeed resumes only with as many: "
+                f"use --workers {workers}, or delete the checkpoint"
             )
         self.engine.load(folder)
 
 
 def rate(step: int, steps: int, warmup: float, schedule: str) -> float:
-    """Return the learning rate's factor in a step: linear warm-up, then cosine, linear or constant.
+    """Return the learning-rate factor of a step: linear warm-up, then cosine, linear or constant.
 
-    `one-cycle` rises from 1/25 and falls to 1/250,000, both by a cosine (Smith and Topin 2019; the numbers are torch's).
+    `one-cycle` rises from 1/25 and falls to 1/250,000, both along a cosine (Smith and Topin 2019; defaults of PyTorch).
     """
     warm = warmup * steps
     if step < warm:
         if schedule == "one-cycle":
-            return _between(1 / 25, 1.0, step / warm)
+            return _cosine(1 / 25, 1.0, step / warm)
         return (step + 1) / (warm + 1)
     done = (step - warm) / max(1.0, steps - warm)
     if schedule == "constant":
         return 1.0
-    return 1 - done if schedule == "linear" else _between(1.0, 1 / 250_000 if schedule == "one-cycle" else 0.0, done)
+    return 1 - done if schedule == "linear" else _cosine(1.0, 1 / 250_000 if schedule == "one-cycle" else 0.0, done)
 
 
-def _between(first: float, last: float, share: float) -> float:
-    """Go from one number to another by half a cosine."""
+def _cosine(first: float, last: float, share: float) -> float:
+    """Interpolate between two numbers along half a cosine."""
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _counts(mix: Mix, batch: LabelBatch) -> dict[str, int]:
-    """What each loss of a batch counts: tokens with a sense, passages, or tokens."""
+    """Return what each loss of a batch averages over: the number of labelled tokens, of passages, or of tokens."""
     labelled = int((batch.senses >= 0).sum())
     kinds = {"sense": labelled, "pooled": len(batch.ids), "replaced": len(batch.ids)}
     return {name: kinds.get(name, int(batch.mask.sum())) for name in mix.weights()}
 
 
 def _labelled(batch: LabelBatch, mask: Tensor, hidden: Tensor | None) -> Labelled:
-    """Return labels as losses take them."""
+    """Return the labels of a batch in the form of `losses`."""
     if batch.soft_senses is None or batch.soft_weights is None:
         senses = SenseLabels(_numbers(batch.senses.flatten()))
     else:
@@ -352,11 +330,11 @@ def _labelled(batch: LabelBatch, mask: Tensor, hidden: Tensor | None) -> Labelle
     return Labelled(batch.ids, mask, senses, sentences, hidden)
 
 
-def _picked(batch: LabelBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Return a batch's token ids and the teacher's senses, place by place [B·L]; padding has none."""
+def _hard_labels(batch: LabelBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids and the teacher's senses of all positions [B·L]; padding has no sense."""
     return batch.ids.flatten().numpy(), _numbers(batch.senses.flatten())
 
 
 def _numbers(senses: Tensor) -> np.ndarray:
-    """Sense numbers as the labels store them: -1, none, becomes 65535."""
+    """Return sense numbers as the labels store them, uint16; -1 (none) becomes 65535."""
     return np.asarray(senses.masked_fill(senses < 0, NO_SENSE).numpy().astype(np.uint16))

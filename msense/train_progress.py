@@ -1,8 +1,8 @@
-"""How a training goes: told by its first worker through files of the run folder, shown by the driver.
+"""Progress of a training: written by the first worker to files of the run folder, displayed by the driver.
 
-`metrics.jsonl` has the metrics of every finished epoch, a JSON object a line. `training/progress.json` has how far it is,
-anew every ten seconds; whoever waits reads it. With TensorBoard installed and a run folder on a local disk, both are also
-drawn there (`tensorboard --logdir RUN/training/tensorboard`).
+`metrics.jsonl` holds the metrics of every finished epoch, one JSON object per line; `training/progress.json` the
+current step, rewritten every ten seconds. With TensorBoard installed and a local run folder, both are also logged there
+(`tensorboard --logdir RUN/training/tensorboard`).
 """
 
 import json
@@ -29,13 +29,18 @@ LOOK_SECONDS = 2.0
 
 
 class Progress:
-    """Writes how a training goes."""
+    """Writes the progress of a training.
+
+    Example:
+        with Progress("runs/student", history=[]) as progress:
+            progress.epoch([{"epoch": 1, "step": 28, "train_sense": 0.7}])
+    """
 
     def __init__(self, run: str, history: list[dict[str, float]]) -> None:
-        """Begin, or go on after the epochs of a history."""
+        """Open the run folder, resuming after the epochs in `history`."""
         self.run = RunFolder(run)
-        self.told = time.monotonic()
-        self._board = _board(self.run, int(history[-1]["step"]) if history else 0)
+        self._reported_at = time.monotonic()
+        self._board = _open_board(self.run, int(history[-1]["step"]) if history else 0)
         self._epochs = len(history)
 
     def __enter__(self) -> "Progress":
@@ -48,39 +53,34 @@ class Progress:
             self._board.close()
 
     def is_due(self) -> bool:
-        """Tell whether it is time to tell."""
-        return time.monotonic() - self.told >= REPORT_SECONDS
+        """Return whether it is time to report."""
+        return time.monotonic() - self._reported_at >= REPORT_SECONDS
 
     def tell(self, step: int, steps: int, epoch: int, found: dict[str, float], speed: dict[str, float]) -> None:
-        """Write how far it is.
+        """Write the progress file after `step` of `steps` steps; epochs count from 1.
 
-        Args:
-            step: steps that are done.
-            steps: in all.
-            epoch: that is under way, from 1.
-            found: losses and accuracy of the last step.
-            speed: tokens_per_s, and seconds_left of the whole training.
+        `found` holds the losses and accuracy of the last step, `speed` the `tokens_per_s` and `seconds_left` in total.
         """
-        self.told = time.monotonic()
+        self._reported_at = time.monotonic()
         storage.write_json(self.run.progress, {"step": step, "steps": steps, "epoch": epoch, "found": found, **speed})
-        self._draw(step, {f"step/{name}": value for name, value in (found | speed).items()})
+        self._log(step, {f"step/{name}": value for name, value in (found | speed).items()})
 
     def epoch(self, history: list[dict[str, float]]) -> None:
-        """Write the metrics of all epochs: a line that a driver before this one wrote is not there twice."""
+        """Write the metrics of all epochs; rewriting the whole file avoids duplicate lines after a resume."""
         storage.write_text(self.run.metrics, "".join(json.dumps(metrics) + "\n" for metrics in history))
         for metrics in history[self._epochs :]:
-            self._draw(int(metrics["step"]), {f"epoch/{name}": value for name, value in metrics.items()})
+            self._log(int(metrics["step"]), {f"epoch/{name}": value for name, value in metrics.items()})
         self._epochs = len(history)
 
-    def _draw(self, step: int, values: dict[str, float]) -> None:
+    def _log(self, step: int, values: dict[str, float]) -> None:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
 
 
-def _board(run: RunFolder, step: int) -> Any:  # noqa: ANN401 - a SummaryWriter, or None
-    """Open TensorBoard's file; what an earlier training wrote after a step is hidden by it."""
+def _open_board(run: RunFolder, step: int) -> Any:  # noqa: ANN401 - a SummaryWriter, or None
+    """Return a TensorBoard writer that hides events after `step` of an earlier training, or None."""
     if not stores.is_local(run.root):
         return None
     try:
@@ -92,7 +92,7 @@ def _board(run: RunFolder, step: int) -> Any:  # noqa: ANN401 - a SummaryWriter,
 
 @contextmanager
 def shown(run: RunFolder) -> Iterator[None]:
-    """Show how a training goes while this waits for it: a bar on a terminal, a line every ten seconds elsewhere."""
+    """Display the training's progress within this context: a bar on a terminal, otherwise log lines."""
     storage.remove(run.progress)
     ended = threading.Event()
     watcher = threading.Thread(target=_watch, args=(run, ended), daemon=True)
@@ -105,37 +105,36 @@ def shown(run: RunFolder) -> Iterator[None]:
 
 
 def _watch(run: RunFolder, ended: threading.Event) -> None:
-    """Show what is new until the training has ended."""
-    step, bar = 0, _bar() if sys.stderr.isatty() else None
+    """Display new progress until the training has ended."""
+    step, bar = 0, _start_bar() if sys.stderr.isatty() else None
     task = None if bar is None else bar.add_task("training", total=None)
     while not ended.wait(LOOK_SECONDS):
-        told = storage.read_json(run.progress)
-        if told is None or told["step"] == step:
+        progress = storage.read_json(run.progress)
+        if progress is None or progress["step"] == step:
             continue
-        step = told["step"]
-        tell_ray("training", step, told["steps"])
+        step = progress["step"]
+        tell_ray("training", step, progress["steps"])
         if bar is None or task is None:
-            logger.info("training: %s", line(told))
+            logger.info("training: %s", line(progress))
         else:
-            bar.update(task, total=told["steps"], completed=step, description=_now(told))
+            bar.update(task, total=progress["steps"], completed=step, description=_metrics(progress))
     if bar is not None:
         bar.stop()
 
 
 def line(told: dict[str, Any]) -> str:
-    """Return what a progress file tells, for people."""
+    """Return the content of a progress file as one line of text."""
     share = f"{told['step']:,} of {told['steps']:,} steps, epoch {told['epoch']}"
-    return f"{share}, {_now(told)}, {told['seconds_left']:,.0f} s left"
+    return f"{share}, {_metrics(told)}, {told['seconds_left']:,.0f} s left"
 
 
-def _now(told: dict[str, Any]) -> str:
-    """Return losses, accuracy and speed."""
-    return ", ".join(
-        [*(f"{name} {value:.4f}" for name, value in told["found"].items()), f"{told['tokens_per_s']:,.0f} tokens/s"]
-    )
+def _metrics(progress: dict[str, Any]) -> str:
+    """Return losses, accuracy and speed as text."""
+    losses = [f"{name} {value:.4f}" for name, value in progress["found"].items()]
+    return ", ".join([*losses, f"{progress['tokens_per_s']:,.0f} tokens/s"])
 
 
-def _bar() -> Bar:
+def _start_bar() -> Bar:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total}"))
     bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
     bar.start()

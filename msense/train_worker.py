@@ -1,8 +1,4 @@
-"""One worker of Ray Train: it makes an engine, goes on from the last checkpoint, trains, and reports new ones.
-
-Comes in: a `Training`. Goes out: the metrics of all epochs, and in the last checkpoint the student. Holds what a `Trainer`
-holds.
-"""
+"""Ray Train worker of a distillation: resume from the last checkpoint, train, and report new checkpoints."""
 
 import tempfile
 from contextlib import nullcontext
@@ -25,11 +21,7 @@ STUDENT = "student"  # folder of the last checkpoint
 
 
 def train_worker(given: dict[str, Any]) -> list[dict[str, float]]:
-    """Train; return the metrics of all epochs.
-
-    Args:
-        given: `training`, a `Training`.
-    """
+    """Train with the `Training` in `given["training"]`; return the metrics of all epochs."""
     training: Training = given["training"]
     torch.set_num_threads(training.threads)
     keep_freed_memory()
@@ -38,8 +30,7 @@ def train_worker(given: dict[str, Any]) -> list[dict[str, float]]:
     context = ray.train.get_context()
     group = Group(context.get_world_rank(), context.get_world_size())
     labels = LabelSet.open(training.run)
-    engine = _engine(new_student(training, labels), training)
-    trainer = Trainer(training, engine, labels, group)
+    trainer = Trainer(training, _engine(new_student(training, labels), training), labels, group)
     if (latest := ray.train.get_checkpoint()) is not None:
         with latest.as_directory() as folder:
             trainer.restore(Path(folder))
@@ -50,10 +41,10 @@ def train_worker(given: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def _engine(student: Student, training: Training) -> Engine:
-    """Choose what moves the student."""
+    """Return the engine that the settings select."""
     if stage := training.deepspeed_stage:
         return Zero(student, training.weight_decay, training.clip, stage, training.device)
-    options = {"find_unused_parameters": True, "broadcast_buffers": False}  # no loss may ask for the senses; means stay
+    options = {"find_unused_parameters": True, "broadcast_buffers": False}  # some objectives do not use the sense head
     return Plain(
         student,
         training.weight_decay,
@@ -63,7 +54,7 @@ def _engine(student: Student, training: Training) -> Engine:
 
 
 def _report(trainer: Trainer) -> None:
-    """Hand a checkpoint to Ray Train, and wait until it counts."""
+    """Report a checkpoint to Ray Train and wait until it is committed."""
     state, engine, is_first = trainer.state, trainer.engine, trainer.group.rank == 0
     with tempfile.TemporaryDirectory() as folder:
         trainer.save(Path(folder))
@@ -76,5 +67,5 @@ def _report(trainer: Trainer) -> None:
         name = f"epoch_{state.epoch:05d}_step_{state.step:08d}"
         metrics = dict(state.history[-1]) if state.history else {}
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
-        # a report that returns is not yet a checkpoint to go on from
+        # `report` may return before the checkpoint can be resumed from
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)

@@ -1,7 +1,6 @@
-"""A fine-tuned teacher's folder: body, tokenizer, sentence-transformers settings, classifier, card.
+"""Writing a fine-tuned teacher's folder: body, tokenizer, sentence-transformers settings, classifier, model card.
 
-Comes in: a body and a classifier on the CPU or a GPU, and the folder of the teacher that they began as. Goes out: a folder that
-`teacher.describe` and `teacher.load_body` read as they read any teacher's. Holds a copy of the weights.
+`teacher.describe` and `teacher.load_body` read the result like any other teacher. Memory: a copy of the weights.
 """
 
 import json
@@ -16,18 +15,13 @@ from safetensors.torch import save_file
 from msense.artefact import leads_out
 from msense.classifier import Classifier, save_classifier
 from msense.dictionary.card import one_line
-from msense.teacher_folder import read_settings
+from msense.teacher_folder import POOLING_KEYS, read_settings
 from msense.text import redact
 
-_TOKENIZER = (  # files of which a tokenizer is made, and its settings
+_TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "*.model"),
 )
-_MODES = {
-    "mean": "pooling_mode_mean_tokens",
-    "cls": "pooling_mode_cls_token",
-    "lasttoken": "pooling_mode_lasttoken",
-}
 _MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
@@ -45,29 +39,28 @@ def save_teacher(
     """Write a fine-tuned teacher into a new folder.
 
     Args:
-        folder: where to; made here.
+        folder: created here.
         body: float32, without a pooler.
         classifier: on the body's embeddings; its pooling becomes the teacher's own.
         source: folder of the teacher that was fine-tuned, for its tokenizer, prompt and name.
         max_length: longest text in tokens.
-        figures: told in the card.
+        figures: metrics for the model card.
     """
     folder.mkdir(parents=True)
     inner, _, _, _, prompt = read_settings(source)
     _save_body(folder, body)
     for pattern in _TOKENIZER:
         for path in inner.glob(pattern):
-            if not leads_out(path, source):  # else whatever a link leads to would be shared with the teacher
+            if not leads_out(path, source):  # a link could disclose any file of this machine
                 shutil.copyfile(path, folder / path.name)
     config = classifier.config
-    pooling = {"word_embedding_dimension": config.dim}
-    pooling |= {mode: how == config.pooling for how, mode in _MODES.items()}
+    pooling = {POOLING_KEYS[mode]: mode == config.pooling for mode in ("mean", "cls", "lasttoken")}
     settings: dict[str, Any] = {
         "modules.json": _MODULES,
-        "1_Pooling/config.json": pooling,
+        "1_Pooling/config.json": {"word_embedding_dimension": config.dim, **pooling},
         "sentence_bert_config.json": {"max_seq_length": max_length},
     }
-    if prompt:  # it was trained with it
+    if prompt:
         settings["config_sentence_transformers.json"] = {"prompts": {"own": prompt}, "default_prompt_name": "own"}
     for name, content in settings.items():
         path = folder / name
@@ -78,7 +71,7 @@ def save_teacher(
 
 
 def _save_body(folder: Path, body: Any) -> None:  # noqa: ANN401 - a transformers model
-    """Write config and weights; those of an encoder under the names that they have beside a decoder, where it has one."""
+    """Write config and weights; an encoder of an encoder-decoder model keeps its parameter names in that model."""
     from transformers import AutoModel
 
     with torch.device("meta"):
@@ -87,15 +80,15 @@ def _save_body(folder: Path, body: Any) -> None:  # noqa: ANN401 - a transformer
         body.save_pretrained(folder)
         return
     weights = {f"encoder.{name}": tensor for name, tensor in body.state_dict().items()}
-    if "shared.weight" in whole.state_dict():  # the table of tokens, of both
+    if "shared.weight" in whole.state_dict():  # the token embeddings, shared by encoder and decoder
         weights["shared.weight"] = body.get_input_embeddings().weight
     body.config.save_pretrained(folder)
-    plain = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+    save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _card(classifier: Classifier, source: Path, max_length: int, prompt: str, figures: Mapping[str, float]) -> str:
-    """Return the folder's README."""
+    """Return the model card."""
     config = classifier.config
     teacher = source.name if source.parent.name != "snapshots" else source.parents[1].name.removeprefix("models--")
     facts: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Corpora read as tests look at them: pieces, documents, and pairs of id and text."""
+"""Helpers to read corpora in tests."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def read(*uris: object, piece_bytes: int = 16 << 20, **options: object) -> list[
 
 
 def pairs(rows: list[Document | BadDocument]) -> list[tuple[str, str]]:
-    """(id, text) of good rows, (id, reason) of bad ones."""
+    """Return (id, text) of good rows, (id, reason) of bad ones."""
     return [(row.id, row.text if isinstance(row, Document) else row.reason) for row in rows]
 
 

@@ -1,7 +1,6 @@
-"""A driver that may be killed: a build in a process of its own, on the cluster of the test session, in small pieces.
+"""Drivers in processes of their own, which tests kill or disturb, with a small corpus cut into many work items.
 
-`drive` runs in that process; the patches go to Ray's workers by value, so that each piece of work is logged where it
-is done.
+Patched functions reach Ray's workers by value, so that each work item is logged where it runs.
 """
 
 import json
@@ -17,7 +16,7 @@ SMALL = (60_000, 60_000)
 
 
 def light_teacher() -> type:
-    """Return a teacher that needs no loading, which goes to workers by value."""
+    """Return a class for a teacher that needs no loading: a function of token, position and length."""
 
     class LightTeacher:
         def __init__(self, name: str, **settings: object) -> None:
@@ -32,46 +31,34 @@ def light_teacher() -> type:
     return LightTeacher
 
 
+def logged(function: Callable, log: Path, stage: str, key: str) -> Callable:
+    """Return the function, which appends "stage number" to the log when it starts on an item."""
+
+    def call(item: dict, *more: object, **named: object) -> object:
+        with log.open("a") as file:
+            file.write(f"{stage} {item[key]}\n")
+        return function(item, *more, **named)
+
+    return call
+
+
 def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bool = False) -> None:
-    """Cut a small corpus into several units and shards, and log each piece of work when it begins.
+    """Cut a small corpus into several partitions and shards, and log each work item when a worker starts on it.
 
     Args:
-        log: file that gets a line "stage number" whenever a worker begins a unit, a shard, ...
+        log: file of lines "stage number".
         patch: sets an attribute.
-        light: take a teacher that needs no loading: a function of token, place and length.
+        light: use `light_teacher`.
     """
     from msense import build, clustering, exemplars, occurrences, passages, plan, senses
 
-    write_plan, cluster_shard, resolve_unit = plan._write, clustering.cluster_shard, exemplars._resolve_unit
-    write_piece, look_at_shard = passages._write_piece, senses.look_at_shard
-
-    teacher = light_teacher()
-
-    def note(stage: str, number: int) -> None:
-        with log.open("a") as file:
-            file.write(f"{stage} {number}\n")
+    write_plan, teacher = plan._write, light_teacher()
 
     def small_shards(*arguments: object) -> object:
         from msense import occurrences
 
         occurrences.SHARD_BYTES = SMALL
         return write_plan(*arguments)
-
-    def logged_piece(item: dict, **more: object) -> object:
-        note("passages", item["number"])
-        return write_piece(item, **more)
-
-    def logged_shard(item: dict, *more: object) -> object:
-        note("clustering", item["shard"])
-        return cluster_shard(item, *more)
-
-    def logged_look(item: dict, *more: object) -> object:
-        note("senses", item["shard"])
-        return look_at_shard(item, *more)
-
-    def logged_contexts(item: dict, *more: object) -> object:
-        note("exemplars", item["number"])
-        return resolve_unit(item, *more)
 
     class LoggedActor(occurrences.OccurrenceActor):
         def __init__(self, **given: object) -> None:
@@ -82,20 +69,19 @@ def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bo
             super().__init__(**given)
 
         def __call__(self, item: dict) -> dict:
-            note("occurrences", item["number"])
-            return super().__call__(item)
+            return logged(super().__call__, log, "occurrences", "number")(item)
 
     patch(occurrences, "UNIT_BYTES", SMALL)
     patch(plan, "_write", small_shards)
-    patch(passages, "_write_piece", logged_piece)
-    patch(senses, "look_at_shard", logged_look)
-    patch(clustering, "cluster_shard", logged_shard)
-    patch(exemplars, "_resolve_unit", logged_contexts)
+    patch(passages, "_write_piece", logged(passages._write_piece, log, "passages", "number"))
+    patch(senses, "look_at_shard", logged(senses.look_at_shard, log, "senses", "shard"))
+    patch(clustering, "cluster_shard", logged(clustering.cluster_shard, log, "clustering", "shard"))
+    patch(exemplars, "_resolve_unit", logged(exemplars._resolve_unit, log, "exemplars", "number"))
     patch(build, "OccurrenceActor", LoggedActor)
 
 
 def labels_in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None]) -> None:
-    """Make a unit of labels of each block, by a light teacher, and log each when it begins, as `in_small_pieces`."""
+    """Label one block per partition with a light teacher, and log like `in_small_pieces`."""
     from msense import labels
 
     teacher = light_teacher()
@@ -108,18 +94,20 @@ def labels_in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None]) ->
             super().__init__(**given)
 
         def __call__(self, item: dict) -> dict:
-            with log.open("a") as file:
-                file.write(f"labels {item['number']}\n")
-            return super().__call__(item)
+            return logged(super().__call__, log, "labels", "number")(item)
 
     patch(labels, "UNIT_BYTES", (1, 1))
     patch(labels, "LabelActor", LoggedLabelActor)
 
 
+def connect_to(address: str, auth: str = "token") -> None:
+    """Set the cluster that Ray connects to when it is imported."""
+    os.environ |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": auth}
+
+
 def drive(settings: dict, address: str, log: str, kill_at: tuple[str, int] | None, light: bool) -> None:
-    """Build, or distill without training, and die when stage `kill_at[0]` has finished so many pieces of work."""
-    os.environ["RAY_ADDRESS"] = address
-    os.environ["RAY_AUTH_MODE"] = "token"
+    """Build, or distill without training, and die when stage `kill_at[0]` has finished `kill_at[1]` items."""
+    connect_to(address)
     from msense import distill_run, parts, runtime, storage
     from msense.build import build_dictionary
     from msense.config import BuildConfig
@@ -150,12 +138,12 @@ def drive(settings: dict, address: str, log: str, kill_at: tuple[str, int] | Non
 
 
 def disturbed(step: int, flag: Path, kill: bool) -> Callable:
-    """Return what a training worker runs, but the first to come to a step makes a file and dies there, or waits there.
+    """Return the function of a training worker; the first worker to reach a step dies there, or waits to be killed.
 
     Args:
-        step: of the whole training, counted in each worker.
-        flag: the file, which gets the id of the worker's node; where it is there, nothing happens.
-        kill: die, rather than wait for the end of this process.
+        step: step of the whole training, counted in each worker.
+        flag: file that gets the id of the worker's node; once it exists, nothing happens.
+        kill: die rather than wait.
     """
 
     def worker(given: dict) -> list:
@@ -163,17 +151,14 @@ def disturbed(step: int, flag: Path, kill: bool) -> Callable:
 
         from msense import train_loop, train_worker
 
-        def node() -> str:
-            import ray
-
-            return ray.get_runtime_context().get_node_id()
-
         original, steps = train_loop.Trainer._step, [0]
 
         def counted(self: object, *arguments: object) -> dict:
             steps[0] += 1
             if steps[0] == step and not flag.exists():
-                flag.write_text(node())
+                import ray
+
+                flag.write_text(ray.get_runtime_context().get_node_id())
                 if kill:
                     os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(600)
@@ -186,9 +171,8 @@ def disturbed(step: int, flag: Path, kill: bool) -> Callable:
 
 
 def drive_training(settings: dict, address: str, step: int, flag: str) -> None:
-    """Distill, with training; stand still at a step until this process is killed."""
-    os.environ["RAY_ADDRESS"] = address
-    os.environ["RAY_AUTH_MODE"] = "token"
+    """Distill, with training; wait at a step until this process is killed."""
+    connect_to(address)
     from msense import distill, distill_run
     from msense.distill_config import DistillConfig
 
@@ -197,7 +181,7 @@ def drive_training(settings: dict, address: str, step: int, flag: str) -> None:
 
 
 def held_once(function: Callable, flag: Path) -> Callable:
-    """Return a function whose first call writes the id of its node into a file, and waits for the end of that node."""
+    """Return a function whose first call writes the id of its node to a file and waits until that node is killed."""
 
     def call(*arguments: object, **named: object) -> object:
         import time
@@ -215,7 +199,7 @@ def held_once(function: Callable, flag: Path) -> Callable:
 
 
 def met(function: Callable, folder: Path, first: int = 0) -> Callable:
-    """Return a function that waits, from the item of this number on, until it has been called on two nodes."""
+    """Return a function that waits, from item `first` on, until it has been called on two nodes."""
 
     def call(item: dict, *more: object) -> object:
         import time
@@ -226,7 +210,7 @@ def met(function: Callable, folder: Path, first: int = 0) -> Callable:
         until = time.monotonic() + 300
         while item.get("number", item.get("shard")) >= first and len(list(folder.iterdir())) < 2:
             if time.monotonic() > until:
-                raise RuntimeError("nobody came from another node")
+                raise RuntimeError("no call from another node")
             time.sleep(0.05)
         return function(item, *more)
 
@@ -234,7 +218,7 @@ def met(function: Callable, folder: Path, first: int = 0) -> Callable:
 
 
 def lose_a_node_in_each_stage(flags: Path, step: int) -> None:
-    """Have one piece of work of each stage wait for the end of its node, and a training worker at its step."""
+    """Make one item of each stage, and a training worker at `step`, wait until its node is killed."""
     from msense import assemble, build, clustering, distill, exemplars, labels, parts, passages, plan, senses
 
     places = {"passages": (passages, "_write_piece"), "plan": (plan, "_select"), "senses": (senses, "look_at_shard")}
@@ -247,18 +231,18 @@ def lose_a_node_in_each_stage(flags: Path, step: int) -> None:
         setattr(module, name, type(name, (actor,), {"__call__": held_once(actor.__call__, flags / stage)}))
     worker = parts.PartWorker
 
-    class LastingWorker(worker):
+    class HeldWorker(worker):
         def partial(self, part: object, state: Any) -> object:  # noqa: ANN401 - of k-means
             if state.rounds >= 1:
                 return held_once(super().partial, flags / "large tokens")(part, state)
             return super().partial(part, state)
 
-    parts.PartWorker = LastingWorker
+    parts.PartWorker = HeldWorker
     distill.worker = disturbed(step, flags / "training", kill=False)
 
 
 def meet_on_two_nodes(folder: Path) -> None:
-    """Have teacher actors, from the fourth unit on, and the tasks of clustering wait until they are on two nodes."""
+    """Make teacher actors, from the fourth partition on, and clustering tasks wait until they run on two nodes."""
     from msense import build, clustering
 
     for name in ("occurrences", "clustering"):
@@ -270,9 +254,8 @@ def meet_on_two_nodes(folder: Path) -> None:
 
 
 def drive_on_nodes(settings: dict, address: str, auth: str, log: str, change: tuple[Callable, tuple] | None) -> None:
-    """Build, or distill with training, by a light teacher; `change` is called with its arguments before."""
-    os.environ["RAY_ADDRESS"] = address
-    os.environ["RAY_AUTH_MODE"] = auth
+    """Build, or distill with training, with a light teacher, after calling `change` with its arguments."""
+    connect_to(address, auth)
     from msense import distill_run
     from msense.build import build_dictionary
     from msense.config import BuildConfig
@@ -294,10 +277,7 @@ def start(settings: dict, log: Path, kill_at: tuple[str, int] | None = None, lig
 
 
 def start_process(target: Callable, settings: dict, *arguments: object, address: str | None = None) -> BaseProcess:
-    """Start a driver on a cluster, else on that of the test session.
-
-    Its modules are imported once for all drivers, by the server that they are forked from.
-    """
+    """Start a driver on the cluster at `address`, by default that of the test session; a fork server imports its modules."""
     import ray
 
     context = multiprocessing.get_context("forkserver")

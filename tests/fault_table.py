@@ -1,7 +1,7 @@
-"""The README's table of faults: fault x stage -> outcome, as the tests find it.
+"""The README's table of faults, fault x stage -> outcome, compared with the outcomes that tests observe.
 
-A test that has seen an outcome says so to the fixture `outcome`, which holds it against the README's table; after
-`make test-all` the table is printed, and a cell of the README that no test has seen is an error.
+Tests report outcomes to the fixture `outcome`, which checks them against the README. `make test-all` prints the table and
+fails on a cell of the README that no test has observed.
 """
 
 import re
@@ -21,7 +21,7 @@ def table(seen: dict[tuple[str, str], str]) -> str:
 
 
 def in_readme() -> dict[tuple[str, str], str]:
-    """Return the README's table, empty cells left out."""
+    """Return the README's table without empty cells."""
     lines = README.read_text(encoding="utf-8").splitlines()
     head = "| fault | " + " | ".join(STAGES) + " |"
     found: dict[tuple[str, str], str] = {}

@@ -1,4 +1,4 @@
-"""A corpus, a teacher, and builds of them without Ray that may be stopped and spoilt."""
+"""A small corpus and teacher, builds of them that can be stopped, and faults to inject."""
 
 import itertools
 import json
@@ -25,11 +25,11 @@ ALL = ("passages", "occurrences", "centroids")
 
 
 class StoppedError(BaseException):
-    """The process ends here."""
+    """Simulates the end of the process."""
 
 
 class Corpus:
-    """A corpus and a teacher in a folder, and what a build of them gives."""
+    """A corpus and a teacher in a folder, and builds of them."""
 
     def __init__(self, folder: Path, teacher: Path) -> None:
         self.folder = folder
@@ -47,7 +47,7 @@ class Corpus:
         return build_dictionary(BuildConfig(**{**self.settings, "output": str(self.folder / name), **settings}))
 
     def stop_at(self, function: str, name: str = "run", calls: int = 1, **settings: object) -> None:
-        """Build until a function is called so often."""
+        """Build until the given call of a function, which raises StoppedError."""
         real, counted = pkgutil.resolve_name(function), itertools.count(1)
 
         def stop(*arguments: object, **named: object) -> object:
@@ -70,7 +70,7 @@ class Corpus:
 
 
 def records(made: Corpus, name: str) -> tuple[int, int]:
-    """Return the number of stored occurrences, and of different ones."""
+    """Return the numbers of stored and of distinct occurrences."""
     found = [
         np.fromfile(path, record_type(16))[["row", "position"]].tolist()
         for path in sorted((made.folder / name / "occurrences").glob("*.records"))
@@ -81,7 +81,7 @@ def records(made: Corpus, name: str) -> tuple[int, int]:
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """The system refuses more than some bytes a file, in the midst of a write, whoever writes."""
+    """Limit the size of every file that this process writes, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
@@ -97,13 +97,13 @@ def flip_a_byte(path: Path) -> None:
 
 
 def metrics(run: Path | str) -> list[dict[str, float]]:
-    """What a run, on any storage, has told of its epochs, without times."""
-    lines = storage.read_text(f"{run}/metrics.jsonl").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+    """Return the metrics of a run's epochs without times; the run may be a URI."""
+    epochs = map(json.loads, storage.read_text(f"{run}/metrics.jsonl").splitlines())
+    return [{k: v for k, v in epoch.items() if k != "tokens_per_s"} for epoch in epochs]
 
 
 def same_metrics(run: Path | str, whole: Path | str) -> None:
-    """Check the metrics of all epochs."""
+    """Assert that two runs have the same metrics in all epochs."""
     wanted = metrics(whole)
     assert wanted
     for found, own in zip(metrics(run), wanted, strict=True):

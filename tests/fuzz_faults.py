@@ -1,41 +1,30 @@
-"""Readers that do what none may, for the test of the fuzzer itself."""
+"""Faulty readers, to test that the fuzzer detects each kind of failure."""
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fuzzing import BYTES, Reader
 
 
-def _whole(folder: Path) -> bool:
-    return (folder / "a").read_bytes() == b"whole"
+def _key_error() -> None:
+    raise KeyError("a")
 
 
-def crash(folder: Path) -> None:
-    if not _whole(folder):
-        os._exit(3)
+def _faulty(fail: Callable[[], object]) -> Reader:
+    return Reader(lambda folder: (folder / "a").read_bytes() == b"whole" or fail(), ("a",))
 
 
-def hang(folder: Path) -> None:
-    if not _whole(folder):
-        time.sleep(60)
-
-
-def take(folder: Path) -> None:
-    if not _whole(folder):
-        bytearray(BYTES + (64 << 20))
-
-
-def fail(folder: Path) -> None:
-    if not _whole(folder):
-        raise KeyError("a")
-
-
-def read(folder: Path) -> bytes:
+def _read(folder: Path) -> bytes:
     return (folder / "a").read_bytes()
 
 
 READERS = {
-    **{own.__name__: Reader(own, ("a",)) for own in (crash, hang, take, fail, read)},
-    "hashed": Reader(read, ("a",), exact=True),
+    "crash": _faulty(lambda: os._exit(3)),
+    "hang": _faulty(lambda: time.sleep(60)),
+    "memory": _faulty(lambda: bytearray(BYTES + (64 << 20))),
+    "error": _faulty(_key_error),
+    "read": Reader(_read, ("a",)),
+    "hashed": Reader(_read, ("a",), exact=True),
 }

@@ -1,9 +1,11 @@
-"""Every reader of bytes that others wrote, as `fuzzing` calls them, and the whole folders that they read."""
+"""All readers of untrusted files for `fuzzing`, and the undamaged folders that they read."""
 
 import dataclasses
 import gzip
+import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,12 @@ PARQUET = {"text": [f"a text of {n % 7} words" for n in range(90)], "id": [f"d{n
 
 
 def digest(*arrays: Any) -> list[object]:  # noqa: ANN401 - arrays and tensors
-    """Return what arrays hold, told by shape, type and bytes."""
-    import hashlib
-
-    plain = [np.ascontiguousarray(a.detach().float().numpy() if isinstance(a, torch.Tensor) else a) for a in arrays]
-    return [(a.shape, str(a.dtype), hashlib.sha256(a.tobytes()).hexdigest()) for a in plain]
+    """Return the shape, dtype and hash of arrays."""
+    values = [np.ascontiguousarray(a.detach().float().numpy() if isinstance(a, torch.Tensor) else a) for a in arrays]
+    return [(a.shape, str(a.dtype), hashlib.sha256(a.tobytes()).hexdigest()) for a in values]
 
 
-# --- readers: a folder in, its meaning out
+# --- readers: return the meaning of a folder
 
 
 def dictionary(folder: Path) -> object:
@@ -54,8 +54,12 @@ def dictionary(folder: Path) -> object:
     assert all((s.counts > 0).all() for s in senses)
     examples = [d.exemplars(token) for token in range(d.vocab_size)]
     assert all(0 <= e.sense < len(s.counts) for es, s in zip(examples, senses, strict=True) for e in es)
-    told = d.config.model_dump(), d.find("bank").explain()
-    return told, examples, digest(d.offsets, d.counts, d.spread, d.token_counts, d.centroids)
+    return (
+        d.config.model_dump(),
+        d.find("bank").explain(),
+        examples,
+        digest(d.offsets, d.counts, d.spread, d.token_counts, d.centroids),
+    )
 
 
 def student(folder: Path) -> object:
@@ -69,9 +73,9 @@ def student(folder: Path) -> object:
 
 
 def classifier(folder: Path) -> object:
-    found = load_classifier(folder)
-    assert all(torch.isfinite(t).all() for t in found.state_dict().values())
-    return found.config.model_dump(), digest(*found.state_dict().values())
+    model = load_classifier(folder)
+    assert all(torch.isfinite(t).all() for t in model.state_dict().values())
+    return model.config.model_dump(), digest(*model.state_dict().values())
 
 
 def teacher(folder: Path) -> object:
@@ -83,96 +87,82 @@ def teacher(folder: Path) -> object:
     return dataclasses.replace(info, name=""), digest(*own.engine.module.state_dict().values())
 
 
-def labels(folder: Path) -> object:
-    return _labels(folder, verify=False)
-
-
-def verified_labels(folder: Path) -> object:
-    return _labels(folder, verify=True)
-
-
-def _labels(folder: Path, verify: bool) -> object:
-    found = LabelSet.open(str(folder), verify=verify)
-    batch = found.read(np.arange(len(found.lengths)))
+def labels(folder: Path, verify: bool = False) -> object:
+    own = LabelSet.open(str(folder), verify=verify)
+    batch = own.read(np.arange(len(own.lengths)))
     known = batch.ids[batch.mask]
-    assert known.min() >= 0
-    assert known.max() < found.manifest.vocab_size
+    assert 0 <= known.min() <= known.max() < own.manifest.vocab_size
     assert batch.senses.max() < 65535
-    assert batch.pooled is not None
     assert torch.isfinite(batch.pooled).all()
-    assert int(found.token_counts()[0].sum() + found.token_counts()[1].sum()) == found.lengths.sum() == len(known)
-    steps = [b.tolist() for b in found.batches(0, 0, 64)]
-    assert sorted(n for b in steps for n in b) + found.held_out().tolist() != []
-    parts = [part for part in batch if part is not None]
-    return found.manifest.model_dump(), steps, digest(*parts)
+    assert int(own.token_counts()[0].sum() + own.token_counts()[1].sum()) == own.lengths.sum() == len(known)
+    steps = [b.tolist() for b in own.batches(0, 0, 64)]
+    assert sorted(n for b in steps for n in b) + own.held_out().tolist() != []
+    return own.manifest.model_dump(), steps, digest(*(part for part in batch if part is not None))
 
 
 def run_folder(folder: Path) -> object:
     run = RunFolder(str(folder))
-    told = [storage.read_json(uri) for uri in (run.manifest, run.journal)]
+    files = [storage.read_json(uri) for uri in (run.manifest, run.journal)]
     facts = storage.facts_of(run.blocks, verify=True)
-    if None in (*told, facts):
-        raise BadInput("counts for nothing: it is made again")
+    if None in (*files, facts):
+        raise BadInput("a damaged file is regenerated")
     show_status(str(folder))
     Journal.begin(run, 1)
     check_manifest(run, MANIFEST)
-    return told, facts
+    return files, facts
 
 
 def settings(folder: Path) -> object:
     return parse_flags(BuildConfig, "", ["--config", str(folder / "run.yaml")]).model_dump()
 
 
-def corpus(folder: Path) -> Iterator[object]:
-    return list(_documents(folder))  # type: ignore[return-value]
-
-
-def _documents(folder: Path) -> Iterator[object]:
+def corpus(folder: Path) -> object:
     files = list_files((str(folder),))
     if files[0].size > 1 << 36:
-        raise BadInput("a corpus may be as large as this hole, but nobody waits for it")
+        raise BadInput("a sparse file of 1 TB is a valid, but very slow corpus")
+    meaning = []
     for piece in cut_pieces(files):
-        for found in read_documents(piece):
-            if isinstance(found, Document):
-                assert found.text.strip()
-                assert len(found.text.encode()) <= MAX_DOCUMENT_BYTES
-            assert isinstance(found.id, str)
-            if not isinstance(found, Document) and found.reason == "empty":
-                continue  # a bomb of line ends would fill this list
-            yield found
+        for item in read_documents(piece):
+            if isinstance(item, Document):
+                assert item.text.strip()
+                assert len(item.text.encode()) <= MAX_DOCUMENT_BYTES
+            elif item.reason == "empty":
+                continue  # a bomb of line breaks would fill the list
+            assert isinstance(item.id, str)
+            meaning.append(item)
+    return meaning
 
 
 def labelled(folder: Path) -> object:
-    found = read_labelled(str(folder), "train")
-    assert len(found.texts) == len(found.labels) > 0
-    assert all(isinstance(text, str) for row in found.texts for text in row)
-    return found.texts, found.labels.tolist()
+    examples = read_labelled(str(folder), "train")
+    assert len(examples.texts) == len(examples.labels) > 0
+    assert all(isinstance(text, str) for row in examples.texts for text in row)
+    return examples.texts, examples.labels.tolist()
 
 
 def contexts(folder: Path) -> object:
-    found = [
-        coarsewsd.read_contexts(str(folder), word, p) for word in coarsewsd.words(str(folder)) for p in coarsewsd.PARTS
-    ]
-    for own in found:
+    words = coarsewsd.words(str(folder))
+    sets = [coarsewsd.read_contexts(str(folder), word, part) for word in words for part in coarsewsd.PARTS]
+    for own in sets:
         assert len(own.texts) == len(own.starts) == len(own.gold)
         assert all(0 <= start <= len(text) for start, text in zip(own.starts, own.texts, strict=True))
-    return [(own.texts, own.starts.tolist(), own.gold.tolist()) for own in found]
+    return [(own.texts, own.starts.tolist(), own.gold.tolist()) for own in sets]
 
 
 def word_pairs(folder: Path) -> object:
-    found = wordsim.read_sets(str(folder))
-    assert all(math.isfinite(pair.score) for pairs in found.values() for pair in pairs)
-    return found
+    sets = wordsim.read_sets(str(folder))
+    assert all(math.isfinite(pair.score) for pairs in sets.values() for pair in pairs)
+    return sets
 
 
 def results(folder: Path) -> object:
-    found = load_report(str(folder / "e.json"))
-    if found is None:
-        raise BadInput("there is none")
-    return to_json(found)
+    report = load_report(str(folder / "e.json"))
+    if report is None:
+        raise BadInput("no report")
+    return to_json(report)
 
 
-# --- whole folders
+# --- undamaged folders
 
 
 MANIFEST: dict[str, Any] = {
@@ -190,21 +180,14 @@ def write_run(folder: Path) -> None:
     storage.write_json(run.manifest, MANIFEST)
     Journal.begin(run, 2).end("done")
 
-    def write(path: Path) -> None:
-        pq.write_table(pa.table({"piece": [1, 2]}), path)
-
-    run.publish(run.blocks, write, {"stored": 3})
+    run.publish(run.blocks, lambda path: pq.write_table(pa.table({"piece": [1, 2]}), path), {"stored": 3})
 
 
 def write_labels(folder: Path) -> None:
     rng = np.random.default_rng(0)
     run = RunFolder(str(folder), "m")
     sizes = rng.integers(1, 4, 25).astype(np.int32)
-
-    def senses(path: Path) -> None:
-        storage.save_arrays(path, {"senses": sizes})
-
-    run.publish(run.label_senses, senses)
+    run.publish(run.label_senses, lambda path: storage.save_arrays(path, {"senses": sizes}))
     units = []
     for number in range(2):
         lengths = rng.integers(2, 9, 6)
@@ -218,13 +201,10 @@ def write_labels(folder: Path) -> None:
             "pooled": rng.normal(size=(6, 4)).astype(np.float16),
         }  # fmt: skip
 
-        def write(path: Path, arrays: dict[str, np.ndarray] = arrays) -> None:
-            storage.save_arrays(path, arrays)
-
-        run.publish(run.label_file(number), write)
+        run.publish(run.label_file(number), partial(_save, arrays))
         file = Path(run.label_file(number))
-        told = {"passages": 6, "tokens": len(ids), "labelled": len(ids), "held_out_passages": 2}
-        units.append(LabelUnit(**told, size=file.stat().st_size, sha256=storage.sha256_of(file)))
+        counts = {"passages": 6, "tokens": len(ids), "labelled": len(ids), "held_out_passages": 2}
+        units.append(LabelUnit(**counts, size=file.stat().st_size, sha256=storage.sha256_of(file)))
     manifest = LabelManifest(
         made_of="m", dictionary="d", teacher={"name": "t"}, tokenizer_fingerprint="t", vocab_size=25, dim=4, metric="l2",
         temperature_unit=1.0, temperature=0.5, train_tokens=None, held_out=0.3, held_out_salt=1, soft_targets=2,
@@ -233,9 +213,12 @@ def write_labels(folder: Path) -> None:
     storage.write_json(run.label_manifest, manifest.model_dump(mode="json"))
 
 
+def _save(arrays: dict[str, np.ndarray], path: Path) -> None:
+    storage.save_arrays(path, arrays)
+
+
 def write_classifier(folder: Path) -> None:
-    config = ClassifierConfig(task="sst2", dim=16, pooling="mean", labels=("a", "b"))
-    save_classifier(folder, Classifier(config))
+    save_classifier(folder, Classifier(ClassifierConfig(task="sst2", dim=16, pooling="mean", labels=("a", "b"))))
 
 
 def write_results(folder: Path) -> None:
@@ -258,8 +241,8 @@ def _text(name: str, content: str | bytes) -> Callable[[Path], object]:
     return write
 
 
-def _parquet(name: str, table: dict[str, list], **told: object) -> Callable[[Path], object]:
-    return lambda folder: pq.write_table(pa.table(table), folder / name, row_group_size=40, **told)
+def _parquet(name: str, table: dict[str, list], **options: object) -> Callable[[Path], object]:
+    return lambda folder: pq.write_table(pa.table(table), folder / name, row_group_size=40, **options)
 
 
 LINES = "\n".join(PARQUET["text"])
@@ -270,14 +253,13 @@ CSV = "id,text,label\n" + "".join(f'd{n},"a text, ""{n}""\nof two lines",l{n % 3
 YAML = (
     "corpus: [a.txt, 'b/*.txt']\nteacher: org/name\nlayer: -2\nsenses: 30\nkeep: [passages]\ncoverage: 0.9\nseed: 7\n"
 )
-YAML += "output: runs/x\n"
 WHOLE: dict[str, Callable[[Path], object]] = {
     "run folder": write_run,
     "labels": write_labels,
     "labels, verified": write_labels,
     "classifier": write_classifier,
     "results": write_results,
-    "config": _text("run.yaml", YAML),
+    "config": _text("run.yaml", YAML + "output: runs/x\n"),
     "corpus txt": _text("a.txt", LINES),
     "corpus jsonl": _text("a.jsonl", JSONL),
     "corpus csv": _text("a.csv", CSV),
@@ -294,13 +276,10 @@ WHOLE: dict[str, Callable[[Path], object]] = {
         for kind, text in (("data", "1\tthe bank is\n0\tbank of a river\n"), ("gold", "a\nb\n"))
     ],
     "word pairs": _text("set.txt", "bank river 3\nbank money 2.5\ncat dog 9\n" * 5),
-}  # dictionary, students and teacher are made by fixtures
+}  # dictionary, students and teacher come from fixtures
 _STUDENT = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "dictionary/config.json",
-    "dictionary/dictionary.safetensors",
+    *("config.json", "model.safetensors", "tokenizer.json"),
+    *("dictionary/config.json", "dictionary/dictionary.safetensors"),
 )
 _LABELS = ("labels/labels.json", "labels/000000.safetensors", "labels/000001.safetensors")
 READERS: dict[str, Reader] = {
@@ -315,7 +294,7 @@ READERS: dict[str, Reader] = {
         ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json"),
     ),
     "labels": Reader(labels, _LABELS),
-    "labels, verified": Reader(verified_labels, _LABELS, exact=True),
+    "labels, verified": Reader(partial(labels, verify=True), _LABELS, exact=True),
     "run folder": Reader(
         run_folder, ("manifest.json", "journal.json", "plan/blocks.parquet", "plan/blocks.parquet.done"), exact=True
     ),

@@ -1,15 +1,17 @@
-"""Ways to spoil the exemplars and the tokenizer of a dictionary; and the words that each is refused in."""
+"""Corrupted exemplars and tokenizers of a dictionary, and the error message expected for each."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hostile_folders import edit_config, edit_json, move_out, replaced
+from hostile_folders import NAN, Corrupt, edit_config, edit_json, move_out, replaced, written
 
 from msense.dictionary.contexts import exemplar_schema
+
+EXEMPLARS = "exemplars.parquet"
+TOKENIZER = "tokenizer/tokenizer.json"
 
 
 def rows_of(rows: int = 4, token: int = 2, sense: int = 0, text: str = "x", distance: float = 0.0) -> pa.Table:
@@ -19,31 +21,22 @@ def rows_of(rows: int = 4, token: int = 2, sense: int = 0, text: str = "x", dist
     return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
 
 
-def parquet(rows: pa.Table, **how: Any) -> Callable[[Path], None]:  # noqa: ANN401 - what pyarrow takes
-    return lambda folder: pq.write_table(rows, folder / EXEMPLARS, **{"row_group_size": 1 << 16, **how})
+def parquet(rows: pa.Table, **options: Any) -> Corrupt:  # noqa: ANN401 - options of pyarrow
+    return lambda folder: pq.write_table(rows, folder / EXEMPLARS, **{"row_group_size": 1 << 16, **options})
 
 
-def footer(length: int, size: int) -> Callable[[Path], None]:
-    """Write a file of holes that ends like a parquet file with a footer of so many bytes."""
+def footer(length: int, size: int) -> Corrupt:
+    """Write a sparse file that ends like a Parquet file with a footer of a given length."""
 
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         with (folder / EXEMPLARS).open("wb") as file:
             file.seek(size - 8)
             file.write(length.to_bytes(4, "little") + b"PAR1")
 
-    return spoil
+    return corrupt
 
 
-def cut(folder: Path) -> None:
-    (folder / EXEMPLARS).write_bytes((folder / EXEMPLARS).read_bytes()[:-100])
-
-
-def middle_lost(folder: Path) -> None:
-    raw = (folder / EXEMPLARS).read_bytes()
-    (folder / EXEMPLARS).write_bytes(raw[:40] + raw[140:])
-
-
-def not_text(folder: Path) -> None:
+def not_utf8(folder: Path) -> None:
     parquet(rows_of(), compression="none")(folder)
     raw = (folder / EXEMPLARS).read_bytes()
     assert b"\x01\x00\x00\x00x" in raw
@@ -51,7 +44,7 @@ def not_text(folder: Path) -> None:
 
 
 def wrong_type(folder: Path) -> None:
-    """Give a column in the footer another type than in the schema; arrow's metadata objects end the process at it."""
+    """Give a column another type in the footer than in the schema; Arrow's metadata objects abort at it."""
     raw = (folder / EXEMPLARS).read_bytes()
     start = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
     changed = raw[start:].replace(b"\x15\x02\x19", b"\x15\x7e\x19")
@@ -61,24 +54,21 @@ def wrong_type(folder: Path) -> None:
 
 def long_text(folder: Path) -> None:
     rows = rows_of(1)
-    long = pa.array(["a" * (65 << 20)])
-    parquet(
-        rows.set_column(7, rows.schema.field(7), long),
-        compression="zstd",
-        write_statistics=["token"],
-        use_dictionary=False,
-    )(folder)
+    long = rows.set_column(7, rows.schema.field(7), pa.array(["a" * (65 << 20)]))
+    parquet(long, compression="zstd", write_statistics=["token"], use_dictionary=False)(folder)
 
 
-def lying_footer(folder: Path) -> None:
-    """Say in the footer that the last column is small; its page says otherwise, and is right."""
+def small_footer_size(folder: Path) -> None:
+    """Understate the size of the last column in the footer; its page header states the real size."""
     long_text(folder)
     raw = bytearray((folder / EXEMPLARS).read_bytes())
-    size = pq.read_metadata(folder / EXEMPLARS).row_group(0).column(7).total_uncompressed_size
-    wanted, other = thrift_number(size), thrift_number(1 << 20)
-    place = raw.rindex(wanted)
-    assert len(wanted) == len(other) == 4
-    raw[place : place + 4] = other
+    actual, stated = (
+        thrift_number(size)
+        for size in (pq.read_metadata(folder / EXEMPLARS).row_group(0).column(7).total_uncompressed_size, 1 << 20)
+    )
+    place = raw.rindex(actual)
+    assert len(actual) == len(stated) == 4
+    raw[place : place + 4] = stated
     (folder / EXEMPLARS).write_bytes(raw)
     assert pq.read_metadata(folder / EXEMPLARS).row_group(0).column(7).total_uncompressed_size == 1 << 20
 
@@ -90,135 +80,110 @@ def thrift_number(value: int) -> bytes:
     return out + bytes([value])
 
 
-def missing_values(folder: Path) -> None:
-    rows = rows_of()
-    parquet(rows.set_column(5, rows.schema.field(5), pa.array(["x", None, "x", "x"], pa.string())))(folder)
-
-
-EXEMPLARS = "exemplars.parquet"
-HOSTILE_EXEMPLARS = {
-    "cut": (cut, "cut off or no parquet"),
-    "empty": (lambda f: (f / EXEMPLARS).write_bytes(b""), "cut off or no parquet"),
-    "not parquet": (lambda f: (f / EXEMPLARS).write_bytes(b"PAR1 not really PAR1"), "cannot be read"),
-    "footer is zeros": (footer(60_000, 1 << 20), "cannot be read"),
-    "footer without end": (footer((1 << 32) - 1, 1 << 40), "footer has 4294967295 bytes, at most"),
-    "a hole": (lambda f: os.truncate(f / EXEMPLARS, 1 << 40), "cut off or no parquet"),
+MISSING = rows_of().set_column(5, exemplar_schema().field(5), pa.array(["x", None, "x", "x"], pa.string()))
+TEXT_COLUMNS = rows_of().cast(pa.schema([(name, pa.string()) for name in exemplar_schema().names]))
+HOSTILE_EXEMPLARS: dict[str, tuple[Corrupt, str]] = {
+    "truncated": (written(EXEMPLARS, lambda raw: raw[:-100]), "truncated or not a Parquet file"),
+    "empty": (written(EXEMPLARS, lambda _: b""), "truncated or not a Parquet file"),
+    "sparse": (lambda f: os.truncate(f / EXEMPLARS, 1 << 40), "truncated or not a Parquet file"),
+    "not Parquet": (written(EXEMPLARS, lambda _: b"PAR1 not really PAR1"), "cannot read"),
+    "footer is zeros": (footer(60_000, 1 << 20), "cannot read"),
+    "vast footer": (footer((1 << 32) - 1, 1 << 40), "footer has 4294967295 bytes, but the limit is"),
     "wrong type in the footer": (wrong_type, "does not have the columns"),
-    "middle lost": (middle_lost, "cannot be read"),
-    "other columns": (lambda f: pq.write_table(pa.table({"token": [0]}), f / EXEMPLARS), "does not have the columns"),
-    "other types": (
-        parquet(rows_of().cast(pa.schema([(n, pa.string()) for n in rows_of().column_names]))),
-        "the columns",
-    ),
-    "foreign sense": (parquet(rows_of(sense=3)), "sense 3 and rank 0 of token 2: there is none"),
-    "negative sense": (parquet(rows_of(sense=-1)), "sense -1 and rank 0 of token 2"),
-    "foreign token": (parquet(rows_of(token=99)), "the tokens 99 to 99"),
-    "negative token": (parquet(rows_of(token=-5)), "the tokens -5 to -5"),
-    "tokens fall": (
+    "middle missing": (written(EXEMPLARS, lambda raw: raw[:40] + raw[140:]), "cannot read"),
+    "other columns": (parquet(pa.table({"token": [0]})), "does not have the columns"),
+    "other types": (parquet(TEXT_COLUMNS), "the columns"),
+    "foreign sense": (parquet(rows_of(sense=3)), "sense 3, rank 0 of token 2 does not exist"),
+    "negative sense": (parquet(rows_of(sense=-1)), "sense -1, rank 0 of token 2"),
+    "foreign token": (parquet(rows_of(token=99)), "tokens 99 to 99, which are out of order or vocabulary"),
+    "negative token": (parquet(rows_of(token=-5)), "tokens -5 to -5"),
+    "tokens decrease": (
         parquet(pa.concat_tables([rows_of(token=5), rows_of(token=2)]), row_group_size=4),
-        "the tokens 2 to 2, which are not in order",
+        "tokens 2 to 2, which are out of order",
     ),
-    "missing values": (missing_values, "word has rows without a value"),
-    "NaN distance": (parquet(rows_of(distance=float("nan"))), "a distance is NaN"),
-    "not UTF-8": (not_text, "Invalid UTF8"),
+    "missing values": (parquet(MISSING), "word has missing values"),
+    "NaN distance": (parquet(rows_of(distance=NAN)), "a distance is NaN"),
+    "not UTF-8": (not_utf8, "Invalid UTF8"),
     "no statistics": (parquet(rows_of(), write_statistics=False), "or no statistics"),
-    "too many rows a group": (parquet(rows_of(70_000), row_group_size=1 << 20), "has 70000 rows, not 1 to 65536"),
-    "too many rows a sense": (parquet(rows_of(70_000)), "holds over 3072 exemplars"),
-    "unpacks to 68 MB": (long_text, "a column has 1 pages of 681574.. bytes"),
-    "a footer that lies": (lying_footer, "a column has 1 pages of 681574.. bytes"),
-    "repeats a text": (
-        lambda f: parquet(rows_of(2000, text="b" * 60_000), write_statistics=["token"])(f),
-        "unpack to 2000 rows with 480000000 bytes",
+    "large row group": (parquet(rows_of(70_000), row_group_size=1 << 20), "has 70000 rows, not 1 to 65536"),
+    "too many exemplars": (parquet(rows_of(70_000)), "holds more than 3072 exemplars"),
+    "decompresses to 68 MB": (long_text, "a column has 1 pages of 681574.. bytes"),
+    "understated size": (small_footer_size, "a column has 1 pages of 681574.. bytes"),
+    "repeated text": (
+        parquet(rows_of(2000, text="b" * 60_000), write_statistics=["token"]),
+        "decompress to 2000 rows with 480000000 bytes",
     ),
-    "a long text": (
-        lambda f: parquet(rows_of(1, text="b" * 70_000), write_statistics=["token"])(f),
-        "a text of 70000 bytes",
-    ),
-    "repeats beginnings": (
+    "long text": (parquet(rows_of(1, text="b" * 70_000), write_statistics=["token"]), "a text of 70000 bytes"),
+    "delta encoding": (
         parquet(rows_of(), use_dictionary=False, column_encoding={"left": "DELTA_BYTE_ARRAY"}),
-        "the foreign encoding 7",
+        "the unsupported encoding 7",
     ),
-    "a pipe": (replaced(EXEMPLARS, os.mkfifo), "is no plain file"),
-    "a folder": (replaced(EXEMPLARS, Path.mkdir), "is no plain file"),
-    "links to itself": (replaced(EXEMPLARS, lambda p: p.symlink_to(p)), "is no plain file"),
-    "links to nothing": (replaced(EXEMPLARS, lambda p: p.symlink_to("nowhere")), "is no plain file"),
+    "a pipe": (replaced(EXEMPLARS, os.mkfifo), "is not a regular file"),
+    "a folder": (replaced(EXEMPLARS, Path.mkdir), "is not a regular file"),
+    "links to itself": (replaced(EXEMPLARS, lambda p: p.symlink_to(p)), "is not a regular file"),
+    "broken link": (replaced(EXEMPLARS, lambda p: p.symlink_to("nowhere")), "is not a regular file"),
     "link out": (lambda f: move_out(f, EXEMPLARS), "outside the dictionary"),
 }
 
 
-def tokenizer(**parts: object) -> Callable[[Path], None]:
-    """Change parts of the tokenizer, and state no fingerprint or, as a liar can, the right one."""
+def tokenizer(**parts: object) -> Corrupt:
+    """Change the tokenizer; the config has no fingerprint, which stands for a forged one."""
 
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         edit_config(tokenizer_fingerprint="")(folder)
         edit_json(folder / TOKENIZER, lambda definition: definition.update(parts))
 
-    return spoil
+    return corrupt
 
 
 def split(pattern: str) -> dict[str, object]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-def steps(step: dict[str, object], number: int) -> dict[str, object]:
-    return {"type": "Sequence", "normalizers": [step] * number}
+def repeated(times: int, **step: object) -> Corrupt:
+    return tokenizer(normalizer={"type": "Sequence", "normalizers": [step] * times})
 
 
-def deep(folder: Path) -> None:
-    (folder / TOKENIZER).write_text('{"model": ' + "[" * 200_000)
+def swap(raw: bytes) -> bytes:
+    return raw.replace(b'"bank":2', b'"bank":3').replace(b'"river":3', b'"river":2')
 
 
-def swap_two_tokens(folder: Path) -> None:
-    text = (folder / TOKENIZER).read_text()
-    (folder / TOKENIZER).write_text(text.replace('"bank":2', '"bank":3').replace('"river":3', '"river":2'))
+def charsmap(text: str) -> Corrupt:
+    return tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": text})
 
 
-TOKENIZER = "tokenizer/tokenizer.json"
-TENFOLD = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
-HOSTILE_TOKENIZERS = {
+def replacing(letter: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": letter}, "content": content}
+
+
+INVALID = "is not a tokenizer"
+BACKTRACKING = tokenizer(normalizer=replacing("b", "x" * 40), pre_tokenizer=split("(x+x+)+y"))
+SEVENTEEN = tokenizer(pre_tokenizer={"type": "Sequence", "pretokenizers": [split("a")] * 17})
+OUTSIDE = {"type": "Unigram", "unk_id": 7, "vocab": [["a", -1.0]], "byte_fallback": False}
+LARGE_ID = {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 1 << 32}}
+HOSTILE_TOKENIZERS: dict[str, tuple[Corrupt, str]] = {
     **{
-        f"tokenizer is {text.encode(errors='surrogateescape')!r}": (
-            replaced(TOKENIZER, lambda p, text=text: p.write_bytes(text.encode(errors="surrogateescape"))),
-            "is not a tokenizer",
-        )
-        for text in ("", "{", "[]", '{"model": 3}', '{"vocab": {}}', "\udcff")
+        f"tokenizer is {text!r}": (written(TOKENIZER, lambda _, text=text: text), INVALID)
+        for text in (b"", b"{", b"[]", b'{"model": 3}', b'{"vocab": {}}', b"\xff")
     },
-    "deep": (deep, "is not a tokenizer"),
-    "a model without its unknown token": (tokenizer(model={"type": "WordPiece", "vocab": {"x": 0}}), "is not a tokeni"),
-    "unknown type": (tokenizer(pre_tokenizer={"type": "Pickle"}), "is not a tokenizer"),
-    "unknown id outside": (
-        tokenizer(model={"type": "Unigram", "unk_id": 7, "vocab": [["a", -1.0]], "byte_fallback": False}),
-        "is not a tokenizer",
-    ),
-    "id above 2^32": (
-        tokenizer(model={"type": "WordLevel", "unk_token": "a", "vocab": {"a": 1 << 32}}),
-        "not a tokeni",
-    ),
-    "large": (lambda f: os.truncate(f / TOKENIZER, 1 << 40), "for 8 tokens at most"),
-    "another tokenizer": (swap_two_tokens, "not the dictionary's tokenizer: its fingerprint is"),
-    "panics": (tokenizer(pre_tokenizer={"type": "FixedLength", "length": 0}), "fails at 'bank' .*Panic"),
-    "searches without end": (
-        tokenizer(
-            normalizer={"type": "Replace", "pattern": {"String": "b"}, "content": "x" * 40},
-            pre_tokenizer=split("(x+x+)+y"),
-        ),
-        "fails at 'bank' .*retry-limit",
-    ),
-    "many searches": (
-        tokenizer(pre_tokenizer={"type": "Sequence", "pretokenizers": [split("a")] * 17}),
-        "searches them by 17 patterns",
-    ),
-    "a bad pattern": (tokenizer(pre_tokenizer=split("(")), "is not a tokenizer"),
-    "grows without end": (tokenizer(normalizer=steps(TENFOLD, 12)), "times longer"),
-    "doubles without end": (tokenizer(normalizer=steps({"type": "ByteLevel"}, 40)), "times longer"),
-    "prepends without end": (tokenizer(normalizer=steps({"type": "Prepend", "prepend": "aa"}, 40)), "times longer"),
-    "a vast map": (
-        tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "A" * (1 << 20) + "A"}),
-        "for 8 tokens at most|inf times longer",
-    ),
-    "a damaged map": (tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "not a tokeni"),
-    "a pipe": (replaced(TOKENIZER, os.mkfifo), "is no plain file"),
-    "a folder": (replaced(TOKENIZER, Path.mkdir), "is no plain file"),
+    "deeply nested": (written(TOKENIZER, lambda _: b'{"model": ' + b"[" * 200_000), INVALID),
+    "no unknown token": (tokenizer(model={"type": "WordPiece", "vocab": {"x": 0}}), INVALID),
+    "unknown type": (tokenizer(pre_tokenizer={"type": "Pickle"}), INVALID),
+    "unknown id outside": (tokenizer(model=OUTSIDE), INVALID),
+    "id above 2^32": (tokenizer(model=LARGE_ID), INVALID),
+    "invalid pattern": (tokenizer(pre_tokenizer=split("(")), INVALID),
+    "invalid charsmap": (charsmap("AAAA"), INVALID),
+    "large": (lambda f: os.truncate(f / TOKENIZER, 1 << 40), "the limit for 8 tokens"),
+    "large charsmap": (charsmap("A" * (1 << 20) + "A"), "the limit for 8 tokens|inf times longer"),
+    "another tokenizer": (written(TOKENIZER, swap), "not the dictionary's tokenizer: its fingerprint is"),
+    "panics": (tokenizer(pre_tokenizer={"type": "FixedLength", "length": 0}), "fails on 'bank' .*Panic"),
+    "backtracking": (BACKTRACKING, "fails on 'bank' .*retry-limit"),
+    "many patterns": (SEVENTEEN, "matches 17 patterns"),
+    "tenfold growth": (repeated(12, **replacing("a", "a" * 10)), "times longer"),
+    "doubling": (repeated(40, type="ByteLevel"), "times longer"),
+    "prepending": (repeated(40, type="Prepend", prepend="aa"), "times longer"),
+    "a pipe": (replaced(TOKENIZER, os.mkfifo), "is not a regular file"),
+    "a folder": (replaced(TOKENIZER, Path.mkdir), "is not a regular file"),
     "link out": (lambda f: move_out(f, TOKENIZER), "outside the dictionary"),
     "folder links out": (lambda f: move_out(f, "tokenizer"), "outside the dictionary"),
 }

@@ -1,4 +1,4 @@
-"""Nodes of a Ray cluster as processes of `ray start --block`, each ended by its own process group."""
+"""Nodes of a Ray cluster, started by `ray start --block` in their own process groups."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,7 @@ READY_SECONDS = 90.0
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody uses, outside Ray's range for workers (10002 to 19999)."""
+    """Return unused ports."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:
@@ -31,9 +32,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def in_small_units(folder: Path, wait: str) -> Path:
-    """Copy the code, with units so small that a small corpus has many; an actor runs the lines of `wait` before each.
+    """Copy the code with partitions so small that a small corpus has many; actors run the lines of `wait` before each.
 
-    Who has many units runs the copy.
+    Many partitions in a result thus prove that the copy ran.
     """
     for name in ("jobs", "msense"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -58,10 +59,10 @@ OccurrenceActor.__call__ = _waits
 
 
 class Nodes:
-    """A cluster that asks for a token, in a home and a temporary folder of its own; all of it goes at the end."""
+    """A cluster with token authentication in a temporary home folder."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie in it
+        self.folder = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets need short paths
         token = self.folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
@@ -79,7 +80,7 @@ class Nodes:
         self._started: list[subprocess.Popen] = []
 
     def start(self, *options: str, within: Sequence[str] = ()) -> subprocess.Popen:
-        """Start a node: `ray start --block` with these options, called by `within`."""
+        """Start a node with `ray start --block`, prefixed by the command `within`."""
         command = [*within, str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *options]
         command += ["--object-store-memory", str(200 << 20)]
         with (self.folder / f"node-{len(self._started)}.log").open("wb") as log:
@@ -90,11 +91,11 @@ class Nodes:
         return process
 
     def log(self, number: int) -> str:
-        """Return what a node has told."""
+        """Return a node's log."""
         return (self.folder / f"node-{number}.log").read_text(errors="replace")
 
     def wait_for(self, command: Sequence[str], number: int) -> str:
-        """Return what a command prints once it succeeds, while a node starts."""
+        """Repeat a command until it succeeds, while a node starts; return its output."""
         until = time.monotonic() + READY_SECONDS
         while True:
             done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
@@ -105,38 +106,27 @@ class Nodes:
             time.sleep(0.5)
 
     def end(self) -> None:
-        """End all nodes, the last first, and forget their files."""
+        """Stop all nodes, the last first, and delete their files."""
         for process in reversed(self._started):
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                if _is_group(process.pid):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            with suppress(ProcessLookupError):  # none of the group is left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _is_group(pid: int) -> bool:
-    try:
-        os.killpg(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 class Namespaces:
-    """Network namespaces on a bridge, each with an address of its own; `end` removes them."""
+    """Network namespaces on a bridge, each with its own address."""
 
     def __init__(self, count: int) -> None:
-        """Make them.
+        """Create the namespaces.
 
         Raises:
-            OSError, CalledProcessError: this user may not, or `ip` is not there.
+            OSError, CalledProcessError: no permission, or no `ip` command.
         """
-        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # else nobody would call `end`
+        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `end` is called
         tag = f"ms{os.getpid() % 100_000}"
         self.bridge, self.names = f"{tag}b", [f"{tag}n{number}" for number in range(count)]
         self.addresses = [f"10.77.0.{number}" for number in range(1, count + 1)]
@@ -150,18 +140,18 @@ class Namespaces:
                 _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
                 for device in ("lo", "eth0"):
                     _ip("-n", name, "link", "set", device, "up")
-                _ip("-n", name, "route", "add", "default", "dev", "eth0")  # Ray asks for the way to the world
+                _ip("-n", name, "route", "add", "default", "dev", "eth0")  # Ray looks it up
         except BaseException:
             self.end()
             raise
 
     def within(self, number: int) -> list[str]:
-        """Return the words that run a command in one of them, on a host of its name."""
+        """Return a command prefix that runs a command in a namespace, with its name as the host's."""
         named = ["sh", "-c", 'hostname "$0" && exec "$@"', self.names[number]]
         return ["ip", "netns", "exec", self.names[number], "unshare", "--uts", *named]
 
     def end(self) -> None:
-        """Remove all that is there."""
+        """Delete the namespaces and the bridge."""
         for name in self.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
         subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""A real S3 API on this machine, and ways in which it fails."""
+"""A local server of the S3 API (moto), with injectable faults."""
 
 import re
 import threading
@@ -21,10 +21,10 @@ KEY, SECRET = "AKIATESTKEYTESTKEY12", "hunter2hunter2hunter2"
 
 
 class Server:
-    """Moto's S3 behind a filter that spoils some requests.
+    """Moto's S3 behind a filter that injects faults.
 
     Attributes:
-        url: where it listens.
+        url: address of the server.
         seen: "METHOD key" of every request.
     """
 
@@ -38,7 +38,7 @@ class Server:
         self._thread.start()
 
     def empty(self) -> None:
-        """Forget all that any server of this process holds."""
+        """Delete the buckets of all servers in this process."""
         with urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")) as answer:
             assert answer.status == 200
 
@@ -47,7 +47,7 @@ class Server:
         self._thread.join()
 
     def spoil(self, requests: str, fault: Fault, times: int) -> None:
-        """Spoil the next requests that match `METHOD key`, so many times."""
+        """Inject a fault into the next `times` requests whose "METHOD key" matches."""
         self._faults.append((re.compile(requests), fault, [times]))
 
     def heal(self) -> None:
@@ -64,43 +64,43 @@ class Server:
 
 
 def files(uri: str) -> dict[str, bytes]:
-    """All that is in a folder, done-markers left out."""
+    """Return the files of a folder, except done markers."""
     fs, path = stores.filesystem(uri)
     names = [name for name in fs.find(path) if not name.endswith(".done")]
     return {name.removeprefix(f"{path}/"): fs.cat_file(name) for name in names}
 
 
 def throttled(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
-    """The store is busy."""
+    """The store throttles."""
     environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))])
     return [SLOW_DOWN] if environ["REQUEST_METHOD"] != "HEAD" else []
 
 
 def dropped(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
-    """The connection breaks in the midst of what is sent, before there is an answer."""
+    """The connection breaks in the middle of the request."""
     environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
     environ["werkzeug.socket"].shutdown(2)
-    start("500 Nobody Hears This", [])
+    start("500 Never Received", [])
     return []
 
 
 def cut(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
-    """The connection breaks in the midst of the answer."""
+    """The connection breaks in the middle of the answer."""
     body = b"".join(server.app(environ, start))
     return [body[: len(body) // 2]]
 
 
 def unheard(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
-    """The store does as it was told, but its answer is lost."""
+    """The store executes the request, but its answer is lost."""
     list(server.app(environ, lambda *_: lambda _: None))
     environ["werkzeug.socket"].shutdown(2)
-    start("500 Nobody Hears This", [])
+    start("500 Never Received", [])
     return []
 
 
 def answers(status: str, code: str) -> Fault:
-    """Return a fault: this status and code."""
+    """Return a fault that answers with a status and code."""
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code} was told</Message></Error>".encode()
 
     def answer(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:

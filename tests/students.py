@@ -1,4 +1,4 @@
-"""Students small enough to make in a moment, and whole folders of them."""
+"""Small students with random weights, and their saved folders."""
 
 from pathlib import Path
 
@@ -24,15 +24,15 @@ SMALL = {"units": 6, "window": 5}
 def dictionary_of(folder: Path, seed: int = 0, **config: object) -> SenseDictionary:
     info, _ = describe(str(folder), BuildConfig())
     sizes = np.random.default_rng(seed).integers(0, 4, info.vocab_size).tolist()
-    told = {
+    given = {
         "tokenizer_fingerprint": info.tokenizer_fingerprint,
         "teacher": {"name": "t", "fingerprint": info.fingerprint},
     }
-    return make(sizes, dim=info.dim, dtype="float32", **{**told, **config})
+    return make(sizes, dim=info.dim, dtype="float32", **given | config)
 
 
 def learnt(student: Student, seed: int = 0) -> Student:
-    """Move all weights, as training would."""
+    """Change all weights, as training would."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in student.parameters():
         parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
@@ -40,25 +40,20 @@ def learnt(student: Student, seed: int = 0) -> Student:
 
 
 def shipped(
-    teacher: Path, folder: Path, kind: str = "static", senses: str = "float32", **told: object
+    teacher: Path, folder: Path, kind: str = "static", senses: str = "float32", **options: object
 ) -> tuple[Student, SenseDictionary]:
-    """Ship a student of a teacher that has learnt something; return it with its dictionary."""
+    """Save a student with changed weights and its dictionary in a folder; return both."""
     dictionary = dictionary_of(teacher, temperature_unit=20.0, max_length=24)
     built = folder.parent / f"{folder.name}-dictionary"
     dictionary.save(built)
     write_tokenizer(built, describe(str(teacher), BuildConfig())[1].to_str())
-    rows = [
-        (token, s, r) for token in range(dictionary.vocab_size) for s in range(_size(dictionary, token)) for r in (0, 1)
-    ]
+    sizes = np.diff(dictionary.offsets)
+    rows = [(token, s, r) for token, size in enumerate(sizes) for s in range(size) for r in (0, 1)]
     pq.write_table(exemplars(rows), DictionaryFiles(built).exemplars)
     dictionary = SenseDictionary.load(built)
     student = learnt(make_student(StudentSettings(kind=kind, **SMALL), dictionary, str(teacher)))
-    ship(folder, student, dictionary, senses=senses, **told)
+    ship(folder, student, dictionary, senses=senses, **options)
     return student, dictionary
-
-
-def _size(dictionary: SenseDictionary, token: int) -> int:
-    return int(dictionary.offsets[token + 1] - dictionary.offsets[token])
 
 
 def ids_of(folder: Path, text: str) -> np.ndarray:
@@ -71,7 +66,7 @@ def ids_of(folder: Path, text: str) -> np.ndarray:
 def one(
     student: Student, ids: np.ndarray, dictionary: SenseDictionary | None = None, t: float | None = None
 ) -> np.ndarray:
-    """Embed one text by the module itself, replaced if there is a dictionary."""
+    """Embed one text with the module itself; with a dictionary, replaced by its senses."""
     rows, mask = padded([ids])
     hidden, senses = student(rows, mask)
     if dictionary is not None:
@@ -80,5 +75,6 @@ def one(
 
 
 def outside(path: Path) -> None:
+    """Replace a file by a link to its content outside the folder."""
     path.rename(path.parent.parent / "outside")
     path.symlink_to(path.parent.parent / "outside")

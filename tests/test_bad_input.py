@@ -1,11 +1,10 @@
-"""Bad input, through the command itself: what to spoil, the exit code, and the words that the user then reads.
+"""Invalid input, through the job itself: how to prepare it, the exit code, and the message that the user reads.
 
-Every run of a row is also held to this: no traceback, no control character and no secret on the terminal, no secret in
-the run folder, and no dictionary unless the exit code is 0.
+Every run also checks that there is no traceback, control character or secret on the terminal, no secret in the run
+folder, and no dictionary unless the exit code is 0.
 """
 
 import errno
-import gzip
 import importlib.util
 import json
 import logging
@@ -21,7 +20,6 @@ from types import ModuleType
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file, save_file
 
 from msense import SenseDictionary
@@ -29,7 +27,7 @@ from msense.cli import run_job
 from msense.corpus import cut_pieces
 
 MakeTeacher = Callable[..., Path]
-Spoil = Callable[[Path], object]
+Prepare = Callable[[Path], object]
 Patch = pytest.MonkeyPatch
 in_process = pytest.mark.usefixtures("in_process")
 ESCAPE = "\x1b[31mred\x07\x9b1m"
@@ -38,8 +36,8 @@ LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on 
 
 
 @dataclass
-class Told:
-    """What a run gave its user."""
+class Outcome:
+    """Exit code, output and folder of a run."""
 
     code: int
     text: str  # stdout and stderr
@@ -49,7 +47,7 @@ class Told:
         return [json.loads(line) for line in (self.output / "bad_documents.jsonl").read_text().splitlines()]
 
 
-Run = Callable[..., Told]
+Run = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +70,14 @@ def teacher(tmp_path: Path, good_teacher: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, job: ModuleType, teacher: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Give the command with good settings; flags that are given win over them."""
+    """Return a function that runs the job with valid settings, overridden by the given flags."""
 
-    def call(*flags: object) -> Told:
+    def call(*flags: object) -> Outcome:
         (tmp_path / "good.txt").write_text("\n".join(LINES * 3))
         good = ["--teacher", teacher, "--output", tmp_path / "run"]
         good += [] if "--corpus" in flags else ["--corpus", tmp_path / "good.txt"]
         monkeypatch.setattr(sys, "argv", [str(word) for word in ("build_dict.py", *good, "--exemplars", 0, *flags)])
-        monkeypatch.setattr(logging.root, "handlers", [])  # so that log lines go to stderr as they do for a user
+        monkeypatch.setattr(logging.root, "handlers", [])  # so that log lines go to stderr, as for a user
         capfd.readouterr()
         try:
             code = run_job(job.main)
@@ -92,7 +90,7 @@ def run(tmp_path: Path, job: ModuleType, teacher: Path, monkeypatch: Patch, capf
         assert SECRET not in text
         assert not [path for path in files if SECRET.encode() in path.read_bytes()]
         assert (tmp_path / "run" / "dictionary").exists() == (code == 0)
-        return Told(code, " ".join(text.split()), tmp_path / "run")
+        return Outcome(code, " ".join(text.split()), tmp_path / "run")
 
     return call
 
@@ -113,107 +111,58 @@ def folder(path: Path) -> Path:
     return path
 
 
-# --- the corpus
+# --- corpora
 
 # fmt: off
-CORPORA: list[tuple[str, Spoil, int, str]] = [
+CORPORA: list[tuple[str, Prepare, int, str]] = [
     ("no corpus given", lambda d: [], 2, r"no corpus: say where the text is with --corpus"),
     ("an empty name", lambda d: "", 2, r"corpus: is empty; give a value"),
-    ("a path that is not there", lambda d: d / "none.txt", 2, r"none.txt: no such file or folder; check the path"),
-    ("a name with control characters", lambda d: f"{d}/{ESCAPE}/a.txt", 2, r"/red1m/a.txt: no file there that can be read"),
+    ("a missing path", lambda d: d / "none.txt", 2, r"none.txt: no such file or folder; check the path"),
+    ("a name with control characters", lambda d: f"{d}/{ESCAPE}/a.txt", 2, r"/red1m/a.txt: no readable file there"),
     ("a name with a NUL", lambda d: f"{d}/a\0b", 2, r"corpus: holds a NUL character or is not UTF-8; write it"),
-    ("an empty folder", lambda d: folder(d / "new"), 2, r"new: no file there that can be read; accepted are \*.txt and"),
-    ("no file of a known kind", lambda d: write(d / "new/a.pdf", "x").parent, 2, r"no file there .*accepted are \*.txt"),
-    ("a file of an unknown kind", lambda d: write(d / "a.pdf", "x"), 2, r"a.pdf: not a kind of file .*accepted are"),
-    ("a pipe", lambda d: os.mkfifo(d / "a.txt") or d / "a.txt", 2, r"a.txt: neither a file nor a folder .*leave it out"),
-    ("a pipe in a folder", lambda d: os.mkfifo(d / "a.txt") or d, 2, r"a.txt: neither a file nor a folder"),
-    ("a link in a circle", lambda d: (d / "a.txt").symlink_to(d / "a.txt") or d, 2, r"symbolic links.*check the path"),
-    ("a name that is not UTF-8", lambda d: write(d / "new/\udcff.txt", "x").parent, 2, r"name is not UTF-8.*rename it"),
-    ("the same file twice", lambda d: [write(d / "a.txt", "x")] * 2, 2, r"a.txt: the corpus has it twice; name it"),
-    ("a file of no byte", lambda d: write(d / "a.txt", ""), 2, r"a.txt has no text \(no documents in it\): check the path"),
+    ("no file of a known kind", lambda d: write(d / "new/a.pdf", "x").parent, 2, r"no readable file there; accepted are \*.txt"),
+    ("a file of an unknown kind", lambda d: write(d / "a.pdf", "x"), 2, r"a.pdf: unsupported file format; accepted are"),
+    ("a pipe", lambda d: os.mkfifo(d / "a.txt") or d / "a.txt", 2, r"a.txt: a pipe, socket or device.*exclude it"),
+    ("a circular link", lambda d: (d / "a.txt").symlink_to(d / "a.txt") or d, 2, r"symbolic links.*check the path"),
+    ("a name that is not UTF-8", lambda d: write(d / "new/\udcff.txt", "x").parent, 2, r"name.* is not UTF-8; rename it"),
+    ("a duplicate file", lambda d: [write(d / "a.txt", "x")] * 2, 2, r"a.txt: the corpus contains this file twice; list"),
+    ("an empty file", lambda d: write(d / "a.txt", ""), 2, r"a.txt has no text \(no documents in it\): check the path"),
     ("blank documents only", lambda d: write(d / "a.txt", " \n\t\n"), 2, r"has no text \(2 empty\): see .*bad_documents.jsonl"),
     ("bad documents only", lambda d: write(d / "a.jsonl", '{"text": 3}\n{\n'), 2, r"\(1 bad JSON; 1 no text\): see .*bad_doc"),
-    ("no text column in jsonl", lambda d: write(d / "a.jsonl", '{"body": "x"}'), 2, r"'text'; it has 'body': .*--text-col"),
-    ("no text column in csv", lambda d: write(d / "a.csv", "body,n\nx,1\n"), 2, r"'text'; it has 'body', 'n': .*--text-col"),
-    ("no text column in parquet", lambda d: table(d / "a.parquet", body=["x"]), 2, r"it has 'body': choose with --text-c"),
-    ("a column with control characters", lambda d: write(d / "a.csv", f"{ESCAPE}\nx\n"), 2, r"no column 'text'; it has '"),
+    ("no text column in jsonl", lambda d: write(d / "a.jsonl", '{"body": "x"}'), 2, r"'text'; available: 'body'; .*--text-c"),
+    ("a column with control characters", lambda d: write(d / "a.csv", f"{ESCAPE}\nx\n"), 2, r"no column 'text'; available: '"),
     ("a text column of numbers", lambda d: table(d / "a.parquet", text=[1]), 2, r"'text' holds int64, not strings; cast it"),
-    ("an id twice", lambda d: write(d / "a.jsonl", '{"id": "p", "text": "a cat"}\n' * 2), 2, r"id 'p' is there twice: .*or"),
-    ("an id with control characters twice", lambda d: write(d / "a.csv", f"id,text\n{ESCAPE},a\n" * 2), 2, r"id .* there twice"),
-    ("a damaged parquet file", lambda d: write(d / "a.parquet", "PAR1 no PAR1"), 2, r"a.parquet: .*damaged .*restore it"),
-    ("a cut-off gz file", lambda d: write(d / "a.txt.gz", gzip.compress(b"x\n" * 99)[:-9]), 2, r"txt.gz .*damaged .*rest"),
-    ("a zst file that is none", lambda d: write(d / "a.jsonl.zst", "no"), 2, r"cannot be read as jsonl.zst .*damaged"),
-    ("a dataset out of reach", lambda d: "hf://no/such", 2, r"hf://no/such: the Hub gives no parquet .*hf auth login"),
-    ("a dataset named with a secret", lambda d: f"hf://u:{SECRET}@a/b", 2, r"hf://a/b: write hf://dataset\[:config\]"),
-    ("an unknown scheme", lambda d: f"foo://u:{SECRET}@b/x.txt", 2, r"foo://b/x.txt: Protocol not known.*give a local path"),
+    ("a duplicate id", lambda d: write(d / "a.jsonl", '{"id": "p", "text": "a cat"}\n' * 2), 2, r"id 'p' is there twice: .*or"),
+    ("a duplicate id with escapes", lambda d: write(d / "a.csv", f"id,text\n{ESCAPE},a\n" * 2), 2, r"id .* there twice"),
+    ("a corrupted parquet file", lambda d: write(d / "a.parquet", "PAR1 no PAR1"), 2, r"a.parquet: .*corrupted .*restore"),
+    ("an unreachable dataset", lambda d: "hf://no/such", 2, r"hf://no/such: the Hub provides no parquet .*hf auth login"),
+    ("a dataset named with a secret", lambda d: f"hf://u:{SECRET}@a/b", 2, r"hf://a/b: .*write hf://dataset\[:config\]"),
+    ("an unknown scheme", lambda d: f"foo://u:{SECRET}@b/x.txt", 2, r"foo://b/x.txt: Protocol not known.*use a local path"),
     ("a secret in an s3 URI", lambda d: f"s3://key:{SECRET}@b/x.txt", 2, r"s3://b/x.txt: .*no credentials .*AWS_PROFILE"),
     ("no bucket", lambda d: "s3://", 2, r"s3://: names no bucket; write s3://bucket/path"),
     ("a secret in a query", lambda d: f"http://u:{SECRET}@localhost:1/x.txt?token={SECRET}", 2, r"localhost:1/x.txt: no such"),
     ("a server that is down", lambda d: f"ftp://u:{SECRET}@localhost:1/x", 1, r"ftp://localhost:1/x: .*run the same command"),
-    ("an unknown package", lambda d: "pydocs:nosuch", 2, r"no package 'nosuch' is installed here; pip install it"),
 ]
 # fmt: on
 
 
 @in_process
-@pytest.mark.parametrize(("spoil", "code", "words"), [row[1:] for row in CORPORA], ids=[row[0] for row in CORPORA])
-def test_a_corpus_that_is(tmp_path: Path, run: Run, spoil: Spoil, code: int, words: str) -> None:
-    given = spoil(folder(tmp_path / "corpus"))
-    told = run("--corpus", *(given if isinstance(given, list) else [given]))
-    assert told.code == code
-    assert re.search(words, told.text), told.text
+@pytest.mark.parametrize(("prepare", "code", "message"), [row[1:] for row in CORPORA], ids=[row[0] for row in CORPORA])
+def test_invalid_corpora(tmp_path: Path, run: Run, prepare: Prepare, code: int, message: str) -> None:
+    given = prepare(folder(tmp_path / "corpus"))
+    result = run("--corpus", *(given if isinstance(given, list) else [given]))
+    assert result.code == code
+    assert re.search(message, result.text), result.text
 
 
-@in_process
-def test_a_file_that_may_not_be_read(tmp_path: Path, run: Run, monkeypatch: Patch) -> None:
-    """As root nothing is closed, so the refusal is made up."""
-    plain = LocalFileSystem._open
-
-    def fail(self: LocalFileSystem, path: str, *rest: object, **options: object) -> object:
-        if path.endswith("closed.txt"):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-        return plain(self, path, *rest, **options)
-
-    monkeypatch.setattr(LocalFileSystem, "_open", fail)
-    told = run("--corpus", write(tmp_path / "closed.txt", "the bank"))
-    assert told.code == 2
-    assert re.search(r"closed.txt: no permission to read it .*allow it, or give other credentials", told.text)
-
-
-@in_process
-def test_s3_without_its_package_and_without_credentials(run: Run, monkeypatch: Patch, tmp_path: Path) -> None:
-    with monkeypatch.context() as patch:
-        patch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
-        patch.setitem(sys.modules, "s3fs", None)
-        told = run("--corpus", "s3://b/x.txt")
-        assert (told.code, told.text.partition("error: ")[2]) == (
-            2,
-            "s3://b/x.txt: s3:// needs a package that is not installed: pip install s3fs",
-        )
-    pytest.importorskip("s3fs")
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    told = run("--corpus", "s3://b/x.txt")
-    assert told.code == 2
-    assert re.search(r"s3://b/x.txt: S3 refused .*locate credentials\): give credentials: AWS_PROFILE", told.text)
-
-
-# --- single documents: skipped and counted, or the run stops
+# --- bad documents
 
 # fmt: off
 SKIPPED: list[tuple[str, str, bytes, str, str]] = [
-    ("an empty line", "a.txt", b"a cat\n \n", "a.txt:1", "empty"),
     ("a line that is not UTF-8", "a.txt", b"a cat\n\xff\xfe\n", "a.txt:1", "not UTF-8"),
     ("broken JSON", "a.jsonl", b'{"text": "a cat"}\n{"text": \n', "a.jsonl:1", "bad JSON"),
-    ("JSON nested too deep", "a.jsonl", b'{"text": "a cat"}\n' + b"[" * 99_999, "a.jsonl:1", "bad JSON"),
-    ("a row without text", "a.jsonl", b'{"text": "a cat"}\n{"id": 3}\n', "a.jsonl:1", "no text"),
-    ("a csv row that ends early", "a.csv", b"n,text\n1,a cat\n2\n", "a.csv:1", "no text"),
     ("a csv quote left open", "a.csv", b'n,text\n1,a cat\n2,"a\n', "a.csv:1", "bad CSV row"),
-    ("an id that is not UTF-8", "a.jsonl", b'{"text": "a cat"}\n{"id": "\\ud800", "text": "x"}', "a.jsonl:1", "not UTF-8"),
-    ("50 MB on one line", "a.txt", b"a cat\n%s\nthe end\n", "a.txt:1", "too long"),
+    ("20 MB on one line", "a.txt", b"a cat\n%s\nthe end\n", "a.txt:1", "too long"),
 ]
 # fmt: on
 
@@ -225,15 +174,16 @@ SKIPPED: list[tuple[str, str, bytes, str, str]] = [
 def test_a_bad_document_is_skipped_and_counted_or_stops_a_strict_run(
     tmp_path: Path, run: Run, name: str, raw: bytes, document: str, reason: str
 ) -> None:
-    corpus = write(tmp_path / name, raw.replace(b"%s", b"x" * 50_000_000))
+    corpus = write(tmp_path / name, raw.replace(b"%s", b"x" * 20_000_000))
     strict = run("--corpus", corpus, "--on-bad-document", "fail")
     assert strict.code == 2
-    assert re.search(rf"bad document {document}: {reason} .*--on-bad-document skip goes past it", strict.text)
-    told = run("--corpus", corpus)
-    assert told.code == 0
-    assert json.loads((told.output / "summary.json").read_text())["stages"]["passages"]["seconds"] < 2
-    assert f"skipped 1 bad document (1 {reason}), the first 100 of each kind in bad_documents.jsonl" in told.text
-    assert [(bad["id"], bad["reason"]) for bad in told.bad_documents()] == [(document, reason)]
+    assert re.search(
+        rf"bad document {document}: {reason} .*skip bad documents with --on-bad-document skip", strict.text
+    )
+    result = run("--corpus", corpus)
+    assert result.code == 0
+    assert f"skipped 1 bad document (1 {reason}), the first 100 of each kind in bad_documents.jsonl" in result.text
+    assert [(bad["id"], bad["reason"]) for bad in result.bad_documents()] == [(document, reason)]
 
 
 @in_process
@@ -248,15 +198,15 @@ def test_the_first_hundred_of_each_reason_are_listed_in_input_order(
         write(tmp_path / "corpus" / name, b"\n".join([*lines, b""]))
     bad = [(f"{name}:{row}", kinds[line]) for name in names for row, line in enumerate(lines) if kinds[line]]
     first = [item for n, item in enumerate(bad) if sum(other[1] == item[1] for other in bad[:n]) < 100]
-    told = run("--corpus", tmp_path / "corpus")
-    assert told.code == 0
+    result = run("--corpus", tmp_path / "corpus")
+    assert result.code == 0
     assert len(bad) == 270
-    assert "skipped 270 bad documents (180 empty, 90 not UTF-8)" in told.text
-    assert [(row["id"], row["reason"]) for row in told.bad_documents()] == first
+    assert "skipped 270 bad documents (180 empty, 90 not UTF-8)" in result.text
+    assert [(row["id"], row["reason"]) for row in result.bad_documents()] == first
     assert len(list((tmp_path / "run" / "passages").glob("*.parquet"))) > 3
 
 
-# --- the teacher
+# --- teachers
 
 
 def settings_of(teacher: Path, name: str = "config.json", **changes: object) -> None:
@@ -303,69 +253,65 @@ def module(teacher: Path, kind: str, path: str) -> None:
 F32 = ("--dtype", "float32")
 BF16 = ("--dtype", "bfloat16")
 # fmt: off
-TEACHERS: list[tuple[str, Spoil, tuple[str, ...], int, str]] = [
-    ("unknown to the hub", lambda t: None, ("--teacher", "no/such"), 2, r"'no/such' is no folder .*check the name or give"),
-    ("a path that is not there", lambda t: None, ("--teacher", "/no/such"), 2, r"'/no/such': there is no such folder: check"),
+TEACHERS: list[tuple[str, Prepare, tuple[str, ...], int, str]] = [
+    ("unknown to the hub", lambda t: None, ("--teacher", "no/such"), 2, r"load teacher 'no/such'.*check the name, or"),
+    ("a missing path", lambda t: None, ("--teacher", "/no/such"), 2, r"'/no/such': no such folder: check"),
     ("a file", lambda t: None, ("--teacher", __file__), 2, r"is a file: give the folder that holds config.json"),
     ("an empty name", lambda t: None, ("--teacher", ""), 2, r"teacher: is empty; give a value, or leave the setting out"),
-    ("named far too long", lambda t: None, ("--teacher", "a" * 300), 2, r"no usable name \(File name too long\): give a folder"),
-    ("named with control characters", lambda t: None, ("--teacher", f"no/{ESCAPE}"), 2, r"teacher 'no/.* check the name or"),
+    ("named far too long", lambda t: None, ("--teacher", "a" * 300), 2, r"not a valid name \(File name too long\): give a"),
     ("named with a secret", lambda t: None, ("--teacher", f"https://u:{SECRET}@h/t?x={SECRET}"), 2, r"'https://h/t': .*check"),
-    ("an empty folder", lambda t: shutil.rmtree(t) or t.mkdir(), (), 2, r"has no safetensors weights; nothing else"),
-    ("without weights", lambda t: (t / "model.safetensors").unlink(), (), 2, r"has no safetensors weights; .*save the model"),
-    ("pickled", pickle, (), 2, r"no safetensors weights but pytorch_model.bin; nothing else is read: save the model anew"),
-    ("cut off in its weights", lambda t: cut(t / "model.safetensors"), (), 2, r"model.safetensors is damaged .*fetch it again"),
+    ("without weights", lambda t: (t / "model.safetensors").unlink(), (), 2, r"has no safetensors weights, .*save the model"),
+    ("pickled", pickle, (), 2, r"no safetensors weights \(but pytorch_model.bin\), the only format .*save the model with"),
+    ("with truncated weights", lambda t: cut(t / "model.safetensors"), (), 2, r"model.safetensors is corrupted .*download it"),
     ("of other weights", lambda t: settings_of(t, num_hidden_layers=3), (), 2, r"lack 16 tensors .*belong together"),
-    ("of other shapes", lambda t: settings_of(t, intermediate_size=64), (), 2, r"6 tensors of another shape .*belong togeth"),
+    ("of other shapes", lambda t: settings_of(t, intermediate_size=64), (), 2, r"6 tensors differ in shape .*belong together"),
     ("lacking a shard", lambda t: write(t / "model.safetensors.index.json", '{"weight_map": {"a": "b"}}'), (), 2, r"file b"),
-    ("broken in config.json", lambda t: write(t / "config.json", "{"), (), 2, r"config.json cannot be read as JSON .*restore it"),
-    ("of wrong types in config.json", lambda t: settings_of(t, vocab_size="x"), (), 2, r"does not load: .*'vocab_size'"),
-    ("of no layers", lambda t: settings_of(t, num_hidden_layers=-2), (), 2, r"gives -2 layers, .*give a model of text"),
-    ("of a vocabulary beyond all", lambda t: settings_of(t, vocab_size=10**12), (), 2, r"1000000000000 tokens; a dictionary has"),
-    ("of more tokens than weights", lambda t: settings_of(t, vocab_size=4 * 10**6), (), 2, r"promises 4000000 tokens, more"),
+    ("with a broken config.json", lambda t: write(t / "config.json", "{"), (), 2, r"cannot read .*config.json as JSON"),
+    ("with wrong types in config.json", lambda t: settings_of(t, vocab_size="x"), (), 2, r"cannot load teacher .*'vocab_size'"),
+    ("of no layers", lambda t: settings_of(t, num_hidden_layers=-2), (), 2, r"specifies -2 layers, .*give a text model"),
+    ("with a huge vocabulary", lambda t: settings_of(t, vocab_size=10**12), (), 2, r"1000000000000 tokens; a dictionary"),
+    ("with more tokens than weights", lambda t: settings_of(t, vocab_size=4 * 10**6), (), 2, r"specifies 4000000 tokens, more"),
     ("too wide for so many senses", lambda t: settings_of(t, hidden_size=50_000), ("--senses", "60000"), 2, r"--senses 5368 or"),
     ("of an unknown architecture", lambda t: settings_of(t, model_type="nosuch"), (), 2, r"type `nosuch` .*transformers knows"),
-    ("wanting remote code", remote_code, (), 2, r"contains custom code .*is never run"),
+    ("with remote code", remote_code, (), 2, r"contains custom code .*is never run"),
     ("without a tokenizer", lambda t: [f.unlink() for f in t.glob("tok*")], (), 2, r"has no tokenizer: put its tok"),
-    ("broken in tokenizer.json", lambda t: write(t / "tokenizer.json", "{"), (), 2, r"its tokenizer does not load: .*tokenizer"),
-    ("foreign in tokenizer.json", lambda t: write(t / "tokenizer.json", "[]"), (), 2, r"its tokenizer does not load: "),
+    ("with a broken tokenizer.json", lambda t: write(t / "tokenizer.json", "{"), (), 2, r"load teacher .*\(tokenizer\): "),
     ("of a slow tokenizer", slow, (), 2, r"no fast tokenizer \(tokenizer.json\).*convert it with transformers, or give another"),
-    ("smaller than its tokenizer", lambda t: settings_of(t, vocab_size=10), (), 2, r"25 tokens, its model only 10 embeddings"),
-    ("of a module that is not there", lambda t: module(t, "Pooling", "p"), (), 2, r"folder 'p', which is not there: fetch"),
-    ("of a module outside", lambda t: module(t, "Pooling", "../p"), (), 2, r"'../p', which leaves the folder: give a teacher"),
-    ("of a module with control characters", lambda t: module(t, ESCAPE, "p"), (), 0, r"teacher's red1m module is left out"),
-    ("asked for a layer it lacks", lambda t: None, ("--layer", "9"), 2, r"layer 9 is not .*0 \(embeddings\) to 2; choose with"),
-    ("asked for too long passages", lambda t: None, ("--max-length", "65"), 2, r"65 is more than the 64 .*can read: lower it"),
-    ("asked for too wide a stride", lambda t: None, ("--stride", "62"), 2, r"stride 62 must be smaller than the 62 .*lower it"),
-    ("asked for too long a prompt", lambda t: None, ("--prompt", "a " * 70), 2, r"70 tokens of prompt .*or shorten --prompt"),
+    ("smaller than its tokenizer", lambda t: settings_of(t, vocab_size=10), (), 2, r"25 tokens, but the model only 10 embedd"),
+    ("with a missing module", lambda t: module(t, "Pooling", "p"), (), 2, r"folder 'p', which does not exist: download"),
+    ("with a module outside", lambda t: module(t, "Pooling", "../p"), (), 2, r"'../p', which is outside the teacher: give"),
+    ("with escapes in a module", lambda t: module(t, ESCAPE, "p"), (), 0, r"ignoring the teacher's red1m module"),
+    ("with a layer it lacks", lambda t: None, ("--layer", "9"), 2, r"layer 9 does not exist: give --layer 0 .* to 2"),
+    ("with too long passages", lambda t: None, ("--max-length", "65"), 2, r"65 exceeds the 64 .*can read: lower it"),
+    ("with too wide a stride", lambda t: None, ("--stride", "62"), 2, r"stride 62 must be smaller than the 62 .*lower it"),
+    ("with too long a prompt", lambda t: None, ("--prompt", "a " * 70), 2, r"70 tokens of prompt .*or shorten --prompt"),
     ("of NaN embeddings", lambda t: bias(t, float("nan")), F32, 1, r"NaN or infinite embeddings in float32: .*check its weights"),
     ("of NaN in bfloat16", lambda t: bias(t, float("nan")), BF16, 1, r"NaN or infinite .*in bfloat16: give --dtype float32"),
-    ("of infinite embeddings", lambda t: bias(t, float("inf")), F32, 1, r"NaN or infinite embeddings in float32"),
     ("of embeddings too large", lambda t: bias(t, 1e10), F32, 1, r"too large for float16: give --store-dtype bfloat16"),
     ("of large ones in bfloat16", lambda t: bias(t, 1e10), (*F32, "--store-dtype", "bfloat16"), 0, r"dictionary"),
-    ("of embeddings too large for all", lambda t: bias(t, 1e30), (*F32, "--store-dtype", "bfloat16"), 1, r"of 1e\+30, but"),
+    ("of embeddings too large for any dtype", lambda t: bias(t, 1e30), (*F32, "--store-dtype", "bfloat16"), 1, r"of 1e\+30, but"),
 ]
 # fmt: on
 
 
 @in_process
 @pytest.mark.parametrize(
-    ("spoil", "flags", "code", "words"), [row[1:] for row in TEACHERS], ids=[row[0] for row in TEACHERS]
+    ("prepare", "flags", "code", "message"), [row[1:] for row in TEACHERS], ids=[row[0] for row in TEACHERS]
 )
-def test_a_teacher_that_is(
-    teacher: Path, run: Run, spoil: Spoil, flags: tuple[str, ...], code: int, words: str
+def test_invalid_teachers(
+    teacher: Path, run: Run, prepare: Prepare, flags: tuple[str, ...], code: int, message: str
 ) -> None:
-    spoil(teacher)
-    told = run(*flags)
-    assert told.code == code
-    assert re.search(words, told.text), told.text
+    prepare(teacher)
+    result = run(*flags)
+    assert result.code == code
+    assert re.search(message, result.text), result.text
     assert not (teacher / "ran").exists()
 
 
-# --- the settings
+# --- settings
 
 
-def yaml(content: str) -> Spoil:
+def yaml(content: str) -> Prepare:
     return lambda d: ["--config", write(d / "run.yaml", content)]
 
 
@@ -373,32 +319,21 @@ BOMB = "a: &a [x, x]\n" + "".join(
     f"{chr(b)}: &{chr(b)} [*{chr(b - 1)}{f', *{chr(b - 1)}' * 9}]\n" for b in range(98, 110)
 )
 # fmt: off
-SETTINGS: list[tuple[str, Spoil, str]] = [
-    ("no senses", lambda d: ["--senses", "0"], r"senses: must be a number from 1 to 65534, .*\(given: '0'\)"),
+SETTINGS: list[tuple[str, Prepare, str]] = [
     ("too many senses", lambda d: ["--senses", "70000"], r"senses: must be a number from 1 to 65534, .*\(given: '70000'\)"),
-    ("a budget in letters", lambda d: ["--sense-budget", "much"], r"sense_budget: must be an average .* or a size, .*'much'"),
     ("a budget below one sense", lambda d: ["--sense-budget", "0.5"], r"sense_budget: must be an average from 1 on.*'0.5'"),
     ("a budget beside a number", lambda d: ["--senses", "9", "--sense-budget", "7"], r"sense_budget: is for senses auto, not 9"),
     ("mcl beside auto", lambda d: ["--mcl", "inflation=2"], r"mcl: is for senses mcl, not auto: leave it out, or"),
     ("an unknown option of mcl", lambda d: ["--mcl", "power=2"], r"mcl: power is no option of mcl; these are: expansion"),
-    ("an option of mcl without value", lambda d: ["--mcl", "inflation"], r"mcl: inflation has no value; give name=value"),
     ("mcl without inflation", lambda d: ["--mcl", "inflation=1"], r"mcl: Markov .*inflation is 1.0, but must be above 1"),
-    ("half an expansion", lambda d: ["--mcl", "expansion=2.5"], r"mcl: expansion: .*integer"),
-    ("no runs of k-means", lambda d: ["--n-init", "0"], r"n_init: .*greater than or equal to 1"),
-    ("senses in letters", lambda d: ["--senses", "abc"], r"senses: must be a number from 1 to 65534, .*\(given: 'abc'\)"),
-    ("a cap beyond all", lambda d: ["--max-occurrences", "9" * 30], r"max_occurrences: .*less than or equal to 2147483647"),
+    ("a cap out of range", lambda d: ["--max-occurrences", "9" * 30], r"max_occurrences: .*less than or equal to 2147483647"),
     ("an unknown flag", lambda d: ["--colour", ESCAPE], r"unrecognized arguments: --colour red"),
     ("an unknown key", yaml("sense: 3"), r"sense: there is no such setting; is it senses\? \(given: 3\)"),
     ("wrong types", yaml("layer: x\ndedup: maybe\nkeep: {a: b}"), r"dedup: .*boolean.*layer: .*integer.*keep: .*tuple"),
-    ("a list for a file", yaml("- 1"), r"run.yaml' must hold `setting: value` lines, found a list"),
-    ("YAML that does not parse", yaml("a: ["), r"cannot read the config file .*It must be UTF-8 text of `setting: value`"),
-    ("YAML that is not UTF-8", yaml("\udcff"), r"cannot read the config file .*'utf-8' codec"),
     ("YAML that runs commands", yaml("seed: !!python/object/apply:os.system ['touch ran']"), r"could not determine a constr"),
     ("YAML of terabytes", yaml(BOMB), r"a: there is no such setting \(given: \['x', 'x'\]\)"),
     ("YAML nested too deep", yaml("a: " + "[" * 3000), r"cannot read the config file .*recursion"),
     ("YAML that quotes a secret", yaml(f"keep: s3://k:{SECRET}@b?t={SECRET}"), r"keep.0: .*given: 's3://b'"),
-    ("a missing file", lambda d: ["--config", d / "none.yaml"], r"none.yaml': .*No such file"),
-    ("no file name", lambda d: ["--config", ""], r"cannot read the config file ''"),
     ("an output that is a file", lambda d: ["--output", write(d / "o", "")], r"output: .*/o is a file; name a folder"),
     ("an output below a file", lambda d: ["--output", write(d / "o", "") / "p/q"], r"output: .*/o is a file; name a folder"),
     ("an empty output", lambda d: ["--output", ""], r"output: is empty; give a value"),
@@ -409,26 +344,20 @@ SETTINGS: list[tuple[str, Spoil, str]] = [
 
 
 @in_process
-@pytest.mark.parametrize(("spoil", "words"), [row[1:] for row in SETTINGS], ids=[row[0] for row in SETTINGS])
-def test_wrong_settings_end_with_2(tmp_path: Path, run: Run, monkeypatch: Patch, spoil: Spoil, words: str) -> None:
+@pytest.mark.parametrize(("prepare", "message"), [row[1:] for row in SETTINGS], ids=[row[0] for row in SETTINGS])
+def test_invalid_settings_exit_with_2(
+    tmp_path: Path, run: Run, monkeypatch: Patch, prepare: Prepare, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    told = run(*spoil(tmp_path))
-    assert told.code == 2
-    assert re.search(words, told.text), told.text
+    result = run(*prepare(tmp_path))
+    assert result.code == 2
+    assert re.search(message, result.text), result.text
     assert not (tmp_path / "ran").exists()
 
 
 @in_process
-def test_all_wrong_settings_are_told_at_once(tmp_path: Path, run: Run) -> None:
-    told = run(*yaml("colour: red\nsenses: few\n")(tmp_path), "--coverage", "1.5", "--metric", "l3", "--stride", "-1")
-    assert told.code == 2
-    for words in ("colour: there is no such", "senses: must be a number", "coverage: ", "metric: ", "stride: "):
-        assert words in told.text
-
-
-@in_process
-def test_an_output_that_may_not_be_written(tmp_path: Path, run: Run, monkeypatch: Patch) -> None:
-    """As root nothing is closed, so the refusal is made up."""
+def test_an_output_that_is_not_writable(tmp_path: Path, run: Run, monkeypatch: Patch) -> None:
+    """Simulated, as root may write anywhere."""
     plain = os.mkdir
 
     def fail(path: object, *rest: object, **options: object) -> None:
@@ -437,20 +366,20 @@ def test_an_output_that_may_not_be_written(tmp_path: Path, run: Run, monkeypatch
         plain(path, *rest, **options)
 
     monkeypatch.setattr(os, "mkdir", fail)
-    told = run("--output", tmp_path / "closed" / "run")
-    assert told.code == 1
-    assert re.search(r"Permission denied.*closed", told.text)
+    result = run("--output", tmp_path / "closed" / "run")
+    assert result.code == 1
+    assert re.search(r"Permission denied.*closed", result.text)
 
 
 @in_process
-def test_a_setting_that_was_mended_goes_into_the_same_folder(tmp_path: Path, run: Run) -> None:
-    """The remedy that an error names must work: nothing of the failed run may stand against it."""
+def test_a_corrected_setting_works_with_the_same_folder(tmp_path: Path, run: Run) -> None:
+    """The remedy in an error message must work, whatever the failed run left."""
     corpus = write(tmp_path / "a.jsonl", '{"body": "the bank"}\n')
-    assert "choose with --text-column" in run("--corpus", corpus).text
+    assert "choose one with --text-column" in run("--corpus", corpus).text
     assert run("--corpus", corpus, "--text-column", "body").code == 0
 
 
-# --- fewer senses than asked for
+# --- fewer senses than requested
 
 
 @in_process
@@ -458,25 +387,25 @@ def test_a_token_has_at_most_as_many_senses_as_different_embeddings(
     tmp_path: Path, run: Run, make_teacher: MakeTeacher
 ) -> None:
     corpus = write(tmp_path / "a.txt", "a cat\na cat\na cat sat\nthe cat\na dog\n")
-    told = run("--corpus", corpus, *F32, "--senses", 50)
-    assert told.code == 0
-    dictionary = SenseDictionary.load(told.output)
+    result = run("--corpus", corpus, *F32, "--senses", 50)
+    assert result.code == 0
+    dictionary = SenseDictionary.load(result.output)
     cat, dog = (dictionary.find(word).tokens[0].token_id for word in ("cat", "dog"))
-    assert sorted(dictionary.senses(cat).counts.tolist()) == [1, 1, 2]  # "a cat" is there twice
+    assert sorted(dictionary.senses(cat).counts.tolist()) == [1, 1, 2]  # "a cat" occurs twice
     assert dictionary.senses(dog).counts.tolist() == [1]
-    shutil.rmtree(told.output)
+    shutil.rmtree(result.output)
     assert run("--corpus", corpus, *F32, "--teacher", make_teacher("llama"), "--layer", 0, "--senses", 3).code == 0
-    senses = SenseDictionary.load(told.output).senses
-    token = SenseDictionary.load(told.output).find("cat").tokens[0].token_id
-    assert senses(token).counts.tolist() == [4]  # layer 0 has one embedding a token
+    senses = SenseDictionary.load(result.output).senses
+    token = SenseDictionary.load(result.output).find("cat").tokens[0].token_id
+    assert senses(token).counts.tolist() == [4]  # layer 0 has one embedding per token
 
 
-# --- through Ray's workers
+# --- errors in Ray workers
 
 
 @pytest.fixture
 def quiet_ray(ray: None, monkeypatch: Patch) -> None:
-    """Ray as a job has it: the job asks for errors only before Ray Data is imported, which a test comes too late for."""
+    """Silence Ray Data as jobs do: they set its log level before the import, which is too late in a test."""
     import ray.data  # noqa: F401
 
     monkeypatch.setattr(logging.getLogger("ray.data"), "handlers", [logging.NullHandler()])
@@ -484,17 +413,19 @@ def quiet_ray(ray: None, monkeypatch: Patch) -> None:
 
 
 @pytest.mark.usefixtures("quiet_ray")
-def test_a_bad_document_in_a_ray_task_is_told_plainly(tmp_path: Path, run: Run) -> None:
-    told = run("--corpus", write(tmp_path / "a.txt", b"a cat\n\xff\n"), "--on-bad-document", "fail")
-    assert told.code == 2
-    assert re.search(r"error: bad document a.txt:1: not UTF-8 .*--on-bad-document skip goes past it$", told.text)
-    assert not re.search(r"RayTaskError|ray::|ray\.exceptions", told.text)
+def test_a_bad_document_in_a_ray_task_is_reported_without_ray_s_wrapping(tmp_path: Path, run: Run) -> None:
+    result = run("--corpus", write(tmp_path / "a.txt", b"a cat\n\xff\n"), "--on-bad-document", "fail")
+    assert result.code == 2
+    assert re.search(
+        r"error: bad document a.txt:1: not UTF-8 .*skip bad documents with --on-bad-document skip$", result.text
+    )
+    assert not re.search(r"RayTaskError|ray::|ray\.exceptions", result.text)
 
 
 @pytest.mark.usefixtures("quiet_ray")
-def test_a_teacher_that_fails_in_a_ray_actor_is_told_plainly(teacher: Path, run: Run) -> None:
+def test_a_teacher_that_fails_in_a_ray_actor_is_reported_without_ray_s_wrapping(teacher: Path, run: Run) -> None:
     settings_of(teacher, num_hidden_layers=3)
-    told = run()
-    assert told.code == 2
-    assert re.search(r"error: the weights of teacher .* lack 16 tensors .*config.json belong together$", told.text)
-    assert not re.search(r"RayTaskError|ray::|ray\.exceptions", told.text)
+    result = run()
+    assert result.code == 2
+    assert re.search(r"error: teacher .* the weights lack 16 tensors .*config.json belong together$", result.text)
+    assert not re.search(r"RayTaskError|ray::|ray\.exceptions", result.text)

@@ -1,4 +1,4 @@
-"""The corpora that are no folders: docstrings of installed packages, and datasets of the Hub."""
+"""Corpora other than files: docstrings of installed packages (`pydocs`) and Hub datasets (`hf://`)."""
 
 import importlib.metadata
 import sys
@@ -11,17 +11,11 @@ from documents import pairs, pieces_of, read, write_table
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from msense.corpus import (
-    files,
-    list_files,
-    pieces,
-    read_documents,
-)
+from msense.corpus import files, list_files, pieces, read_documents
 from msense.corpus.pydocs import docstrings
 from msense.errors import BadInput
 
 Patch = pytest.MonkeyPatch
-
 
 # --- pydocs
 
@@ -78,7 +72,7 @@ def tiny_package(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_pydocs_reads_docstrings_without_import(tiny_package: None) -> None:
+def test_pydocs_reads_docstrings_without_importing(tiny_package: None) -> None:
     rows = read("pydocs:tinydocs")
     assert pairs(rows) == [
         ("tinydocs/__init__.py", "The package."),
@@ -96,48 +90,49 @@ def test_pydocs_reads_docstrings_without_import(tiny_package: None) -> None:
     assert "tinydocs" not in sys.modules
 
 
-def test_pydocs_pieces_names_and_samples(tiny_package: None, monkeypatch: Patch) -> None:
+def test_pydocs_splits_names_and_samples(tiny_package: None, monkeypatch: Patch) -> None:
     monkeypatch.setattr(pieces, "PYDOCS_FILES", 3)
-    uris = ["pydocs:tinydocs", "pydocs:tinymodule,numpy"]
-    found = [p for p in pieces_of(*uris) if p.name != "pydocs/numpy"]
-    assert [(p.name, p.start, p.stop) for p in found] == [
+    splits = [p for p in pieces_of("pydocs:tinydocs", "pydocs:tinymodule,fsspec") if p.name != "pydocs/fsspec"]
+    assert [(p.name, p.start, p.stop) for p in splits] == [
         ("pydocs/tinydocs", 0, 3),
         ("pydocs/tinydocs", 3, 4),
         ("pydocs/tinymodule", 0, 1),
     ]
-    assert pairs(list(read_documents(found[2]))) == [("pydocs/tinymodule.py", "A module.")]
-    assert len(read("pydocs:tinydocs")) == 10
-    samples = [[row.id.split(":")[0] for row in read("pydocs:tinydocs", sample=0.5, seed=i)] for i in range(20)]
-    # A source file is in with all its documents, or out.
-    assert {names.count("tinydocs/sub/deep.py") for names in samples} == {0, 7}
-    assert {names.count("tinydocs/broken.py") for names in samples} == {0, 1}
+    assert pairs(list(read_documents(splits[2]))) == [("pydocs/tinymodule.py", "A module.")]
+    samples = [
+        [row.id.split(":")[0] for split in splits[:2] for row in read_documents(split, sample=0.5, seed=seed)]
+        for seed in range(20)
+    ]
+    # A source file is sampled with all its documents, or not at all.
+    assert {names.count("pydocs/tinydocs/sub/deep.py") for names in samples} == {0, 7}
+    assert {names.count("pydocs/tinydocs/broken.py") for names in samples} == {0, 1}
 
 
 def test_pydocs_fingerprint_is_the_version(tiny_package: None) -> None:
-    files = list_files(["pydocs:sklearn,tinydocs"])
-    assert files[0].fingerprint == importlib.metadata.version("scikit-learn")
-    assert files[1].fingerprint.startswith("changed ")
-    assert files[1].size == sum(len(source) for source in PACKAGE.values())
+    listed = list_files(["pydocs:filelock,tinydocs"])
+    assert listed[0].fingerprint == importlib.metadata.version("filelock")
+    assert listed[1].fingerprint.startswith("changed ")
+    assert listed[1].size == sum(len(source) for source in PACKAGE.values())
 
 
 @pytest.mark.parametrize("name", ["nosuchpackage", "numpy.linalg", "specless"])
-def test_pydocs_of_a_missing_package(name: str, monkeypatch: Patch) -> None:
+def test_pydocs_of_a_missing_package_is_rejected(name: str, monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "specless", ModuleType("specless"))
     with pytest.raises(BadInput, match=rf"no package '{name}' is installed here; pip install it"):
-        list_files([f"pydocs:numpy,{name}"])
+        list_files([f"pydocs:filelock,{name}"])
 
 
-def test_pydocs_without_source_or_defaults(monkeypatch: Patch) -> None:
-    with pytest.raises(BadInput, match="'sys' has no Python source here"):
+def test_pydocs_default_packages_and_packages_without_source(monkeypatch: Patch) -> None:
+    with pytest.raises(BadInput, match="'sys' has no Python source"):
         list_files(["pydocs:sys"])
-    monkeypatch.setattr("msense.corpus.pydocs.DEFAULT_PACKAGES", ("nosuchpackage", "numpy"))
-    assert [file.name for file in list_files(["pydocs"])] == ["numpy"]
+    monkeypatch.setattr("msense.corpus.pydocs.DEFAULT_PACKAGES", ("nosuchpackage", "filelock"))
+    assert [file.name for file in list_files(["pydocs"])] == ["filelock"]
     monkeypatch.setattr("msense.corpus.pydocs.DEFAULT_PACKAGES", ("nosuchpackage",))
     with pytest.raises(BadInput, match="none of nosuchpackage is installed"):
         list_files(["pydocs"])
 
 
-def test_docstrings_take_no_warnings_and_name_repeats() -> None:
+def test_docstrings_ignore_warnings_and_number_repeated_names() -> None:
     source = b'"""\\d"""\ndef f():\n    "1"\ndef f():\n    "2"\ndef f():\n    "3"\n'
     assert docstrings(source) == [("", "\\d"), ("f", "1"), ("f#2", "2"), ("f#3", "3")]
 
@@ -146,7 +141,7 @@ def test_docstrings_take_no_warnings_and_name_repeats() -> None:
 
 
 class FakeHub(DirFileSystem):
-    """A local folder that answers like the Hub's filesystem, with a commit in expanded listings."""
+    """A local folder with the interface of the Hub's filesystem, with a commit in expanded listings."""
 
     def ls(self, path: str, detail: bool = True, expand_info: bool = False, **options: object) -> list:
         infos = super().ls(path, detail=detail, **options)
@@ -177,20 +172,20 @@ def test_hub_dataset_with_one_config(hub: Callable[..., None]) -> None:
     (file,) = list_files(["hf://org/name:plain:test"])
     assert file.fingerprint.startswith("c0ffee ")
     assert file.uri == "hf://datasets/org/name@refs%2Fconvert%2Fparquet/plain/test/0000.parquet"
-    names = {file.name for file in list_files(["hf://org/name", "pydocs:numpy"])}
-    assert names == {"name/plain/train/0000.parquet", "name/plain/train/0001.parquet", "pydocs/numpy"}
+    names = {file.name for file in list_files(["hf://org/name", "pydocs:filelock"])}
+    assert names == {"name/plain/train/0000.parquet", "name/plain/train/0001.parquet", "pydocs/filelock"}
 
 
-def test_hub_configs_and_splits_are_listed_when_unclear(hub: Callable[..., None]) -> None:
+def test_hub_configs_and_splits_are_listed_if_ambiguous(hub: Callable[..., None]) -> None:
     hub("a/train/0000.parquet", "a")
     hub("b/validation/0000.parquet", "b")
-    with pytest.raises(BadInput, match="hf://org/name: no config 'default'; name one of a, b: hf://org/name:CONFIG"):
-        list_files(["hf://org/name"])
-    with pytest.raises(BadInput, match="no split 'train'; name one of validation: hf://org/name:b:SPLIT"):
-        list_files(["hf://org/name:b"])
-    with pytest.raises(BadInput, match=r"hf://org/none: the Hub gives no parquet files of it .*hf auth login"):
-        list_files(["hf://org/none"])
-    with pytest.raises(BadInput, match="write hf://dataset"):
-        list_files(["hf://org/name:a:train:x"])
+    for name, message in [
+        ("name", "hf://org/name: no config 'default'; choose one of a, b: hf://org/name:CONFIG"),
+        ("name:b", "no split 'train'; choose one of validation: hf://org/name:b:SPLIT"),
+        ("none", r"hf://org/none: the Hub provides no parquet files for it .*hf auth login"),
+        ("name:a:train:x", "write hf://dataset"),
+    ]:
+        with pytest.raises(BadInput, match=message):
+            list_files([f"hf://org/{name}"])
     hub("default/train/0000.parquet", "default")
     assert [text for _, text in pairs(read("hf://org/name"))] == ["default"]

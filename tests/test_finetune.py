@@ -1,10 +1,15 @@
-"""Classifiers on token embeddings, GLUE's tasks, and fine-tuning: what is learnt, kept, refused and resumed."""
+"""Classifiers on token embeddings, GLUE tasks, and fine-tuning: learning, saved folders, invalid input and resuming."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,10 +24,11 @@ from msense.config import BuildConfig
 from msense.corpus import cut_pieces, list_files
 from msense.errors import BadInput, MsenseError
 from msense.evaluation import classifier as task
-from msense.evaluation.models import make_model
+from msense.evaluation.models import TokenModel, make_model
+from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
 from msense.finetune_config import FinetuneConfig
-from msense.finetune_worker import Tuner, _read, batches
+from msense.finetune_worker import Tuner, _read, batches, finetune_worker
 from msense.flags import validate
 from msense.glue import DEV, GLUE, TEST, TRAIN, joiner_of, read_part, task_of
 from msense.labelled import Columns
@@ -32,14 +38,16 @@ from msense.teacher import describe, load_body
 from msense.tokens import read_block, write_passages
 from msense.train_loop import Group
 
+MakeTeacher = Callable[..., Path]
+Tune = Callable[..., SimpleNamespace]
+SETTINGS = {"lr": 3e-3, "batch_size": 16, "train_dtype": "float32"}
+LEARN = {"train": 128, "test": 40}  # texts, and with them epochs, that suffice to learn the toy task
 
-def config_of(**told: object) -> ClassifierConfig:
-    return ClassifierConfig(**{"task": "t", "dim": 2, "pooling": "mean", "labels": ("no", "yes"), **told})  # type: ignore[arg-type]
 
-
-def by_hand(pooling: str = "mean") -> Classifier:
-    """Scores tanh of the first number, and twice it."""
-    classifier = Classifier(config_of(pooling=pooling)).eval()
+def known_classifier(pooling: str = "mean") -> Classifier:
+    """Return a classifier whose scores are t and 2t + 1, where t is the tanh of the first dimension."""
+    config = ClassifierConfig(task="t", dim=2, pooling=pooling, labels=("no", "yes"))  # type: ignore[arg-type]
+    classifier = Classifier(config).eval()
     with torch.no_grad():
         classifier.dense.weight.copy_(torch.eye(2))
         classifier.dense.bias.zero_()
@@ -49,552 +57,469 @@ def by_hand(pooling: str = "mean") -> Classifier:
 
 
 @pytest.mark.parametrize(("pooling", "first"), [("mean", 0.5), ("cls", 0.2), ("lasttoken", 0.8)])
-def test_a_classifier_pools_and_scores(pooling: str, first: float) -> None:
+def test_classifier_pools_and_scores(pooling: str, first: float) -> None:
     hidden = torch.tensor([[[0.2, 5.0], [0.8, 5.0], [9.0, 9.0]]])
     mask = torch.tensor([[True, True, False]])
-    wanted = torch.tensor([[np.tanh(first), 2 * np.tanh(first) + 1]]).float()
-    torch.testing.assert_close(by_hand(pooling)(hidden, mask), wanted)
-    torch.testing.assert_close(by_hand(pooling).of_rows(hidden[0, :2], torch.tensor([2])), wanted)
+    expected = torch.tensor([[np.tanh(first), 2 * np.tanh(first) + 1]]).float()
+    torch.testing.assert_close(known_classifier(pooling)(hidden, mask), expected)
+    torch.testing.assert_close(known_classifier(pooling).of_rows(hidden[0, :2], torch.tensor([2])), expected)
 
 
-def test_a_classifier_comes_back_from_its_folder(tmp_path: Path) -> None:
-    save_classifier(tmp_path, by_hand())
-    found = load_classifier(tmp_path)
-    assert found.config == config_of()
-    for name, tensor in by_hand().state_dict().items():
-        torch.testing.assert_close(found.state_dict()[name], tensor)
-    assert not found.training
+def test_classifier_round_trip(tmp_path: Path) -> None:
+    save_classifier(tmp_path, known_classifier())
+    loaded = load_classifier(tmp_path)
+    assert loaded.config == known_classifier().config
+    torch.testing.assert_close(loaded.state_dict(), known_classifier().state_dict())
+    assert not loaded.training
 
 
-def _config(folder: Path, **told: object) -> None:
-    path = folder / "classifier" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+def config_of(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
 
 
-def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-    save_file(change(dict(by_hand().state_dict())), folder / "classifier" / "classifier.safetensors")
+def weights_of(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    return lambda folder: save_file(change(dict(known_classifier().state_dict())), folder / "classifier.safetensors")
 
 
-def _link(folder: Path) -> None:
-    path = folder / "classifier" / "classifier.safetensors"
-    path.rename(folder.parent / "outside")
-    path.symlink_to(folder.parent / "outside")
+def pipe(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
 
 
-HOSTILE = {
-    "none": (lambda f: shutil.rmtree(f / "classifier"), "has no classifier.*jobs/finetune.py"),
-    "no weights": (lambda f: (f / "classifier" / "classifier.safetensors").unlink(), "is missing"),
-    "a pipe": (
-        lambda f: ((f / "classifier" / "config.json").unlink(), os.mkfifo(f / "classifier" / "config.json")),
-        "no plain",
-    ),
-    "a link": (_link, "outside the classifier"),
-    "no JSON": (lambda f: (f / "classifier" / "config.json").write_text("{"), "config.json is not JSON"),
-    "another version": (lambda f: _config(f, format_version=2), "format version 2"),
-    "one label": (lambda f: _config(f, labels=["a"]), "labels"),
-    "a label twice": (lambda f: _config(f, labels=["a", "a"]), "labels.*twice"),
-    "more labels": (lambda f: _config(f, labels=["a", "b", "c"]), "does not fit"),
-    "another width": (lambda f: _config(f, dim=3), "does not fit"),
-    "huge": (lambda f: _config(f, dim=1 << 16), "does not fit"),
-    "another pooling": (lambda f: _config(f, pooling="max"), "pooling"),
-    "cut off": (lambda f: os.truncate(f / "classifier" / "classifier.safetensors", 40), "cut off"),
-    "half": (lambda f: _weights(f, lambda w: {n: t.half() for n, t in w.items()}), "does not fit"),
-    "NaN": (lambda f: _weights(f, lambda w: {n: t * float("nan") for n, t in w.items()}), "NaN"),
-    "one more": (lambda f: _weights(f, lambda w: w | {"x": torch.zeros(1)}), "does not fit"),
+def link(folder: Path) -> None:
+    path = folder / "classifier.safetensors"
+    path.rename(folder.parents[1] / "outside")
+    path.symlink_to(folder.parents[1] / "outside")
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (shutil.rmtree, "has no classifier.*jobs/finetune.py"),
+    "no weights": (lambda f: (f / "classifier.safetensors").unlink(), "is missing"),
+    "pipe": (pipe, r"config\.json is no"),
+    "link": (link, "outside the classifier"),
+    "invalid JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+    "other version": (config_of(format_version=2), "format version 2"),
+    "one label": (config_of(labels=["a"]), "labels"),
+    "duplicate label": (config_of(labels=["a", "a"]), "labels.*twice"),
+    "more labels": (config_of(labels=["a", "b", "c"]), "does not match"),
+    "other width": (config_of(dim=3), "does not match"),
+    "huge": (config_of(dim=1 << 16), "does not match"),
+    "other pooling": (config_of(pooling="max"), "pooling"),
+    "cut off": (lambda f: os.truncate(f / "classifier.safetensors", 40), r"classifier\.safetensors \(40 bytes\)"),
+    "half precision": (weights_of(lambda w: {n: t.half() for n, t in w.items()}), "does not match"),
+    "NaN": (weights_of(lambda w: {n: t * float("nan") for n, t in w.items()}), "NaN"),
+    "extra tensor": (weights_of(lambda w: w | {"x": torch.zeros(1)}), "does not match"),
 }
 
 
 @pytest.mark.parametrize("how", HOSTILE)
-def test_a_hostile_classifier_is_refused(how: str, tmp_path: Path) -> None:
-    folder = tmp_path / "teacher"
-    save_classifier(folder, by_hand())
-    break_it, told = HOSTILE[how]
-    break_it(folder)
-    with pytest.raises(BadInput, match=told):
-        load_classifier(folder)
+def test_hostile_classifier_is_refused(how: str, tmp_path: Path) -> None:
+    save_classifier(tmp_path / "teacher", known_classifier())
+    damage, message = HOSTILE[how]
+    damage(tmp_path / "teacher" / "classifier")
+    with pytest.raises(BadInput, match=message):
+        load_classifier(tmp_path / "teacher")
 
 
-def test_glue_has_its_eight_tasks() -> None:
-    pairs = {name for name, own in GLUE.items() if len(own.columns.texts) == 2}
-    assert pairs == {"mrpc", "stsb", "qqp", "mnli", "qnli", "rte"}
-    assert {name for name, own in GLUE.items() if own.regression} == {"stsb"}
-    assert {name: own.metrics[0] for name, own in GLUE.items()} == {
-        "cola": "Matthews",
-        "sst2": "accuracy",
-        "mrpc": "F1",
-        "stsb": "Pearson",
-        "qqp": "F1",
-        "mnli": "accuracy",
-        "qnli": "accuracy",
-        "rte": "accuracy",
+def test_glue_tasks_are_as_published() -> None:
+    found = {name: (own.metrics[0], len(own.columns.texts), own.test, own.regression) for name, own in GLUE.items()}
+    assert found == {
+        "cola": ("Matthews", 1, "validation", False),
+        "sst2": ("accuracy", 1, "validation", False),
+        "mrpc": ("F1", 2, "validation", False),
+        "stsb": ("Pearson", 2, "validation", True),
+        "qqp": ("F1", 2, "validation", False),
+        "mnli": ("accuracy", 2, "validation_matched", False),
+        "qnli": ("accuracy", 2, "validation", False),
+        "rte": ("accuracy", 2, "validation", False),
     }
     assert GLUE["rte"].source == "hf://nyu-mll/glue:rte"
-    assert {name: own.test for name, own in GLUE.items() if own.test != "validation"} == {"mnli": "validation_matched"}
-    assert task_of("mine", Columns(("t",), "l"), regression=True).metrics[0] == "Pearson"
 
 
-def test_pairs_are_one_text_that_the_teacher_reads_as_two(teacher: Path, tmp_path: Path) -> None:
-    pd.DataFrame({"sentence1": ["the cat"], "sentence2": ["a dog"], "label": [1]}).to_parquet(
-        tmp_path / "validation.parquet"
-    )
-    tokenizer = describe(str(teacher), BuildConfig())[1]
-    joiner = joiner_of(tokenizer)
-    found = read_part("rte", GLUE["rte"], str(tmp_path), TEST, joiner)
-    assert found.texts == ["the cat [SEP] a dog"]
-    assert found.labels.tolist() == ["1"]
-    whole = ["[CLS]", "the", "cat", "[SEP]", "a", "dog", "[SEP]"]
-    assert tokenizer.encode(found.texts[0]).tokens == whole
-    spec = describe(str(teacher), BuildConfig())[0].passage_spec(BuildConfig())
-    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": found.texts[0]}) + "\n")
+def test_pair_is_one_text_that_reads_as_two(teacher: Path, tmp_path: Path) -> None:
+    table = pd.DataFrame({"sentence1": ["the cat"], "sentence2": ["a dog"], "label": [1]})
+    table.to_parquet(tmp_path / "validation.parquet")
+    info, tokenizer = describe(str(teacher), BuildConfig())
+    texts = read_part("rte", GLUE["rte"], str(tmp_path), TEST, joiner_of(tokenizer))
+    assert (texts.texts, texts.labels.tolist()) == (["the cat [SEP] a dog"], ["1"])
+    tokens = ["[CLS]", "the", "cat", "[SEP]", "a", "dog", "[SEP]"]
+    assert tokenizer.encode(texts.texts[0]).tokens == tokens
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": texts.texts[0]}) + "\n")
     (piece,) = cut_pieces(list_files((str(tmp_path / "corpus.jsonl"),)))
-    write_passages(piece, spec, tokenizer, tmp_path / "p.parquet")
-    block = read_block(str(tmp_path / "p.parquet"), 0)
-    assert [tokenizer.id_to_token(i) for i in block.ids.tolist()] == whole  # a dictionary's corpus
+    write_passages(piece, info.passage_spec(BuildConfig()), tokenizer, tmp_path / "p.parquet")
+    ids = read_block(str(tmp_path / "p.parquet"), 0).ids.tolist()
+    assert [tokenizer.id_to_token(i) for i in ids] == tokens  # the same in a dictionary's corpus
 
 
-def test_plain_data_do_under_a_name_of_glue(tmp_path: Path) -> None:
+def test_glue_task_accepts_plain_data(tmp_path: Path) -> None:
     source = write_task(tmp_path / "d", {"train": [("a", "0")], "test": [("b", "1")], "dev": [("c", "0")]})
-    assert [read_part("sst2", GLUE["sst2"], source, part, "").texts for part in (TRAIN, TEST, DEV)] == [
-        ["a"],
-        ["b"],
-        ["c"],
-    ]
+    splits = [read_part("sst2", GLUE["sst2"], source, split, "").texts for split in (TRAIN, TEST, DEV)]
+    assert splits == [["a"], ["b"], ["c"]]
     with pytest.raises(BadInput, match="sentence"):
         read_part("sst2", GLUE["sst2"], write_task(tmp_path / "e", {"train": []}), TRAIN, "")
 
 
-def test_numbers_are_asked_for_where_they_are_needed(tmp_path: Path) -> None:
+def test_regression_needs_numbers(tmp_path: Path) -> None:
     source = write_task(tmp_path / "d", {"train": [("a", "0.5"), ("b", "2")], "test": [("a", "many")]})
-    assert read_part("x", task_of("x", regression=True), source, TRAIN, "").labels.tolist() == [0.5, 2.0]
-    with pytest.raises(BadInput, match="no number"):
-        read_part("x", task_of("x", regression=True), source, TEST, "")
+    regression = task_of("x", regression=True)
+    assert regression.metrics[0] == "Pearson"
+    assert read_part("x", regression, source, TRAIN, "").labels.tolist() == [0.5, 2.0]
+    with pytest.raises(BadInput, match=r"number.*--regression"):
+        read_part("x", regression, source, TEST, "")
 
 
-def test_batches_hold_every_text_once_and_follow_from_the_seed() -> None:
+def test_batches_are_a_seeded_permutation_of_similar_lengths() -> None:
     rows = [np.zeros(n, np.int64) for n in np.random.default_rng(0).integers(1, 50, 333)]
-    first, again, other = (list(batches(rows, 8, seed)) for seed in ((0, 1), (0, 1), (0, 2)))
-    assert sorted(np.concatenate(first).tolist()) == list(range(333))
-    assert all(len(batch) <= 8 for batch in first)
-    assert [batch.tolist() for batch in first] == [batch.tolist() for batch in again]
-    assert [batch.tolist() for batch in first] != [batch.tolist() for batch in other]
-    spans = [np.ptp([len(rows[i]) for i in batch]) for batch in first]
-    assert np.mean(spans) < 5
+    first, again, other = ([b.tolist() for b in batches(rows, 8, seed)] for seed in ((0, 1), (0, 1), (0, 2)))
+    assert sorted(i for batch in first for i in batch) == list(range(333))
+    assert max(map(len, first)) <= 8
+    assert first == again != other
+    assert np.mean([np.ptp([len(rows[i]) for i in batch]) for batch in first]) < 5
 
 
-def of(folder: object) -> Spec:
-    return Spec("t", "teacher", teacher=str(folder))
-
-
-def toy(folder: Path, shuffled: bool = False) -> str:
-    """Texts on rivers and on money, labelled so, or at random."""
+def toy(folder: Path, train: int = 24, test: int = 12, shuffled: bool = False, values: bool = False) -> str:
+    """Write texts on rivers and on money with their topic, a random topic, or 2 and -1 as label."""
     rng = np.random.default_rng(0)
     words = {"water": ["river", "deep", "near"], "coin": ["money", "full", "of"]}
 
-    def rows(n: int) -> list[tuple[str, str]]:
-        found = []
-        for i in range(n):
-            label = ("water", "coin")[i % 2]
-            text = " ".join(
-                [*rng.choice(words[label], 2), *rng.choice(["the", "cat", "mat", "is"], rng.integers(1, 5))]
-            )
-            found.append((text, ("water", "coin")[rng.integers(2)] if shuffled else label))
-        return found
+    def rows(size: int) -> list[tuple[str, str]]:
+        topics = [("water", "coin")[i % 2] for i in range(size)]
+        texts = [
+            " ".join([*rng.choice(words[topic], 2), *rng.choice(["the", "cat", "mat", "is"], rng.integers(1, 5))])
+            for topic in topics
+        ]
+        labels = rng.choice(["water", "coin"], size).tolist() if shuffled else topics
+        return [(text, {"water": "2", "coin": "-1"}[label] if values else label) for text, label in zip(texts, labels)]  # noqa: B905
 
-    return write_task(folder, {"train": rows(192), "dev": rows(60), "test": rows(60)})
+    return write_task(folder, {"train": rows(train), "dev": rows(test), "test": rows(test)})
+
+
+@contextmanager
+def tuning_here(teacher: Path, tmp_path: Path) -> Iterator[Tune]:
+    """Fine-tune in this process instead of on Ray Train."""
+    tuners: list[Tuner] = []
+
+    def fit(name: str, worker: object, given: dict, run: object, resources: object) -> SimpleNamespace:
+        Path(given["tuning"].run, "training").mkdir(exist_ok=True)  # where Ray Train keeps checkpoints
+        tuner, folder = Tuner(given["tuning"], Group()), tmp_path / f"checkpoint{len(tuners)}"
+        list(tuner.run())
+        tuner.save_teacher(folder / "teacher")
+        tuners.append(tuner)
+        checkpoint = SimpleNamespace(as_directory=lambda: nullcontext(folder))
+        return SimpleNamespace(return_value=tuner.history, checkpoint=checkpoint)
+
+    def tune(source: str, **changes: object) -> SimpleNamespace:
+        given = {"task": f"toy={source}", "teacher": str(teacher), "epochs": 1, "dropout": 0.0, **SETTINGS}
+        summary = finetune.finetune(validate(FinetuneConfig, given | {"output": str(tmp_path / "out")} | changes))
+        return SimpleNamespace(**summary, source=source, tuner=tuners[-1], runs=len(tuners))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "fit", fit)
+        patch.setattr(finetune, "connect", lambda workers: Resources(actors=1, tasks=1, device="cpu"))
+        patch.setattr(finetune, "run_task", lambda work, *arguments, device="cpu": work(*arguments))
+        yield tune
 
 
 @pytest.fixture
-def tune(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) -> Callable[..., dict]:
-    """Fine-tune in this process; whatever Ray Train would do is done at once."""
-
-    class Kept:
-        def __init__(self, folder: Path) -> None:
-            self.folder = folder
-
-        def as_directory(self) -> "Kept":
-            return self
-
-        def __enter__(self) -> str:
-            return str(self.folder)
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    class Done:
-        def __init__(self, told: dict, folder: Path) -> None:
-            tuner = Tuner(told["tuning"], Group())
-            list(tuner.run())
-            tuner.save_teacher(folder / "teacher")
-            self.tuner, self.return_value, self.checkpoint = tuner, tuner.history, Kept(folder)
-
-    calls: list[Done] = []
-
-    def fit(name: str, worker: object, told: dict, run: object, resources: object) -> Done:
-        Path(told["tuning"].run, "training").mkdir(exist_ok=True)  # where Ray Train keeps checkpoints
-        calls.append(Done(told, tmp_path / f"checkpoint{len(calls)}"))
-        return calls[-1]
-
-    monkeypatch.setattr(finetune, "fit", fit)
-    monkeypatch.setattr(finetune, "connect", lambda workers: Resources(actors=1, tasks=1, device="cpu"))
-    monkeypatch.setattr(finetune, "run_task", lambda work, *arguments, device="cpu": work(*arguments))
-
-    def call(source: str, **told: object) -> dict:
-        given = {"task": f"toy={source}", "teacher": str(teacher), "lr": 3e-3, "epochs": 16, "train_dtype": "float32"}
-        given |= {"output": str(tmp_path / "out"), "dropout": 0.0, **told}
-        return finetune.finetune(validate(FinetuneConfig, given)) | {"calls": calls}
-
-    return call
+def tune(teacher: Path, tmp_path: Path) -> Iterator[Tune]:
+    with tuning_here(teacher, tmp_path) as call:
+        yield call
 
 
-def test_what_there_is_to_learn_is_learnt_and_noise_is_not(tune: Callable[..., dict], tmp_path: Path) -> None:
-    clear = tune(toy(tmp_path / "clear"))
-    assert clear["epochs"][-1]["dev_accuracy"] > 0.95
-    noise = tune(toy(tmp_path / "noise", shuffled=True), output=str(tmp_path / "noise-out"))
-    assert noise["epochs"][-1]["dev_accuracy"] < 0.75
-    assert clear["epochs"][-1]["train_loss"] < noise["epochs"][-1]["train_loss"]
+@pytest.fixture(scope="module")
+def learned(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A teacher that has learned the toy task; tests must not change it."""
+    folder = tmp_path_factory.mktemp("learned")
+    with tuning_here(teacher, folder) as call:
+        return call(toy(folder / "toy", **LEARN), epochs=10)
 
 
-def test_the_tuned_teacher_is_a_teacher_with_a_classifier(tune: Callable[..., dict], tmp_path: Path) -> None:
-    source = toy(tmp_path / "toy")
-    summary = tune(source, pooling="cls")
-    folder = summary["teacher"]
-    info, tokenizer = describe(folder, BuildConfig())
-    assert (info.pooling, info.normalize, info.max_length) == ("cls", False, 64)
-    tuner = summary["calls"][-1].tuner
-    body = load_body(Path(folder), "tuned", torch.float32)
+def own(folder: object, **changes: object) -> Spec:
+    return Spec(**{"name": "t", "kind": "teacher", "teacher": str(folder), "dtype": "float32", **changes})
+
+
+def measure(model: TokenModel, source: str, name: str = "toy") -> Result:
+    return task.measure(model, source, name, own(model.spec.teacher), Columns())
+
+
+def test_signal_is_learned_and_noise_is_not(learned: SimpleNamespace, tune: Tune, tmp_path: Path) -> None:
+    assert learned.epochs[-1]["dev_accuracy"] > 0.95
+    noise = tune(toy(tmp_path / "noise", **LEARN, shuffled=True), epochs=10)
+    assert noise.epochs[-1]["dev_accuracy"] < 0.75
+    assert learned.epochs[-1]["train_loss"] < noise.epochs[-1]["train_loss"]
+
+
+def test_tuned_teacher_is_a_teacher_with_a_classifier(learned: SimpleNamespace) -> None:
+    info, tokenizer = describe(learned.teacher, BuildConfig())
+    assert (info.pooling, info.normalize, info.max_length) == ("mean", False, 64)
     ids = torch.tensor([tokenizer.encode("the river is deep").ids])
     with torch.no_grad():
-        own = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        torch.testing.assert_close(own, tuner.model.eval().body(ids, torch.ones_like(ids, dtype=torch.bool)))
-    lines = [json.loads(line)["text"] for line in Path(summary["corpus"]).read_text().splitlines()]
-    assert lines == read_part("toy", task_of("toy"), source, TRAIN, "").texts
-    spec = Spec("teacher", "teacher", teacher=folder, dtype="float32")
-    model = make_model(spec, "cpu", 1)
-    library = make_model(Spec("st", "encoder", source=folder), "cpu", 1)
+        body = load_body(Path(learned.teacher), "tuned", torch.float32)
+        hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        torch.testing.assert_close(hidden, learned.tuner.model.eval().body(ids, torch.ones_like(ids).bool()))
+    corpus = [json.loads(line)["text"] for line in Path(learned.corpus).read_text().splitlines()]
+    assert corpus == read_part("toy", task_of("toy"), learned.source, TRAIN, "").texts
+    model = make_model(own(learned.teacher), "cpu", 1)
+    library = make_model(Spec("st", "encoder", source=learned.teacher), "cpu", 1)
     np.testing.assert_allclose(library.encode(["the cat"]), model.encode(["the cat"]), rtol=1e-4, atol=1e-5)
-    found = task.measure(model, source, "toy", of(folder), Columns())
-    assert found.score > 0.95
-    assert found.gold == read_part("toy", task_of("toy"), source, TEST, "").labels.tolist()
-    assert task.texts(source, "toy", of(folder), Columns()) == read_part("toy", task_of("toy"), source, TEST, "").texts
+    result, test = measure(model, learned.source), read_part("toy", task_of("toy"), learned.source, TEST, "")
+    assert result.score > 0.95
+    assert result.gold == test.labels.tolist()
+    assert task.texts(learned.source, "toy", own(learned.teacher), Columns()) == test.texts
 
 
 @pytest.mark.parametrize(
-    ("kind", "pooling", "prompt"),
-    [("bert", "mean_tokens", "the cat is "), ("roberta", None, None), ("t5", None, None), ("llama", "lasttoken", None)],
+    ("kind", "pooling", "prompt", "changes"),
+    [
+        ("bert", "mean_tokens", "the cat is ", {}),
+        ("roberta", None, None, {"pooling": "cls"}),
+        ("t5", None, None, {}),
+        ("llama", "lasttoken", None, {}),
+    ],
 )
-def test_a_tuned_teacher_of_any_kind_reads_as_it_was_trained(
-    tune: Callable[..., dict], make_teacher: Callable[..., Path], tmp_path: Path, kind: str, pooling: str, prompt: str
+def test_tuned_teacher_of_any_kind_reads_as_trained(
+    tune: Tune, make_teacher: MakeTeacher, tmp_path: Path, kind: str, pooling: str, prompt: str, changes: dict
 ) -> None:
-    source = toy(tmp_path / "toy")
-    summary = tune(source, teacher=str(make_teacher(kind, pooling, prompt)), epochs=1)
-    tuner, folder = summary["calls"][-1].tuner, summary["teacher"]
-    part = _read(tuner.tuning, TEST)
-    ids, mask = padded(part.rows)
+    result = tune(toy(tmp_path / "toy"), teacher=str(make_teacher(kind, pooling, prompt)), **changes)
+    split = _read(result.tuner.tuning, TEST)
+    ids, mask = padded(split.rows)
     with torch.no_grad():
-        hidden = tuner.model.eval().body(ids, mask)[mask]
-        scores = tuner.model(ids, mask)
-    model = make_model(Spec("teacher", "teacher", teacher=folder, dtype="float32"), "cpu", 1)
-    read = model.read(task.texts(source, "toy", of(folder), Columns()))
-    assert read.ids.tolist() == np.concatenate(part.rows).tolist()  # the prompt too
+        hidden = result.tuner.model.eval().body(ids, mask)[mask]
+        scores = result.tuner.model(ids, mask)
+    model = make_model(own(result.teacher), "cpu", 1)
+    read = model.read(task.texts(result.source, "toy", own(result.teacher), Columns()))
+    assert read.ids.tolist() == np.concatenate(split.rows).tolist()  # including the prompt
     torch.testing.assert_close(torch.from_numpy(read.hidden), hidden, rtol=1e-4, atol=1e-4)
-    labels = tuner.tuning.classifier.labels
-    wanted = [labels[i] for i in scores.argmax(1).tolist()]
-    assert task.measure(model, source, "toy", of(folder), Columns()).found == wanted
-    assert "| task | toy |" in (Path(folder) / "README.md").read_text()
+    config = load_classifier(result.teacher).config
+    assert config.pooling == changes.get("pooling", "lasttoken" if kind == "llama" else "mean")
+    assert measure(model, result.source).found == [config.labels[i] for i in scores.argmax(1).tolist()]
+    assert "| task | toy |" in (Path(result.teacher) / "README.md").read_text()
 
 
-def test_replaced_by_its_own_embeddings_the_teacher_says_the_same(tune: Callable[..., dict], tmp_path: Path) -> None:
-    source = toy(tmp_path / "toy")
-    folder = tune(source, epochs=1)["teacher"]
-    model = make_model(Spec("teacher", "teacher", teacher=folder, dtype="float32"), "cpu", 1)
-    read = model.read(task.texts(source, "toy", of(folder), Columns()))
-    dictionary = SenseDictionary.fit(read.ids, read.hidden, k=500, vocab_size=model.info.vocab_size, dtype="float32")
-    dictionary.save(tmp_path / "exact")
-    coarse = SenseDictionary.fit(read.ids, read.hidden, k=1, vocab_size=model.info.vocab_size)
-    coarse.save(tmp_path / "coarse")
-    told = {"teacher": folder, "dtype": "float32", "replace": "hard"}
-    exact, mean = (
-        make_model(Spec(name, "replaced", source=str(tmp_path / name), **told), "cpu", 1)
-        for name in ("exact", "coarse")
-    )
-    wanted, same, other = (task.measure(m, source, "toy", of(folder), Columns()).found for m in (model, exact, mean))
-    assert same == wanted
-    np.testing.assert_allclose(exact.read(["the cat"]).hidden.shape, mean.read(["the cat"]).hidden.shape)
-    assert not np.allclose(mean.encode(["the cat"]), model.encode(["the cat"]))
-    assert len(other) == len(wanted)
+def test_replacing_by_exact_senses_changes_no_prediction(learned: SimpleNamespace, tmp_path: Path) -> None:
+    model = make_model(own(learned.teacher), "cpu", 1)
+    read = model.read(task.texts(learned.source, "toy", own(learned.teacher), Columns()))
+    replaced = []
+    for k in (500, 1):
+        fitted = SenseDictionary.fit(read.ids, read.hidden, k=k, vocab_size=model.info.vocab_size, dtype="float32")
+        fitted.save(tmp_path / str(k))
+        spec = own(learned.teacher, kind="replaced", source=str(tmp_path / str(k)), replace="hard")
+        replaced.append(make_model(spec, "cpu", 1))
+    exact, coarse = replaced
+    assert measure(exact, learned.source).found == measure(model, learned.source).found
+    assert len(measure(coarse, learned.source).found) == LEARN["test"]
+    assert not np.allclose(coarse.encode(["the cat"]), model.encode(["the cat"]))
 
 
-def test_a_regression_predicts_numbers(tune: Callable[..., dict], tmp_path: Path) -> None:
-    source = Path(toy(tmp_path / "toy"))
-    for part in ("train", "dev", "test"):
-        table = pd.read_csv(source / f"{part}.csv")
-        table["label"] = (table["label"] == "water") * 3.0 - 1
-        table.to_csv(source / f"{part}.csv", index=False)
-    summary = tune(str(source), regression=True)
-    assert summary["epochs"][-1]["dev_Pearson"] > 0.9
-    spec = Spec("teacher", "teacher", teacher=summary["teacher"], dtype="float32")
-    found = task.measure(make_model(spec, "cpu", 1), str(source), "toy", of(summary["teacher"]), Columns())
-    assert found.metric == "Pearson"
-    assert found.score > 0.9
+def test_regression_predicts_numbers(tune: Tune, tmp_path: Path) -> None:
+    result = tune(toy(tmp_path / "toy", **LEARN, values=True), regression=True, epochs=10)
+    assert result.epochs[-1]["dev_Pearson"] > 0.9
+    measured = measure(make_model(own(result.teacher), "cpu", 1), result.source)
+    assert measured.metric == "Pearson"
+    assert measured.score > 0.9
 
 
-def test_mnli_tells_of_both_of_its_test_parts(tune: Callable[..., dict], tmp_path: Path) -> None:
-    source = tmp_path / "mnli"
-    source.mkdir()
-    for part, count in (("train", 96), ("validation_matched", 40), ("validation_mismatched", 20)):
-        rows = [(("the river", "deep", "0"), ("the cat", "money", "1"))[i % 2] for i in range(count)]
+def test_mnli_reports_both_test_splits(tune: Tune, tmp_path: Path) -> None:
+    (tmp_path / "mnli").mkdir()
+    for split, size, labels in (
+        ("train", 96, "01"),
+        ("validation_matched", 40, "01"),
+        ("validation_mismatched", 20, "10"),
+    ):
+        rows = [(("the river", "deep", labels[0]), ("the cat", "money", labels[1]))[i % 2] for i in range(size)]
         table = pd.DataFrame(rows, columns=["premise", "hypothesis", "label"])
-        if part == "validation_mismatched":
-            table["label"] = table["label"].map({"0": "1", "1": "0"})
-        table.to_parquet(source / f"{part}.parquet")
-    folder = tune(str(source), task=f"mnli={source}", epochs=8)["teacher"]
+        table.to_parquet(tmp_path / "mnli" / f"{split}.parquet")
+    source = str(tmp_path / "mnli")
+    folder = tune(source, task=f"mnli={source}", epochs=6).teacher
     assert load_classifier(folder).config.joiner == " [SEP] "
-    model = make_model(Spec("teacher", "teacher", teacher=folder, dtype="float32"), "cpu", 1)
-    found = task.measure(model, str(source), "mnli", of(folder), Columns())
-    assert (found.score, len(found.gold or [])) == (1.0, 40)
-    assert found.more["accuracy, validation_mismatched"] == 0.0
-    (source / "validation_mismatched.parquet").unlink()
-    assert set(task.measure(model, str(source), "mnli", of(folder), Columns()).more) == {"macro F1"}
+    model = make_model(own(folder), "cpu", 1)
+    measured = measure(model, source, "mnli")
+    assert (measured.score, len(measured.gold or [])) == (1.0, 40)
+    assert measured.more["accuracy, validation_mismatched"] == 0.0
+    (tmp_path / "mnli" / "validation_mismatched.parquet").unlink()
+    assert set(measure(model, source, "mnli").more) == {"macro F1"}
 
 
-def test_two_shares_of_a_batch_add_up_to_the_whole(tune: Callable[..., dict], tmp_path: Path) -> None:
-    """Gradients of two workers, averaged as data-parallel training averages them, are those of one."""
-    summary = tune(toy(tmp_path / "toy"), epochs=1)
-    tuning = summary["calls"][-1].tuner.tuning
-    batch = np.arange(7)
+def test_gradients_of_two_workers_average_to_those_of_one(learned: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Group, "sum", lambda self, values, device: values)
 
     def gradients(group: Group) -> list[torch.Tensor]:
-        tuner = Tuner(tuning, group)
+        tuner = Tuner(learned.tuner.tuning, group)
         tuner.model.eval()  # the body's own dropout is random
         tuner.engine.step = lambda lr: None  # type: ignore[method-assign]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Group, "sum", lambda self, values, device: values)
-            tuner._step(batch, 0.0)
+        tuner._step(np.arange(7), 0.0)
         return [p.grad.clone() for p in tuner.model.parameters() if p.grad is not None]
 
-    one, parts = gradients(Group()), [gradients(Group(rank, 2)) for rank in (0, 1)]
-    for whole, first, second in zip(one, *parts, strict=True):
+    for whole, first, second in zip(*map(gradients, (Group(), Group(0, 2), Group(1, 2))), strict=True):
         torch.testing.assert_close((first + second) / 2, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_a_finished_one_is_left_and_a_changed_one_is_not(tune: Callable[..., dict], tmp_path: Path) -> None:
+def test_only_a_changed_command_trains_again(tune: Tune, tmp_path: Path) -> None:
     source = toy(tmp_path / "toy")
-    first = tune(source, epochs=1)
-    stamp = Path(first["corpus"]).stat().st_mtime_ns
-    assert len(tune(source, epochs=1, workers=3)["calls"]) == 1
-    assert len(tune(source, epochs=1, lr=1e-3)["calls"]) == 2
-    assert Path(first["corpus"]).stat().st_mtime_ns == stamp  # or a dictionary of it would be refused
-    (Path(source) / "train.csv").write_text((Path(source) / "train.csv").read_text() + "the cat,water\n")
-    assert len(tune(source, epochs=1, lr=1e-3)["calls"]) == 3
+    stamp = Path(tune(source).corpus).stat().st_mtime_ns
+    assert tune(source, workers=3).runs == 1
+    changed = tune(source, lr=1e-3)
+    assert changed.runs == 2
+    assert Path(changed.corpus).stat().st_mtime_ns == stamp  # dictionaries of this corpus stay valid
+    with (Path(source) / "train.csv").open("a") as file:
+        file.write("the cat,water\n")
+    assert tune(source, lr=1e-3).runs == 3
 
 
-def test_what_another_one_left_is_not_taken_for_its_own(
-    tune: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_failed_command_keeps_the_previous_result_until_it_writes(
+    tune: Tune, patch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    first, second = toy(tmp_path / "first"), toy(tmp_path / "second", shuffled=True)
-    before = tune(first, epochs=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "keep_teacher", lambda *_: pytest.fail("killed"))
-        with pytest.raises(pytest.fail.Exception):
-            tune(second, epochs=1)
-    after = tune(first, epochs=1)
-    assert len(after["calls"]) == 3  # not called finished, as the corpus was another's
-    assert after["epochs"] == before["epochs"]
-    shutil.rmtree(after["teacher"])
-    assert len(tune(first, epochs=1)["calls"]) == 4
+    def failing(*_: object) -> None:
+        raise MsenseError("stopped")
+
+    source, other = toy(tmp_path / "toy"), toy(tmp_path / "other", shuffled=True)
+    first = tune(source)
+    corpus = Path(first.corpus).read_text()
+    for name in ("fit", "keep_teacher"):
+        assert tune(source).runs == 1
+        assert Path(first.corpus).read_text() == corpus
+        with patch.context() as inner:
+            inner.setattr(finetune, name, failing)
+            with pytest.raises(MsenseError, match="stopped"):
+                tune(other)
+    again = tune(source)
+    assert again.runs == 3  # the second failure left the other command's corpus
+    assert again.epochs == first.epochs
+    assert Path(again.corpus).read_text() == corpus
+    shutil.rmtree(again.teacher)
+    assert tune(source).runs == 4
 
 
-def test_a_change_that_fails_leaves_what_was_finished(
-    tune: Callable[..., dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    first = tune(toy(tmp_path / "toy"), epochs=1)
-    corpus = Path(first["corpus"]).read_text()
-    other = write_task(tmp_path / "other", {"train": [("the mat", "x"), ("a dog", "y")]})
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "fit", lambda *told: (_ for _ in ()).throw(MsenseError("stopped")))
-        with pytest.raises(MsenseError, match="stopped"):
-            tune(other, epochs=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "keep_teacher", lambda *told: (_ for _ in ()).throw(MsenseError("disk full")))
-        again = tune(str(tmp_path / "toy"), epochs=1)
-        assert len(again["calls"]) == 1
-        assert Path(again["corpus"]).read_text() == corpus
-        with pytest.raises(MsenseError, match="disk full"):
-            tune(other, epochs=1)
-    assert len(tune(str(tmp_path / "toy"), epochs=1)["calls"]) == 3  # the folder may hold half of another
-    assert Path(first["corpus"]).read_text() == corpus
-
-
-def test_nothing_of_an_older_teacher_stays(
-    tune: Callable[..., dict], make_teacher: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_nothing_of_a_previous_teacher_remains(tune: Tune, make_teacher: MakeTeacher, tmp_path: Path) -> None:
     source = toy(tmp_path / "toy")
-    folder = tune(source, epochs=1, teacher=str(make_teacher("bert", "mean_tokens", "the cat is ")))["teacher"]
+    folder = tune(source, teacher=str(make_teacher("bert", "mean_tokens", "the cat is "))).teacher
     assert describe(folder, BuildConfig())[0].prompt == "the cat is "
-    assert len(tune(source, epochs=1, teacher=str(make_teacher("bert", "mean_tokens")))["calls"]) == 2
+    assert tune(source, teacher=str(make_teacher("bert", "mean_tokens"))).runs == 2
     assert describe(folder, BuildConfig())[0].prompt == ""
-    tune(source, epochs=1, teacher=str(make_teacher("bert", "cls_token")))  # of the same weights
+    tune(source, teacher=str(make_teacher("bert", "cls_token")))  # the same weights
     assert load_classifier(folder).config.pooling == "cls"
 
 
-def test_what_is_read_or_of_others_is_not_replaced(tune: Callable[..., dict], teacher: Path, tmp_path: Path) -> None:
+def test_input_and_foreign_folders_are_not_replaced(tune: Tune, teacher: Path, tmp_path: Path) -> None:
     source = toy(tmp_path / "toy")
     shutil.copytree(teacher, tmp_path / "out" / "teacher")
     with pytest.raises(BadInput, match=r"not written by jobs/finetune\.py"):
-        tune(source, epochs=1)
-    with pytest.raises(BadInput, match="is the folder that is written"):
-        tune(source, epochs=1, teacher=str(tmp_path / "out" / "teacher"))
+        tune(source)
+    with pytest.raises(BadInput, match="is the folder to be written"):
+        tune(source, teacher=str(tmp_path / "out" / "teacher"))
     for path in teacher.iterdir():
         assert (tmp_path / "out" / "teacher" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tune: Callable[..., dict], tmp_path: Path) -> None:
-    summary = tune(toy(tmp_path / "toy"), epochs=3, dropout=0.1)
-    tuning = summary["calls"][-1].tuner.tuning
-    halted = Tuner(tuning, Group())
-    next(halted.run())
-    (tmp_path / "half").mkdir()
-    halted.save(tmp_path / "half")
-    again = Tuner(tuning, Group())
-    again.restore(tmp_path / "half")
-    list(again.run())
-    assert again.history == summary["epochs"]
-    (tmp_path / "half" / "state.json").write_text("[")
-    with pytest.raises(BadInput, match="damaged"):
-        Tuner(tuning, Group()).restore(tmp_path / "half")
+def test_resuming_from_a_checkpoint_gives_the_same_metrics(learned: SimpleNamespace, tmp_path: Path) -> None:
+    tuning = learned.tuner.tuning
+    tuning = replace(tuning, config=tuning.config.model_copy(update={"epochs": 2, "dropout": 0.1}))
+    whole, half, resumed = (Tuner(tuning, Group()) for _ in range(3))
+    list(whole.run())
+    next(half.run())
+    half.save(tmp_path)
+    resumed.restore(tmp_path)
+    list(resumed.run())
+    assert resumed.history == whole.history
+    assert len(resumed.history) == 2
+    (tmp_path / "state.json").write_text("[")
+    with pytest.raises(BadInput, match=r"checkpoint.*(damaged|corrupted)"):
+        resumed.restore(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("changes", "message"),
     [
         ({"task": "toy"}, "NAME=DATA"),
         ({"task": "=x"}, "NAME=DATA"),
         ({"task": "toy=/nowhere"}, "nowhere"),
-        ({"task": "sst2={data}", "regression": True}, "has labels"),
-        ({"task": "toy={data}", "label_column": "tag"}, "no column 'tag'"),
-        ({"task": "toy={data}", "label_column": "text", "epochs": 1}, "both of the text and of the label"),
+        ({"task": "sst2={data}", "regression": True}, "sst2 is a classification: remove --regression"),
+        ({"label_column": "tag"}, "no column 'tag'"),
+        ({"label_column": "text"}, "both text and label"),
+        ({"output": "s3://bucket/run"}, "must be a local folder"),
     ],
 )
-def test_what_cannot_be_tuned_is_refused(given: dict, told: str, teacher: Path, tmp_path: Path) -> None:
+def test_invalid_command_is_refused(changes: dict, message: str, teacher: Path, tmp_path: Path) -> None:
     source = write_task(tmp_path / "d", {"train": [("a", "x")], "test": [("a", "x")]})
-    given = {
-        **given,
-        "task": given["task"].replace("{data}", source),
-        "teacher": str(teacher),
-        "output": str(tmp_path / "o"),
-    }
-    with pytest.raises(BadInput, match=told):
+    given = {"task": "toy={data}", "teacher": str(teacher), "output": str(tmp_path / "o"), **changes}
+    given["task"] = given["task"].replace("{data}", source)
+    with pytest.raises(BadInput, match=message):
         finetune.finetune(validate(FinetuneConfig, given))
 
 
-def test_a_classifier_of_another_width_or_kind_is_refused(
-    shipped_student: tuple, teacher: Path, tmp_path: Path
-) -> None:
+def test_classifier_of_another_width_or_kind_is_refused(teacher: Path, tmp_path: Path) -> None:
     rows = [("the cat", "no"), ("a dog", "yes")]
     source = write_task(tmp_path / "toy", {"train": rows, "test": rows})
-    folder = tmp_path / "teacher"
-    shutil.copytree(teacher, folder)
-    save_classifier(folder, by_hand())
-    model = make_model(Spec("teacher", "teacher", teacher=str(folder), dtype="float32"), "cpu", 1)
-    with pytest.raises(BadInput, match=r"width 16.*takes 2"):
-        task.measure(model, source, "toy", of(str(folder)), Columns())
-    with pytest.raises(BadInput, match="'water', is one of the classifier's, such as 'no'"):
-        task.measure(model, toy(tmp_path / "other"), "toy", of(folder), Columns())
-    with pytest.raises(BadInput, match="is of pairs"):
-        task.measure(model, source, "rte", of(folder), Columns())
-    with pytest.raises(BadInput, match="predicts labels"):
-        task.measure(model, source, "stsb", of(str(folder)), Columns())
+    shutil.copytree(teacher, tmp_path / "teacher")
+    save_classifier(tmp_path / "teacher", known_classifier())
+    model = make_model(own(tmp_path / "teacher"), "cpu", 1)
+    for data, name, message in (
+        (source, "toy", r"width 16.*takes 2"),
+        (toy(tmp_path / "other"), "toy", "'water'.* labels such as 'no'"),
+        (source, "rte", "has text pairs"),
+        (source, "stsb", "predicts labels"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            measure(model, data, name)
 
 
-def test_on_a_real_ray_it_ends_with_a_teacher(
-    ray: None, teacher: Path, patch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    source = toy(tmp_path / "toy")
-    patch.chdir(teacher.parent)  # Ray's workers are elsewhere
-    given = {
-        "task": f"toy={source}",
-        "teacher": teacher.name,
-        "lr": 3e-3,
-        "epochs": 9,
-        "train_dtype": "float32",
-        "workers": 1,
-    }
-    config = validate(FinetuneConfig, {**given, "output": str(tmp_path / "out")})
-    summary = finetune.finetune(config)
-    assert len(summary["epochs"]) == 9
-    assert summary["epochs"][-1]["dev_accuracy"] > 0.8
-    assert load_classifier(summary["teacher"]).config.labels == ("coin", "water")
+@pytest.fixture
+def on_ray(ray: None, teacher: Path, tmp_path: Path) -> Callable[..., dict]:
+    source = toy(tmp_path / "toy", train=96)
+
+    def call(output: str = "out", **changes: object) -> dict:
+        given = {"task": f"toy={source}", "teacher": str(teacher), "workers": 1, "epochs": 2, **SETTINGS}
+        return finetune.finetune(validate(FinetuneConfig, given | {"output": str(tmp_path / output)} | changes))
+
+    return call
 
 
-@pytest.mark.slow
-def test_after_a_worker_was_killed_it_ends_with_the_same_figures(
-    ray: None, teacher: Path, patch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    given = {
-        "task": f"toy={toy(tmp_path / 'toy')}",
-        "teacher": str(teacher),
-        "lr": 3e-3,
-        "epochs": 3,
-        "train_dtype": "float32",
-        "workers": 2,
-    }
-    whole = finetune.finetune(validate(FinetuneConfig, {**given, "output": str(tmp_path / "whole")}))
-    flag = tmp_path / "flag"
-    patch.setattr(finetune, "worker", killed_once(9, flag))  # 6 steps make an epoch
-    killed = finetune.finetune(validate(FinetuneConfig, {**given, "output": str(tmp_path / "killed")}))
-    assert flag.exists()
-    for found, wanted in zip(killed["epochs"], whole["epochs"], strict=True):
-        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-3)
-    ours, theirs = (load_classifier(summary["teacher"]).state_dict() for summary in (killed, whole))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.slow
-def test_what_has_trained_but_was_not_kept_is_kept_without_a_step(
-    ray: None, teacher: Path, patch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    given = {"task": f"toy={toy(tmp_path / 'toy')}", "teacher": str(teacher), "epochs": 2, "train_dtype": "float32"}
-    config = validate(FinetuneConfig, {**given, "workers": 1, "output": str(tmp_path / "out")})
-    with patch.context() as inner:
-        inner.setattr(finetune, "keep_teacher", stopping())
-        with pytest.raises(Exception, match="stopped before"):
-            finetune.finetune(config)
-    patch.setattr(finetune, "worker", killed_once(1, tmp_path / "flag"))
-    summary = finetune.finetune(config)
-    assert not (tmp_path / "flag").exists()
+def test_ray_train_produces_a_teacher(on_ray: Callable[..., dict], teacher: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.chdir(teacher.parent)  # Ray's workers run in another folder
+    summary = on_ray(teacher=teacher.name)
     assert len(summary["epochs"]) == 2
+    assert summary["epochs"][1]["train_loss"] < summary["epochs"][0]["train_loss"]
     assert load_classifier(summary["teacher"]).config.labels == ("coin", "water")
 
 
-def stopping() -> Callable:
-    """Return what stops a run once it has trained; goes to workers by value."""
-
-    def stop(checkpoint: object, uri: str) -> None:
-        raise OSError("stopped before the teacher was kept")
-
-    return stop
+@pytest.mark.slow
+def test_kills_change_no_metric_and_repeat_no_step(
+    on_ray: Callable[..., dict], patch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One worker dies in the second epoch, then the driver before it publishes the teacher; the rerun only publishes."""
+    whole = on_ray("whole", workers=2, epochs=3)
+    patch.setattr(finetune, "worker", killed_once(9, tmp_path / "first"))  # an epoch has 6 steps
+    with patch.context() as inner:
+        inner.setattr(finetune, "keep_teacher", lambda checkpoint, uri: 1 / 0)
+        with pytest.raises(Exception, match="division by zero"):
+            on_ray("killed", workers=2, epochs=3)
+    assert (tmp_path / "first").exists()
+    patch.setattr(finetune, "worker", killed_once(1, tmp_path / "second"))
+    killed = on_ray("killed", workers=2, epochs=3)
+    assert not (tmp_path / "second").exists()
+    for actual, expected in zip(killed["epochs"], whole["epochs"], strict=True):
+        assert actual == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    actual, expected = (load_classifier(summary["teacher"]).state_dict() for summary in (killed, whole))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def killed_once(step: int, flag: Path) -> Callable:
-    """Return what a worker runs, but the first to come to a step makes a file and dies there; goes to workers by value."""
+    """Return a worker of which the first to reach a step creates a file and dies; a closure, as Ray pickles it by value."""
 
     def worker(given: dict) -> list:
-        import os
-        import signal
+        original, steps = Tuner._step, count(1)
 
-        from msense import finetune_worker
-
-        original, steps = finetune_worker.Tuner._step, [0]
-
-        def counted(self: object, *arguments: object) -> float:
-            steps[0] += 1
-            if steps[0] == step and not flag.exists():
+        def counted(self: Tuner, *arguments: object) -> float:
+            if next(steps) == step and not flag.exists():
                 flag.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *arguments)
 
-        finetune_worker.Tuner._step = counted
-        return finetune_worker.finetune_worker(given)
+        Tuner._step = counted
+        return finetune_worker(given)
 
     return worker

@@ -1,10 +1,8 @@
-"""SIGKILL to workers and drivers, in every stage of a build on a real Ray: the same bytes, and little done twice."""
+"""SIGKILL to workers and drivers in every stage of a build on Ray: the same bytes, and almost no item run twice."""
 
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,23 +13,20 @@ from pathlib import Path
 import driver
 import numpy as np
 import pytest
+from faulty import Corpus, MakeTeacher, Outcome, records
 from tiny import WORDS
 
 from msense import assemble, build, clustering, exemplars, parts, passages, plan, runtime, senses, storage
 from msense.build import build_dictionary
 from msense.config import BuildConfig
 from msense.errors import MsenseError
-from msense.occurrences import record_type
-from msense.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("ray")
-MakeTeacher = Callable[..., Path]
-Outcome = Callable[[str, str, str], None]
 KEPT = ("passages", "occurrences", "centroids")
 
 
-class Runs:
-    """Builds of one corpus, and what an undisturbed one gives."""
+class Runs(Corpus):
+    """Builds of one corpus, compared with an undisturbed one named "whole"."""
 
     def __init__(self, folder: Path, teacher: Path) -> None:
         self.folder = folder
@@ -52,35 +47,26 @@ class Runs:
         return self.folder / f"{name}.log"
 
     def begun(self, name: str) -> Counter:
-        """Return how often each piece of work was begun."""
+        """Return how often each work item was started."""
         return Counter(self.log(name).read_text().splitlines()) if self.log(name).exists() else Counter()
 
     def bytes(self, name: str) -> dict[str, bytes]:
-        """Return all that must not differ: the dictionary, the occurrences, the centroids."""
-        return {
-            str(path.relative_to(self.folder / name)): path.read_bytes()
-            for below in ("dictionary", "occurrences", "centroids")
-            for path in sorted((self.folder / name / below).rglob("*"))
-            if path.is_file() and path.suffix != ".done"
-        }
+        """Return the files that must not differ: dictionary, occurrences and centroids."""
+        folders = ("dictionary", "occurrences", "centroids")
+        return {f"{below}/{k}": v for below in folders for k, v in self.files(name, below, markers=False).items()}
 
     def records(self, name: str) -> tuple[int, int]:
-        """Return the number of stored occurrences, and of different ones."""
-        places = [
-            (path.name, *place)
-            for path in sorted((self.folder / name / "occurrences").glob("*.records"))
-            for place in np.fromfile(path, record_type(16))[["row", "position"]].tolist()
-        ]
-        return len(places), len(set(places))
+        """Return the number of stored occurrences and of distinct ones."""
+        return records(self, name)
 
     def same(self, name: str) -> None:
-        """Check a finished run against the undisturbed one."""
+        """Compare a finished run with the undisturbed one."""
         assert self.bytes(name) == self.bytes("whole")
         assert self.records(name) == self.records("whole")
         assert not list((self.folder / name).rglob(".*.part"))
         assert not list((self.folder / name).rglob("*-round*"))
 
-    def quiet(self, name: str) -> None:
+    def wait_quiet(self, name: str) -> None:
         """Wait until the workers of a killed driver are gone."""
         seen, since = None, time.monotonic()
         while time.monotonic() - since < 2:
@@ -90,14 +76,13 @@ class Runs:
             time.sleep(0.1)
 
     def finished(self, name: str) -> set[str]:
-        """Return the pieces of work whose marker is there."""
-        stages = {"passages": "*.parquet.done", "occurrences": "0*.records.done", "centroids": "0*.safetensors.done"}
-        stages |= {"senses": "0*.safetensors.done", "contexts": "0*.parquet.done"}
-        names = {"centroids": "clustering", "contexts": "exemplars"}
+        """Return the work items whose done marker exists."""
+        stages = {"passages": "passages", "occurrences": "occurrences", "senses": "senses"}
+        stages |= {"centroids": "clustering", "contexts": "exemplars"}
         return {
-            f"{names.get(folder, folder)} {int(path.name.partition('.')[0])}"
-            for folder, pattern in stages.items()
-            for path in (self.folder / name / folder).glob(pattern)
+            f"{stage} {int(path.name.partition('.')[0])}"
+            for folder, stage in stages.items()
+            for path in (self.folder / name / folder).glob("0*.done")
         }
 
 
@@ -114,16 +99,15 @@ def runs(ray: None, tmp_path_factory: pytest.TempPathFactory, make_teacher: Make
     assert stored == different > 10_000
     begun = made.begun("whole")
     assert max(begun.values()) == 1
-    assert min(Counter(key.split()[0] for key in begun).values()) >= 3  # several pieces of work in every stage
+    assert min(Counter(key.split()[0] for key in begun).values()) >= 3  # several items per stage
     assert len(list((made.folder / "whole" / "centroids").glob("token-*.safetensors"))) >= 2
     return made
 
 
 def killed_once(function: Callable, flag: Path, at: str = "", calls: int = 1) -> Callable:
-    """Return the function, but its first worker dies: at once, or where it calls `at` of `storage` so often."""
+    """Return the function, whose first worker dies: at once, or at its call number `calls` of `storage.at`."""
 
     def call(*arguments: object, **named: object) -> object:
-        from msense import storage
         from msense.dictionary import format as dictionary_format
 
         left = [calls]
@@ -131,7 +115,7 @@ def killed_once(function: Callable, flag: Path, at: str = "", calls: int = 1) ->
         def die(*given: object) -> object:
             left[0] -= 1
             if not flag.exists() and not left[0]:
-                if given and isinstance(given[0], Path):  # in the midst of a write
+                if given and isinstance(given[0], Path):  # in the middle of a write
                     given[0].with_name(f".{given[0].name}.0123abcd.part").write_bytes(b"half")
                 flag.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -153,13 +137,13 @@ def killed_once(function: Callable, flag: Path, at: str = "", calls: int = 1) ->
 def test_a_worker_killed_in_each_stage_changes_nothing(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, outcome: Outcome
 ) -> None:
-    """One build in which every stage loses a worker, after it has written a file and before its marker where it can."""
+    """Every stage loses a worker, where possible between writing a file and its done marker."""
     driver.in_small_pieces(runs.log("run"), monkeypatch.setattr)
     flags = runs.folder / "flags"
     flags.mkdir()
     places = [(passages, "_write_piece", "write_json"), (plan, "_count", ""), (plan, "_select", "")]
     places += [(plan, "_duplicates", ""), (plan, "_write", "write_json"), (build, "write_index", "write_json")]
-    places += [(senses, "look_at_shard", "write_json"), (senses, "_bring_together", "write_json")]
+    places += [(senses, "look_at_shard", "write_json"), (senses, "_merge_shards", "write_json")]
     places += [(clustering, "cluster_shard", "write_json"), (exemplars, "_resolve_unit", "write_json")]
     for module, name, at in places:
         monkeypatch.setattr(module, name, killed_once(getattr(module, name), flags / name, at))
@@ -180,17 +164,15 @@ def test_a_worker_killed_in_each_stage_changes_nothing(
     monkeypatch.setattr(parts, "PartWorker", DyingWorker)
     build_dictionary(BuildConfig(**runs.settings("run")))
     runs.same("run")
-    killed = ["_write_piece", "_duplicates", "_count", "_select", "_write", "actor", "write_index", "cluster_shard"]
-    killed += ["worker", "_resolve_unit", "assemble", "look_at_shard", "_bring_together"]
-    assert {path.name for path in flags.iterdir()} == set(killed)
+    assert {path.name for path in flags.iterdir()} == {name for _, name, _ in places} | {"assemble", "actor", "worker"}
     begun = runs.begun("run")
     assert begun.keys() == runs.begun("whole").keys()
     again = Counter(key.split()[0] for key, count in begun.items() for _ in range(count - 1))
     assert again == {"passages": 1, "occurrences": 1, "senses": 1, "clustering": 1, "exemplars": 1}
     build_dictionary(BuildConfig(**runs.settings("run")))
-    journal = storage.read_json(RunFolder(str(runs.folder / "run")).journal)["drivers"]
-    assert journal[-1]["stages"] == {"dictionary": {"kept": 1}}  # nothing of the dead worker was taken for a file of it
-    for stage in ("passages", "plan", "occurrences", "senses", "clustering", "large tokens", "exemplars", "dictionary"):
+    last = runs.journal("run")[-1]
+    assert last["stages"] == {"dictionary": {"kept": 1}}  # no file of a dead worker counts as finished
+    for stage in KILLS:
         outcome("worker killed", stage, "same run goes on")
 
 
@@ -213,7 +195,7 @@ def test_drivers_killed_in_each_stage_one_after_the_other(runs: Runs, outcome: O
         process = driver.start(settings, runs.log("chain"), kill_at)
         process.join()
         assert process.exitcode == -signal.SIGKILL, stage
-        runs.quiet("chain")
+        runs.wait_quiet("chain")
         done, before = runs.finished("chain"), runs.begun("chain")
         assert sum(before.values()) <= len(done) + (list(KILLS).index(stage) + 1) * settings["workers"]
         if stage in ("passages", "occurrences", "senses", "clustering", "exemplars"):
@@ -229,8 +211,8 @@ def test_drivers_killed_in_each_stage_one_after_the_other(runs: Runs, outcome: O
     for stage in KILLS:
         for line in (runs.folder / f"done-{stage}").read_text().splitlines():
             key, count = line.rsplit(" ", 1)
-            assert begun[key] == int(count), (stage, key)  # what was finished when the driver died was never done again
-    journal = storage.read_json(RunFolder(str(runs.folder / "chain")).journal)["drivers"]
+            assert begun[key] == int(count), (stage, key)  # items finished before the driver died are not repeated
+    journal = runs.journal("chain")
     assert [record["outcome"] for record in journal] == [""] * len(KILLS) + ["finished"]
     units = len(list((runs.folder / "whole" / "occurrences").glob("*.records")))
     assert journal[-1]["stages"]["occurrences"] == {"kept": units, "damaged": 0, "made": 0}
@@ -238,7 +220,7 @@ def test_drivers_killed_in_each_stage_one_after_the_other(runs: Runs, outcome: O
 
 
 def last_first(function: Callable) -> Callable:
-    """Return the function, slower for the first pieces of work than for the last."""
+    """Return the function, slower for the first items than for the last."""
 
     def call(item: dict, *more: object, **named: object) -> object:
         time.sleep(0.6 / (1 + item.get("number", item.get("shard", 0))))
@@ -273,11 +255,11 @@ def test_workers_ray_blocks_parts_and_finish_order_do_not_matter(
 
         monkeypatch.setattr(build, "OccurrenceActor", SlowActor)
     build_dictionary(BuildConfig(**runs.settings(name, workers=workers, max_points_per_part=parts_of)))
-    for below in ("dictionary", "occurrences"):  # centroids lie in other files when tokens are not cut into parts
-        files = {key: data for key, data in runs.bytes(name).items() if key.startswith(below)}
-        assert files == {key: data for key, data in runs.bytes("whole").items() if key.startswith(below)}
-    begun = list(dict.fromkeys(key for key in runs.log(name).read_text().splitlines() if key.startswith("occ")))
-    assert len(begun) >= 3
+    own, whole = (  # the centroids' files depend on the chunks of large tokens
+        {key: data for key, data in runs.bytes(run).items() if not key.startswith("centroids")}
+        for run in (name, "whole")
+    )
+    assert own == whole
 
 
 @pytest.mark.slow
@@ -295,87 +277,32 @@ def test_work_that_always_kills_its_worker_is_given_up(tmp_path: Path) -> None:
         def __call__(self, item: int) -> dict:
             return deadly(item)
 
+    class Stillborn:
+        def __init__(self) -> None:
+            deadly(1)
+
     resources = runtime.Resources(actors=2, tasks=2, device="cpu")
     for run, times in (
         (lambda: list(runtime.map_tasks("x", deadly, [0, 1, 2], resources)), runtime.RETRIES + 1),
         (lambda: list(runtime.map_data("x", deadly, [0, 1, 2], resources)), runtime.RETRIES + 1),
         (lambda: list(runtime.map_actors("x", Deadly, {}, [0, 1, 2], resources)), runtime.RESTARTS + 1),
+        (lambda: list(runtime.map_actors("x", Stillborn, {}, [0], resources)), runtime.RESTARTS + 1),
     ):
         tried.write_text("")
-        with pytest.raises(MsenseError, match=r"a worker died again and again .*ran out of memory"):
+        with pytest.raises(MsenseError, match=r"a worker died .*ran out of memory"):
             run()
         assert tried.read_text().count("1\n") == times
-
-    class Stillborn:
-        def __init__(self) -> None:
-            deadly(1)
-
-    tried.write_text("")
-    with pytest.raises(MsenseError, match=r"a worker died again and again"):
-        list(runtime.map_actors("x", Stillborn, {}, [0], resources))
-    assert tried.read_text().count("1\n") == runtime.RESTARTS + 1
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_really_full(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run folder is a file system of its own that is too small; then it grows."""
-    folder = runs.folder / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o"]
-    if subprocess.run([*mount, "size=400k", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
-        pytest.skip("this user may not mount a file system")
-    try:
-        driver.in_small_pieces(runs.log("disk"), monkeypatch.setattr)
-        with pytest.raises(
-            MsenseError, match=r"cannot write .*: no space left \(.*No space left on device.*; free some"
-        ):
-            build_dictionary(BuildConfig(**runs.settings("disk")))
-        done, begun = runs.finished("disk"), runs.begun("disk")
-        assert any(key.startswith("passages") for key in done)
-        subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
-        build_dictionary(BuildConfig(**runs.settings("disk")))
-        runs.same("disk")
-        assert all(runs.begun("disk")[key] == begun[key] for key in done)
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@pytest.mark.slow
-def test_the_command_killed_with_its_own_ray_and_given_again(runs: Runs) -> None:
-    """`python jobs/build_dict.py`, killed when its first unit is there; nothing stays in the temporary folder."""
-    temporary = Path(tempfile.mkdtemp(dir="/tmp"))
-    given = runs.settings("own")
-    command = [sys.executable, "jobs/build_dict.py", "--corpus", *given["corpus"], "--teacher", given["teacher"]]
-    command += ["--dtype", "float32", "--max-occurrences", "4000", "--keep", *KEPT]
-    command += ["--max-points-per-part", "1024", "--workers", "2"]
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    outside |= {"TMPDIR": str(temporary)}
-    process = subprocess.Popen([*command, "--output", given["output"]], env=outside, stderr=subprocess.DEVNULL)
-    unit = runs.folder / "own" / "occurrences" / "000000.records.done"
-    while not unit.exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    again = subprocess.run(
-        [*command, "--output", given["output"]], env=outside, capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0, again.stderr
-    build_dictionary(BuildConfig(**runs.settings("straight")))
-    for name, data in runs.bytes("straight").items():  # shards of the test session's workers may be smaller
-        assert name.startswith("centroids") or "index" in name or runs.bytes("own")[name] == data
-    assert storage.read_json(RunFolder(given["output"]).journal)["drivers"][-1]["stages"]["occurrences"]["kept"] >= 1
-    temporary.rmdir()  # which it refuses if anything is left
 
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(runs: Runs, tell: Callable[[str], None]) -> None:
-    """In two lanes, with a teacher that needs no loading: a driver is killed, and its command given again."""
+    """A driver is killed and its command rerun, two at a time, with a teacher that needs no loading."""
 
     def run(name: str) -> BaseProcess:
         settings = runs.settings(name, workers=1, max_points_per_part=131072)
         return driver.start(settings, runs.log(name), light=True)
 
-    run("first").join()  # imports what all drivers share
+    run("first").join()  # imports the modules shared by all drivers
     began = time.monotonic()
     run("once").join()
     whole, took = runs.bytes("once"), time.monotonic() - began
@@ -392,7 +319,7 @@ def test_twenty_kills_at_random_moments(runs: Runs, tell: Callable[[str], None])
             if process.exitcode == -signal.SIGKILL:
                 break
         assert process.exitcode == -signal.SIGKILL
-        runs.quiet(name)
+        runs.wait_quiet(name)
         process = run(name)
         process.join()
         assert process.exitcode == 0
@@ -405,4 +332,4 @@ def test_twenty_kills_at_random_moments(runs: Runs, tell: Callable[[str], None])
     with ThreadPoolExecutor(2) as lanes:
         again = list(lanes.map(kill_and_resume, range(20)))
     assert len(again) == 20
-    tell(f"20 drivers killed at random moments: 20 times the same bytes, {sum(again)} pieces of work begun twice")
+    tell(f"20 drivers killed at random moments: 20 times the same bytes, {sum(again)} work items started twice")

@@ -1,9 +1,8 @@
-"""k-means: planted clusters are found, scikit-learn is matched, and the bytes depend on nothing but the points."""
+"""k-means: planted clusters are recovered, scikit-learn is matched, and the bytes depend on nothing but the points."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,8 @@ from msense.kmeans import BLOCK_ROWS, Clusters, KMeansConfig, Metric, batches, c
 
 Matrix = np.ndarray[Any, Any]
 
-GRAM, DIRECT, BLOCKED = 60, 500, 2 * BLOCK_ROWS + 300  # points of a token for each way of computing it
+GRAM, DIRECT, BLOCKED = 60, 500, 2 * BLOCK_ROWS + 300  # one token size for each algorithm
+METRICS: list[Metric] = ["l2", "cosine"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,7 +32,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def planted(points: Matrix, clusters: int, width: int, seed: int, directions: bool = False) -> tuple[Matrix, Matrix]:
+def planted(points: int, clusters: int, width: int, seed: int, directions: bool = False) -> tuple[Matrix, Matrix]:
     """Well separated Gaussians (or bundles of directions of any length): points float16, and their labels."""
     rng = np.random.default_rng(seed)
     centers = 8 * np.linalg.qr(rng.normal(size=(width, width)))[0][:clusters] + 3
@@ -48,7 +48,7 @@ def one(points: Matrix, config: KMeansConfig, token: int = 7, key_order: Matrix 
 
 
 def drive(points: Matrix, cuts: list[int], config: KMeansConfig, token: int = 7) -> Clusters:
-    """What a driver of parts does; `cuts` are block numbers."""
+    """Cluster one token in ranges of rows, as `msense.parts` does; `cuts` are block numbers."""
     edges = [0, *(cut * BLOCK_ROWS for cut in cuts), len(points)]
     parts = [(a, points[a:b]) for a, b in itertools.pairwise(edges)]
     state = kmeans.seed_centroids(points[: kmeans.SEED_POINTS], token, config)
@@ -59,20 +59,13 @@ def drive(points: Matrix, cuts: list[int], config: KMeansConfig, token: int = 7)
         state = kmeans.update(state, total, config, kmeans.combine_farthest(far, m) if m else None)
     done = [kmeans.finish(part, state, config) for _, part in parts]
     counts, spread, inertia = kmeans.summary(state, done)
-    return Clusters(
-        np.array([len(state.final)]),
-        state.final,
-        counts,
-        spread,
-        np.concatenate([d.assignment for d in done]),
-        np.concatenate([d.distance for d in done]),
-        np.array([inertia]),
-        np.array([state.rounds]),
-    )
+    assignment, distance = (np.concatenate([getattr(d, name) for d in done]) for name in ("assignment", "distance"))
+    sizes, rounds = np.array([len(state.final)]), np.array([state.rounds])
+    return Clusters(sizes, state.final, counts, spread, assignment, distance, np.array([inertia]), rounds)
 
 
 def first_point_always(_: object, __: object, ___: object, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stands in for `greedy_seeds`: every seed is point 0, so that all clusters but one start empty."""
+    """Replaces `greedy_seeds`: every seed is point 0, so that all clusters but one start empty."""
     return torch.zeros(uniforms.shape[:2], dtype=torch.int64), torch.zeros(len(uniforms))
 
 
@@ -84,7 +77,7 @@ def same_bytes(a: Clusters, b: Clusters) -> None:
 
 
 def check_consistent(result: Clusters, points: Matrix, sizes: Sequence[int], metric: Metric = "l2") -> None:
-    """Everything that must hold of any result, recomputed in float64."""
+    """Check all invariants of a result, recomputed in float64."""
     x = points.astype(np.float64)
     if metric == "cosine":
         norm = np.linalg.norm(x, axis=1, keepdims=True)
@@ -108,9 +101,9 @@ def check_consistent(result: Clusters, points: Matrix, sizes: Sequence[int], met
     np.testing.assert_allclose(result.inertia, np.bincount(token, result.distance, len(sizes)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
-def test_planted_clusters_are_found(n: int, metric: Metric) -> None:
+def test_planted_clusters_are_recovered(n: int, metric: Metric) -> None:
     config = KMeansConfig(k=6, metric=metric)
     x, labels = planted(n, 6, 24, n, directions=metric == "cosine")
     result = one(x, config)
@@ -118,20 +111,7 @@ def test_planted_clusters_are_found(n: int, metric: Metric) -> None:
     check_consistent(result, x, [n], metric)
 
 
-def test_mixed_sizes_keep_the_order_of_tokens() -> None:
-    sizes = np.array([GRAM, 1, DIRECT, 3, BLOCKED, 0, GRAM + 1])
-    parts = [
-        planted(n, 4, 8, i) if n > 3 else (np.full((n, 8), i, np.float16), np.zeros(n)) for i, n in enumerate(sizes)
-    ]
-    x = np.concatenate([points for points, _ in parts])
-    result = cluster_tokens(x, sizes, np.arange(7) * 11, KMeansConfig(k=4))
-    assert result.sizes.tolist() == [4, 1, 4, 1, 4, 0, 4]
-    check_consistent(result, x, sizes)
-    for start, (points, labels) in zip(np.cumsum(sizes) - sizes, parts, strict=True):
-        assert adjusted_rand_score(labels, result.assignment[start : start + len(points)]) == 1.0
-
-
-def test_inertia_is_that_of_scikit_learn() -> None:
+def test_inertia_matches_scikit_learn() -> None:
     rng = np.random.default_rng(3)
     sizes = np.r_[rng.integers(12, 400, 40), [900, BLOCKED]]
     tokens = [
@@ -146,22 +126,23 @@ def test_inertia_is_that_of_scikit_learn() -> None:
 
 
 @settings(max_examples=12, deadline=None)
-@given(cuts=st.sets(st.integers(1, 4)).map(sorted), metric=st.sampled_from(["l2", "cosine"]), seed=st.integers(0, 3))
-def test_parts_or_no_parts_give_the_same_bytes(cuts: list[int], metric: Metric, seed: int) -> None:
+@given(
+    cuts=st.sets(st.integers(1, 4)).map(sorted),
+    metric=st.sampled_from(METRICS),
+    seed=st.integers(0, 3),
+    n_init=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+)
+def test_ranges_of_rows_give_the_bytes_of_the_whole(
+    cuts: list[int], metric: Metric, seed: int, n_init: int, dtype: torch.dtype
+) -> None:
     rng = np.random.default_rng(seed)
-    x = (rng.normal(size=(4 * BLOCK_ROWS + 77, 5)) * 2.0 ** rng.integers(-12, 6, 5)).astype(np.float16)
-    config = KMeansConfig(k=7, metric=metric, seed=seed, max_rounds=8)
+    x = torch.from_numpy(rng.normal(size=(4 * BLOCK_ROWS + 77, 5)) * 2.0 ** rng.integers(-12, 6, 5)).to(dtype)
+    config = KMeansConfig(k=7, metric=metric, seed=seed, max_rounds=8, n_init=n_init)
     same_bytes(drive(x, cuts, config), one(x, config))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_give_the_same_bytes_in_other_dtypes(dtype: torch.dtype) -> None:
-    x = torch.from_numpy(np.random.default_rng(0).normal(size=(3 * BLOCK_ROWS + 5, 4))).to(dtype)
-    config = KMeansConfig(k=5, max_rounds=5)
-    same_bytes(drive(x, [1, 2], config), one(x, config))
-
-
-def test_parts_agree_when_clusters_run_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_agree_when_clusters_run_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seeding, "greedy_seeds", first_point_always)
     x, _ = planted(BLOCKED, 5, 8, 1)
     config = KMeansConfig(k=5)
@@ -171,45 +152,12 @@ def test_parts_agree_when_clusters_run_empty(monkeypatch: pytest.MonkeyPatch) ->
     same_bytes(drive(x, [1, 2], config), result)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.randoms(use_true_random=False))
-def test_sums_of_a_part_do_not_depend_on_the_order_of_rows(random: Random) -> None:
-    rng = np.random.default_rng(random.randrange(1000))
-    x = (rng.normal(size=(500, 3)) * 2.0 ** rng.integers(-24, 12, (500, 1))).astype(np.float16)
-    config = KMeansConfig(k=1)
-    state = kmeans.seed_centroids(x, 0, config)
-    a, b = (kmeans.partial(points, state, config) for points in (x, x[rng.permutation(500)]))
-    assert a.sums.tobytes() == b.sums.tobytes()
-
-
-@pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
-def test_same_call_same_bytes(n: int) -> None:
-    x = np.random.default_rng(n).normal(size=(n, 16)).astype(np.float16)
-    same_bytes(one(x, KMeansConfig(k=9)), one(x.copy(), KMeansConfig(k=9)))
-
-
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_a_token_does_not_depend_on_its_neighbours(metric: Metric) -> None:
-    rng = np.random.default_rng(5)
-    sizes = np.r_[rng.integers(15, 130, 60), 700, 650, BLOCKED]
-    ids = rng.permutation(1000)[: len(sizes)]
-    x = rng.normal(size=(sizes.sum(), 12)).astype(np.float16)
-    config = KMeansConfig(k=10, metric=metric)
-    together = cluster_tokens(x, sizes, ids, config)
-    starts, senses = np.cumsum(sizes) - sizes, np.cumsum(together.sizes) - together.sizes
-    for t in [0, 20, 40, 60, 61, 62]:
-        alone = one(x[starts[t] : starts[t] + sizes[t]], config, ids[t])
-        assert (alone.assignment == together.assignment[starts[t] : starts[t] + sizes[t]]).all()
-        same = together.centroids[senses[t] : senses[t] + together.sizes[t]]
-        np.testing.assert_allclose(alone.centroids, same, atol=1e-5)
-
-
 MIXED = np.array([30, 100, 9, 500, 470, BLOCKED, 64, 60, 33, 450, 700, BLOCKED, 100, 61, 2, 40])
 MIXED_K = np.array([20, 7, 12, 20, 17, 9, 64, 3, 1, 23, 24, 1, 40, 20, 5, 8])
 
 
 def mixed(dim: int = 12) -> tuple[Matrix, Matrix]:
-    """Points and ids for MIXED: every way of computing, and many K."""
+    """Points and ids for MIXED, which covers every algorithm and many K."""
     rng = np.random.default_rng(8)
     return rng.normal(size=(MIXED.sum(), dim)).astype(np.float16), rng.permutation(1000)[: len(MIXED)]
 
@@ -223,8 +171,8 @@ def alone(result: Clusters, sizes: Matrix, token: int) -> Clusters:
     return Clusters(**{name: getattr(result, name)[e[token] : e[token + 1]] for name, e in edges.items()})
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_a_k_for_each_token_gives_the_bytes_of_that_k_alone(metric: Metric) -> None:
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_token_has_the_bytes_that_it_has_alone(metric: Metric) -> None:
     x, ids = mixed()
     starts = np.cumsum(MIXED) - MIXED
     together = cluster_tokens(x, MIXED, ids, KMeansConfig(k=2, metric=metric), senses=MIXED_K)
@@ -260,14 +208,14 @@ def test_any_number_of_threads_gives_the_same_bytes(threads: int, monkeypatch: p
     monkeypatch.setitem(batches.BATCH_FLOATS, "cpu", 12 * 128)  # many batches
     x, ids = mixed()
     expected = cluster_tokens(x, MIXED, ids, KMeansConfig(), senses=MIXED_K)
-    for blocks in (8, 0):  # a large token is one thread's work, or that of all
+    for blocks in (8, 0):  # a large token runs on one thread, or on all
         monkeypatch.setattr(batches, "SHARED_BLOCKS", blocks)
         monkeypatch.setattr(seeding, "HELD_FLOATS", blocks * 12 * BLOCK_ROWS // 4)
         same_bytes(cluster_tokens(x, MIXED, ids, KMeansConfig(), senses=MIXED_K, threads=threads), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_callers_threads_of_torch_are_left_alone(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_callers_torch_threads_are_restored(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         seen.append(torch.get_num_threads())
         raise RuntimeError("planted")
@@ -277,11 +225,9 @@ def test_the_callers_threads_of_torch_are_left_alone(threads: int, monkeypatch: 
             return pool.submit(torch.get_num_threads).result()
 
     seen: list[int] = []
+    monkeypatch.setattr(batches, "lloyd", fail)
     torch.set_num_threads(3)
     try:
-        one(np.eye(30, dtype=np.float16), KMeansConfig(k=3))
-        assert (torch.get_num_threads(), in_a_new_thread()) == (3, 3)
-        monkeypatch.setattr(batches, "lloyd", fail)
         with pytest.raises(RuntimeError, match="planted"):
             cluster_tokens(np.eye(30, dtype=np.float16), np.array([30]), np.array([1]), KMeansConfig(), threads=threads)
         assert (torch.get_num_threads(), in_a_new_thread(), seen) == (3, 3, [1])
@@ -289,7 +235,7 @@ def test_the_callers_threads_of_torch_are_left_alone(threads: int, monkeypatch: 
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_more_runs_are_never_worse(metric: Metric) -> None:
     x, ids = mixed()
     results = [
@@ -298,7 +244,6 @@ def test_more_runs_are_never_worse(metric: Metric) -> None:
     once, more = (result.inertia[MIXED <= BLOCK_ROWS] for result in results)  # blocks choose among seeds, not results
     assert (more <= once).all()
     assert (more < once).sum() >= 5
-    check_consistent(results[1], x, MIXED, metric)
     single = one(x[: MIXED[0]], KMeansConfig(k=int(MIXED_K[0]), metric=metric, n_init=3), ids[0])
     same_bytes(alone(results[1], MIXED, 0), single)
 
@@ -306,7 +251,7 @@ def test_more_runs_are_never_worse(metric: Metric) -> None:
 @pytest.mark.parametrize("good", [0, 1, 2])
 @pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
 def test_the_best_of_several_runs_is_kept(n: int, good: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All runs but one start from two seeds of one of three clusters, which no round repairs."""
+    """All runs but one start with two seeds in one of three clusters, which no round repairs."""
     x, labels = planted(n, 3, 8, 6)
     bad = torch.from_numpy(np.r_[np.flatnonzero(labels == 0)[:2], np.flatnonzero(labels == 1)[:1]])
     runs = itertools.count()
@@ -320,76 +265,52 @@ def test_the_best_of_several_runs_is_kept(n: int, good: int, monkeypatch: pytest
     result = one(x, KMeansConfig(k=3, n_init=3))
     assert next(runs) == 3
     assert adjusted_rand_score(labels, result.assignment) == 1.0
-    check_consistent(result, x, [n])
 
 
-def test_parts_give_the_same_bytes_with_several_seedings() -> None:
-    x = np.random.default_rng(3).normal(size=(BLOCKED, 4)).astype(np.float16)
-    config = KMeansConfig(k=9, n_init=4, max_rounds=6)
-    same_bytes(drive(x, [1], config), one(x, config))
-    assert (one(x, config).centroids != one(x, KMeansConfig(k=9, max_rounds=6)).centroids).any()
-
-
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_points_move_alone_where_clusters_are_small(metric: Metric) -> None:
+@pytest.mark.parametrize("metric", METRICS)
+def test_single_points_move_where_clusters_are_small(metric: Metric) -> None:
     """No move of a single point lowers the inertia by more than the tolerance (plain Lloyd leaves many that do)."""
-    rng = np.random.default_rng(1)
-    improvable = {}
-    for few in (2, 0):
+
+    def improvable(few: int) -> int:
+        rng, number = np.random.default_rng(1), 0
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lloyd, "FEW", few)
-            left = 0
             for token in range(20):
                 x = rng.normal(size=(24, 6)).astype(np.float16)
                 result = one(x, KMeansConfig(k=12, metric=metric), token)
-                check_consistent(result, x, [24], metric)
-                left += any(
-                    inertia_of(x, np.where(np.arange(24) == i, c, result.assignment), metric)
-                    < result.inertia[0] * (1 - 4e-4)
-                    for i in range(24)
-                    for c in range(12)
-                )
-        improvable[few] = left
-    assert improvable[2] == 0
-    assert improvable[0] >= 10
+                moved = (np.where(np.arange(24) == i, c, result.assignment) for i in range(24) for c in range(12))
+                number += any(inertia_of(x, own, metric) < result.inertia[0] * (1 - 4e-4) for own in moved)
+        return number
+
+    assert improvable(few=2) == 0
+    assert improvable(few=0) >= 10
 
 
 def inertia_of(points: Matrix, assignment: Matrix, metric: Metric) -> float:
-    x, total = points.astype(np.float64), 0.0
-    if metric == "cosine":
-        x = x / np.linalg.norm(x, axis=1, keepdims=True)
-    for c in np.unique(assignment):
-        own = x[assignment == c]
-        mean = own.mean(0)
-        total += float(((own - (mean / np.linalg.norm(mean) if metric == "cosine" else mean)) ** 2).sum())
-    return total
+    def scaled(x: Matrix) -> Matrix:
+        return x / np.linalg.norm(x, axis=-1, keepdims=True) if metric == "cosine" else x
+
+    clusters = [scaled(points.astype(np.float64))[assignment == c] for c in np.unique(assignment)]
+    return sum(float(((own - scaled(own.mean(0))) ** 2).sum()) for own in clusters)
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_the_way_of_a_gpu_agrees_with_that_of_a_cpu(metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPU tensors: batches of a GPU's size, and sums and products as matrix products."""
-    x, ids = mixed()
-    config = KMeansConfig(metric=metric)
-    expected = cluster_tokens(x, MIXED, ids, config, senses=MIXED_K)
-    monkeypatch.setattr(lloyd, "SPARSE", set())
-    monkeypatch.setitem(batches.BATCH_FLOATS, "cpu", batches.BATCH_FLOATS["cuda"])
-    result = cluster_tokens(x, MIXED, ids, config, senses=MIXED_K)
-    assert result.sizes.tolist() == expected.sizes.tolist()
-    check_consistent(result, x, MIXED, metric)
-    assert result.inertia.sum() == pytest.approx(expected.inertia.sum(), rel=1e-3)
-    same_bytes(cluster_tokens(x, MIXED, ids, config, senses=MIXED_K), result)
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_a_gpu_agrees_with_a_cpu(metric: Metric) -> None:
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_the_gpu_algorithm_agrees_with_the_cpu(metric: Metric, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on CPU tensors: batches of a GPU's size, and sums and products as matrix products."""
     x, ids = mixed(64)
     config = KMeansConfig(metric=metric)
     expected = cluster_tokens(x, MIXED, ids, config, senses=MIXED_K)
-    result, again = (cluster_tokens(x, MIXED, ids, config, senses=MIXED_K, device="cuda") for _ in range(2))
+    if device == "cpu":
+        monkeypatch.setattr(lloyd, "SPARSE", set())
+        monkeypatch.setitem(batches.BATCH_FLOATS, "cpu", batches.BATCH_FLOATS["cuda"])
+    result, again = (cluster_tokens(x, MIXED, ids, config, senses=MIXED_K, device=device) for _ in range(2))
     assert result.sizes.tolist() == expected.sizes.tolist()
     check_consistent(result, x, MIXED, metric)
-    assert result.inertia.sum() == pytest.approx(expected.inertia.sum(), rel=1e-2)
+    assert result.inertia.sum() == pytest.approx(expected.inertia.sum(), rel=1e-3 if device == "cpu" else 1e-2)
     same_bytes(again, result)
 
 
@@ -431,7 +352,7 @@ def test_any_points_give_min_k_distinct_senses(
 ) -> None:
     x = points.astype(np.float16)
     with pytest.MonkeyPatch.context() as patch:
-        if not seeded:
+        if not seeded:  # empty clusters are filled
             patch.setattr(lloyd, "greedy_seeds", first_point_always)
         patch.setattr(batches, "GRAM_ROWS", 64 if gram else 0)
         result = one(x, KMeansConfig(k=k, metric=metric, seed=seed))
@@ -466,15 +387,6 @@ def test_few_points_are_all_kept_in_order_of_first_appearance() -> None:
     assert result.rounds.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("n", [1, 30, 300, BLOCKED])
-def test_equal_points_are_one_sense(n: int) -> None:
-    x = np.full((n, 5), 0.1, np.float16)
-    result = one(x, KMeansConfig(k=4))
-    assert result.counts.tolist() == [n]
-    assert (result.centroids == x[0]).all()
-    assert result.inertia.tolist() == [0.0]
-
-
 def test_no_points_at_all() -> None:
     result = cluster_tokens(np.empty((0, 3), np.float16), np.zeros(0, np.int64), np.zeros(0, np.int64), KMeansConfig())
     assert result.centroids.shape == (0, 3)
@@ -487,16 +399,6 @@ def test_one_cluster_is_the_exact_mean(n: int) -> None:
     result = one(x, KMeansConfig(k=1))
     assert result.centroids[0, 0] == np.float32(x.astype(np.float64).sum() / n)
     check_consistent(result, x, [n])
-
-
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
-@pytest.mark.parametrize("n", [GRAM, DIRECT])
-def test_empty_clusters_are_refilled(n: int, metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lloyd, "greedy_seeds", first_point_always)
-    x, _ = planted(n, 5, 8, 2, directions=metric == "cosine")
-    result = one(x, KMeansConfig(k=5, metric=metric))
-    assert result.sizes.tolist() == [5]
-    check_consistent(result, x, [n], metric)
 
 
 @pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
@@ -512,12 +414,11 @@ def test_senses_that_stay_empty_are_dropped(n: int, monkeypatch: pytest.MonkeyPa
     check_consistent(result, x, [n, 5])
 
 
-def test_the_farthest_point_fills_an_empty_cluster() -> None:
+def test_the_farthest_points_fill_empty_clusters() -> None:
     x = np.array([[0], [1], [-9], [9], [9], [2]], np.float16)
     config = KMeansConfig(k=3)
-    state = kmeans.BlockedState(
-        1, np.array([[0], [500], [600]], np.float32), np.zeros(1, np.float32), np.zeros(3, np.int64)
-    )
+    centroids = np.array([[0], [500], [600]], np.float32)
+    state = kmeans.BlockedState(1, centroids, np.zeros(1, np.float32), np.zeros(3, np.int64))
     total = kmeans.partial(x, state, config)
     assert total.counts.tolist() == [6, 0, 0]
     assert total.sums.tolist() == [[12], [0], [0]]
@@ -532,45 +433,32 @@ def test_the_farthest_point_fills_an_empty_cluster() -> None:
         kmeans.finish(x, state, config)
 
 
-@pytest.mark.parametrize("n", [GRAM, DIRECT])
-def test_ties_go_to_the_lowest_sense(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ties_go_to_the_lowest_sense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lloyd, "greedy_seeds", lambda *_: (torch.tensor([[2, 0]]), torch.zeros(1)))
-    x = np.tile(np.array([[-1], [0], [1], [0]], np.float16), (n // 4, 1))  # the mean is exactly 0
-    result = one(x, KMeansConfig(k=2, max_rounds=1))
-    assert result.assignment[:4].tolist() == [1, 0, 0, 0]
-
-
-def test_ties_go_to_the_lowest_sense_in_blocks() -> None:
-    x = np.array([[-1], [0], [1]], np.float16)
+    for n in (GRAM, DIRECT):
+        x = np.tile(np.array([[-1], [0], [1], [0]], np.float16), (n // 4, 1))  # the mean is exactly 0
+        assert one(x, KMeansConfig(k=2, max_rounds=1)).assignment[:4].tolist() == [1, 0, 0, 0]
     state = kmeans.BlockedState(1, np.array([[1], [-1]], np.float32), np.zeros(1, np.float32), np.zeros(2, np.int64))
-    assert kmeans.partial(x, state, KMeansConfig(k=2)).counts.tolist() == [2, 1]
+    assert kmeans.partial(x[:3], state, KMeansConfig(k=2)).counts.tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
-def test_zero_vectors_under_cosine(n: int) -> None:
+def test_zero_vectors_with_cosine(n: int) -> None:
     x, labels = planted(n, 4, 8, 3, directions=True)
     x[4::7], labels[4::7] = 0, 4
     result = one(x, KMeansConfig(k=5, metric="cosine"))
     assert adjusted_rand_score(labels, result.assignment) == 1.0
     lengths = np.sort(np.linalg.norm(result.centroids, axis=1))
     np.testing.assert_allclose(lengths, [0, 1, 1, 1, 1], atol=1e-6)
-    check_consistent(result, x, [n], "cosine")
 
 
-def test_cosine_sees_no_lengths() -> None:
-    x = np.array([[1, 0], [4, 0], [0, 3], [0.5, 0], [0, 8]], np.float16)
-    result = one(x, KMeansConfig(k=2, metric="cosine"))
-    assert result.centroids.tolist() == [[1, 0], [0, 1]]
-    assert result.counts.tolist() == [3, 2]
+def test_dot_clusters_like_l2() -> None:
+    x, ids = mixed()
+    results = [cluster_tokens(x, MIXED, ids, KMeansConfig(k=6, metric=metric)) for metric in ("dot", "l2")]
+    same_bytes(*results)
 
 
-@pytest.mark.parametrize("n", [GRAM, DIRECT, BLOCKED])
-def test_dot_clusters_like_l2(n: int) -> None:
-    x = np.random.default_rng(0).normal(size=(n, 4)).astype(np.float16)
-    same_bytes(one(x, KMeansConfig(k=6, metric="dot")), one(x, KMeansConfig(k=6, metric="l2")))
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e16, -1e16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1e16])
 @pytest.mark.parametrize("n", [3, GRAM, BLOCKED])
 def test_bad_values_name_the_first_bad_token(bad: float, n: int) -> None:
     x = np.ones((3 * n, 2), np.float32)
@@ -579,20 +467,17 @@ def test_bad_values_name_the_first_bad_token(bad: float, n: int) -> None:
         cluster_tokens(x, np.array([n, n, n]), np.array([77, 55, 66]), KMeansConfig(k=2))
 
 
-def test_bad_values_in_a_part() -> None:
-    x = np.ones((8, 2), np.float16)
-    state = kmeans.seed_centroids(x, 12, KMeansConfig(k=2))
+def test_bad_values_in_a_range() -> None:
+    x, config = np.ones((8, 2), np.float16), KMeansConfig(k=2)
+    state = kmeans.seed_centroids(x, 12, config)
     x[5] = np.nan
-    for call in (
-        lambda: kmeans.seed_centroids(x, 12, KMeansConfig()),
-        lambda: kmeans.partial(x, state, KMeansConfig()),
-    ):
+    for call in (lambda: kmeans.seed_centroids(x, 12, config), lambda: kmeans.partial(x, state, config)):
         with pytest.raises(MsenseError, match="token 12 "):
             call()
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_dtypes_agree_and_inputs_are_left_alone(metric: Metric) -> None:
+@pytest.mark.parametrize("metric", METRICS)
+def test_dtypes_agree_and_inputs_are_not_changed(metric: Metric) -> None:
     whole = np.random.default_rng(2).integers(-40, 40, (300, 6))
     config = KMeansConfig(k=4, metric=metric)
     expected = one(whole.astype(np.float16), config)
@@ -614,32 +499,27 @@ def test_blocked_tokens_are_seeded_by_key(monkeypatch: pytest.MonkeyPatch) -> No
     assert (result.assignment == nearest).all()
 
 
-def test_settings_are_all_checked() -> None:
-    match = r"k is 0, .*; metric is 'l1', .*; n_init is 0, .*; tol is 1.5, .*; max_rounds is 0, "
-    with pytest.raises(BadInput, match=match):
-        KMeansConfig(k=0, metric="l1", n_init=0, tol=1.5, max_rounds=0)
-
-
-@pytest.mark.parametrize("points", [np.zeros((3, 2)), np.zeros((3, 2), np.int8), np.zeros(3, np.float16)])
-def test_points_of_another_kind_are_refused(points: Matrix) -> None:
-    with pytest.raises(BadInput, match="k-means reads a float16, bfloat16 or float32 matrix"):
-        one(points, KMeansConfig())
-
-
-def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(BadInput, match="2 sizes of sum 4 do not fit 2 token ids and 3 points"):
-        cluster_tokens(np.zeros((3, 2), np.float16), np.array([2, 2]), np.array([1, 2]), KMeansConfig())
+def of_three_points(sizes: Sequence[int] = (2, 1), points: Matrix | None = None, **more: Any) -> Clusters:  # noqa: ANN401
+    x = np.zeros((3, 2), np.float16) if points is None else points
+    return cluster_tokens(x, np.array(sizes), np.array([1, 2]), KMeansConfig(), **more)
 
 
 @pytest.mark.parametrize(
-    ("given", "match"),
+    ("call", "message"),
     [
-        ({"senses": np.array([2, 0])}, "senses of token 2 are 0, but must be from 1 to 65534"),
-        ({"senses": np.array([65_535, 0])}, "senses of token 1 are 65535, but must be from 1 to 65534"),
-        ({"senses": np.array([2])}, r"senses of shape \(1,\) do not fit 2 token ids"),
-        ({"threads": 0}, "threads is 0, but must be 1 or more"),
+        (
+            lambda: KMeansConfig(k=0, metric="l1", n_init=0, tol=1.5, max_rounds=0),
+            "k is 0, .*; metric is 'l1', .*; n_init is 0, .*; tol is 1.5, .*; max_rounds is 0, ",
+        ),
+        (lambda: of_three_points(points=np.zeros((3, 2))), "points are float64 .* must be a float16, bfloat16 or"),
+        (lambda: of_three_points(points=np.zeros(3, np.float16)), r"points are float16 of shape \(3,\), but must"),
+        (lambda: of_three_points([2, 2]), "2 sizes of sum 4 do not match 2 token ids and 3 points"),
+        (lambda: of_three_points(senses=np.array([2, 0])), "senses of token 2 are 0, but must be from 1 to 65534"),
+        (lambda: of_three_points(senses=np.array([65_535, 0])), "senses of token 1 are 65535, but must be"),
+        (lambda: of_three_points(senses=np.array([2])), r"senses of shape \(1,\) do not match 2 token ids"),
+        (lambda: of_three_points(threads=0), "threads is 0, but must be 1 or more"),
     ],
 )
-def test_senses_and_threads_out_of_range_are_refused(given: dict[str, Any], match: str) -> None:
-    with pytest.raises(BadInput, match=match):
-        cluster_tokens(np.zeros((3, 2), np.float16), np.array([2, 1]), np.array([1, 2]), KMeansConfig(), **given)
+def test_invalid_arguments_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        call()

@@ -1,4 +1,4 @@
-"""The lease on a run folder on S3: one driver at a time, a dead one's is taken over, and who has lost it stops."""
+"""The lease on a run folder on S3: one driver at a time, takeover after a crash, and a driver that loses it stops."""
 
 import json
 import os
@@ -23,7 +23,7 @@ RUN = RunFolder(f"{BUCKET}/run")
 
 @pytest.fixture
 def _ctrl_c() -> Iterator[None]:
-    """Python's own handler; Ray Train leaves another, and a test in the background has none."""
+    """Python's own handler: Ray Train installs another, and background processes have none."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -31,13 +31,13 @@ def _ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds in place of minutes; the store's clock has whole seconds."""
+    """Seconds instead of minutes; the store's clock has whole seconds."""
     for name, value in {"LEASE_SECONDS": 6.0, "RENEW_SECONDS": 1.0, "LOOK_SECONDS": 0.1}.items():
         monkeypatch.setattr(lease, name, value)
 
 
 def until(ready: Callable[[], object], seconds: float = 60) -> None:
-    """Wait, as the main thread of a driver does, with its hands free for an interruption."""
+    """Wait in an interruptible way, like the main thread of a driver."""
     end = time.monotonic() + seconds
     while not ready() and time.monotonic() < end:
         time.sleep(0.05)
@@ -52,38 +52,38 @@ def test_a_second_driver_is_refused_while_the_first_is_at_work(s3: Server) -> No
             match=rf"another driver works on s3://bucket/run \(process {os.getpid()} on host .*another --output",
         ):
             locked(RUN).__enter__()
-    assert not storage.exists(RUN.lock)  # so the next need not wait
+    assert not storage.exists(RUN.lock)  # so that the next driver need not wait
     with locked(RUN):
         pass
 
 
-def test_of_drivers_that_begin_at_once_one_wins(s3: Server) -> None:
+def test_one_of_two_simultaneous_drivers_wins(s3: Server) -> None:
     one, two = Lease(RUN.lock), Lease(RUN.lock)
     assert one.write(IfNoneMatch="*")
     assert not two.write(IfNoneMatch="*")
     before = one.etag
-    assert two.write(IfMatch=before)  # both saw a dead driver's lease
+    assert two.write(IfMatch=before)  # both saw the lease of a dead driver
     assert not one.write(IfMatch=before)
 
 
-def test_a_dead_drivers_lease_is_taken_over_in_the_end(s3: Server) -> None:
-    assert Lease(RUN.lock).write(IfNoneMatch="*")  # and no word any more
+def test_a_dead_drivers_lease_is_taken_over(s3: Server) -> None:
+    assert Lease(RUN.lock).write(IfNoneMatch="*")  # and never renewed
     began = time.monotonic()
     with locked(RUN):
         assert time.monotonic() - began > 1
-    storage.write_text(RUN.lock, "no lease of ours")
+    storage.write_text(RUN.lock, "not a lease")
     with locked(RUN):
         pass
 
 
 def at_work(disturb: Callable[[], object]) -> None:
-    """Hold the lease until something interrupts."""
+    """Hold the lease until an exception interrupts."""
     with leased(RUN.lock):
         disturb()
         until(lambda: False)
 
 
-def test_who_lost_the_lease_stops_and_leaves_it_alone(s3: Server) -> None:
+def test_a_driver_that_lost_its_lease_stops(s3: Server) -> None:
     other = Lease(RUN.lock)
     with pytest.raises(MsenseError, match="this driver has left s3://bucket/run: another driver has taken it over"):
         at_work(other.write)
@@ -91,7 +91,7 @@ def test_who_lost_the_lease_stops_and_leaves_it_alone(s3: Server) -> None:
 
 
 @pytest.mark.parametrize("requests", ["bucket/run/.lock", "^PUT bucket/run/.lock"])
-def test_who_cannot_renew_the_lease_stops_before_it_ends(s3: Server, requests: str) -> None:
+def test_a_driver_that_cannot_renew_its_lease_stops_before_it_expires(s3: Server, requests: str) -> None:
     with pytest.raises(MsenseError, match="left s3://bucket/run: its lease could not be renewed: the store"):
         at_work(lambda: s3.spoil(requests, throttled, 10**6))
     s3.heal()
@@ -104,7 +104,7 @@ def test_ctrl_c_stays_ctrl_c(s3: Server) -> None:
     assert not storage.exists(RUN.lock)
 
 
-def test_an_answer_that_was_lost_is_no_lost_lease(s3: Server) -> None:
+def test_a_lost_answer_is_not_a_lost_lease(s3: Server) -> None:
     s3.spoil("^PUT bucket/run/.lock", unheard, 2)
     with locked(RUN):
         first = Lease(RUN.lock).look()
@@ -123,17 +123,10 @@ def test_a_store_without_conditional_writes_is_used_without_a_lease(
 
 
 @pytest.mark.slow
-def test_a_driver_killed_on_s3(made: Corpus, s3: Server, tmp_path: Path) -> None:
-    """The same command waits for the dead driver's lease, keeps what was finished, and ends with the bytes of a local run."""
-    command = [
-        sys.executable,
-        "jobs/build_dict.py",
-        "--corpus",
-        str(made.folder / "corpus"),
-        "--teacher",
-        str(made.teacher),
-    ]
-    command += ["--senses", "3", "--workers", "2", "--dtype", "float32", "--dedup", "--keep", *ALL, "--output"]
+def test_a_job_killed_on_s3_resumes(made: Corpus, s3: Server, tmp_path: Path) -> None:
+    """The rerun waits for the dead driver's lease, keeps finished work, and gives the bytes of a local run."""
+    given = f"--corpus {made.folder / 'corpus'} --teacher {made.teacher} --senses 3 --workers 2 --dtype float32 --dedup"
+    command = [sys.executable, "jobs/build_dict.py", *given.split(), "--keep", *ALL, "--output"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen([*command, RUN.root], env=environment, stderr=log, stdout=log)

@@ -1,16 +1,14 @@
-"""Words to tokens under three kinds of tokenizers, and exemplars."""
+"""Look-up of words with three kinds of tokenizers, and exemplars."""
 
 import json
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny import exemplars, make, with_tokenizer, word_piece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from msense.dictionary import DictionaryFiles, SenseDictionary, write_dictionary
-from msense.errors import DictionaryError
 
 
 def byte_level() -> Tokenizer:
@@ -34,16 +32,16 @@ def test_find_in_a_word_piece_vocabulary(tmp_path: Path) -> None:
     d = with_tokenizer(word_piece(), tmp_path, [2, 0, 3, 0, 1, 1, 1, 4])
     assert d.find("bank").tokens == [(2, "bank", 3), (7, "Bank", 4)]
     assert "'bank' (id 2, 3 senses), 'Bank' (id 7, 4 senses)" in d.find(" bank ").explain()
-    assert d.find("BANK").tokens == [(2, "bank", 3)]  # the tokenizer lowers it
+    assert d.find("BANK").tokens == [(2, "bank", 3)]  # the tokenizer lowercases it
     assert d.find("river").tokens == [(3, "river", 0)]
     assert not d.find("river").found
-    assert "holds no senses for it" in d.find("river").explain()
-    cut = d.find("unbans")
-    assert (cut.tokens, cut.pieces) == ([], ["un", "##ban", "##s"])
-    assert "cuts it into 3 pieces (un ##ban ##s)" in cut.explain()
+    assert "has no senses" in d.find("river").explain()
+    split = d.find("unbans")
+    assert (split.tokens, split.pieces) == ([], ["un", "##ban", "##s"])
+    assert "splits it into 3 tokens (un ##ban ##s)" in split.explain()
     for unknown in ("xyz", "", "  "):
         assert (d.find(unknown).tokens, d.find(unknown).pieces) == ([], [])
-        assert "unknown to this tokenizer" in d.find(unknown).explain()
+        assert "unknown to the tokenizer" in d.find(unknown).explain()
     assert d.find("[UNK]").tokens == [(0, "[UNK]", 2)]
 
 
@@ -53,7 +51,7 @@ def test_find_in_a_byte_level_vocabulary(tmp_path: Path) -> None:
     d = with_tokenizer(tokenizer, tmp_path, [1] * size)
     assert [t.token for t in d.find("bank").tokens] == ["bank", "Ġbank", "Bank"]
     assert [t.token for t in d.find("Bank").tokens] == ["Bank", "bank", "Ġbank"]
-    assert "Ã©" in [t.token for t in d.find("é").tokens]  # a byte-level vocabulary writes é in two signs
+    assert "Ã©" in [t.token for t in d.find("é").tokens]  # a byte-level vocabulary writes é as two characters
     assert d.find("riv").pieces == ["r", "i", "v"]
 
 
@@ -64,16 +62,8 @@ def test_find_in_a_sentence_piece_vocabulary(tmp_path: Path) -> None:
     assert d.find("xyz").pieces == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', '{"vocab": {}}', "\udcff"])
-def test_a_damaged_tokenizer_is_named(tmp_path: Path, text: str) -> None:
-    d = with_tokenizer(word_piece(), tmp_path, [1] * 8)
-    DictionaryFiles(tmp_path).tokenizer.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(DictionaryError, match=r"tokenizer.json is not a tokenizer"):
-        d.find("bank")
-
-
-@pytest.mark.parametrize("dropped", ["truncation", "version"])  # the second changes what the file says
-def test_the_same_tokenizer_in_other_words_is_taken(tmp_path: Path, dropped: str) -> None:
+@pytest.mark.parametrize("dropped", ["truncation", "version"])  # neither changes the tokenizer
+def test_the_same_tokenizer_serialized_differently_is_accepted(tmp_path: Path, dropped: str) -> None:
     d = with_tokenizer(word_piece(), tmp_path, [1] * 8)
     path = DictionaryFiles(tmp_path).tokenizer
     definition = json.loads(path.read_text())
@@ -82,7 +72,7 @@ def test_the_same_tokenizer_in_other_words_is_taken(tmp_path: Path, dropped: str
     assert d.find("bank").tokens == [(2, "bank", 1), (7, "Bank", 1)]
 
 
-def test_exemplars_travel_with_the_dictionary_and_are_renumbered_by_merge(tmp_path: Path) -> None:
+def test_exemplars_are_saved_and_renumbered_by_merge(tmp_path: Path) -> None:
     for name, rows in (("a", [(0, 0, 0), (2, 1, 0), (2, 1, 1)]), ("b", [(2, 0, 0)])):
         (tmp_path / name).mkdir()
         pq.write_table(exemplars(rows), tmp_path / name / "exemplars.parquet")
@@ -98,21 +88,5 @@ def test_exemplars_travel_with_the_dictionary_and_are_renumbered_by_merge(tmp_pa
     assert again.exemplars(2) == merged.exemplars(2)
     again.save(tmp_path / "d")
     assert SenseDictionary.load(tmp_path / "d").exemplars(0) == a.exemplars(0)
-    make([1]).save(tmp_path / "d")  # without exemplars: those of the older one must go
+    make([1]).save(tmp_path / "d")  # has no exemplars: removes those of the older one
     assert SenseDictionary.load(tmp_path / "d").exemplars(0) == []
-
-
-def test_foreign_exemplars_are_refused(tmp_path: Path) -> None:
-    d = make([1])
-    d.save(tmp_path)
-    path = tmp_path / "exemplars.parquet"
-    path.write_bytes(b"PAR1 not really PAR1")
-    with pytest.raises(DictionaryError, match="cannot be read"):
-        SenseDictionary.load(tmp_path).exemplars(0)
-    pq.write_table(pa.table({"token": [0]}), path)
-    with pytest.raises(DictionaryError, match="does not have the columns"):
-        SenseDictionary.load(tmp_path).exemplars(0)
-    path.rename(tmp_path.parent / "elsewhere.parquet")
-    path.symlink_to(tmp_path.parent / "elsewhere.parquet")
-    with pytest.raises(DictionaryError, match="outside the dictionary"):
-        SenseDictionary.load(tmp_path).exemplars(0)

@@ -1,4 +1,4 @@
-"""Losses against a loop over single tokens in float64, against numbers known by hand, and under cut batches."""
+"""Losses compared with a per-token loop in float64, with values known by hand, and across batch slicings."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from msense import sense_losses as sense_losses_module
 from msense.config import NO_SENSE
-from msense.dictionary import assignment
+from msense.dictionary import SenseDictionary, assignment
 from msense.dictionary.assignment import RaggedSenses
 from msense.errors import BadInput
 from msense.losses import (
@@ -33,17 +33,16 @@ from msense.student.config import StaticSizes
 
 METRICS = ("l2", "dot", "cosine")
 TWO = RaggedSenses(np.array([0, 2, 2]), (torch.tensor([[0.0, 0], [2, 0]]),))  # token 0 has two senses, token 1 none
-
 MIXES = {
     "both": Mix(sense=1, pooled=50),
-    "bare": Mix(sense=1, metric="dot", temperature=None),
+    "raw scores": Mix(sense=1, metric="dot", temperature=None),
     "replaced": Mix(replaced=1),
     "hidden": Mix(mse=1, cosine=1),
     "every": Mix(sense=1, pooled=50, replaced=2, mse=3, cosine=4),
 }
 
 
-def sense_cross_entropy(x: torch.Tensor, ids: np.ndarray, labels: SenseLabels, *space: object) -> LossSum:
+def cross_entropy(x: torch.Tensor, ids: np.ndarray, labels: SenseLabels, *space: object) -> LossSum:
     return sense_losses(x, ids, labels, SenseSpace(*space), replaced=False)[0]
 
 
@@ -55,18 +54,9 @@ def draw(seed: int, tokens: int, count: int, most: int) -> tuple[np.ndarray, np.
     rng = np.random.default_rng(seed)
     sizes = rng.integers(0, most + 1, tokens)
     dim = int(rng.integers(1, 6))
-    senses = RaggedSenses(
-        np.concatenate([[0], np.cumsum(sizes)]), (torch.from_numpy(rng.normal(size=(sizes.sum(), dim))),)
-    )
+    points = torch.from_numpy(rng.normal(size=(sizes.sum(), dim)))
+    senses = RaggedSenses(np.concatenate([[0], np.cumsum(sizes)]), (points,))
     return rng.integers(0, tokens, count), rng.normal(size=(count, dim)), senses
-
-
-def loop_logits(x: np.ndarray, own: np.ndarray, metric: str, scale: float) -> np.ndarray:
-    if metric == "l2":
-        return -((x - own) ** 2).sum(1) / scale
-    if metric == "cosine":
-        own, x = own / np.linalg.norm(own, axis=1, keepdims=True), x / np.linalg.norm(x)
-    return own @ x / scale
 
 
 def draw_labels(seed: int, ids: np.ndarray, offsets: np.ndarray, soft: int) -> SenseLabels:
@@ -80,6 +70,14 @@ def draw_labels(seed: int, ids: np.ndarray, offsets: np.ndarray, soft: int) -> S
     return SenseLabels(numbers.astype(np.uint16), rng.random(numbers.shape))
 
 
+def loop_logits(x: np.ndarray, own: np.ndarray, metric: str, scale: float) -> np.ndarray:
+    if metric == "l2":
+        return -((x - own) ** 2).sum(1) / scale
+    if metric == "cosine":
+        own, x = own / np.linalg.norm(own, axis=1, keepdims=True), x / np.linalg.norm(x)
+    return own @ x / scale
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     case=st.tuples(st.integers(0, 2**32), st.integers(1, 8), st.integers(0, 40), st.integers(0, 7)),
@@ -88,7 +86,7 @@ def draw_labels(seed: int, ids: np.ndarray, offsets: np.ndarray, soft: int) -> S
     scale=st.sampled_from([0.5, 3.0]),
     elements=st.sampled_from([1, 30, 1 << 18]),
 )
-def test_cross_entropy_and_replacement_are_those_of_a_loop(
+def test_cross_entropy_and_replacement_equal_a_loop(
     case: tuple, metric: str, soft: int, scale: float, elements: int
 ) -> None:
     ids, x, senses = draw(*case)
@@ -110,7 +108,7 @@ def test_cross_entropy_and_replacement_are_those_of_a_loop(
     given_x = torch.from_numpy(x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(assignment.BATCH_ELEMENTS, "cpu", elements)
-        got = sense_cross_entropy(given_x, ids, labels, senses, metric, scale)
+        got = cross_entropy(given_x, ids, labels, senses, metric, scale)
         soft_got = soft_replace(given_x, ids, senses, metric, scale)
     assert got.count == count
     assert got.total.item() == pytest.approx(want, abs=1e-9)
@@ -120,51 +118,49 @@ def test_cross_entropy_and_replacement_are_those_of_a_loop(
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("held", [0, 1 << 24])
-def test_one_look_gives_what_two_give(metric: str, kept: bool, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_losses_in_one_call_equal_two_calls(
+    metric: str, kept: bool, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sense_losses_module, "HELD_NUMBERS", held)
     ids, x, senses = draw(7, 5, 40, 4)
     labels = draw_labels(1, ids, senses.offsets, 2)
     wanted = torch.from_numpy(np.random.default_rng(0).normal(size=x.shape)).float()
-    found = []
-    for together in (False, True):
+    results = []
+    for one_call in (False, True):
         given_x = torch.from_numpy(x).float().requires_grad_()
         space = SenseSpace(senses, metric, 0.7, kept=kept)
-        loss, means = sense_losses(given_x, ids, labels, space, replaced=together)
-        if means is None:
-            means = sense_losses(given_x, ids, None, SenseSpace(senses, metric, 0.7), replaced=True)[1]
+        loss, means = sense_losses(given_x, ids, labels, space, replaced=one_call)
+        means = soft_replace(given_x, ids, senses, metric, 0.7) if means is None else means
         (3 * loss.total + (means * wanted).sum()).backward()
-        found.append((loss.total, means, given_x.grad))
-    for one, two in zip(*found, strict=True):
+        results.append((loss.total, means, given_x.grad))
+    for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("soft", [0, 2])
-def test_gradients_are_those_of_finite_differences(metric: str, soft: int) -> None:
+def test_gradients_equal_finite_differences(metric: str, soft: int) -> None:
     ids, x, senses = draw(5, 4, 9, 4)
     labels = draw_labels(1, ids, senses.offsets, soft)
     given_x = torch.from_numpy(x).requires_grad_()
-    assert torch.autograd.gradcheck(lambda e: sense_cross_entropy(e, ids, labels, senses, metric, 0.7).total, given_x)
+    assert torch.autograd.gradcheck(lambda e: cross_entropy(e, ids, labels, senses, metric, 0.7).total, given_x)
     assert torch.autograd.gradcheck(lambda e: soft_replace(e, ids, senses, metric, 0.7), given_x)
 
 
-def test_cross_entropy_known_by_hand() -> None:
+def test_losses_known_by_hand() -> None:
     x = torch.tensor([[0.5, 3.0], [9, 9], [0.5, 3.0]], requires_grad=True)
-    labels = SenseLabels(np.array([0, NO_SENSE, NO_SENSE], np.uint16))
-    loss = sense_cross_entropy(x, np.array([0, 1, 0]), labels, TWO, "l2", 2.0)
+    ids, labels = np.array([0, 1, 0]), SenseLabels(np.array([0, NO_SENSE, NO_SENSE], np.uint16))
+    loss = cross_entropy(x, ids, labels, TWO, "l2", 2.0)
     assert loss.count == 1
     # squared distances 9.25 and 11.25: logits differ by 1
     assert loss.total.item() == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-6)
     loss.total.backward()
     chance = 1 / (1 + math.e)  # of the wrong sense, which is 2 away along the first axis
-    assert x.grad is not None
     assert x.grad.flatten().tolist() == pytest.approx([2 * chance, 0, 0, 0, 0, 0], rel=1e-6)
-    dot = sense_cross_entropy(x, np.array([0, 1, 0]), labels, TWO, "dot", 1.0)  # products 0 and 1
+    dot = cross_entropy(x, ids, labels, TWO, "dot", 1.0)  # products 0 and 1
     assert dot.total.item() == pytest.approx(math.log(1 + math.e), rel=1e-6)
-    assert sense_cross_entropy(x, np.array([0, 1, 0]), SenseLabels(np.full(3, NO_SENSE)), TWO, "l2", 1.0).count == 0
+    assert cross_entropy(x, ids, SenseLabels(np.full(3, NO_SENSE)), TWO, "l2", 1.0).count == 0
 
-
-def test_replacement_and_other_losses_known_by_hand() -> None:
     x = torch.tensor([[1.0, 5.0], [9, 9]], dtype=torch.bfloat16)
     assert soft_replace(x, np.array([0, 1]), TWO, "l2", 0.1).tolist() == [[1, 0], [9, 9]]
     assert soft_replace(torch.tensor([[3.0, 5]]), np.zeros(1, int), TWO, "l2", 1e-38).tolist() == [[2, 0]]
@@ -173,20 +169,20 @@ def test_replacement_and_other_losses_known_by_hand() -> None:
     assert mse_loss(one, other).total.item() == pytest.approx(1 + 1)
 
 
-def test_accuracy_and_what_the_frequent_sense_gives() -> None:
+def test_accuracy_and_its_most_frequent_sense_baseline() -> None:
     d = make([2, 0, 3], dim=2, dtype="float32")
     d.counts[:] = [3, 3, 1, 5, 5]
     d.centroids[:] = torch.tensor([[0.0, 0], [2, 0], [0, 0], [0, 1], [0, 9]])
     ids, labels = np.array([0, 0, 1, 2, 2]), np.array([0, 1, NO_SENSE, 1, 2], np.uint16)
     x = torch.tensor([[0.0, 1], [0, 1], [7, 7], [0, 0], [0, 7]])
-    found = sense_accuracy(x, ids, labels, d)
-    assert (found.total.item(), found.count) == (2, 4)
-    found = frequent_sense_accuracy(ids, labels, d)  # senses 0 of token 0 and 1 of token 2: ties go to the lowest
-    assert (found.total.item(), found.count) == (2, 4)
+    accuracy, baseline = sense_accuracy(x, ids, labels, d), frequent_sense_accuracy(ids, labels, d)
+    assert (accuracy.total.item(), accuracy.count) == (2, 4)
+    # the most frequent senses are 0 of token 0 and 1 of token 2: ties go to the lowest number
+    assert (baseline.total.item(), baseline.count) == (2, 4)
 
 
 class Largest(TorchDispatchMode):
-    """Notes how many numbers the largest tensor has that any operation makes."""
+    """Records the number of elements of the largest tensor that any operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +198,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("metric", METRICS)
 def test_no_tensor_is_larger_than_the_embeddings_or_a_batch(metric: str) -> None:
     rng = np.random.default_rng(0)
-    tokens, k, dim, count = 300, 50, 64, 3000  # [N, K, D] would be 9.6 million numbers
+    tokens, k, dim, count = 200, 50, 64, 1500  # [N, K, D] would be 4.8 million numbers
     senses = RaggedSenses(np.arange(tokens + 1) * k, (torch.from_numpy(rng.normal(size=(tokens * k, dim))).float(),))
     ids = rng.integers(0, tokens, count)
     x = torch.from_numpy(rng.normal(size=(count, dim))).float().requires_grad_()
@@ -210,34 +206,33 @@ def test_no_tensor_is_larger_than_the_embeddings_or_a_batch(metric: str) -> None
     with Largest() as seen, pytest.MonkeyPatch.context() as patch:
         patch.setitem(assignment.BATCH_ELEMENTS, "cpu", 1 << 16)
         patch.setattr(sense_losses_module, "HELD_NUMBERS", 1 << 18)
-        loss = sense_cross_entropy(x, ids, labels, senses, metric, 1.0).total
-        assert loss.grad_fn is not None
+        loss = cross_entropy(x, ids, labels, senses, metric, 1.0).total
         held = [ready.numel() for *_, ready in loss.grad_fn.kept if ready is not None]
         assert 0 < sum(held) <= 1 << 18
         (loss + soft_replace(x, ids, senses, metric, 1.0).sum()).backward()
     assert seen.numel <= max(count * dim, 1 << 16)
 
 
-def test_labels_that_do_not_fit_are_refused() -> None:
-    x, ids = torch.zeros(2, 2), np.array([0, 1])
-    with pytest.raises(
-        BadInput, match=r"token 0 has 2 senses, but is labelled \[2\]: these labels are of another dict"
-    ):
-        sense_cross_entropy(x, ids, SenseLabels(np.array([2, NO_SENSE])), TWO, "l2", 1.0)
-    with pytest.raises(BadInput, match="token 1 has 0 senses"):
-        sense_cross_entropy(x, ids, SenseLabels(np.array([0, 0])), TWO, "l2", 1.0)
-    with pytest.raises(BadInput, match="2 tokens came with sense numbers"):
-        sense_cross_entropy(x, ids, SenseLabels(np.array([0])), TWO, "l2", 1.0)
-    with pytest.raises(BadInput, match="negative, infinite or NaN"):
-        sense_cross_entropy(x, ids, SenseLabels(np.array([0, NO_SENSE]), np.array([[-1.0], [1]])), TWO, "l2", 1.0)
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (SenseLabels(np.array([2, NO_SENSE])), r"token 0 is labelled \[2\], but has 2 senses: .* another dictionary"),
+        (SenseLabels(np.array([0, 0])), "token 1 is labelled .* has 0 senses"),
+        (SenseLabels(np.array([0])), "do not match 2 tokens"),
+        (SenseLabels(np.array([0, NO_SENSE]), np.array([[-1.0], [1]])), "negative, infinite or NaN"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels: SenseLabels, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        cross_entropy(torch.zeros(2, 2), np.array([0, 1]), labels, TWO, "l2", 1.0)
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_missing_labels_are_refused(mix: Mix) -> None:
     d, mask = make([2, 2]), torch.ones(1, 2, dtype=torch.bool)
-    batch = Labelled(torch.zeros(1, 2, dtype=torch.int64), mask)
-    for name, mix in MIXES.items():
-        with pytest.raises(BadInput, match="the labels hold no"):
-            loss_sums(
-                mix, static(d.dim)(batch.ids, mask), batch, mix.space(d), sentence=lambda hidden, mask: hidden.sum(1)
-            )
-        assert mix.weights(), name
+    batch, student = Labelled(torch.zeros(1, 2, dtype=torch.int64), mask), static(d.dim)
+    with pytest.raises(BadInput, match="the labels hold no"):
+        loss_sums(mix, student(batch.ids, mask), batch, mix.space(d), student.sentence)
 
 
 def static(dim: int, vocab: int = 6) -> Student:
@@ -256,58 +251,46 @@ def static(dim: int, vocab: int = 6) -> Student:
     return student.double()
 
 
-def passages(d: object, seed: int = 0) -> list[Labelled]:
-    """Eight passages of one batch each, of different lengths."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for i in range(8):
-        length = 1 + i
-        ids = rng.integers(0, d.vocab_size, length)
-        sizes = np.diff(d.offsets)[ids]
-        numbers = np.where((sizes > 0) & (rng.random(length) < 0.8), rng.integers(0, np.maximum(sizes, 1)), NO_SENSE)
-        vectors = torch.from_numpy(rng.normal(size=(length + 1, d.dim)))
-        mask = torch.ones(1, length, dtype=torch.bool)
-        labels = SenseLabels(numbers.astype(np.uint16))
-        found.append(Labelled(torch.from_numpy(ids)[None], mask, labels, vectors[:1], vectors[1:]))
-    return found
+def passages(d: SenseDictionary, rows: slice, left: int = 0) -> Labelled:
+    """Return some of eight passages of 1 to 8 tokens as a batch, also padded on the left."""
+    rng, mask = np.random.default_rng(0), np.tri(8, dtype=bool)
+    ids = rng.integers(0, d.vocab_size, mask.shape)
+    sizes = np.diff(d.offsets)[ids]
+    labelled = mask & (sizes > 0) & (rng.random(mask.shape) < 0.8)
+    numbers = np.where(labelled, rng.integers(0, np.maximum(sizes, 1)), NO_SENSE).astype(np.uint16)
+    sentences, hidden = (torch.from_numpy(rng.normal(size=(*shape, d.dim))) for shape in ((8,), (8, 8)))
 
+    def padded(values: np.ndarray, padding: int) -> np.ndarray:
+        return np.pad(values[rows], ((0, 0), (left, 0)), constant_values=padding)
 
-def together(parts: list[Labelled], side: str = "right") -> Labelled:
-    longest = max(part.ids.shape[1] for part in parts)
-    ids, mask = torch.zeros(len(parts), longest, dtype=torch.int64), torch.zeros(len(parts), longest, dtype=torch.bool)
-    numbers = np.full(ids.shape, NO_SENSE, np.uint16)
-    for i, part in enumerate(parts):
-        length = part.ids.shape[1]
-        where = slice(0, length) if side == "right" else slice(longest - length, longest)
-        ids[i, where], mask[i, where], numbers[i, where] = part.ids[0], True, part.senses.numbers
-    sentences, hidden = (torch.cat([getattr(p, name) for p in parts]) for name in ("sentences", "hidden"))
-    return Labelled(ids, mask, SenseLabels(numbers.ravel()), sentences, hidden)
+    tensors = torch.from_numpy(padded(ids, 0)), torch.from_numpy(padded(mask, False))
+    senses = SenseLabels(padded(numbers, NO_SENSE).ravel())
+    return Labelled(*tensors, senses, sentences[rows], hidden[rows][torch.from_numpy(mask[rows])])
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-def test_one_batch_of_eight_is_two_of_four_and_two_workers(mix: Mix) -> None:
+def test_one_batch_of_eight_equals_two_of_four_and_two_workers(mix: Mix) -> None:
     d = make([3, 0, 2, 5, 1, 4], dim=3, dtype="float32")
-    eight = passages(d)
 
-    def sums(student: Student, parts: list[Labelled], side: str = "right") -> dict[str, LossSum]:
-        batch = together(parts, side)
+    def sums(student: Student, *part: object) -> dict[str, LossSum]:
+        batch = passages(d, *part)
         return loss_sums(mix, student(batch.ids, batch.mask), batch, mix.space(d), student.sentence)
 
     def stepped(student: Student) -> list[torch.Tensor]:
-        """One step of plain SGD: Adam would hide a wrong factor."""
+        """Take one step of plain SGD: Adam would hide a wrong factor."""
         torch.optim.SGD(student.parameters(), lr=0.1).step()
         return [p.detach().clone() for p in student.parameters()]
 
     whole = static(3)
-    found = sums(whole, eight)
-    weighted(mix, found, {name: loss.count for name, loss in found.items()}).backward()
+    losses = sums(whole, slice(0, 8))
+    weighted(mix, losses, {name: loss.count for name, loss in losses.items()}).backward()
     want = stepped(whole)
 
-    halves = eight[:4], eight[4:]
+    halves = slice(0, 4), slice(4, 8)
     accumulated = static(3)
-    parts = [sums(accumulated, half, side) for half, side in zip(halves, ("right", "left"), strict=True)]
+    parts = [sums(accumulated, half, left) for half, left in zip(halves, (0, 3), strict=True)]
     counts = {name: parts[0][name].count + parts[1][name].count for name in parts[0]}
-    assert counts == {name: loss.count for name, loss in found.items()}
+    assert counts == {name: loss.count for name, loss in losses.items()}
     for part in parts:
         weighted(mix, part, counts).backward()
     workers = [static(3), static(3)]
@@ -322,29 +305,19 @@ def test_one_batch_of_eight_is_two_of_four_and_two_workers(mix: Mix) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(want, static(3).parameters(), strict=True))
 
 
-def test_a_few_steps_pick_the_senses_of_their_contexts() -> None:
+def test_a_few_steps_learn_senses_from_context() -> None:
     d = make([2, 1, 1], dim=2, dtype="float32", temperature_unit=1.0)
     d.centroids[:] = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]])
-    student = static(2, vocab=3).float()
-    batch = Labelled(
-        torch.tensor([[1, 0], [2, 0]]),
-        torch.ones(2, 2, dtype=torch.bool),
-        SenseLabels(np.array([0, 0, 0, 1], np.uint16)),
-        torch.tensor([[1.0, 0.5], [-1, -0.5]]),
-    )
+    student, mix = static(2, vocab=3).float(), MIXES["both"]
+    mask, labels = torch.ones(2, 2, dtype=torch.bool), SenseLabels(np.array([0, 0, 0, 1], np.uint16))
+    batch = Labelled(torch.tensor([[1, 0], [2, 0]]), mask, labels, torch.tensor([[1.0, 0.5], [-1, -0.5]]))
     optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
     for _ in range(60):
         optimizer.zero_grad()
-        found = loss_sums(
-            MIXES["both"], student(batch.ids, batch.mask), batch, MIXES["both"].space(d), student.sentence
-        )
-        loss = weighted(MIXES["both"], found, {name: part.count for name, part in found.items()})
-        loss.backward()
+        losses = loss_sums(mix, student(batch.ids, mask), batch, mix.space(d), student.sentence)
+        weighted(mix, losses, {name: part.count for name, part in losses.items()}).backward()
         optimizer.step()
-    output = student(batch.ids, batch.mask)
-    flat, labels = batch.ids.flatten().numpy(), batch.senses
-    assert labels is not None
+    output, flat = student(batch.ids, mask), batch.ids.flatten().numpy()
     assert sense_accuracy(output.senses.flatten(0, 1), flat, labels.numbers, d).total.item() == 4
     assert frequent_sense_accuracy(flat, labels.numbers, d).total.item() == 3
-    vectors = pool(output.hidden, batch.mask, "mean", normalize=False)
-    assert cosine_loss(vectors, batch.sentences).total.item() < 0.01
+    assert cosine_loss(pool(output.hidden, mask, "mean", normalize=False), batch.sentences).total.item() < 0.01

@@ -1,4 +1,4 @@
-"""Builds of many blocks, units and shards, in this process: the same bytes however cut, and after a stop at any step."""
+"""Builds of many blocks, partitions and shards in this process: the same bytes for any split, and after any interruption."""
 
 import shutil
 from collections.abc import Callable
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.usefixtures("in_process")
 MakeTeacher = Callable[..., Path]
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
-    folder = tmp_path / "corpus"
+    folder = tmp_path_factory.mktemp("files") / "corpus"
     folder.mkdir()
     chances = np.array([12, 6] + [1] * 13) / 31
     for name in "ab":
@@ -35,38 +35,40 @@ def build(output: Path, **settings: object) -> dict:
     return build_dictionary(BuildConfig(output=str(output), dtype="float32", senses=4, **settings))
 
 
+def names(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
 def artefact(output: Path) -> dict[str, bytes]:
     folder = output / "dictionary"
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: (folder / name).read_bytes() for name in names(folder)}
+
+
+@pytest.fixture
+def inputs(corpus: Path, make_teacher: MakeTeacher) -> dict:
+    return {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"max_occurrences": 6000},
-        {"max_occurrences": 1500, "metric": "cosine"},
+        {"max_occurrences": 1500, "metric": "cosine", "coverage": 0.6},
         {"max_occurrences": 0, "stride": 3, "max_length": 16},
         {"max_occurrences": 1500, "metric": "dot", "store_dtype": "bfloat16", "dedup": True},
-        {"max_occurrences": 1500, "coverage": 0.6},
     ],
-    ids=["l2", "cosine", "all-stride", "dot-bf16-dedup", "coverage"],
+    ids=["l2", "cosine-coverage", "all-stride", "dot-bf16-dedup"],
 )
-def test_parts_or_no_parts_same_bytes_and_true_contexts(
-    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, settings: dict
+def test_chunks_give_the_same_bytes_and_true_contexts(
+    tmp_path: Path, corpus: Path, inputs: dict, settings: dict
 ) -> None:
-    given = {
-        "corpus": (str(corpus),),
-        "teacher": str(make_teacher("bert")),
-        "keep": ("occurrences", "centroids"),
-        **settings,
-    }
+    given = {**inputs, "keep": ("occurrences", "centroids"), **settings}
     build(tmp_path / "whole", **given)
     build(tmp_path / "parts", max_points_per_part=1024, workers=3, **given)
     assert len(list((tmp_path / "whole" / "occurrences").glob("*.records"))) > 2
     assert len(list((tmp_path / "whole" / "centroids").glob("0*.safetensors"))) > 2
-    cut = list((tmp_path / "parts" / "centroids").glob("token-*.safetensors"))
     assert not list((tmp_path / "whole" / "centroids").glob("token-*.safetensors"))
-    assert cut
+    assert list((tmp_path / "parts" / "centroids").glob("token-*.safetensors"))
     assert artefact(tmp_path / "whole") == artefact(tmp_path / "parts")
     dictionary = SenseDictionary.load(tmp_path / "whole")
     names = {token.token_id: word for word in WORDS for token in dictionary.find(word).tokens}
@@ -86,19 +88,18 @@ def test_counts_are_those_of_the_corpus(tmp_path: Path, corpus: Path, make_teach
     for word in WORDS:
         token = dictionary.find(word).tokens[0].token_id
         assert dictionary.token_counts[token] == words.count(word)
-        assert dictionary.senses(token).counts.tolist() == [words.count(word)]  # one embedding, hence one sense
+        assert dictionary.senses(token).counts.tolist() == [words.count(word)]  # one embedding, so one sense
 
 
 class StoppedError(BaseException):
-    """The process ends here."""
+    """Simulates the end of the process."""
 
 
 @pytest.mark.slow
-def test_a_stop_at_any_write_and_the_same_command_again(
-    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch
+def test_the_same_command_resumes_after_a_stop_at_any_write(
+    tmp_path: Path, inputs: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
-    settings |= {"max_occurrences": 6000, "max_points_per_part": 1024, "dedup": True}
+    settings = inputs | {"max_occurrences": 6000, "max_points_per_part": 1024, "dedup": True}
     settings |= {"keep": ("passages", "occurrences", "centroids")}
     step = {"now": 0, "stop": -1}
 
@@ -114,7 +115,7 @@ def test_a_stop_at_any_write_and_the_same_command_again(
     monkeypatch.setattr(storage, "_place", counted(storage._place))
     monkeypatch.setattr(storage, "remove", counted(storage.remove))
     build(tmp_path / "whole", **settings)
-    files = {str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file()}
+    files = names(tmp_path / "whole")
     steps = step["now"]
     assert steps > 60
     for stop in range(1, steps + 1):
@@ -124,51 +125,46 @@ def test_a_stop_at_any_write_and_the_same_command_again(
         step.update(stop=-1)
         build(tmp_path / "cut", **settings)
         assert artefact(tmp_path / "cut") == artefact(tmp_path / "whole"), stop
-        left = {str(p.relative_to(tmp_path / "cut")) for p in (tmp_path / "cut").rglob("*") if p.is_file()}
-        assert left == files, stop
+        assert names(tmp_path / "cut") == files, stop
         shutil.rmtree(tmp_path / "cut")
 
 
-def test_large_text_files_are_cut_into_pieces(
-    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch
+def test_input_splits_of_large_text_files_do_not_matter(
+    tmp_path: Path, inputs: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
-    build(tmp_path / "whole", **settings)
+    build(tmp_path / "whole", **inputs)
     monkeypatch.setattr("msense.passages.cut_pieces", lambda files: cut_pieces(files, piece_bytes=2000))
-    summary = build(tmp_path / "cut", **settings)
+    summary = build(tmp_path / "cut", **inputs)
     assert len(list((tmp_path / "cut" / "passages").glob("*.parquet"))) > 5
     assert summary["stages"]["passages"]["documents"] == 310
-    for column in ("document_id", "index", "key", "input_ids"):
-        whole, cut = (
-            [
-                v
-                for file in sorted((tmp_path / name / "passages").glob("*.parquet"))
-                for v in pq.read_table(file)[column].to_pylist()
-            ]
-            for name in ("whole", "cut")
-        )
-        assert whole == cut
+    columns = ["document_id", "index", "key", "input_ids"]
+    whole, cut = (
+        [row for file in sorted((tmp_path / name / "passages").glob("*.parquet")) for row in rows_of(file, columns)]
+        for name in ("whole", "cut")
+    )
+    assert whole == cut
 
 
-def test_a_finished_run_without_its_dictionary_is_built_again(
-    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
-) -> None:
-    settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
-    build(tmp_path / "run", keep=("passages", "occurrences"), **settings)
+def rows_of(file: Path, columns: list[str]) -> list[dict]:
+    return pq.read_table(file, columns=columns).to_pylist()
+
+
+def test_a_deleted_dictionary_is_regenerated(tmp_path: Path, inputs: dict) -> None:
+    build(tmp_path / "run", keep=("passages", "occurrences"), **inputs)
     before = artefact(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "dictionary")
-    build(tmp_path / "run", keep=("passages",), **settings)
+    build(tmp_path / "run", keep=("passages",), **inputs)
     assert artefact(tmp_path / "run") == before
     assert not (tmp_path / "run" / "occurrences").exists()
 
 
 @pytest.mark.parametrize("senses", ["auto", "mcl"])
-def test_a_run_folder_on_an_object_store_gives_the_same_bytes_and_goes_on(
-    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, senses: str
+def test_a_run_folder_on_an_object_store_gives_the_same_bytes_and_resumes(
+    tmp_path: Path, inputs: dict, senses: str
 ) -> None:
-    """On fsspec's store in memory, which has neither renames nor locks that we could use."""
-    given = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert")), "dtype": "float32", "senses": senses}
-    given |= {"max_occurrences": 6000, "max_points_per_part": 1024, "keep": ("passages", "occurrences", "centroids")}
+    """On fsspec's in-memory store, which has neither renames nor usable locks."""
+    given = inputs | {"dtype": "float32", "senses": senses}
+    given |= {"max_occurrences": 1500, "max_points_per_part": 1024, "keep": ("passages", "occurrences", "centroids")}
     build_dictionary(BuildConfig(output=str(tmp_path / "here"), **given))
     root = f"memory://{tmp_path.name}/there"
     fs, path = stores.filesystem(root)
@@ -191,23 +187,19 @@ def test_a_run_folder_on_an_object_store_gives_the_same_bytes_and_goes_on(
     fs.rm(path, recursive=True)
 
 
-def test_bad_documents_stop_a_strict_run_even_when_found_before(
-    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
-) -> None:
-    settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
-    build(tmp_path / "run", dry_run=True, **settings)
+def test_bad_documents_stop_a_strict_run_also_when_listed_earlier(tmp_path: Path, inputs: dict) -> None:
+    build(tmp_path / "run", dry_run=True, **inputs)
     listed = (tmp_path / "run" / "bad_documents.jsonl").read_text().splitlines()
     assert len(listed) == 2
     assert '"a.txt:155"' in listed[0]
     with pytest.raises(BadInput, match=r"bad documents \(2 empty\)"):
-        build(tmp_path / "run", on_bad_document="fail", **settings)
+        build(tmp_path / "run", on_bad_document="fail", **inputs)
     with pytest.raises(BadInput, match=r"bad document a\.txt:155: empty"):
-        build(tmp_path / "strict", on_bad_document="fail", **settings)
+        build(tmp_path / "strict", on_bad_document="fail", **inputs)
 
 
 def test_a_corpus_of_excluded_tokens_only_is_refused(tmp_path: Path, make_teacher: MakeTeacher) -> None:
     (tmp_path / "x.txt").write_text("[PAD]\n")
+    teacher = str(make_teacher("bert", pooling="cls_token"))
     with pytest.raises(BadInput, match="no token of this corpus may have senses"):
-        build(
-            tmp_path / "run", corpus=(str(tmp_path / "x.txt"),), teacher=str(make_teacher("bert", pooling="cls_token"))
-        )
+        build(tmp_path / "run", corpus=(str(tmp_path / "x.txt"),), teacher=teacher)

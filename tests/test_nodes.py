@@ -1,4 +1,4 @@
-"""Clusters of several nodes on one machine: nodes that are lost in every stage, and nodes that come while a job runs."""
+"""Clusters of several nodes on one machine: nodes lost in every stage, and nodes that join while a job runs."""
 
 import json
 import os
@@ -20,17 +20,16 @@ from test_kills import Runs
 
 from msense import storage
 from msense.finetune import DONE
-from msense.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
-LIMIT = 420.0  # seconds of a driver
+LIMIT = 420.0  # seconds per driver
 STAGES = ("passages", "plan", "occurrences", "senses", "clustering", "large tokens", "exemplars", "dictionary")
-NOT_REPLACED = "occurrences"  # the work goes on with the rest
-STEP = 12  # of the training, at which a node is lost
+NOT_REPLACED = "occurrences"  # this stage continues on the remaining node
+STEP = 12  # training step at which a node is lost
 
 
 def patiently(start: Callable[[], Any]) -> Any:  # noqa: ANN401 - a node of Ray's
-    """Start a node; on a busy machine that may take longer than the 30 seconds that Ray gives it."""
+    """Start a node, retrying after Ray's start-up timeout of 30 seconds."""
     for tries_left in (2, 1, 0):
         try:
             return start()
@@ -41,25 +40,18 @@ def patiently(start: Callable[[], Any]) -> Any:  # noqa: ANN401 - a node of Ray'
 
 
 class Machines:
-    """A head without CPUs, and workers of one CPU each, that come and go."""
+    """A head without CPUs and workers of one CPU each."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        quiet = {"include_dashboard": False, "object_store_memory": 200 << 20}
-        quiet |= {
-            "_system_config": {"health_check_period_ms": 1000}
-        }  # else it takes 15 s to notice that a node is gone
-        self.temporary = tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets lie in it
-        quiet |= {"temp_dir": self.temporary}
+        self.temporary = tempfile.mkdtemp(dir="/tmp")  # Ray's sockets need short paths
+        quiet = {"include_dashboard": False, "object_store_memory": 200 << 20, "temp_dir": self.temporary}
+        quiet |= {"_system_config": {"health_check_period_ms": 1000}}  # notice a lost node sooner than after 15 s
         self.cluster = Cluster()
         patiently(lambda: self.cluster.add_node(num_cpus=0, **quiet))
         self.workers: dict[str, Any] = {}
         self.lost = 0
-
-    @property
-    def address(self) -> str:
-        return self.cluster.address
 
     def add(self, count: int = 1) -> None:
         """Start workers."""
@@ -76,10 +68,11 @@ class Machines:
         """Start a driver on the head."""
         given = (change, arguments) if change else None
         auth = os.environ["RAY_AUTH_MODE"]  # the cluster's
-        return driver.start_process(driver.drive_on_nodes, settings, auth, str(log), given, address=self.address)
+        address = self.cluster.address
+        return driver.start_process(driver.drive_on_nodes, settings, auth, str(log), given, address=address)
 
-    def lose_as_told(self, process: BaseProcess, flags: Path) -> None:
-        """Lose each node that a file of `flags` names, in place of which another comes; wait for the driver's end."""
+    def lose_flagged(self, process: BaseProcess, flags: Path) -> None:
+        """Kill, and replace, each node that a file in `flags` names, until the driver ends."""
         seen: set[Path] = set()
         until = time.monotonic() + LIMIT
         while process.is_alive() and time.monotonic() < until:
@@ -90,19 +83,15 @@ class Machines:
                     if flag.name != NOT_REPLACED:
                         self.add(3 - len(self.workers))
                     self.lose(node)
-        process.kill()
-        process.join()
-        assert process.exitcode == 0
+        finish(process)
 
 
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Machines]]:
-    """Make clusters; they ask for the token of this user, unless this process has already imported a Ray that does not."""
+    """Start clusters, with token authentication unless this process has already imported Ray without."""
     usual = "disabled" if "ray" in sys.modules else "token"
     monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", usual))
-    monkeypatch.setenv(
-        "PYTHONPATH", str(Path(__file__).parent)
-    )  # what drivers change stands in modules beside this one
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import the patches of `driver`
     subprocess.run([str(BIN / "ray"), "get-auth-token", "--generate"], capture_output=True, check=True)
     made: list[Machines] = []
 
@@ -123,7 +112,7 @@ def runs(tmp_path: Path, teacher: Path) -> Runs:
 
 
 def finish(process: BaseProcess) -> None:
-    """Wait for a driver."""
+    """Wait for a driver to succeed."""
     process.join(LIMIT)
     process.kill()
     process.join()
@@ -135,7 +124,7 @@ def labels_of(run: Path) -> dict[str, bytes]:
 
 
 def undisturbed(machines: Callable[[int], Machines], runs: Runs) -> tuple[Machines, Path]:
-    """Build on a head and two workers; return them, and a folder for the flags of what comes next."""
+    """Build on a head and two workers; return them and a folder for flags."""
     three, flags = machines(2), runs.folder / "flags"
     flags.mkdir()
     finish(three.drive(runs.settings("whole"), runs.log("whole")))
@@ -145,16 +134,16 @@ def undisturbed(machines: Callable[[int], Machines], runs: Runs) -> tuple[Machin
 def test_a_node_lost_in_each_stage_of_a_build_changes_nothing(
     machines: Callable[[int], Machines], runs: Runs, outcome: Outcome
 ) -> None:
-    """One build in which every stage loses the node of a worker at work."""
+    """Every stage loses a node on which a worker is busy."""
     three, flags = undisturbed(machines, runs)
     disturbed = three.drive(runs.settings("run"), runs.log("run"), driver.lose_a_node_in_each_stage, flags, STEP)
-    three.lose_as_told(disturbed, flags)
+    three.lose_flagged(disturbed, flags)
     assert {flag.name for flag in flags.iterdir()} == set(STAGES)
     assert three.lost == len(STAGES)
     runs.same("run")
     begun = runs.begun("run")
     assert begun.keys() == runs.begun("whole").keys()
-    (only,) = storage.read_json(RunFolder(str(runs.folder / "run")).journal)["drivers"]
+    (only,) = runs.journal("run")
     assert only["outcome"] == "finished"
     for stage in STAGES:
         outcome("node killed", stage, "same run goes on")
@@ -163,13 +152,13 @@ def test_a_node_lost_in_each_stage_of_a_build_changes_nothing(
 def test_a_node_lost_in_each_stage_of_a_distillation_changes_nothing(
     machines: Callable[[int], Machines], runs: Runs, outcome: Outcome
 ) -> None:
-    """Labels, then a training, lose the node of a worker at work."""
+    """Labelling, then training, loses a node on which a worker is busy."""
     three, flags = undisturbed(machines, runs)
     given = {"dictionary": str(runs.folder / "whole"), "teacher": str(runs.teacher), "student": "static", "epochs": 2}
     given |= {"batch_tokens": 512, "dtype": "float32", "checkpoint_steps": 5, "workers": 2, "held_out": 0.2}
     whole, run = ({**given, "output": str(runs.folder / name)} for name in ("whole-student", "student"))
     finish(three.drive(whole, runs.log("whole-student")))
-    three.lose_as_told(three.drive(run, runs.log("student"), driver.lose_a_node_in_each_stage, flags, STEP), flags)
+    three.lose_flagged(three.drive(run, runs.log("student"), driver.lose_a_node_in_each_stage, flags, STEP), flags)
     assert {flag.name for flag in flags.iterdir()} == {"labels", "training"}
     assert labels_of(Path(run["output"])) == labels_of(Path(whole["output"])) != {}
     same_metrics(Path(run["output"]), Path(whole["output"]))
@@ -177,8 +166,8 @@ def test_a_node_lost_in_each_stage_of_a_distillation_changes_nothing(
         outcome("node killed", stage, "same run goes on")
 
 
-def test_a_node_that_comes_while_a_job_runs_is_used(machines: Callable[[int], Machines], runs: Runs) -> None:
-    """The driver finds one worker, and is held at its fourth unit until a second has come."""
+def test_a_node_that_joins_while_a_job_runs_is_used(machines: Callable[[int], Machines], runs: Runs) -> None:
+    """The driver starts with one worker and waits at its fourth partition for a second."""
     growing = machines(1)
     places = runs.folder / "places"
     settings = {name: value for name, value in runs.settings("run").items() if name != "workers"}
@@ -194,13 +183,13 @@ def test_a_node_that_comes_while_a_job_runs_is_used(machines: Callable[[int], Ma
     runs.same("run")
 
 
-def test_nodes_with_addresses_of_their_own_give_what_one_node_gives(runs: Runs) -> None:
-    """All jobs on a head and two workers, each in a network namespace, and by a local Ray of one worker, or two that train."""
+def test_nodes_with_their_own_addresses_give_the_same_bytes_as_one_node(runs: Runs) -> None:
+    """All jobs on a head and two workers, each in a network namespace, and on a local Ray."""
     try:
         spaces = Namespaces(3)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"this user may make no network namespaces ({error})")
-    from test_finetune import toy  # not before a cluster is made: it imports Ray, which then asks for no token
+    from test_finetune import toy  # imports Ray, which must come after the cluster's environment
 
     nodes = Nodes()
     hosts = runs.folder / "hosts"
@@ -217,43 +206,23 @@ def test_nodes_with_addresses_of_their_own_give_what_one_node_gives(runs: Runs) 
     task = toy(runs.folder / "toy")
 
     def commands(name: str, workers: int) -> list[list[str]]:
-        python = [sys.executable, "jobs/build_dict.py", "--corpus", *given["corpus"], "--teacher", given["teacher"]]
-        build = ["--dtype", "float32", "--max-occurrences", "4000", "--keep", "occurrences", "passages"]
-        distill = [sys.executable, "jobs/distill.py", "--dictionary", str(runs.folder / name), "--student", "static"]
-        distill += ["--epochs", "2", "--batch-tokens", "512", "--dtype", "float32", "--held-out", "0.2"]
-        distill += ["--teacher", given["teacher"], "--output", str(runs.folder / f"{name}-student")]
-        jobs = [[*python, *build, "--output", str(runs.folder / name)], distill]
-        models = ["--model", "teacher", "r=replaced:" + str(runs.folder / name), "--teacher", given["teacher"]]
-        evaluate = [
-            sys.executable,
-            "jobs/evaluate.py",
-            *models,
-            "--task",
-            f"toy={task}",
-            "--shots",
-            "2",
-            "--draws",
-            "2",
-        ]
-        jobs += [[*evaluate, "--dtype", "float32", "--no-cost", "--output", str(runs.folder / f"{name}.json")]]
-        finetune = [sys.executable, "jobs/finetune.py", "--task", f"toy={task}", "--teacher", given["teacher"]]
-        finetune += ["--epochs", "2", "--lr", "3e-3", "--train-dtype", "float32", "--workers", "2"]
-        return [
-            *([*job, "--workers", str(workers)] for job in jobs),
-            [*finetune, "--output", str(runs.folder / f"{name}-teacher")],
-        ]
+        run, teacher = runs.folder / name, given["teacher"]
+        jobs = (
+            f"build_dict --corpus {given['corpus'][0]} --max-occurrences 4000 --keep occurrences passages "
+            f"--dtype float32 --workers {workers} --output {run}",
+            f"distill --dictionary {run} --student static --epochs 2 --batch-tokens 512 --held-out 0.2 "
+            f"--dtype float32 --workers {workers} --output {run}-student",
+            f"evaluate --model teacher r=replaced:{run} --task toy={task} --shots 2 --draws 2 --no-cost "
+            f"--dtype float32 --workers {workers} --output {run}.json",
+            f"finetune --task toy={task} --epochs 2 --lr 3e-3 --train-dtype float32 --workers 2 --output {run}-teacher",
+        )
+        words = (job.split() for job in jobs)
+        return [[sys.executable, f"jobs/{job}.py", *flags, "--teacher", teacher] for job, *flags in words]
 
     def run(jobs: list[list[str]], within: Sequence[str] = (), **more: str) -> None:
         for job in jobs:
-            done = subprocess.run(
-                [*within, *job],
-                cwd=code,
-                env={**nodes.environment, **more},
-                capture_output=True,
-                text=True,
-                timeout=LIMIT,
-                check=False,
-            )
+            given = {"cwd": code, "env": {**nodes.environment, **more}, "timeout": LIMIT, "check": False}
+            done = subprocess.run([*within, *job], capture_output=True, text=True, **given)
             assert done.returncode == 0, done.stderr
 
     try:

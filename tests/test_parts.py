@@ -1,4 +1,4 @@
-"""Large tokens in parts: what is read, what travels, and the same bytes however the work is cut and shared out."""
+"""Large tokens in chunks: what is read, what is sent, and the same bytes for any chunks and workers."""
 
 import math
 import pickle
@@ -17,16 +17,16 @@ from msense import kmeans, part_worker, parts, storage
 from msense.clustering import cluster_shard
 from msense.kmeans import KMeansConfig
 from msense.occurrences import read_rows, record_type
-from msense.part_worker import Part, PartWorker, _exact, add_up, cut
+from msense.part_worker import Part, PartWorker, _exact, cut
 from msense.run_folder import RunFolder
 from msense.runtime import Resources
-from msense.units import ClusterSettings, Range, stored
+from msense.units import ClusterSettings, Range
 
 DIM, TOKENS, ROWS = 8, (3, 5), 5000
 
 
 def write_run(folder: Path, rows: int = ROWS, units: int = 3) -> ClusterSettings:
-    """A run folder with two large tokens in every unit, and a K for each in its file of senses."""
+    """Write a run folder with two large tokens in every partition, and a K of each in its file of senses."""
     run, rng = RunFolder(str(folder)), np.random.default_rng(0)
     settings = ClusterSettings(run, DIM, "float16", 0, 1024, 3, KMeansConfig(k=4, max_rounds=12), True, "cpu")
     centres = rng.normal(size=(12, DIM)) * 4
@@ -41,11 +41,9 @@ def write_run(folder: Path, rows: int = ROWS, units: int = 3) -> ClusterSettings
         run.publish(run.unit_file(unit), lambda path, records=records: path.write_bytes(records.data) and None)
     senses = np.zeros(9, np.int64)
     senses[list(TOKENS)] = 7, 11
-    borders = np.arange(10) * len(records) // 9
-    borders[:] = [0, 0, 0, 0, *[rows // units] * 2, *[len(records)] * 4]
-    index = {"offsets": np.stack([borders] * units)}
+    borders = np.array([0, 0, 0, 0, *[rows // units] * 2, *[len(records)] * 4])
     run.publish(run.senses, lambda path: storage.save_arrays(path, {"senses": senses}))
-    run.publish(run.offsets, lambda path: storage.save_arrays(path, index))
+    run.publish(run.offsets, lambda path: storage.save_arrays(path, {"offsets": np.stack([borders] * units)}))
     return settings
 
 
@@ -57,62 +55,56 @@ def waiting(rows: int = ROWS, units: int = 3) -> dict[int, list[Range]]:
     }
 
 
-def token_files(settings: ClusterSettings) -> dict[int, bytes]:
-    """Take the files of the large tokens away, and return what was in them."""
-    found = {token: Path(settings.run.token_file(token)) for token in TOKENS}
-    data = {token: path.read_bytes() for token, path in found.items()}
+def clustered(settings: ClusterSettings, workers: int, points: int) -> dict[int, bytes]:
+    """Cluster the large tokens in chunks of so many points; return the contents of their files, and remove them."""
+    own = replace(settings, max_points_per_part=points)
+    parts.cluster_large(waiting(), own, Resources(actors=workers, tasks=workers, device="cpu"))
+    files = {token: Path(settings.run.token_file(token)) for token in TOKENS}
     assert sorted(p.name for p in Path(settings.run.centroids).iterdir()) == sorted(
-        name for path in found.values() for name in (path.name, path.name + storage.MARKER)
-    )  # no round is left
-    for path in found.values():
+        name for path in files.values() for name in (path.name, path.name + storage.MARKER)
+    )  # no state of a round is left
+    data = {token: path.read_bytes() for token, path in files.items()}
+    for path in files.values():
         path.unlink()
     return data
 
 
 @pytest.mark.usefixtures("ray")
-def test_workers_and_parts_do_not_matter_on_ray(tmp_path: Path) -> None:
-    settings, found = write_run(tmp_path), []
-    for workers, points in ((1, 1024), (2, 2048)):  # five parts of each token on one worker; three on two
-        own = replace(settings, max_points_per_part=points)
-        parts.cluster_large(waiting(), own, Resources(actors=workers, tasks=workers, device="cpu"))
-        found.append(token_files(own))
-    assert found[0] == found[1]
-    sizes = {}
-    for token, data in found[0].items():
-        (tmp_path / "found").write_bytes(data)
-        sizes[token] = int(storage.load_arrays(str(tmp_path / "found"))["sizes"][0])
-    assert sizes == {3: 7, 5: 11}
+def test_workers_and_chunks_do_not_matter_on_ray(tmp_path: Path) -> None:
+    settings = write_run(tmp_path)
+    one, two = clustered(settings, 1, 1024), clustered(settings, 2, 2048)  # five chunks per token, or three
+    assert one == two
+    for token, senses in zip(TOKENS, (7, 11), strict=True):
+        (tmp_path / "found").write_bytes(one[token])
+        assert storage.load_arrays(str(tmp_path / "found"))["sizes"].tolist() == [senses]
 
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("cap", [0, 3000])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_parts_give_what_a_token_in_one_piece_gives(
+def test_chunks_give_the_result_of_the_whole_token(
     tmp_path: Path, cap: int, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = write_run(tmp_path)
-    config = replace(settings.kmeans, metric=metric)
-    settings = replace(settings, kmeans=config, max_occurrences=cap)
+    settings = replace(settings, kmeans=replace(settings.kmeans, metric=metric), max_occurrences=cap)
     found = []
-    for workers, points, held in ((1, 1024, 4), (2, 1024, 1), (3, 2048, 4), (2, 4096, 2)):
+    for workers, points, held in ((2, 1024, 1), (3, 2048, 4), (2, 4096, 2)):
         monkeypatch.setattr(part_worker, "PARTS_HELD", held)
         monkeypatch.setattr(parts, "PARTS_HELD", held)
-        own = replace(settings, max_points_per_part=points)
-        parts.cluster_large(waiting(), own, Resources(actors=workers, tasks=workers, device="cpu"))
-        found.append(token_files(own))
+        found.append(clustered(settings, workers, points))
     assert all(files == found[0] for files in found)
     whole = replace(settings, max_points_per_part=ROWS)
     for token in TOKENS:
         cluster_shard({"shard": token, "first": token, "last": token + 1}, whole)
-        in_one = storage.load_arrays(settings.run.shard_file(token))
+        expected = storage.load_arrays(settings.run.shard_file(token))
         (tmp_path / "found").write_bytes(found[0][token])
         for name, array in storage.load_arrays(str(tmp_path / "found")).items():
-            np.testing.assert_array_equal(array, in_one[name], err_msg=name)
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Rows read from unit files, by part_worker and by all else."""
+    """Rows read from partition files, by part_worker and by everything else."""
     rows: Counter[str] = Counter()
 
     def count(name: str) -> Callable[..., np.ndarray]:
@@ -134,12 +126,12 @@ def test_a_token_is_prepared_from_its_first_points_only(
     monkeypatch.setattr(kmeans, "SEED_POINTS", 2000)
     prepared = parts.prepare(3, waiting(60_000)[3], settings)
     assert counted["ranges"] == 2000
-    assert counted["pieces"] < 4500  # of 60,000 rows, to find where the first 2000 end
+    assert counted["pieces"] < 4500  # of 60,000 rows, to locate the end of the first 2000
     assert sum(r.stop - r.start for part in prepared.parts for r in part.ranges) == 60_000
     assert len(prepared.state.centroids) == 7
 
 
-def test_rows_of_parts_that_are_held_are_read_once(tmp_path: Path, counted: Counter[str]) -> None:
+def test_rows_of_held_chunks_are_read_once(tmp_path: Path, counted: Counter[str]) -> None:
     settings = write_run(tmp_path, 6 * 1024)
     prepared = parts.prepare(3, waiting(6 * 1024)[3], settings)
     worker, counted["pieces"] = PartWorker(settings), 0
@@ -155,22 +147,20 @@ def test_rows_of_parts_that_are_held_are_read_once(tmp_path: Path, counted: Coun
     assert not worker.held
 
 
-def test_what_travels_does_not_grow_with_the_points(tmp_path: Path) -> None:
+def test_what_is_sent_does_not_grow_with_the_points(tmp_path: Path) -> None:
     settings = write_run(tmp_path, 30 * 1024)
-    sizes = []
+    sent = []
     for points in (2, 30):
         prepared = parts.prepare(3, list(cut(waiting(30 * 1024)[3], 0, points * 1024)), settings)
-        worker, state = PartWorker(settings), prepared.state
-        told = [pickle.dumps(worker.partial(prepared.parts, state), 5)]
-        total = worker.partial(prepared.parts, state)
-        state = kmeans.update(state, total, replace(settings.kmeans, max_rounds=1))
+        worker = PartWorker(settings)
+        total = worker.partial(prepared.parts, prepared.state)
+        state = kmeans.update(prepared.state, total, replace(settings.kmeans, max_rounds=1))
         done, places = worker.finish(prepared.parts, state)
-        sizes.append([*map(len, told), len(total.inertia), len(done.squares), len(places["exemplar_rank"])])
-    (few, few_inertia, few_squares, few_places), (many, many_inertia, many_squares, many_places) = sizes
-    assert abs(many - few) <= 40
-    assert max(few_inertia, many_inertia, few_squares, many_squares) <= 4
-    assert few_places == many_places == 3 * 7
-    assert many < 7 * (8 * DIM + 8) + 1000
+        assert max(len(total.inertia), len(done.squares)) <= 4
+        assert len(places["exemplar_rank"]) == 3 * 7
+        sent.append(len(pickle.dumps(total, 5)))
+    assert abs(sent[1] - sent[0]) <= 40
+    assert sent[1] < 7 * (8 * DIM + 8) + 1000
 
 
 FLOATS = st.lists(st.floats(0, 1e30), min_size=1, max_size=60)
@@ -188,8 +178,8 @@ UNITS = st.lists(st.tuples(st.integers(1, 1500), st.integers(1, 2000), st.intege
 
 @hypothesis_settings(deadline=None, max_examples=60)
 @given(UNITS, st.floats(0, 1.1))
-def test_first_rows_by_key_are_found_from_windows(units: list[tuple[int, int, int]], share: float) -> None:
-    """Also where keys are not spread evenly, so that windows have to grow: n keys of a unit lie in [low, low + width)."""
+def test_first_rows_by_key_are_located_in_windows(units: list[tuple[int, int, int]], share: float) -> None:
+    """Also for uneven keys, for which windows have to grow: the n keys of a partition lie in [low, low + width)."""
     rng = np.random.default_rng(0)
     keys = [np.sort(rng.integers(low, low + width, n).astype(np.uint64)) for n, width, low in units]
     count = int(share * sum(map(len, keys)))
@@ -207,35 +197,13 @@ def test_first_rows_by_key_are_found_from_windows(units: list[tuple[int, int, in
     assert {r.unit: (r.start, r.stop) for r in found} == {u: (0, n) for u, n in Counter(number.tolist()).items()}
 
 
-def test_parts_go_to_the_workers_that_have_fewest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_go_to_the_workers_of_lowest_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.put", lambda value: value)
-    monkeypatch.setattr(parts._Token, "ask", lambda self: None)
+    monkeypatch.setattr(parts._Token, "begin_round", lambda self: None)
     settings, load = write_run(tmp_path), [2, 0, 1]
     state = kmeans.BlockedState(3, *[np.zeros(1)] * 3)
     made = [Part(3, 1024 * number, ()) for number in range(5)]
-    token = parts._take_in(parts.Prepared(tuple(made), state), settings, "abc", load)
-    assert [(worker, [p.first_row // 1024 for p in own], count) for worker, own, count in token.homes] == [
-        (0, [0], 1),
-        (1, [1, 2, 3], 3),
-        (2, [4], 1),
-    ]
+    token = parts._start(parts.Prepared(tuple(made), state), settings, "abc", load)
+    homes = [(worker, [p.first_row // 1024 for p in own], count) for worker, own, count in token.homes]
+    assert homes == [(0, [0], 1), (1, [1, 2, 3], 3), (2, [4], 1)]
     assert load == [3, 3, 2]
-
-
-def test_sums_of_any_grouping_are_those_of_the_whole(tmp_path: Path) -> None:
-    settings = write_run(tmp_path)
-    prepared = parts.prepare(5, waiting()[5], settings)
-    whole = PartWorker(settings).partial(prepared.parts, prepared.state)
-    for at in range(1, len(prepared.parts)):
-        two = [PartWorker(settings).partial(p, prepared.state) for p in (prepared.parts[:at], prepared.parts[at:])]
-        total = add_up(iter(two))
-        np.testing.assert_array_equal(total.sums, whole.sums)
-        np.testing.assert_array_equal(total.counts, whole.counts)
-        assert math.fsum(total.inertia) == math.fsum(whole.inertia)
-    rows = [
-        record for r in waiting()[5] for record in [read_rows(settings.run.unit_file(r.unit), DIM, r.start, r.stop)]
-    ]
-    points = stored(np.ascontiguousarray(np.concatenate(rows)["embedding"]), "float16")
-    plain = kmeans.partial(points, prepared.state, settings.kmeans)
-    np.testing.assert_array_equal(plain.sums, whole.sums)
-    assert math.fsum(plain.inertia) == math.fsum(whole.inertia)

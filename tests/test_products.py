@@ -1,4 +1,4 @@
-"""Products of matrices are what they should be, whichever library computes them."""
+"""Matrix products equal those of float64, whichever library computes them."""
 
 import pytest
 import torch
@@ -7,15 +7,15 @@ from msense import products
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_products_are_those_of_float64(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_equal_those_of_float64(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fast:
         monkeypatch.setattr(products, "_linear", lambda: None)
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for m, k, n in ((1, 1, 1), (4, 384, 1024), (20, 7, 1000), (130, 130, 130)):
-        left, right = torch.randn(m, k, generator=draw), torch.randn(n, k, generator=draw)
+        left, right = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator)
         for a, b in ((left, right.T), (left, right.T.contiguous()), (left.T.contiguous().T, right.T)):
-            found = products.product(a, b)
-            assert found.shape == (m, n)
-            torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5 * k**0.5)
-    wide = torch.randn(3, 5, dtype=torch.float64, generator=draw)
+            product = products.product(a, b)
+            assert product.shape == (m, n)
+            torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5 * k**0.5)
+    wide = torch.randn(3, 5, dtype=torch.float64, generator=generator)
     assert products.product(wide, wide.T).dtype == torch.float64

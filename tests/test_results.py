@@ -1,4 +1,4 @@
-"""The job that makes the README's results: which models it compares, and how figures are held against bars."""
+"""The job that reproduces the README's results: the models it compares, and figures against their targets."""
 
 import json
 import sys
@@ -14,18 +14,12 @@ from msense.evaluation.report import Evaluation, TaskReport
 from msense.evaluation.result import Result
 
 JOBS = Path(__file__).parents[1] / "jobs"
-SCORES = {
-    "teacher": 0.9,
-    "replaced": 0.895,
-    "replaced K 50": 0.88,
-    "layers2": 0.86,
-    "static": 0.89,
-}
+SCORES = {"teacher": 0.9, "replaced": 0.895, "replaced K 50": 0.88, "layers2": 0.86, "static": 0.89}
 
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[object]:
-    """The job, with nothing made and scores that are known."""
+    """The job with known scores in place of builds and evaluations."""
     monkeypatch.syspath_prepend(str(JOBS))
     import results
     from benches import workshop
@@ -68,24 +62,28 @@ def test_all_results_end_in_one_json_object(
     monkeypatch.setenv("COLUMNS", "200")
     figures, printed = run(results, ["--data", str(tmp_path), "--output", str(tmp_path / "out")], capsys)
     assert figures["CoarseWSD, layers2 below the teacher, points"] == pytest.approx(4.0)
-    assert figures["CoarseWSD, teacher's senses over a centroid a gold sense, points"] == pytest.approx(5.0)
+    assert figures["CoarseWSD, teacher's senses over a centroid per gold sense, points"] == pytest.approx(5.0)
     assert figures["sst2 (classifier): replaced below the teacher, points [0.5, 0.5]"] == pytest.approx(0.5)
-    told = " ".join(printed.split())
-    assert "CoarseWSD, layers2 below the teacher, points 4 at most 3 missed" in told
-    assert "emotion, 8 shots: layers2 below the teacher, points [4.0, 4.0] 4 at most 3 missed" in told
-    assert "emotion, 8 shots: static below the teacher, points [1.0, 1.0] 1 at most 3 met" in told
-    assert "best pair over one embedding a word -0.005 above 0 missed" in told
+    table = " ".join(printed.split())
+    assert "CoarseWSD, layers2 below the teacher, points 4 at most 3 missed" in table
+    assert "emotion, 8 shots: layers2 below the teacher, points [4.0, 4.0] 4 at most 3 missed" in table
+    assert "emotion, 8 shots: static below the teacher, points [1.0, 1.0] 1 at most 3 met" in table
+    assert "best pair over one embedding per word -0.005 above 0 missed" in table
     assert (tmp_path / "out" / "coarsewsd.txt").read_text() == "the bank is\n"
 
 
-def test_only_what_is_asked_for_is_made(results: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_requested_results_are_reproduced(
+    results: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     figures, _ = run(results, ["banking77", "--data", str(tmp_path), "--output", str(tmp_path / "out")], capsys)
     assert [name.split(":")[0] for name in figures] == ["banking77, 8 shots"] * 3
 
 
-@pytest.mark.parametrize(("words", "told"), [(["nothing"], "nothing is no result"), (["sst2"], r"sst2 is not there")])
-def test_what_is_not_there_is_told(
-    results: object, words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "message"), [(["nothing"], "unknown result 'nothing'"), (["sst2"], r"sst2 does not exist")]
+)
+def test_unknown_names_and_missing_data_are_refused(
+    results: object, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(BadInput, match=message):
         run(results, [*words, "--data", str(tmp_path / "none")], capsys)

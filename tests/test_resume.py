@@ -1,11 +1,14 @@
-"""Runs begun again: what is refused by name, what makes no difference, what is left behind, and what status tells."""
+"""Resumed runs: changes that are refused, changes that do not matter, files left behind, and `status`."""
 
 import os
 import pkgutil
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from faulty import ALL, Corpus, Outcome, flip_a_byte
@@ -31,7 +34,18 @@ INSIDE = {
 }
 
 
-def test_changed_things_are_refused_by_name(made: Corpus, patch: pytest.MonkeyPatch, outcome: Outcome) -> None:
+@contextmanager
+def restored(text: Path) -> Iterator[None]:
+    """Restore the content and times of a file at the end."""
+    before, times = text.read_bytes(), text.stat()
+    try:
+        yield
+    finally:
+        text.write_bytes(before)
+        os.utime(text, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_changed_inputs_are_refused_by_name(made: Corpus, patch: pytest.MonkeyPatch, outcome: Outcome) -> None:
     made.build("run")
     before = made.files("run")
     afresh = r"[\s\S]*start afresh, give another --output or delete"
@@ -53,12 +67,10 @@ def test_changed_things_are_refused_by_name(made: Corpus, patch: pytest.MonkeyPa
         made.build("run")
     weights.write_bytes(data)
     text = made.folder / "corpus" / "a.txt"
-    lines, times = text.read_bytes(), text.stat()
-    text.write_bytes(lines + b"one more\n")
-    with pytest.raises(BadInput, match=rf"inputs\.a\.txt: .* then, .* now{afresh}"):
+    refused = pytest.raises(BadInput, match=rf"inputs\.a\.txt: .* then, .* now{afresh}")
+    with restored(text), refused:
+        text.write_bytes(text.read_bytes() + b"one more\n")
         made.build("run")
-    text.write_bytes(lines)
-    os.utime(text, ns=(times.st_atime_ns, times.st_mtime_ns))
     (made.folder / "corpus" / "c.txt").write_text("the bank\n")
     with pytest.raises(BadInput, match=rf"inputs\.c\.txt: None then, .* now{afresh}"):
         made.build("run")
@@ -72,33 +84,22 @@ def test_changed_things_are_refused_by_name(made: Corpus, patch: pytest.MonkeyPa
         outcome("input changed", stage, "refused")
 
 
-def test_a_finished_run_is_never_taken_for_one_that_never_began(made: Corpus) -> None:
-    made.build("run", keep=())
-    before = made.files("run")
-    with pytest.raises(BadInput, match=r"config\.senses: 'auto' then, 5 now"):
-        made.build("run", senses=5)
-    assert made.files("run") == before
-
-
 def test_a_corpus_that_changes_while_it_is_read_is_refused(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     from msense import passages
 
-    write = passages.write_passages
+    write, text = passages.write_passages, made.folder / "corpus" / "b.txt"
 
     def meddling(*arguments: object) -> dict:
-        (made.folder / "corpus" / "b.txt").write_text("the cat\n")
+        text.write_text("the cat\n")
         return write(*arguments)
 
     made.build("whole")
-    text = made.folder / "corpus" / "b.txt"
-    before, times = text.read_bytes(), text.stat()
     monkeypatch.setattr(passages, "write_passages", meddling)
-    with pytest.raises(BadInput, match=r"the corpus changed while it was read: b\.txt was .*, is .* bring the former"):
+    refused = pytest.raises(BadInput, match=r"the corpus changed while it was read: b\.txt was .*, is ")
+    with restored(text), refused:
         made.build("run")
     monkeypatch.setattr(passages, "write_passages", write)
-    text.write_bytes(before)
-    os.utime(text, ns=(times.st_atime_ns, times.st_mtime_ns))
-    made.build("run")  # nothing of the changed file is taken for the file
+    made.build("run")  # uses nothing of the changed file
     assert made.files("run") == made.files("whole")
 
 
@@ -115,8 +116,8 @@ def test_weights_that_change_before_they_are_loaded_are_refused(made: Corpus, mo
         made.build("run")
 
 
-def test_files_of_a_run_made_of_other_things_do_not_count(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a worker of a killed driver writes late, after the same folder was begun with other settings."""
+def test_files_made_from_other_inputs_do_not_count(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a killed driver may write late, after the folder was reused with other settings."""
     made.build("whole", keep=ALL)
     made.build("other", seed=1, keep=ALL)
 
@@ -167,9 +168,6 @@ def test_a_second_driver_is_refused_in_each_stage(
     outcome("second driver", stage, "refused")
 
 
-# --- the same bytes ---------------------------------------------------------------------------------------------------
-
-
 def test_same_bytes_after_the_corpus_moved_and_in_another_order_of_roots(made: Corpus) -> None:
     second = made.folder / "more"
     second.mkdir()
@@ -190,30 +188,28 @@ def test_same_bytes_after_the_corpus_moved_and_in_another_order_of_roots(made: C
     assert str(made.folder) not in manifest.partition('"inputs"')[2]
 
 
-# --- what is left behind ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("keep", [(), ("passages",), ("occurrences", "centroids"), ALL])
+@pytest.mark.parametrize("keep", [(), ("occurrences", "centroids"), ALL])
 def test_only_what_keep_names_is_left(made: Corpus, keep: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = made.folder / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     made.stop_at("msense.exemplars._context", keep=keep)
-    (made.folder / "run" / "plan" / ".plan.safetensors.0123abcd.part").write_bytes(b"left by a killed process")
-    (made.folder / "run" / "dictionary" / "tokenizer").mkdir(parents=True)
-    (made.folder / "run" / "dictionary" / "tokenizer" / ".tokenizer.json.89ef0123.part").write_bytes(b"so is this")
+    tokenizer = made.folder / "run" / "dictionary" / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    for temporary in ("../../plan/.plan.safetensors.0123abcd.part", ".tokenizer.json.89ef0123.part"):
+        (tokenizer / temporary).write_bytes(b"left by a killed process")
     made.build("run", keep=keep)
     always = {".lock", "bad_documents.jsonl", "dictionary", "finished.json", "journal.json", "manifest.json", "plan"}
-    kept = {"senses"} if "centroids" in keep else set()  # they say how many centroids there are to be
-    left = {p.name for p in (made.folder / "run").iterdir()}
-    assert left - {".lock"} == (always | {"summary.json", "tokenizer.json"} | set(keep) | kept) - {".lock"}
+    always |= {"summary.json", "tokenizer.json"} | ({"senses"} if "centroids" in keep else set())
+    left = {path.name for path in (made.folder / "run").iterdir()}
+    assert left | {".lock"} == always | set(keep)
     assert not list((made.folder / "run").rglob(".*.part"))
     assert not list((made.folder / "run").rglob("*-round*"))
     assert not list(scratch.iterdir())
 
 
-def test_nothing_of_somebody_else_is_removed(made: Corpus) -> None:
-    """A folder that is no run folder keeps its own files, also those named like temporary ones."""
+def test_foreign_files_are_not_removed(made: Corpus) -> None:
+    """Not even those named like temporary files."""
     (made.folder / "run" / "mine").mkdir(parents=True)
     mine = [made.folder / "run" / name for name in (".x.part", ".x.0123abcd.part", "mine/.x.0123abcd.part")]
     for path in mine:
@@ -226,7 +222,7 @@ def test_nothing_of_somebody_else_is_removed(made: Corpus) -> None:
     assert (made.folder / "other" / "passages").exists()
 
 
-def test_status_tells_what_each_driver_kept_and_made(
+def test_status_reports_what_each_driver_kept_and_made(
     whole: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (whole.folder / "stopped" / "finished.json").unlink()
@@ -238,7 +234,7 @@ def test_status_tells_what_each_driver_kept_and_made(
     monkeypatch.setenv("COLUMNS", "400")
     show_status(str(whole.folder / "stopped"))
     shown = capsys.readouterr().out
-    assert re.search(r" points, [0-9]+ senses of one token at most *\n", shown)
+    assert re.search(r" points, at most [0-9]+ senses per token *\n", shown)
     first, second = [line for line in shown.splitlines() if line.startswith("driver")]
     assert f"occurrences {units} made" in first
     assert "failed: StoppedError" in first
@@ -248,4 +244,4 @@ def test_status_tells_what_each_driver_kept_and_made(
     drivers = storage.read_json(run.journal)["drivers"]
     storage.write_json(run.journal, {"drivers": [*drivers, {**drivers[0], "stages": {"plan": {}}, "outcome": ""}]})
     show_status(run.root)
-    assert "plan begun. no word of its end: at work or killed (process" in capsys.readouterr().out
+    assert "plan started. no outcome recorded: running or killed (process" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Credentials in URIs, in the environment and in what libraries say: none is written down or told by any job."""
+"""Credentials in URIs, in the environment and in library errors: no job logs or writes them."""
 
 import importlib.util
 import logging
@@ -41,7 +41,7 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(secrets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a job as from the command line; nothing that is told or written holds a secret."""
+    """Run a job as from the command line and check that no output or file contains a secret."""
 
     def call(job: str, *flags: object) -> int:
         spec = importlib.util.spec_from_file_location(f"{job}_job", ROOT / "jobs" / f"{job}.py")
@@ -55,14 +55,14 @@ def run(secrets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
             code = run_job(module.main)
         except SystemExit as stop:
             code = stop.code
-        except (RuntimeError, ValueError, LookupError, TypeError):  # as the interpreter does with what nobody caught
+        except (RuntimeError, ValueError, LookupError, TypeError):  # as the interpreter does with uncaught exceptions
             sys.excepthook(*sys.exc_info())
             code = 1
-        told = "".join(capfd.readouterr())
-        assert told
+        output = "".join(capfd.readouterr())
+        assert output
         written = {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
         for secret in (*SECRETS.values(), IN_URI):
-            assert secret not in told, told
+            assert secret not in output, output
             assert [name for name, data in written.items() if secret.encode() in data or secret in name] == []
         return code
 
@@ -71,7 +71,7 @@ def run(secrets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
 
 @pytest.fixture
 def broken_store(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Have the store refuse a file in words that quote all secrets."""
+    """Make the file system fail on a file with an error that quotes all secrets."""
 
     def breaks(name: str, error: type[Exception] = OSError) -> None:
         whole = LocalFileSystem._open
@@ -87,7 +87,7 @@ def broken_store(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_no_job_tells_secrets(
+def test_no_job_reveals_secrets(
     made: Corpus, run: Run, monkeypatch: pytest.MonkeyPatch, broken_store: Callable[..., None]
 ) -> None:
     from msense import distill_run
@@ -98,18 +98,13 @@ def test_no_job_tells_secrets(
     corpus = root / "corpus"
     task = write_task(root / "task", {part: [("the river", "a"), ("the bank", "b")] * 4 for part in ("train", "test")})
     remote = f"s3://me:{IN_URI}@bucket/x?token={IN_URI}"
-    assert (
-        run(
-            "build_dict", "--corpus", corpus, *small, "--max-occurrences", 40, "--keep", *ALL, "--output", root / "dict"
-        )
-        == 0
-    )
+    build = ("--corpus", corpus, *small, "--max-occurrences", 40, "--keep", *ALL)
+    assert run("build_dict", *build, "--output", root / "dict") == 0
     assert run("distill", "--dictionary", root / "dict", "--teacher", made.teacher, "--output", root / "student") == 0
     shipped(made.teacher, root / "shipped")
     models = ("teacher", f"s=student:{root / 'shipped'}")
     evaluated = ("--task", f"t={task}", "--shots", 2, "--draws", 2, "--no-cost", "--output", root / "e.json")
     assert run("evaluate", "--model", *models, *small, *evaluated) == 0
-    # what fails
     assert run("build_dict", "--corpus", remote, *small, "--output", root / "b2") == 2
     assert run("build_dict", "--corpus", corpus, "--teacher", remote, "--output", root / "b3") == 2
     assert run("distill", "--dictionary", remote, "--output", root / "d2") != 0
@@ -117,12 +112,12 @@ def test_no_job_tells_secrets(
     broken_store("a.txt")
     assert run("build_dict", "--corpus", corpus, *small, "--output", root / "b4") != 0
     shutil.rmtree(root / "b4", ignore_errors=True)
-    broken_store("b.txt", RuntimeError)  # which nobody foresaw
+    broken_store("b.txt", RuntimeError)  # an unexpected exception
     (corpus / "a.txt").unlink()
     assert run("build_dict", "--corpus", corpus, *small, "--output", root / "b5") != 0
 
 
-def test_fine_tuning_tells_no_secrets(
+def test_fine_tuning_reveals_no_secrets(
     run: Run, tmp_path: Path, teacher: Path, broken_store: Callable[..., None]
 ) -> None:
     remote = f"s3://me:{IN_URI}@bucket/x?token={IN_URI}"
@@ -133,18 +128,18 @@ def test_fine_tuning_tells_no_secrets(
     assert run("finetune", "--task", f"sst2={tmp_path / 'task'}", *named) == 2
 
 
-def test_a_job_that_dies_tells_its_traceback_without_secrets(secrets: None, tmp_path: Path) -> None:
-    """The interpreter's own way out, in a process of its own."""
+def test_a_traceback_reveals_no_secrets(secrets: None, tmp_path: Path) -> None:
+    """Uncaught exceptions, in a process of its own."""
     code = f"from msense.cli import run_job\ndef job():\n    raise RuntimeError({QUOTED!r})\nrun_job(job)"
     (tmp_path / "job.py").write_text(code)
     path = {"PYTHONPATH": str(ROOT)}
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, tmp_path / "job.py"], capture_output=True, text=True, env=os.environ | path, check=False
     )
-    assert told.returncode == 1
-    said = told.stderr.rpartition("RuntimeError")[2]
-    assert said.startswith(": 403 for https://store/x key ***")
-    assert not [secret for secret in (*SECRETS.values(), IN_URI) if secret in said]
+    assert output.returncode == 1
+    message = output.stderr.rpartition("RuntimeError")[2]
+    assert message.startswith(": 403 for https://store/x key ***")
+    assert not [secret for secret in (*SECRETS.values(), IN_URI) if secret in message]
 
 
 def test_known_secrets_are_blanked(secrets: None) -> None:

@@ -1,4 +1,4 @@
-"""How many senses a token gets: curves against real runs, budgets against the best of all allocations, and builds."""
+"""Numbers of senses: curves against real runs, budgets against the best of all allocations, and builds."""
 
 import itertools
 from collections.abc import Callable
@@ -20,9 +20,7 @@ from msense.errors import BadInput, MsenseError
 from msense.kmeans import CURVE_POINTS, GRID, KMeansConfig, Metric, cluster_tokens, variance_curves
 from msense.mcl import MclConfig, mcl_senses
 from msense.occurrences import record_type
-from msense.parts import first_by_key
 from msense.run_folder import RunFolder
-from msense.units import ClusterSettings, Range, read_ranges
 
 MakeTeacher = Callable[..., Path]
 
@@ -54,7 +52,7 @@ def test_a_curve_is_near_that_of_full_runs(n: int, clusters: int, metric: Metric
     full = np.array([cluster_tokens(points, np.array([n]), np.array([3]), config).inertia[0] for config in configs])
     above = curve[known] * (n - GRID[known]) / full - 1
     assert above[0] == pytest.approx(0, abs=1e-5)  # one sense
-    assert np.abs(above).max() < 0.35  # a full run may find a better optimum, or a worse one
+    assert np.abs(above).max() < 0.35  # a full run may end in a better optimum, or a worse one
     assert np.median(np.abs(above)) < 0.06
     assert (np.diff(curve[known]) <= 0).all()
 
@@ -62,15 +60,14 @@ def test_a_curve_is_near_that_of_full_runs(n: int, clusters: int, metric: Metric
 def test_a_curve_shows_planted_clusters() -> None:
     rng = np.random.default_rng(0)
     points = (10 * np.eye(16)[rng.integers(0, 4, 200)] + 0.01 * rng.normal(size=(200, 16))).astype(np.float16)
-    curve = one_curve(points)
-    at = {int(k): value for k, value in zip(GRID, curve, strict=True)}
+    at = dict(zip(GRID.tolist(), one_curve(points), strict=True))
     assert at[3] > 5
     assert at[4] < 0.01
 
 
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(1, 90), min_size=1, max_size=6), seed=st.integers(0, 9))
-def test_a_curve_does_not_depend_on_neighbours(sizes: list[int], seed: int) -> None:
+def test_a_curve_does_not_depend_on_other_tokens(sizes: list[int], seed: int) -> None:
     points = [mixture(n, 4, seed=seed + i) for i, n in enumerate(sizes)]
     ids = np.arange(len(sizes)) + 5
     together = variance_curves(np.concatenate(points), np.array(sizes), ids, KMeansConfig())
@@ -92,7 +89,7 @@ def test_curves_of_few_and_of_equal_points() -> None:
 
 
 def distortion(curves: Curves, senses: np.ndarray) -> float:
-    """The corpus's distortion, where the K of every token is in the grid."""
+    """The corpus distortion, where the K of every token is in the grid."""
     variance = curves.variance[np.arange(len(senses)), np.searchsorted(GRID, senses)]
     return float((curves.occurrences * variance * (curves.points - senses) / curves.points).sum())
 
@@ -100,7 +97,7 @@ def distortion(curves: Curves, senses: np.ndarray) -> float:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_no_other_allocation_of_the_same_size_is_better(data: st.DataObject) -> None:
-    """Against all allocations of two or three tokens: convex curves, K to 4, which are all in the grid."""
+    """Against all allocations of two or three tokens: convex curves, K up to 4, which are all in the grid."""
     tokens = data.draw(st.integers(2, 3))
     falls = [sorted(data.draw(st.tuples(*[st.floats(0.1, 9)] * 3)), reverse=True) for _ in range(tokens)]
     points = np.array(data.draw(st.lists(st.integers(8, 9), min_size=tokens, max_size=tokens)))
@@ -134,7 +131,7 @@ def test_an_allocation_keeps_its_bounds(points: list[int], average: float, flat:
     assert found.sum() == (len(n) if flat else min(budget, np.maximum(1, n // 2).sum()))
     order = rng.permutation(len(n))
     moved = allocate(Curves(n[order], curves.occurrences[order], curves.variance[order]), GRID, budget, 384)
-    assert (found[order] != moved).sum() <= 2  # but for who is at the budget's edge where gains are equal
+    assert (found[order] != moved).sum() <= 2  # except at the edge of the budget, where gains are equal
 
 
 def test_frequent_and_varied_tokens_get_more() -> None:
@@ -146,20 +143,20 @@ def test_frequent_and_varied_tokens_get_more() -> None:
     assert found[2] > 2 * found[0]
     assert found[3] == 1  # nothing to gain
     assert found.sum() == 100
+    with pytest.raises(BadInput, match="a budget of 3 senses is below one sense for each of 4 tokens"):
+        allocate(Curves(points, points, variance), GRID, 3, 8)
 
 
-def test_budgets_in_words() -> None:
+def test_budgets_are_parsed() -> None:
     assert SenseBudget.parse("2.5").senses(10, 384) == 25
-    assert SenseBudget.parse("78kB").senses(10, 384) == 100  # 780 bytes a sense
+    assert SenseBudget.parse("78kB").senses(10, 384) == 100  # 780 bytes per sense
     assert SenseBudget.parse("2 GB") == SenseBudget(size=2 * 10**9)
     for wrong in ("", "0.9", "-3", "10%", "1e3", "5 senses", "nan", "0MB", "60MiB"):
         with pytest.raises(BadInput, match="must be"):
             SenseBudget.parse(wrong)
     for average, size in ((0, 0), (0.5, 0), (float("nan"), 0), (float("inf"), 0), (0, -1), (5, 100)):
-        with pytest.raises(BadInput, match=r"must be an average from 1 on, .* or a size above 0"):
+        with pytest.raises(BadInput, match=r"must be an average .* or a size above 0"):
             SenseBudget(average, size)
-    with pytest.raises(BadInput, match="3 senses are too few for 4 tokens"):
-        allocate(Curves(np.ones(4, int), np.ones(4, int), np.zeros((4, len(GRID)))), GRID, 3, 8)
 
 
 # --- in memory
@@ -174,17 +171,21 @@ def test_a_dictionary_in_memory_follows_its_budget() -> None:
     assert sizes[4] > 20
     assert sizes[9] == 1
     assert budgeted.config.senses == "auto"
-    fixed = SenseDictionary.fit(ids, x, k=18)  # 18 + 18 + 3 senses: more of them, and yet worse
+    fixed = SenseDictionary.fit(ids, x, k=18)  # 18 + 18 + 3 senses: more of them, but worse
     error = [((d.replace(ids, x.astype(np.float32)) - x) ** 2).sum() for d in (budgeted, fixed)]
     assert error[0] < error[1]
     per_token = [corpus_distortion(d._arrays) for d in (budgeted, fixed)]  # all embeddings were clustered
     assert per_token == pytest.approx([e / len(ids) for e in error], rel=1e-3)
     room = SenseBudget(size=40 * (4 * x.shape[1] + 12))
     assert len(SenseDictionary.fit(ids, x, k=room, dtype="float32")) == 40
-    by_clusters = SenseDictionary.fit(ids, x, k=MclConfig(inflation=2.0))
-    assert by_clusters.config.senses == "mcl"
-    expected = mcl_senses(x[np.argsort(ids, kind="stable")], np.array([100, 900, 3]), MclConfig(inflation=2.0))
-    assert [len(by_clusters.senses(token).counts) for token in (2, 4, 9)] == expected.tolist()
+
+
+def test_a_dictionary_in_memory_follows_markov_clusters() -> None:
+    x, ids = np.concatenate([mixture(100, 2, seed=1), mixture(300, 30)]), np.repeat([4, 2], [100, 300])
+    dictionary = SenseDictionary.fit(ids, x, k=MclConfig(inflation=2.0))
+    assert dictionary.config.senses == "mcl"
+    expected = mcl_senses(x[np.argsort(ids, kind="stable")], np.array([300, 100]), MclConfig(inflation=2.0))
+    assert [len(dictionary.senses(token).counts) for token in (2, 4)] == expected.tolist()
 
 
 # --- builds
@@ -194,18 +195,16 @@ def test_a_dictionary_in_memory_follows_its_budget() -> None:
 def corpus(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     chances = np.array([12, 6] + [1] * 13) / 31
-    (tmp_path / "corpus.txt").write_text(
-        "\n".join(" ".join(rng.choice(WORDS, 24, p=chances)) for _ in range(150)) + "\n"
-    )
+    text = "\n".join(" ".join(rng.choice(WORDS, 24, p=chances)) for _ in range(150))
+    (tmp_path / "corpus.txt").write_text(text + "\n")
     return tmp_path / "corpus.txt"
 
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("rule", ["auto", "mcl"])
-def test_a_build_gives_the_senses_that_its_points_ask_for(
+def test_a_build_chooses_the_senses_from_its_stored_points(
     tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, rule: str
 ) -> None:
-    """A shard's sample is cut as in the build, so its numbers can be found again from the stored points."""
     output = tmp_path / "run"
     config = BuildConfig(
         corpus=(str(corpus),),
@@ -225,7 +224,6 @@ def test_a_build_gives_the_senses_that_its_points_ask_for(
     assert got.sum() > 0.95 * numbers.sum()
     assert summary["stages"]["senses"]["senses"] == numbers.sum()
     assert dictionary.config.senses == rule
-    with_points = np.flatnonzero(numbers)
     stored = np.concatenate([np.fromfile(p, record_type(16)) for p in sorted(output.glob("occurrences/*.records"))])
     by_key = stored[np.lexsort((stored["key"], stored["token"]))]
     rank = np.arange(len(by_key)) - np.searchsorted(by_key["token"], by_key["token"])
@@ -238,59 +236,39 @@ def test_a_build_gives_the_senses_that_its_points_ask_for(
         curves = Curves(sizes, dictionary.token_counts[tokens], variance_curves(points, sizes, tokens, KMeansConfig()))
         expected = allocate(curves, GRID, 7 * len(tokens), 16)
         assert expected.sum() == 7 * len(tokens)
-    assert with_points.tolist() == tokens.tolist()
+    assert np.flatnonzero(numbers).tolist() == tokens.tolist()
     assert numbers[tokens].tolist() == expected.tolist()
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_budget_without_room_is_refused_before_the_teacher_reads(
+def test_a_budget_below_one_sense_per_token_is_refused_before_the_teacher_runs(
     tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
 ) -> None:
     teacher = str(make_teacher("bert"))
     config = BuildConfig(corpus=(str(corpus),), teacher=teacher, sense_budget="500B", output=str(tmp_path / "run"))
-    told = r"--sense-budget 500B has no room .* 17 tokens: give 1MB or more, in a new output folder"
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(BadInput, match=r"--sense-budget 500B .* 17 tokens"):
         build_dictionary(config)
     assert not (tmp_path / "run" / "occurrences").exists()
-    mended = {"sense_budget": "1MB", "output": str(tmp_path / "new")}
-    assert build_dictionary(config.model_copy(update=mended))["stages"]["senses"]["senses"] > 17
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_reference_follows_the_paper(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
+@pytest.mark.parametrize(("kind", "senses"), [("bert", 20), ("llama", "mcl")])
+def test_the_reference_follows_the_paper(
+    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, kind: str, senses: object
+) -> None:
     given = {"corpus": (str(corpus),), "dtype": "float32", "reference": True, "keep": ("centroids",)}
-    for kind, senses in (("bert", 20), ("llama", "mcl")):
-        output = tmp_path / kind
-        config = BuildConfig(teacher=str(make_teacher(kind)), output=str(output), **given)
-        assert (config.metric, config.special_tokens, config.per_passage) == ("dot", "include", 0)
-        build_dictionary(config)
-        dictionary = SenseDictionary.load(output)
-        assert (dictionary.config.senses, dictionary.config.metric) == (senses, "dot")
-        assert dictionary.config.special_tokens == "include"
-        assert (output / "senses").exists() == (senses == "mcl")
-    assert [BuildConfig(reference=word).metric for word in ("y", "t", "ON", 1, 1.0)] == [
-        "dot"
-    ] * 5  # what YAML may hold
+    config = BuildConfig(teacher=str(make_teacher(kind)), output=str(tmp_path / "run"), **given)
+    assert (config.metric, config.special_tokens, config.per_passage) == ("dot", "include", 0)
+    build_dictionary(config)
+    dictionary = SenseDictionary.load(tmp_path / "run")
+    assert (dictionary.config.senses, dictionary.config.metric) == (senses, "dot")
+    assert dictionary.config.special_tokens == "include"
+    assert (tmp_path / "run" / "senses").exists() == (senses == "mcl")
+
+
+def test_other_settings_override_the_reference() -> None:
+    values = ["y", "t", "ON", 1, 1.0]  # booleans of YAML files
+    assert [BuildConfig(reference=value).metric for value in values] == ["dot"] * 5
     assert BuildConfig(reference="no").metric == "l2"
     own = BuildConfig(corpus=("x",), reference=True, metric="l2", senses=7, special_tokens="auto")
     assert (own.metric, own.senses, own.special_tokens) == ("l2", 7, "auto")
-
-
-def test_the_first_rows_by_key_are_found_whatever_the_units(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    run = RunFolder(str(tmp_path))
-    (tmp_path / "occurrences").mkdir()
-    every, ranges = [], []
-    for unit, rows in enumerate((700, 0, 3, 400, 1200)):
-        records = np.zeros(rows, record_type(2))
-        records["key"] = np.sort(rng.integers(0, 1000, rows))  # many equal keys
-        records["row"], records["position"] = np.arange(rows), unit
-        (tmp_path / "occurrences" / f"{unit:06d}.records").write_bytes(records.tobytes())
-        ranges.append(Range(unit, 0, rows))
-        every.append(records)
-    whole = np.concatenate(every)
-    config = ClusterSettings(run, 2, "float16", 0, 1024, 0, KMeansConfig(), True, "cpu")
-    for count in (1, 10, 300, 1500, 5000):
-        expected = whole[np.sort(np.argsort(whole["key"], kind="stable")[:count])]
-        found, _ = read_ranges(config, first_by_key(config, ranges, count))
-        np.testing.assert_array_equal(found, expected)

@@ -1,4 +1,4 @@
-"""Folders of students: what is in them, what is refused, and sentence-transformers on them."""
+"""Saved student folders: their contents, what is refused, and loading them with sentence-transformers."""
 
 import json
 import os
@@ -9,67 +9,70 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+import yaml
 from students import KINDS, LONG, TEXTS, ids_of, one, outside, shipped
 from tiny import make
 
 from msense import SenseDictionary, SenseEncoder
 from msense.errors import BadInput, DictionaryError, StudentError
 from msense.student import load_student, make_student, ship
+from msense.student.card import student_card
 from msense.student.config import StudentSettings
 
 
 @pytest.mark.parametrize("senses", ["float16", "int8"])
-def test_smaller_dictionaries_give_nearly_the_same(teacher: Path, tmp_path: Path, senses: str) -> None:
+def test_smaller_dictionaries_are_close(teacher: Path, tmp_path: Path, senses: str) -> None:
     student, dictionary = shipped(teacher, tmp_path / "s", "static", senses)
     encoder = SenseEncoder.from_pretrained(tmp_path / "s")
     assert encoder.dictionary.config.dtype == senses
-    want = np.stack([one(student, ids_of(tmp_path / "s", text), dictionary, None) for text in TEXTS])
-    found = encoder.encode(TEXTS, replace="hard")
-    assert np.linalg.norm(found - want) < 0.01 * np.linalg.norm(want)
+    expected = np.stack([one(student, ids_of(tmp_path / "s", text), dictionary, None) for text in TEXTS])
+    error = np.linalg.norm(encoder.encode(TEXTS, replace="hard") - expected)
+    assert error < 0.01 * np.linalg.norm(expected)
 
 
-def test_without_a_dictionary_there_are_vectors_and_no_senses(teacher: Path, tmp_path: Path) -> None:
+def test_without_a_dictionary_there_are_vectors_only(teacher: Path, tmp_path: Path) -> None:
     student, dictionary = shipped(teacher, tmp_path / "s")
-    ship(tmp_path / "s", student, dictionary, senses="none")  # the older dictionary goes
+    ship(tmp_path / "s", student, dictionary, senses="none")  # removes the earlier dictionary
     assert not (tmp_path / "s" / "dictionary").exists()
     encoder = SenseEncoder.from_pretrained(tmp_path / "s")
     assert encoder.encode(TEXTS).shape == (len(TEXTS), 16)
     for use in (lambda: encoder.tokens("bank"), lambda: encoder.encode(TEXTS, replace="hard")):
-        with pytest.raises(StudentError, match=r"holds no dictionary, .* ship it again with senses='float16'"):
+        with pytest.raises(StudentError, match=r"has no dictionary, .* save it again with senses='float16'"):
             use()
 
 
-def test_the_folder_holds_what_it_should_and_no_code(teacher: Path, tmp_path: Path) -> None:
-    figures = {"held-out sense accuracy": 0.8125, "most frequent sense": 0.5, "a |\n# evil": 1.0}
-    student, _ = shipped(teacher, tmp_path / "s", "static", "int8", figures=figures)
-    there = sorted(str(p.relative_to(tmp_path / "s")) for p in (tmp_path / "s").rglob("*") if p.is_file())
-    assert there == [
-        "README.md",
-        "config.json",
-        "config_sentence_transformers.json",
-        *(f"dictionary/{n}" for n in ("README.md", "config.json", "dictionary.safetensors", "exemplars.parquet")),
-        "dictionary/tokenizer/tokenizer.json",
-        "model.safetensors",
-        "modules.json",
-        "tokenizer.json",
-    ]
-    again = load_student(tmp_path / "s")
-    assert again.config == student.config.model_copy(update={"max_length": 24})
-    card = (tmp_path / "s" / "README.md").read_text()
-    head = card.split("---")[1]
-    assert "library_name: sentence-transformers" in head
-    assert "msense" in head
-    assert "base_model: " in head
-    assert "| held-out sense accuracy | 0.8125 |" in card
-    assert "| a / # evil | 1 |" in card.replace("  ", " ")
-    assert "trust_remote_code=True" in card
-    assert "stored as int8" in card
+def test_a_saved_folder_is_complete_and_without_code(teacher: Path, tmp_path: Path) -> None:
+    student, dictionary = shipped(teacher, tmp_path / "s", str(teacher), "int8", figures={"accuracy": 0.8125})
+    files = {str(p.relative_to(tmp_path / "s")) for p in (tmp_path / "s").rglob("*") if p.is_file()}
+    names = ("README.md", "config.json", "dictionary.safetensors", "exemplars.parquet", "tokenizer/tokenizer.json")
+    assert files == {
+        *("README.md", "config.json", "config_sentence_transformers.json", "model.safetensors", "modules.json"),
+        *("tokenizer.json", *(f"dictionary/{name}" for name in names)),
+    }
+    assert student.config.kind == str(teacher)
+    changes = {"max_length": 24, "kind": teacher.name}
+    assert load_student(tmp_path / "s").config == student.config.model_copy(update=changes)
+    ship(tmp_path / "s", student, dictionary)
+    for path in (tmp_path / "s").rglob("*"):  # local paths are not published
+        assert path.is_dir() or str(teacher.parent).encode() not in path.read_bytes(), path
 
 
-def test_a_shipment_that_is_cut_off_is_no_student(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_card_has_metadata_and_metrics_and_cannot_be_broken_out_of(shipped_student: tuple) -> None:
+    config = shipped_student[1].config
+    figures = {"held-out sense accuracy": 0.8125, "a |\n# evil": 1.0, "{x}": 2.0}
+    for teacher, base in (("org/name", "org/name"), ("a: b\n---\n# evil", None)):
+        named = config.model_copy(update={"teacher": config.teacher.model_copy(update={"name": teacher})})
+        card = student_card(named, "int8", figures)
+        metadata = yaml.safe_load(card.split("---\n")[1])
+        assert metadata["library_name"] == "sentence-transformers"
+        assert "msense" in metadata["tags"]
+        assert metadata.get("base_model") == base
+        assert "\n# evil" not in card
+    for expected in ("| held-out sense accuracy | 0.8125 |", "| {x} | 2 |", "trust_remote_code=True", "stored as int8"):
+        assert expected in card
+
+
+def test_an_interrupted_save_leaves_no_student(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student, dictionary = shipped(teacher, tmp_path / "s")
     monkeypatch.setattr("msense.student.shipping.write_settings", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -78,30 +81,21 @@ def test_a_shipment_that_is_cut_off_is_no_student(
         SenseEncoder.from_pretrained(tmp_path / "s")
 
 
-def test_where_files_lay_is_not_told(teacher: Path, tmp_path: Path) -> None:
-    student, dictionary = shipped(teacher, tmp_path / "s", str(teacher))
-    assert student.config.kind == str(teacher)
-    ship(tmp_path / "s", student, dictionary)
-    assert SenseEncoder.from_pretrained(tmp_path / "s").config.kind == teacher.name
-    for path in (tmp_path / "s").rglob("*"):
-        assert path.is_dir() or str(teacher.parent).encode() not in path.read_bytes(), path
-
-
-def test_what_does_not_belong_together_is_not_shipped(teacher: Path, tmp_path: Path) -> None:
+def test_mismatches_are_refused_before_anything_is_written(teacher: Path, tmp_path: Path) -> None:
     student, dictionary = shipped(teacher, tmp_path / "s")
-    whole = (tmp_path / "s" / "config.json").read_bytes()
-    with pytest.raises(StudentError, match="its width is 16, that of the dictionary is 3"):
-        ship(tmp_path / "s", student, make([1] * 25, tokenizer_fingerprint="", teacher={"name": "t"}))
-    with pytest.raises(StudentError, match=r"its tokenizer is .*, that of the dictionary is other"):
-        ship(tmp_path / "s", student, make([1], 16, tokenizer_fingerprint="other"))
-    bare = make([1] * dictionary.vocab_size, 16, tokenizer_fingerprint="", teacher={"name": "t"})
-    with pytest.raises(StudentError, match="the dictionary has no tokenizer"):
-        ship(tmp_path / "s", student, bare)
-    with pytest.raises(StudentError, match="senses is 'int4', but must be one of"):
-        ship(tmp_path / "s", student, dictionary, senses="int4")
-    with pytest.raises(StudentError, match=r"2 special tokens around a text, but config.json lets the student read 2"):
-        ship(tmp_path / "s", student, dictionary, max_length=2)
-    assert (tmp_path / "s" / "config.json").read_bytes() == whole
+    config = (tmp_path / "s" / "config.json").read_bytes()
+    unnamed = {"tokenizer_fingerprint": "", "teacher": {"name": "t"}}
+    cases = [
+        (make([1] * 25, **unnamed), {}, "does not match the student: it has dimension 3, not 16"),
+        (make([1], 16, tokenizer_fingerprint="other"), {}, "it has tokenizer other, not "),
+        (make([1] * dictionary.vocab_size, 16, **unnamed), {}, "the dictionary has no tokenizer"),
+        (dictionary, {"senses": "int4"}, "invalid senses 'int4'"),
+        (dictionary, {"max_length": 2}, "adds 2 special tokens to a text, but max_length is 2"),
+    ]
+    for other, arguments, match in cases:
+        with pytest.raises(StudentError, match=match):
+            ship(tmp_path / "s", student, other, **arguments)
+    assert (tmp_path / "s" / "config.json").read_bytes() == config
 
 
 def edit(path: Path, **settings: object) -> None:
@@ -111,48 +105,35 @@ def edit(path: Path, **settings: object) -> None:
 def other_tokenizer(path: Path) -> None:
     definition = json.loads(path.read_text())
     definition["model"]["vocab"] = {"[UNK]": 0, "bank": 1}
-    definition["post_processor"] = None
-    definition["added_tokens"] = []
-    path.write_text(json.dumps(definition))
-
-
-def scaled(path: Path, factor: float) -> None:
-    save_file({name: tensor * factor for name, tensor in load_file(path).items()}, path)
+    edit(path, model=definition["model"], post_processor=None, added_tokens=[])
 
 
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
-    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 999), "cut off or no safetensors"),
-    "weights of NaN": (lambda f: scaled(f / "model.safetensors", float("nan")), "holds NaN"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "tokenizer is a pipe": (
         lambda f: ((f / "tokenizer.json").unlink(), os.mkfifo(f / "tokenizer.json")),
-        "tokenizer.json is no plain file",
+        "tokenizer.json is no",
     ),
-    "tokenizer cut off": (lambda f: os.truncate(f / "tokenizer.json", 99), "not the student's tokenizer"),
-    "a large tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 1 << 33), "at most .* are read"),
-    "another tokenizer": (lambda f: other_tokenizer(f / "tokenizer.json"), "its fingerprint is"),
+    "truncated tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 99), "not the student's tokenizer"),
+    "large tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 1 << 33), f"{1 << 33} bytes"),
+    "other tokenizer": (lambda f: other_tokenizer(f / "tokenizer.json"), "fingerprint"),
     "tokenizer outside": (lambda f: outside(f / "tokenizer.json"), "outside the student"),
-    "a foreign folder": (lambda f: edit(f / "config.json", format_version=None), "states no format_version"),
-    "no room for text": (lambda f: edit(f / "config.json", max_length=2), "2 special tokens around a text"),
-    "a text without end": (lambda f: edit(f / "config.json", max_length=1 << 40), "max_length: Input should be less"),
-    "a vast prompt": (lambda f: edit(f / "config.json", prompt="x" * 70_000), "prompt: .* at most 65536"),
+    "no room for text": (lambda f: edit(f / "config.json", max_length=2), "adds 2 special tokens to a text"),
+    "unbounded text": (lambda f: edit(f / "config.json", max_length=1 << 40), "max_length: Input should be less"),
+    "unbounded prompt": (lambda f: edit(f / "config.json", prompt="x" * 70_000), "prompt: .* at most 65536"),
 }
 SPOILT_SENSES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another dictionary": (
+    "other dictionary": (
         lambda f: (shutil.rmtree(f / "dictionary"), make([1] * 25).save(f / "dictionary")),
-        "does not speak in this dictionary: its tokenizer is",
+        "does not match the student: it has tokenizer",
     ),
-    "cut dictionary": (lambda f: os.truncate(f / "dictionary" / "dictionary.safetensors", 999), "cut off"),
-    "no config": (lambda f: (f / "dictionary" / "config.json").unlink(), r"no config.json"),
-    "cut exemplars": (lambda f: os.truncate(f / "dictionary" / "exemplars.parquet", 99), "exemplars.parquet cannot"),
+    "truncated exemplars": (lambda f: os.truncate(f / "dictionary" / "exemplars.parquet", 99), "exemplars.parquet"),
     "dictionary outside": (lambda f: outside(f / "dictionary" / "dictionary.safetensors"), "outside the dictionary"),
 }
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_folders_nobody_vouches_for_are_refused(shipped_student: tuple, tmp_path: Path, case: str) -> None:
+def test_hostile_folders_are_refused(shipped_student: tuple, tmp_path: Path, case: str) -> None:
     spoil, match = SPOILT[case]
     shutil.copytree(shipped_student[3], tmp_path / "s")
     spoil(tmp_path / "s")
@@ -161,7 +142,7 @@ def test_folders_nobody_vouches_for_are_refused(shipped_student: tuple, tmp_path
 
 
 @pytest.mark.parametrize("case", SPOILT_SENSES)
-def test_dictionaries_nobody_vouches_for_are_refused(shipped_student: tuple, tmp_path: Path, case: str) -> None:
+def test_hostile_dictionaries_are_refused_on_use(shipped_student: tuple, tmp_path: Path, case: str) -> None:
     spoil, match = SPOILT_SENSES[case]
     shutil.copytree(shipped_student[3], tmp_path / "s")
     spoil(tmp_path / "s")
@@ -171,16 +152,17 @@ def test_dictionaries_nobody_vouches_for_are_refused(shipped_student: tuple, tmp
         encoder.tokens("bank river the a cat")
 
 
-def test_a_student_of_before_still_loads(shipped_student: tuple, tmp_path: Path) -> None:
+def test_configs_without_length_and_prompt_still_load(shipped_student: tuple, tmp_path: Path) -> None:
     shutil.copytree(shipped_student[3], tmp_path / "s")
     path = tmp_path / "s" / "config.json"
     config = json.loads(path.read_text())
     del config["max_length"], config["prompt"]
     path.write_text(json.dumps(config))
-    assert (load_student(tmp_path / "s").config.max_length, load_student(tmp_path / "s").config.prompt) == (512, "")
+    loaded = load_student(tmp_path / "s").config
+    assert (loaded.max_length, loaded.prompt) == (512, "")
 
 
-def test_a_student_reads_no_more_than_its_positions(teacher: Path, tmp_path: Path) -> None:
+def test_max_length_is_limited_by_the_positions(teacher: Path, tmp_path: Path) -> None:
     _, dictionary = shipped(teacher, tmp_path / "s")
     long = SenseDictionary(
         dictionary.config.model_copy(update={"max_length": 99}), dictionary._arrays, dictionary.ragged.parts
@@ -189,69 +171,69 @@ def test_a_student_reads_no_more_than_its_positions(teacher: Path, tmp_path: Pat
     assert lengths == [99, 64]
 
 
+def sentence_transformer(folder: Path) -> object:
+    return pytest.importorskip("sentence_transformers").SentenceTransformer(
+        str(folder), trust_remote_code=True, device="cpu"
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_sentence_transformers_gives_the_same(teacher: Path, tmp_path: Path, kind: str) -> None:
-    library = pytest.importorskip("sentence_transformers")
+def test_sentence_transformers_gives_the_same_vectors(teacher: Path, tmp_path: Path, kind: str) -> None:
     shipped(teacher, tmp_path / "s", kind, prompt="the river ")
     encoder = SenseEncoder.from_pretrained(tmp_path / "s")
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        library.SentenceTransformer(str(tmp_path / "s"), device="cpu")
-    model = library.SentenceTransformer(str(tmp_path / "s"), trust_remote_code=True, device="cpu")
+    model = sentence_transformer(tmp_path / "s")
     texts = [*TEXTS, LONG]
-    np.testing.assert_allclose(model.encode(texts), encoder.encode(texts), atol=1e-5)
+    expected = encoder.encode(texts)
+    np.testing.assert_allclose(model.encode(texts), expected, atol=1e-5)
     np.testing.assert_allclose(model.encode(texts, prompt=""), encoder.encode(texts, prompt=""), atol=1e-5)
-    np.testing.assert_allclose(model.encode(TEXTS[0]), encoder.encode(TEXTS[0]), atol=1e-5)
+    np.testing.assert_allclose(model.encode(TEXTS[0]), expected[0], atol=1e-5)
     assert model.get_sentence_embedding_dimension() == 16
     assert model.max_seq_length == 24
     assert model.similarity(model.encode(TEXTS[:1]), model.encode(TEXTS)).shape == (1, len(TEXTS))
     model.save_pretrained(str(tmp_path / "again"))
-    again = SenseEncoder.from_pretrained(tmp_path / "again")
-    np.testing.assert_allclose(again.encode(texts), encoder.encode(texts), atol=1e-5)
-    second = library.SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
-    np.testing.assert_allclose(second.encode(texts), encoder.encode(texts), atol=1e-5)
+    np.testing.assert_allclose(SenseEncoder.from_pretrained(tmp_path / "again").encode(texts), expected, atol=1e-5)
+    np.testing.assert_allclose(sentence_transformer(tmp_path / "again").encode(texts), expected, atol=1e-5)
     assert not list(tmp_path.rglob("*.py"))
 
 
-def test_sentence_transformers_reads_as_much_as_it_is_told(teacher: Path, tmp_path: Path) -> None:
-    library = pytest.importorskip("sentence_transformers")
+def test_sentence_transformers_truncates_to_max_seq_length(teacher: Path, tmp_path: Path) -> None:
     shipped(teacher, tmp_path / "s", "static")
     encoder = SenseEncoder.from_pretrained(tmp_path / "s")
-    model = library.SentenceTransformer(str(tmp_path / "s"), trust_remote_code=True, device="cpu")
+    model = sentence_transformer(tmp_path / "s")
     model.max_seq_length = 5
-    assert model.max_seq_length == 5
-    short, cut = "the river bank", "the river bank near money"
-    np.testing.assert_allclose(model.encode([cut, short]), encoder.encode([short, short]), atol=1e-5)
+    short, long = "the river bank", "the river bank near money"
+    np.testing.assert_allclose(model.encode([long, short]), encoder.encode([short, short]), atol=1e-5)
     model.save_pretrained(str(tmp_path / "again"))
-    again = library.SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    again = sentence_transformer(tmp_path / "again")
     assert again.max_seq_length == 5
-    np.testing.assert_allclose(again.encode(cut), encoder.encode(short), atol=1e-5)
+    np.testing.assert_allclose(again.encode(long), encoder.encode(short), atol=1e-5)
     for wrong in (2, 25):
-        with pytest.raises(BadInput, match=f"max_seq_length is {wrong}, but must be from 3 to 24"):
+        with pytest.raises(BadInput, match=f"invalid max_seq_length {wrong}: use 3 to 24"):
             model.max_seq_length = wrong
     model.max_seq_length = 24
-    np.testing.assert_allclose(model.encode(cut), encoder.encode(cut), atol=1e-5)
+    np.testing.assert_allclose(model.encode(long), encoder.encode(long), atol=1e-5)
 
 
-def test_sentence_transformers_takes_static_students_without_padding(teacher: Path, tmp_path: Path) -> None:
-    library = pytest.importorskip("sentence_transformers")
+def test_sentence_transformers_uses_the_fast_path_of_static_students(teacher: Path, tmp_path: Path) -> None:
     shipped(teacher, tmp_path / "s", "static")
-    model = library.SentenceTransformer(str(tmp_path / "s"), trust_remote_code=True, device="cpu")
+    model = sentence_transformer(tmp_path / "s")
     features = model.preprocess([*TEXTS, LONG])
-    trained = model(features)  # with gradients: by the module
+    trained = model(features)  # with gradients: the module itself
     assert trained["sentence_embedding"].requires_grad
     assert model[0]._fast is None
     model.eval()
     with torch.no_grad():
         fast = model(features)
     assert model[0]._fast is not None
-    assert not dict.__contains__(fast, "token_embeddings")
+    assert callable(fast.data["token_embeddings"])  # not computed yet
     torch.testing.assert_close(fast["sentence_embedding"], trained["sentence_embedding"].detach(), atol=1e-5, rtol=0)
     assert set({**fast}) == set(trained)
+    assert not callable(fast.data["token_embeddings"])
     assert fast.get("nothing") is None
     tokens = model.encode(TEXTS, output_value="token_embeddings")
-    for own, wanted in zip(tokens, trained["token_embeddings"], strict=False):
-        torch.testing.assert_close(own, wanted[: len(own)].detach())
-    assert "token_embeddings" in model.encode(TEXTS, output_value=None)[0]
+    for actual, expected in zip(tokens, trained["token_embeddings"], strict=False):
+        torch.testing.assert_close(actual, expected[: len(actual)].detach())
+    assert isinstance(model.encode(TEXTS, output_value=None)[0]["token_embeddings"], torch.Tensor)
     with torch.no_grad():
         model[0].student.body.means.add_(1.0)
         changed = model(features)["sentence_embedding"]

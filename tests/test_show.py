@@ -1,26 +1,26 @@
-"""`python -m msense`: what is printed, and with which exit code."""
+"""`python -m msense show`: output and exit codes."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.cells import cell_len
 from tiny import make, with_tokenizer, word_piece
 
 from msense.__main__ import main
 from msense.dictionary import DictionaryFiles, SenseDictionary
-from msense.dictionary.lookup import exemplar_schema
+from msense.dictionary.contexts import exemplar_schema
 from msense.text import clean
 
-BANK, CAPITAL_BANK, RIVER = 2, 7, 3
+BANK, CAPITAL_BANK = 2, 7
 EVIL = "\x1b[31mred\x1b[0m \x1b]0;title\x07[bold]x[/bold]\x00\u202egnp\u202c\r\n"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a dictionary in which `bank` has three senses, with contexts."""
+    path = tmp_path_factory.mktemp("show")
     rows = [
         (BANK, sense, rank, rank / 2, f"left {sense}{rank} of the ", "bank", f" right {sense}{rank}", "d")
         for sense in range(3)
@@ -29,10 +29,10 @@ def folder(tmp_path: Path) -> Path:
     rows.append((CAPITAL_BANK, 0, 0, 0.0, EVIL * 40, f"Ba{EVIL}nk", EVIL * 40, "d"))
     rows.append((CAPITAL_BANK, 1, 0, 0.0, "漢字" * 60, "bank", "漢字" * 60, "d"))
     rows.append((CAPITAL_BANK, 2, 0, 0.0, "", " bank", "", "d"))
-    with_tokenizer(word_piece(), tmp_path, [2, 0, 3, 0, 1, 1, 1, 4])
+    with_tokenizer(word_piece(), path, [2, 0, 3, 0, 1, 1, 1, 4])
     columns = [pa.array(column, f.type) for column, f in zip(zip(*rows, strict=True), exemplar_schema(), strict=True)]
-    pq.write_table(pa.Table.from_arrays(columns, schema=exemplar_schema()), DictionaryFiles(tmp_path).exemplars)
-    return tmp_path
+    pq.write_table(pa.Table.from_arrays(columns, schema=exemplar_schema()), DictionaryFiles(path).exemplars)
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def _width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "72")
 
 
-def test_senses_come_by_falling_count_with_aligned_contexts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_senses_are_sorted_by_count_with_aligned_contexts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(folder), "BANK"]) == 0
     lines = capsys.readouterr().out.splitlines()
     d = SenseDictionary.load(folder)
@@ -51,28 +51,26 @@ def test_senses_come_by_falling_count_with_aligned_contexts(folder: Path, capsys
     assert [int(head[1]) for head in heads] == order
     assert [int(head[3]) for head in heads] == sorted(own.counts.tolist(), reverse=True)
     assert heads[0][5] == f"{own.counts[order[0]] / own.counts.sum():.1%}"
-    assert heads[0][7] == f"{own.spread[order[0]]:.3g}"
+    assert heads[0][8] == f"{own.spread[order[0]]:.3g}"
     contexts = [line for line in lines if "[bank]" in line]
     assert len(contexts) == 9
     assert len({line.index("[bank]") for line in contexts}) == 1
     assert contexts[0].strip() == f"left {order[0]}0 of the [bank] right {order[0]}0"
 
 
-def test_limits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", str(folder), "BANK", "--senses", "2", "--exemplars", "1"]) == 0
+@pytest.mark.parametrize(
+    ("flags", "senses", "contexts"), [(["--senses", "2", "--exemplars", "1"], 2, 2), (["--exemplars", "0"], 3, 0)]
+)
+def test_limits(folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str], senses: int, contexts: int) -> None:
+    assert main(["show", str(folder), "BANK", *flags]) == 0
     out = capsys.readouterr().out
-    assert (out.count("  sense "), out.count("[bank]")) == (2, 2)
-    assert main(["show", str(folder), "BANK", "--exemplars", "0"]) == 0
-    out = capsys.readouterr().out
-    assert (out.count("  sense "), out.count("[bank]")) == (3, 0)
+    assert (out.count("  sense "), out.count("[bank]")) == (senses, contexts)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_hostile_contexts_cannot_leave_their_line(
+def test_hostile_contexts_stay_on_their_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
-    from rich.cells import cell_len
-
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
         monkeypatch.setenv("TERM", "xterm-256color")
@@ -80,9 +78,8 @@ def test_hostile_contexts_cannot_leave_their_line(
     out = capsys.readouterr().out
     assert "\x1b[31m" not in out
     assert not set("\x00\x07\r\u202e") & set(out)
-    assert "[bold]x[/bold]" in out  # shown as it is, not taken as markup
-    assert ("\x1b[1m" in out) == terminal
-    assert ("\x1b" in out) == terminal
+    assert "[bold]x[/bold]" in out  # printed literally, not as markup
+    assert ("\x1b[1m" in out) == ("\x1b" in out) == terminal
     shown = [clean(line) for line in out.split("\n")]
     assert all(cell_len(line) <= 72 for line in shown)
     columns = [cell_len(line[: line.index("bank")]) for line in shown if line.startswith("    ") and "bank" in line]
@@ -90,20 +87,21 @@ def test_hostile_contexts_cannot_leave_their_line(
     assert len(set(columns)) == 1
 
 
-def test_words_that_are_not_found_are_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_without_senses_are_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(folder), "unbans", "river", "xyz\x1b[2J"]) == 1
     out = capsys.readouterr().out
-    assert "'unbans' is no token of its own: the tokenizer cuts it into 3 pieces (un ##ban ##s)" in out
-    assert "'river' is in the vocabulary as 'river' (id 3), but the dictionary holds no senses for it" in out
-    assert "unknown to this tokenizer" in out
+    assert "'unbans' is not a single token: the tokenizer splits it into 3 tokens (un ##ban ##s)" in out
+    assert "'river' is in the vocabulary as 'river' (id 3), but has no senses" in out
+    assert "unknown to the tokenizer" in out
     assert "\x1b" not in out
-    assert main(["show", str(folder), "unbans", "BANK"]) == 0  # one was found
+    assert main(["show", str(folder), "unbans", "BANK"]) == 0  # one has senses
 
 
 def test_a_missing_dictionary_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path / "nowhere"), "bank"]) == 2
     captured = capsys.readouterr()
-    assert "error: there is no folder" in captured.err
+    assert captured.err.startswith("error: ")
+    assert "nowhere does not exist" in captured.err
     assert captured.out == ""
     make([1]).save(tmp_path)  # a dictionary without a tokenizer
     assert main(["show", str(tmp_path), "bank"]) == 2
@@ -126,12 +124,6 @@ def test_usage(arguments: list[str], text: str, capsys: pytest.CaptureFixture[st
     captured = capsys.readouterr()
     assert text in captured.out + captured.err
     assert stopped.value.code == (0 if "--help" in arguments else 2)
-
-
-def test_it_runs_as_a_module(folder: Path) -> None:
-    command = [sys.executable, "-m", "msense", "show", str(folder), "BANK"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "bank  token 2, 3 senses" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""`ray job submit` to a head that asks for a token: what is uploaded, refused, told, stopped and gone on with."""
+"""`ray job submit` to a head with token authentication: refused, stopped, resumed and failing jobs."""
 
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from msense.run_folder import SUBMITTED, RunFolder, lasting
 
 
 class Head:
-    """A head node, and `ray job` against it."""
+    """A head node and its `ray job` command."""
 
     def __init__(self, nodes: Nodes) -> None:
         self.nodes = nodes
@@ -29,7 +29,7 @@ class Head:
         nodes.wait_for([str(BIN / "ray"), "job", "list", *self.address], 0)
 
     def job(self, *words: str, token: bool = True) -> subprocess.CompletedProcess:
-        """Call `ray job`, with its output and errors in one."""
+        """Run `ray job`; its output includes its errors."""
         environment = {k: v for k, v in self.nodes.environment.items() if token or not k.startswith("RAY_AUTH")}
         command = [str(BIN / "ray"), "job", words[0], *self.address, *words[1:]]
         return subprocess.run(
@@ -55,12 +55,12 @@ def test_no_token_no_job_and_a_relative_output_is_refused(head: Head) -> None:
     assert refused.returncode == 1
     assert "Unauthorized: Missing authentication token" in refused.stdout
     bad = head.submit(ROOT, "python", "jobs/build_dict.py", "--corpus", "README.md", "--output", "runs/mine")
-    assert bad.returncode == 1  # Ray's own, whatever the job's is
+    assert bad.returncode == 1  # Ray's own
     assert "exit code 2" in bad.stdout
     assert "error: --output runs/mine is relative, and a submitted job runs in a copy" in bad.stdout
 
 
-def test_an_output_lasts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_lasting_outputs_are_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert lasting("runs/x") == str(tmp_path / "runs/x")
     monkeypatch.setenv(SUBMITTED, "{}")
@@ -73,7 +73,7 @@ def test_an_output_lasts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 @pytest.fixture
 def hold(tmp_path: Path) -> Path:
-    """A file that holds up what is submitted at its sixth unit."""
+    """A file that makes the submitted job wait at its sixth partition while it exists."""
     path = tmp_path / "hold"
     path.touch()
     return path
@@ -81,12 +81,19 @@ def hold(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def working_dir(tmp_path: Path, hold: Path) -> Path:
-    """A copy of what is submitted, in which units are small: a job that has many units runs what was uploaded."""
+    """A copy of the code with small partitions: a job with many partitions ran the uploaded copy."""
     wait = f"""
     while item["number"] >= 5 and Path({str(hold)!r}).exists():
         time.sleep(0.05)
 """
     return in_small_units(tmp_path / "submitted", wait)
+
+
+def wait_until(ready: Callable[[], bool]) -> None:
+    until = time.monotonic() + 120
+    while not ready() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert ready()
 
 
 def dictionary(run: Path) -> dict[str, bytes]:
@@ -100,7 +107,7 @@ def test_a_job_that_is_stopped_and_submitted_again_gives_the_same_bytes(
 ) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "corpus").mkdir()
-    for name in "abcdefghijklmnop":  # a unit each, at least
+    for name in "abcdefghijklmnop":  # at least one partition per file
         lines = [" ".join(rng.choice(WORDS, 24)) for _ in range(60)]
         (tmp_path / "corpus" / f"{name}.txt").write_text("\n".join(lines) + "\n")
 
@@ -112,42 +119,31 @@ def test_a_job_that_is_stopped_and_submitted_again_gives_the_same_bytes(
     stopped = tmp_path / "stopped"
     again = command(str(stopped))
     assert head.submit(working_dir, *again, options=("--submission-id", "first", "--no-wait")).returncode == 0
-    until = time.monotonic() + 120
-    while len(units := list(stopped.glob("occurrences/*.records.done"))) < 2 and time.monotonic() < until:
-        time.sleep(0.05)
-    assert len(units) >= 2, head.job("logs", "first").stdout
+    wait_until(lambda: len(list(stopped.glob("occurrences/*.records.done"))) >= 2)
     assert head.job("stop", "first").returncode == 0
     assert "was stopped" in head.job("status", "first").stdout
     assert not (stopped / "finished.json").exists()
-    taken = head.submit(working_dir, *again, options=("--submission-id", "first"))
-    assert taken.returncode == 1
-    assert "already exists" in taken.stdout
     assert head.submit(working_dir, *again, options=("--submission-id", "second", "--no-wait")).returncode == 0
     journal = RunFolder(str(stopped)).journal
-    until = time.monotonic() + 120
-    while len(storage.read_json(journal)["drivers"]) < 2 and time.monotonic() < until:
-        time.sleep(0.05)
-    hold.unlink()  # by now no worker of the first is left to go on
+    wait_until(lambda: len(storage.read_json(journal)["drivers"]) == 2)
+    hold.unlink()  # no worker of the first job is left to continue it
     done = head.job("logs", "second", "--follow")
     assert "succeeded" in head.job("status", "second").stdout, done.stdout
     assert str(stopped / "dictionary") in done.stdout.replace("\n", "")
     first, last = storage.read_json(journal)["drivers"]
-    assert first["outcome"] in (
-        "",
-        "failed: SystemExit: 15",
-    )  # Ray's drivers raise that on SIGTERM, where they have time to
+    assert first["outcome"] in ("", "failed: SystemExit: 15")  # Ray's drivers raise that on SIGTERM, given time
     assert last["outcome"] == "finished"
     counts = last["stages"]["occurrences"]
     assert counts["kept"] >= 2
     assert counts["made"] >= 5
-    assert counts["kept"] + counts["made"] >= 10  # small units: the uploaded copy was run, by driver and workers
+    assert counts["kept"] + counts["made"] >= 10  # small partitions: driver and workers ran the uploaded copy
     whole = head.submit(working_dir, *command(str(tmp_path / "whole")))
     assert whole.returncode == 0, whole.stdout
     assert dictionary(stopped) == dictionary(tmp_path / "whole") != {}
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_says_why(head: Head, teacher: Path, tmp_path: Path) -> None:
+def test_a_failing_job_reports_the_cause(head: Head, teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("the bank of the river\n")
     given = ["--corpus", str(tmp_path / "text.txt"), "--teacher", str(teacher)]
     failed = head.submit(ROOT, "python", "jobs/build_dict.py", *given, "--output", "/proc/nothing")

@@ -1,4 +1,4 @@
-"""Trainings whose workers or driver are killed in the middle of an epoch end with the numbers of an undisturbed one."""
+"""Trainings whose workers or driver are killed within an epoch end with the numbers of an undisturbed one."""
 
 import os
 import shutil
@@ -15,11 +15,18 @@ from msense.distill_config import DistillConfig
 from msense.distill_run import distill_student
 from msense.student import load_student
 
-KILLED_AT = 40  # step; 28 make an epoch
+pytestmark = pytest.mark.slow
+KILLED_AT = 40  # step; an epoch has 28
 SETTINGS = {
     "student": "static", "epochs": 3, "batch_tokens": 256, "lr": 5e-3, "held_out": 0.2, "dtype": "float32",
     "checkpoint_steps": 10, "workers": 2,
 }  # fmt: skip
+
+
+def copy_labels(made: Corpus, name: str) -> Path:
+    """Return a new run that has the labels of the run "whole" and nothing else."""
+    ignored = shutil.ignore_patterns("training", "student", "metrics*")
+    return Path(shutil.copytree(made.folder / "whole", made.folder / name, ignore=ignored))
 
 
 @pytest.fixture
@@ -35,17 +42,10 @@ def whole(
     return made, given
 
 
-def labelled(whole: tuple[Corpus, dict], name: str) -> Path:
-    """Return a run with the labels of the undisturbed one, and nothing else."""
-    folder = whole[0].folder
-    shutil.copytree(folder / "whole", folder / name, ignore=shutil.ignore_patterns("training", "student", "metrics*"))
-    return folder / name
-
-
 def kill_a_worker(whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, name: str, **more: object) -> Path:
-    """Train once more, and kill a worker in the second epoch; return the run."""
+    """Train again and kill a worker in the second epoch; return the run."""
     made, given = whole
-    run, flag = labelled(whole, name), made.folder / f"{name}.flag"
+    run, flag = copy_labels(made, name), made.folder / f"{name}.flag"
     with patch.context() as patched:
         patched.setattr(distill, "worker", driver.disturbed(KILLED_AT, flag, kill=True))
         summary = distill_student(DistillConfig(**given, **more, output=str(run)))
@@ -54,19 +54,18 @@ def kill_a_worker(whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, name: s
     return run
 
 
-@pytest.mark.slow
-def test_a_worker_and_a_driver_killed_in_the_middle_of_an_epoch(
+def test_a_worker_and_a_driver_killed_within_an_epoch(
     whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, outcome: Outcome
 ) -> None:
     made, given = whole
     same_metrics(kill_a_worker(whole, patch, "worker"), made.folder / "whole")
-    run, flag = labelled(whole, "driver"), made.folder / "driver.flag"
+    run, flag = copy_labels(made, "driver"), made.folder / "driver.flag"
     process = driver.start_process(driver.drive_training, {**given, "output": str(run)}, KILLED_AT, str(flag))
-    until = time.monotonic() + 600  # a hang
+    until = time.monotonic() + 600
     while not flag.exists() and time.monotonic() < until and process.is_alive():
         time.sleep(0.1)
     assert flag.exists()
-    assert len(metrics(run)) == 1  # it stands in the second epoch
+    assert len(metrics(run)) == 1  # it is in the second epoch
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -77,16 +76,15 @@ def test_a_worker_and_a_driver_killed_in_the_middle_of_an_epoch(
     outcome("driver killed", "training", "next run goes on")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_with_two_workers_and_one_killed(
     whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, stage: int
 ) -> None:
-    undisturbed = labelled(whole, "undisturbed")
+    undisturbed = copy_labels(whole[0], "undisturbed")
     distill_student(DistillConfig(**whole[1], deepspeed_stage=stage, output=str(undisturbed)))
     run = kill_a_worker(whole, patch, f"zero{stage}", deepspeed_stage=stage)
     same_metrics(run, undisturbed)
     for found, plain in zip(metrics(run), metrics(whole[0].folder / "whole"), strict=True):
         for name in ("train_sense", "train_pooled", "held_out_sense"):
-            assert found[name] == pytest.approx(plain[name], rel=0.02)  # sums in another order, step after step
+            assert found[name] == pytest.approx(plain[name], rel=0.02)  # the order of summation differs
     assert load_student(run / "student").config.kind == "static"

@@ -185,7 +185,7 @@ def test_guarded_work_hands_errors_over_as_rows() -> None:
 
 
 def test_status_counts_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BadInput, match="is no run folder"):
+    with pytest.raises(BadInput, match="is not a run folder"):
         show_status(str(tmp_path))
     run = RunFolder(str(tmp_path))
     teacher, pins = {"name": "t", "dim": 4}, {"dtype": "float32"}
@@ -198,6 +198,6 @@ def test_status_counts_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFi
     Path(run.unit_file(1)).unlink()  # a marker without its file does not count
     show_status(str(tmp_path))
     shown = capsys.readouterr().out
-    assert "1 of 3 units" in shown
+    assert "1 of 3 partitions" in shown
     assert "0 of 2 shards" in shown
-    assert "goes on from here" in shown
+    assert "rerun the build command to resume" in shown

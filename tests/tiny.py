@@ -1,4 +1,4 @@
-"""Dictionaries and tokenizers small enough to know by heart."""
+"""Small dictionaries, tokenizers and exemplars with known content."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from msense.dictionary import Arrays, DictionaryConfig, DictionaryFiles, SenseDictionary, TeacherName, write_dictionary
+from msense.dictionary.contexts import exemplar_schema
 from msense.dictionary.format import DTYPES
-from msense.dictionary.lookup import exemplar_schema
 from msense.tokens import fingerprint
 
 WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
@@ -21,23 +21,11 @@ def make(sizes: list[int], dim: int = 3, dtype: str = "float16", seed: int = 0, 
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     counts, spread = rng.integers(1, 9, offsets[-1]), rng.random(offsets[-1]).astype(np.float32)
     arrays = Arrays(offsets, counts, spread, rng.integers(0, 99, len(sizes)))
-    given = DictionaryConfig(
-        **{
-            "teacher": TeacherName(name="tiny", revision="main", fingerprint="f"),
-            "tokenizer_fingerprint": "t",
-            "layer": -1,
-            "dim": dim,
-            "vocab_size": len(sizes),
-            "senses": 20,
-            "dtype": dtype,
-            "temperature_unit": 0.5,
-            "max_length": 16,
-            "max_occurrences": 100,
-            **config,
-        }
-    )
+    teacher = TeacherName(name="tiny", revision="main", fingerprint="f")
+    given = {"teacher": teacher, "tokenizer_fingerprint": "t", "layer": -1, "dim": dim, "vocab_size": len(sizes)}
+    given |= {"senses": 20, "dtype": dtype, "temperature_unit": 0.5, "max_length": 16, "max_occurrences": 100}
     centroids = torch.from_numpy(rng.normal(size=(offsets[-1], dim))).to(DTYPES[dtype])
-    return SenseDictionary(given, arrays, (centroids,))
+    return SenseDictionary(DictionaryConfig(**given | config), arrays, (centroids,))
 
 
 def assert_same(a: SenseDictionary, b: SenseDictionary) -> None:
@@ -68,9 +56,6 @@ def with_tokenizer(tokenizer: Tokenizer, folder: Path, sizes: list[int]) -> Sens
 
 
 def exemplars(rows: list[tuple[int, int, int]]) -> pa.Table:
-    texts = [("a river ", "bank", f" of {t}.{s}.{r}", "doc 1") for t, s, r in rows]
-    columns = [[row[i] for row in rows] for i in range(3)] + [[r / 2 for *_, r in rows]]
-    columns += [[text[i] for text in texts] for i in range(4)]
-    return pa.Table.from_arrays(
-        [pa.array(c, f.type) for c, f in zip(columns, exemplar_schema(), strict=True)], schema=exemplar_schema()
-    )
+    values = [(t, s, r, r / 2, "a river ", "bank", f" of {t}.{s}.{r}", "doc 1") for t, s, r in rows]
+    names = exemplar_schema().names
+    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in values], exemplar_schema())

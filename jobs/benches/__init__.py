@@ -1,1 +1,1 @@
-"""The benchmarks of `jobs/bench.py`, a module a subject."""
+"""The benchmarks of `jobs/bench.py`, one module per subject."""

@@ -1,14 +1,12 @@
-"""The clustering stage and its kernel: against other libraries, against bare products, and with more workers.
+"""The clustering stage and its kernel against other libraries and bare matrix products.
 
-In: the points of the shared run. Out: ratios; a peer's time over ours where nothing else is said. Holds the points as
-stored, as float32, and once more in the peers' processes.
+Ratios are another library's time over msense's unless stated otherwise. Holds the points as float16 and float32, and once
+more in the other libraries' processes.
 """
 
 import logging
-import multiprocessing
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,22 +17,20 @@ from benches.shared import Bench, Figures, Tokens
 from benches.turns import Processes, Turns, in_turn
 from msense import clustering, storage
 from msense.kmeans import Clusters, KMeansConfig, cluster_tokens
-from msense.runtime import Resources, connect, map_tasks
-from msense.units import ClusterSettings
+from msense.runtime import connect
 
 logger = logging.getLogger("msense.bench")
 
-GOOD_ENOUGH = 1.01  # of scikit-learn's total inertia: what FAISS is tuned to reach
-LARGE = 200  # points of a token that `over_limit` looks at
+GOOD_ENOUGH = 1.01  # FAISS is tuned to reach this multiple of scikit-learn's total inertia
+LARGE = 200  # least points per token in `over_limit`
 TURNS = 5
-SUPERKMEANS_EVERY = 8
-SCALING_TURNS, SCALING_SECONDS = 3, 20.0  # seconds of work for one worker, at least
+SUPERKMEANS_EVERY = 8  # SuperKMeans takes milliseconds to set up for each token
 
 Ways = dict[str, Callable[[], Any]]
 
 
 def kmeans(bench: Bench) -> Figures:
-    """The stage, reading and writing included, and its kernel over loops of other libraries on the same points."""
+    """Time the stage, input and output included, and its kernel against other libraries on the same points."""
     bench.build()
     tokens = bench.tokens()
     tokens = tokens.where(tokens.sizes > bench.senses)
@@ -43,8 +39,9 @@ def kmeans(bench: Bench) -> Figures:
     with Processes(bench.workers) as processes, Processes(bench.workers) as own:
         processes.give(arrays)
         own.give(shared(tokens, bench.workers))
-        first = inertias(arrays, processes.run(partial(sklearn_loop, k=k, threads=1)))
-        second = inertias(arrays, processes.run(partial(sklearn_loop, k=k, threads=1, state=1)))
+        first, second = (
+            inertias(arrays, processes.run(partial(sklearn_loop, k=k, threads=1, state=state))) for state in (0, 1)
+        )
         ways: Ways = {
             "stage": _stage(bench),
             "kernel.threads": kernel(tokens, k, bench.workers),
@@ -54,18 +51,18 @@ def kmeans(bench: Bench) -> Figures:
             "sklearn.one_thread_a_core": partial(processes.run, partial(sklearn_loop, k=k, threads=1)),
         }
         if available("faiss"):
-            settings = _tuned(arrays, k, processes, float(first.sum()))
+            settings = faiss_settings(arrays, k, GOOD_ENOUGH * float(first.sum()), processes, seconds=60)
             figures |= {f"kmeans.faiss_{name}": float(value) for name, value in settings.items()}
             ways |= {
                 "faiss.default": partial(faiss_loop, arrays, k, **settings),
                 "faiss.one_thread": partial(faiss_loop, arrays, k, 1, **settings),
                 "faiss.one_thread_a_core": partial(processes.run, partial(faiss_loop, k=k, threads=1, **settings)),
             }
-        ways["stage"]()  # once before the clock: Ray's workers import torch
+        ways["stage"]()  # untimed: Ray's workers import torch
         turns = in_turn(ways, TURNS)
         figures |= _superkmeans(bench, tokens, arrays, first, processes) if available("superkmeans") else {}
     ours: Clusters = turns.results["kernel.threads"]
-    figures |= _quality(ours.inertia, first, second) | _against(turns, arrays, first)
+    figures |= _quality(ours.inertia, first, second) | _speedups(turns, arrays, first)
     del arrays, turns
     return figures | {"kmeans.over_limit": over_limit(tokens.where(tokens.sizes >= LARGE), k, TURNS + 2)}
 
@@ -82,30 +79,25 @@ def _stage(bench: Bench) -> Callable[[], list[str]]:
 
 
 def shared(tokens: Tokens, count: int) -> list[Tokens]:
-    """Deal tokens out by turns."""
+    """Distribute tokens round-robin."""
     return [tokens.where(np.arange(len(tokens.ids)) % count == number) for number in range(count)]
 
 
 def kernel(tokens: Tokens, k: int, threads: int) -> Callable[[], Clusters]:
-    """Our way."""
+    """Return a call of msense's kernel."""
     return partial(cluster_tokens, tokens.points, tokens.sizes, tokens.ids, KMeansConfig(k=k), threads=threads)
 
 
 def kernel_loop(shares: list[Tokens], k: int) -> list[None]:
-    """What a worker on one core does; nothing goes back, as it writes what it finds itself."""
+    """Run the kernel on one core and return nothing, like a worker, which writes its own results."""
     for tokens in shares:
         kernel(tokens, k, 1)()
     return [None] * len(shares)
 
 
-def _tuned(arrays: list[np.ndarray], k: int, processes: Processes, target: float) -> dict[str, Any]:
-    """FAISS's settings, tuned on all tokens, which the processes hold."""
-    return faiss_settings(arrays, k, GOOD_ENOUGH * target, processes, seconds=60)
-
-
 def _quality(ours: np.ndarray, first: np.ndarray, second: np.ndarray) -> Figures:
-    """Inertias [T]: ours, and scikit-learn's from its first and second random state."""
-    known = first > 1e-6 * first.sum() / len(first)  # else all distinct points are centroids
+    """Compare inertias [T] with those of scikit-learn's first and second random state."""
+    known = first > 1e-6 * first.sum() / len(first)  # smaller: every distinct point is a centroid
     tail = np.percentile(ours[known] / first[known], 95)
     return {
         "kmeans.inertia_ratio": float(ours.sum() / first.sum()),
@@ -113,16 +105,16 @@ def _quality(ours: np.ndarray, first: np.ndarray, second: np.ndarray) -> Figures
     }
 
 
-def _against(turns: Turns, arrays: list[np.ndarray], first: np.ndarray) -> Figures:
-    """Speedups over each library's best way, and its total inertia over scikit-learn's."""
+def _speedups(turns: Turns, arrays: list[np.ndarray], first: np.ndarray) -> Figures:
+    """Compare with the fastest way of each library, and FAISS's total inertia with scikit-learn's."""
     ours, best = turns.best("kernel") or "", turns.best("sklearn") or ""
     figures = {
         "kmeans.kernel_speedup": turns.ratio(best, ours),
         "kmeans.kernel_speedup_default": turns.ratio("sklearn.default", ours),
-        "kmeans.kernel_s": float(np.median(turns.seconds[ours])),
+        "kmeans.kernel_s": turns.median(ours),
         "kmeans.speedup": turns.ratio(best, "stage"),
         "kmeans.speedup_default": turns.ratio("sklearn.default", "stage"),
-        "kmeans.stage_s": float(np.median(turns.seconds["stage"])),
+        "kmeans.stage_s": turns.median("stage"),
     }
     if way := turns.best("faiss"):
         total = inertias(arrays, turns.results[way]).sum()
@@ -132,7 +124,7 @@ def _against(turns: Turns, arrays: list[np.ndarray], first: np.ndarray) -> Figur
 
 
 def show(turns: Turns, *counted: str | None) -> None:
-    """Log what was timed; an asterisk marks the ways that count."""
+    """Log all timings, marking the ways that enter the figures with an asterisk."""
     for name, seconds in turns.seconds.items():
         logger.info("  %-30s %s s%s", name, " ".join(f"{s:.2f}" for s in seconds), " *" if name in counted else "")
 
@@ -140,12 +132,10 @@ def show(turns: Turns, *counted: str | None) -> None:
 def _superkmeans(
     bench: Bench, tokens: Tokens, arrays: list[np.ndarray], first: np.ndarray, processes: Processes
 ) -> Figures:
-    """Every so manieth token only, as SuperKMeans takes milliseconds to prepare for each."""
     some, k = slice(None, None, SUPERKMEANS_EVERY), bench.senses
-    chosen = np.isin(np.arange(len(arrays)), np.arange(len(arrays))[some])
     processes.give(arrays[some])
     ways: Ways = {
-        "kernel": kernel(tokens.where(chosen), k, bench.workers),
+        "kernel": kernel(tokens.where(np.arange(len(arrays)) % SUPERKMEANS_EVERY == 0), k, bench.workers),
         "superkmeans.default": partial(superkmeans_loop, arrays[some], k),
         "superkmeans.one_thread_a_core": partial(processes.run, partial(superkmeans_loop, k=k, threads=1)),
     }
@@ -160,7 +150,7 @@ def _superkmeans(
 
 
 def over_limit(tokens: Tokens, k: int, turns: int, budget: float = np.inf) -> float:
-    """Time of the kernel over that of the bare products of its rounds, [K, D] @ [D, n] in float32; one thread."""
+    """Return the kernel's time over that of its rounds' bare products, [K, D] @ [D, n] in float32, on one thread."""
     arrays = [torch.from_numpy(p) for p in tokens.arrays()]
     ours = kernel(tokens, k, 1)
     rounds, centroids = ours().rounds.tolist(), torch.randn(k, tokens.points.shape[1])
@@ -173,52 +163,6 @@ def over_limit(tokens: Tokens, k: int, turns: int, budget: float = np.inf) -> fl
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     products()
-    timed = in_turn({"kernel": ours, "products": products}, turns, budget)
+    turns_taken = in_turn({"kernel": ours, "products": products}, turns, budget)
     torch.set_num_threads(before)
-    return timed.ratio("kernel", "products")
-
-
-def scaling(bench: Bench) -> Figures:
-    """Throughput of the clustering stage's tasks with all workers over one: on Ray, and in bare processes."""
-    bench.build()
-    settings, shards = bench.cluster_settings(), storage.load_arrays(bench.run.thresholds)["shards"]
-    once = [{"shard": n, "first": int(a), "last": int(b)} for n, (a, b) in enumerate(pairwise(shards))]
-    connect(bench.workers)
-    one, every = (Resources(n, n, "cpu") for n in (1, bench.workers))
-
-    def on_ray(resources: Resources, items: list[dict[str, int]]) -> int:
-        work = map_tasks("clustering", clustering.cluster_shard, items, resources, settings, needs=resources.clustering)
-        return sum(1 for _ in work)
-
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as single, context.Pool(bench.workers) as pool:
-        work = partial(_shard, settings=settings)
-        for warm in (
-            lambda: on_ray(every, once * 2),
-            lambda: single.map(work, once),
-            lambda: pool.map(work, once * 2, 1),
-        ):
-            warm()
-        alone = in_turn({"pass": lambda: single.map(work, once, 1)}, 2).seconds["pass"].min()
-        items = once * max(1, int(np.ceil(SCALING_SECONDS / alone)))
-        timed = in_turn(
-            {
-                "ray.one": partial(on_ray, one, items),
-                "ray.every": partial(on_ray, every, items),
-                "bare.one": partial(single.map, work, items, 1),
-                "bare.every": partial(pool.map, work, items, 1),
-            },
-            SCALING_TURNS,
-        )
-    show(timed)
-    return {
-        "kmeans.scaling": timed.ratio("ray.one", "ray.every"),
-        "kmeans.ceiling": timed.ratio("bare.one", "bare.every"),
-        "kmeans.ray_over_bare": timed.ratio("ray.every", "bare.every"),
-        "kmeans.scaling_s": float(np.median(timed.seconds["ray.one"])),
-    }
-
-
-def _shard(item: dict[str, int], settings: ClusterSettings) -> None:
-    torch.set_num_threads(1)
-    clustering.cluster_shard(item, settings)
+    return turns_taken.ratio("kernel", "products")

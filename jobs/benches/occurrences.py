@@ -1,7 +1,4 @@
-"""The occurrences stage against the bare model, and the driver's memory as the corpus grows.
-
-In: a corpus; out: ratios. Holds a unit's passages in each process of the bare model.
-"""
+"""The embed stage over the bare forward pass, and the driver's memory as the corpus grows."""
 
 import json
 import multiprocessing
@@ -25,18 +22,17 @@ from msense.teacher_folder import locate
 
 
 def gather(bench: Bench) -> Figures:
-    """Occurrences stage in its steady state over the bare forward pass: same model, dtype, batches and cores."""
+    """Compare the stage in its steady state with the bare forward pass: same model, dtype, batches and cores."""
     bench.start_afresh("gather")
     bench.build(dry_run=True)
     before = _bare_rate(bench)
     bench.build()
     after = _bare_rate(bench)
     units = [storage.facts_of(bench.run.unit_file(u.number)) or {} for u in cut_units(bench.run.blocks, bench.dim)]
-    rate = 0.0  # on both sides: the sum over processes of tokens over the time from its first batch to its last
+    rate = 0.0  # on both sides: sum over processes of tokens over the time from the first batch to the last
     for actor in {u["actor"] for u in units}:
-        mine = [u for u in units if u["actor"] == actor]
-        seconds = max(u["ended"] for u in mine) - min(u["began"] for u in mine)
-        rate += sum(u["tokens"] for u in mine) / seconds
+        own = [u for u in units if u["actor"] == actor]
+        rate += sum(u["tokens"] for u in own) / (max(u["ended"] for u in own) - min(u["began"] for u in own))
     bare = (before + after) / 2
     return {
         "gather.ratio": rate / bare,
@@ -48,7 +44,7 @@ def gather(bench: Bench) -> Figures:
 
 
 def _bare_rate(bench: Bench) -> float:
-    """Return tokens/s of the plain transformers model over the stage's own batches, a process a worker."""
+    """Return tokens/s of the plain transformers model over the stage's own batches, one process per worker."""
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(bench.workers), context.Queue()
     processes = [
@@ -57,14 +53,14 @@ def _bare_rate(bench: Bench) -> float:
     ]
     for process in processes:
         process.start()
-    told = [results.get() for _ in processes]
+    rates = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    return float(sum(tokens / (ended - began) for tokens, began, ended in told))
+    return float(sum(rates))
 
 
 def _bare_forward(run: RunFolder, config: BuildConfig, number: int, of: int, start: Any, results: Any) -> None:  # noqa: ANN401 - multiprocessing's
-    """Run every of-th unit's batches through the bare model and tell (tokens, began, ended)."""
+    """Run the batches of every of-th partition and report tokens/s."""
     import torch
     from transformers import AutoModel
 
@@ -86,45 +82,29 @@ def _bare_forward(run: RunFolder, config: BuildConfig, number: int, of: int, sta
     with torch.inference_mode():
         for ids, mask in batches:
             model(input_ids=ids, attention_mask=mask)
-    results.put((sum(int(mask.sum()) for _, mask in batches), began, time.time()))
+    results.put(sum(int(mask.sum()) for _, mask in batches) / (time.time() - began))
 
 
 def driver(bench: Bench) -> Figures:
-    """The driver's peak memory for a corpus ten times larger over that for the corpus, with a tiny random teacher."""
+    """Compare the driver's peak memory for a corpus and one ten times larger, with a tiny random teacher."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    peaks = []
+    rng, peaks = np.random.default_rng(0), []
+    ends = ("port", "form", "act", "test", "light", "side", "turn")
+    words = np.array([f"{a}{b}" for a in ("re", "un", "in", "de") for b in ends])
+    lines = [" ".join(words[rng.integers(0, len(words), 40)]) for _ in range(2000)]
     with tempfile.TemporaryDirectory() as scratch:
         teacher, text = Path(scratch, "teacher"), Path(scratch, "text")
-        BertModel(
-            BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-        ).save_pretrained(teacher)
+        small = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        BertModel(small).save_pretrained(teacher)
         AutoTokenizer.from_pretrained(locate(DEMO_TEACHER), trust_remote_code=False).save_pretrained(teacher)
         text.mkdir()
-        words = np.array(
-            [
-                f"{a}{b}"
-                for a in ("re", "un", "in", "de")
-                for b in ("port", "form", "act", "test", "light", "side", "turn")
-            ]
-        )
-        rng = np.random.default_rng(0)
-        lines = [" ".join(words[rng.integers(0, len(words), 40)]) for _ in range(2000)]
+        command = [sys.executable, str(Path(__file__).parents[1] / "build_dict.py"), "--corpus", str(text)]
+        command += ["--teacher", str(teacher), "--max-occurrences", "2000", "--senses", "4", "--output"]
         for number in range(100):
             (text / f"{number:03d}.txt").write_text("\n".join(lines[number:] + lines[:number]) + "\n")
             if number in (9, 99):
                 output = Path(scratch, f"run-{number}")
-                command = [sys.executable, str(Path(__file__).parents[1] / "build_dict.py")]
-                command += [
-                    "--corpus",
-                    str(text),
-                    "--teacher",
-                    str(teacher),
-                    "--output",
-                    str(output),
-                    "--max-occurrences",
-                    "2000",
-                ]
-                subprocess.run([*command, "--senses", "4"], check=True, stdout=subprocess.DEVNULL)
+                subprocess.run([*command, str(output)], check=True, stdout=subprocess.DEVNULL)
                 peaks.append(json.loads((output / "summary.json").read_text())["driver_peak"])
     return {"driver.growth": peaks[1] / peaks[0], "driver.peak_mb": peaks[1] / 1e6}

@@ -1,51 +1,44 @@
-"""Replacing embeddings by senses, against a product of the same embeddings. Holds 500,000 embeddings twice."""
-
-import time
+"""Replacing embeddings by senses over one matrix product with the same 500,000 embeddings, held twice."""
 
 import numpy as np
+import torch
 
 from benches.shared import Bench, Figures
+from benches.turns import in_turn
 from msense import SenseDictionary
 from msense.occurrences import Duplicates, cut_units, unit_passages
 
+COUNT, TURNS = 500_000, 5
+
 
 def replace(bench: Bench) -> Figures:
-    """Replacing 500k embeddings by their nearest senses over one product with 20 vectors, both on one thread."""
-    import torch
-
+    """Time hard and soft replacement over a product with 20 vectors, on one thread."""
     bench.build()
     dictionary = SenseDictionary.load(bench.run.dictionary)
-    tokens, points = bench.points()
-    ids, embeddings = _stream(bench, tokens, points, 500_000)
+    ids, embeddings = _stream(bench, *bench.points())
     torch.set_num_threads(1)
     other = torch.randn(embeddings.shape[1], 20)
     given, out = torch.from_numpy(embeddings), np.empty_like(embeddings)
     dictionary.replace(ids[:1000], embeddings[:1000])
-    ratios, seconds = [], []
-    for _ in range(5):
-        began = time.perf_counter()
-        given @ other
-        middle = time.perf_counter()
-        dictionary.replace(ids, embeddings, out=out)
-        seconds.append(time.perf_counter() - middle)
-        ratios.append(seconds[-1] / (middle - began))
-    soft = time.perf_counter()
-    dictionary.replace(ids, embeddings, temperature=1 / 3, out=out)
-    soft = time.perf_counter() - soft
-    median = int(np.argsort(ratios)[2])
+    ways = {
+        "product": lambda: given @ other,
+        "hard": lambda: dictionary.replace(ids, embeddings, out=out),
+        "soft": lambda: dictionary.replace(ids, embeddings, temperature=1 / 3, out=out),
+    }
+    turns = in_turn(ways, TURNS)
     return {
-        "replace.ratio": ratios[median],
-        "replace.embeddings_per_s": len(ids) / seconds[median],
-        "replace.soft_over_hard": soft / seconds[median],
+        "replace.ratio": turns.ratio("hard", "product"),
+        "replace.embeddings_per_s": len(ids) / turns.median("hard"),
+        "replace.soft_over_hard": turns.ratio("soft", "hard"),
     }
 
 
-def _stream(bench: Bench, tokens: np.ndarray, points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the corpus's first `count` tokens, each with the embedding of some occurrence of that token."""
+def _stream(bench: Bench, tokens: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the corpus's first tokens, each with the embedding of a random occurrence of that token."""
     units = cut_units(bench.run.blocks, points.shape[1])
     ids = np.concatenate([unit_passages(bench.run, unit, Duplicates(bench.run)).ids for unit in units])
     token, start, number = np.unique(tokens, return_index=True, return_counts=True)
-    ids = np.resize(ids[np.isin(ids, token)], count)
+    ids = np.resize(ids[np.isin(ids, token)], COUNT)
     place = np.searchsorted(token, ids)
-    chosen = start[place] + np.random.default_rng(0).integers(0, 2**31, count) % number[place]
+    chosen = start[place] + np.random.default_rng(0).integers(0, 2**31, COUNT) % number[place]
     return ids, points[chosen].astype(np.float32)

@@ -1,96 +1,106 @@
-"""Senses shared out by budget against the same number for every token, at equal size.
+"""Senses allocated by budget against the same number for every token, at equal dictionary size.
 
-In: Banking77 (`banking77/{train,test}.csv`, columns text and label) and CoarseWSD (`coarsewsd/WORD/{train,test}.data.txt`,
-lines `position<TAB>words`, and `.gold.txt`), read by the demo teacher. Out: distortion, few-shot accuracy of the replaced
-teacher, and how well senses tell those of people apart. Holds the embeddings of one of the two as float16, and the
-replaced ones as float32.
+Reads Banking77 (`banking77/{train,test}.csv`) and CoarseWSD (`coarsewsd/WORD/{train,test}.{data,gold}.txt`) with the demo
+teacher and holds all token embeddings of one of them.
 """
 
 import logging
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 
-from benches.few_shot import few_shot, read_task
 from benches.shared import Bench, Figures
 from benches.workshop import CAP
 from msense import SenseDictionary
 from msense.config import DEFAULT_BUDGET, DEMO_TEACHER, SenseBudget, sense_bytes
 from msense.dictionary.format import Arrays, corpus_distortion
-from msense.evaluation.result import Result, difference
-from msense.teacher import TOKEN_BUDGET, Teacher, describe, pad_batch, resolve_dtype, token_batches
+from msense.evaluation import coarsewsd
+from msense.evaluation.classification import PARTS, classify
+from msense.evaluation.models import TeacherModel, slabs
+from msense.evaluation.result import METRICS, Result, difference
+from msense.evaluation.spec import Spec
+from msense.labelled import read_labelled
+from msense.pooling import pool_rows
 
 logger = logging.getLogger("msense.bench")
 
 FIXED, MORE = 20, 50
-TRIES = 5  # to make both dictionaries of one size
+TRIES = 5  # to reach equal sizes
 Dictionaries = dict[str, SenseDictionary]
 
 
 @dataclass(frozen=True)
-class Read:
-    """Passages as the teacher read them: P of them, N tokens."""
+class Task:
+    """Texts and labels (str [P]) of a classification task, by part."""
 
-    ids: np.ndarray  # int64 [N]
-    offsets: np.ndarray  # int64 [P + 1]
-    embeddings: np.ndarray  # float16 [N, D]
+    texts: dict[str, list[str]]
+    labels: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Places:
-    """Words of the CoarseWSD set in their contexts: M occurrences."""
+class Read:
+    """Token embeddings of P texts: ids int64 [N], offsets int64 [P + 1], embeddings float16 [N, D]."""
 
-    word: np.ndarray  # str [M]
-    row: np.ndarray  # int64 [M], of the word's first token
-    gold: np.ndarray  # str [M]
+    ids: np.ndarray
+    offsets: np.ndarray
+    embeddings: np.ndarray
+
+    def pooled(self, values: np.ndarray) -> np.ndarray:
+        """Return the normalised mean of each text's rows of `values`, float32 [P, D]."""
+        lengths = torch.from_numpy(np.diff(self.offsets))
+        return pool_rows(torch.from_numpy(values), lengths, "mean", normalize=True).numpy()
 
 
-class Reader:
-    """The demo teacher and its tokenizer."""
+def load_task(folder: Path) -> Task:
+    """Return both parts of a classification task."""
+    parts = {part: read_labelled(str(folder), part) for part in PARTS}
+    return Task({part: own.first for part, own in parts.items()}, {part: own.labels for part, own in parts.items()})
 
-    def __init__(self, bench: Bench) -> None:
-        info, self.tokenizer = describe(DEMO_TEACHER, bench.config)
-        self.tokenizer.enable_truncation(info.max_length)
-        self.vocab_size = info.vocab_size
-        dtype = resolve_dtype("auto", "cpu")
-        self.teacher = Teacher(DEMO_TEACHER, revision=None, layer=-1, dtype=dtype, device="cpu", threads=bench.workers)
 
-    def read(self, encodings: list[Any]) -> Read:
-        """Run the teacher over what the tokenizer made."""
-        rows = [np.array(encoding.ids) for encoding in encodings]
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-        found: np.ndarray | None = None
-        for batch in token_batches(np.diff(offsets), TOKEN_BUDGET["cpu"]):
-            ids, mask = pad_batch([rows[i] for i in batch])
-            hidden = self.teacher.embed(ids, mask).float().numpy()
-            if found is None:
-                found = np.empty((offsets[-1], hidden.shape[2]), np.float16)
-            for number, i in enumerate(batch):
-                found[offsets[i] : offsets[i + 1]] = hidden[number, : len(rows[i])]
-        return Read(np.concatenate(rows).astype(np.int64), offsets, found if found is not None else np.empty((0, 0)))
+def few_shot(vectors: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> Result:
+    """Return the accuracy of ten 8-shot logistic regressions on vectors [P, D], as in MTEB."""
+    draws = classify(vectors, labels)
+    return Result("accuracy", "draws", [METRICS["accuracy"](labels["test"], predicted) for predicted in draws])
+
+
+def load_teacher(workers: int) -> TeacherModel:
+    """Load the demo teacher."""
+    return TeacherModel(Spec("teacher", "teacher", teacher=DEMO_TEACHER), "cpu", workers)
+
+
+def read(teacher: TeacherModel, texts: list[str]) -> Read:
+    """Return the token embeddings of texts."""
+    ids, lengths, embeddings = [], [], []
+    for slab in slabs(texts):
+        own = teacher.read(slab)
+        ids.append(own.ids)
+        lengths.append(np.diff(own.offsets))
+        embeddings.append(own.hidden.astype(np.float16))
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    return Read(np.concatenate(ids), offsets, np.concatenate(embeddings))
 
 
 def senses(bench: Bench) -> Figures:
-    """Banking77, then CoarseWSD."""
-    banking, coarse = bench.data("banking77"), bench.data("coarsewsd")
-    reader = Reader(bench)
-    return _banking(reader, banking) | _coarse(reader, coarse)
+    """Measure Banking77, then CoarseWSD."""
+    folders = bench.data("banking77"), bench.data("coarsewsd")
+    teacher = load_teacher(bench.workers)
+    task = load_task(folders[0])
+    parts = {part: read(teacher, texts) for part, texts in task.texts.items()}
+    return _banking(parts, task.labels, teacher.info.vocab_size) | _coarse(teacher, str(folders[1]))
 
 
-def dictionaries(read: Read, vocab_size: int) -> Dictionaries:
-    """Make those that are compared: `auto` has exactly as many senses as `k20`, or as near as it can come to it."""
+def dictionaries(train: Read, vocab_size: int) -> Dictionaries:
+    """Return the dictionaries to compare; `auto` has as many senses as `k20`, or as near as possible."""
 
     def fit(k: int | SenseBudget) -> SenseDictionary:
-        return SenseDictionary.fit(read.ids, read.embeddings, k=k, vocab_size=vocab_size, max_occurrences=CAP)
+        return SenseDictionary.fit(train.ids, train.embeddings, k=k, vocab_size=vocab_size, max_occurrences=CAP)
 
     fixed = fit(FIXED)
-    wanted = len(fixed)
-    auto = fit(SenseBudget(size=wanted * sense_bytes(fixed.dim)))
-    budget = wanted
-    for _ in range(TRIES):  # a token of few distinct points may have fewer senses than it was given
+    wanted = budget = len(fixed)
+    auto = fit(SenseBudget(size=budget * sense_bytes(fixed.dim)))
+    for _ in range(TRIES):  # a token of few distinct points may have fewer senses than its share
         if len(auto) == wanted:
             break
         budget += wanted - len(auto)
@@ -98,26 +108,23 @@ def dictionaries(read: Read, vocab_size: int) -> Dictionaries:
     return {"k20": fixed, "auto": auto, "k50": fit(MORE), "default": fit(DEFAULT_BUDGET)}
 
 
-def distortion(dictionary: SenseDictionary, read: Read, replaced: np.ndarray) -> float:
-    """Mean squared distance of embeddings to what they were replaced by, over tokens that have senses."""
-    known = np.diff(dictionary.offsets)[read.ids] > 0
-    difference = read.embeddings[known] - replaced[known]
-    return float(np.square(difference).sum(1).mean(dtype=np.float64))
+def distortion(dictionary: SenseDictionary, own: Read, replaced: np.ndarray) -> float:
+    """Return the mean squared distance of embeddings to their senses, over tokens that have senses."""
+    known = np.diff(dictionary.offsets)[own.ids] > 0
+    return float(np.square(own.embeddings[known] - replaced[known]).sum(1).mean(dtype=np.float64))
 
 
-def _banking(reader: Reader, folder: Path) -> Figures:
-    """Distortion and few-shot accuracy."""
-    task = read_task(folder)
-    parts = {part: reader.read(reader.tokenizer.encode_batch(texts)) for part, texts in task.texts.items()}
-    plain = {part: read.embeddings.astype(np.float32) for part, read in parts.items()}
+def _banking(parts: dict[str, Read], labels: dict[str, np.ndarray], vocab_size: int) -> Figures:
+    """Compare distortion and few-shot accuracy."""
+    plain = {part: own.embeddings.astype(np.float32) for part, own in parts.items()}
 
     def accuracy_of(values: dict[str, np.ndarray]) -> Result:
-        return few_shot({part: pooled(values[part], read.offsets) for part, read in parts.items()}, task.labels)
+        return few_shot({part: own.pooled(values[part]) for part, own in parts.items()}, labels)
 
     accuracy = {"teacher": accuracy_of(plain)}
     figures: Figures = {}
-    for name, dictionary in dictionaries(parts["train"], reader.vocab_size).items():
-        replaced = {part: dictionary.replace(read.ids, plain[part]) for part, read in parts.items()}
+    for name, dictionary in dictionaries(parts["train"], vocab_size).items():
+        replaced = {part: np.asarray(dictionary.replace(own.ids, plain[part])) for part, own in parts.items()}
         figures[f"senses.size_{name}"] = float(len(dictionary))
         figures[f"senses.distortion_{name}"] = distortion(dictionary, parts["train"], replaced["train"])
         figures[f"senses.test_distortion_{name}"] = distortion(dictionary, parts["test"], replaced["test"])
@@ -128,58 +135,23 @@ def _banking(reader: Reader, folder: Path) -> Figures:
         logger.info("banking77 %s: %d senses, accuracy %.4f", name, len(dictionary), accuracy[name].score)
     for kind in ("distortion", "test_distortion", "in_sample_distortion"):
         figures[f"senses.{kind}_ratio"] = figures[f"senses.{kind}_auto"] / figures[f"senses.{kind}_k20"]
-    figures |= {f"senses.banking77_{name}": found.score for name, found in accuracy.items()}
+    figures |= {f"senses.banking77_{name}": result.score for name, result in accuracy.items()}
     gain, low, high = difference(accuracy["auto"], accuracy["k20"])
-    figures |= {"senses.banking77_gain": gain}
-    return figures | {"senses.banking77_gain_low": low, "senses.banking77_gain_high": high}
+    return figures | {
+        "senses.banking77_gain": gain,
+        "senses.banking77_gain_low": low,
+        "senses.banking77_gain_high": high,
+    }
 
 
-def pooled(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Mean of each passage's embeddings, at length 1: float32 [P, D]."""
-    mean = np.add.reduceat(values, offsets[:-1], axis=0) / np.diff(offsets).astype(np.float32)[:, None]
-    return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True))
-
-
-def _coarse(reader: Reader, folder: Path) -> Figures:
-    """Word senses: each of ours is named by the majority of the training occurrences that fall into it."""
-    train, known = _contexts(reader, folder, "train")
-    test, asked = _contexts(reader, folder, "test")
-    figures: Figures = {}
-    words = np.unique(asked.word)
-    figures["senses.coarsewsd_words"] = float(len(words))
-    for name, dictionary in dictionaries(train, reader.vocab_size).items():
-        keys = [read.ids << 20 | dictionary.assign(read.ids, read.embeddings) & 0xFFFFF for read in (train, test)]
-        accuracy = []
-        for word in words:
-            own = [
-                (k[p.row[p.word == word]], p.gold[p.word == word]) for k, p in zip(keys, (known, asked), strict=True)
-            ]
-            accuracy.append(_accuracy(own[0], own[1]))
-        figures[f"senses.coarsewsd_{name}"] = float(np.mean(accuracy))
+def _coarse(teacher: TeacherModel, folder: str) -> Figures:
+    """Compare how well senses, named by the majority of their training contexts, predict the test contexts."""
+    words = coarsewsd.words(folder)
+    texts = [text for word in words for text in coarsewsd.read_contexts(folder, word, "train").texts]
+    figures: Figures = {"senses.coarsewsd_words": float(len(words))}
+    for name, dictionary in dictionaries(read(teacher, texts), teacher.info.vocab_size).items():
+        teacher.dictionary = dictionary
+        figures[f"senses.coarsewsd_{name}"] = coarsewsd.measure(teacher, folder).score
         figures[f"senses.coarsewsd_size_{name}"] = float(len(dictionary))
-        logger.info("coarsewsd %s: %d senses, accuracy %.4f", name, len(dictionary), np.mean(accuracy))
+        logger.info("coarsewsd %s: %d senses, %.4f", name, len(dictionary), figures[f"senses.coarsewsd_{name}"])
     return figures | {"senses.coarsewsd_gain": figures["senses.coarsewsd_auto"] - figures["senses.coarsewsd_k20"]}
-
-
-def _contexts(reader: Reader, folder: Path, part: str) -> tuple[Read, Places]:
-    words, texts, places, gold = [], [], [], []
-    for word in sorted(path.name for path in folder.iterdir() if path.is_dir()):
-        lines = (folder / word / f"{part}.data.txt").read_text(encoding="utf-8").splitlines()
-        gold += (folder / word / f"{part}.gold.txt").read_text(encoding="utf-8").split()
-        words += [word] * len(lines)
-        texts += [line.partition("\t")[2].split(" ") for line in lines]
-        places += [int(line.partition("\t")[0]) for line in lines]
-    encodings = reader.tokenizer.encode_batch(texts, is_pretokenized=True)
-    read = reader.read(encodings)
-    first = [e.word_ids.index(p) if p in e.word_ids else -1 for e, p in zip(encodings, places, strict=True)]
-    there = np.array(first) >= 0  # else the passage is longer than the teacher reads
-    logger.info("coarsewsd %s: %d tokens, %d contexts, %d cut off", part, len(read.ids), len(there), (~there).sum())
-    return read, Places(np.array(words)[there], (read.offsets[:-1] + first)[there], np.array(gold)[there])
-
-
-def _accuracy(known: tuple[np.ndarray, np.ndarray], asked: tuple[np.ndarray, np.ndarray]) -> float:
-    """Name senses by the majority of what is known, (keys [M], gold [M]), and hold the names against what is asked."""
-    keys, gold = known
-    frequent = Counter(gold.tolist()).most_common(1)[0][0]  # for senses that no training occurrence of the word is in
-    names = {key: Counter(gold[keys == key].tolist()).most_common(1)[0][0] for key in np.unique(keys).tolist()}
-    return float(np.mean([names.get(key, frequent) == g for key, g in zip(*asked, strict=True)]))

@@ -1,45 +1,47 @@
-"""What a training step costs: over the bare student, its losses over a loop, an epoch over the reference's scheme.
+"""The cost of a training step over the bare student, of its losses over a loop, and of the reference's training scheme.
 
-In: the labels and dictionary that `distill` makes (made if they are not there). Out: ratios, each the median of turns, on
-one thread as a worker of many has. Holds one student.
+Uses the labels and dictionary of `distill`, made first where missing, on one thread, like one of many workers.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from benches.distilling import STUDENTS, bench_shop
+from benches.distilling import STUDENTS, banking_shop, student
 from benches.senses import MORE
 from benches.shared import Bench, Figures
 from benches.turns import in_turn
 from msense.config import DEMO_TEACHER
+from msense.distill import training_of
 from msense.distill_config import DistillConfig
 from msense.label_set import LabelBatch, LabelSet
 from msense.losses import Mix
+from msense.run_folder import RunFolder
+from msense.runtime import Resources
 from msense.sense_losses import SenseLabels, sense_losses
-from msense.student import StudentSettings
 from msense.teacher import Teacher, resolve_dtype
 from msense.train_engine import Plain, keep_freed_memory
-from msense.train_loop import Trainer, Training, new_student
+from msense.train_loop import Trainer, new_student
 
 STEPS, TURNS = 12, 5
 LARGER = 4096  # tokens of a larger batch, for the losses alone
 
 
 def step(bench: Bench) -> Figures:
-    """Measure for both kinds of student."""
-    shop = bench_shop(bench, "banking77", str(bench.data("banking77") / "train.csv"))
+    """Measure both kinds of student."""
+    shop = banking_shop(bench)
     dictionary = shop.dictionary(MORE)
-    shop.student(dictionary, "static", student="static")
+    student(shop, dictionary, "static")  # which makes the labels
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    keep_freed_memory()  # as a worker does, for all that is timed
+    keep_freed_memory()  # as a training worker does
     labels = str(shop.folder / f"labels-{dictionary.name}")
     figures: Figures = {}
     for name, kind in STUDENTS.items():
@@ -50,40 +52,18 @@ def step(bench: Bench) -> Figures:
 
 
 def _trainer(labels: str, dictionary: str, kind: str) -> Trainer:
-    """Return a training as `jobs/distill.py` has it by default, in this process."""
-    config = DistillConfig(dictionary=dictionary, student=kind)
-    weights: dict[str, Any] = dict(config.objective)
-    training = Training(
-        run=labels,
-        dictionary=dictionary,
-        teacher=DEMO_TEACHER,
-        revision=None,
-        teacher_dtype=resolve_dtype("auto", "cpu"),
-        student=StudentSettings(kind=kind, heads=config.heads),
-        mix=Mix(temperature=config.temperature, **weights),
-        train_embeddings=config.train_embeddings,
-        epochs=1,
-        batch_tokens=config.batch_tokens,
-        accumulate=1,
-        lr=config.highest_rate,
-        schedule=config.schedule,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-        dtype=resolve_dtype("auto", "cpu"),
-        seed=0,
-        deepspeed_stage=0,
-        checkpoint_steps=config.checkpoint_steps,
-        device="cpu",
-        threads=1,
-    )
-    found = LabelSet.open(labels)
-    engine = Plain(new_student(training, found), config.weight_decay, config.clip)
-    return Trainer(training, engine, found)
+    """Return the default training of `jobs/distill.py`, in this process."""
+    dtype = resolve_dtype("auto", "cpu")
+    config = DistillConfig(dictionary=dictionary, student=kind, student_dtype=dtype, epochs=1)
+    source: Any = SimpleNamespace(dictionary=dictionary, teacher=DEMO_TEACHER, info=SimpleNamespace(revision=None))
+    training = training_of(config, source, RunFolder(labels), Resources(1, 1, "cpu"), dtype)
+    training, label_set = replace(training, threads=1), LabelSet.open(labels)
+    engine = Plain(new_student(training, label_set), config.weight_decay, config.clip)
+    return Trainer(training, engine, label_set)
 
 
 def _measure(trainer: Trainer) -> dict[str, float]:
-    """Time some steps in several ways, in turn."""
+    """Time several ways of running the same steps, in turn."""
     training = trainer.training
     batches = list(islice(trainer.labels.batches(0, 0, training.batch_tokens), STEPS))
     read = [trainer.labels.read(batch) for batch in batches]
@@ -127,12 +107,12 @@ def _measure(trainer: Trainer) -> dict[str, float]:
         "loss_speedup": turns.ratio("loss_loop", "loss_ours"),
         f"loss_speedup_{LARGER}": turns.ratio(f"loss_loop_{LARGER}", f"loss_ours_{LARGER}"),
         "loss_speedup_unbound": turns.ratio("loss_unbound", "loss_ours"),
-        "step_ms": 1000 * float(np.median(turns.seconds["ours"])) / STEPS,
+        "step_ms": 1000 * turns.median("ours") / STEPS,
     }
 
 
 def _losses(trainer: Trainer, read: list[LabelBatch]) -> dict[str, Callable[[], None]]:
-    """Return cross-entropy over senses, forward and backward, as we and as the reference compute it, by name."""
+    """Return cross-entropy over senses, forward and backward, as msense and as the reference compute it, by name."""
     outputs = [_forward(trainer, batch)[1][batch.mask].detach().requires_grad_() for batch in read]
 
     def loss_ours() -> None:
@@ -160,24 +140,25 @@ def _forward(trainer: Trainer, batch: LabelBatch) -> tuple[torch.Tensor, torch.T
 
 
 def _picked(trainer: Trainer, ids: torch.Tensor, wanted: torch.Tensor) -> list[int]:
-    """Return the sense of the largest dot product with the teacher's embedding, token by token."""
-    dictionary, found = trainer.dictionary, []
-    for i, token in enumerate(ids.tolist()):
-        own = dictionary.centroids[dictionary.offsets[token] : dictionary.offsets[token + 1]].float()
-        found.append(int((own @ wanted[i]).argmax()))
-    return found
+    """Return the sense with the largest dot product with the teacher's embedding, token by token."""
+    return [int((_senses(trainer, token) @ own).argmax()) for token, own in zip(ids.tolist(), wanted, strict=True)]
+
+
+def _senses(trainer: Trainer, token: int) -> torch.Tensor:
+    """Return the senses of a token, float32 [K, D]."""
+    dictionary = trainer.dictionary
+    return dictionary.centroids[dictionary.offsets[token] : dictionary.offsets[token + 1]].float()
 
 
 def _loop(
-    trainer: Trainer, ids: torch.Tensor, found: torch.Tensor, targets: list[int], *, unbound: bool = False
+    trainer: Trainer, ids: torch.Tensor, hidden: torch.Tensor, targets: list[int], *, unbound: bool = False
 ) -> torch.Tensor:
     """Return the reference's loss, cross-entropy over a token's dot products with its senses, token by token.
 
-    Embeddings are indexed one by one, as the reference does; unbound all at once, the way back costs half.
+    The reference indexes embeddings one by one; unbinding all at once halves the cost of the backward pass.
     """
-    dictionary, losses = trainer.dictionary, []
-    rows = found.unbind(0) if unbound else found
+    losses = []
+    rows = hidden.unbind(0) if unbound else hidden
     for i, (token, target) in enumerate(zip(ids.tolist(), targets, strict=True)):
-        own = dictionary.centroids[dictionary.offsets[token] : dictionary.offsets[token + 1]].float()
-        losses.append(cross_entropy((own @ rows[i])[None], torch.tensor([target])))
+        losses.append(cross_entropy((_senses(trainer, token) @ rows[i])[None], torch.tensor([target])))
     return torch.stack(losses).sum()

@@ -1,7 +1,6 @@
-"""How things are timed: in turn, and with as many processes as one likes that are ready before the clock.
+"""Timing in turns, and worker processes that are ready before the clock starts.
 
-In: what to call. Out: seconds of every turn and the last results. A ratio is the median of the turns' ratios, so that
-what disturbs the machine for a while disturbs both of its sides.
+A ratio is the median of the ratios per turn, so that a disturbance of the machine affects both sides.
 """
 
 import gc
@@ -20,29 +19,31 @@ logger = logging.getLogger("msense.bench")
 
 @dataclass(frozen=True)
 class Turns:
-    """What was timed."""
+    """Timings of several ways.
 
-    seconds: dict[str, np.ndarray]  # float64 [turns] of each way
-    results: dict[str, Any]  # of the last turn
+    Attributes:
+        seconds: float64 [turns] per way.
+        results: return value of the last turn per way.
+    """
+
+    seconds: dict[str, np.ndarray]
+    results: dict[str, Any]
 
     def ratio(self, over: str, under: str) -> float:
-        """Return how many times longer one way took than another: the median over turns."""
+        """Return the median over turns of one way's time over another's."""
         return float(np.median(self.seconds[over] / self.seconds[under]))
 
-    def best(self, kind: str) -> str | None:
-        """Return the fastest of the ways whose names begin with `kind`; None if there is none."""
-        ways = [name for name in self.seconds if name.startswith(kind)]
-        return min(ways, key=lambda name: float(np.median(self.seconds[name]))) if ways else None
+    def median(self, name: str) -> float:
+        """Return the median seconds of a way."""
+        return float(np.median(self.seconds[name]))
+
+    def best(self, prefix: str) -> str | None:
+        """Return the fastest way whose name starts with `prefix`, or None."""
+        return min((name for name in self.seconds if name.startswith(prefix)), key=self.median, default=None)
 
 
 def in_turn(ways: Mapping[str, Callable[[], Any]], turns: int, budget: float = np.inf) -> Turns:
-    """Time calls one after the other, again and again.
-
-    Args:
-        ways: what to call, by name.
-        turns: how often each.
-        budget: seconds after which no further turn begins.
-    """
+    """Time several calls in alternation; no turn starts after `budget` seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     results: dict[str, Any] = {}
     began = time.perf_counter()
@@ -51,21 +52,18 @@ def in_turn(ways: Mapping[str, Callable[[], Any]], turns: int, budget: float = n
             results.pop(name, None)
             gc.collect()
             start = time.perf_counter()
-            found = way()
+            result = way()
             seconds[name].append(time.perf_counter() - start)
-            results[name] = found
+            results[name] = result
         if time.perf_counter() - began > budget:
             break
-    for name, told in seconds.items():
-        logger.debug("%s: %s s", name, " ".join(f"{s:.3f}" for s in told))
-    return Turns({name: np.array(told) for name, told in seconds.items()}, results)
+    for name, times in seconds.items():
+        logger.debug("%s: %s s", name, " ".join(f"{s:.3f}" for s in times))
+    return Turns({name: np.array(times) for name, times in seconds.items()}, results)
 
 
 class Processes:
-    """Processes that hold a share of some items each, and work on them when told to.
-
-    Started afresh (spawn), so that none inherits threads; imports and items are there before any clock runs.
-    """
+    """Spawned processes that each hold a share of some items and run functions on it."""
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -89,21 +87,21 @@ class Processes:
             process.join()
 
     def give(self, items: Sequence[Any]) -> None:
-        """Deal out items by turns; those of before are dropped."""
+        """Distribute items round-robin, replacing those of the previous call."""
         for number, pipe in enumerate(self._pipes):
             pipe.send(("items", items[number :: len(self._pipes)]))
 
     def run(self, work: Callable[[list[Any]], Sequence[Any]]) -> list[Any]:
-        """Have every process call `work` with its items; return the results in the order of all items."""
+        """Call `work` in every process with its items and return the results in the order of all items."""
         for pipe in self._pipes:
             pipe.send(("work", work))
-        told = [pipe.recv() for pipe in self._pipes]
-        for found in told:
-            if isinstance(found, BaseException):
-                raise found
-        results: list[Any] = [None] * sum(map(len, told))
-        for number, found in enumerate(told):
-            results[number :: len(told)] = found
+        answers = [pipe.recv() for pipe in self._pipes]
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        results: list[Any] = [None] * sum(map(len, answers))
+        for number, answer in enumerate(answers):
+            results[number :: len(answers)] = answer
         return results
 
 
@@ -119,5 +117,5 @@ def _serve(pipe: Connection) -> None:
             continue
         try:
             pipe.send(value(items))
-        except Exception as error:  # noqa: BLE001 - raised again by who asked
+        except Exception as error:  # noqa: BLE001 - raised again by `run`
             pipe.send(error)

@@ -1,7 +1,4 @@
-"""Dictionaries and students that benchmarks and results are about, made by the jobs and kept in a folder.
-
-In: text. Out: folders; what is there already is taken as it is. Holds settings only.
-"""
+"""Dictionaries and students for benchmarks and results, made by the jobs and cached in a folder."""
 
 import json
 import logging
@@ -22,20 +19,20 @@ from msense.run_folder import RunFolder
 
 logger = logging.getLogger("msense.bench")
 
-CAP = 1000  # occurrences clustered a token
+CAP = 1000  # clustered occurrences per token
 MADE_OF = "made_of.json"
 
 
 @dataclass(frozen=True)
 class Made:
-    """A student."""
+    """A student's folder and the metrics of its last epoch."""
 
     folder: Path
-    metrics: dict[str, float]  # of the last epoch
+    metrics: dict[str, float]
 
 
 class Workshop:
-    """Makes dictionaries and students in a folder, or takes those that are there."""
+    """Makes dictionaries and students in a folder and reuses existing ones."""
 
     def __init__(self, folder: Path, corpus: Sequence[str], workers: int, teacher: str = DEMO_TEACHER) -> None:
         self.folder = folder
@@ -44,7 +41,7 @@ class Workshop:
         self.teacher = teacher
 
     def dictionary(self, senses: int | str) -> Path:
-        """Build a dictionary of the corpus."""
+        """Build a dictionary of the corpus; return its run folder."""
         output = self.folder / f"dictionary-{senses}"
         given = {"corpus": list(self.corpus), "teacher": self.teacher, "senses": senses, "max_occurrences": CAP}
         build_dictionary(
@@ -53,7 +50,11 @@ class Workshop:
         return output
 
     def student(self, dictionary: Path, name: str, **settings: Any) -> Made:  # noqa: ANN401 - of a distillation
-        """Distill a student; all of one dictionary and metric share their labels."""
+        """Distill a student; those of one dictionary and metric share their labels.
+
+        Raises:
+            BadInput: the existing student was made from another dictionary or with other settings.
+        """
         kept = self.folder / name
         labels = self.folder / f"labels-{dictionary.name}{'-dot' if settings.get('reference') else ''}"
         given: dict[str, Any] = {"dictionary": str(dictionary), "output": str(labels), "workers": self.workers}
@@ -64,18 +65,17 @@ class Workshop:
             _check(kept / MADE_OF, made_of)
         else:
             distill_student(config)
-            run = RunFolder(str(labels))
-            shutil.move(run.student, kept.with_suffix(".new"))
-            shutil.move(run.metrics, kept.with_suffix(".new") / "metrics.jsonl")
-            (kept.with_suffix(".new") / MADE_OF).write_text(json.dumps(made_of, sort_keys=True) + "\n")
-            kept.with_suffix(".new").rename(kept)
+            run, new = RunFolder(str(labels)), kept.with_suffix(".new")
+            shutil.move(run.student, new)
+            shutil.move(run.metrics, new / "metrics.jsonl")
+            (new / MADE_OF).write_text(json.dumps(made_of, sort_keys=True) + "\n")
+            new.rename(kept)
         last = (kept / "metrics.jsonl").read_text().splitlines()[-1]
         logger.info("%s: %s", name, last)
         return Made(kept, json.loads(last))
 
 
 def _check(path: Path, made_of: dict[str, Any]) -> None:
-    """Refuse a student that was made of other things."""
-    told = json.loads(path.read_text()) if path.is_file() else None
-    if told != json.loads(json.dumps(made_of)):
-        raise BadInput(f"the student in {path.parent} was made of another dictionary or with other settings: remove it")
+    recorded = json.loads(path.read_text()) if path.is_file() else None
+    if recorded != json.loads(json.dumps(made_of)):
+        raise BadInput(f"the student in {path.parent} was made from another dictionary or other settings: remove it")

@@ -1,4 +1,4 @@
-"""The corpus: URIs in, documents out. `files` says what there is, `pieces` cuts it, `readers` reads it, `pydocs` is built in."""
+"""Corpus access: list files (`files`), cut them into input splits (`pieces`) and stream their documents (`readers`)."""
 
 from msense.corpus.files import SourceFile, display_uri, fingerprint_of, list_files
 from msense.corpus.pieces import WHOLE, Piece, count_rows, cut_pieces, number_pieces

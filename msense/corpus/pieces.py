@@ -1,7 +1,6 @@
-"""The pieces that a corpus's files are cut into: one piece becomes one passages file.
+"""Input splits: the ranges into which corpus files are cut, one passages file each.
 
-In: `SourceFile`s. Out: `Piece`s with fixed borders, in the order of the files; `readers` reads them.
-In memory: this list, about 300 bytes a piece, and the footer of one parquet file; no text.
+Memory: about 300 bytes per split, and the footer of one parquet file.
 """
 
 from collections.abc import Sequence
@@ -11,21 +10,25 @@ from msense.corpus import tables
 from msense.corpus.files import SourceFile, filesystem_of, reading
 from msense.corpus.pydocs import source_files
 
-WHOLE = -1  # `Piece.stop` of a piece that is a whole file
-UNKNOWN = -1  # `Piece.first_row` before `number_pieces`, and the count of a piece that needs none
-PYDOCS_FILES = 200  # source files in a piece of `pydocs`
+WHOLE = -1  # `Piece.stop` of a split that is a whole file
+UNKNOWN = -1  # `Piece.first_row` before `number_pieces`, and the count of a split that needs none
+PYDOCS_FILES = 200  # source files per split of `pydocs`
 CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Piece:
-    """An input file, or a fixed range of it.
+    """An input split: a corpus file, or a fixed range of it.
 
     Attributes:
-        uri: see `SourceFile`; so are name and format. The name opens the id of every document of the piece.
+        uri: see `SourceFile`, as for name and format. Document ids start with the name.
         start: first byte (txt, jsonl), row group (parquet) or source file (pydocs).
-        stop: the border behind the last one; `WHOLE` for a whole file.
+        stop: end of the range, exclusive; `WHOLE` for a whole file.
         first_row: number of its first row in the file; `UNKNOWN` until `number_pieces`.
+
+    Example:
+        >>> pieces = cut_pieces(list_files(["data/"]))
+        >>> pieces = number_pieces(pieces, [count_rows(piece) for piece in pieces])
     """
 
     uri: str
@@ -37,9 +40,10 @@ class Piece:
 
 
 def cut_pieces(files: Sequence[SourceFile], piece_bytes: int = 16 << 20) -> list[Piece]:
-    """Cut files into pieces whose borders depend on the files and `piece_bytes` only.
+    """Cut files into input splits whose borders depend on the files and `piece_bytes` only.
 
-    Parquet is cut between row groups (only footers are read), lines by bytes; compressed files and csv stay whole.
+    Parquet is cut between row groups (only footers are read), txt and jsonl by bytes; compressed files and csv stay
+    whole.
 
     Raises:
         BadInput: a parquet file without a readable footer.
@@ -60,14 +64,14 @@ def cut_pieces(files: Sequence[SourceFile], piece_bytes: int = 16 << 20) -> list
 
 
 def count_rows(piece: Piece) -> int:
-    """Lines that start in the byte range of a piece; `UNKNOWN` for a piece of another kind, whose rows need no count.
+    """Return the number of lines that start in a split's byte range; `UNKNOWN` for formats that need no count.
 
     Raises:
         BadInput: the file cannot be read.
     """
     if piece.format not in ("txt", "jsonl") or piece.stop == WHOLE:
         return UNKNOWN
-    # A line starts at byte 0 and behind every newline, but none starts at `stop` or at the end of the file.
+    # A line starts at byte 0 and after every newline, but none starts at `stop` or at the end of the file.
     first = max(piece.start - 1, 0)
     rows = 1 if piece.start == 0 else 0
     left = piece.stop - 1 - first
@@ -81,18 +85,18 @@ def count_rows(piece: Piece) -> int:
 
 
 def number_pieces(pieces: Sequence[Piece], counts: Sequence[int]) -> list[Piece]:
-    """Fill in `first_row`, from what `count_rows` gave for each of the pieces of `cut_pieces`, in their order."""
+    """Fill in `first_row` from the `count_rows` of each split, in the order of `cut_pieces`."""
     numbered: list[Piece] = []
     row = 0
     for piece, count in zip(pieces, counts, strict=True):
-        row = row if piece.first_row == UNKNOWN else piece.first_row  # the first piece of a file has row 0
+        row = row if piece.first_row == UNKNOWN else piece.first_row  # the first split of a file has row 0
         numbered.append(replace(piece, first_row=row))
         row += count
     return numbered
 
 
 def _row_group_ranges(file: SourceFile, piece_bytes: int) -> list[tuple[int, int, int]]:
-    """(start, stop, first_row) of runs of row groups of at most `piece_bytes` of (uncompressed) data, one at least."""
+    """Return (start, stop, first_row) of runs of row groups, each of at most `piece_bytes` uncompressed or one group."""
     filesystem, path = filesystem_of(file.uri)
     with reading(file.uri, "parquet"), filesystem.open(path, "rb") as stream:
         metadata = tables.opened(stream).metadata

@@ -1,7 +1,6 @@
-"""The docstrings of Python packages installed here: the corpus of the demo.
+"""The `pydocs` corpus: docstrings of installed Python packages, used by the demo.
 
-In: package names. Out: their source files, sorted, and the cleaned docstrings of one file with their qualified names.
-Everything is read from source with `ast`; no package is imported, so nothing of it runs. In memory: one source file.
+Sources are parsed with `ast` and never imported, so no package code runs. Memory: one source file.
 """
 
 import ast
@@ -14,13 +13,13 @@ from pathlib import Path
 from msense.errors import BadInput
 
 DEFAULT_PACKAGES = ("torch", "ray", "transformers", "scipy", "numpy", "pandas", "sklearn")
-PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)  # what ast.parse raises on bad source
+PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)  # raised by ast.parse for invalid source
 
-_Scope = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def choose_packages(names: Sequence[str]) -> list[str]:
-    """The packages to read: those named, or those of the default list that are installed.
+    """Return the named packages, or by default the installed ones of `DEFAULT_PACKAGES`.
 
     Raises:
         BadInput: no name was given and no default package is installed.
@@ -32,14 +31,14 @@ def choose_packages(names: Sequence[str]) -> list[str]:
 
 
 def source_files(package: str) -> list[tuple[str, Path]]:
-    """The Python files of an installed package: (name below the folder that holds the package, path), sorted by name.
+    """Return (name relative to the package's parent folder, path) of a package's Python files, sorted by name.
 
     Raises:
         BadInput: no such top-level package is installed, or it has no Python source.
     """
     try:  # a dotted name would import the parent package
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    except ValueError:  # `__main__` and the like have no spec
+    except ValueError:  # `__main__` and some others have no spec
         spec = None
     if spec is None:
         raise BadInput(f"pydocs: no package {package!r} is installed here; pip install it, or name top-level packages")
@@ -50,12 +49,12 @@ def source_files(package: str) -> list[tuple[str, Path]]:
         paths = [(Path(root), path) for root in roots for path in Path(root).rglob("*.py") if path.is_file()]
         files = [(f"{package}/{path.relative_to(root).as_posix()}", path) for root, path in paths]
     if not files:
-        raise BadInput(f"pydocs: the package {package!r} has no Python source here; name another one")
+        raise BadInput(f"pydocs: package {package!r} has no Python source; name another package")
     return sorted(files)
 
 
 def package_version(package: str, files: Sequence[tuple[str, Path]]) -> str:
-    """The version of the distribution that holds a package; of one never installed, the time of its latest change."""
+    """Return the version of a package's distribution; without one, the time of its latest change."""
     distributions = importlib.metadata.packages_distributions().get(package)
     if distributions:
         return importlib.metadata.version(distributions[0])
@@ -63,32 +62,32 @@ def package_version(package: str, files: Sequence[tuple[str, Path]]) -> str:
 
 
 def docstrings(source: bytes) -> list[tuple[str, str]]:
-    """The docstrings of one source file in source order: (qualified name, cleaned text); the module's name is "".
+    """Return (qualified name, cleaned docstring) pairs of one source file in source order; the module's name is "".
 
-    A name that comes again (the setter of a property, an overload) gets "#2", "#3" and so on.
+    Repeated names (property setters, overloads) get the suffixes "#2", "#3" and so on.
 
     Raises:
-        PARSE_ERRORS: it is not Python source.
+        PARSE_ERRORS: the source is not valid Python.
     """
-    with warnings.catch_warnings():  # other people's invalid escapes are no news
+    with warnings.catch_warnings():  # invalid escapes in other people's source
         warnings.simplefilter("ignore")
         module = ast.parse(source)
-    found: list[tuple[str, str]] = []
+    result: list[tuple[str, str]] = []
     seen: dict[str, int] = {}
     stack: list[tuple[str, ast.AST]] = [("", module)]
     while stack:
         name, node = stack.pop()
-        if isinstance(node, _Scope) and (text := ast.get_docstring(node)) is not None:
+        if isinstance(node, ast.Module | _Definition) and (text := ast.get_docstring(node)) is not None:
             seen[name] = seen.get(name, 0) + 1
-            found.append((name if seen[name] == 1 else f"{name}#{seen[name]}", text))
-        # Definitions stand in statements, never in expressions: those are not walked.
+            result.append((name if seen[name] == 1 else f"{name}#{seen[name]}", text))
+        # Definitions occur in statements, never in expressions, which are skipped.
         below = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt | ast.excepthandler | ast.match_case)]
         stack.extend((_qualified(name, child), child) for child in reversed(below))
-    return found
+    return result
 
 
 def _qualified(parent: str, node: ast.AST) -> str:
-    """The qualified name of a class or function under `parent`; any other statement adds nothing."""
-    if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    """Return the qualified name of a definition below `parent`; other statements keep the parent's."""
+    if not isinstance(node, _Definition):
         return parent
     return f"{parent}.{node.name}" if parent else node.name

@@ -1,8 +1,8 @@
-"""The documents of one piece of a corpus, as a stream.
+"""Streaming of the documents of one input split.
 
-In: a `Piece`. Out: a `Document` for each row (line, parquet row, csv record, docstring), or a `BadDocument` that says
-why there is none; a fault of the whole file is raised. What comes out does not depend on how the file was cut.
-In memory: about two documents of at most `MAX_DOCUMENT_BYTES`, or one batch of a parquet row group.
+Every row (line, parquet row, csv record, docstring) yields a `Document` or a `BadDocument`; only errors of a whole file
+are raised. The result does not depend on the split borders. Memory: about two documents of at most
+`MAX_DOCUMENT_BYTES`, or one batch of a parquet row group.
 """
 
 import csv
@@ -23,16 +23,16 @@ from msense.corpus.pieces import CHUNK_BYTES, UNKNOWN, WHOLE, Piece
 from msense.corpus.pydocs import PARSE_ERRORS, docstrings, source_files
 from msense.errors import BadInput
 
-MAX_DOCUMENT_BYTES = 16 << 20  # of UTF-8; in jsonl and csv also of the line or record that holds the text
+MAX_DOCUMENT_BYTES = 16 << 20  # of UTF-8; in jsonl and csv also of the line or record that contains the text
 _BATCH_BYTES = 8 << 20
-_UNPACKED_BYTES, _RATIO = 64 << 20, 200  # of compressed files: so many, and so many times their own; text has 3 to 20
+_MIN_UNPACKED_BYTES, _MAX_RATIO = 64 << 20, 200  # decompression-bomb limits; text compresses 3 to 20 times
 _CODECS = {"gz": "gzip", "zst": "zstd"}
 _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text that is not blank and has a UTF-8 form, under an id: "name:row", or its value in the `id` column."""
+    """A non-blank UTF-8 text; its id is "name:row", or its value in the `id` column."""
 
     id: str
     text: str
@@ -40,12 +40,12 @@ class Document:
 
 @dataclass(frozen=True)
 class BadDocument:
-    """A row that holds no usable text.
+    """A row without usable text.
 
     Attributes:
-        id: "name:row", also where there is an `id` column.
+        id: "name:row", even if there is an `id` column.
         reason: "empty", "not UTF-8", "too long", "no text", "bad JSON", "bad CSV row" or "unparsable source".
-        detail: what exactly is wrong.
+        detail: description of the problem.
     """
 
     id: str
@@ -54,32 +54,32 @@ class BadDocument:
 
 
 class _Fault(NamedTuple):
-    """Stands for the text of a row that has none."""
+    """Replaces the text of a row that has none."""
 
     reason: str
     detail: str
 
 
-_Row = tuple[object, object]  # its value in the `id` column (None: none); its text (str, UTF-8 bytes), or what is there
+_Row = tuple[object, object]  # value in the `id` column (None: missing); text as str or UTF-8 bytes, or any other value
 _Keep = Callable[[str], bool]
 
 
 def read_documents(
     piece: Piece, text_column: str = "text", sample: float = 1.0, seed: int = 0
 ) -> Iterator[Document | BadDocument]:
-    """Read the documents of a piece, in file order.
+    """Yield the documents of an input split in file order.
 
     Args:
-        piece: with its `first_row`.
-        text_column: the column (key) of the text in parquet, csv and jsonl.
-        sample: share of the documents to keep, chosen by a hash of (seed, id); for pydocs of the source files.
-        seed: of the sample.
+        piece: input split with its `first_row`.
+        text_column: column (key) of the text in parquet, csv and jsonl.
+        sample: fraction of the documents to keep, chosen by a hash of (seed, id); for pydocs, of the source files.
+        seed: seed of the sample.
 
     Raises:
-        BadInput: the file is missing, may not be read, is damaged, or has no such column.
+        BadInput: the file is missing, not readable, corrupted, or has no such column.
     """
     if piece.first_row == UNKNOWN:
-        raise ValueError(f"{piece.name}: the piece at byte {piece.start} has no row number; see number_pieces")
+        raise ValueError(f"{piece.name}: the input split at byte {piece.start} has no row number; call number_pieces")
     keep = _sampler(sample, seed)
     with reading(piece.uri, piece.format):
         if piece.format == "pydocs":
@@ -98,13 +98,13 @@ def _sampler(sample: float, seed: int) -> _Keep:
 
 
 def _checked(automatic: str, name: str, text: object) -> Document | BadDocument:
-    """The document of a row, or what is wrong with it."""
+    """Return the document of a row, or what is wrong with it."""
     if isinstance(text, _Fault):
         return BadDocument(automatic, *text)
     if not isinstance(text, str | bytes):
         return BadDocument(automatic, "no text", f"{type(text).__name__} instead of a string")
     try:
-        name.encode()  # lone surrogates do not encode
+        name.encode()  # fails on lone surrogates
         size = len(text.encode() if isinstance(text, str) else text)
         text = text if isinstance(text, str) else text.decode()
     except UnicodeError as error:
@@ -132,12 +132,12 @@ def _read_package(piece: Piece, keep: _Keep) -> Iterator[Document | BadDocument]
             yield BadDocument(prefix + name, "unparsable source", f"{type(error).__name__}: {error}")
             continue
         for qualified, text in found:
-            document_id = f"{prefix}{name}:{qualified}".rstrip(":")  # a module's docstring: the file alone
+            document_id = f"{prefix}{name}:{qualified}".rstrip(":")  # a module's docstring has the file name alone
             yield _checked(document_id, document_id, text)
 
 
 def _read_rows(piece: Piece, text_column: str) -> Iterator[_Row]:
-    """Every row of a piece, good or bad: the n-th one that comes out is the n-th of the piece."""
+    """Yield every row of a split, good or bad, so that the position in the stream is the row number."""
     kind, _, codec = piece.format.partition(".")
     filesystem, path = filesystem_of(piece.uri)
     with filesystem.open(path, "rb") as raw:
@@ -155,7 +155,7 @@ def _read_rows(piece: Piece, text_column: str) -> Iterator[_Row]:
 
 @contextmanager
 def _buffered(raw: io.RawIOBase, codec: str) -> Iterator[io.BufferedReader]:
-    """A decompressing reader whose `readline` takes a limit, which those of fsspec and Arrow do not."""
+    """Open a decompressing reader whose `readline` takes a limit, unlike those of fsspec and Arrow."""
     if not codec:
         yield io.BufferedReader(raw, CHUNK_BYTES)
         return
@@ -164,29 +164,27 @@ def _buffered(raw: io.RawIOBase, codec: str) -> Iterator[io.BufferedReader]:
 
 
 class _Unpacked(io.RawIOBase):
-    """A decompressed stream that ends with an error when it is far larger than any text that was packed."""
+    """A decompressed stream that fails when it is far larger than text could be."""
 
     def __init__(self, plain: Any, packed: io.RawIOBase) -> None:  # noqa: ANN401 - Arrow's stream
         self._plain, self._packed, self._size = plain, packed, 0
 
     def readable(self) -> bool:
-        """Tell that it can be read."""
         return True
 
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - what takes bytes
-        """Read into a buffer."""
-        found = self._plain.read(len(buffer))
-        buffer[: len(found)] = found
-        self._size += len(found)
-        if self._size > _UNPACKED_BYTES + _RATIO * self._packed.tell():
-            raise OSError(f"it unpacks to over {_RATIO} times its size")
-        return len(found)
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - any writable buffer
+        chunk = self._plain.read(len(buffer))
+        buffer[: len(chunk)] = chunk
+        self._size += len(chunk)
+        if self._size > _MIN_UNPACKED_BYTES + _MAX_RATIO * self._packed.tell():
+            raise OSError(f"decompressed size exceeds {_MAX_RATIO} times the file size")
+        return len(chunk)
 
 
 def _lines(stream: io.BufferedReader, start: int, stop: int) -> Iterator[bytes | _Fault]:
-    """The lines that start in bytes [start, stop), without their ends; of one that is too long, a fault."""
+    """Yield the lines that start in bytes [start, stop), without line ends; a fault for each that is too long."""
     position = start
-    if start:  # the line of the byte before belongs to the piece before
+    if start:  # the line of the byte before belongs to the previous split
         stream.seek(start - 1)
         position = _skip_line(stream, start - 1, stop)
     while (stop == WHOLE or position < stop) and (line := stream.readline(MAX_DOCUMENT_BYTES + 2)):
@@ -201,17 +199,17 @@ def _lines(stream: io.BufferedReader, start: int, stop: int) -> Iterator[bytes |
 
 
 def _skip_line(stream: io.BufferedReader, position: int, stop: int) -> int:
-    """Read to the end of a line, at most to `stop`: no more than that is needed, however long the line is."""
+    """Read to the end of a line, but not past `stop` however long the line is; return the new position."""
     while stop == WHOLE or position < stop:
-        part = stream.readline(CHUNK_BYTES)
-        position += len(part)
-        if not part or part.endswith(b"\n"):
+        chunk = stream.readline(CHUNK_BYTES)
+        position += len(chunk)
+        if not chunk or chunk.endswith(b"\n"):
             break
     return position
 
 
 def _json_rows(lines: Iterable[bytes | _Fault], piece: Piece, text_column: str) -> Iterator[_Row]:
-    unchecked = piece.start == 0  # only the file's first record is held to have the column: pieces must not matter
+    unchecked = piece.start == 0  # only the file's first record must have the column, whatever the split borders
     for line in lines:
         record = line if isinstance(line, _Fault) or not line.strip() else _parsed(line)
         if not isinstance(record, dict):
@@ -224,7 +222,7 @@ def _json_rows(lines: Iterable[bytes | _Fault], piece: Piece, text_column: str) 
 
 
 def _parsed(line: bytes) -> dict[str, object] | _Fault:
-    """The JSON object of a line, or what is wrong with it."""
+    """Return the JSON object of a line, or what is wrong with it."""
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -234,24 +232,20 @@ def _parsed(line: bytes) -> dict[str, object] | _Fault:
     return record if isinstance(record, dict) else _Fault("bad JSON", f"a {type(record).__name__}, not an object")
 
 
-class _OpenQuoteError(ValueError):
-    """A csv file ends inside a quoted field."""
-
-
-class _LongRecordError(ValueError):
-    """A csv record, or a line of one, is too long; it has been skipped."""
+class _RecordError(Exception):
+    """A csv record without usable text, which was skipped; the argument is its `_Fault`."""
 
 
 class _CsvLines:
     """The lines of a csv file for `csv.reader`, which starts a new record after an exception of its source.
 
-    When the reader asks for another line within one record, that record's last quote is open. So a record that is too
-    long can be skipped without holding it: it ends with the first line that makes the number of quotes even.
+    The reader requests another line within a record only while a quote is open. So a record that is too long can be
+    skipped without buffering it: it ends with the first line that makes the number of quotes even.
     """
 
     def __init__(self, stream: io.BufferedReader) -> None:
         self.stream = stream
-        self.record_bytes = 0  # handed out of the present record; the caller sets it back
+        self.record_bytes = 0  # returned of the current record; reset by the caller
 
     def __iter__(self) -> "_CsvLines":
         return self
@@ -261,25 +255,25 @@ class _CsvLines:
             self._skip_record(quotes=1)
         line = self.stream.readline(MAX_DOCUMENT_BYTES + 2)
         if not line and self.record_bytes:
-            raise _OpenQuoteError
+            raise _RecordError(_Fault("bad CSV row", "the file ends inside a quoted field"))
         if not line:
             raise StopIteration
         if len(line) == MAX_DOCUMENT_BYTES + 2 and not line.endswith(b"\n"):
             self._skip_record(quotes=(self.record_bytes > 0) + line.count(b'"'))
         self.record_bytes += len(line)
-        return line.decode("utf-8", "surrogateescape")  # other bytes are found when the text is checked
+        return line.decode("utf-8", "surrogateescape")  # invalid bytes are reported when the text is checked
 
     def _skip_record(self, quotes: int) -> NoReturn:
-        while part := self.stream.readline(CHUNK_BYTES):
-            quotes += part.count(b'"')
-            if part.endswith(b"\n") and quotes % 2 == 0:
+        while chunk := self.stream.readline(CHUNK_BYTES):
+            quotes += chunk.count(b'"')
+            if chunk.endswith(b"\n") and quotes % 2 == 0:
                 break
-        raise _LongRecordError
+        raise _RecordError(_too_long())
 
 
 def _csv_records(stream: io.BufferedReader) -> Iterator[list[str] | _Fault]:
-    """The records of a csv file, its header first."""
-    csv.field_size_limit(sys.maxsize)  # the module's limit is one for the whole process; ours is in _CsvLines
+    """Yield the records of a csv file, the header first."""
+    csv.field_size_limit(sys.maxsize)  # the module's limit is global to the process; _CsvLines has its own
     if stream.peek(3).startswith(_BOM):
         stream.read(3)
     lines = _CsvLines(stream)
@@ -290,26 +284,19 @@ def _csv_records(stream: io.BufferedReader) -> Iterator[list[str] | _Fault]:
             yield next(records)
         except StopIteration:
             return
-        except _LongRecordError:
-            yield _too_long()
-        except _OpenQuoteError:
-            yield _Fault("bad CSV row", "the file ends inside a quoted field")
+        except _RecordError as error:
+            yield error.args[0]
         except csv.Error as error:
             yield _Fault("bad CSV row", str(error))
 
 
 def _csv_rows(stream: io.BufferedReader, piece: Piece, text_column: str) -> Iterator[_Row]:
     records = _csv_records(stream)
-    header = next(records, [])
-    if isinstance(header, _Fault) or text_column not in header:
-        raise _missing_column(piece, text_column, [] if isinstance(header, _Fault) else header)
-    for name in (text_column, "id"):
-        if header.count(name) > 1:
-            raise BadInput(
-                f"{display_uri(piece.uri)}: {header.count(name)} columns are named {name!r}; rename or drop some"
-            )
+    first = next(records, [])
+    header = [] if isinstance(first, _Fault) else first
+    _check_columns(piece, text_column, header)
     for cells in records:
-        if isinstance(cells, _Fault) or not cells:  # csv gives an empty list for a blank line
+        if isinstance(cells, _Fault) or not cells:  # csv returns an empty list for a blank line
             yield None, cells or ""
         else:
             row = dict(zip(header, cells, strict=False))
@@ -319,14 +306,9 @@ def _csv_rows(stream: io.BufferedReader, piece: Piece, text_column: str) -> Iter
 def _parquet_rows(raw: io.RawIOBase, piece: Piece, text_column: str) -> Iterator[_Row]:
     table = tables.opened(raw, dictionaries=(text_column, "id"))
     names = table.schema_arrow.names
-    if text_column not in names:
-        raise _missing_column(piece, text_column, names)
+    _check_columns(piece, text_column, names)
     columns = [text_column, "id"] if "id" in names else [text_column]
     for name in columns:
-        if names.count(name) > 1:
-            raise BadInput(
-                f"{display_uri(piece.uri)}: {names.count(name)} columns are named {name!r}; rename or drop some"
-            )
         kind = table.schema_arrow.types[names.index(name)]
         if not (tables.is_text(kind) or (name == "id" and (pa.types.is_integer(kind) or pa.types.is_null(kind)))):
             wanted = "strings or integers" if name == "id" else "strings"
@@ -341,6 +323,17 @@ def _parquet_rows(raw: io.RawIOBase, piece: Piece, text_column: str) -> Iterator
                 yield own_id.decode("utf-8", "surrogateescape") if isinstance(own_id, bytes) else own_id, text
 
 
-def _missing_column(piece: Piece, text_column: str, there: list[str]) -> BadInput:
-    columns = ", ".join(map(repr, there[:50])) or "none"
-    return BadInput(f"{display_uri(piece.uri)}: no column {text_column!r}; it has {columns}: choose with --text-column")
+def _check_columns(piece: Piece, text_column: str, names: list[str]) -> None:
+    """Raise if the text column is missing, or it or the `id` column is there twice."""
+    if text_column not in names:
+        raise _missing_column(piece, text_column, names)
+    for name in (text_column, "id"):
+        if (count := names.count(name)) > 1:
+            raise BadInput(f"{display_uri(piece.uri)}: {count} columns are named {name!r}; rename or drop some")
+
+
+def _missing_column(piece: Piece, text_column: str, names: list[str]) -> BadInput:
+    columns = ", ".join(map(repr, names[:50])) or "none"
+    return BadInput(
+        f"{display_uri(piece.uri)}: no column {text_column!r}; available: {columns}; choose one with --text-column"
+    )

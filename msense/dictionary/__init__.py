@@ -1,4 +1,4 @@
-"""The sense dictionary: the class, and its folder on disk."""
+"""The sense dictionary and its on-disk format."""
 
 from msense.dictionary.format import Arrays, DictionaryConfig, DictionaryFiles, TeacherName, write_dictionary
 from msense.dictionary.sense_dictionary import SenseDictionary, Senses

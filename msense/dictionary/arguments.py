@@ -1,7 +1,4 @@
-"""What callers of a dictionary hand over: arrays of NumPy or torch in, arrays that fit together out.
-
-Nothing is copied, but arrays that are not contiguous, and integers of other types than int64.
-"""
+"""Validation of NumPy or torch arrays passed to a dictionary; only non-contiguous arrays and casts to int64 copy."""
 
 import warnings
 from operator import index
@@ -14,7 +11,7 @@ from msense.errors import BadInput
 
 
 def as_tensor(array: np.ndarray | Tensor) -> Tensor:
-    """Wrap an array as a tensor without a copy; a read-only one too, as nothing in msense writes to its input."""
+    """Return an array as a tensor without a copy, read-only arrays included: msense never writes to its inputs."""
     if isinstance(array, Tensor):
         return array
     with warnings.catch_warnings():
@@ -23,10 +20,10 @@ def as_tensor(array: np.ndarray | Tensor) -> Tensor:
 
 
 def checked(token_ids: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> tuple[np.ndarray, Tensor]:
-    """Return token ids as int64 [N] and embeddings as a tensor [N, D].
+    """Return token ids as an int64 array [N] and embeddings as a tensor [N, D].
 
     Raises:
-        BadInput: shapes or types do not fit.
+        BadInput: a shape or dtype is invalid.
     """
     points = as_tensor(embeddings)
     ids = token_ids.detach().cpu().numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
@@ -35,35 +32,35 @@ def checked(token_ids: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> 
     if points.ndim != 2 or not points.is_floating_point():
         raise BadInput(f"embeddings are {points.dtype} {tuple(points.shape)}, but must be floating point [N, D]")
     if len(ids) != len(points):
-        raise BadInput(f"{len(ids)} token ids came with {len(points)} embeddings; each embedding needs its token")
+        raise BadInput(f"{len(ids)} token ids do not match {len(points)} embeddings: pass one token id per embedding")
     return ids.astype(np.int64, copy=False), points
 
 
 def whole_number(k: object) -> int:
-    """Return a number of senses, of any integer type, as Python's own.
+    """Return a number of senses of any integer type as `int`.
 
     Raises:
-        BadInput: it is none.
+        BadInput: `k` is not an integer.
     """
     try:
         return index(k)  # type: ignore[arg-type]
     except TypeError as error:
-        raise BadInput(f"k is {k!r}, but must be a whole number, a SenseBudget or an MclConfig") from error
+        raise BadInput(f"k is {k!r}, but must be an integer, a SenseBudget or an MclConfig") from error
 
 
 def target_of(out: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> Tensor:
-    """Return `out` as a tensor that writes through to it.
+    """Return `out` as a tensor that shares its memory.
 
     Raises:
-        BadInput: it is not like the embeddings, or read-only.
+        BadInput: `out` differs from the embeddings in type, dtype or shape, or is read-only.
     """
     wanted = f"{embeddings.dtype} {tuple(embeddings.shape)}"
     if isinstance(out, Tensor) != isinstance(embeddings, Tensor) or f"{out.dtype} {tuple(out.shape)}" != wanted:
         raise BadInput(
-            f"out is {type(out).__name__} {out.dtype} {tuple(out.shape)}, but must be like the embeddings: {wanted}"
+            f"out is {type(out).__name__} {out.dtype} {tuple(out.shape)}, but must match the embeddings: {wanted}"
         )
     if isinstance(out, Tensor):
         return out
     if not out.flags.writeable:
-        raise BadInput("out is read-only: give an array that may be written to, or none")
+        raise BadInput("out is read-only: pass a writable array, or omit it")
     return torch.from_numpy(out)

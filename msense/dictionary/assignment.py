@@ -1,8 +1,7 @@
-"""Embeddings against the senses of their own token: scores, the nearest sense, replacement.
+"""Scoring, assignment and replacement of embeddings against the senses of their own token, on any device.
 
-Comes in: token ids [N], embeddings [N, D] on any device, and the ragged senses of a dictionary. Goes out: sense numbers
-[N] or replaced embeddings [N, D]. Beside these it holds a few integers an occurrence and one batch of about
-`BATCH_ELEMENTS` numbers: senses stored in half precision are widened batch by batch, once for all occurrences in it.
+Memory beyond inputs and outputs: a few integers per occurrence and one padded float32 batch of about `BATCH_ELEMENTS`
+numbers, in which each sense is converted from its stored dtype once.
 """
 
 import math
@@ -18,19 +17,24 @@ from msense.config import Metric
 from msense.dictionary.quantised import dequantise
 from msense.errors import BadInput, DictionaryError
 
-BATCH_ELEMENTS = {"cpu": 1 << 19}  # float32 numbers that fit a core's second-level cache
-_BATCH_ELEMENTS_ELSEWHERE = 1 << 24  # an accelerator wants few large kernels
-_OCCURRENCE_STEP, _SENSE_STEP = 2, 3  # tokens within such a factor of each other share a padded batch
+BATCH_ELEMENTS = {"cpu": 1 << 19}  # float32 numbers that fit the L2 cache of a core
+_BATCH_ELEMENTS_ELSEWHERE = 1 << 24  # accelerators need few large kernels
+_OCCURRENCE_STEP, _SENSE_STEP = 2, 3  # tokens whose sizes are within this factor share a batch
 
 
 @dataclass(frozen=True)
 class RaggedSenses:
-    """The senses of all tokens: rows offsets[t] to offsets[t + 1] of the stacked parts belong to token t.
+    """The senses of all tokens: rows offsets[t] to offsets[t + 1] of the concatenated parts belong to token t.
 
     Attributes:
         offsets: int64 [V+1], on the CPU.
-        parts: tensors [S_i, D] of one dtype, one after the other; several when the files are.
-        scales: float32 [S], what the rows of parts in int8 are multiplied by.
+        parts: tensors [S_i, D] of one dtype, one per file.
+        scales: float32 [S], the factor of each row if the parts are int8.
+
+    Example:
+        >>> senses = RaggedSenses(np.array([0, 2]), (torch.tensor([[0.0, 0.0], [4.0, 4.0]]),))  # two senses of token 0
+        >>> assign(np.array([0]), torch.tensor([[3.0, 3.0]]), senses, "l2")
+        tensor([1])
     """
 
     offsets: np.ndarray
@@ -38,13 +42,13 @@ class RaggedSenses:
     scales: Tensor | None = None
 
     def rows(self, index: Tensor) -> Tensor:
-        """Return the rows of an int64 index [M] as [M, D] on the parts' device, in the stored dtype (int8: float32)."""
+        """Return rows [M, D] at an int64 index [M] on the parts' device, in the stored dtype (int8 as float32)."""
         index = index.to(self.parts[0].device)
-        found = self._stored(index)
-        return found if self.scales is None else dequantise(found, self.scales.index_select(0, index))
+        stored = self._stored(index)
+        return stored if self.scales is None else dequantise(stored, self.scales.index_select(0, index))
 
     def floats(self) -> tuple[Tensor, ...]:
-        """Return the parts, those in int8 as one in float32."""
+        """Return the parts; int8 parts are dequantized to a single float32 tensor."""
         return self.parts if self.scales is None else (self.rows(torch.arange(len(self.scales))),)
 
     def _stored(self, index: Tensor) -> Tensor:
@@ -60,13 +64,13 @@ class RaggedSenses:
 
 
 class Batch(NamedTuple):
-    """Tokens of similar numbers of occurrences and senses, padded to the largest of each.
+    """T tokens with similar numbers of occurrences and senses, padded to the largest of each.
 
     Attributes:
-        rows: int64 [T, n], rows of the occurrences; a shorter token repeats its last.
-        filled: bool [T, n], false on padding; None when nothing is padded.
-        senses: int64 [T, K], rows of the senses; a token of fewer repeats its last.
-        present: bool [T, K], false on padding; None when nothing is padded.
+        rows: int64 [T, n], rows of the occurrences, padded with the token's last.
+        filled: bool [T, n], False on padding; None without padding.
+        senses: int64 [T, K], rows of the senses, padded with the token's last.
+        present: bool [T, K], False on padding; None without padding.
     """
 
     rows: Tensor
@@ -76,24 +80,23 @@ class Batch(NamedTuple):
 
 
 def with_senses(token_ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Return bool [N]: whether a token has senses; ids outside the vocabulary have none."""
+    """Return bool [N], whether each token has senses; ids outside the vocabulary have none."""
     inside = (token_ids >= 0) & (token_ids < len(offsets) - 1)
     known = np.where(inside, token_ids, 0)
     return inside & (offsets[known + 1] > offsets[known])
 
 
 def ragged_batches(token_ids: np.ndarray, offsets: np.ndarray, dim: int, elements: int) -> Iterator[Batch]:
-    """Group the occurrences of tokens with senses into padded batches; no step is taken per occurrence.
+    """Yield batches that contain each occurrence of a token with senses exactly once; vectorized over occurrences.
 
-    Every such occurrence is in exactly one batch. A token of many occurrences is alone in its batches, which need no
-    padding; the others are sorted by their numbers of occurrences and senses and cut where either grows by a step.
+    A token with many occurrences gets batches of its own, without padding. The others are sorted by their numbers of
+    occurrences and senses and split where either grows by a step.
 
     Args:
         token_ids: integers [N].
         offsets: int64 [V+1], where each token's senses start.
         dim: width D of embeddings and senses.
-        elements: about how many numbers the embeddings and senses of a batch may hold (one token's senses may exceed
-            it).
+        elements: approximate limit of numbers per batch; the senses of a single token may exceed it.
     """
     known = np.flatnonzero(with_senses(token_ids, offsets))
     ids = token_ids[known]
@@ -106,12 +109,12 @@ def ragged_batches(token_ids: np.ndarray, offsets: np.ndarray, dim: int, element
     k = offsets[ids[start] + 1] - first
 
     block = max(2, elements // dim)
-    alone = (n >= block // 2) | (n > elements // k)  # scores [n, k] are limited too
+    alone = (n >= block // 2) | (n > elements // k)  # the scores [n, k] count too
     for token in np.flatnonzero(alone):
         senses = torch.arange(first[token], first[token] + k[token])[None]
         step = max(1, elements // max(dim, int(k[token])))
         rows = torch.from_numpy(order[start[token] : start[token] + n[token]])
-        yield from (Batch(piece[None], None, senses, None) for piece in rows.split(step))
+        yield from (Batch(chunk[None], None, senses, None) for chunk in rows.split(step))
 
     few = np.flatnonzero(~alone)
     n_step, k_step = _steps(n[few], _OCCURRENCE_STEP), _steps(k[few], _SENSE_STEP)
@@ -127,12 +130,12 @@ def ragged_batches(token_ids: np.ndarray, offsets: np.ndarray, dim: int, element
 
 
 def _steps(sizes: np.ndarray, factor: float) -> np.ndarray:
-    """Return the step of a geometric ladder on which each size stands, int64."""
+    """Return the index of each size on a geometric scale, int64."""
     return np.ceil(np.log(sizes) / math.log(factor)).astype(np.int64)
 
 
 def _padded(start: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, Tensor | None]:
-    """Return start + 0, 1, ... as int64 [T, longest], shorter rows repeating their last, and the mask of real ones."""
+    """Return start + 0, 1, ... as int64 [T, longest], padded with each row's last, and the mask of real entries."""
     place = np.arange(size.max())
     mask = place < size[:, None]
     index = start[:, None] + np.minimum(place, size[:, None] - 1)
@@ -148,13 +151,13 @@ def gather(batch: Batch, embeddings: Tensor, senses: RaggedSenses) -> tuple[Tens
 
 
 def scores(points: Tensor, senses: Tensor, metric: Metric) -> Tensor:
-    """Score embeddings against senses: the higher the nearer; differentiable.
+    """Return differentiable scores, higher for nearer senses.
 
     Args:
         points: float32 [T, n, D].
         senses: float32 [T, K, D].
-        metric: l2: minus the squared distance, less a constant of the occurrence (no softmax or argmax over its senses
-            sees it); dot: the dot product; cosine: the cosine, 0 for a zero vector.
+        metric: l2: minus the squared distance, up to a constant per occurrence that cancels in a softmax or argmax over
+            its senses; dot: the dot product; cosine: the cosine, 0 for a zero vector.
 
     Returns:
         float32 [T, n, K].
@@ -164,25 +167,25 @@ def scores(points: Tensor, senses: Tensor, metric: Metric) -> Tensor:
     if metric == "cosine":
         normalize = torch.nn.functional.normalize
         return torch.bmm(normalize(points, dim=2), normalize(senses, dim=2).transpose(1, 2))
-    origin = senses[:, :1]  # against the first sense: embeddings far from zero keep the digits that tell senses apart
+    origin = senses[:, :1]  # relative to the first sense: avoids cancellation for embeddings far from zero
     step = senses - origin
-    squares = (senses + origin).mul_(step).sum(2)  # of the senses, less that of the first
+    squares = (senses + origin).mul_(step).sum(2)  # squared norms of the senses minus that of the first
     return torch.baddbmm(-squares[:, None], points, step.transpose(1, 2), alpha=2)
 
 
 @torch.no_grad()
 def assign(token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metric: Metric) -> Tensor:
-    """Return each embedding's nearest sense among its own token's.
+    """Return the index of the nearest sense among those of each embedding's token.
 
     Args:
         token_ids: integers [N].
         embeddings: floating point [N, D], any device.
-        senses: the dictionary's senses.
+        senses: all senses of the dictionary.
         metric: l2, dot or cosine.
 
     Returns:
-        int64 [N], the number of the sense inside its token, on the embeddings' device; -1 for a token without senses.
-        Ties go to the lowest number.
+        int64 [N] on the embeddings' device, counted from the token's first sense; -1 for a token without senses. Ties
+        go to the lowest index.
 
     Raises:
         BadInput: an embedding is NaN or infinite.
@@ -203,22 +206,13 @@ def replace(
     scale: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Replace each embedding by its nearest sense, or by the weighted mean of its token's senses.
+    """Return embeddings replaced by their nearest sense, or by a weighted mean of their token's senses.
 
-    Args:
-        token_ids: integers [N].
-        embeddings: floating point [N, D], any device.
-        senses: the dictionary's senses.
-        metric: l2, dot or cosine.
-        scale: None for the nearest sense, else the weights are softmax(scores / scale).
-        out: where to write, of the embeddings' shape, dtype and device; may be `embeddings` itself.
+    Arguments and errors are those of `assign`. `scale` is None for the nearest sense; otherwise the weights are
+    softmax(scores / scale). `out` is an output [N, D] like the embeddings, and may be `embeddings` itself.
 
     Returns:
         [N, D] in the embeddings' dtype; those of tokens without senses are unchanged.
-
-    Raises:
-        BadInput: an embedding is NaN or infinite.
-        DictionaryError: a sense in use is NaN or infinite.
     """
     out = _new_output(embeddings) if out is None else out
     if scale is None:
@@ -226,8 +220,8 @@ def replace(
         return out
     missing = torch.from_numpy(np.flatnonzero(~with_senses(token_ids, senses.offsets))).to(embeddings.device)
     out[missing] = embeddings[missing]
-    for batch, own, found in _scored(token_ids, embeddings, senses, metric):
-        relative = found - found.amax(2, keepdim=True)  # before the division: a tiny scale must not overflow
+    for batch, own, score in _scored(token_ids, embeddings, senses, metric):
+        relative = score - score.amax(2, keepdim=True)  # before the division: a tiny scale must not overflow
         means = torch.bmm(torch.softmax(relative / scale, dim=2), own).to(out.dtype)
         out[real(batch.rows.to(out.device), batch)] = real(means, batch)
     return out
@@ -237,54 +231,44 @@ def replace(
 def weigh(
     token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metric: Metric, scale: float, top: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the nearest senses of each embedding and their weights, softmax(scores / scale) of those alone.
+    """Return the `top` nearest senses of each embedding and their weights, softmax(scores / scale) over these only.
 
-    Args:
-        token_ids: integers [N].
-        embeddings: floating point [N, D], any device.
-        senses: the dictionary's senses.
-        metric: l2, dot or cosine.
-        scale: above 0.
-        top: how many senses, M.
+    Arguments and errors are those of `assign`; `scale` must be above 0.
 
     Returns:
-        int64 [N, M], the nearest first (ties: the lowest number), -1 where a token has no more; float32 [N, M], whose
-        rows sum to 1, or to 0 for a token without senses.
-
-    Raises:
-        BadInput: an embedding is NaN or infinite.
-        DictionaryError: a sense in use is NaN or infinite.
+        Indices int64 [N, top], nearest first (ties: the lowest index), -1 beyond the token's senses; weights float32
+        [N, top], whose rows sum to 1, or to 0 for a token without senses.
     """
-    numbers = torch.full((len(embeddings), top), -1, dtype=torch.int64, device=embeddings.device)
+    indices = torch.full((len(embeddings), top), -1, dtype=torch.int64, device=embeddings.device)
     weights = torch.zeros((len(embeddings), top), device=embeddings.device)
-    for batch, _, found in _scored(token_ids, embeddings, senses, metric):
-        best = found.sort(dim=2, descending=True, stable=True)
+    for batch, _, score in _scored(token_ids, embeddings, senses, metric):
+        best = score.sort(dim=2, descending=True, stable=True)
         values, order = best.values[..., :top], best.indices[..., :top]
         own = torch.softmax((values - values[..., :1]) / scale, dim=2)
         order = order.masked_fill(values == -math.inf, -1)  # padding
         rows = real(batch.rows.to(embeddings.device), batch)
-        numbers[rows, : order.shape[2]], weights[rows, : order.shape[2]] = real(order, batch), real(own, batch)
-    return numbers, weights
+        indices[rows, : order.shape[2]], weights[rows, : order.shape[2]] = real(order, batch), real(own, batch)
+    return indices, weights
 
 
 def _new_output(embeddings: Tensor) -> Tensor:
-    """Allocate the output; on the CPU by NumPy, whose huge pages make the first write several times faster."""
+    """Allocate the output; on the CPU with NumPy, whose huge pages make the first write several times faster."""
     if embeddings.device.type != "cpu" or not embeddings.numel():
         return torch.empty_like(embeddings, memory_format=torch.contiguous_format)
     return torch.from_numpy(np.empty(embeddings.nbytes, np.uint8)).view(embeddings.dtype).view(embeddings.shape)
 
 
 def _nearest_rows(token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metric: Metric) -> Tensor:
-    """Return the row of each embedding's nearest sense in the whole dictionary, int64 [N]; -1 without senses."""
+    """Return the row of each embedding's nearest sense in the whole dictionary, int64 [N], or -1."""
     nearest = torch.full((len(embeddings),), -1, dtype=torch.int64, device=embeddings.device)
-    for batch, _, found in _scored(token_ids, embeddings, senses, metric):
-        rows = batch.senses[:, :1].to(embeddings.device) + found.max(2).indices
+    for batch, _, score in _scored(token_ids, embeddings, senses, metric):
+        rows = batch.senses[:, :1].to(embeddings.device) + score.max(2).indices
         nearest[real(batch.rows.to(embeddings.device), batch)] = real(rows, batch)
     return nearest
 
 
 def _write_nearest(nearest: Tensor, embeddings: Tensor, senses: RaggedSenses, out: Tensor) -> None:
-    """Write the sense rows to out in the order of the occurrences: sequential writes cost half of scattered ones."""
+    """Write the sense rows to `out` in order: sequential writes take half the time of scattered ones."""
     if not sum(len(part) for part in senses.parts):
         out.copy_(embeddings)
         return
@@ -298,38 +282,38 @@ def _write_nearest(nearest: Tensor, embeddings: Tensor, senses: RaggedSenses, ou
 
 
 def batch_elements(device: torch.device) -> int:
-    """Return about how many numbers a batch may hold on a device."""
+    """Return the approximate limit of numbers per batch on a device."""
     return BATCH_ELEMENTS.get(device.type, _BATCH_ELEMENTS_ELSEWHERE)
 
 
 def _scored(
     token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metric: Metric
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Yield every batch with its senses [T, K, D] and scores [T, n, K]; padded senses score minus infinity."""
+    """Yield each batch with its senses [T, K, D] and scores [T, n, K], minus infinity for padded senses."""
     dim = embeddings.shape[1]
     for batch in ragged_batches(token_ids, senses.offsets, dim, batch_elements(embeddings.device)):
         points, own = gather(batch, embeddings, senses)
-        found = scores(points, own, metric)
-        if not math.isfinite(found.sum()):
-            _refuse(batch, points, own)
+        score = scores(points, own, metric)
+        if not math.isfinite(score.sum()):
+            _raise_not_finite(batch, points, own)
         if batch.present is not None:
-            found = found.masked_fill(~batch.present[:, None].to(found.device), -math.inf)
-        yield batch, own, found
+            score = score.masked_fill(~batch.present[:, None].to(score.device), -math.inf)
+        yield batch, own, score
 
 
 def real(values: Tensor, batch: Batch) -> Tensor:
-    """Drop a batch's padded occurrences: [T, n, ...] to [number of real ones, ...]."""
+    """Return values [T, n, ...] without those of padded occurrences, [number of real ones, ...]."""
     return values.flatten(0, 1) if batch.filled is None else values[batch.filled.to(values.device)]
 
 
-def _refuse(batch: Batch, points: Tensor, own: Tensor) -> None:
-    """Say which embedding or sense spoils a batch's scores."""
+def _raise_not_finite(batch: Batch, points: Tensor, own: Tensor) -> None:
+    """Raise the error that names the embedding or sense whose scores are not finite."""
     wrong = torch.nonzero(~torch.isfinite(points).all(2))
     if len(wrong):
         row = int(batch.rows[tuple(wrong[0].tolist())])
-        raise BadInput(f"embedding {row} holds NaN or infinite values: find out which layer or dtype made it overflow")
+        raise BadInput(f"embedding {row} holds NaN or infinite values: check which layer or dtype overflowed")
     wrong = torch.nonzero(~torch.isfinite(own).all(2))
     if len(wrong):
         row = int(batch.senses[tuple(wrong[0].tolist())])
         raise DictionaryError(f"sense row {row} of the dictionary holds NaN or infinite values: build it again")
-    raise BadInput("scores of embeddings against senses overflow float32: scale the embeddings and the dictionary down")
+    raise BadInput("scores overflow float32: scale the embeddings and the dictionary down")

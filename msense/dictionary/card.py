@@ -1,66 +1,74 @@
-"""A dictionary's README: what it is, where it comes from, its figures.
+"""The model card of a dictionary; no value from its config can break out of the Markdown or the YAML front matter."""
 
-Comes in: its config and small arrays. Goes out: Markdown that nothing in them can break out of.
-"""
-
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
+from huggingface_hub import ModelCard, ModelCardData
+
+from msense.text import redact
 
 if TYPE_CHECKING:
     from msense.dictionary.format import Arrays, DictionaryConfig
 
+_BODY = """# Sense dictionary
 
-def model_card(config: "DictionaryConfig", arrays: "Arrays") -> str:
-    """Return the dictionary's README: what it is, where it comes from, its figures, how to load it, its licence."""
-    teacher = config.teacher.name + (f" (revision {config.teacher.revision})" if config.teacher.revision else "")
-    clustered = int((np.diff(arrays.offsets) > 0).sum())
-    largest = int(np.diff(arrays.offsets).max(initial=0))
-    facts = {
-        "teacher": teacher,
-        "layer": config.layer,
-        "pooling": config.pooling,
-        "senses": f"{len(arrays.counts):,} of {clustered:,} tokens, {largest:,} of one at most (setting: {config.senses})",
-        "vocabulary": f"{config.vocab_size:,} tokens",
-        "width": f"{config.dim}, stored as {config.dtype}",
-        "metric": config.metric,
-        "mean squared spread": f"{config.temperature_unit:.6g} (the unit of temperatures)",
-        "points clustered": f"{int(arrays.counts.sum()):,}",
-        "occurrences in the corpus": f"{int(arrays.token_counts.sum()):,}",
-        "special tokens": config.special_tokens,
-        "longest passage": f"{config.max_length} tokens",
-        **{one_line(name): f"{value:.6g}" for name, value in sorted(config.quality.items())},
-    }
-    table = "\n".join(f"| {name} | {one_line(value)} |" for name, value in facts.items())
-    return f"""# Sense dictionary
-
-For each token of the teacher's vocabulary: centroids of its contextual embeddings over a corpus, its *senses*.
-An embedding is replaced by the nearest sense of its own token; the teacher's pooling and heads work on as before.
+Centroids (*senses*) of the contextual embeddings of each token in the teacher's vocabulary, clustered over a corpus.
+Each embedding is replaced by the nearest sense of its own token; the teacher's pooling and heads apply unchanged.
 
 | | |
 |---|---|
 {table}
 
-## Use
+## Usage
 
 ```python
 from msense import SenseDictionary
 
 dictionary = SenseDictionary.load("path/to/this/folder")
-dictionary.find("bank")                          # the word's tokens, and how many senses each has
+dictionary.find("bank")                          # the word's tokens and their numbers of senses
 dictionary.assign(token_ids, embeddings)         # [N], [N, D] -> sense numbers [N]
 dictionary.replace(token_ids, embeddings)        # [N], [N, D] -> [N, D]
 ```
 
-`python -m msense show path/to/this/folder bank` prints a word's senses with examples.
+`python -m msense show path/to/this/folder bank` prints the senses of a word with example contexts.
 
-## Licence
+## License
 
-The senses are derived from the weights of {one_line(teacher)}: its licence holds for them too;
-read it before sharing this folder. If exemplars.parquet is here, it quotes the corpus, whose licence holds for it.
+The senses are derived from the weights of {teacher} and subject to its license: read it before you share this folder.
+`exemplars.parquet`, if present, quotes the corpus and is subject to the corpus's license.
 """
 
 
+def model_card(config: "DictionaryConfig", arrays: "Arrays") -> str:
+    """Return the text of a dictionary's README.md."""
+    name, revision = redact(config.teacher.name), config.teacher.revision
+    sizes = np.diff(arrays.offsets)
+    rows = {
+        "teacher": name + (f" (revision {revision})" if revision else ""),
+        "layer": config.layer,
+        "pooling": config.pooling,
+        "senses": f"{len(arrays.counts):,} of {int((sizes > 0).sum()):,} tokens, at most {int(sizes.max(initial=0)):,} "
+        f"per token (setting: {config.senses})",
+        "vocabulary": f"{config.vocab_size:,} tokens",
+        "width": f"{config.dim}, stored as {config.dtype}",
+        "metric": config.metric,
+        "mean squared distance": f"{config.temperature_unit:.6g} (the unit of temperatures)",
+        "points clustered": f"{int(arrays.counts.sum()):,}",
+        "occurrences in the corpus": f"{int(arrays.token_counts.sum()):,}",
+        "special tokens": config.special_tokens,
+        "maximum passage length": f"{config.max_length} tokens",
+        **{one_line(key): f"{value:.6g}" for key, value in sorted(config.quality.items())},
+    }
+    table = "\n".join(f"| {key} | {one_line(value)} |" for key, value in rows.items())
+    is_repository = re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name)
+    data = ModelCardData(
+        base_model=name if is_repository else None, library_name="msense", tags=["msense", "sense-dictionary"]
+    )
+    body = _BODY.format(table=table, teacher=one_line(rows["teacher"]))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=True))
+
+
 def one_line(value: object) -> str:
-    """Return text that cannot break out of a table cell."""
+    """Return text that fits a Markdown table cell: printable characters only, without pipes."""
     return "".join(c if c.isprintable() else " " for c in str(value)).replace("|", "/")

@@ -1,7 +1,7 @@
-"""A dictionary on disk: its file names, its config, the layout of its arrays, and the streaming writer.
+"""On-disk format of a dictionary: file names, config, array layout and a streaming writer; `reader` loads it.
 
-Comes in: a config, the small arrays, centroids chunk by chunk. Goes out: a folder, each file written under a temporary
-name and renamed, config.json last. Holds the small arrays and one chunk. `reader` reads it.
+Each file is written to a temporary name and renamed, config.json last. The writer holds the small arrays, one chunk of
+centroids and, for int8, all scales.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, NamedTuple
 
@@ -32,10 +33,14 @@ from msense.storage import sha256_of
 
 FORMAT_VERSION: Literal[1] = 1
 DICTIONARY = Artefact("dictionary", "copy or build it again", DictionaryError)
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # int8 comes from float32
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}  # int8 is quantized from float32
 Stored = Literal["float16", "bfloat16", "float32", "int8"]
-_STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}  # safetensors' names
-SHARD_BYTES = 4_000_000_000  # centroids above this are cut into several files
+_STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}  # safetensors dtypes
+SHARD_BYTES = 4_000_000_000  # larger centroids are split into several files
 
 _Name = Annotated[str, Field(max_length=4096)]
 _Text = Annotated[str, Field(max_length=1 << 16)]
@@ -44,7 +49,7 @@ _Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class TeacherName(FrozenModel):
-    """The model whose embeddings were clustered."""
+    """Identity of the model whose embeddings were clustered."""
 
     name: _Name
     revision: _Name | None = None
@@ -52,44 +57,42 @@ class TeacherName(FrozenModel):
 
 
 class DictionaryConfig(FrozenModel):
-    """Everything about a dictionary that is not an array."""
+    """Contents of config.json."""
 
     format_version: Literal[1] = FORMAT_VERSION
     teacher: TeacherName
     tokenizer_fingerprint: _Name
-    layer: _Int64 = Field(description="hidden layer of the teacher, -1 the last")
+    layer: _Int64 = Field(description="hidden layer of the teacher, -1 = last")
     dim: int = Field(gt=0, le=MAX_DIM, description="width D of embeddings and senses")
     vocab_size: int = Field(gt=0, le=MAX_VOCABULARY, description="tokens V, with and without senses")
     senses: Annotated[int, Field(ge=1, le=MAX_SENSES)] | Literal["auto", "mcl"] = Field(
-        description="the setting, not the number of senses in all"
+        description="the setting of the build, not the resulting number"
     )
-    dtype: Stored = Field(default="float16", description="of the centroids; int8: times a scale a sense")
+    dtype: Stored = Field(default="float16", description="of the centroids; int8 with one scale per sense")
     metric: Metric = "l2"
-    temperature_unit: float = Field(
-        ge=0, le=1e77, description="mean squared spread of the senses, weighted by their counts"
-    )
+    temperature_unit: float = Field(ge=0, le=1e77, description="mean squared distance of a point to its sense")
     special_tokens: Literal["include", "exclude"] = "include"
     excluded_token_ids: tuple[Annotated[int, Field(ge=0, lt=MAX_VOCABULARY)], ...] = Field((), max_length=1 << 16)
-    pooling: _Name = Field(default="mean", description="as sentence-transformers names it: mean, cls, lasttoken, ...")
-    normalize: bool = Field(default=False, description="whether the teacher's sentence vectors have unit length")
+    pooling: _Name = Field(default="mean", description="a mode of sentence-transformers: mean, cls, lasttoken, ...")
+    normalize: bool = Field(default=False, description="whether the teacher normalizes sentence vectors")
     prompt: _Text = ""
-    max_length: _Natural = Field(default=0, description="longest passage in tokens, 0 = unknown")
-    max_occurrences: _Natural = Field(description="occurrences clustered a token at most, 0 = all")
+    max_length: _Natural = Field(default=0, description="maximum passage length in tokens, 0 = unknown")
+    max_occurrences: _Natural = Field(description="limit of occurrences clustered per token, 0 = all")
     seed: _Int64 = 0
     quality: dict[_Name, float] = Field(default_factory=dict, max_length=100)
 
 
 class Arrays(NamedTuple):
-    """The small arrays of a dictionary: of S senses in all, in the order of their tokens."""
+    """The small arrays of a dictionary with S senses, sorted by token."""
 
     offsets: np.ndarray  # int64 [V+1]: senses offsets[t] to offsets[t + 1] belong to token t
     counts: np.ndarray  # int64 [S]: points clustered into each sense
-    spread: np.ndarray  # float32 [S]: root mean squared distance of these points
+    spread: np.ndarray  # float32 [S]: RMS distance of these points
     token_counts: np.ndarray  # int64 [V]: occurrences in the whole corpus
 
 
 def corpus_distortion(arrays: Arrays) -> float:
-    """Mean squared distance of an embedding to its sense: each token's over its points, weighted by its occurrences."""
+    """Return the mean squared distance to the nearest sense: per token, weighted by occurrences in the corpus."""
     sizes = np.diff(arrays.offsets)
     token = np.repeat(np.arange(len(sizes)), sizes)
     squares = np.bincount(token, weights=arrays.counts * arrays.spread.astype(np.float64) ** 2, minlength=len(sizes))
@@ -100,32 +103,37 @@ def corpus_distortion(arrays: Arrays) -> float:
 
 @dataclass(frozen=True)
 class DictionaryFiles:
-    """Names of all files of a dictionary folder; nobody else joins strings."""
+    """Paths of all files of a dictionary folder.
+
+    Example:
+        >>> DictionaryFiles(Path("runs/mine/dictionary")).config
+        PosixPath('runs/mine/dictionary/config.json')
+    """
 
     folder: Path
 
     @property
     def config(self) -> Path:
-        """Written last: a folder without it is no dictionary."""
+        """The config, written last: a folder without it is incomplete."""
         return self.folder / "config.json"
 
     @property
     def arrays(self) -> Path:
-        """All arrays, when the centroids fit one file."""
+        """All arrays of an unsplit dictionary."""
         return self.folder / "dictionary.safetensors"
 
     @property
     def index(self) -> Path:
-        """Which file holds which rows, when they do not."""
+        """The rows of each file of a split dictionary."""
         return self.folder / "dictionary.safetensors.index.json"
 
     def shard(self, number: int, of: int) -> Path:
-        """Return the file of a slice of the centroids, numbered from 1; the first holds the small arrays too."""
+        """Return the file of a slice of the centroids, counted from 1; the first also holds the small arrays."""
         return self.folder / f"dictionary-{number:05d}-of-{of:05d}.safetensors"
 
     @property
     def exemplars(self) -> Path:
-        """Contexts of the points nearest each sense; optional."""
+        """Contexts of the points nearest to each sense; optional."""
         return self.folder / "exemplars.parquet"
 
     @property
@@ -139,28 +147,29 @@ class DictionaryFiles:
         return self.folder / "README.md"
 
     def present(self) -> list[Path]:
-        """Return those of its files that are there, in order of their names."""
-        named = [self.config, self.arrays, self.index, self.exemplars, self.tokenizer, self.card]
-        return sorted(p for p in (*named, *self.folder.glob("dictionary-*-of-*.safetensors")) if p.is_file())
+        """Return the existing files, sorted by name."""
+        return sorted(
+            p for p in (self.config, self.exemplars, self.tokenizer, self.card, *self._arrays()) if p.is_file()
+        )
 
     def fingerprint(self) -> str:
-        """Return the sha256 of config and arrays, in hexadecimal."""
-        ours = {self.config, self.arrays, self.index, *self.folder.glob("dictionary-*-of-*.safetensors")}
-        digests = ((p.name, sha256_of(p)) for p in self.present() if p in ours)
-        return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()
+        """Return the hexadecimal SHA-256 of config and arrays."""
+        files = sorted(p for p in (self.config, *self._arrays()) if p.is_file())
+        return hashlib.sha256(json.dumps([(p.name, sha256_of(p)) for p in files]).encode()).hexdigest()
 
     def inside(self, path: Path) -> Path:
-        """Return a path of this folder unless it is missing, no plain file, or a link leads out of the folder."""
+        """Return the path of a file; raise DictionaryError unless it is a regular file within the folder."""
         return DICTIONARY.inside(path, self.folder)
+
+    def _arrays(self) -> set[Path]:
+        """Return the possible files of arrays, split or not."""
+        return {self.arrays, self.index, *self.folder.glob("dictionary-*-of-*.safetensors")}
 
 
 def file_layout(files: DictionaryFiles, config: DictionaryConfig, borders: list[int]) -> list[tuple[Path, TensorSpecs]]:
-    """Return every file of arrays with its tensors in the order of their bytes.
+    """Return each file of arrays with its tensors in storage order.
 
-    Args:
-        files: the folder.
-        config: what the arrays belong to.
-        borders: where the slices of the centroids begin, and S at the end.
+    `borders` are the first row of each slice of the centroids, followed by S.
     """
     senses, vocabulary = borders[-1], config.vocab_size
     small: TensorSpecs = {
@@ -171,27 +180,26 @@ def file_layout(files: DictionaryFiles, config: DictionaryConfig, borders: list[
     }
     slices = len(borders) - 1
     if slices == 1:
-        return [(files.arrays, {**small, **_slice(config, senses, "")})]
-    layout = []
-    for i in range(slices):
-        own = _slice(config, borders[i + 1] - borders[i], f".{i + 1:05d}")
-        layout.append((files.shard(i + 1, slices), {**(small if i == 0 else {}), **own}))
-    return layout
+        return [(files.arrays, small | _slice(config, senses, ""))]
+    return [
+        (files.shard(i, slices), (small if i == 1 else {}) | _slice(config, end - start, f".{i:05d}"))
+        for i, (start, end) in enumerate(pairwise(borders), 1)
+    ]
 
 
 def _slice(config: DictionaryConfig, senses: int, suffix: str) -> TensorSpecs:
-    """Return the tensors of some centroids; the scales go first, where they are aligned."""
+    """Return the tensors of a slice of the centroids; the scales come first, which keeps them aligned."""
     scales: TensorSpecs = {f"scales{suffix}": ("F32", (senses,))} if config.dtype == "int8" else {}
     return {**scales, f"centroids{suffix}": (_STORED[config.dtype], (senses, config.dim))}
 
 
 def slice_name(i: int) -> str:
-    """Return the tensor's name of a slice of the centroids, from 0."""
+    """Return the tensor name of a slice of the centroids, counted from 0."""
     return f"centroids.{i + 1:05d}"
 
 
 def weight_map(layout: list[tuple[Path, TensorSpecs]]) -> dict[str, str]:
-    """Return which file of several holds which tensor."""
+    """Return the file name of each tensor."""
     return {name: path.name for path, tensors in layout for name in tensors}
 
 
@@ -204,21 +212,21 @@ def write_dictionary(
     token_counts: np.ndarray,
     centroid_chunks: Iterable[np.ndarray | Tensor],
 ) -> None:
-    """Write a dictionary whose centroids need not fit the memory.
+    """Write a dictionary from a stream of centroids, which need not fit in memory.
 
-    Exemplars and tokenizer go into the folder before, under the names of `DictionaryFiles`.
+    Exemplars and tokenizer must already be in the folder, under the names of `DictionaryFiles`.
 
     Args:
-        folder: where to; made if missing. A dictionary that is there is replaced, and gone if this fails.
-        config: its dtype is that in which centroids are stored.
+        folder: created if missing. An existing dictionary is replaced, and is lost if this fails.
+        config: its dtype is the one in which centroids are stored.
         offsets: int64 [V+1], where each token's senses start.
         counts: int64 [S], points clustered into each sense.
-        spread: float32 [S], root mean squared distance of these points.
+        spread: float32 [S], RMS distance of these points.
         token_counts: int64 [V], occurrences in the whole corpus.
-        centroid_chunks: arrays [n_i, D] of any n_i, together [S, D].
+        centroid_chunks: arrays [n_i, D] of any n_i, [S, D] when concatenated.
 
     Raises:
-        DictionaryError: the arrays contradict each other or the config, or centroids are not finite in their dtype.
+        DictionaryError: the arrays contradict each other or the config, or a centroid overflows the stored dtype.
     """
     integers = [np.ascontiguousarray(a, np.int64) for a in (offsets, counts, token_counts)]
     arrays = Arrays(integers[0], integers[1], np.ascontiguousarray(spread, np.float32), integers[2])
@@ -231,25 +239,29 @@ def write_dictionary(
     chunks = (_stored(chunk, config) for chunk in centroid_chunks)
     held: deque[Tensor] = deque()
     for i, (path, tensors) in enumerate(layout):
+        senses = borders[i + 1] - borders[i]
         with atomic_path(path) as scratch, scratch.open("wb") as file:
             file.write(_header(tensors))
             for name in tensors:
                 if name in Arrays._fields:
                     file.write(getattr(arrays, name).data)
-            write = _write_quantised if config.dtype == "int8" else _write_rows
-            write(file, _take(chunks, held, borders[i + 1] - borders[i]), borders[i + 1] - borders[i])
+            if config.dtype == "int8":
+                _write_quantised(file, _take(chunks, held, senses), senses)
+            else:
+                _write_rows(file, _take(chunks, held, senses))
     if any(len(rows) for rows in (*held, *chunks)):
-        raise DictionaryError(f"more centroids came than the {len(arrays.counts)} that the offsets speak of")
+        raise DictionaryError(f"there are more centroids than the {len(arrays.counts)} senses of the offsets")
     if len(layout) > 1:
         ranges = {slice_name(i): [borders[i], borders[i + 1]] for i in range(len(layout))}
         _write_text(files.index, json.dumps({"weight_map": weight_map(layout), "row_ranges": ranges}, indent=1))
-    _remove_others(files, {path for path, _ in layout})
+    for path in files._arrays() - {path for path, _ in layout} - ({files.index} if len(layout) > 1 else set()):
+        path.unlink(missing_ok=True)  # arrays of an older dictionary that was split differently
     _write_text(files.card, model_card(config, arrays))
     _write_text(files.config, config.model_dump_json(indent=1))
 
 
 def write_tokenizer(folder: Path | str, tokenizer_json: str) -> None:
-    """Write the teacher's tokenizer (the text of tokenizer.json), in which words are looked up."""
+    """Write the text of the teacher's tokenizer.json, used to look up words."""
     path = DictionaryFiles(Path(folder)).tokenizer
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_text(path, tokenizer_json)
@@ -257,9 +269,9 @@ def write_tokenizer(folder: Path | str, tokenizer_json: str) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside a path; what is written there takes the path's name if no error came."""
+    """Yield a temporary path in the same folder that replaces `path` on exit, unless an exception is raised."""
     scratch = scratch_name(path)
-    scratch.unlink(missing_ok=True)  # a link left there would lead the bytes elsewhere
+    scratch.unlink(missing_ok=True)  # a symbolic link left there would redirect the bytes
     try:
         yield scratch
         with scratch.open("rb") as file:
@@ -270,7 +282,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def copy_file(source: Path | None, target: Path) -> None:
-    """Copy a file whole or not at all; where there is none, an older one at the target goes too."""
+    """Copy a file atomically; without a source, remove the target."""
     if source is None:
         target.unlink(missing_ok=True)
     elif source.resolve() != target.resolve():
@@ -284,32 +296,31 @@ def _write_text(path: Path, text: str) -> None:
         scratch.write_text(text + "\n", encoding="utf-8")
 
 
-def _write_rows(file: BinaryIO, chunks: Iterable[Tensor], senses: int) -> None:
+def _write_rows(file: BinaryIO, chunks: Iterable[Tensor]) -> None:
     for rows in chunks:
         file.write(rows.contiguous().view(torch.uint8).numpy().data)
 
 
 def _write_quantised(file: BinaryIO, chunks: Iterable[Tensor], senses: int) -> None:
-    """Write centroids in int8, and then their scales into the gap that is left before them."""
+    """Write int8 centroids, then their scales into the gap left before them."""
     gap, scales = file.tell(), []
     file.seek(gap + 4 * senses)
     for rows in chunks:
         values, own = quantise(rows)
-        file.write(values.numpy().data)
+        _write_rows(file, [values])
         scales.append(own)
     file.seek(gap)
-    for own in scales:
-        file.write(own.numpy().data)
+    _write_rows(file, scales)
 
 
 def _borders(senses: int, config: DictionaryConfig) -> list[int]:
-    """Return where each file's slice of the centroids begins, and S at the end."""
+    """Return the first row of each slice of the centroids, followed by S."""
     rows = max(1, SHARD_BYTES // (config.dim * ITEM_BYTES[_STORED[config.dtype]]))
     return [*range(0, max(senses, 1), rows), senses]
 
 
 def _header(tensors: TensorSpecs) -> bytes:
-    """Return a safetensors header: its length in 8 bytes, then JSON, padded so that the data are aligned."""
+    """Return a safetensors header: its length in 8 bytes, then JSON, padded to align the data."""
     entries, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + int(np.prod(shape, dtype=object)) * ITEM_BYTES[dtype]
@@ -320,33 +331,24 @@ def _header(tensors: TensorSpecs) -> bytes:
 
 
 def _stored(chunk: np.ndarray | Tensor, config: DictionaryConfig) -> Tensor:
-    """Return a chunk of centroids as it is stored, on the CPU."""
+    """Return a chunk of centroids in the stored dtype (float32 for int8) on the CPU."""
     rows = as_tensor(chunk)
     if rows.ndim != 2 or rows.shape[1] != config.dim:
-        raise DictionaryError(f"centroids of shape {tuple(rows.shape)} came for a dictionary of width {config.dim}")
+        raise DictionaryError(f"centroids have shape {tuple(rows.shape)}, but the dictionary has width {config.dim}")
     rows = rows.to("cpu", DTYPES.get(config.dtype, torch.float32))
     if not torch.isfinite(rows).all():
-        raise DictionaryError(f"centroids are NaN, infinite or too large for {config.dtype}: store bfloat16 or float32")
+        raise DictionaryError(f"centroids are NaN, infinite or too large for {config.dtype}: use bfloat16 or float32")
     return rows
 
 
 def _take(chunks: Iterator[Tensor], held: deque[Tensor], rows: int) -> Iterator[Tensor]:
-    """Yield exactly so many rows; `held` keeps the rest of a chunk for the next file."""
+    """Yield exactly `rows` rows; `held` keeps the rest of a chunk for the next file."""
     while rows:
         chunk = held.popleft() if held else next(chunks, None)
         if chunk is None:
-            raise DictionaryError(
-                f"the centroids end {rows} rows too early: offsets and centroids do not belong together"
-            )
+            raise DictionaryError(f"{rows} centroids are missing: offsets and centroids do not belong together")
         if len(chunk) > rows:
             held.append(chunk[rows:])
             chunk = chunk[:rows]
         rows -= len(chunk)
         yield chunk
-
-
-def _remove_others(files: DictionaryFiles, written: set[Path]) -> None:
-    """Delete the arrays of an older dictionary in the folder that was laid out otherwise."""
-    older = {files.arrays, files.index, *files.folder.glob("dictionary-*-of-*.safetensors")}
-    for path in older - written - ({files.index} if len(written) > 1 else set()):
-        path.unlink(missing_ok=True)

@@ -1,8 +1,4 @@
-"""Dictionaries made in memory: clustered from embeddings, or united from others.
-
-Comes in: token ids [N] and embeddings [N, D], or the contents of dictionaries. Goes out: config, small arrays and
-centroids. Holds all of them, and a sorted copy of the embeddings.
-"""
+"""In-memory construction of dictionaries by clustering embeddings or merging; holds a sorted copy of the embeddings."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +19,7 @@ from msense.mcl import MCL_POINTS, MclConfig, mcl_senses
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Content = tuple[DictionaryConfig, Arrays, tuple[Tensor, ...]]  # of a dictionary, the centroids in parts [S_i, D]
+Content = tuple[DictionaryConfig, Arrays, tuple[Tensor, ...]]  # the centroids are several [S_i, D]
 
 
 def cluster_in_memory(
@@ -35,29 +31,21 @@ def cluster_in_memory(
     max_occurrences: int = 0,
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
 ) -> Content:
-    """Cluster each token's embeddings.
-
-    Args:
-        ids: int64 [N], in any order.
-        points: floating point [N, D].
-        settings: of k-means.
-        rule: how many senses each token gets; None: `settings.k`.
-        vocab_size: number V of tokens; None: the largest id + 1.
-        max_occurrences: rows clustered a token at most, chosen at random; 0 = all.
-        dtype: of the centroids.
+    """Return the dictionary of embeddings `points` [N, D] clustered by token id [N]; arguments are those of `fit`.
 
     Raises:
-        BadInput: token ids outside the vocabulary.
+        BadInput: a token id is outside the vocabulary, or a size exceeds the limits of a dictionary.
         MsenseError: an embedding is NaN or infinite.
     """
     low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
     size = high + 1 if vocab_size is None else vocab_size
     if low < 0 or high >= size:
-        raise BadInput(f"token ids go from {low} to {high}, but the vocabulary has the tokens 0 to {size - 1}")
+        raise BadInput(f"token ids range from {low} to {high}, but those of the vocabulary from 0 to {size - 1}")
     if not 0 < size <= MAX_VOCABULARY or not 0 < points.shape[1] <= MAX_DIM:
         raise BadInput(
-            f"a vocabulary of {size} tokens and embeddings of width {points.shape[1]} were given; a dictionary has at most "
-            f"{MAX_VOCABULARY} tokens and width {MAX_DIM}: number the tokens from 0 on, and give embeddings [N, D]"
+            f"a vocabulary of {size} tokens with embeddings of width {points.shape[1]} exceeds the limits of a "
+            f"dictionary, 1 to {MAX_VOCABULARY} tokens of width 1 to {MAX_DIM}: number tokens from 0, and pass "
+            "embeddings [N, D]"
         )
     rows = _sample(ids, max_occurrences, settings.seed)
     tokens, sizes = np.unique(ids[rows], return_counts=True)
@@ -94,31 +82,31 @@ def _senses(
     rule: SenseBudget | MclConfig,
     value_bytes: int,
 ) -> np.ndarray:
-    """Return each token's number of senses, int64 [T], from evenly spaced rows of its points [N, D]."""
-    wanted = np.minimum(known.points, MCL_POINTS if isinstance(rule, MclConfig) else CURVE_POINTS)
-    token = np.repeat(np.arange(len(wanted)), wanted)
-    number = np.arange(len(token)) - (np.cumsum(wanted) - wanted)[token]
-    rows = (np.cumsum(known.points) - known.points)[token] + number * known.points[token] // wanted[token]
-    looked_at, dim = points[torch.from_numpy(rows)], points.shape[1]
+    """Return the number of senses of each token, int64 [T], decided on an evenly spaced sample of its points [N, D]."""
+    sampled = np.minimum(known.points, MCL_POINTS if isinstance(rule, MclConfig) else CURVE_POINTS)
+    token = np.repeat(np.arange(len(sampled)), sampled)
+    number = np.arange(len(token)) - (np.cumsum(sampled) - sampled)[token]
+    rows = (np.cumsum(known.points) - known.points)[token] + number * known.points[token] // sampled[token]
+    sample, dim = points[torch.from_numpy(rows)], points.shape[1]
     if isinstance(rule, MclConfig):
-        return mcl_senses(looked_at, wanted, rule, token_ids=tokens)
-    curves = replace(known, variance=variance_curves(looked_at, wanted, tokens, settings))
+        return mcl_senses(sample, sampled, rule, token_ids=tokens)
+    curves = replace(known, variance=variance_curves(sample, sampled, tokens, settings))
     return allocate(curves, GRID, rule.senses(len(tokens), dim, value_bytes), dim)
 
 
 def unite(contents: Sequence[Content]) -> Content:
-    """Put each token's senses of several dictionaries one after the other; settings are the first one's.
+    """Return the concatenation of each token's senses in several dictionaries, with the settings of the first.
 
     Raises:
-        DictionaryError: they do not fit together, naming what differs, or a token gets too many senses.
+        DictionaryError: the dictionaries are incompatible, or a token has too many senses.
     """
     first = contents[0][0]
     for config, _, _ in contents[1:]:
-        _check_alike(first, config)
+        _check_compatible(first, config)
     every = [arrays for _, arrays, _ in contents]
     sizes = np.stack([np.diff(arrays.offsets) for arrays in every])
     offsets = np.concatenate([[0], np.cumsum(sizes.sum(axis=0))])
-    start = offsets[:-1] + np.cumsum(sizes, axis=0) - sizes  # where each one's senses of each token go
+    start = offsets[:-1] + np.cumsum(sizes, axis=0) - sizes  # row of each token's senses in the result
     places = [
         np.repeat(s - arrays.offsets[:-1], k) + np.arange(len(arrays.counts))
         for s, k, arrays in zip(start, sizes, every, strict=True)
@@ -138,11 +126,7 @@ def unite(contents: Sequence[Content]) -> Content:
 
 
 def unite_exemplars(tables: "Sequence[tuple[pa.Table, np.ndarray]]") -> "pa.Table":
-    """Put exemplars together, numbering senses as `unite` does.
-
-    Args:
-        tables: of each dictionary its exemplars and its offsets, int64 [V+1].
-    """
+    """Return the exemplars of several dictionaries, given with their offsets, with senses numbered as by `unite`."""
     import pyarrow as pa
 
     earlier = np.zeros(len(tables[0][1]) - 1, np.int64)
@@ -156,12 +140,12 @@ def unite_exemplars(tables: "Sequence[tuple[pa.Table, np.ndarray]]") -> "pa.Tabl
 
 
 def _mean_squared_spread(arrays: Arrays) -> float:
-    """Return the unit of temperatures: each sense's squared spread, weighted by its count."""
+    """Return the squared RMS distance of the senses, weighted by their counts: the unit of temperatures."""
     return float(arrays.counts @ arrays.spread.astype(np.float64) ** 2 / max(1, arrays.counts.sum()))
 
 
 def _sample(ids: np.ndarray, cap: int, seed: int) -> np.ndarray:
-    """Return the rows to cluster, by token and then in their order; at most `cap` a token, 0 = all."""
+    """Return the rows to cluster, sorted by token and row; at most `cap` per token, 0 = all."""
     if not cap:
         return np.argsort(ids, kind="stable")
     order = np.lexsort((np.random.default_rng(seed).random(len(ids)), ids))
@@ -170,12 +154,9 @@ def _sample(ids: np.ndarray, cap: int, seed: int) -> np.ndarray:
     return chosen[np.argsort(ids[chosen], kind="stable")]
 
 
-def _check_alike(a: DictionaryConfig, b: DictionaryConfig) -> None:
+def _check_compatible(a: DictionaryConfig, b: DictionaryConfig) -> None:
     names = ("dim", "vocab_size", "metric", "tokenizer_fingerprint", "dtype", "layer")
-    facts = [(name, getattr(a, name), getattr(b, name)) for name in names]
-    facts.append(("teacher fingerprint", a.teacher.fingerprint, b.teacher.fingerprint))
-    differing = [f"{name} ({x!r} and {y!r})" for name, x, y in facts if x != y]
-    if differing:
-        raise DictionaryError(
-            f"these dictionaries differ in {', '.join(differing)}: only those of one teacher can be merged"
-        )
+    values = [(name, getattr(a, name), getattr(b, name)) for name in names]
+    values.append(("teacher fingerprint", a.teacher.fingerprint, b.teacher.fingerprint))
+    if differing := [f"{name} ({x!r} and {y!r})" for name, x, y in values if x != y]:
+        raise DictionaryError(f"cannot merge dictionaries that differ in {', '.join(differing)}: use the same teacher")

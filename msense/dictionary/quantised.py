@@ -1,31 +1,29 @@
-"""Senses in one byte a number: int8 values, and a float32 scale a sense.
+"""Symmetric int8 quantization with one float32 scale per sense.
 
-Comes in: floating-point rows [M, D]. Goes out: values and scales, or rows again. Holds what comes in a second time. A scale
-is the largest number of its row over 127, rounded up to 17 binary digits: values times scale are then exact in float32,
-and rows that were made of int8 once become the same values and scales again.
+The scale is the row's absolute maximum over 127, rounded up to 17 significant bits: value times scale is then exact in
+float32, and quantizing a dequantized row again returns the same values and scale.
 """
 
 import torch
 from torch import Tensor
 
 _LARGEST = 127
-_SMALLEST_SCALE = 2.0**-126  # float32's smallest of full precision; of rows of zeros too
-_SHORT = 0x7F  # the last seven of float32's digits
+_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32; also the scale of an all-zero row
+_DROPPED_BITS = 0x7F  # the last seven bits of a float32 mantissa
 
 
 def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values int8 [M, D] and scales float32 [M] of rows; each number is off by half a scale at most.
+    """Return int8 values [M, D] and float32 scales [M] of floating-point rows [M, D] that are finite in float32.
 
-    Args:
-        rows: floating point [M, D], finite in float32.
+    The absolute error of each number is at most half a scale.
     """
     rows = rows.float()
     largest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(len(rows))
     scales = (largest / _LARGEST).clamp(min=_SMALLEST_SCALE)
-    scales = ((scales.view(torch.int32) + _SHORT) & ~_SHORT).view(torch.float32)
+    scales = ((scales.view(torch.int32) + _DROPPED_BITS) & ~_DROPPED_BITS).view(torch.float32)
     return (rows / scales[:, None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8), scales
 
 
 def dequantise(values: Tensor, scales: Tensor) -> Tensor:
-    """Return the rows float32 [M, D] of values int8 [M, D] and scales float32 [M]."""
+    """Return float32 rows [M, D] of int8 values [M, D] and float32 scales [M]."""
     return values.float().mul_(scales[:, None])

@@ -1,5 +1,5 @@
-"""Tasks that tell what a dictionary and a student keep of their teacher, and what they cost.
+"""Evaluation of teachers, dictionaries and students: quality on tasks, and cost.
 
-`spec.py` reads what is asked for, `models.py` makes the models, a module a task measures them, `result.py` compares, `report.py`
-writes. `run.py` is the order of it all.
+`run.py` drives an evaluation. `spec.py` parses models and tasks, `models.py` loads models, one module per task scores them,
+`result.py` compares two models, and `report.py` writes tables, JSON and plots.
 """

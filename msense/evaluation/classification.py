@@ -1,8 +1,7 @@
-"""Text classification on frozen sentence vectors: logistic regression on a few texts a class, or on all.
+"""Text classification on frozen sentence vectors: logistic regression on a few training texts per class, or on all.
 
-The MTEB protocol (Muennighoff et al. 2023, section 3): of each class as many training texts as there are shots, drawn anew
-ten times; the whole test part. Comes in: a model and labelled texts. Goes out: accuracy and macro F1 of every draw. Holds
-the vectors of all texts.
+Follows the MTEB protocol (Muennighoff et al. 2023, section 3): draw `shots` training texts per class, fit, score the whole
+test set, and repeat with ten draws. Memory: the vectors of all texts.
 """
 
 import warnings
@@ -19,16 +18,16 @@ from msense.evaluation.result import METRICS, Result
 from msense.labelled import Columns, read_labelled
 
 PARTS = ("train", "test")
-FEW_ROUNDS, ROUNDS = 100, 1000  # of the solver, on a few texts (as MTEB has it) and on all
+FEW_ROUNDS, ROUNDS = 100, 1000  # solver iterations for few-shot training (MTEB's value) and for all texts
 
 
 class Protocol(NamedTuple):
-    """How texts are drawn.
+    """How training texts are sampled.
 
     Attributes:
-        shots: texts a class; 0 = all of them, in one draw.
-        draws: how often.
-        seed: of the first draw; the others count on.
+        shots: training texts per class; 0: all of them, in a single draw.
+        draws: number of draws.
+        seed: seed of the first draw; draw i uses `seed + i`.
     """
 
     shots: int = 8
@@ -37,55 +36,49 @@ class Protocol(NamedTuple):
 
 
 def measure(model: Model, source: str, columns: Columns, protocol: Protocol) -> Result:
-    """Encode both parts and classify.
-
-    Raises:
-        BadInput: data are missing or damaged, or have one class only.
-    """
+    """Encode the training and test texts and score the classifier trained on them."""
     parts = {part: read_labelled(source, part, columns) for part in PARTS}
-    vectors = {part: model.encode(found.first) for part, found in parts.items()}
+    vectors = {part: model.encode(data.first) for part, data in parts.items()}
     gold = parts["test"].labels
-    draws = classify(vectors, {part: found.labels for part, found in parts.items()}, protocol)
-    more = {"macro F1": float(np.mean([METRICS["macro F1"](gold, found) for found in draws]))}
+    draws = classify(vectors, {part: data.labels for part, data in parts.items()}, protocol)
+    more = {"macro F1": float(np.mean([METRICS["macro F1"](gold, predicted) for predicted in draws]))}
     if not protocol.shots:
         return Result("accuracy", "texts", gold=gold.tolist(), found=draws[0].tolist(), more=more)
-    return Result("accuracy", "draws", [METRICS["accuracy"](gold, found) for found in draws], more=more)
+    return Result("accuracy", "draws", [METRICS["accuracy"](gold, predicted) for predicted in draws], more=more)
 
 
 def classify(
     vectors: dict[str, np.ndarray], labels: dict[str, np.ndarray], protocol: Protocol | None = None
 ) -> list[np.ndarray]:
-    """Train and test; return the predicted labels [P] of the test part, of every draw.
+    """Train and test; return the predicted test labels [P] of every draw.
 
     Args:
-        vectors: float32 [P, D] of the parts train and test.
-        labels: [P] of them.
-        protocol: how texts are drawn.
+        vectors: float32 [P, D] for "train" and "test".
+        labels: [P] for "train" and "test".
+        protocol: how training texts are sampled.
 
     Raises:
-        BadInput: the training labels are of one class only, or the parts share none.
+        BadInput: the training set has only one class, or shares no label with the test set.
     """
     protocol = protocol or Protocol()
     classes = np.unique(labels["train"])
     if len(classes) < 2:
         raise BadInput(
-            f"the training part has {len(classes)} class(es) of label: give data of two or more, or name the column of "
-            "labels with --label-column"
+            f"the training set has {len(classes)} class(es), but classification needs two or more: check --label-column"
         )
     if not np.isin(labels["test"], classes).any():
-        raise BadInput("no label of the test part is among those of the training part: give parts of one data set")
-    found = []
+        raise BadInput("training and test set share no label: use splits of the same data set")
+    rounds = FEW_ROUNDS if protocol.shots else ROUNDS
+    predictions = []
     for draw in range(protocol.draws if protocol.shots else 1):
         rng = np.random.default_rng(protocol.seed + draw)
-        rows = [np.flatnonzero(labels["train"] == c) for c in classes]
-        chosen = np.concatenate([rng.permutation(own)[: protocol.shots or len(own)] for own in rows])
-        found.append(_predicted(vectors, labels["train"], chosen, FEW_ROUNDS if protocol.shots else ROUNDS))
-    return found
+        rows = [rng.permutation(np.flatnonzero(labels["train"] == c))[: protocol.shots or None] for c in classes]
+        predictions.append(_fit_predict(vectors, labels["train"], np.concatenate(rows), rounds))
+    return predictions
 
 
-def _predicted(vectors: dict[str, np.ndarray], labels: np.ndarray, chosen: np.ndarray, rounds: int) -> np.ndarray:
-    """Fit on the chosen rows of the training part, and return labels of the test part."""
-    with threadpool_limits(1), warnings.catch_warnings():  # more threads only wait for each other here
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol bounds the rounds
+def _fit_predict(vectors: dict[str, np.ndarray], labels: np.ndarray, chosen: np.ndarray, rounds: int) -> np.ndarray:
+    with threadpool_limits(1), warnings.catch_warnings():  # such small fits are slower with more threads
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol limits the iterations
         model = LogisticRegression(max_iter=rounds).fit(vectors["train"][chosen], labels[chosen])
         return np.asarray(model.predict(vectors["test"]))

@@ -1,9 +1,9 @@
-"""Word senses of people: how well a model's senses of a word tell them apart.
+"""Word sense disambiguation on CoarseWSD-20 (Loureiro et al. 2021): do a model's senses match human sense labels?
 
-The format of CoarseWSD-20 (Loureiro et al. 2021): `WORD/{train,test}.data.txt`, a context a line, `position<TAB>words`, and
-`.gold.txt`, a sense a line. Comes in: a model that reads tokens. Goes out: each of its senses is named by the majority of the
-training contexts in it, and the names are held against the test contexts; beside that agreement without names (adjusted Rand
-index, V-measure) and two baselines. Holds the embeddings of the target words.
+Each of the model's senses takes the majority label of the training contexts assigned to it; test contexts are then scored.
+Also reports label-free agreement (adjusted Rand index, V-measure) and two baselines: the nearest centroid of a human sense
+and the most frequent sense. Files are `WORD/{train,test}.data.txt` (`position<TAB>words` per line) and `.gold.txt` (one sense
+per line). Memory: the embeddings of a word's contexts and of one slab of texts.
 """
 
 from collections import Counter
@@ -19,16 +19,16 @@ from msense.evaluation.models import TokenModel, slabs
 from msense.evaluation.result import Result
 
 PARTS = ("train", "test")
-_LARGEST = 64 << 20  # bytes of a file of contexts
+_MAX_BYTES = 64 << 20  # of a file of contexts
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Contexts of one word: M of them.
+    """The M contexts of one word.
 
     Attributes:
-        texts: words with a space between.
-        starts: int64 [M], first character of the target word.
+        texts: words separated by a space.
+        starts: int64 [M], character offset of the target word.
         gold: str [M].
     """
 
@@ -39,13 +39,13 @@ class Contexts:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model sees of the contexts that it reads as far as the target word: m of M.
+    """A model's view of the m contexts (of M) in which the target word survives truncation.
 
     Attributes:
         senses: str [m], token and sense; empty without a dictionary.
-        embeddings: float32 [m, D], of the word's first token.
+        embeddings: float32 [m, D], of the target word's first token.
         gold: str [m].
-        left_out: contexts that it does not read so far.
+        left_out: number of contexts truncated before the target word.
     """
 
     senses: np.ndarray
@@ -55,27 +55,27 @@ class Seen:
 
 
 def measure(model: TokenModel, source: str) -> Result:
-    """Name senses, test them, and compare.
+    """Score a model's senses; the score is the mean accuracy over words.
 
-    The score is the mean accuracy over words. A word of several tokens is known by its first; senses that no training
-    context of the word is in get its most frequent name.
+    A word of several tokens is represented by its first token. Senses without a training context take the word's most
+    frequent label.
 
     Args:
-        model: with a dictionary for senses; without one there are only the baselines, the centroids the score.
+        model: with a dictionary; without one only the baselines are computed, and the centroids are the score.
         source: folder of words.
 
     Raises:
-        BadInput: the folder has no words, or a file does not fit.
+        BadInput: the folder has no words, or a file is invalid.
     """
     names = words(source)
-    told: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     left_out = 0
     for word in names:
         train, test = (see(model, read_contexts(source, word, part)) for part in PARTS)
         left_out += train.left_out + test.left_out
         if not len(train.gold) or not len(test.gold):
             raise BadInput(
-                f"{display_uri(source)}: no context of {word!r} is short enough for this model to reach the word"
+                f"{display_uri(source)}: every context of {word!r} is truncated before the word by this model"
             )
         frequent = Counter(train.gold.tolist()).most_common(1)[0][0]
         own = {
@@ -83,45 +83,37 @@ def measure(model: TokenModel, source: str) -> Result:
             "most frequent": float((test.gold == frequent).mean()),
         }
         if model.dictionary is not None:
-            own["accuracy"] = float((_named(train, test.senses, frequent) == test.gold).mean())
+            own["accuracy"] = float((_labelled(train, test.senses, frequent) == test.gold).mean())
             own["ARI"] = float(metrics.adjusted_rand_score(test.gold, test.senses))
             own["V-measure"] = float(metrics.v_measure_score(test.gold, test.senses))
         for name, value in own.items():
-            told.setdefault(name, []).append(value)
-    main = "accuracy" if "accuracy" in told else "gold centroids"
-    more = {name: float(np.mean(values)) for name, values in told.items() if name != main}
-    return Result(main, "words", told[main], names=names, more={**more, "left out": left_out})
+            scores.setdefault(name, []).append(value)
+    main = "accuracy" if "accuracy" in scores else "gold centroids"
+    more = {name: float(np.mean(values)) for name, values in scores.items() if name != main}
+    return Result(main, "words", scores[main], names=names, more={**more, "left out": left_out})
 
 
 def words(source: str) -> list[str]:
-    """Return the words of a folder.
-
-    Raises:
-        BadInput: it has none.
-    """
+    """Return the words of a folder, sorted; BadInput if it has none."""
     with reading(source, "a folder of words"):
         filesystem, path = stores.filesystem(source)
         listed = filesystem.ls(path, detail=True)
-    there = [info["name"].rstrip("/").rpartition("/")[2] for info in listed if info["type"] == "directory"]
-    found = sorted(word for word in there if storage.exists(_file(source, word, "train", "data")))
-    if not found:
+    folders = [info["name"].rstrip("/").rpartition("/")[2] for info in listed if info["type"] == "directory"]
+    names = sorted(word for word in folders if storage.exists(_file(source, word, "train", "data")))
+    if not names:
         raise BadInput(
-            f"{display_uri(source)} holds no WORD/train.data.txt: put the words of CoarseWSD-20 there, a folder each, with "
-            "train and test .data.txt and .gold.txt (https://github.com/danlou/bert-disambiguation)"
+            f"{display_uri(source)} contains no WORD/train.data.txt: download CoarseWSD-20 "
+            "(https://github.com/danlou/bert-disambiguation) and put its words there, one folder each"
         )
-    return found
+    return names
 
 
 def read_contexts(source: str, word: str, part: str) -> Contexts:
-    """Read the contexts of a word.
-
-    Raises:
-        BadInput: a file is missing or too large, a line has no position, or data and gold differ in number.
-    """
+    """Read the contexts of a word; BadInput if a file is missing, too large or invalid, or their lengths differ."""
     lines, gold = (_lines(_file(source, word, part, kind)) for kind in ("data", "gold"))
     if len(lines) != len(gold):
         raise BadInput(
-            f"{display_uri(source)}: {word}/{part} has {len(lines)} contexts, but {len(gold)} gold senses: restore both"
+            f"{display_uri(source)}: {word}/{part} has {len(lines)} contexts but {len(gold)} gold senses: restore both files"
         )
     texts, starts = [], []
     for number, line in enumerate(lines, 1):
@@ -138,8 +130,8 @@ def read_contexts(source: str, word: str, part: str) -> Contexts:
 
 
 def see(model: TokenModel, contexts: Contexts) -> Seen:
-    """Look at the target words of contexts."""
-    senses, embeddings, kept, start = [], [], [], 0
+    """Embed the target words of contexts and assign their senses."""
+    senses, embeddings, kept, start = [np.empty(0, str)], [], [], 0
     for slab in slabs(contexts.texts):
         read = model.read(slab)
         text = np.repeat(np.arange(len(slab)), np.diff(read.offsets))
@@ -149,25 +141,26 @@ def see(model: TokenModel, contexts: Contexts) -> Seen:
         kept.append(start + text[rows])
         embeddings.append(read.senses[rows])
         if model.dictionary is not None:
-            found = model.dictionary.assign(read.ids[rows], read.senses[rows])
-            senses.append(np.array([f"{i} {s}" for i, s in zip(read.ids[rows], found, strict=True)], dtype=str))
+            assigned = model.dictionary.assign(read.ids[rows], read.senses[rows])
+            senses.append(np.array([f"{i} {s}" for i, s in zip(read.ids[rows], assigned, strict=True)], dtype=str))
         start += len(slab)
     places = np.concatenate(kept)
-    named = np.concatenate(senses) if senses else np.empty(0, str)
-    return Seen(named, np.concatenate(embeddings), contexts.gold[places], len(contexts.texts) - len(places))
+    return Seen(
+        np.concatenate(senses), np.concatenate(embeddings), contexts.gold[places], len(contexts.texts) - len(places)
+    )
 
 
-def _named(train: Seen, asked: np.ndarray, frequent: str) -> np.ndarray:
-    """Return the name of each sense that is asked for: the majority of the training contexts in it."""
-    names = {
+def _labelled(train: Seen, senses: np.ndarray, frequent: str) -> np.ndarray:
+    """Return the majority training label of each sense."""
+    labels = {
         sense: Counter(train.gold[train.senses == sense].tolist()).most_common(1)[0][0]
         for sense in np.unique(train.senses).tolist()
     }
-    return np.array([names.get(sense, frequent) for sense in asked.tolist()])
+    return np.array([labels.get(sense, frequent) for sense in senses.tolist()])
 
 
 def _by_centroid(train: Seen, test: Seen) -> np.ndarray:
-    """Return the gold sense whose mean training embedding is nearest, of each test context."""
+    """Return the gold sense with the nearest mean training embedding, for each test context."""
     known = np.unique(train.gold)
     means = np.stack([train.embeddings[train.gold == name].mean(0) for name in known])
     return np.asarray(known[(np.square(means).sum(1) - 2 * test.embeddings @ means.T).argmin(1)])
@@ -179,5 +172,5 @@ def _file(source: str, word: str, part: str, kind: str) -> str:
 
 def _lines(uri: str) -> list[str]:
     with reading(uri, "text"):
-        text = storage.read_bytes(uri, _LARGEST).decode("utf-8", "replace")
+        text = storage.read_bytes(uri, _MAX_BYTES).decode("utf-8", "replace")
     return text.removesuffix("\n").split("\n")

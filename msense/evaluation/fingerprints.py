@@ -1,7 +1,6 @@
-"""What a result depends on, as text: two results of the same fingerprints are the same.
+"""Cache keys of results: hashes of everything a result depends on. Equal keys mean equal results.
 
-Comes in: models and tasks. Goes out: hashes of weights, dictionaries and data; of large files their names, sizes and times, as
-elsewhere. Holds nothing.
+Weights and dictionaries are hashed by content; large data files by name, size and modification time.
 """
 
 import hashlib
@@ -36,39 +35,37 @@ def digest(told: Any) -> str:  # noqa: ANN401 - JSON values
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions on which results depend."""
+    """Return the package versions that results depend on."""
     return {"msense": __version__, **{name: version(name) for name in PACKAGES}}
 
 
 def of_model(spec: Spec) -> str:
-    """Return a hash of a model's files and settings; reads its weights.
-
-    Raises:
-        BadInput: it is not there.
-    """
-    told: dict[str, Any] = {"kind": spec.kind, "replace": spec.replace, "metric": spec.metric, "layers": spec.layers}
-    told |= {"temperature": spec.temperature} if spec.replace == "soft" else {}
+    """Return a hash of a model's files and settings; reads its weights."""
+    key: dict[str, Any] = {"kind": spec.kind, "replace": spec.replace, "metric": spec.metric, "layers": spec.layers}
+    if spec.replace == "soft":
+        key["temperature"] = spec.temperature
     if spec.kind in ("teacher", "truncated", "model2vec", "replaced"):
-        told |= {"teacher": of_teacher(spec.teacher, spec.revision), "dtype": spec.dtype}
+        key |= {"teacher": of_teacher(spec.teacher, spec.revision), "dtype": spec.dtype}
     if spec.kind == "replaced":
-        told["dictionary"] = SenseDictionary.load(spec.source).fingerprint
+        key["dictionary"] = SenseDictionary.load(spec.source).fingerprint
     if spec.kind == "student":
-        told["student"] = _of_student(spec.source)
+        files = StudentFiles(folder_of_student(spec.source))
+        own = [sha256_of(path) for path in (files.weights, files.config)]
+        shipped = DictionaryFiles(files.dictionary).fingerprint() if files.dictionary.is_dir() else ""
+        key["student"] = digest([own, shipped])
     if spec.kind == "encoder":
         folder = Path(spec.source)
         local = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        told["encoder"] = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime) for p in local] or [
-            spec.source,
-            spec.revision,
-        ]
-    return digest(told)
+        stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime) for p in local]
+        key["encoder"] = stats or [spec.source, spec.revision]
+    return digest(key)
 
 
 def of_data(task: TaskSpec) -> str:
-    """Return a hash of a task's data: names, sizes and times of files.
+    """Return a hash of a task's data: names, sizes and modification times of its files.
 
     Raises:
-        BadInput: they are not there; says what to download and where to put it.
+        BadInput: data are missing; the message says what to download and where to put it.
     """
     own = version("mteb") if task.kind == "mteb" and find_spec("mteb") else ""
     if not task.source:
@@ -83,15 +80,8 @@ def of_data(task: TaskSpec) -> str:
 
 
 def of_teacher(name: str, revision: str | None) -> str:
-    """Return a hash of a teacher: weights, tokenizer, pooling, prompt, longest text, and its classifier if it has one."""
+    """Return a hash of a teacher: weights, tokenizer, pooling, prompt, maximum length, and its classifier if any."""
     info, _ = describe(name, BuildConfig(revision=revision))
-    told = {key: value for key, value in asdict(info).items() if key not in ("name", "revision")}
-    head = locate(name, revision) / "classifier"
-    own = [sha256_of(path) for path in sorted(head.glob("*")) if path.is_file()] if head.is_dir() else []
-    return digest([told, own])
-
-
-def _of_student(source: str) -> str:
-    files = StudentFiles(folder_of_student(source))
-    own = [sha256_of(path) for path in (files.weights, files.config)]
-    return digest([own, DictionaryFiles(files.dictionary).fingerprint() if files.dictionary.is_dir() else ""])
+    facts = {key: value for key, value in asdict(info).items() if key not in ("name", "revision")}
+    head = locate(name, revision) / "classifier"  # glob of a missing folder is empty
+    return digest([facts, [sha256_of(path) for path in sorted(head.glob("*")) if path.is_file()]])

@@ -1,7 +1,4 @@
-"""One model on one task: which module measures it, and what a worker is told.
-
-Comes in: models, tasks and settings. Goes out: `Work`s, and on the workers a `Result` each. Holds one model.
-"""
+"""One model on one task: the unit of work of an evaluation, and its dispatch to the module of the task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,31 +14,31 @@ from msense.evaluation.spec import Spec, TaskSpec
 from msense.labelled import Columns, read_labelled
 from msense.runtime import Resources
 
-READ_TOKENS = ("teacher", "replaced", "student", "truncated")  # kinds of models
-OF_TOKENS = ("classifier", "coarsewsd", "tokens")  # kinds of tasks that take no others
+READ_TOKENS = ("teacher", "replaced", "student", "truncated")  # model kinds with token embeddings
+OF_TOKENS = ("classifier", "coarsewsd", "tokens")  # task kinds that need them
 DRAWN = ("classification", "mteb")
 WHAT = {
     "classification": "logistic regression on sentence vectors, {shots}, {draws}; accuracy on the test texts",
-    "mteb": "the same by the package mteb, {shots}, {draws}",
-    "classifier": "the test texts under the teacher's own frozen classifier",
-    "wordsim": "Spearman's correlation of cosines with people's scores, mean over sets weighted by their pairs",
-    "coarsewsd": "senses of the target word named by the majority of its training contexts; mean accuracy over words",
-    "tokens": "cosine of each token's embedding with the teacher's, mean over tokens, and how often its sense is the teacher's",
+    "mteb": "logistic regression on sentence vectors by the mteb package, {shots}, {draws}",
+    "classifier": "test texts under the teacher's own frozen classifier",
+    "wordsim": "Spearman correlation of cosines with human scores; mean over sets, weighted by their pairs",
+    "coarsewsd": "senses of the target word, labelled by the majority of their training contexts; mean accuracy over words",
+    "tokens": "cosine of each token's embedding with the teacher's, mean over tokens; share of tokens with the teacher's sense",
 }
 
 
 @dataclass(frozen=True)
 class Work:
-    """One model on one task; travels to a worker.
+    """One model on one task; sent to a worker.
 
     Attributes:
-        spec: the model.
-        task: the task.
-        title: of the task's table: its name, with the shots where there are such.
-        protocol: how training texts are drawn.
-        columns: of labelled texts.
+        spec: model.
+        task: task.
+        title: title of the task's table: its name, with the number of shots if any.
+        protocol: sampling of training texts.
+        columns: columns of labelled texts.
         device: cuda or cpu.
-        threads: of torch.
+        threads: torch threads.
     """
 
     spec: Spec
@@ -54,69 +51,57 @@ class Work:
 
     @property
     def place(self) -> str:
-        """Where its result stands."""
+        """Key of its result: table and model."""
         return f"{self.title} | {self.spec.name}"
 
     @property
     def fits(self) -> bool:
-        """Whether the task can be asked of the model."""
+        """Whether the model provides the embeddings that the task needs."""
         return self.spec.kind in READ_TOKENS or self.task.kind not in OF_TOKENS
 
     @property
     def is_against_teacher(self) -> bool:
-        """Whether the teacher takes part in every model's result."""
+        """Whether every model's result depends on the teacher."""
         return self.task.kind in ("classifier", "tokens")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return what its result depends on beside model and data."""
+        """Settings that its result depends on, besides model and data."""
         drawn = self.protocol._asdict() if self.task.kind in DRAWN else {}
         return {"kind": self.task.kind, "name": self.task.name, "columns": list(self.columns), **drawn}
 
     @property
     def what(self) -> str:
-        """Say in a line what is measured."""
-        shots = f"{self.protocol.shots} training texts a class" if self.protocol.shots else "all training texts"
-        draws = f"{self.protocol.draws} draws" if self.protocol.shots else "once"
+        """One-line description of the measurement."""
+        shots = f"{self.protocol.shots} training texts per class" if self.protocol.shots else "all training texts"
+        draws = f"{self.protocol.draws} draws" if self.protocol.shots else "one draw"
         return WHAT[self.task.kind].format(shots=shots, draws=draws)
 
 
 def works_of(
     config: EvaluateConfig, specs: Sequence[Spec], tasks: Sequence[TaskSpec], resources: Resources
 ) -> list[Work]:
-    """Return all models on all tasks; classification once for each number of shots."""
-    found = []
-    at_a_time = resources.actors if resources.device == "cuda" else resources.tasks
-    threads = max(1, config.cores // at_a_time)
+    """Return all combinations of models and tasks; classification once per number of shots."""
+    works = []
+    concurrent = resources.actors if resources.device == "cuda" else resources.tasks
+    threads = max(1, config.cores // concurrent)
     for task in tasks:
-        shots = config.shots if task.kind in DRAWN else ("",)
-        for shot in shots:
+        for shot in config.shots if task.kind in DRAWN else ("",):
             protocol = Protocol(int(shot) if shot.isdecimal() else 0, config.draws, config.seed)
             title = task.title + (f", {shot} shots" if shot.isdecimal() else f", {shot}" if shot else "")
-            found += [Work(spec, task, title, protocol, config.columns, resources.device, threads) for spec in specs]
-    return found
+            works += [Work(spec, task, title, protocol, config.columns, resources.device, threads) for spec in specs]
+    return works
 
 
 def measure(number: int, works: Sequence[Work]) -> dict[str, Any]:
-    """Measure one model on one task; on a worker.
-
-    Args:
-        number: which of the works.
-        works: all of them.
-
-    Returns:
-        Title, model and result, as JSON values.
-
-    Raises:
-        BadInput, MsenseError: naming the model and what is wrong.
-    """
+    """Evaluate one model on one task; runs on a worker and returns title, model and result as JSON values."""
     work = works[number]
     try:
         with opened(work.spec, work.device, work.threads) as model:
-            found = _result(work, model)
+            result = _result(work, model)
     except MsenseError as error:
         raise type(error)(f"{work.spec.name} on {work.title}: {error}") from error
-    return {"title": work.title, "model": work.spec.name, "result": found.to_json()}
+    return {"title": work.title, "model": work.spec.name, "result": result.to_json()}
 
 
 def _result(work: Work, model: Model) -> Result:
@@ -127,7 +112,7 @@ def _result(work: Work, model: Model) -> Result:
         return mteb_tasks.measure(model, task.name, source, work.columns, *work.protocol)
     if task.kind == "wordsim":
         return wordsim.measure(model, source)
-    reader = cast(TokenModel, model)  # as `fits` says
+    reader = cast(TokenModel, model)  # guaranteed by `fits`
     if task.kind == "classifier":
         return classifier.measure(reader, source, task.name, work.spec, work.columns)
     if task.kind == "coarsewsd":
@@ -138,20 +123,14 @@ def _result(work: Work, model: Model) -> Result:
 
 
 def texts_of(work: Work) -> list[str]:
-    """Return the texts of a task, on which speed is measured.
-
-    Raises:
-        BadInput: they are not there.
-    """
-    task = work.task
-    if task.kind == "classifier":
-        return classifier.texts(task.source, task.name, work.spec, work.columns)
-    if task.kind in ("classification", "mteb"):
-        return read_labelled(task.source, "test", work.columns).first
-    if task.kind == "wordsim":
-        return [word for pairs in wordsim.read_sets(task.source).values() for pair in pairs for word in pair[:2]]
-    if task.kind == "coarsewsd":
-        return [
-            t for word in coarsewsd.words(task.source) for t in coarsewsd.read_contexts(task.source, word, "test").texts
-        ]
-    return tokens.read_texts(task.source, work.columns.texts[0])
+    """Return the texts of a task, on which speed is measured."""
+    kind, source = work.task.kind, work.task.source
+    if kind == "classifier":
+        return classifier.texts(source, work.task.name, work.spec, work.columns)
+    if kind in ("classification", "mteb"):
+        return read_labelled(source, "test", work.columns).first
+    if kind == "wordsim":
+        return [word for pairs in wordsim.read_sets(source).values() for pair in pairs for word in pair[:2]]
+    if kind == "coarsewsd":
+        return [t for word in coarsewsd.words(source) for t in coarsewsd.read_contexts(source, word, "test").texts]
+    return tokens.read_texts(source, work.columns.texts[0])

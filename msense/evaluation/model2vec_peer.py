@@ -1,7 +1,6 @@
-"""model2vec, distilled from a teacher in a Python of its own: its packages do not go together with ours.
+"""model2vec distilled from a teacher in a separate Python, because its dependencies conflict with msense's.
 
-Comes in: a Python with `pip install "model2vec[distill]"`, a teacher's folder, then texts. Goes out: vectors, and what that
-process says of itself. This file is also what runs there, and imports nothing of msense then. Holds the vectors.
+This file is also the program that runs there, so it imports msense only inside functions of the parent process.
 """
 
 import importlib.util
@@ -20,77 +19,67 @@ import numpy as np
 
 
 class Peer:
-    """A process that has distilled model2vec and encodes what it is given.
+    """A process that distils model2vec and encodes texts.
 
     Attributes:
         parameters: weights of the model.
-        files: of the model.
-        seconds: that its last encoding took, by its own clock; nothing else is counted.
-        peak_memory: the most bytes that the process held while it encoded, the distilling left out.
+        files: files of the model.
+        seconds: duration of the last encoding by the process's own clock, without transfers.
+        peak_memory: peak memory of the process while encoding, in bytes, distillation excluded.
     """
 
     def __init__(self, python: str | None, teacher: Path, threads: int) -> None:
-        """Distil.
+        """Distil the teacher.
 
         Raises:
-            BadInput: there is no such Python, or it has no model2vec.
-            MsenseError: the distilling failed.
+            BadInput: the Python is missing or has no model2vec.
+            MsenseError: distillation failed.
         """
         from msense.errors import BadInput
 
         if python is None and importlib.util.find_spec("model2vec") is None:
             raise BadInput(
-                "model2vec is not installed, and its packages do not go together with these: make an environment for it "
-                '(python -m venv m2v; m2v/bin/pip install "model2vec[distill]") and give --model2vec-python m2v/bin/python'
+                "model2vec is not installed, and its dependencies conflict with msense's: create an environment for it "
+                '(python -m venv m2v; m2v/bin/pip install "model2vec[distill]") and pass --model2vec-python m2v/bin/python'
             )
         self._folder = tempfile.TemporaryDirectory(prefix="msense-")
+        self._log = Path(self._folder.name, "log.txt")  # stderr of the last process
         self._python, self._threads = python or sys.executable, threads
-        self._distil(teacher)
-        self._process = self._start("serve")
-        told = self._answer()
-        self.parameters = int(told["parameters"])
-        self.files = [Path(name) for name in told["files"]]
-        self.seconds, self.peak_memory = 0.0, 0
-
-    @property
-    def _log(self) -> Path:
-        """What its process says, of the one that was started last."""
-        return Path(self._folder.name, "log.txt")
-
-    def _distil(self, teacher: Path) -> None:
         process = self._start("distil", str(teacher))
         process.communicate()
         if process.returncode:
-            self._failed(process)
+            self._fail(process)
+        self._process = self._start("serve")
+        info = self._answer()
+        self.parameters = int(info["parameters"])
+        self.files = [Path(name) for name in info["files"]]
+        self.seconds, self.peak_memory = 0.0, 0
 
     def _start(self, *words: str) -> "subprocess.Popen[str]":
         from msense.errors import BadInput
 
         names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "MKL_NUM_THREADS")
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        env = {**kept, **dict.fromkeys(names, str(self._threads))}
-        command = [self._python, __file__, self._folder.name, *words]
         try:
-            with self._log.open("wb") as said:
+            with self._log.open("wb") as log:
                 return subprocess.Popen(
-                    command,
+                    [self._python, __file__, self._folder.name, *words],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=said,
-                    text=True,
-                    env=env,
+                    stderr=log,
+                    env={**kept, **dict.fromkeys(names, str(self._threads))},
                     encoding="utf-8",
                 )
         except OSError as error:
             raise BadInput(
-                f"--model2vec-python {self._python} cannot be run ({error}): give the file of a Python"
+                f"cannot run --model2vec-python {self._python} ({error}): give the path of a Python executable"
             ) from error
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return sentence vectors, float32 [n, D].
 
         Raises:
-            MsenseError: the process ended.
+            MsenseError: the process exited.
         """
         folder = Path(self._folder.name)
         (folder / "texts.json").write_text(json.dumps(list(texts)), encoding="utf-8")
@@ -99,9 +88,9 @@ class Peer:
             self._process.stdin.write("encode\n")
             self._process.stdin.flush()
         except OSError:
-            self._failed(self._process)
-        told = self._answer()
-        self.seconds, self.peak_memory = float(told["seconds"]), int(told["peak_memory"])
+            self._fail(self._process)
+        info = self._answer()
+        self.seconds, self.peak_memory = float(info["seconds"]), int(info["peak_memory"])
         return np.asarray(np.load(folder / "vectors.npy", allow_pickle=False), np.float32)
 
     def close(self) -> None:
@@ -115,52 +104,49 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._failed(self._process)
-        told: dict[str, Any] = json.loads(line)
-        return told
+            self._fail(self._process)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
-    def _failed(self, process: "subprocess.Popen[str]") -> NoReturn:
+    def _fail(self, process: "subprocess.Popen[str]") -> NoReturn:
         from msense.errors import MsenseError
         from msense.text import plain
 
         code = process.wait()
-        said = (self._log.read_text("utf-8", "replace").strip().splitlines() or ["nothing"])[-1]
+        message = (self._log.read_text("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
         raise MsenseError(
-            f"model2vec ended with code {code} in {self._python} and said {plain(said)!r}: see that this Python has "
-            'pip install "model2vec[distill]" and that it loads the teacher'
+            f"model2vec exited with code {code} in {self._python} ({plain(message)}): check that this Python has "
+            'pip install "model2vec[distill]" and can load the teacher'
         )
 
 
 def _serve(folder: Path) -> None:
-    """Encode whatever is asked for; in the other Python."""
+    """Encode on request; runs in the other Python."""
     from model2vec import StaticModel
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep what libraries print out of the answers
     model = StaticModel.from_pretrained(str(folder / "model"))
     files = [str(path) for path in (folder / "model").rglob("*") if path.is_file()]
-    answers.write(json.dumps({"parameters": int(np.prod(model.embedding.shape)), "files": files}) + "\n")
-    answers.flush()
+    print(json.dumps({"parameters": int(np.prod(model.embedding.shape)), "files": files}), file=answers, flush=True)
     for _ in sys.stdin:
         texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
         began = time.perf_counter()
         vectors = model.encode(texts)
         seconds = time.perf_counter() - began
         np.save(folder / "vectors.npy", np.asarray(vectors, np.float32))
-        peak = _peak()
-        answers.write(json.dumps({"seconds": seconds, "peak_memory": peak}) + "\n")
-        answers.flush()
+        print(json.dumps({"seconds": seconds, "peak_memory": _peak()}), file=answers, flush=True)
 
 
 def _peak() -> int:
-    """Return the most bytes that this process has held; `getrusage` would also count what its parent held before."""
+    """Return the peak memory of this process in bytes; `getrusage` would include the parent's before the fork."""
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(match[1]) * 1024 if match else 0
 
 
 def _distil(folder: Path, teacher: str) -> None:
-    """Distil and save; in the other Python."""
+    """Distil and save; runs in the other Python."""
     from model2vec.distill import distill
 
     distill(model_name=teacher).save_pretrained(str(folder / "model"))

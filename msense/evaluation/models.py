@@ -1,7 +1,7 @@
-"""Models that are compared: the teacher, as it is, replaced or truncated; students; any sentence-transformers model; model2vec.
+"""Models under evaluation: the teacher (plain, replaced by senses, truncated), students, sentence-transformers, model2vec.
 
-Comes in: a `Spec`, what one `--model` says, and texts. Goes out: sentence vectors, and of those that read token by token also
-token embeddings. Holds one model, and the embeddings of the texts that are asked for at once.
+Every model returns sentence vectors; teachers and students also return token embeddings. Memory: one model, and the token
+embeddings of one slab of texts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,13 +35,13 @@ SLAB = 512  # texts whose token embeddings are held at once
 
 @dataclass(frozen=True)
 class Read:
-    """Some texts token by token: P texts, N tokens, special ones too.
+    """Token embeddings of P texts with N tokens, special tokens included.
 
     Attributes:
         ids: int64 [N].
         offsets: int64 [P + 1], first token of each text.
-        spans: int64 [N, 2], characters of each token in its text; two zeros for one that stands for none.
-        hidden: float32 [N, D], of which the sentence vector is made: replaced where the model replaces.
+        spans: int64 [N, 2], character span of each token in its text; (0, 0) for special tokens.
+        hidden: float32 [N, D], pooled into the sentence vector: replaced by senses if the model replaces.
         senses: float32 [N, D], compared with the senses of each token: never replaced. May be the same array.
     """
 
@@ -53,21 +53,21 @@ class Read:
 
 
 class Model(Protocol):
-    """Anything that makes vectors of texts."""
+    """A model that encodes texts into vectors."""
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return sentence vectors, float32 [n, D]."""
 
     def parameters(self) -> int:
-        """Return the number of weights, those of a dictionary left out."""
+        """Return the number of weights, without a dictionary's."""
 
     def files(self) -> list[Path]:
-        """Return the files that it takes to use the model, those of a dictionary left out."""
+        """Return the files needed to use the model, without a dictionary's."""
 
 
 @contextmanager
 def opened(spec: Spec, device: str, threads: int) -> Iterator[Any]:
-    """Give a model as `make_model` does, and end whatever process it has."""
+    """Load a model as `make_model` does, and end its process, if any, on exit."""
     model = make_model(spec, device, threads)
     try:
         yield model
@@ -77,32 +77,23 @@ def opened(spec: Spec, device: str, threads: int) -> Iterator[Any]:
 
 
 class TokenModel(Model, Protocol):
-    """A model that speaks of tokens; its dictionary, if it has one, says which senses they have."""
+    """A model with token embeddings and, optionally, a dictionary of their senses."""
 
     spec: Spec
 
     @property
     def dictionary(self) -> SenseDictionary | None:
-        """The senses that it speaks in."""
+        """Senses of the model's tokens."""
 
     def read(self, texts: Sequence[str]) -> Read:
-        """Return the embeddings of all tokens: memory 8·N·D bytes."""
+        """Return the embeddings of all tokens; 8·N·D bytes."""
 
     def tokens(self, texts: Sequence[str]) -> int:
-        """Return how many tokens the texts have."""
+        """Return the number of tokens of the texts."""
 
 
 def make_model(spec: Spec, device: str, threads: int) -> Model:
-    """Load a model.
-
-    Args:
-        spec: what one `--model` says.
-        device: cuda or cpu.
-        threads: of torch.
-
-    Raises:
-        BadInput: it cannot be had, or dictionary and teacher do not belong together.
-    """
+    """Load a model; BadInput if it cannot be loaded, or dictionary and teacher do not match."""
     torch.set_num_threads(threads)
     if spec.kind == "student":
         return StudentModel(spec, device)
@@ -114,39 +105,40 @@ def make_model(spec: Spec, device: str, threads: int) -> Model:
 
 
 def slabs(texts: Sequence[str], size: int = SLAB) -> Iterator[Sequence[str]]:
-    """Cut texts into so many at a time."""
+    """Yield slices of at most `size` texts."""
     yield from (texts[start : start + size] for start in range(0, len(texts), size))
 
 
 def folder_of_student(source: str) -> Path:
-    """Return the local folder of a student: a folder or URI, the run folder it is in, or fetched from the hub.
-
-    Raises:
-        StudentError: it cannot be had.
-    """
+    """Return the local folder of a student given by folder, URI, run folder or Hub name."""
     inside = storage.join(source, "student")
-    source = inside if storage.exists(storage.join(inside, "config.json")) else source
-    return student_folder(source)
+    return student_folder(inside if storage.exists(storage.join(inside, "config.json")) else source)
 
 
 class TeacherModel:
-    """The teacher; or with every embedding replaced by senses of a dictionary; or only its first layers."""
+    """The teacher: plain, with every embedding replaced by senses of a dictionary, or truncated to its first layers.
+
+    Example:
+        >>> model = TeacherModel(Spec("teacher", "teacher", teacher="all-MiniLM-L6-v2"), "cpu", threads=1)
+        >>> model.encode(["a text"]).shape
+        (1, 384)
+    """
 
     def __init__(self, spec: Spec, device: str, threads: int, like: SenseDictionary | None = None) -> None:
-        """Load a teacher; it reads as that of its own dictionary did, or as that of the one it is to be `like`."""
+        """Load a teacher with the layer, prompt and maximum length of its dictionary, or of the dictionary `like`."""
         self.spec = spec
         self.dictionary = SenseDictionary.load(spec.source) if spec.kind == "replaced" else None
-        told: dict[str, Any] = {"revision": spec.revision}
+        settings: dict[str, Any] = {"revision": spec.revision}
         if (given := self.dictionary or like) is not None:
             own = given.config
-            told |= {"layer": own.layer, "prompt": own.prompt, "max_length": own.max_length or None}
-        self.info, self.tokenizer = describe(spec.teacher, BuildConfig(**told))
+            settings |= {"layer": own.layer, "prompt": own.prompt, "max_length": own.max_length or None}
+        self.info, self.tokenizer = describe(spec.teacher, BuildConfig(**settings))
         if self.dictionary is not None:
-            config = self.dictionary.config
-            if config.teacher.fingerprint not in ("", self.info.fingerprint):
+            wanted = self.dictionary.config.teacher
+            if wanted.fingerprint not in ("", self.info.fingerprint):
                 raise BadInput(
-                    f"{spec.name}: teacher {self.info.name!r} is not the dictionary's, {config.teacher.name!r}: its weights "
-                    "differ; say with --teacher where that one is"
+                    f"{spec.name}: the weights of teacher {self.info.name!r} differ from those of the dictionary's teacher, "
+                    f"{wanted.name!r}: pass that one as --teacher"
                 )
         self.tokenizer.enable_truncation(self.info.max_length)
         self._teacher = Teacher(
@@ -161,23 +153,29 @@ class TeacherModel:
         self._budget = TOKEN_BUDGET[device]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return sentence vectors, float32 [n, D], pooled as the teacher does."""
-        found = [np.empty((0, self.info.dim), np.float32)]
+        """Return sentence vectors, float32 [n, D], with the teacher's own pooling."""
+        vectors = [np.empty((0, self.info.dim), np.float32)]
         for slab in slabs(texts):
-            read = self._read(slab)
-            lengths = torch.from_numpy(np.diff(read.offsets))
-            vectors = pool_rows(
-                torch.from_numpy(read.hidden), lengths, self.info.pooling, normalize=self.info.normalize
-            )
-            found.append(vectors.numpy())
-        return np.concatenate(found)
+            read = self.read(slab)
+            hidden, lengths = torch.from_numpy(read.hidden), torch.from_numpy(np.diff(read.offsets))
+            vectors.append(pool_rows(hidden, lengths, self.info.pooling, normalize=self.info.normalize).numpy())
+        return np.concatenate(vectors)
 
     def read(self, texts: Sequence[str]) -> Read:
         """Return the embeddings of all tokens."""
-        return self._read(texts)
+        encodings = self._encoded(texts)
+        rows, offsets = _rows(encodings)
+        plain = np.empty((offsets[-1], self.info.dim), np.float32)
+        for batch, places in _batches(offsets, self._budget):
+            ids, mask = pad_batch([rows[i] for i in batch])
+            if mask.any():
+                plain[places] = self._teacher.embed(ids, mask).float().cpu().numpy()[mask]
+        ids = np.concatenate([*rows, np.empty(0, np.int64)])
+        hidden = plain if self.dictionary is None else _replaced(self.dictionary, ids, plain, self.spec)
+        return Read(ids, offsets, _spans(encodings, len(self.info.prompt)), hidden, plain)
 
     def tokens(self, texts: Sequence[str]) -> int:
-        """Return how many tokens the texts have."""
+        """Return the number of tokens of the texts."""
         return sum(len(encoding.ids) for encoding in self._encoded(texts))
 
     def parameters(self) -> int:
@@ -190,40 +188,22 @@ class TeacherModel:
         return [*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer.json")]
 
     def _encoded(self, texts: Sequence[str]) -> list[Encoding]:
-        prompt = self.info.prompt
-        return self.tokenizer.encode_batch([prompt + text for text in texts] if prompt else list(texts))
-
-    def _read(self, texts: Sequence[str]) -> Read:
-        encodings = self._encoded(texts)
-        rows = [np.array(encoding.ids, np.int64) for encoding in encodings]
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        hidden = np.empty((offsets[-1], self.info.dim), np.float32)
-        for batch in token_batches(np.maximum(np.diff(offsets), 1), self._budget):
-            ids, mask = pad_batch([rows[i] for i in batch])
-            if mask.any():
-                own = self._teacher.embed(ids, mask).float().cpu().numpy()
-                hidden[np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])] = own[mask]
-        every, plain = np.concatenate([*rows, np.empty(0, np.int64)]), hidden
-        if self.dictionary is not None:
-            soft = self.spec.temperature if self.spec.replace == "soft" else None
-            hidden = self.dictionary.replace(every, plain, soft, metric=self.spec.metric)
-        return Read(every, offsets, _spans(encodings, len(self.info.prompt)), hidden, plain)
+        return self.tokenizer.encode_batch([self.info.prompt + text for text in texts])
 
 
 class StudentModel:
-    """A student, as it is or with every token replaced by a sense."""
+    """A student, plain or with every token embedding replaced by senses."""
 
     def __init__(self, spec: Spec, device: str) -> None:
         self.spec = spec
         self._folder = folder_of_student(spec.source)
         self._encoder = SenseEncoder.from_pretrained(self._folder, device=device)
-        config = self._encoder.config
-        self._reader = TextReader(StudentFiles(self._folder).tokenizer, config)
+        self._reader = TextReader(StudentFiles(self._folder).tokenizer, self._encoder.config)
         self._budget = TOKEN_BUDGET[device]
 
     @cached_property
     def dictionary(self) -> SenseDictionary | None:
-        """The senses that the student speaks in, if it was shipped with them."""
+        """Senses of the student, if its folder includes them."""
         return self._encoder.dictionary if StudentFiles(self._folder).dictionary.is_dir() else None
 
     @cached_property
@@ -236,27 +216,24 @@ class StudentModel:
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> Read:
-        """Return the embeddings of all tokens, of both outputs; hidden is replaced where the spec says so."""
+        """Return the embeddings of all tokens from both outputs; `hidden` is replaced if the spec says so."""
         prompt = self._encoder.config.prompt
         encodings = [self._reader.encoding(text, prompt) for text in texts]
-        rows = [np.array(encoding.ids, np.int64) for encoding in encodings]
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        rows, offsets = _rows(encodings)
         hidden = np.empty((offsets[-1], self._encoder.config.dim), np.float32)
         senses = np.empty_like(hidden)
-        for batch in token_batches(np.maximum(np.diff(offsets), 1), self._budget):
+        for batch, places in _batches(offsets, self._budget):
             ids, mask = (tensor.to(self._encoder.device) for tensor in padded([rows[i] for i in batch]))
             output = self._student(ids, mask)
-            places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
             hidden[places] = output.hidden[mask].float().cpu().numpy()
             senses[places] = output.senses[mask].float().cpu().numpy()
         every = np.concatenate([*rows, np.empty(0, np.int64)])
         if self.spec.replace is not None:
-            soft = self.spec.temperature if self.spec.replace == "soft" else None
-            hidden = self._encoder.dictionary.replace(every, senses, soft, metric=self.spec.metric)
+            hidden = _replaced(self._encoder.dictionary, every, senses, self.spec)
         return Read(every, offsets, _spans(encodings, len(prompt)), hidden, senses)
 
     def tokens(self, texts: Sequence[str]) -> int:
-        """Return how many tokens the texts have."""
+        """Return the number of tokens of the texts."""
         return sum(map(len, self._reader.ids(texts, self._encoder.config.prompt)))
 
     def parameters(self) -> int:
@@ -270,14 +247,14 @@ class StudentModel:
 
 
 class SentenceModel:
-    """Any model that sentence-transformers loads, without running code that it brings along."""
+    """Any sentence-transformers model; code shipped with a model is never run."""
 
     def __init__(self, spec: Spec, device: str) -> None:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise BadInput(
-                f"{spec.name} is a model of sentence-transformers, which is not installed: pip install msense[evaluation]"
+                f"{spec.name} needs sentence-transformers, which is not installed: pip install msense[evaluation]"
             ) from error
         with loading(repr(spec.source)):
             self.model = SentenceTransformer(
@@ -298,20 +275,17 @@ class SentenceModel:
         return sum(p.numel() for p in self.model.parameters())
 
     def files(self) -> list[Path]:
-        """Return the files of its folder; none for a model of the hub, whose cache holds links."""
+        """Return the files of a local folder; none for a Hub model, whose cache consists of links."""
         folder = Path(self.spec.source)
         return [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
 
 
 class Model2Vec:
-    """model2vec, distilled on the spot from the teacher in a Python that has it."""
+    """model2vec, distilled on the fly from the teacher in a Python that has it."""
 
     def __init__(self, spec: Spec, threads: int) -> None:
         self._peer = model2vec_peer.Peer(spec.python, body_folder(spec.teacher, spec.revision), threads)
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return sentence vectors, float32 [n, D]."""
-        return self._peer.encode(texts)
+        self.encode, self.close = self._peer.encode, self._peer.close
 
     def parameters(self) -> int:
         """Return the number of weights."""
@@ -323,20 +297,33 @@ class Model2Vec:
 
     @property
     def seconds(self) -> float:
-        """What its last encoding took, by its own clock."""
+        """Duration of the last encoding, by the process's own clock."""
         return self._peer.seconds
 
     @property
     def peak_memory(self) -> int:
-        """The most bytes that its process held."""
+        """Peak memory of the process in bytes."""
         return self._peer.peak_memory
 
-    def close(self) -> None:
-        """End its process."""
-        self._peer.close()
+
+def _rows(encodings: Sequence[Encoding]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the token ids of each text and their offsets, int64 [P + 1]."""
+    rows = [np.array(encoding.ids, np.int64) for encoding in encodings]
+    return rows, np.cumsum([0, *map(len, rows)], dtype=np.int64)
+
+
+def _batches(offsets: np.ndarray, budget: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield batches of texts of similar length, and the positions of their tokens."""
+    for batch in token_batches(np.maximum(np.diff(offsets), 1), budget):
+        yield batch, np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
+
+
+def _replaced(dictionary: SenseDictionary, ids: np.ndarray, points: np.ndarray, spec: Spec) -> np.ndarray:
+    temperature = spec.temperature if spec.replace == "soft" else None
+    return dictionary.replace(ids, points, temperature, metric=spec.metric)
 
 
 def _spans(encodings: Sequence[Encoding], prompt: int) -> np.ndarray:
-    """Return the characters of each token in its text; those of special tokens and of the prompt are (0, 0)."""
-    found = np.array([span for encoding in encodings for span in encoding.offsets], np.int64).reshape(-1, 2)
-    return np.maximum(found - prompt, 0)
+    """Return the character span of each token in its text; (0, 0) for special tokens and those of the prompt."""
+    spans = np.array([span for encoding in encodings for span in encoding.offsets], np.int64).reshape(-1, 2)
+    return np.maximum(spans - prompt, 0)

@@ -1,8 +1,7 @@
-"""Text classification by the package mteb: its sampling, its logistic regression, its scores, on any model of an evaluation.
+"""Text classification by the mteb package (its sampling, logistic regression and scores) on any model of an evaluation.
 
-Comes in: a model, and either labelled texts or the name of one of mteb's own tasks, which it takes from the hub. Goes out: the
-main score of every experiment, and macro F1. Holds the texts and their vectors. mteb is imported when it is first asked for;
-its results cache is left out.
+Data are labelled texts or one of mteb's own tasks from the Hub. mteb is imported lazily and its results cache is disabled.
+Memory: the texts and their vectors.
 """
 
 import json
@@ -27,7 +26,7 @@ from msense.evaluation.result import Result
 from msense.labelled import Columns, Labelled, read_labelled
 from msense.text import first_line, redact
 
-PAPER_TASKS: tuple[str, ...] = (  # of Wang et al. (2025), as their code names them; mteb has since made a `.v2` of most
+PAPER_TASKS: tuple[str, ...] = (  # of Wang et al. (2025), by the names in their code; mteb now has a `.v2` of most
     "ArxivClassification",
     "Banking77Classification",
     "DBpediaClassification",
@@ -45,54 +44,52 @@ PAPER_TASKS: tuple[str, ...] = (  # of Wang et al. (2025), as their code names t
     "TweetTopicSingleClassification",
     "YelpReviewFullClassification",
 )
-_METRICS = {"f1": "macro F1"}  # mteb's name of a score: its name here, where that is another
 _TRAIN, _TEST = "train", "test"
-_OWN_DATA = "--task mteb:NAME=DIR"
 
 
 class MtebEncoder:
-    """A model as mteb's protocol of encoders (`mteb.models.EncoderProtocol`) has it."""
+    """Adapter of a model to mteb's `mteb.models.EncoderProtocol`.
+
+    Example:
+        >>> encoder = MtebEncoder(make_model(parse_model("owner/model"), "cpu", 1))
+        >>> mteb.evaluate(encoder, mteb.get_tasks(tasks=["Banking77Classification"]))
+    """
 
     def __init__(self, model: Model) -> None:
         self.model = model
 
     @property
     def mteb_model_meta(self) -> Any:  # noqa: ANN401 - a class of mteb
-        """What mteb would write on its leaderboard: nothing."""
+        """Empty metadata: nothing is submitted to mteb's leaderboard."""
         return _mteb().models.ModelMeta.create_empty()
 
     def encode(self, inputs: Iterable[Mapping[str, Any]], **_: object) -> np.ndarray:
-        """Return sentence vectors.
+        """Return sentence vectors, float32 [n, D], of batches with a list of texts under `text`.
 
-        Args:
-            inputs: batches, with `text` a list of texts.
-            **_: task, split and prompts; every model reads a text as it does elsewhere in an evaluation.
-
-        Returns:
-            float32 [n, D].
+        Task, split and prompt arguments are ignored, so that a text is encoded as in every other task.
         """
         return self.model.encode([text for batch in inputs for text in batch["text"]])
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:  # noqa: ANN401 - arrays or tensors
-        """Return the cosines of all pairs, float32 [n, m], of [n, D] and [m, D]."""
+        """Return the cosine of every pair of rows, float32 [n, m]."""
         return _unit(embeddings1) @ _unit(embeddings2).T
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:  # noqa: ANN401 - arrays or tensors
-        """Return the cosines of rows with each other, float32 [n], of [n, D] and [n, D]."""
+        """Return the cosine of corresponding rows, float32 [n]."""
         return (_unit(embeddings1) * _unit(embeddings2)).sum(-1)
 
 
 def measure(model: Model, name: str, source: str, columns: Columns, shots: int, draws: int, seed: int) -> Result:
-    """Classify as mteb does.
+    """Classify with mteb.
 
     Args:
-        model: anything that makes vectors of texts.
-        name: of the task; without a source, one of mteb's own, of which the test part is taken where it has one.
-        source: labelled texts, with parts train and test; empty: those of mteb's own task, from the hub.
-        columns: of texts and labels in the source.
-        shots: training texts a class; 0 = all of them, in one experiment.
-        draws: experiments.
-        seed: of mteb's sampling; which texts mteb's own task has does not depend on it.
+        model: model to evaluate.
+        name: name of the task; without a source, one of mteb's own, evaluated on its test split if it has one.
+        source: labelled texts with splits train and test; empty: the task's own data from the Hub.
+        columns: columns of texts and labels in the source.
+        shots: training texts per class; 0: all of them, in one experiment.
+        draws: number of experiments.
+        seed: seed of mteb's sampling; the texts of mteb's own tasks do not depend on it.
 
     Raises:
         BadInput: mteb is not installed, has no such task, or the data are missing, damaged or of one class.
@@ -102,10 +99,10 @@ def measure(model: Model, name: str, source: str, columns: Columns, shots: int, 
     task.samples_per_label = shots or sys.maxsize
     task.n_experiments = draws if shots else 1
     with TemporaryDirectory() as folder, threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
-        # more threads of BLAS only wait for each other in the fits; those of torch, which encode, are left as they are
-        warnings.simplefilter("ignore", ConvergenceWarning)  # mteb bounds the rounds
-        warnings.filterwarnings("ignore", ".* is superseded by ")  # the paper's tasks are, and asked for by their names
-        done = _mteb().evaluate(
+        # such small fits are slower with more BLAS threads; torch's threads, which encode, are unaffected
+        warnings.simplefilter("ignore", ConvergenceWarning)  # mteb limits the iterations
+        warnings.filterwarnings("ignore", ".* is superseded by ")  # as most of the paper's tasks are
+        evaluated = _mteb().evaluate(
             MtebEncoder(model),
             task,
             co2_tracker=False,
@@ -114,17 +111,12 @@ def measure(model: Model, name: str, source: str, columns: Columns, shots: int, 
             show_progress_bar=False,
         )
         predicted = {} if shots else json.loads((Path(folder) / task.prediction_file_name).read_text("utf-8"))
-    rows = [row for split in done.task_results[0].scores.values() for row in split]
+    rows = [row for split in evaluated.task_results[0].scores.values() for row in split]
     return _result(task, rows, predicted)
 
 
 def local_task(name: str, source: str, columns: Columns) -> Any:  # noqa: ANN401 - a class of mteb
-    """Return labelled texts as a classification task of mteb, an `AbsTaskClassification` whose data are loaded.
-
-    Args:
-        name: of the task.
-        source: a folder, or `hf://dataset[:config]`, with parts train and test.
-        columns: of texts and labels.
+    """Return labelled texts with splits train and test as an mteb `AbsTaskClassification` with loaded data.
 
     Raises:
         BadInput: mteb is not installed, or the data are missing, damaged or of one class.
@@ -135,12 +127,12 @@ def local_task(name: str, source: str, columns: Columns) -> Any:  # noqa: ANN401
     from mteb.abstasks.task_metadata import TaskMetadata
 
     class LocalTask(AbsTaskClassification):
-        """Labelled texts of our own."""
+        """Labelled texts that mteb does not bring along."""
 
         metadata = TaskMetadata(
-            name=re.sub(r"\W", "-", name)[:80],  # mteb names a file by it
+            name=re.sub(r"\W", "-", name)[:80],  # becomes a file name in mteb
             description="labelled texts",
-            dataset={"path": "local", "revision": "local"},  # which it wants to be told, and nothing reads here
+            dataset={"path": "local", "revision": "local"},  # required, but unused
             type="Classification",
             category="t2c",
             eval_splits=[_TEST],
@@ -150,7 +142,7 @@ def local_task(name: str, source: str, columns: Columns) -> Any:  # noqa: ANN401
         data_loaded: bool = False
 
         def load_data(self, **_: object) -> None:
-            """Read both parts, once."""
+            """Read both splits once."""
             if self.data_loaded:
                 return
             parts = {part: read_labelled(source, part, columns) for part in (_TRAIN, _TEST)}
@@ -169,33 +161,29 @@ def local_task(name: str, source: str, columns: Columns) -> Any:  # noqa: ANN401
 
 
 def task_class(name: str) -> Any:  # noqa: ANN401 - a class of mteb
-    """Return the class of one of mteb's own tasks; reads no data.
-
-    Raises:
-        BadInput: mteb is not installed, has no such task, or it is none of text classification.
-    """
+    """Return the class of one of mteb's own tasks without loading data; BadInput if it is no text classification."""
     _mteb()
     from mteb.abstasks.classification import AbsTaskClassification
     from mteb.get_tasks import TASK_LIST
 
     known = {task.metadata.name: task for task in TASK_LIST}
     if name not in known:
-        of_text = [n for n, task in known.items() if task.metadata.type == "Classification"]
-        near = _near(name, of_text) or list(PAPER_TASKS[:3])
+        names = [n for n, task in known.items() if task.metadata.type == "Classification"]
+        near = _near(name, names) or list(PAPER_TASKS[:3])
         raise BadInput(
-            f"mteb has no task {redact(name)!r}; close to it: {', '.join(near)}. Give one of mteb's names, or data of your "
-            f"own: {_OWN_DATA}"
+            f"mteb has no task {redact(name)!r}; similar names: {', '.join(near)}. Use one of mteb's names, or your own "
+            "data: --task mteb:NAME=DIR"
         )
-    found, told = known[name], known[name].metadata
-    if told.type != "Classification" or told.modalities != ["text"] or not issubclass(found, AbsTaskClassification):
+    task, data = known[name], known[name].metadata
+    if data.type != "Classification" or data.modalities != ["text"] or not issubclass(task, AbsTaskClassification):
         raise BadInput(
-            f"mteb's task {name} is of {told.type} on {', '.join(told.modalities)}: name one of Classification"
+            f"mteb task {name} is {data.type} on {', '.join(data.modalities)}: use a task of type Classification on text"
         )
-    return found
+    return task
 
 
 def _own_task(name: str) -> Any:  # noqa: ANN401 - a class of mteb
-    """Return one of mteb's own tasks, with its data from the hub."""
+    """Return one of mteb's own tasks with its data loaded from the Hub."""
     task = task_class(name)()
     from datasets.exceptions import DatasetsError
 
@@ -203,35 +191,34 @@ def _own_task(name: str) -> Any:  # noqa: ANN401 - a class of mteb
         task.filter_eval_splits([_TEST])
     data = task.metadata.dataset
     try:
-        task.load_data()  # before a seed is set: some tasks draw their test texts by it
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # among them what huggingface_hub raises
+        task.load_data()  # before the seed is set: some tasks sample their test texts with it
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # includes what huggingface_hub raises
         config = f", configuration {data['name']}" if "name" in data else ""
         raise BadInput(
-            f"the data of mteb's task {name} could not be had from the hub ({first_line(error)}). Elsewhere, `hf "
-            f"download --repo-type dataset {data['path']} --revision {data['revision']} --local-dir DIR`{config}; bring DIR "
-            f"here, with files named train*.csv, .jsonl or .parquet and test* of its two parts, and give --task "
-            f"mteb:{name}=DIR"
+            f"cannot download the data of mteb task {name} from the Hub ({first_line(error)}): on a connected machine, run "
+            f"`hf download --repo-type dataset {data['path']} --revision {data['revision']} --local-dir DIR`{config}; copy "
+            f"DIR here with its splits named train*.csv, .jsonl or .parquet and test*, and pass --task mteb:{name}=DIR"
         ) from error
     return task
 
 
 def _result(task: Any, rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) -> Result:  # noqa: ANN401 - of mteb
-    """Put scores together.
+    """Return the result of a task.
 
     Args:
-        task: of mteb, with its data.
-        rows: scores of each of its splits and subsets, whose means are taken.
-        predicted: labels by subset, split and experiment, where all training texts were taken.
+        task: mteb task with its data.
+        rows: scores of each split and subset, which are averaged.
+        predicted: predicted labels by subset, split and experiment, if all training texts were used.
     """
     main = task.metadata.main_score
     by_row = [row["scores_per_experiment"] for row in rows]
     more = {"macro F1": float(np.mean([[one["f1"] for one in own] for own in by_row]))}
-    metric = _METRICS.get(main, main)
+    metric = "macro F1" if main == "f1" else main
     if predicted and len(rows) == 1 and main == "accuracy" and not task.is_cross_validation:
-        # one experiment has no spread over draws: texts are what two models can be compared on
+        # a single experiment has no variance over draws, so models are compared over texts
         (split,) = task.eval_splits
         subset = rows[0]["hf_subset"]
-        data = task.dataset.get(subset, task.dataset)  # of a task with one subset, its parts
+        data = task.dataset.get(subset, task.dataset)  # a task of one subset holds the splits directly
         gold = list(data[split][task.label_column_name])
         return Result(metric, "texts", gold=gold, found=predicted[subset][split][0], more=more)
     values = np.mean([[one[main] for one in own] for own in by_row], axis=0)
@@ -239,24 +226,23 @@ def _result(task: Any, rows: Sequence[Mapping[str, Any]], predicted: Mapping[str
 
 
 def _numbered(parts: Mapping[str, Labelled]) -> dict[str, int]:
-    """Number labels; those of the test part come first, as mteb's score of two classes wants them to be 0 and 1."""
+    """Number the labels, test labels first: mteb's binary scores require classes 0 and 1."""
     train, test = (set(parts[part].labels.tolist()) for part in (_TRAIN, _TEST))
     if len(train) < 2:
         raise BadInput(
-            f"the training part has {len(train)} class(es) of label: give data of two or more, or name the column of "
-            "labels with --label-column"
+            f"the training set has {len(train)} class(es), but classification needs two or more: check --label-column"
         )
     if not train & test:
-        raise BadInput("no label of the test part is among those of the training part: give parts of one data set")
+        raise BadInput("training and test set share no label: use splits of the same data set")
     return {label: number for number, label in enumerate([*sorted(test), *sorted(train - test)])}
 
 
 def _near(name: str, known: Sequence[str]) -> list[str]:
-    """Return up to five names that a slip of the pen may have meant, whatever their case."""
+    """Return up to five names that contain or resemble a name, ignoring case."""
     low = {own.lower(): own for own in known}
-    holding = [own for own in low if len(name) > 2 and name.lower() in own]
+    containing = [own for own in low if len(name) > 2 and name.lower() in own]
     close = get_close_matches(name.lower(), list(low), 5, 0.6)
-    return [low[own] for own in dict.fromkeys([*holding, *close])][:5]
+    return [low[own] for own in dict.fromkeys([*containing, *close])][:5]
 
 
 def _unit(vectors: Any) -> torch.Tensor:  # noqa: ANN401 - an array or tensor
@@ -264,7 +250,7 @@ def _unit(vectors: Any) -> torch.Tensor:  # noqa: ANN401 - an array or tensor
 
 
 def _mteb() -> Any:  # noqa: ANN401 - a module
-    """Import mteb, without the cache folder that it otherwise makes in the user's home."""
+    """Import mteb without the cache folder that it would create in the user's home."""
     if "mteb" in sys.modules and hasattr(sys.modules["mteb"], "evaluate"):
         return sys.modules["mteb"]
     before = os.environ.get("MTEB_CACHE")
@@ -274,7 +260,7 @@ def _mteb() -> Any:  # noqa: ANN401 - a module
             import mteb
         except ImportError as error:
             raise BadInput(
-                f"tasks of mteb need the package mteb, which cannot be imported ({first_line(error)}): pip install "
+                f"mteb tasks need the package mteb, which cannot be imported ({first_line(error)}): pip install "
                 "msense[evaluation]"
             ) from error
         finally:

@@ -1,7 +1,4 @@
-"""Plots of an evaluation, as PNG: quality against speed, quality against the dictionary's size.
-
-Comes in: points with names. Goes out: a file. Holds one figure.
-"""
+"""Plots of an evaluation as PNG: quality against speed, quality against dictionary size."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,7 +12,7 @@ from msense.text import clean
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")  # Okabe and Ito 2008
 MARKS = "osD^vPXh"
 SIZE, DPI = (9.6, 5.0), 150
-TITLE = 90  # signs that fit in a line
+TITLE = 90  # characters per line of a title
 
 
 class Point(NamedTuple):
@@ -28,87 +25,35 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A level to compare with."""
+    """A horizontal reference line."""
 
     name: str
     y: float
 
 
 def draw_points(file: Path, title: str, axes: tuple[str, str], points: Sequence[Point]) -> None:
-    """Draw a point a model, x in powers of ten; names stand in a legend in order of y.
-
-    Args:
-        file: where to.
-        title: above it.
-        axes: names of x and y.
-        points: the models.
-
-    Raises:
-        BadInput: matplotlib is not installed.
-    """
+    """Draw one marker per model on a logarithmic x axis into a PNG; the legend is sorted by y."""
     figure, plot = _figure(title, axes)
-    for number, point in enumerate(sorted(points, key=lambda p: -p.y)):
-        bar = {"yerr": point.deviation} if point.deviation else {}
-        plot.errorbar(
-            point.x,
-            point.y,
-            **bar,
-            fmt=MARKS[(number + number // len(COLOURS)) % len(MARKS)],  # no two points look alike
-            color=COLOURS[number % len(COLOURS)],
-            markersize=8,
-            capsize=3,
-            elinewidth=1,
-            label=f"{_short(point.name)}  {point.y:.3f}",
-        )
-    plot.set_xscale("log")
+    _markers(plot, sorted(points, key=lambda p: -p.y))
     _finish(figure, plot, file, spread=any(point.deviation for point in points))
 
 
 def draw_lines(file: Path, title: str, axes: tuple[str, str], points: Sequence[Point], level: Line | None) -> None:
-    """Draw points joined by a line in order of x, in powers of ten, and a level to compare with.
-
-    Args:
-        file: where to.
-        title: above it.
-        axes: names of x and y.
-        points: of one kind of model.
-        level: a horizontal line.
-
-    Raises:
-        BadInput: matplotlib is not installed.
-    """
+    """Draw models of one kind connected by a line on a logarithmic x axis into a PNG, with an optional reference line."""
     figure, plot = _figure(title, axes)
     row = sorted(points, key=lambda p: p.x)
     plot.plot([p.x for p in row], [p.y for p in row], color=COLOURS[0], linewidth=1, zorder=1)
-    for number, point in enumerate(row):
-        bar = {"yerr": point.deviation} if point.deviation else {}
-        plot.errorbar(
-            point.x,
-            point.y,
-            **bar,
-            fmt=MARKS[number % len(MARKS)],
-            color=COLOURS[number % len(COLOURS)],
-            markersize=8,
-            capsize=3,
-            elinewidth=1,
-            label=f"{_short(point.name)}  {point.y:.3f}",
-        )
+    _markers(plot, row)
     if level is not None:
-        plot.axhline(
-            level.y, linestyle="--", color="#555555", linewidth=1, label=f"{_short(level.name)}  {level.y:.3f}"
-        )
-    plot.set_xscale("log")
+        label = f"{_short(level.name)}  {level.y:.3f}"
+        plot.axhline(level.y, linestyle="--", color="#555555", linewidth=1, label=label)
     _finish(figure, plot, file, spread=any(point.deviation for point in points))
 
 
 def check_matplotlib() -> None:
-    """Refuse to begin what cannot be drawn.
-
-    Raises:
-        BadInput: matplotlib is not installed.
-    """
+    """Raise BadInput if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise BadInput("plots need matplotlib: pip install msense[evaluation]")
+        raise BadInput("plots need matplotlib, which is not installed: pip install msense[evaluation]")
 
 
 def _figure(title: str, axes: tuple[str, str]) -> tuple[Any, Any]:
@@ -125,11 +70,28 @@ def _figure(title: str, axes: tuple[str, str]) -> tuple[Any, Any]:
     return figure, plot
 
 
-def _finish(figure: Any, plot: Any, file: Path, *, spread: bool) -> None:  # noqa: ANN401 - matplotlib's
+def _markers(plot: Any, points: Sequence[Point]) -> None:  # noqa: ANN401 - a matplotlib object
+    for number, point in enumerate(points):
+        bar = {"yerr": point.deviation} if point.deviation else {}
+        plot.errorbar(
+            point.x,
+            point.y,
+            **bar,
+            fmt=MARKS[(number + number // len(COLOURS)) % len(MARKS)],  # unique pairs of marker and colour
+            color=COLOURS[number % len(COLOURS)],
+            markersize=8,
+            capsize=3,
+            elinewidth=1,
+            label=f"{_short(point.name)}  {point.y:.3f}",
+        )
+
+
+def _finish(figure: Any, plot: Any, file: Path, *, spread: bool) -> None:  # noqa: ANN401 - matplotlib objects
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
+    plot.set_xscale("log")
     plain = FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
-    some = FuncFormatter(lambda x, _: plain(x) if f"{x:e}"[0] in "25" else "")  # all nine would run into each other
+    some = FuncFormatter(lambda x, _: plain(x) if f"{x:e}"[0] in "25" else "")  # all nine labels would overlap
     plot.xaxis.set_major_formatter(plain)
     low, high = plot.get_xlim()
     few = some if high > 4 * low else plain
@@ -138,7 +100,7 @@ def _finish(figure: Any, plot: Any, file: Path, *, spread: bool) -> None:  # noq
         plot.set_ylabel(f"{plot.get_ylabel()} (± standard deviation over draws)")
     for side in ("top", "right"):
         plot.spines[side].set_visible(False)
-    # beside the plot and below its title, which may be as wide as both
+    # next to the plot and below its title, which may be as wide as both
     plot.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False, fontsize=9)
     figure.savefig(file, format="png")
 

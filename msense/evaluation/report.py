@@ -1,46 +1,45 @@
-"""What an evaluation found, as tables for people and as JSON for programs.
-
-Comes in: results by task and model, and costs. Goes out: tables on the terminal, `FILE.json` with everything, `FILE.md` with the
-same tables, plots beside them. Holds results only.
-"""
+"""Reports of an evaluation: tables on the terminal, `FILE.json` with everything, `FILE.md` with the tables, plots."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 from rich.text import Text
 
 from msense import storage
-from msense.artefact import unique_keys
+from msense.artefact import all_errors, unique_keys
 from msense.cli import console
 from msense.errors import BadInput
 from msense.evaluation.plots import Line, Point, draw_lines, draw_points
 from msense.evaluation.result import Result, comparable, difference
 from msense.scratch import scratch_folder
-from msense.text import clean, size
+from msense.text import clean, first_line, size
 
 VERSION = 1
-_LARGEST = 1 << 30  # bytes of a file of results
+_MAX_BYTES = 1 << 30  # of a results file
 NONE = "–"
-MORE_COLUMNS = 5  # of other figures in a table
+MORE_COLUMNS = 5  # columns of secondary figures in a table
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs.
+    """Costs of a model.
 
     Attributes:
-        parameters: weights, those of a dictionary left out.
-        disk_bytes: of its files, a dictionary left out.
-        dictionary_bytes: of its senses; 0 without.
-        senses: of its dictionary.
-        compression: of the dictionary's corpus: bytes of its embeddings at 2 a number, over those of the senses.
-        texts_per_s: median over turns.
-        tokens_per_s: likewise; None where the model does not count tokens.
-        peak_memory: of a process that loads it and encodes, in bytes.
-        speedup: over the first model, median over turns.
+        parameters: number of weights, without a dictionary's.
+        disk_bytes: size of its files, without a dictionary's.
+        dictionary_bytes: size of its senses; 0 without a dictionary.
+        senses: number of senses of its dictionary.
+        compression: bytes of the dictionary corpus' embeddings (2 per number) over those of the dictionary.
+        texts_per_s: median over rounds.
+        tokens_per_s: median over rounds; None if the model does not count tokens.
+        peak_memory: bytes of a process that loads the model and encodes.
+        speedup: relative to the first model, median over rounds.
     """
 
     parameters: int
@@ -56,13 +55,13 @@ class Cost:
 
 @dataclass
 class TaskReport:
-    """A table: what each model has on a task.
+    """Results of all models on a task: one table.
 
     Attributes:
-        name: of the table.
-        kind: of the task.
-        what: is measured, in a line.
-        rows: a result, or the reason why there is none, by model.
+        name: title of the table.
+        kind: kind of the task.
+        what: one-line description of the measurement.
+        rows: result by model, or the reason why there is none.
     """
 
     name: str
@@ -73,14 +72,20 @@ class TaskReport:
 
 @dataclass
 class Evaluation:
-    """Everything that was found.
+    """All results of an evaluation.
 
     Attributes:
-        models: their names; the others are held against the first.
-        tasks: a table each.
-        costs: by model.
-        made: settings, seeds, device, versions.
-        gains: differences that have been computed, by table and model.
+        models: names of the models; the first is the baseline.
+        tasks: one table each.
+        costs: costs by model.
+        made: settings, seeds, device and versions.
+        gains: cache of computed differences by table and model.
+
+    Example:
+        >>> rows = {"a": Result("accuracy", "draws", [0.5, 0.6]), "b": Result("accuracy", "draws", [0.6, 0.7])}
+        >>> evaluation = Evaluation(["a", "b"], [TaskReport("t", "classification", "accuracy", rows)])
+        >>> round(gain(evaluation, evaluation.tasks[0], "b").gain, 3)
+        0.1
     """
 
     models: list[str]
@@ -91,7 +96,7 @@ class Evaluation:
 
 
 class Sheet(NamedTuple):
-    """A table as text."""
+    """A table of text cells."""
 
     title: str
     what: str
@@ -100,13 +105,12 @@ class Sheet(NamedTuple):
 
 
 def sheets(found: Evaluation) -> list[Sheet]:
-    """Return all tables as text."""
-    own = [_task_sheet(found, task) for task in found.tasks]
-    return own + ([_cost_sheet(found)] if found.costs else [])
+    """Return all tables."""
+    return [_task_sheet(found, task) for task in found.tasks] + ([_cost_sheet(found)] if found.costs else [])
 
 
 def show(found: Evaluation) -> None:
-    """Print all tables on stdout."""
+    """Print all tables to stdout."""
     out = console()
     for sheet in sheets(found):
         table = Table(
@@ -115,7 +119,7 @@ def show(found: Evaluation) -> None:
             caption=Text(clean(sheet.what)),
             caption_justify="left",
             box=None,
-            collapse_padding=True,  # ten costs and the names in a hundred columns
+            collapse_padding=True,  # fits the ten columns of costs into 100 characters
             pad_edge=False,
         )
         for number, name in enumerate(sheet.head):
@@ -127,16 +131,7 @@ def show(found: Evaluation) -> None:
 
 
 def write_report(found: Evaluation, output: str, *, plots: bool) -> list[str]:
-    """Write the JSON file, and beside it the Markdown and, if asked for, the plots.
-
-    Args:
-        found: what there is so far.
-        output: name or URI of the JSON file.
-        plots: whether to draw.
-
-    Returns:
-        Names of all files written.
-    """
+    """Write the JSON file `output` (name or URI) and, next to it, Markdown and optionally plots; return all file names."""
     stem = output.removesuffix(".json")
     storage.make_folder(output.rpartition("/")[0] or ".")
     storage.write_json(output, to_json(found))
@@ -153,63 +148,37 @@ def write_report(found: Evaluation, output: str, *, plots: bool) -> list[str]:
 
 
 def load_report(output: str) -> Evaluation | None:
-    """Read what `write_report` wrote; None if there is no such file.
+    """Load the JSON file of `write_report`; None if it does not exist.
 
     Raises:
-        BadInput: it is no such file, or damaged.
+        BadInput: the file is damaged or no report.
     """
     if not storage.exists(output):
         return None
     try:
-        told = json.loads(storage.read_text(output, _LARGEST), object_pairs_hook=unique_keys)
-        if storage.SEAL in told and told.pop(storage.SEAL) != storage.seal(told):
-            raise ValueError("a byte of it has changed since it was written")
-        if told["format_version"] != VERSION:
-            raise BadInput(f"{output} has format version {told['format_version']!r}, this msense reads {VERSION}")
-        tasks = [
-            TaskReport(
-                task["name"],
-                task["kind"],
-                task["what"],
-                {name: row if isinstance(row, str) else Result.from_json(row) for name, row in task["rows"].items()},
-            )
-            for task in told["tasks"]
-        ]
-        costs = {name: Cost(**{f.name: cost[f.name] for f in fields(Cost)}) for name, cost in told["costs"].items()}
-        found = Evaluation(list(told["models"]), tasks, costs, dict(told["made"]))
-        _check(found)
-        return found
+        report = json.loads(storage.read_text(output, _MAX_BYTES), object_pairs_hook=unique_keys)
+        if storage.SEAL in report and report.pop(storage.SEAL) != storage.seal(report):
+            raise ValueError("its checksum does not match")
+        if report["format_version"] != VERSION:
+            raise ValueError(f"it has format version {report['format_version']!r}, but this msense reads {VERSION}")
+        evaluation = TypeAdapter(Evaluation).validate_json(json.dumps(report), strict=True)
+        if not isinstance(evaluation.made.get("settings", {}), dict):
+            raise ValueError("settings are not a mapping")
+        return evaluation
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        cause = all_errors(error) if isinstance(error, ValidationError) else first_line(error)
         raise BadInput(
-            f"{output} is there, but holds no evaluation ({type(error).__name__}: {error}): give another --output, or remove it"
+            f"{output} exists but is not a valid evaluation ({cause}): choose another --output, or remove it"
         ) from error
 
 
-def _check(found: Evaluation) -> None:
-    """Refuse what no evaluation has written; results have been checked.
-
-    Raises:
-        ValueError: saying what is wrong.
-    """
-    names = [*found.models, *(word for task in found.tasks for word in (task.name, task.kind, task.what))]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError("a name is no text")
-    figures = [figure for cost in found.costs.values() for figure in asdict(cost).values() if figure is not None]
-    if any(isinstance(figure, bool) or not isinstance(figure, int | float) for figure in figures):
-        raise ValueError("a cost is no number")
-    if not isinstance(found.made.get("settings", {}), dict):
-        raise ValueError("settings have no names")
-
-
 def to_json(found: Evaluation) -> dict[str, Any]:
-    """Return everything as JSON values, with the differences to the first model."""
+    """Return everything, including differences to the first model, as JSON values."""
     tasks = [
         {
             **asdict(task),
             "rows": {name: row if isinstance(row, str) else row.to_json() for name, row in task.rows.items()},
-            "differences": {
-                name: told._asdict() for name in task.rows if (told := gain(found, task, name)) is not None
-            },
+            "differences": {name: gap._asdict() for name in task.rows if (gap := gain(found, task, name)) is not None},
         }
         for task in found.tasks
     ]
@@ -218,13 +187,11 @@ def to_json(found: Evaluation) -> dict[str, Any]:
 
 
 def gain(found: Evaluation, task: TaskReport, model: str) -> Any:  # noqa: ANN401 - a Difference, or None
-    """Return by how much a model exceeds the first on a task; None where the two cannot be compared."""
+    """Return the Difference of a model to the first model on a task; None if they cannot be compared."""
     first, own = task.rows.get(found.models[0]), task.rows.get(model)
     if model == found.models[0] or not isinstance(first, Result) or not isinstance(own, Result):
         return None
-    if own.gold is None and len(own.values) < 2:  # nothing to resample
-        return None
-    if not comparable(own, first):  # such as words that one of the two lacks
+    if (own.gold is None and len(own.values) < 2) or not comparable(own, first):  # such as words that one model lacks
         return None
     place = (task.name, model)
     if place not in found.gains:
@@ -236,21 +203,20 @@ def markdown(found: Evaluation) -> str:
     """Return all tables as Markdown."""
     parts = []
     for sheet in sheets(found):
-        rule = ["---", *["---:"] * (len(sheet.head) - 1)]
-        rows = [sheet.head, rule, *sheet.rows]
+        rows = [sheet.head, ["---", *["---:"] * (len(sheet.head) - 1)], *sheet.rows]
         lines = ["| " + " | ".join(clean(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
         parts.append("\n".join([f"### {clean(sheet.title)}", "", clean(sheet.what), "", *lines]))
     return "\n\n".join(parts) + "\n"
 
 
 def _task_sheet(found: Evaluation, task: TaskReport) -> Sheet:
-    """Return a task's table: the main figure, its difference to the first model, others."""
+    """Return a task's table: main metrics, difference to the first model, secondary figures."""
     results = [row for row in task.rows.values() if isinstance(row, Result)]
     metrics = list(dict.fromkeys(row.metric for row in results))
     more = list(dict.fromkeys(name for row in results for name in row.more if name not in metrics))[:MORE_COLUMNS]
-    drawn = any(row.deviation is not None for row in results)
-    others = [name for name in found.models[1:] if gain(found, task, name) is not None]
-    head = ["model", *metrics, *([f"over {found.models[0]} [95 %]"] if others else []), *more]
+    gains = {name: gain(found, task, name) for name in found.models}
+    compared = any(gap is not None for gap in gains.values())
+    head = ["model", *metrics, *([f"over {found.models[0]} [95 %]"] if compared else []), *more]
     rows = []
     for model in found.models:
         row = task.rows.get(model, NONE)
@@ -258,22 +224,19 @@ def _task_sheet(found: Evaluation, task: TaskReport) -> Sheet:
             rows.append([model, row, *[""] * (len(head) - 2)])
             continue
         cells = [_main(row, metric) for metric in metrics]
-        if others:
-            cells.append(_gained(gain(found, task, model)))
+        if compared:
+            gap = gains[model]
+            cells.append(NONE if gap is None else f"{gap.gain:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]")
         rows.append([model, *cells, *(_number(row.more.get(name)) for name in more)])
-    deviation = "; ± standard deviation over draws" if drawn else ""
-    return Sheet(task.name, task.what + deviation, head, rows)
+    drawn = any(row.deviation is not None for row in results)
+    return Sheet(task.name, task.what + ("; ± standard deviation over draws" if drawn else ""), head, rows)
 
 
 def _main(row: Result, metric: str) -> str:
-    """Return a result under the heading of a metric: its own, or one that it has beside."""
+    """Return a result's cell in the column of a metric, its main or a secondary one."""
     if row.metric != metric:
         return _number(row.more.get(metric))
     return _number(row.score) + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
-
-
-def _gained(told: Any) -> str:  # noqa: ANN401 - a Difference, or None
-    return NONE if told is None else f"{told.gain:+.3f} [{told.low:+.3f}, {told.high:+.3f}]"
 
 
 def _number(value: float | None) -> str:
@@ -282,73 +245,51 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.3f}"
 
 
+_COSTS: dict[str, Callable[[Cost], str]] = {  # heading: cell
+    "weights": lambda cost: f"{cost.parameters / 1e6:,.1f} M",
+    "disk": lambda cost: size(cost.disk_bytes),
+    "senses": lambda cost: f"{cost.senses:,}" if cost.senses else NONE,
+    "dictionary": lambda cost: size(cost.dictionary_bytes) if cost.senses else NONE,
+    "compression": lambda cost: NONE if cost.compression is None else f"{cost.compression:,.1f}x",
+    "texts/s": lambda cost: f"{cost.texts_per_s:,.0f}",
+    "tokens/s": lambda cost: NONE if cost.tokens_per_s is None else f"{cost.tokens_per_s:,.0f}",
+    "speed-up": lambda cost: f"{cost.speedup:,.1f}x",
+    "memory": lambda cost: size(cost.peak_memory),
+}
+
+
 def _cost_sheet(found: Evaluation) -> Sheet:
-    """Return the table of costs."""
-    head = [
-        "model",
-        "weights",
-        "disk",
-        "senses",
-        "dictionary",
-        "compression",
-        "texts/s",
-        "tokens/s",
-        "speed-up",
-        "memory",
-    ]
-    rows = []
-    for model in (name for name in found.models if name in found.costs):
-        cost = found.costs[model]
-        rows.append(
-            [
-                model,
-                f"{cost.parameters / 1e6:,.1f} M",
-                size(cost.disk_bytes),
-                f"{cost.senses:,}" if cost.senses else NONE,
-                size(cost.dictionary_bytes) if cost.senses else NONE,
-                NONE if cost.compression is None else f"{cost.compression:,.1f}x",
-                f"{cost.texts_per_s:,.0f}",
-                NONE if cost.tokens_per_s is None else f"{cost.tokens_per_s:,.0f}",
-                f"{cost.speedup:,.1f}x",
-                size(cost.peak_memory),
-            ]
-        )
-    made = found.made.get("settings", {})
-    threads = f"; {made['threads']} threads" if made.get("threads") else ""
+    models = [name for name in found.models if name in found.costs]
+    rows = [[name, *(cell(found.costs[name]) for cell in _COSTS.values())] for name in models]
+    settings = found.made.get("settings", {})
+    threads = f"; {settings['threads']} threads" if settings.get("threads") else ""
     what = (
         f"all models in turn on the same texts, medians{threads}; compression: bytes of the embeddings of the dictionary's "
         "corpus over the dictionary's; memory: peak of a process that loads the model and encodes"
     )
-    return Sheet("costs", what, head, rows)
+    return Sheet("costs", what, ["model", *_COSTS], rows)
 
 
-def _drawings(found: Evaluation) -> list[tuple[str, Any]]:
-    """Return what is to be drawn: a name, and a function that draws it into a file."""
-    drawings: list[tuple[str, Any]] = []
+def _drawings(found: Evaluation) -> list[tuple[str, Callable[[Path], None]]]:
+    """Return the name of each plot and a function that draws it into a file."""
+    drawings: list[tuple[str, Callable[[Path], None]]] = []
     for task in found.tasks:
-        if task.kind not in ("classification", "classifier", "mteb"):
-            continue
         rows = {name: row for name, row in task.rows.items() if isinstance(row, Result) and name in found.costs}
+        if task.kind not in ("classification", "classifier", "mteb") or len(rows) < 2:
+            continue
+        metric = next(iter(rows.values())).metric
         slug = "".join(c if c.isalnum() else "-" for c in task.name)
-        if len(rows) > 1:
-            points = [Point(n, found.costs[n].texts_per_s, r.score, r.deviation or 0.0) for n, r in rows.items()]
-            drawings.append((f"{slug}-speed", _speed(task, next(iter(rows.values())).metric, points)))
-        sized = {name: row for name, row in rows.items() if name in found.made.get("sizes", ())}
-        if len({found.costs[name].senses for name in sized}) > 1:
-            points = [
-                Point(n, found.costs[n].dictionary_bytes / 1e6, r.score, r.deviation or 0.0) for n, r in sized.items()
-            ]
+        points = [Point(n, found.costs[n].texts_per_s, r.score, r.deviation or 0.0) for n, r in rows.items()]
+        title, axes = f"{task.name}: {metric} against speed", ("texts per second", metric)
+        drawings.append((f"{slug}-speed", partial(draw_points, title=title, axes=axes, points=points)))
+        sized = [
+            p._replace(x=found.costs[p.name].dictionary_bytes / 1e6)
+            for p in points
+            if p.name in found.made.get("sizes", ())
+        ]
+        if len({found.costs[point.name].senses for point in sized}) > 1:
             first = task.rows[found.models[0]]
             level = Line(found.models[0], first.score) if isinstance(first, Result) else None
-            drawings.append((f"{slug}-size", _sizes(task, next(iter(rows.values())).metric, points, level)))
+            title, axes = f"{task.name}: {metric} against dictionary size", ("dictionary in MB", metric)
+            drawings.append((f"{slug}-size", partial(draw_lines, title=title, axes=axes, points=sized, level=level)))
     return drawings
-
-
-def _speed(task: TaskReport, metric: str, points: Sequence[Point]) -> Any:  # noqa: ANN401 - a function
-    title = f"{task.name}: {metric} against speed"
-    return lambda file: draw_points(file, title, ("texts a second", metric), points)
-
-
-def _sizes(task: TaskReport, metric: str, points: Sequence[Point], level: Line | None) -> Any:  # noqa: ANN401 - a function
-    title = f"{task.name}: {metric} against the dictionary's size"
-    return lambda file: draw_lines(file, title, ("dictionary in MB", metric), points, level)

@@ -1,7 +1,7 @@
-"""An evaluation: models and tasks in, a table a task out, every result kept in one JSON file as soon as it is there.
+"""Driver of an evaluation: every model on every task as a Ray task, one table per task.
 
-Runs on the driver, which holds names and results only: each model on each task is a Ray task. The same command goes on with
-what is missing: a result is known by all that it depends on (weights, dictionary, data, settings, versions).
+Each result is written to the JSON file as soon as it is available. Rerunning the same command resumes: a stored result is
+reused if its key (weights, dictionary, data, settings, versions) is unchanged. The driver holds names and results only.
 """
 
 import logging
@@ -28,13 +28,13 @@ from msense.text import redact
 
 logger = logging.getLogger(__name__)
 
-PENDING = "not measured yet"
-UNFIT = "gives no token embeddings"
+PENDING = "not evaluated yet"
+UNFIT = "no token embeddings"
 
 
 @dataclass
-class _Sheet:
-    """What has been found so far, by table and model."""
+class _Store:
+    """Results so far, and their file."""
 
     report: Evaluation
     output: str
@@ -43,66 +43,58 @@ class _Sheet:
         """Return a table's rows."""
         return next(table.rows for table in self.report.tasks if table.name == title)
 
-    def keys(self) -> dict[str, str]:
-        """Return what each result depends on, by table and model."""
-        told: dict[str, str] = self.report.made["keys"]
-        return told
-
     def add(self, title: str, model: str, result: Result) -> None:
-        """Note a result and keep it."""
+        """Add a result and write it to the file."""
         self.rows(title)[model] = result
         write_report(self.report, self.output, plots=False)
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Measure all models on all tasks, or go on with an evaluation that was cut off; write JSON, Markdown and plots.
-
-    Args:
-        config: all settings.
+    """Evaluate all models on all tasks, or resume an interrupted evaluation; write JSON, Markdown and plots.
 
     Raises:
-        BadInput: a setting, model or data set that does not work; says what to download and where to put it.
-        MsenseError: a model or task failed; what is finished is kept.
+        BadInput: a setting, model or data set is invalid; the message says what to download and where to put it.
+        MsenseError: a model or task failed; finished results are kept.
     """
-    check_matplotlib()  # not after hours
+    check_matplotlib()  # fail now rather than after hours
     lasting(config.output)
     specs, tasks = config.specs(config.teacher or _teacher_of(config)), config.tasks()
-    data = {task.title: of_data(task) for task in tasks}  # before anything is loaded
+    data = {task.title: of_data(task) for task in tasks}  # finds missing data before anything is loaded
     resources = connect(config.workers)
-    dtype = config.dtype
+    dtype: str = config.dtype
     if dtype == "auto":
         dtype = run_task(resolve_dtype, dtype, resources.device, device=resources.device)
     specs = [replace(spec, dtype=dtype) for spec in specs]
     models = {spec.name: of_model(spec) for spec in specs}
     works = works_of(config, specs, tasks, resources)
-    against = digest([of_teacher(specs[0].teacher, specs[0].revision), dtype])
+    teacher = digest([of_teacher(specs[0].teacher, specs[0].revision), dtype])
     keys = {
         work.place: digest(
             [
                 models[work.spec.name],
                 data[work.task.title],
                 work.settings,
-                against if work.is_against_teacher else "",
+                teacher if work.is_against_teacher else "",
                 versions(),
             ]
         )
         for work in works
     }
-    sheet = _Sheet(_empty(config, specs, works, resources, keys), config.output)
-    _take_over(sheet)
-    todo = [n for n, work in enumerate(works) if sheet.rows(work.title)[work.spec.name] == PENDING]
-    logger.info("%d of %d results are there already", len(works) - len(todo), len(works))
+    store = _Store(_empty(config, specs, works, resources, keys), config.output)
+    _reuse(store)
+    todo = [n for n, work in enumerate(works) if store.rows(work.title)[work.spec.name] == PENDING]
+    logger.info("reusing %d of %d results", len(works) - len(todo), len(works))
     needs = {"num_gpus": 1.0} if resources.device == "cuda" else None
     for row in map_tasks("evaluation", measure, todo, resources, works, needs=needs):
-        sheet.add(row["title"], row["model"], Result.from_json(row["result"]))
+        store.add(row["title"], row["model"], Result.from_json(row["result"]))
     if config.cost:
-        _add_costs(sheet, config, specs, works, resources, models)
-    write_report(sheet.report, config.output, plots=True)
-    return sheet.report
+        _add_costs(store.report, config, works, resources, models)
+    write_report(store.report, config.output, plots=True)
+    return store.report
 
 
 def _teacher_of(config: EvaluateConfig) -> str:
-    """Return the teacher that the first dictionary or student names, or that of the demo."""
+    """Return the teacher of the first dictionary or student, or the demo's."""
     for spec in config.specs(""):
         if spec.kind == "replaced":
             return SenseDictionary.load(spec.source).config.teacher.name
@@ -134,7 +126,7 @@ def _empty(
 
 
 def _of_other_sizes(specs: Sequence[Spec]) -> list[str]:
-    """Return replaced teachers that differ in nothing but their dictionary: the largest such group."""
+    """Return the largest group of replaced teachers that differ only in their dictionary."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for spec in specs:
         if spec.kind == "replaced":
@@ -142,47 +134,42 @@ def _of_other_sizes(specs: Sequence[Spec]) -> list[str]:
     return max(groups.values(), key=len, default=[])
 
 
-def _take_over(sheet: _Sheet) -> None:
-    """Take what an earlier run of the same settings has found."""
-    earlier = load_report(sheet.output)
+def _reuse(store: _Store) -> None:
+    """Copy the results of an earlier run whose keys are unchanged."""
+    earlier, made = load_report(store.output), store.report.made
     if earlier is None:
         return
     known = earlier.made.get("keys", {})
     for table in earlier.tasks:
         for model, row in table.rows.items():
             place = f"{table.name} | {model}"
-            if isinstance(row, Result) and place in known and sheet.keys().get(place) == known[place]:
-                sheet.rows(table.name)[model] = row
-    if sheet.report.made["settings"]["cost"] and "cost_key" in earlier.made:
-        sheet.report.costs.update(earlier.costs)
-        sheet.report.made["cost_key"] = earlier.made["cost_key"]
+            if isinstance(row, Result) and place in known and made["keys"].get(place) == known[place]:
+                store.rows(table.name)[model] = row
+    if made["settings"]["cost"] and "cost_key" in earlier.made:
+        store.report.costs.update(earlier.costs)
+        made["cost_key"] = earlier.made["cost_key"]
 
 
 def _add_costs(
-    sheet: _Sheet,
-    config: EvaluateConfig,
-    specs: Sequence[Spec],
-    works: Sequence[Work],
-    resources: Resources,
-    models: dict[str, str],
+    report: Evaluation, config: EvaluateConfig, works: Sequence[Work], resources: Resources, models: dict[str, str]
 ) -> None:
-    """Measure all models side by side, unless an earlier run has measured the same ones."""
-    asked = next((work for work in works if work.task.source or work.task.kind == "classifier"), None)
-    if asked is None:
-        logger.info("no costs: they are measured on the texts of a task, but those of mteb's own are not read here")
+    """Measure the costs of all models side by side, unless an earlier run measured the same models."""
+    first = next((work for work in works if work.task.source or work.task.kind == "classifier"), None)
+    if first is None:
+        logger.info("skipping costs: they need a task with its own texts, which mteb's own tasks do not provide")
         return
     key = digest(
-        [list(models.items()), of_data(asked.task), asked.settings, resources.device, config.cores, versions()]
+        [list(models.items()), of_data(first.task), first.settings, resources.device, config.cores, versions()]
     )
-    if sheet.report.made.get("cost_key") == key:
+    if report.made.get("cost_key") == key:
         return
-    logger.info("costs: all models in turn ...")
-    found: dict[str, Cost] = run_task(_cost, list(specs), asked, config.cores, device=resources.device)
-    sheet.report.costs.clear()
-    sheet.report.costs.update(found)
-    sheet.report.made["cost_key"] = key
+    logger.info("measuring costs of all models in turn")
+    specs = [work.spec for work in works if work.title == first.title]
+    costs: dict[str, Cost] = run_task(_cost, specs, first, config.cores, device=resources.device)
+    report.costs = costs
+    report.made["cost_key"] = key
 
 
 def _cost(specs: list[Spec], work: Work, threads: int) -> dict[str, Cost]:
-    """Measure costs; on a worker."""
+    """Measure costs; runs on a worker."""
     return cost.measure(specs, texts_of(work), work.device, threads)

@@ -1,4 +1,4 @@
-"""k-means per token, on arrays in memory: small tokens in batches, large ones in blocks that workers may share."""
+"""k-means per token on arrays in memory: small tokens in batches, large ones in blocks that workers may share."""
 
 from msense.kmeans.batches import Clusters, cluster_tokens
 from msense.kmeans.blocks import (

@@ -1,10 +1,7 @@
-"""k-means per token: many small tokens in batches, large ones in blocks that several workers may share.
+"""k-means per token: many small tokens in batches, large ones in blocks (see `msense.kmeans.blocks`).
 
-In: points [N, D] as stored, grouped by token, and each token's K. Out: `Clusters`, as NumPy arrays.
-Tokens of up to BLOCK_ROWS points run in batches; a larger token runs in blocks of exactly BLOCK_ROWS rows through
-`seed_centroids`, `partial`, `update` and `finish`, whose results do not depend on how its blocks are cut into parts.
-Holds a batch (about 24 bytes x BATCH_FLOATS) or a block a thread, and 12 bytes a point of a large token; never a float32
-copy of all points. No Ray.
+Memory: a batch (about 24 bytes x BATCH_FLOATS) or a block per thread, and 12 bytes per point of a large token; never a
+float32 copy of all points.
 """
 
 import math
@@ -48,35 +45,36 @@ from msense.kmeans.seeding import (
 )
 from msense.kmeans.threads import ALONE, Threads, open_threads
 
-SHARED_BLOCKS, SHARED_TOKENS = 4, 4  # a token of more blocks a thread, of which there are fewer a thread, is shared
-GRAM_ROWS = 384  # up to here a token's inner products are cheaper to keep than to compute again every round
-BATCH_FLOATS = {"cpu": 1 << 21, "cuda": 1 << 26}  # values of a batch: what stays in a cache, what fills a GPU
+# all threads share a token of more than SHARED_BLOCKS blocks per thread, if there are few such tokens per thread
+SHARED_BLOCKS, SHARED_TOKENS = 4, 4
+GRAM_ROWS = 384  # up to this size, keeping a token's inner products is cheaper than computing distances every round
+BATCH_FLOATS = {"cpu": 1 << 21, "cuda": 1 << 26}  # values of a batch: what fits in a cache, what fills a GPU
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Senses of T tokens, in the order of the tokens; S senses and N points in all.
+    """Senses of T tokens, in token order; S senses and N points in total.
 
-    A centroid is the mean (under "cosine" the mean scaled to length 1) of exactly the points assigned to it. They were
-    assigned to the nearest centroid of the round before, so near a border a point may be a hair closer to another.
-    (In a token of few points a cluster, single points may have moved on since, where that lowers the inertia.)
+    A centroid is the mean (for "cosine" the mean scaled to length 1) of exactly the points assigned to it. They were
+    assigned to the nearest centroid of the round before, so a point near a border may be slightly closer to another.
+    (With few points per cluster, single points may have moved since, where that lowers the inertia.)
     """
 
     sizes: NDArray[np.int64]  # [T] senses of each token
     centroids: NDArray[np.float32]  # [S, D]
     counts: NDArray[np.int64]  # [S] points of a sense, never 0
-    spread: NDArray[np.float32]  # [S] root of the mean squared distance of a sense's points
-    assignment: NDArray[np.int32]  # [N] sense number inside the token
-    distance: NDArray[np.float32]  # [N] squared distance to the own centroid
+    spread: NDArray[np.float32]  # [S] RMS distance of a sense's points to the centroid
+    assignment: NDArray[np.int32]  # [N] index of the sense within the token
+    distance: NDArray[np.float32]  # [N] squared distance to the assigned centroid
     inertia: NDArray[np.float64]  # [T] sum of the squared distances
-    rounds: NDArray[np.int64]  # [T] rounds of assignment; 0 where every distinct point is a sense
+    rounds: NDArray[np.int64]  # [T] assignment rounds; 0 where every distinct point is a sense
 
 
 class _Scratch(threading.local):
-    """Memory of each thread, used again and again: to be given fresh pages takes longer than to fill them."""
+    """Buffers of each thread, reused because the allocation of new pages takes longer than filling them."""
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return a tensor with anything in it; what was taken by that name before is gone."""
+        """Return an uninitialised tensor, which replaces the last one of that name."""
         numel, held = math.prod(shape), getattr(self, name, None)
         if held is None or held.numel() < numel:
             held = torch.empty(numel, dtype=dtype, device=device)
@@ -86,22 +84,22 @@ class _Scratch(threading.local):
 
 @dataclass(frozen=True)
 class _Task:
-    """What `cluster_tokens` was given, and its results as they fill up."""
+    """Arguments of `cluster_tokens` and its result, which the jobs fill in."""
 
     points: torch.Tensor  # [N, D]
     starts: NDArray[np.int64]  # [T] first row of a token
     sizes: NDArray[np.int64]  # [T] rows of a token
     token_ids: NDArray[np.int64]  # [T]
     senses: NDArray[np.int64]  # [T] K of a token
-    config: KMeansConfig  # its k is not used
+    config: KMeansConfig  # `senses` overrides its k
     device: torch.device
     opens: NDArray[np.int64]  # [T] first sense of a token
-    result: Clusters  # sizes: room for that many senses; counts are 0 where it is not used
+    result: Clusters  # `sizes` senses are reserved; those not used have a count of 0
     key_order: NDArray[np.int64] | None  # [N]
     scratch: _Scratch
 
 
-def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, and four things with defaults
+def cluster_tokens(  # noqa: PLR0913 - the package's main entry point
     points: Points,
     sizes: NDArray[np.int64],
     token_ids: NDArray[np.int64],
@@ -114,87 +112,79 @@ def cluster_tokens(  # noqa: PLR0913 - the front door: three arrays, settings, a
 ) -> Clusters:
     """Cluster every token's points.
 
-    A token's result depends on its points, id, K and key order, and on `config`; not on other tokens, nor on `threads`.
-
-    Lloyd's algorithm from greedy k-means++ seeds. Ties go to the lowest sense; an empty sense takes the point farthest
-    from its centroid (of equals the first), several empty senses several points. Rounds inside a batch sum in float32;
-    final centroids are float64 sums of the stored values, rounded once to float32.
+    Lloyd's algorithm from greedy k-means++ seeds. Ties go to the lowest sense; empty senses take the points farthest from
+    their centroids (the first of equal ones). Rounds within a batch sum in float32; final centroids are float64 sums of
+    the stored values, rounded once to float32. A token's result depends only on its points, id, K, key order and
+    `config`, not on other tokens or `threads`.
 
     Args:
-        points: [N, D] float16, bfloat16 or float32, rows grouped by token. See `read_points` for what is computed on.
+        points: [N, D] float16, bfloat16 or float32, rows grouped by token; see `read_points`.
         sizes: int64 [T], points of each token, with sum N.
-        token_ids: int64 [T]; with `config.seed` they fix each token's random draws.
+        token_ids: int64 [T]; with `config.seed` they determine each token's random draws.
         config: settings.
         senses: int64 [T], each token's K; None: `config.k` for all.
         device: where batches and blocks are computed.
-        key_order: int64 [N], a point's rank by key inside its token; a token of more than BLOCK_ROWS points is seeded
-            from the first SEED_POINTS by it. None: the rows are in that order.
-        threads: batches (or shares of a token's blocks) computed at a time, each on one thread of torch.
+        key_order: int64 [N], a point's rank by key within its token; a token of more than BLOCK_ROWS points is seeded
+            from the first SEED_POINTS. None: the rows are in that order.
+        threads: number of batches (or shares of a token's blocks) computed in parallel, each on one torch thread.
 
     Raises:
-        BadInput: the arrays do not fit together, or a K or `threads` is out of range.
+        BadInput: the arrays' lengths do not match, or a K or `threads` is out of range.
         MsenseError: a value is NaN, infinite or above LARGEST_VALUE; names the token.
+
+    Example:
+        >>> points = np.float16([[0], [1], [9], [5], [5]])
+        >>> clusters = cluster_tokens(points, np.array([3, 2]), np.array([10, 11]), KMeansConfig(k=2))
+        >>> clusters.sizes, clusters.centroids[clusters.sizes[0]:]
+        (array([2, 1]), array([[5.]], dtype=float32))
     """
     view = as_points(points)
-    _check_sizes(view, sizes, token_ids)
-    if threads < 1:
-        raise BadInput(f"threads is {threads}, but must be 1 or more")
-    k = _checked_senses(senses, token_ids, config)
-    check_points(view, sizes, token_ids)
+    k = np.full(len(token_ids), config.k) if senses is None else senses.astype(np.int64)
+    _check(view, sizes, token_ids, k, threads)
     with open_threads(threads) as pool, torch.inference_mode():
         found = few_distinct(view, sizes, k, config.metric, BLOCK_ROWS)
         room = np.where(found.few, found.distinct, np.minimum(sizes, k))
         opens, starts = np.cumsum(room) - room, np.cumsum(sizes) - sizes
         result = _empty_result(room, len(view), view.shape[1])
-        task = _Task(
-            view, starts, sizes, token_ids, k, config, torch.device(device), opens, result, key_order, _Scratch()
-        )
+        target = torch.device(device)
+        task = _Task(view, starts, sizes, token_ids, k, config, target, opens, result, key_order, _Scratch())
         _keep_distinct(task, found)
         widths = np.where(found.few, 0, padded(sizes))
         blocked = widths[widths > BLOCK_ROWS].sum()
         shared = widths > max(BLOCK_ROWS * SHARED_BLOCKS * threads, blocked // (SHARED_TOKENS * threads))
         for token in np.flatnonzero(shared).tolist():
             _cluster_blocked(task, token, pool)
-        jobs = [
-            bind(_cluster_blocked, task, token, ALONE)
-            for token in np.flatnonzero((widths > BLOCK_ROWS) & ~shared).tolist()
-        ]
+        unshared = np.flatnonzero((widths > BLOCK_ROWS) & ~shared).tolist()
+        jobs = [bind(_cluster_blocked, task, token, ALONE) for token in unshared]
         jobs += [bind(_cluster_batch, task, tokens, width) for tokens, width in _batches(task, widths)]
         pool.map(lambda job: job(), jobs)
     return _without_gaps(task)
 
 
-def _check_sizes(view: torch.Tensor, sizes: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-    if len(sizes) != len(token_ids) or int(sizes.sum()) != len(view) or (len(sizes) and int(sizes.min()) < 0):
-        raise BadInput(
-            f"{len(sizes)} sizes of sum {int(sizes.sum())} do not fit {len(token_ids)} token ids and {len(view)} points"
-        )
-
-
-def _checked_senses(
-    senses: NDArray[np.int64] | None, token_ids: NDArray[np.int64], config: KMeansConfig
-) -> NDArray[np.int64]:
-    """Each token's K, int64 [T]."""
-    if senses is None:
-        return np.full(len(token_ids), config.k)
+def _check(
+    view: torch.Tensor, sizes: NDArray[np.int64], token_ids: NDArray[np.int64], senses: NDArray[np.int64], threads: int
+) -> None:
+    """Check the arguments of `cluster_tokens`."""
+    if len(sizes) != len(token_ids) or int(sizes.sum()) != len(view) or (sizes < 0).any():
+        counts = f"{len(token_ids)} token ids and {len(view)} points"
+        raise BadInput(f"{len(sizes)} sizes of sum {int(sizes.sum())} do not match {counts}")
+    if threads < 1:
+        raise BadInput(f"threads is {threads}, but must be 1 or more")
     if senses.shape != token_ids.shape:
-        raise BadInput(f"senses of shape {senses.shape} do not fit {len(token_ids)} token ids: give each token its K")
-    wrong = np.flatnonzero((senses < 1) | (senses > MAX_SENSES))
-    if len(wrong):
-        raise BadInput(
-            f"senses of token {token_ids[wrong[0]]} are {senses[wrong[0]]}, but must be from 1 to {MAX_SENSES}"
-        )
-    return senses.astype(np.int64)
+        raise BadInput(f"senses of shape {senses.shape} do not match {len(token_ids)} token ids; pass one K per token")
+    for wrong in np.flatnonzero((senses < 1) | (senses > MAX_SENSES)):
+        raise BadInput(f"senses of token {token_ids[wrong]} are {senses[wrong]}, but must be from 1 to {MAX_SENSES}")
+    check_points(view, sizes, token_ids)
 
 
 def _batches(task: _Task, widths: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int]]:
-    """Cut tokens of up to BLOCK_ROWS points into batches: their numbers, and the points that each is padded to.
+    """Group tokens of up to BLOCK_ROWS points into batches; yield their indices and the width they are padded to.
 
-    Tokens of like K go together; where `lloyd` multiplies candidates by points, only those of one number of candidates:
-    float32 products of another shape may be rounded otherwise.
+    Tokens of similar K share a batch. Where `lloyd` multiplies candidates by points, only tokens with the same number of
+    candidates do: float32 products of another shape may be rounded differently.
     """
     exact = np.where(widths > GRAM_ROWS, np.log(task.senses).astype(np.int64), 0)
-    order = np.lexsort((task.senses, exact, -widths))  # the largest first, so that threads end together
+    order = np.lexsort((task.senses, exact, -widths))  # the largest first, for an even load of the threads
     order = order[(widths[order] > 0) & (widths[order] <= BLOCK_ROWS)]
     border = (np.diff(widths[order]) != 0) | (np.diff(exact[order]) != 0)
     for tokens in np.split(order, np.flatnonzero(border) + 1) if len(order) else []:
@@ -223,7 +213,7 @@ def _empty_result(room: NDArray[np.int64], points: int, width: int) -> Clusters:
 
 
 def _without_gaps(task: _Task) -> Clusters:
-    """Drop senses without points, and number the others anew."""
+    """Drop senses without points and renumber the others."""
     result, live = task.result, task.result.counts > 0
     if live.all():
         return result
@@ -241,16 +231,16 @@ def _without_gaps(task: _Task) -> Clusters:
 
 
 def padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Round sizes up to 8 steps an octave, and to whole 16.
+    """Round sizes up to 8 steps per octave and to multiples of 16.
 
-    A token's batch is that wide whatever else is in it, so that its float32 results do not depend on its neighbours.
+    The width of a token's batch depends only on its own size, so that its float32 results do not depend on the others.
     """
     step = 2 ** np.maximum(np.log2(np.maximum(sizes, 1)).astype(np.int64) - 3, 4)
     return -(-sizes // step) * step
 
 
 def _keep_distinct(task: _Task, found: FewDistinct) -> None:
-    """Make every distinct point a sense, where a token has at most K of them."""
+    """Make every distinct point a sense, for tokens with at most K of them."""
     token = np.repeat(np.arange(len(task.sizes)), found.distinct)
     number = np.arange(len(token)) - (np.cumsum(found.distinct) - found.distinct)[token]
     place = task.opens[token] + number
@@ -263,7 +253,7 @@ def _keep_distinct(task: _Task, found: FewDistinct) -> None:
 
 
 def _cluster_batch(task: _Task, tokens: NDArray[np.int64], width: int) -> None:
-    """Cluster B tokens of more than K distinct points, each padded to `width` points and to the most senses."""
+    """Cluster B tokens of more than K distinct points, each padded to `width` points and the largest K."""
     config, device, senses, k = task.config, task.device, task.senses[tokens], int(task.senses[tokens].max())
     real, used = np.arange(width) < task.sizes[tokens, None], np.arange(k) < senses[:, None]
     mask, unused = torch.from_numpy(real).to(device), torch.from_numpy(~used).to(device)
@@ -280,7 +270,7 @@ def _cluster_batch(task: _Task, tokens: NDArray[np.int64], width: int) -> None:
 
 
 def _table(task: _Task, tokens: NDArray[np.int64], mask: torch.Tensor, gram: bool) -> torch.Tensor:
-    """What `lloyd` works on: points centred by their token's mean [B, n, D], or their inner products [B, n, n]."""
+    """Return the table for `lloyd`: points centred by their token's mean [B, n, D], or inner products [B, n, n]."""
     (batch, n), width = mask.shape, task.points.shape[1]
     step = max(1, _floats(task) // (n * width)) if gram else batch
     table = task.scratch.take("table", (batch, n, n if gram else width), torch.float32, task.device)
@@ -289,7 +279,7 @@ def _table(task: _Task, tokens: NDArray[np.int64], mask: torch.Tensor, gram: boo
         rows = torch.from_numpy(task.starts[tokens[first : first + step], None] + np.arange(n)) * own.cpu()
         name, padding = "values" if gram else "table", (~own).flatten().nonzero()[:, 0]
         values = _values(task, rows.flatten(), name).index_fill_(0, padding, 0).view(*own.shape, width)
-        if task.config.metric != "cosine":  # float32 is precise near 0; unit vectors are near it as they are
+        if task.config.metric != "cosine":  # float32 is precise near 0; unit vectors are near it already
             values.sub_((values.sum(1) / own.sum(1, keepdim=True))[:, None]).flatten(0, 1).index_fill_(0, padding, 0)
         if gram:
             self_products(values, table[first : first + step])
@@ -297,17 +287,16 @@ def _table(task: _Task, tokens: NDArray[np.int64], mask: torch.Tensor, gram: boo
 
 
 def _values(task: _Task, rows: torch.Tensor, name: str) -> torch.Tensor:
-    """Read rows int64 [R] into the thread's memory of that name: float32 [R, D]."""
+    """Read rows int64 [R] into the thread's buffer of that name: float32 [R, D]."""
     shape, points = (len(rows), task.points.shape[1]), task.points
     stored = task.scratch.take("stored", shape, points.dtype, points.device)
     torch.index_select(points, 0, rows.to(points.device), out=stored)
-    return read_points(
-        stored, task.config.metric, task.device, task.scratch.take(name, shape, torch.float32, task.device)
-    )
+    out = task.scratch.take(name, shape, torch.float32, task.device)
+    return read_points(stored, task.config.metric, task.device, out)
 
 
 def _finish(task: _Task, tokens: NDArray[np.int64], sense: NDArray[np.int64]) -> None:
-    """Write the result of B tokens, whose rows have these senses [R]; some tokens at a time, which stay in the cache."""
+    """Store the result of B tokens whose rows have these senses [R]; in groups of tokens that fit in the cache."""
     result, config, width = task.result, task.config, task.points.shape[1]
     step, ends, first = _floats(task) // (8 * width), np.cumsum(task.sizes[tokens]), 0
     while first < len(tokens):
@@ -315,10 +304,10 @@ def _finish(task: _Task, tokens: NDArray[np.int64], sense: NDArray[np.int64]) ->
         last = max(first + 1, int(np.searchsorted(ends, start + step, side="right")))
         some, own = tokens[first:last], sense[start : ends[last - 1]]
         sizes, room = task.sizes[some], result.sizes[some]
-        opens = np.cumsum(room) - room  # of each token here
+        opens = np.cumsum(room) - room  # of each token in this group
         rows = np.arange(len(own)) + np.repeat(task.starts[some] - (np.cumsum(sizes) - sizes), sizes)
         place = np.arange(int(room.sum())) + np.repeat(task.opens[some] - opens, room)
-        number = torch.from_numpy(own + np.repeat(opens, sizes))  # of the sense among those of these tokens
+        number = torch.from_numpy(own + np.repeat(opens, sizes))  # index of the sense within this group
         index, counts = number.to(task.device), torch.bincount(number, minlength=len(place))
         values = _values(task, torch.from_numpy(rows), "values")
         wide = task.scratch.take("wide", values.shape, torch.float64, task.device).copy_(values)
@@ -334,7 +323,7 @@ def _finish(task: _Task, tokens: NDArray[np.int64], sense: NDArray[np.int64]) ->
 
 
 def _cluster_blocked(task: _Task, token: int, threads: Threads) -> None:
-    """Cluster one large token: what the driver of parts does, with a part a thread."""
+    """Cluster one large token with one range of blocks per thread."""
     device, result = task.device, task.result
     config = replace(task.config, k=int(task.senses[token]))
     rows = slice(task.starts[token], task.starts[token] + task.sizes[token])

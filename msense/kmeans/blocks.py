@@ -1,8 +1,8 @@
-"""k-means of one large token in blocks of BLOCK_ROWS rows, which several workers may share as parts.
+"""k-means of one large token in blocks of BLOCK_ROWS rows, which several workers may share.
 
-In: some rows of the token, and its state. Out: sums and counts that add up, the next state, final results; none depends
-on how the blocks are cut into parts while rows x largest |value| stays under 2^29 (see `read_points`). The rounds are
-`partial`, `combine`, (`farthest`,) `update`; then `finish`. Holds a block twice in float32 and once in float64.
+A round is `partial`, `combine`, (`farthest`,) `update`; at the end comes `finish`. Results do not depend on how the
+blocks are distributed while rows x largest |value| stays below 2^29 (see `read_points`). Memory: a block twice in
+float32 and once in float64.
 """
 
 import math
@@ -31,15 +31,25 @@ from msense.products import product
 
 @dataclass(frozen=True)
 class BlockedState:
-    """Where a blocked token stands between two rounds: all that a resumed run needs."""
+    """State of a token between two rounds: all that a resumed run needs.
+
+    Example:
+        >>> points = np.float16([[0, 0], [0, 1], [9, 9]])
+        >>> config = KMeansConfig(k=2)
+        >>> state = seed_centroids(points, token_id=7, config=config)
+        >>> while state.final is None:
+        ...     state = update(state, combine([partial(points, state, config)]), config)
+        >>> sorted(state.counts.tolist())
+        [1, 2]
+    """
 
     token_id: int
-    centroids: NDArray[np.float32]  # [K, D] what the next round assigns points to
-    shift: NDArray[np.float32]  # [D] subtracted before distances are taken: float32 is precise near 0
+    centroids: NDArray[np.float32]  # [K, D] to which the next round assigns points
+    shift: NDArray[np.float32]  # [D] subtracted before distances are computed: float32 is precise near 0
     counts: NDArray[np.int64]  # [K] their points, 0 before the first round
     inertia: float = math.inf  # of the last round
     rounds: int = 0
-    final: NDArray[np.float32] | None = None  # [K', D] centroids of the K' senses with points, once done
+    final: NDArray[np.float32] | None = None  # [K', D] centroids of the K' senses with points, once converged
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Partial:
 
 @dataclass(frozen=True)
 class Farthest:
-    """The points farthest from their centroids, the farthest first, of equals the first row first."""
+    """The points farthest from their centroids, in descending order; ties by row."""
 
     distance: NDArray[np.float32]  # [M]
     rows: NDArray[np.int64]  # [M] row inside the token
@@ -65,26 +75,21 @@ class Finished:
     """Final results of some blocks of a token."""
 
     assignment: NDArray[np.int32]  # [n]
-    distance: NDArray[np.float32]  # [n] squared distance to the own centroid
+    distance: NDArray[np.float32]  # [n] squared distance to the assigned centroid
     squares: NDArray[np.float64]  # [blocks, K'] sums of those per sense
 
 
 def seed_centroids(
-    points: Points,
-    token_id: int,
-    config: KMeansConfig,
-    *,
-    device: str | torch.device = "cpu",
-    threads: Threads = ALONE,
+    points: Points, token_id: int, config: KMeansConfig, *, device: str | torch.device = "cpu", threads: Threads = ALONE
 ) -> BlockedState:
-    """Choose the centroids that a blocked token starts from.
+    """Choose the initial centroids of a blocked token.
 
     Args:
-        points: [n, D] the token's first SEED_POINTS points by key (all, if it has fewer), in the order of keys.
-        token_id: fixes the random draws, with `config.seed`.
+        points: [n, D] the token's first SEED_POINTS points by key (all, if it has fewer), in key order.
+        token_id: determines the random draws, with `config.seed`.
         config: settings; if there are at most `config.k` distinct points, each is a centroid.
         device: where distances are computed.
-        threads: that compute them; any number gives the same bytes.
+        threads: any number gives the same bytes.
 
     Raises:
         MsenseError: a value is NaN, infinite or above LARGEST_VALUE.
@@ -100,19 +105,19 @@ def seed_centroids(
 def _assigned(
     view: torch.Tensor, state: BlockedState, metric: Metric, device: str | torch.device, lengths: list[torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Per block of BLOCK_ROWS rows: its points as stored, nearest centroid int64 [b], squared distance to it [b].
+    """Yield per block its points as stored, nearest centroids int64 [b] and squared distances to them [b].
 
-    `lengths` are the centred points' squared lengths, a tensor a block; those missing are added.
+    `lengths` holds the squared lengths of the centred points, one tensor per block; missing ones are appended.
 
-    This is the only place where blocked points meet centroids, and always in the same shapes: it gives the same bytes
-    for a block wherever the block is processed.
+    Only this function compares blocked points with centroids, always in the same shapes, so a block gives the same
+    bytes wherever it is processed.
     """
     shift = torch.from_numpy(state.shift).to(device)
     centroids = torch.from_numpy(state.centroids).to(device) - shift
     offset = centroids.square().sum(1)[:, None]
-    room = torch.empty(min(BLOCK_ROWS, len(view)), view.shape[1], device=device)  # fresh pages cost more than the work
+    buffer = torch.empty(min(BLOCK_ROWS, len(view)), view.shape[1], device=device)  # new pages cost more than the work
     for number, block in enumerate(view.split(BLOCK_ROWS)):
-        centred = read_points(block, metric, device, room[: len(block)]).sub_(shift)
+        centred = read_points(block, metric, device, buffer[: len(block)]).sub_(shift)
         scores = product(centroids, centred.T)
         low, own = lowest(torch.add(offset, scores, alpha=-2, out=scores))
         if number == len(lengths):
@@ -122,7 +127,7 @@ def _assigned(
 
 @dataclass
 class Kept:
-    """What a part may keep from round to round, 12 bytes a point: then only points that changed cluster are added up."""
+    """State of a range of rows kept between rounds, 12 bytes per point, so that only moved points are added up."""
 
     lengths: list[torch.Tensor] = field(default_factory=list)  # see `_assigned`
     own: list[torch.Tensor] = field(default_factory=list)  # int64 [b] of each block: its points' clusters
@@ -137,17 +142,17 @@ def partial(
     device: str | torch.device = "cpu",
     kept: Kept | None = None,
 ) -> Partial:
-    """Assign a part's points to the nearest centroid and sum them up.
+    """Assign a range of points to the nearest centroids and sum them per cluster.
 
     Args:
-        points: [n, D] rows of the token that begin at a multiple of BLOCK_ROWS, and end at one or at the token's end.
-        state: the same for all parts of a round.
+        points: [n, D] rows of the token from a multiple of BLOCK_ROWS to another one or the token's end.
+        state: the same for all ranges of a round.
         config: settings.
         device: where blocks are computed.
-        kept: of this part's last round, brought up to date; a fresh one, or None, gives the same bytes.
+        kept: from the range's last round, updated in place; an empty one, or None, gives the same bytes.
 
     Raises:
-        MsenseError: a value is NaN, infinite or above LARGEST_VALUE (looked for in the first round).
+        MsenseError: a value is NaN, infinite or above LARGEST_VALUE (checked in the first round).
     """
     view, kept = as_points(points), kept or Kept()
     if state.rounds == 0:
@@ -176,7 +181,7 @@ def partial(
 
 
 def combine(parts: Sequence[Partial]) -> Partial:
-    """Add up the parts of a round, in the order of their rows; the same bytes for any grouping."""
+    """Add up the results of a round, in row order; the same bytes for any grouping."""
     return Partial(
         np.sum([part.sums for part in parts], axis=0),
         np.sum([part.counts for part in parts], axis=0),
@@ -193,9 +198,9 @@ def farthest(
     first_row: int = 0,
     device: str | torch.device = "cpu",
 ) -> Farthest:
-    """Find a part's `m` points farthest from their centroids; asked only in a round that left `m` clusters empty.
+    """Return the `m` points of a range farthest from their centroids, for a round that left `m` clusters empty.
 
-    `first_row` is the part's first row inside the token; the rest is as for `partial`.
+    `first_row` is the range's first row inside the token; the other arguments are as for `partial`.
     """
     view = as_points(points)
     found = Farthest(np.empty(0, np.float32), np.empty(0, np.int64), np.empty((0, view.shape[1]), np.float32))
@@ -209,20 +214,20 @@ def farthest(
 
 
 def combine_farthest(parts: Sequence[Farthest], m: int) -> Farthest:
-    """Keep the `m` farthest points of several parts."""
+    """Return the `m` farthest points of several results."""
     distance, rows, values = (
-        np.concatenate(arrays) for arrays in zip(*((p.distance, p.rows, p.values) for p in parts), strict=True)
+        np.concatenate([getattr(p, name) for p in parts]) for name in ("distance", "rows", "values")
     )
     order = np.lexsort((rows, -distance))[:m]
     return Farthest(distance[order], rows[order], values[order])
 
 
 def update(state: BlockedState, total: Partial, config: KMeansConfig, far: Farthest | None = None) -> BlockedState:
-    """Close a round: new centroids, or final ones if the token converged or reached `config.max_rounds`.
+    """Close a round: compute new centroids, or final ones if the token converged or reached `config.max_rounds`.
 
     Args:
-        state: the state that `total` was computed with.
-        total: all parts combined.
+        state: with which `total` was computed.
+        total: all results combined.
         config: settings.
         far: as many farthest points as `total.counts` has zeros; they become those clusters' centroids.
     """
@@ -243,9 +248,9 @@ def update(state: BlockedState, total: Partial, config: KMeansConfig, far: Farth
 def finish(
     points: Points, state: BlockedState, config: KMeansConfig, *, device: str | torch.device = "cpu"
 ) -> Finished:
-    """Assign a part's points for good, once `state.final` is there; points as for `partial`."""
+    """Compute the final assignment of a range of points, as for `partial`, once `state.final` is set."""
     if state.final is None:
-        raise ValueError(f"token {state.token_id} has not converged: call update until its state is final")
+        raise ValueError(f"token {state.token_id} has not converged; call update until its state is final")
     view = as_points(points)
     number = torch.from_numpy(np.cumsum(state.counts > 0) - 1).to(device)
     final = torch.from_numpy(state.final).to(device)
@@ -261,7 +266,7 @@ def finish(
 
 
 def summary(state: BlockedState, parts: Sequence[Finished]) -> tuple[NDArray[np.int64], NDArray[np.float32], float]:
-    """Counts [K'] and spread [K'] of a finished token's senses, and its inertia; the same bytes for any grouping."""
+    """Return counts [K'] and RMS distances [K'] of a finished token's senses, and its inertia, for any grouping."""
     counts, squares = state.counts[state.counts > 0], np.concatenate([part.squares for part in parts])
     sums = np.array([math.fsum(column) for column in squares.T])
     return counts, np.sqrt(sums / counts).astype(np.float32), math.fsum(squares.ravel())

@@ -1,10 +1,8 @@
-"""How a token's distortion falls with the number of its senses, without clustering for every number.
+"""Estimate how a token's distortion falls with the number of its senses, without a k-means run per number.
 
-In: points [N, D] as stored, grouped by token. Out: per token the within-cluster variance at a few K (`GRID`).
-A token's inner products are taken once; greedy k-means++ then adds a seed at a time, and at each K of the grid its
-clusters' means are put in the seeds' place: one round of Lloyd's algorithm, all from inner products. On MiniLM's
-embeddings that is in the median 2 to 4 % above a full run at each K. Holds a batch of BATCH_PRODUCTS inner products,
-some times over.
+Greedy k-means++ adds one seed at a time; at each K of GRID, one round of Lloyd's algorithm is evaluated from the token's
+inner products, which are computed once. On MiniLM embeddings the estimate is in the median 2 to 4 % above a full run.
+Memory: a small multiple of BATCH_PRODUCTS float32 values.
 """
 
 from dataclasses import replace
@@ -27,9 +25,9 @@ from msense.kmeans.seeding import (
 )
 from msense.kmeans.threads import open_threads
 
-CURVE_POINTS = 512  # points of a token to look at
-POINTS_A_SENSE = 2  # with fewer, senses are single points, which say nothing of occurrences to come
-GRID = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64])  # K; two steps an octave
+CURVE_POINTS = 512  # points of a token that are used
+POINTS_A_SENSE = 2  # with fewer, senses are single points, which do not generalise to other occurrences
+GRID = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64])  # K; two steps per octave
 BATCH_PRODUCTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
@@ -43,13 +41,13 @@ def variance_curves(
 ) -> NDArray[np.float64]:
     """Estimate every token's within-cluster variance at each K of GRID.
 
-    The variance is the sum of squared distances to the nearest centroid over n - K, as K of the n points' degrees of
-    freedom went into the centroids: so curves of different numbers of points can be compared.
+    The variance is the sum of squared distances to the nearest centroid over n - K, because K of the n degrees of
+    freedom went into the centroids: so curves of different numbers of points are comparable.
 
     Args:
-        points: [N, D] float16, bfloat16 or float32, rows grouped by token; CURVE_POINTS a token are enough.
+        points: [N, D] float16, bfloat16 or float32, rows grouped by token; CURVE_POINTS per token are enough.
         sizes: int64 [T], points of each token, at least 1, with sum N.
-        token_ids: int64 [T]; with `config.seed` they fix each token's random draws.
+        token_ids: int64 [T]; with `config.seed` they determine each token's random draws.
         config: metric and seed.
         device: where batches are computed.
 
@@ -58,6 +56,11 @@ def variance_curves(
 
     Raises:
         MsenseError: a value is NaN, infinite or above LARGEST_VALUE; names the token.
+
+    Example:
+        >>> points = np.float16([[0], [1], [10], [11]])
+        >>> variance_curves(points, np.array([4]), np.array([0]), KMeansConfig())[0, :3]
+        array([33.66666667,  0.5       ,         nan])
     """
     view, target = as_points(points), torch.device(device)
     check_points(view, sizes, token_ids)
@@ -75,7 +78,7 @@ def variance_curves(
                 stored = view.index_select(0, rows.flatten().to(view.device)).view(*rows.shape, -1)
                 mask = torch.from_numpy(real).to(target)
                 values = read_points(stored, config.metric, target).mul_(mask[..., None])
-                if config.metric != "cosine":  # float32 is precise near 0; unit vectors are near it as they are
+                if config.metric != "cosine":  # float32 is precise near 0; unit vectors are near it already
                     values.sub_((values.sum(1) / mask.sum(1, keepdim=True))[:, None]).mul_(mask[..., None])
                 drawn = torch.from_numpy(draws(token_ids[own], replace(config, k=int(grid[-1])))).to(target)
                 found[own, : len(grid)] = _distortions(values, mask, drawn, grid, config.metric).cpu().numpy()
@@ -87,20 +90,12 @@ def variance_curves(
 def _distortions(
     values: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor, grid: NDArray[np.int64], metric: Metric
 ) -> torch.Tensor:
-    """Sums of squared distances to the means of the points that are nearest to the first k seeds, for k in a grid.
+    """Return sums of squared distances to the means of the points nearest to the first k seeds: float64 [B, G].
 
-    Args:
-        values: float32 [B, n, D] points (but for "cosine" centred), 0 on padding.
-        mask: bool [B, n], false on padding.
-        uniforms: float64 [B, K, L], for seeding.
-        grid: int64 [G], each at most K.
-        metric: of the distances.
-
-    Returns:
-        float64 [B, G].
+    For k in `grid` int64 [G], up to K; of points float32 [B, n, D] (centred except for "cosine"), 0 on padding; with
+    `uniforms` float64 [B, K, L] for seeding.
     """
     norms, products = values.square().sum(2), torch.bmm(values, values.transpose(1, 2))
-
     token = torch.arange(len(mask), device=mask.device)[:, None]
 
     def scores(index: torch.Tensor) -> torch.Tensor:
@@ -111,7 +106,7 @@ def _distortions(
     for k in grid.tolist():
         sums = sum_rows(values, own[:, k - 1], k)
         lengths = sums.square().sum(2, dtype=torch.float64)
-        if metric == "cosine":  # centroids of length 1: what is lost is twice (points - lengths of the sums)
+        if metric == "cosine":  # centroids of length 1: the inertia is 2 (points - sum of the sums' lengths)
             found.append(2 * (total - lengths.sqrt().sum(1)))
         else:
             members = sum_values(mask.float(), own[:, k - 1], k).clamp_(min=1)

@@ -1,7 +1,6 @@
-"""Lloyd's algorithm on a batch of tokens of like size, as tensors [B, ...] on any device.
+"""Lloyd's algorithm on a batch of tokens of similar size, as tensors [B, ...] on any device.
 
-In: points or their inner products, uniform numbers for the seeds. Out: each point's cluster. Holds a few tensors of
-[B, K, n] and [B, K, D] beside what it is given. Every sum is taken in an order that is always the same.
+All sums have a fixed order. Memory: a few tensors of [B, K, n] and [B, K, D] in addition to the input.
 """
 
 import math
@@ -12,22 +11,22 @@ import torch
 
 from msense.kmeans.seeding import KMeansConfig, Metric, greedy_seeds, lowest
 
-# Kinds of device where index_add adds in order, and where it pays to add and multiply only what has changed. A GPU adds
-# in whatever order its threads arrive; there sums are products with a matrix of 0 and 1.
+# Device types where index_add adds in order and where updating only what has changed pays off. A GPU adds in the order
+# its threads arrive; there sums are products with a matrix of 0 and 1.
 SPARSE = {"cpu"}
-FEW = 2  # points a cluster, on average: of such tokens points also move one by one
+FEW = 2  # mean points per cluster up to which points also move one by one
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a run found for B tokens of n points."""
+    """Result of a run for B tokens of n points."""
 
     own: torch.Tensor  # int64 [B, n] each point's cluster (arbitrary on padding)
     rounds: torch.Tensor  # int64 [B] of assignment
-    inertia: torch.Tensor  # float64 [B] of the last round, in float32's precision
+    inertia: torch.Tensor  # float64 [B] of the last round, with float32 precision
 
     def where_lower(self, other: "Found") -> "Found":
-        """Take what is of this run where its inertia is lower, and of the other elsewhere."""
+        """Return, per token, the run of lower inertia; ties go to the other one."""
         lower = self.inertia < other.inertia
         return Found(
             torch.where(lower[:, None], self.own, other.own),
@@ -42,21 +41,21 @@ class _Batch:
 
     table: torch.Tensor  # [A, n, W] points, or their inner products (W = n); 0 on padding
     turned: tuple[torch.Tensor, ...]  # A views [W, n] of the table
-    place: torch.Tensor  # int64 [B] where its result goes
-    rows: torch.Tensor  # int64 [B, n] where the points are among all rows of the table
+    place: torch.Tensor  # int64 [B] where the token's result is stored
+    rows: torch.Tensor  # int64 [B, n] the points' rows in the flattened table
     mask: torch.Tensor  # bool [B, n] false on padding
-    unused: torch.Tensor  # bool [B, K] true on clusters past the token's own K
+    unused: torch.Tensor  # bool [B, K] true on clusters beyond the token's own K
     norms: torch.Tensor  # [B, n] squared lengths of points
     sums: torch.Tensor  # [B, K, W] rows of the table summed by cluster
-    products: torch.Tensor  # [B, K, n] inner products of the summed points and all points; maybe the same as sums
+    products: torch.Tensor  # [B, K, n] inner products of the summed points and all points; the same as sums for "gram"
     squares: torch.Tensor  # [B, K] squared lengths of the summed points
     counts: torch.Tensor  # [B, K] points of a cluster, at least 1
-    single: torch.Tensor  # bool [B, K] true where the sum is one point that does not belong to the cluster yet
+    single: torch.Tensor  # bool [B, K] true where the sum is one point that is not yet assigned to the cluster
     own: torch.Tensor  # int64 [B, n] each point's cluster; -1 before the first round
     before: torch.Tensor  # float64 [B] inertia of the last round
 
     def keep(self, which: torch.Tensor) -> None:
-        """Drop all tokens but int64 [B']."""
+        """Drop all tokens except int64 [B']."""
         gram, table = self.products is self.sums, self.table
         for name in vars(self).keys() - {"table", "turned", "products"}:
             setattr(self, name, getattr(self, name)[which])
@@ -75,19 +74,18 @@ def lloyd(
 ) -> Found:
     """Run Lloyd's algorithm on a batch of B tokens of n points (padding included, where `table` is 0).
 
-    Where clusters have but two points on average, Lloyd's rounds end in poor optima, which points then leave one by
-    one: the move that lowers a token's inertia most, while it does so by more than `config.tol`. This is Hartigan's
-    method (Telgarsky and Vattani, Hartigan's Method: k-means Clustering without Voronoi, AISTATS 2010). It needs inner
-    products.
+    A round needs the inner products of summed clusters and points. If `table` holds points, it is multiplied by the
+    sums that have changed. If it holds inner products, their sums are those products, and no matrix product is needed.
+    On a CPU only the points that changed their cluster are added up.
 
-    A round needs the inner products of summed clusters and points. If the rows of `table` are points, it multiplies
-    them by the sums that have changed. If they are inner products with all points, their sums are those products, and
-    a round costs no product of matrices. On a CPU only the points that changed their cluster are added up.
+    With at most FEW points per cluster Lloyd's rounds end in poor optima, so points then move one by one: the move that
+    lowers a token's inertia most, while it does so by more than `config.tol`. This is Hartigan's method (Telgarsky and
+    Vattani, Hartigan's Method: k-means Clustering without Voronoi, AISTATS 2010). It needs inner products.
 
     Args:
         table: float32 [B, n, D] points, or [B, n, n] their inner products.
         mask: bool [B, n], false on padding.
-        unused: bool [B, K], true on clusters past a token's own K, which get no points.
+        unused: bool [B, K], true on clusters beyond a token's own K, which get no points.
         uniforms: float64 [B, K, L] for seeding.
         gram: whether `table` holds inner products.
         config: metric, tol and max_rounds.
@@ -120,16 +118,15 @@ def lloyd(
 def _seeded(
     table: torch.Tensor, mask: torch.Tensor, unused: torch.Tensor, uniforms: torch.Tensor, gram: bool
 ) -> _Batch:
-    """Start with a point a cluster."""
+    """Return a batch with one seed point per cluster."""
     norms = table.diagonal(dim1=1, dim2=2).clone() if gram else torch.linalg.vector_norm(table, dim=2).square_()
-
     flat, turned, place = table.flatten(0, 1), table.transpose(1, 2), torch.arange(len(mask), device=mask.device)
-    every, lengths_of = _rows(len(mask), table), norms.flatten()
+    every, all_norms = _rows(len(mask), table), norms.flatten()
 
     def scores(index: torch.Tensor) -> torch.Tensor:
         at = (every[:, :1] + index).flatten()
         rows = flat.index_select(0, at).view(*index.shape, -1)
-        lengths = lengths_of.index_select(0, at).view(*index.shape, 1)
+        lengths = all_norms.index_select(0, at).view(*index.shape, 1)
         return torch.add(lengths, rows, alpha=-2, out=rows) if gram else torch.baddbmm(lengths, rows, turned, alpha=-2)
 
     seeds, _ = greedy_seeds(scores, norms, mask, uniforms)
@@ -155,9 +152,9 @@ def _seeded(
 
 
 def _scores(batch: _Batch, metric: Metric) -> torch.Tensor:
-    """Squared distances from centroids to points, less the points' squared lengths: [B, K, n].
+    """Return squared distances from centroids to points, minus the points' squared lengths: [B, K, n].
 
-    A sum that float32 cannot tell from 0 has no direction: under "cosine" its centroid is 0.
+    With "cosine", a sum that float32 cannot distinguish from 0 has no direction: its centroid is 0.
     """
     scale = batch.counts.reciprocal()
     if metric == "cosine":
@@ -168,7 +165,7 @@ def _scores(batch: _Batch, metric: Metric) -> torch.Tensor:
 
 
 def _update(batch: _Batch, nearest: torch.Tensor, away: torch.Tensor) -> None:
-    """Take over new clusters int64 [B, n]; an empty one takes the point farthest from its centroid as its sum."""
+    """Apply new clusters int64 [B, n]; an empty cluster's sum becomes the point farthest from its centroid."""
     table, k, gram = batch.table, batch.sums.shape[1], batch.products is batch.sums
     empty, changed = batch.counts == 0, batch.single
     if table.device.type not in SPARSE:
@@ -201,34 +198,34 @@ def _update(batch: _Batch, nearest: torch.Tensor, away: torch.Tensor) -> None:
 
 
 def _multiply(batch: _Batch, changed: torch.Tensor) -> None:
-    """Bring products up to date with sums that have changed, bool [B, K]."""
+    """Recompute the products of sums that have changed, bool [B, K]."""
     if batch.products is batch.sums:
         return
     if batch.table.device.type not in SPARSE:
         batch.products = torch.bmm(batch.sums, batch.table.transpose(1, 2))
         return
-    # a token at a time: how a product is rounded may depend on its shape, and so must not on the token's neighbours
+    # one token at a time: rounding may depend on the product's shape, which must not depend on the token's neighbours
     rows = changed.flatten().nonzero()[:, 0]
     sums = batch.sums.flatten(0, 1).index_select(0, rows).split(changed.sum(1).tolist())
     tokens = (batch.rows[:, 0] // batch.table.shape[1]).tolist()
-    products = [some @ batch.turned[token] for some, token in zip(sums, tokens, strict=True)]
+    products = [own @ batch.turned[token] for own, token in zip(sums, tokens, strict=True)]
     batch.products.flatten(0, 1).index_copy_(0, rows, torch.cat(products))
 
 
 def _rows(tokens: int, table: torch.Tensor) -> torch.Tensor:
-    """Number the rows of the first tokens of a table [B, n, W] through: int64 [tokens, n]."""
+    """Return indices into the flattened table [B, n, W] of the first tokens' rows: int64 [tokens, n]."""
     return torch.arange(tokens * table.shape[1], device=table.device).view(tokens, -1)
 
 
 def _flat(own: torch.Tensor, k: int) -> torch.Tensor:
-    """Number the clusters int64 [B, n] of all tokens through: [B n]."""
+    """Return indices of clusters int64 [B, n] among those of all tokens: [B n]."""
     return (own + k * torch.arange(len(own), device=own.device)[:, None]).flatten()
 
 
 def self_products(points: torch.Tensor, out: torch.Tensor) -> None:
     """Write the inner products of each token's points [B, n, D] to `out` [B, n, n].
 
-    NumPy computes only half of a product with itself, and mirrors it: on a CPU 1.5 times as fast as torch.
+    NumPy computes only half of a product with itself and mirrors it, which is 1.5 times as fast as torch on a CPU.
     """
     if points.device.type == "cpu":
         np.matmul(points.numpy(), points.numpy().transpose(0, 2, 1), out=out.numpy())
@@ -237,7 +234,7 @@ def self_products(points: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
-    """Sum the rows [B, n, W] of each cluster, by `own` int64 [B, n]: [B, K, W], in an order that is always the same."""
+    """Sum the rows [B, n, W] of each cluster, by `own` int64 [B, n], in a fixed order: [B, K, W]."""
     batch, n, width = rows.shape
     if rows.device.type in SPARSE:
         sums = rows.new_zeros(batch * k, width).index_add_(0, _flat(own, k), rows.flatten(0, 1))
@@ -246,7 +243,7 @@ def sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def sum_values(values: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
-    """Sum the values [B, n] of each cluster, by `own` int64 [B, n]: [B, K], in an order that is always the same."""
+    """Sum the values [B, n] of each cluster, by `own` int64 [B, n], in a fixed order: [B, K]."""
     if values.device.type in SPARSE:
         return values.new_zeros(len(values), k).scatter_add_(1, own, values)
     return sum_rows(values[..., None], own, k)[..., 0]
@@ -260,7 +257,7 @@ def _exchanged(
     own: torch.Tensor,
     config: KMeansConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move single points of B tokens, those `at` int64 [B] in `table`, to other clusters; returns those, and inertias."""
+    """Move single points of the tokens `at` int64 [B] in `table` by Hartigan's method; return clusters and inertias."""
     result, place, k = own.clone(), torch.arange(len(at), device=at.device), unused.shape[1]
     sums, counts = sum_rows(table[at], own, k), unused.new_zeros(unused.shape, dtype=torch.float32)
     counts.scatter_add_(1, own, mask.float())
@@ -279,7 +276,7 @@ def _exchanged(
         change, point = cost.add_(leaving).masked_fill_(~mask, math.inf).min(1)
         total = norms.sum(1, dtype=torch.float64)
         inertia[place] = left = (total - worth.sum(1)).clamp_(min=0)
-        enough = config.tol * left + 1e-6 * total  # float32 tells no smaller ones
+        enough = config.tol * left + 1e-6 * total  # smaller changes are below float32's precision
         going = (-change > enough).nonzero()[:, 0]
         if not len(going):
             break
@@ -296,7 +293,7 @@ def _exchanged(
 
 
 def _worth(squares: torch.Tensor, counts: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """How much lower inertia is than the sum of the points' squared lengths, by a cluster of this sum and count."""
+    """Return by how much clusters of these squared sums and counts lower the inertia below the sum of squared lengths."""
     if metric == "cosine":
         lengths = squares.clamp(min=0).sqrt()
         return torch.where(squares > 1e-6 * counts * counts, 2 * lengths - counts, 0.0)

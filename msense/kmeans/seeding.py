@@ -1,8 +1,7 @@
-"""How k-means reads points, and where it starts: settings, exact values, duplicates, random draws, k-means++.
+"""Input and initialisation of k-means: settings, exact values, duplicates, random draws, greedy k-means++.
 
-In: points [N, D] as stored, token ids, settings. Out: blocks of float32 values, tokens of few distinct points, rows to
-start from. Every draw is a hash of (seed, token id, step, candidate): a token's seeds depend on no other token, nor on
-the order of work. Holds about 40 bytes a row, HELD_FLOATS of a large token's values, candidates x points distances.
+Every draw is a hash of (seed, run, token id, step, candidate), so a token's seeds depend neither on other tokens nor on
+the order of work. Memory: about 40 bytes per row, HELD_FLOATS values and candidates x points distances.
 """
 
 import math
@@ -21,12 +20,12 @@ from msense.products import product
 
 Points: TypeAlias = NDArray[np.generic] | torch.Tensor
 
-BLOCK_ROWS = 1024  # rows looked at in one go; a token of more points is clustered in blocks of so many
-SEED_POINTS = 8192  # such a token is seeded from its first points by key
-HELD_FLOATS = 1 << 25  # values of seeding points that are kept as float32; the others are read anew at every step
-GRID = 2.0**24  # values are whole multiples of 1 / GRID, as every float16 is
-WEIGHT = 2.0**60  # sum of the weights that the first candidates are drawn by; it falls from step to step
-LEADING = 8  # components that tell almost all distinct points apart
+BLOCK_ROWS = 1024  # rows per block; a token of more points is clustered in blocks
+SEED_POINTS = 8192  # the first points by key, from which such a token is seeded
+HELD_FLOATS = 1 << 25  # values of seeding points kept as float32; the others are converted again at every step
+GRID = 2.0**24  # values are multiples of 1 / GRID, as every float16 is
+WEIGHT = 2.0**60  # sum of the integer weights of the first draw of candidates; it falls from step to step
+LEADING = 8  # components that distinguish almost all distinct points
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,21 @@ class KMeansConfig:
     """Settings of k-means.
 
     Attributes:
-        k: senses of a token, at most; fewer where it has fewer distinct points.
-        metric: "l2" and "dot" cluster by squared Euclidean distance (with "dot", only assignment to a finished
-            dictionary differs); "cosine" clusters points scaled to length 1 around centroids of length 1.
-        seed: of the random draws; any integer.
-        n_init: runs from different seeds, of which a token keeps the one whose last round has the lowest inertia. A
-            token clustered in blocks runs once, from the seeds of lowest inertia on the points it is seeded from.
+        k: maximum number of senses of a token; it has fewer if it has fewer distinct points.
+        metric: "l2" and "dot" cluster by squared Euclidean distance (they differ only in the assignment to a finished
+            dictionary); "cosine" clusters points scaled to length 1 around centroids of length 1.
+        seed: any integer.
+        n_init: number of runs from different seeds; a token keeps the run whose last round has the lowest inertia. A
+            token clustered in blocks runs once, from the seeds of lowest inertia on its seeding points.
         tol: a token stops when a round lowers its inertia by no more than this fraction.
-        max_rounds: most rounds of assignment.
+        max_rounds: maximum number of assignment rounds.
 
     Raises:
-        BadInput: lists every setting that is out of range.
+        BadInput: lists every setting out of range.
+
+    Example:
+        >>> KMeansConfig(k=8, metric="cosine").max_rounds
+        100
     """
 
     k: int = 20
@@ -55,23 +58,22 @@ class KMeansConfig:
     max_rounds: int = 100
 
     def __post_init__(self) -> None:
-        wrong = []
-        if not 1 <= self.k <= MAX_SENSES:
-            wrong.append(f"k is {self.k}, but must be from 1 to {MAX_SENSES}")
-        if self.metric not in get_args(Metric):
-            wrong.append(f"metric is {self.metric!r}, but must be one of {', '.join(get_args(Metric))}")
-        if self.n_init < 1:
-            wrong.append(f"n_init is {self.n_init}, but must be 1 or more")
-        if not 0 <= self.tol < 1:
-            wrong.append(f"tol is {self.tol}, but must be from 0 to below 1")
-        if self.max_rounds < 1:
-            wrong.append(f"max_rounds is {self.max_rounds}, but must be 1 or more")
+        checks = {
+            "k": (1 <= self.k <= MAX_SENSES, f"from 1 to {MAX_SENSES}"),
+            "metric": (self.metric in get_args(Metric), f"one of {', '.join(get_args(Metric))}"),
+            "n_init": (self.n_init >= 1, "1 or more"),
+            "tol": (0 <= self.tol < 1, "from 0 to below 1"),
+            "max_rounds": (self.max_rounds >= 1, "1 or more"),
+        }
+        wrong = [
+            f"{name} is {getattr(self, name)!r}, but must be {valid}" for name, (ok, valid) in checks.items() if not ok
+        ]
         if wrong:
             raise BadInput("k-means settings: " + "; ".join(wrong))
 
 
 def as_points(points: Points) -> torch.Tensor:
-    """View a matrix of points as a tensor [N, D]; nothing is copied, and nothing here ever writes to it.
+    """View a matrix of points as a tensor [N, D] without a copy; it is never written to.
 
     Raises:
         BadInput: it is not a matrix of float16, bfloat16 or float32.
@@ -79,21 +81,21 @@ def as_points(points: Points) -> torch.Tensor:
     dtype = str(points.dtype).removeprefix("torch.")
     if dtype not in ("float16", "bfloat16", "float32") or points.ndim != 2 or not points.shape[1]:
         raise BadInput(
-            f"points are {dtype} of shape {tuple(points.shape)}: k-means reads a float16, bfloat16 or float32 "
-            "matrix [points, width]; convert them first"
+            f"points are {dtype} of shape {tuple(points.shape)}, but must be a float16, bfloat16 or float32 matrix "
+            "[points, width]; convert them first"
         )
-    # dlpack takes read-only memory (mapped files, Arrow buffers) without torch's warning, but no negative strides
+    # dlpack accepts read-only memory (mapped files, Arrow buffers) without torch's warning, but no negative strides
     return points.detach() if isinstance(points, torch.Tensor) else torch.from_dlpack(np.ascontiguousarray(points))
 
 
 def read_points(
     points: torch.Tensor, metric: Metric, device: str | torch.device, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Values that k-means works on, as a fresh float32 tensor of the same shape [..., D], or written to `out`.
+    """Return the float32 values [..., D] that k-means works on, in a new tensor or in `out`.
 
-    Stored float16 values are taken as they are. Other dtypes are rounded to the grid of float16, multiples of 2^-24;
-    under "cosine" points are scaled to length 1 (zero vectors stay zero) and then rounded to it. So float64 sums of
-    values are exact, and hence the same in any order, while rows x largest |value| stays under 2^29.
+    Stored float16 values are used unchanged. Other dtypes are rounded to multiples of 2^-24, the grid of float16; with
+    "cosine", points are scaled to length 1 (zero vectors stay zero) and then rounded to it. So float64 sums are exact,
+    and independent of their order, while rows x largest |value| stays below 2^29.
     """
     values = torch.empty(points.shape, device=device) if out is None else out
     values.copy_(points)
@@ -107,31 +109,31 @@ def read_points(
 
 
 def centroids_of(sums: torch.Tensor, counts: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """Means of float64 sums [..., K, D] and counts [..., K]; under "cosine" directions, and 0 where a sum is 0."""
+    """Return means of float64 sums [..., K, D] with counts [..., K]; for "cosine" unit vectors, or 0 for a zero sum."""
     divisor = torch.linalg.vector_norm(sums, dim=-1).clamp_min(1e-300) if metric == "cosine" else counts.clamp_min(1)
     return (sums / divisor[..., None]).float()
 
 
 def check_points(points: torch.Tensor, sizes: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-    """Refuse values that are NaN, infinite or above LARGEST_VALUE.
+    """Check that all values are finite and at most LARGEST_VALUE.
 
     Raises:
-        MsenseError: names the first token that has one.
+        MsenseError: names the first token with an invalid value.
     """
     for at in range(0, len(points), BLOCK_ROWS):
         block = points[at : at + BLOCK_ROWS]
         low, high = torch.aminmax(block)
-        if not (float(low) >= -LARGEST_VALUE and float(high) <= LARGEST_VALUE):  # NaN is neither
+        if not (float(low) >= -LARGEST_VALUE and float(high) <= LARGEST_VALUE):  # NaN fails both
             row = at + int((block.float().abs() <= LARGEST_VALUE).all(1).logical_not().nonzero()[0])
             token = token_ids[np.searchsorted(np.cumsum(sizes), row, side="right")]
             raise MsenseError(
-                f"token {token} has an embedding that is NaN or infinite, or has values above {LARGEST_VALUE:g}: "
-                "leave it out, or compute it anew"
+                f"token {token} has an embedding that is NaN or infinite, or has values above {LARGEST_VALUE:g}; "
+                "remove it or compute it again"
             )
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64 (Steele, Lea, Flood 2014): a bijection whose every output bit looks random."""
+    """Apply the output function of SplitMix64 (Steele, Lea, Flood 2014), a bijection that mixes all bits."""
     x = x ^ (x >> np.uint64(30))
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
@@ -143,17 +145,17 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def draws(
     token_ids: NDArray[np.int64], config: KMeansConfig, senses: NDArray[np.int64] | None = None, run: int = 0
 ) -> NDArray[np.float64]:
-    """Uniform numbers in (0, 1) for greedy k-means++: float64 [T, K, L], L candidates at each of K steps.
+    """Return uniform numbers in (0, 1) for greedy k-means++: float64 [T, K, L], L candidates at each of K steps.
 
-    Each number is a hash of (seed, run, token id, step, candidate) and of nothing else. L is 2 + floor(ln K), as
-    Arthur and Vassilvitskii (2007) and scikit-learn have it.
+    Each number is a hash of (seed, run, token id, step, candidate) only. L is 2 + floor(ln K), as in Arthur and
+    Vassilvitskii (2007) and scikit-learn.
 
     Args:
         token_ids: int64 [T].
         config: seed, and K of the array.
-        senses: int64 [T], each token's own K, at most that; a token of fewer candidates than L draws its first one
-            again, which cannot win then. None: `config.k`.
-        run: which of `config.n_init`.
+        senses: int64 [T], each token's own K, at most that; a token with fewer candidates than L repeats the draw of
+            its first one, which cannot win again. None: `config.k`.
+        run: index of the run, below `config.n_init`.
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
     own = 2 + np.log(np.full(len(token_ids), config.k) if senses is None else senses).astype(np.int64)
@@ -170,9 +172,9 @@ def draws(
 
 
 def lowest(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least score of each column and its row, the first of equals: [..., K, n] to [..., n] and int64 [..., n].
+    """Return the minimum of each column and its first row: [..., K, n] to [..., n] and int64 [..., n].
 
-    What `min` does, without its branches, which no processor foresees: four times as fast. Writes over `scores`.
+    Same result as `min`, but four times as fast, because it has no unpredictable branches. Overwrites `scores`.
     """
     low, row = scores.amin(-2), torch.arange(scores.shape[-2], dtype=torch.float32, device=scores.device)[:, None]
     above = scores.sub_(low[..., None, :]).sign_()
@@ -182,32 +184,32 @@ def lowest(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def greedy_seeds(
     scores: Callable[[torch.Tensor], torch.Tensor], norms: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy k-means++ for a batch of B tokens of at most n points.
+    """Choose seeds by greedy k-means++ for a batch of B tokens of at most n points.
 
     Each step draws candidates in proportion to the squared distance to the nearest seed so far, and keeps the one
-    that leaves the smallest sum of such distances (Arthur and Vassilvitskii 2007).
+    that gives the smallest sum of such distances (Arthur and Vassilvitskii 2007).
 
     Args:
-        scores: maps points int64 [B, L] to their squared distances from all points less those points' squared lengths,
-            float32 [B, L, n]; a fresh tensor.
+        scores: maps points int64 [B, L] to their squared distances from all points minus those points' squared
+            lengths, as a new float32 tensor [B, L, n].
         norms: float32 [B, n], squared lengths of points, 0 on padding.
-        mask: bool [B, n], true on points and false on padding, which is never chosen.
-        uniforms: float64 [B, K, L] in (0, 1); row 0 needs one number.
+        mask: bool [B, n], false on padding, which is never chosen.
+        uniforms: float64 [B, K, L] in (0, 1); of step 0 only the first number is used.
 
     Returns:
-        The chosen points int64 [B, K], and the points' sum of squared distances to the nearest of them, less norms [B].
+        The chosen points int64 [B, K], and the sum of squared distances to the nearest of them, minus norms [B].
     """
     steps, sizes = uniforms.unbind(1), mask.sum(1, keepdim=True)
     row, last = torch.arange(len(mask), device=mask.device) * uniforms.shape[2], sizes - 1
     chosen = (steps[0][:, :1] * sizes).long()
     seeds = chosen.repeat(1, len(steps))
-    near = scores(chosen)[:, 0].mul_(mask)  # to the nearest seed, less norms; stays 0 on padding
+    near = scores(chosen)[:, 0].mul_(mask)  # to the nearest seed, minus norms; stays 0 on padding
     scale = None
     for step in range(1, len(steps)):
-        weights = (near + norms).clamp_(min=0).scatter_(1, seeds, 0)  # rounding may leave a trace of weight on a seed
+        weights = (near + norms).clamp_(min=0).scatter_(1, seeds, 0)  # rounding may leave a small weight on a seed
         if scale is None:
             scale = WEIGHT / weights.sum(1, keepdim=True, dtype=torch.float64).clamp_(min=1e-200)
-        # whole numbers, because a GPU adds fractions up in an order of its own
+        # integers, because a GPU's order of floating-point additions is not fixed
         whole = (weights * scale).long().cumsum(1)
         targets = (steps[step] * whole[:, -1:]).long()
         candidates = torch.minimum(torch.searchsorted(whole, targets, right=True), last)
@@ -222,18 +224,11 @@ def greedy_seeds(
 def seed_in_blocks(
     points: torch.Tensor, token_id: int, config: KMeansConfig, device: str | torch.device, threads: Threads
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose starting points of one large token, in float32 blocks of BLOCK_ROWS.
-
-    Args:
-        points: [n, D] in the order of keys.
-        token_id: fixes the draws.
-        config: settings.
-        device: where distances are computed.
-        threads: that compute them, each some blocks.
+    """Choose the seeds of one large token with points [n, D] in key order, in float32 blocks of BLOCK_ROWS rows.
 
     Returns:
-        Rows int64 [K], every distinct point if there are at most `config.k`; and the mean of the points float32 [D],
-        which distances are to be centred by (0 under "cosine").
+        Rows int64 [K], all distinct points if there are at most `config.k`; and the mean of the points float32 [D], by
+        which distances are centred (0 for "cosine").
     """
     blocks = points.split(BLOCK_ROWS)
     shift = torch.zeros(points.shape[1], device=device)
@@ -253,13 +248,13 @@ def seed_in_blocks(
     shares = [range(at, min(at + share, len(blocks))) for at in range(0, len(blocks), share)]
 
     def joined(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Put side by side what a function makes of each block [..., b]."""
+        """Concatenate the results [..., b] of a function over all blocks."""
 
-        def of(numbers: range) -> torch.Tensor:
-            found = (held[i] if i < len(held) else centred(blocks[i]) for i in numbers)
-            return torch.cat([function(block) for block in found], -1)
+        def over(numbers: range) -> torch.Tensor:
+            values = (held[i] if i < len(held) else centred(blocks[i]) for i in numbers)
+            return torch.cat([function(block) for block in values], -1)
 
-        return torch.cat(threads.map(of, shares), -1)
+        return torch.cat(threads.map(over, shares), -1)
 
     norms = joined(lambda block: torch.linalg.vector_norm(block, dim=1).square_())
 
@@ -267,10 +262,10 @@ def seed_in_blocks(
         rows, lengths = centred(points.index_select(0, index[0].to(points.device))), norms[index[0], None]
         return joined(lambda block: product(rows, block.T).mul_(-2).add_(lengths))[None]
 
-    everywhere, best, least = torch.ones(1, len(points), dtype=torch.bool, device=device), None, math.inf
+    mask, best, least = torch.ones(1, len(points), dtype=torch.bool, device=device), None, math.inf
     for run in range(config.n_init):
         uniforms = torch.from_numpy(draws(np.array([token_id]), config, run=run)).to(device)
-        seeds, inertia = greedy_seeds(scores, norms[None], everywhere, uniforms)
+        seeds, inertia = greedy_seeds(scores, norms[None], mask, uniforms)
         if best is None or float(inertia) < least:
             best, least = seeds[0], float(inertia)
     assert best is not None
@@ -279,34 +274,28 @@ def seed_in_blocks(
 
 @dataclass(frozen=True)
 class FewDistinct:
-    """Tokens with at most K distinct points: there every distinct point is a sense, and no clustering is needed."""
+    """Tokens with at most K distinct points, each of which becomes a sense without any clustering."""
 
     few: NDArray[np.bool_]  # [T]
     distinct: NDArray[np.int64]  # [T], 0 for other tokens
     rows: NDArray[np.int64]  # [R], ascending: the rows of those tokens
-    group: NDArray[np.int64]  # [R]: which distinct point the row is, in order of token and first appearance
+    group: NDArray[np.int64]  # [R]: index of each row's distinct point, by token and first appearance
     first: NDArray[np.int64]  # [G]: the first row of each distinct point
 
 
 def few_distinct(
     points: torch.Tensor, sizes: NDArray[np.int64], senses: NDArray[np.int64], metric: Metric, max_rows: int
 ) -> FewDistinct:
-    """Find the tokens with at most K distinct points; a token of no points is one.
+    """Find the tokens with at most K distinct points, which includes tokens without points.
 
-    Rows are compared by a 64-bit hash of their values. A first look at a few components clears almost every token.
-
-    Args:
-        points: [N, D], rows grouped by token.
-        sizes: int64 [T], rows of each token.
-        senses: int64 [T], K: most distinct points that count as few.
-        metric: under "cosine" points of one direction are the same.
-        max_rows: tokens of more rows than that are left out.
+    Rows are compared by a 64-bit hash of their values; a first pass over a few components rules out almost every token.
+    For "cosine", points of the same direction are equal. Tokens of more than `max_rows` rows are skipped.
     """
     token = np.repeat(np.arange(len(sizes)), sizes)
     suspect = (sizes <= senses) & (sizes <= max_rows)
     unclear = (sizes > senses) & (sizes <= max_rows)
     rows = np.flatnonzero(unclear[token])
-    # only a lower bound is needed here, so token and 40 bits of hash share one word, and a plain sort is enough
+    # a lower bound is enough here, so token and 40 bits of the hash share one word and a plain sort suffices
     words = np.sort(
         token[rows].astype(np.uint64) << np.uint64(40) | _keys(points, rows, metric, LEADING) >> np.uint64(24)
     )
@@ -323,7 +312,7 @@ def few_distinct(
 
 
 def _keys(points: torch.Tensor, rows: NDArray[np.int64], metric: Metric, width: int) -> NDArray[np.uint64]:
-    """Hash the first `width` values of the given rows: uint64 [R]; equal values, equal keys (-0 is 0)."""
+    """Hash the first `width` values of the given rows: uint64 [R]; -0 counts as 0."""
     keys, width = np.empty(len(rows), np.uint64), min(width, points.shape[1])
     salts = _mix(np.arange(1, (width + 1) // 2 + 1, dtype=np.uint64))
     source = points if metric == "cosine" else points[:, :width]
@@ -340,7 +329,7 @@ def _group(token: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[NDArray[
     order = np.lexsort((keys, token))
     opens = np.ones(len(order), bool)
     opens[1:] = (np.diff(token[order]) != 0) | (np.diff(keys[order]) != 0)
-    first = order[opens]  # lexsort is stable: the first of equal rows comes first
+    first = order[opens]  # lexsort is stable, so this is the first of equal rows
     appearance = np.argsort(first)
     number = np.empty_like(appearance)
     number[appearance] = np.arange(len(appearance))

@@ -1,7 +1,4 @@
-"""Python threads that compute side by side: torch lets go of the interpreter while it works.
-
-Comes in: a function and items. Goes out: its results, in the order of the items. Holds nothing of its own.
-"""
+"""Python threads for numerical work: torch and NumPy release the interpreter lock while they compute."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,17 +15,23 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Threads:
-    """`count` threads; without a pool, the calling thread alone."""
+    """`count` threads; without a pool, only the calling thread.
+
+    Example:
+        >>> with open_threads(2) as threads:
+        ...     threads.map(abs, [-1, 2])
+        [1, 2]
+    """
 
     count: int = 1
     pool: ThreadPoolExecutor | None = None
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Apply a function, without gradients, to each item."""
+        """Apply a function to every item in inference mode; results are in the order of the items."""
         function = torch.inference_mode()(function)
         if self.pool is None:
             return [function(item) for item in items]
-        return [done.result() for done in [self.pool.submit(function, item) for item in items]]
+        return [future.result() for future in [self.pool.submit(function, item) for item in items]]
 
 
 ALONE = Threads()
@@ -36,13 +39,13 @@ ALONE = Threads()
 
 @contextmanager
 def open_threads(count: int) -> Iterator[Threads]:
-    """Start threads, each with one thread of torch and of NumPy; the caller has one, too, until they end.
+    """Start threads with one torch and BLAS thread each; the caller's torch thread count is restored on exit.
 
-    With more, thousands of small operations wait for each other's threads (25 times as slow on two cores).
+    With more, thousands of small operations contend for the cores (25 times slower on two cores).
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    # torch holds the number of its threads per thread, and a default for new ones, which is now 1 as well
+    # torch keeps this number per thread, so each worker of the pool sets its own
     pool = ThreadPoolExecutor(count, "kmeans", torch.set_num_threads, (1,)) if count > 1 else None
     try:
         with threadpool_limits(1, "blas"):

@@ -1,4 +1,4 @@
-"""Markov clustering: the clusters of graphs, and how many senses a token gets by the rule of the paper for decoders."""
+"""Markov clustering, and the paper's rule for the number of senses of a token of a decoder teacher."""
 
 from msense.mcl.clusters import markov_clusters
 from msense.mcl.config import MclConfig

@@ -1,57 +1,45 @@
-"""Twins: nodes of a graph with the same edges, such as equal points. Walkers go to them alike.
+"""Twins: nodes of a graph with the same edges, such as equal points, whose flows are equal in exact arithmetic.
 
-In exact numbers that stays so for ever. In floating point a difference in rounding grows by the power of `inflation` in a
-round, until one of them takes all: from float64 too late to be seen before convergence, from float32 soon. So where a
-flow goes on in float64, its twins are made equal again.
+In floating point, rounding differences grow by the power `inflation` in each round until one twin takes all the flow:
+in float64 too slowly to matter before convergence, in float32 soon. So twins are made equal when a flow switches from
+float32 to float64.
 """
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-TOLERANCE = 1e-12  # relative, of sums of weights in float64, and absolute, of a walker's chances to take an edge
+TOLERANCE = 1e-12  # relative for sums of float64 weights, absolute for transition probabilities
 
 
 def find_twins(chances: torch.Tensor, sums: torch.Tensor) -> list[NDArray[np.int64]] | None:
-    """Find sets of twins.
+    """Return the nodes of each set of twins, or None if nodes have equal sums but are no twins: they may tie as well.
 
-    Args:
-        chances: float64 [n, n], from rows to columns.
-        sums: float64 [n], of the weights that chances were made of.
-
-    Returns:
-        Each set's nodes; None if nodes whose weights have the same sum are no twins, though they may tie as well.
+    `chances` float64 [n, n] are transition probabilities from rows to columns, normalised by `sums` float64 [n].
     """
     ordered, order = sums.sort()
     apart = (ordered.diff() >= TOLERANCE * ordered[:-1]).cpu().numpy()
-    sets = [some for some in np.split(order.cpu().numpy(), np.flatnonzero(apart) + 1) if len(some) > 1]
-    return sets if all(_are_twins(chances, torch.from_numpy(some).to(chances.device)) for some in sets) else None
+    sets = [nodes for nodes in np.split(order.cpu().numpy(), np.flatnonzero(apart) + 1) if len(nodes) > 1]
+    return sets if all(_are_twins(chances, torch.from_numpy(nodes).to(chances.device)) for nodes in sets) else None
 
 
-def _are_twins(chances: torch.Tensor, some: torch.Tensor) -> bool:
-    """Whether some nodes, int64 [m], have the same edges to and from all others, the same loops and edges among them."""
+def _are_twins(chances: torch.Tensor, nodes: torch.Tensor) -> bool:
+    """Return whether nodes, int64 [m], have equal edges to and from all others, equal loops and edges between them."""
 
     def alike(x: torch.Tensor) -> bool:
         return not x.numel() or float((x - x[:1]).abs().amax()) <= TOLERANCE
 
-    others = torch.ones(len(chances), dtype=torch.bool, device=chances.device).index_fill_(0, some, False)
-    among = chances[some][:, some]
-    loops = torch.eye(len(some), dtype=torch.bool, device=chances.device)
-    return (
-        alike(chances[some][:, others])
-        and alike(chances[others][:, some].T)
-        and alike(among[loops])
-        and alike(among[~loops])
-    )
+    others = torch.ones(len(chances), dtype=torch.bool, device=chances.device).index_fill_(0, nodes, False)
+    among = chances[nodes][:, nodes]
+    loops = torch.eye(len(nodes), dtype=torch.bool, device=chances.device)
+    to_others, from_others = chances[nodes][:, others], chances[others][:, nodes].T
+    return all(map(alike, (to_others, from_others, among[loops], among[~loops])))
 
 
 def make_equal(values: torch.Tensor, live: NDArray[np.int64], twins: list[NDArray[np.int64]]) -> None:
-    """Give twins the flow of their first, in place, unless only some of them are live.
+    """Give all twins of a set (given as rows) the flow of the first one, in place, unless only some of them are live.
 
-    Args:
-        values: [n, L], see `Flow`.
-        live: int64 [L], each column's row; what comes again is padding.
-        twins: each set's rows.
+    `values` [n, L] and `live` int64 [L] are as in `Flow`; repeated rows in `live` are padding.
     """
     column_of = {row: column for column, row in reversed(list(enumerate(live.tolist())))}
     for rows in twins:

@@ -1,4 +1,4 @@
-"""Students: small encoders that speak in a teacher's senses, as torch modules and as folders."""
+"""Students: small encoders distilled from a teacher and its sense dictionary, as torch modules and as folders."""
 
 from msense.student.config import StudentConfig, StudentSettings
 from msense.student.files import load_student, save_student

@@ -1,10 +1,5 @@
-"""A shipped student's README: what it is, its figures, how to load it, its licence.
+"""Write a student's model card; nothing in a config or a metric name can break out of its YAML or its tables."""
 
-Comes in: its config, the type of its dictionary's numbers, figures. Goes out: Markdown with the front matter that the hub
-reads, which nothing in them can break out of.
-"""
-
-import json
 import re
 from collections.abc import Mapping
 
@@ -12,59 +7,32 @@ from msense.dictionary.card import one_line
 from msense.student.config import StudentConfig
 from msense.text import redact
 
-MODULE = "msense.sentence_module.SenseModule"  # what sentence-transformers makes of the folder
+MODULE = "msense.sentence_module.SenseModule"  # the class that sentence-transformers loads
 
+_CARD = """---
+{metadata}
+---
 
-def student_card(config: StudentConfig, senses: str, figures: Mapping[str, float]) -> str:
-    """Return a shipped student's README: what it is, its figures, how to load it, its licence."""
-    teacher = redact(config.teacher.name)
-    named = re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", teacher)
-    base = f"base_model: {json.dumps(teacher)}\n" if named else ""
-    left_out = "left out: sentence vectors only"
-    facts = {
-        "student": redact(config.kind),
-        "teacher": teacher + (f" (revision {config.teacher.revision})" if config.teacher.revision else ""),
-        "width": config.dim,
-        "pooling": config.pooling + (", length 1" if config.normalize else ""),
-        "longest text": f"{config.max_length} tokens",
-        "prompt": repr(config.prompt) if config.prompt else "none",
-        "dictionary": left_out if senses == "none" else f"in `dictionary/`, stored as {senses}",
-    }
-    rows, measured = (
-        "\n".join(f"| {one_line(name)} | {one_line(value)} |" for name, value in table.items())
-        for table in (facts, {name: f"{value:.6g}" for name, value in figures.items()})
-    )
-    figures_table = f"\n## Figures\n\n| | |\n|---|---|\n{measured}\n" if figures else ""
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, msense, feature-extraction, sentence-similarity]
-{base}---
+# Sense-aware sentence encoder
 
-# A student that speaks in senses
-
-A small encoder distilled from {one_line(teacher)} with [msense](https://arxiv.org/abs/2504.06036): for a text a sentence
-vector, and for every token one of the *senses* that the teacher's embeddings of that token fall into.
+A small encoder distilled from {teacher} with [msense](https://arxiv.org/abs/2504.06036). It returns one vector per text
+and, for every token, one of its *senses*: the clusters of the teacher's contextual embeddings of that token.
 
 | | |
 |---|---|
-{rows}
-{figures_table}
-{_use(config, teacher)}"""
-
-
-def _use(config: StudentConfig, teacher: str) -> str:
-    return f"""## Use
+{facts}
+{evaluation}
+## Usage
 
 ```python
 from msense import SenseEncoder
 
 encoder = SenseEncoder.from_pretrained("path/or/name")
-encoder.encode(["a river bank", "a bank account"])    # float32 [2, {config.dim}]
-encoder.tokens("a river bank")                        # token, sense, probability, example; asks for the dictionary
+encoder.encode(["a river bank", "a bank account"])    # float32 [2, {dim}]
+encoder.tokens("a river bank")                        # token, sense, probability, example; requires the dictionary
 ```
 
-With sentence-transformers, msense being installed:
+With sentence-transformers (msense must be installed):
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -73,12 +41,47 @@ model = SentenceTransformer("path/or/name", trust_remote_code=True)
 model.encode(["a river bank", "a bank account"])
 ```
 
-Version 6 of sentence-transformers asks for `trust_remote_code=True` wherever `modules.json` names a class of another
-package, here `{MODULE}` of the installed msense. No code lies in this folder: look that no
-`.py` is in it.
+sentence-transformers 6 requires `trust_remote_code=True` because `modules.json` names a class of another package,
+`{module}` of the installed msense. This folder contains no code: check that it has no `.py` file.
 
 ## Licence
 
-The student is derived from the weights of {one_line(teacher)}: its licence holds for it too; read it before sharing this
-folder. If dictionary/exemplars.parquet is here, it quotes the corpus, whose licence holds for it.
+The student is derived from the weights of {teacher} and is subject to their licence: read it before you share this
+folder. `dictionary/exemplars.parquet`, if present, quotes the corpus and is subject to the corpus's licence.
 """
+
+
+def student_card(config: StudentConfig, senses: str, figures: Mapping[str, float]) -> str:
+    """Return the model card (Markdown with YAML front matter) of a student whose dictionary is stored as `senses`."""
+    from huggingface_hub import ModelCardData
+
+    teacher = redact(config.teacher.name)
+    is_hub_name = re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", teacher)
+    metadata = ModelCardData(
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        tags=["sentence-transformers", "msense", "feature-extraction", "sentence-similarity"],
+        base_model=teacher if is_hub_name else None,
+    )
+    facts = {
+        "student": redact(config.kind),
+        "teacher": teacher + (f" (revision {config.teacher.revision})" if config.teacher.revision else ""),
+        "dimension": config.dim,
+        "pooling": config.pooling + (", normalized" if config.normalize else ""),
+        "maximum length": f"{config.max_length} tokens",
+        "prompt": repr(config.prompt) if config.prompt else "none",
+        "dictionary": "not included" if senses == "none" else f"in `dictionary/`, stored as {senses}",
+    }
+    metrics = _rows({name: f"{value:.6g}" for name, value in figures.items()})
+    return _CARD.format(
+        metadata=metadata.to_yaml(),
+        teacher=one_line(teacher),
+        facts=_rows(facts),
+        evaluation=f"\n## Evaluation\n\n| | |\n|---|---|\n{metrics}\n" if figures else "",
+        dim=config.dim,
+        module=MODULE,
+    )
+
+
+def _rows(table: Mapping[str, object]) -> str:
+    return "\n".join(f"| {one_line(name)} | {one_line(value)} |" for name, value in table.items())

@@ -1,4 +1,4 @@
-"""What a student is made of, as settings and as config.json on disk."""
+"""Settings of a new student, its config.json, and the file names of its folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from msense.artefact import FrozenModel
 from msense.config import MAX_DIM, MAX_VOCABULARY
-from msense.dictionary.format import DictionaryFiles, TeacherName
+from msense.dictionary.format import DictionaryConfig, DictionaryFiles, TeacherName
 from msense.errors import StudentError
 
 MAX_WINDOW = 1000
@@ -19,18 +19,23 @@ Pooling = Literal["mean", "cls", "lasttoken"]
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """How to make a student.
+    """How to create a student.
 
     Attributes:
-        kind: `layers:n` (the teacher's first n), `layers:0,2,5` (those, from 0), `static`, or an encoder's name or folder.
-        heads: "two": senses are read by a linear head of their own, which begins as identity; "one": from the hidden state.
-        units: of a static student's MLP.
-        window: tokens that a static student looks at around each one; odd.
-        stay: of a static student: a token seen n times moves n / (n + stay) of the way away from its mean embedding.
-        seed: of what begins random.
+        kind: `layers:n` (first n teacher layers), `layers:0,2,5` (these teacher layers, from 0), `static`, or the name
+            or folder of another encoder.
+        heads: "two": a separate linear head, initialized to identity, for senses; "one": senses share the hidden state.
+        units: hidden units of a static student's MLP.
+        window: kernel size of a static student's convolution, in tokens; odd.
+        stay: prior count of a static student: a token seen n times is trained with weight n / (n + stay).
+        seed: of the random initialization.
 
     Raises:
         StudentError: a setting is out of range.
+
+    Example:
+        >>> StudentSettings(kind="layers:2").heads
+        'two'
     """
 
     kind: str = "layers:2"
@@ -42,14 +47,13 @@ class StudentSettings:
 
     def __post_init__(self) -> None:
         if self.heads not in get_args(Heads):
-            raise StudentError(f"heads is {self.heads!r}, but must be one of {get_args(Heads)}")
-        if not 0 < self.units <= MAX_DIM or not (0 < self.window < MAX_WINDOW and self.window % 2):
-            raise StudentError(
-                f"a static student of {self.units} units and a window of {self.window} tokens cannot be: give units from 1 to "
-                f"{MAX_DIM}, and an odd window below {MAX_WINDOW}, as many tokens on the left as on the right"
-            )
+            raise StudentError(f"invalid heads {self.heads!r}: use one of {get_args(Heads)}")
+        if not 0 < self.units <= MAX_DIM:
+            raise StudentError(f"invalid units {self.units}: use 1 to {MAX_DIM}")
+        if not (0 < self.window < MAX_WINDOW and self.window % 2):
+            raise StudentError(f"invalid window {self.window}: use an odd number below {MAX_WINDOW}")
         if not 0 <= self.stay < float("inf"):
-            raise StudentError(f"stay is {self.stay}, but must be 0 or more: 0 lets every token leave its mean")
+            raise StudentError(f"invalid stay {self.stay}: use a finite number from 0")
 
 
 class StaticSizes(FrozenModel):
@@ -61,25 +65,23 @@ class StaticSizes(FrozenModel):
     @model_validator(mode="after")
     def _odd(self) -> "StaticSizes":
         if self.window % 2 == 0:
-            raise ValueError(f"window is {self.window}, but must be odd: as many tokens on the left as on the right")
+            raise ValueError(f"window is {self.window}, but must be odd")
         return self
 
 
 class StudentConfig(FrozenModel):
-    """Everything about a student that is not a weight; has a `body` or is `static`."""
+    """A student's config.json: everything but the weights. Exactly one of `body` and `static` is set."""
 
     format_version: Literal[1] = 1
-    kind: Annotated[str, Field(max_length=4096)] = Field(description="the setting it was made by")
+    kind: Annotated[str, Field(max_length=4096)] = Field(description="see StudentSettings")
     teacher: TeacherName
     tokenizer_fingerprint: Annotated[str, Field(max_length=4096)]
-    dim: int = Field(gt=0, le=MAX_DIM, description="width D of the teacher's embeddings")
+    dim: int = Field(gt=0, le=MAX_DIM, description="dimension D of the teacher's embeddings")
     vocab_size: int = Field(gt=0, le=MAX_VOCABULARY)
     pooling: Pooling = "mean"
     normalize: bool = Field(default=False, description="whether sentence vectors have unit length")
-    max_length: int = Field(
-        default=512, gt=0, le=1 << 20, description="tokens of a text that are read, special ones too"
-    )
-    prompt: Annotated[str, Field(max_length=1 << 16)] = Field(default="", description="put before every text")
+    max_length: int = Field(default=512, gt=0, le=1 << 20, description="maximum tokens per text, special ones included")
+    prompt: Annotated[str, Field(max_length=1 << 16)] = Field(default="", description="prefix of every text")
     heads: Heads = "two"
     body: dict[str, Any] | None = Field(default=None, description="the transformer's own config")
     static: StaticSizes | None = None
@@ -87,54 +89,45 @@ class StudentConfig(FrozenModel):
     @model_validator(mode="after")
     def _one_body(self) -> "StudentConfig":
         if (self.body is None) == (self.static is None):
-            raise ValueError("a student has either body or static")
+            raise ValueError("exactly one of body and static must be set")
         return self
 
 
-@dataclass(frozen=True)
+def dictionary_mismatch(
+    config: DictionaryConfig, tokenizer: str, teacher: str, dim: int, vocab_size: int
+) -> str | None:
+    """Return what of a dictionary differs from these values (fingerprints, D and V); None if nothing does.
+
+    An empty fingerprint, as in dictionaries made in memory, matches all.
+    """
+    pairs = {
+        "tokenizer": (config.tokenizer_fingerprint[:12], tokenizer[:12]),
+        "teacher": (config.teacher.fingerprint[:12], teacher[:12]),
+        "dimension": (config.dim, dim),
+        "vocabulary size": (config.vocab_size, vocab_size),
+    }
+    for name, (own, given) in pairs.items():
+        if "" not in (own, given) and own != given:
+            return f"{name} {own}, not {given}"
+    return None
+
+
 class StudentFiles:
-    """Names of all files of a student folder."""
+    """Paths of all files of a student folder."""
 
-    folder: Path
-
-    @property
-    def config(self) -> Path:
-        """Written last: a folder without it is no student."""
-        return self.folder / "config.json"
-
-    @property
-    def weights(self) -> Path:
-        """All tensors."""
-        return self.folder / "model.safetensors"
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer."""
-        return self.folder / "tokenizer.json"
-
-    @property
-    def dictionary(self) -> Path:
-        """Folder of the dictionary that the student speaks in; optional."""
-        return self.folder / "dictionary"
-
-    @property
-    def card(self) -> Path:
-        """The model card."""
-        return self.folder / "README.md"
-
-    @property
-    def modules(self) -> Path:
-        """For sentence-transformers: which class reads the folder."""
-        return self.folder / "modules.json"
-
-    @property
-    def settings(self) -> Path:
-        """For sentence-transformers: prompts."""
-        return self.folder / "config_sentence_transformers.json"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.json"  # written last, so that an incomplete folder is never loaded
+        self.weights = folder / "model.safetensors"
+        self.tokenizer = folder / "tokenizer.json"
+        self.dictionary = folder / "dictionary"  # optional
+        self.card = folder / "README.md"
+        self.modules = folder / "modules.json"  # for sentence-transformers: the class that loads the folder
+        self.settings = folder / "config_sentence_transformers.json"  # for sentence-transformers: prompts
 
     def present(self, *, exemplars: bool) -> list[Path]:
-        """Return the files of a shipped student that are there, config.json last; the dictionary's exemplars if asked for."""
+        """Return the existing files of a saved student, config.json last."""
         own = [self.weights, self.tokenizer, self.card, self.modules, self.settings]
-        there = DictionaryFiles(self.dictionary)
-        dictionary = [path for path in there.present() if exemplars or path != there.exemplars]
-        return [path for path in (*own, *dictionary, self.config) if path.is_file()]
+        dictionary = DictionaryFiles(self.dictionary)
+        shared = [path for path in dictionary.present() if exemplars or path != dictionary.exemplars]
+        return [path for path in (*own, *shared, self.config) if path.is_file()]

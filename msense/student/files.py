@@ -1,7 +1,7 @@
-"""A student's folder: config.json and model.safetensors; nothing in it is trusted or run. `shipping` adds the rest.
+"""Read and write a student's config.json and model.safetensors; nothing in a folder is trusted or executed.
 
-Comes in: a student, or a folder. Goes out: a folder, or a student. Loading makes the student without memory first and
-holds its shapes against the file's header: what is allocated then is what the file holds. Holds the weights twice.
+Loading builds the student on the meta device first and compares its shapes with the file's header, so that memory is
+bounded by about twice the size of the file.
 """
 
 from pathlib import Path
@@ -17,19 +17,13 @@ from msense.student.config import StudentConfig, StudentFiles
 from msense.student.student import Student
 
 STUDENT = Artefact("student", "copy or train it again", StudentError)
-LARGEST_WEIGHT = 1e9  # far above what training gives; products of some do not leave float32
+LARGEST_WEIGHT = 1e9  # far above trained weights, and small enough that sums of products stay finite in float32
 _BUFFER_BYTES = 256 << 20
 _DTYPES = ("F32", "F16", "BF16")
 
 
 def save_student(folder: str | Path, student: Student, config: StudentConfig | None = None) -> None:
-    """Write a student; one that is there is replaced.
-
-    Args:
-        folder: where to; made if missing.
-        student: what.
-        config: what is to be said of it; default: its own.
-    """
+    """Write a student's weights and config (default: its own), replacing an existing one."""
     files = StudentFiles(Path(folder))
     files.folder.mkdir(parents=True, exist_ok=True)
     files.config.unlink(missing_ok=True)
@@ -40,72 +34,73 @@ def save_student(folder: str | Path, student: Student, config: StudentConfig | N
 
 
 def load_student(folder: str | Path) -> Student:
-    """Read a student, in float32 on the CPU, set to inference (`eval`).
+    """Load a student in float32 on the CPU, in `eval` mode.
 
     Raises:
-        StudentError: a file is missing, truncated, foreign, leads out of the folder or contradicts the other.
+        StudentError: a file is missing, truncated, malformed, inconsistent, or links out of the folder.
     """
     files = StudentFiles(Path(folder))
     try:
         config = STUDENT.read_config(inside(files, files.config), StudentConfig)
         return _read_weights(inside(files, files.weights), config)
     except (OSError, UnicodeDecodeError) as error:
-        raise StudentError(f"{files.folder} cannot be read ({error}): see to its files, or copy it again") from error
+        raise StudentError(f"cannot read {files.folder} ({error}): check its files, or copy it again") from error
 
 
 def inside(files: StudentFiles, path: Path) -> Path:
-    """Return a path of the folder unless it is missing, no plain file, or a link leads out of the folder."""
+    """Return `path`; raise StudentError if it is missing, not a regular file, or a link out of the folder."""
     return STUDENT.inside(path, files.folder)
 
 
 def _read_weights(path: Path, config: StudentConfig) -> Student:
-    """Make a student of a config whose tensors are exactly those of a file."""
+    """Return a student of this config with the weights of a file."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            found = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            foreign = sorted({part.get_dtype() for part in slices.values()} - set(_DTYPES))
-            if wrong := check_model_settings(config.body, len(found)):
-                raise StudentError(f"{path.parent}: in config.json, {wrong}: copy or train it again")
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            if problem := check_model_settings(config.body, len(slices)):
+                raise StudentError(f"{path.parent}: in config.json, {problem}: copy or train it again")
             with torch.device("meta"):
-                empty = _built(path, config)
-            wanted = {name: tuple(tensor.shape) for name, tensor in empty.weights().items()}
+                empty = _build(path, config)
             _check_buffers(path, empty)
-            unequal = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-            if unequal:
-                here, there = (shapes.get(unequal[0], "nothing") for shapes in (found, wanted))
-                raise StudentError(
-                    f"{path} does not fit config.json: {shown(unequal[0])} is {here} there, but should be {there} "
-                    f"({len(unequal)} tensors differ): copy or train it again"
-                )
-            if foreign:
-                raise StudentError(f"{path} holds numbers of type {shown(foreign[0])}, not {_DTYPES}: train it again")
-            weights = {name: file.get_tensor(name).float() for name in wanted}
+            _check_header(path, slices, {name: tuple(tensor.shape) for name, tensor in empty.weights().items()})
+            weights = {name: file.get_tensor(name).float() for name in slices}
     except SafetensorError as error:
-        raise StudentError(f"{path} is cut off or no safetensors file ({shown(error)}): copy it again") from error
+        raise StudentError(f"{path} is truncated or not a safetensors file ({shown(error)}): copy it again") from error
     for name, tensor in weights.items():
-        if not (tensor.abs() <= LARGEST_WEIGHT).all():  # NaN is not, either
+        if not (tensor.abs() <= LARGEST_WEIGHT).all():  # also false for NaN
             raise StudentError(
-                f"{path}: {name} holds NaN or infinite numbers, or some above {LARGEST_WEIGHT:g}: train the student again"
+                f"{path}: {name} has values that are NaN, infinite or above {LARGEST_WEIGHT:g}: train the student again"
             )
-    student = _built(path, config)
+    student = _build(path, config)
     student.load_weights(weights)
     return student.eval()
 
 
+def _check_header(path: Path, slices: dict, expected: dict[str, tuple[int, ...]]) -> None:
+    """Check names, shapes and dtypes of a safetensors file before its tensors are read."""
+    actual = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    unequal = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+    if unequal:
+        first = unequal[0]
+        raise StudentError(
+            f"{path} does not match config.json: {shown(first)} has shape {actual.get(first)}, expected "
+            f"{expected.get(first)} ({len(unequal)} tensors differ): copy or train it again"
+        )
+    if foreign := sorted({part.get_dtype() for part in slices.values()} - set(_DTYPES)):
+        raise StudentError(f"{path} has tensors of dtype {shown(foreign[0])}, expected {_DTYPES}: train it again")
+
+
 def _check_buffers(path: Path, student: Student) -> None:
-    """Refuse a student that makes far more of its config than its file holds; it takes no memory yet."""
+    """Refuse a config whose buffers, which are not in the file, would take far more memory than the file."""
     size = sum(buffer.numel() * buffer.element_size() for buffer in student.buffers())
     if size > _BUFFER_BYTES + 2 * path.stat().st_size:
-        raise StudentError(f"{path.parent}: config.json asks for {size} bytes beside the weights: train it again")
+        raise StudentError(f"{path.parent}: config.json requires {size} bytes of buffers: train it again")
 
 
-def _built(path: Path, config: StudentConfig) -> Student:
+def _build(path: Path, config: StudentConfig) -> Student:
     try:
         return Student(config)
     except StudentError:
         raise
     except BadInput as error:
-        raise StudentError(
-            f"{path.parent}: config.json does not make a student ({shown(error)}): train it again"
-        ) from error
+        raise StudentError(f"{path.parent}: invalid model in config.json ({shown(error)}): train it again") from error

@@ -1,8 +1,4 @@
-"""A student made ready to be used and shared: one folder of weights, tokenizer, dictionary, card, and what other libraries ask.
-
-Comes in: a student, its dictionary, figures. Goes out: a folder that `SenseEncoder` and sentence-transformers load, config.json
-written last. There is no code in it. Holds the weights once more, and a chunk of the dictionary.
-"""
+"""Write a complete student folder: weights, tokenizer, dictionary, model card, files of sentence-transformers."""
 
 import json
 import shutil
@@ -14,7 +10,7 @@ from msense.dictionary import SenseDictionary
 from msense.dictionary.format import Stored, atomic_path, copy_file
 from msense.errors import StudentError
 from msense.student.card import MODULE, student_card
-from msense.student.config import StudentConfig, StudentFiles
+from msense.student.config import StudentConfig, StudentFiles, dictionary_mismatch
 from msense.student.files import save_student
 from msense.student.student import Student
 from msense.student.tokenizer import TextReader
@@ -32,35 +28,34 @@ def ship(
     max_length: int | None = None,
     prompt: str | None = None,
 ) -> None:
-    """Write a student with all that it takes to use it; one that is there is replaced.
+    """Write a folder that `SenseEncoder` and sentence-transformers load, replacing an existing one; config.json last.
 
     Args:
-        folder: where to; made if missing.
-        student: what.
-        dictionary: what it speaks in, from a folder with a tokenizer.
-        senses: type of the dictionary's numbers; "none" leaves it out: there are sentence vectors then, and no senses.
-        figures: for the card, by name.
-        max_length: tokens of a text that are read; default: what the student says.
-        prompt: put before every text; default: what the student says.
+        folder: created if missing.
+        student: the student.
+        dictionary: the student's dictionary, loaded from a folder with a tokenizer.
+        senses: storage dtype of the dictionary's centroids; "none" leaves the dictionary out (sentence vectors only).
+        figures: metrics for the model card.
+        max_length: maximum tokens per text; default: the student's own.
+        prompt: prefix of every text; default: the student's own.
 
     Raises:
-        StudentError: student and dictionary do not belong together, or the dictionary has no tokenizer.
-        DictionaryError: the centroids are too large for `senses`.
+        StudentError: student and dictionary do not match, or the dictionary has no tokenizer.
+        DictionaryError: the centroids exceed the range of `senses`.
     """
-    known = (*get_args(Stored), "none")
-    if senses not in known:
-        raise StudentError(f"senses is {senses!r}, but must be one of {known}")
-    told: dict[str, Any] = {
-        name: value for name, value in (("max_length", max_length), ("prompt", prompt)) if value is not None
-    }
+    allowed = (*get_args(Stored), "none")
+    if senses not in allowed:
+        raise StudentError(f"invalid senses {senses!r}: use one of {allowed}")
+    given = {"max_length": max_length, "prompt": prompt}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if Path(student.config.kind).is_absolute():
-        told["kind"] = Path(student.config.kind).name  # where it lies is nobody's business
-    config = StudentConfig.model_validate(student.config.model_dump() | told)
+        changes["kind"] = Path(student.config.kind).name  # do not publish local paths
+    config = StudentConfig.model_validate(student.config.model_dump() | changes)
     check_dictionary(config, dictionary)
     source = dictionary.tokenizer_file
     if source is None:
-        raise StudentError("the dictionary has no tokenizer: give one that was built from a teacher, and loaded")
-    TextReader(source, config)  # refuses another tokenizer before anything is written
+        raise StudentError("the dictionary has no tokenizer: load one that was built from a teacher")
+    TextReader(source, config)  # validates the tokenizer before anything is written
     files = StudentFiles(Path(folder))
     files.folder.mkdir(parents=True, exist_ok=True)
     files.config.unlink(missing_ok=True)
@@ -76,28 +71,16 @@ def ship(
 
 
 def check_dictionary(config: StudentConfig, dictionary: SenseDictionary) -> None:
-    """Refuse a dictionary that a student does not speak in.
-
-    Raises:
-        StudentError: naming what differs.
-    """
-    its = dictionary.config
-    facts = [
-        ("tokenizer", config.tokenizer_fingerprint[:12], its.tokenizer_fingerprint[:12]),
-        ("teacher", config.teacher.fingerprint[:12], its.teacher.fingerprint[:12]),
-        ("width", config.dim, its.dim),
-        ("vocabulary size", config.vocab_size, its.vocab_size),
-    ]
-    for name, of_student, of_dictionary in facts:
-        if "" not in (of_student, of_dictionary) and of_student != of_dictionary:  # made in memory: says nothing of it
-            raise StudentError(
-                f"the student does not speak in this dictionary: its {name} is {of_student}, that of the dictionary is "
-                f"{of_dictionary}; give the dictionary that it was trained with"
-            )
+    """Raise StudentError unless tokenizer, teacher, dimension and vocabulary size are equal."""
+    given = (config.tokenizer_fingerprint, config.teacher.fingerprint, config.dim, config.vocab_size)
+    if mismatch := dictionary_mismatch(dictionary.config, *given):
+        raise StudentError(
+            f"the dictionary does not match the student: it has {mismatch}; give the dictionary used for training"
+        )
 
 
 def write_settings(files: StudentFiles, config: StudentConfig) -> None:
-    """Write what sentence-transformers asks of a folder."""
+    """Write the files that sentence-transformers reads: modules and prompts."""
     module = {"idx": 0, "name": "0", "path": "", "type": MODULE}
     prompts = {"default": config.prompt} if config.prompt else {}
     settings = {

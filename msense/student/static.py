@@ -1,8 +1,7 @@
-"""A student without attention: token embeddings, a depthwise convolution over nearby tokens, the passage's mean, one MLP.
+"""A student without attention: token embeddings, a depthwise convolution over nearby tokens, the passage mean, one MLP.
 
-Comes in: padded token ids [B, L]. Goes out: embeddings [B, L, D], at first each token's mean teacher embedding. The MLP's
-first layer comes before the convolution, so that for inference it can be made a table of tokens, and nothing but its
-second layer is ever multiplied (see `static_inference`). Holds 2·V·D numbers, and 11·B·L·U in training.
+The MLP's first layer is applied before the convolution, so that inference can precompute it per token and multiplies by
+the second layer only (see `static_inference`). Memory: 2·V·D numbers, and 11·B·L·U in training.
 """
 
 import numpy as np
@@ -12,15 +11,20 @@ from torch import Tensor, nn
 from msense.dictionary import SenseDictionary
 from msense.student.config import StaticSizes
 
-_ROWS = 1 << 16  # senses widened at a time
-_RIDGE = 0.3  # of the inputs' mean variance: best for tokens held out of 1,290 of MiniLM's on Banking77 (R² 0.44)
+_ROWS = 1 << 16  # centroids converted to float32 at a time
+_RIDGE = 0.3  # times the inputs' mean variance: best R² (0.44) on held-out tokens of 1,290 (MiniLM, Banking77)
 
 
 class StaticBody(nn.Module):
-    """Embeddings that start at the token means; how far a token may leave its own depends on how often it was seen.
+    """Embeddings initialized to token means; each token may depart from its mean in proportion to its confidence.
 
-    The embedding of token t is means[t] + confidence[t] · (shift[t] + MLP): weight decay of the shift and of `back` pulls
-    towards the mean, and a token of confidence 0 never leaves it.
+    The embedding of token t is means[t] + confidence[t] · (shift[t] + MLP): weight decay of the shift and of `back`
+    pulls it towards the mean, and a token of confidence 0 stays there.
+
+    Example:
+        >>> body = StaticBody(9, 4, StaticSizes(units=6, window=3))
+        >>> body(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)).shape
+        torch.Size([1, 2, 4])
     """
 
     means: Tensor  # float32 [V, D]
@@ -44,15 +48,7 @@ class StaticBody(nn.Module):
         return self.means + self.confidence[:, None] * self.shift.weight
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Embed passages.
-
-        Args:
-            ids: int64 [B, L], anything where the mask is false.
-            mask: bool [B, L].
-
-        Returns:
-            [B, L, D]; zero on padding.
-        """
+        """Return embeddings [B, L, D], zero on padding, of token ids int64 [B, L] with a mask bool [B, L]."""
         ids, inside = ids.masked_fill(~mask, 0), mask[..., None]
         confidence = self.confidence[ids][..., None] * inside
         tokens = nn.functional.embedding(ids, self.means) + confidence * self.shift(ids)
@@ -67,15 +63,11 @@ class StaticBody(nn.Module):
 
 
 def token_means(dictionary: SenseDictionary, inputs: Tensor) -> Tensor:
-    """Return where a static student's token embeddings begin, float32 [V, D].
+    """Return the initial token embeddings of a static student, float32 [V, D].
 
-    A token with senses begins at their mean weighted by counts, its mean teacher embedding. One without begins at its
-    *input* embedding in the teacher, mapped by the ridge regression that best gives the means of the tokens with
-    senses: nearer to what the teacher would say than the mean of all tokens, and different for every token.
-
-    Args:
-        dictionary: of any device; its senses are read chunk by chunk.
-        inputs: floating point [V, D_in], the teacher's input embeddings.
+    A token with senses gets their mean weighted by counts, which is its mean teacher embedding. For the others it is
+    predicted from the teacher's *input* embeddings, floating point [V, D_in], by a ridge regression fitted on the
+    tokens with senses: closer to the teacher than the mean of all tokens, and different for every token.
     """
     means = torch.zeros(dictionary.vocab_size, dictionary.dim)
     sizes = np.diff(dictionary.offsets)
@@ -86,33 +78,31 @@ def token_means(dictionary: SenseDictionary, inputs: Tensor) -> Tensor:
         means.index_add_(0, token[rows], dictionary.ragged.rows(rows).cpu().float() * share[rows, None])
     known = points > 0
     if known.any() and not known.all():
-        means[~known] = _mapped(inputs[known], means[known], points[known], inputs[~known])
+        means[~known] = _ridge_predict(inputs[known], means[known], points[known], inputs[~known])
     return means
 
 
-def _mapped(inputs: Tensor, outputs: Tensor, points: Tensor, asked: Tensor) -> Tensor:
-    """Map `asked` [M, D_in] as ridge regression maps inputs [T, D_in] to outputs [T, D] of so many points [T] each."""
-    weight = (points / (points + 1))[:, None].double()  # the mean of few points is a poor example
+def _ridge_predict(inputs: Tensor, outputs: Tensor, points: Tensor, new_inputs: Tensor) -> Tensor:
+    """Fit a ridge regression of inputs [T, D_in] on outputs [T, D]; return its outputs [M, D] for new inputs [M, D_in].
+
+    Examples are weighted by the number of points [T] behind each mean, n / (n + 1): the mean of few points is noisy.
+    """
+    weight = (points / (points + 1))[:, None].double()
     x, y = inputs.double(), outputs.double()
     x_mean, y_mean = (x * weight).sum(0) / weight.sum(), (y * weight).sum(0) / weight.sum()
     x, y = x - x_mean, y - y_mean
     gram = x.T @ (x * weight)
     ridge = _RIDGE * gram.diagonal().mean() + 1e-9
     solution = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), x.T @ (y * weight))
-    return ((asked.double() - x_mean) @ solution + y_mean).float()
+    return ((new_inputs.double() - x_mean) @ solution + y_mean).float()
 
 
 def confidence(dictionary: SenseDictionary, seen: np.ndarray, stay: float) -> Tensor:
-    """Return how far each token may leave its mean, n / (n + stay), float32 [V].
+    """Return the confidence n / (n + stay) of each token, float32 [V], from its occurrences n, integers [V].
 
-    Tokens that the dictionary leaves out by rule stand in every passage: they are free.
-
-    Args:
-        dictionary: its rule for special tokens.
-        seen: integers [V], occurrences n of each token in the training passages.
-        stay: from 0 on; 0 lets every token go that was seen at all.
+    Special tokens excluded by the dictionary are part of every passage: their confidence is 1.
     """
     counts = torch.from_numpy(seen.astype(np.float64))
-    found = torch.where(counts > 0, counts / (counts + stay), 0.0)
-    found[list(dictionary.config.excluded_token_ids)] = 1.0
-    return found.float()
+    shares = torch.where(counts > 0, counts / (counts + stay), 0.0)
+    shares[list(dictionary.config.excluded_token_ids)] = 1.0
+    return shares.float()

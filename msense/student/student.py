@@ -1,8 +1,4 @@
-"""The student: a body, an adaptor to the teacher's width where it is needed, and a head for senses.
-
-Comes in: padded token ids [B, L]. Goes out: two embeddings a token [B, L, D] and a sentence vector [B, D]. The head is
-linear and begins as identity, so that neither output pays for the other.
-"""
+"""The student model: a body, an adaptor to the teacher's dimension where they differ, and a linear head for senses."""
 
 from typing import NamedTuple
 
@@ -16,14 +12,23 @@ from msense.student.transformer import TransformerBody
 
 
 class StudentOutput(NamedTuple):
-    """Embeddings of a batch; rows of padding are meaningless."""
+    """Embeddings of a batch; rows of padding are undefined."""
 
-    hidden: Tensor  # [B, L, D], of which the sentence vector is made
-    senses: Tensor  # [B, L, D], compared with the senses of each token; the same tensor if there is one head
+    hidden: Tensor  # [B, L, D], pooled to sentence vectors
+    senses: Tensor  # [B, L, D], compared with sense centroids; the same tensor as `hidden` with heads="one"
 
 
 class Student(nn.Module):
-    """A student with random weights, but for a sense head that is the identity; `make_student` gives it better ones."""
+    """A student with a random body and an identity sense head; see `make_student` for a better initialization.
+
+    Example:
+        >>> config = StudentConfig(
+        ...     kind="static", teacher={"name": "t"}, tokenizer_fingerprint="", dim=4, vocab_size=9,
+        ...     static={"units": 6, "window": 3},
+        ... )
+        >>> Student(config)(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)).hidden.shape
+        torch.Size([1, 2, 4])
+    """
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
@@ -40,22 +45,17 @@ class Student(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, ids: Tensor, mask: Tensor) -> StudentOutput:
-        """Embed passages.
-
-        Args:
-            ids: int64 [B, L], anything where the mask is false.
-            mask: bool [B, L], padding on either side.
-        """
+        """Embed token ids int64 [B, L] with a mask bool [B, L], padded on either side."""
         hidden = self.body(ids, mask)
         hidden = hidden if self.adaptor is None else self.adaptor(hidden)
         return StudentOutput(hidden, hidden if self.head is None else self.head(hidden))
 
     def sentence(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Return sentence vectors [B, D] as the teacher makes them of its embeddings [B, L, D]."""
+        """Return sentence vectors [B, D], pooled from `hidden` [B, L, D] like the teacher's."""
         return pool(hidden, mask, self.config.pooling, normalize=self.config.normalize)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return what is saved: all tensors, a static student's shift added to its means."""
+        """Return the tensors to save; a static student's shift is merged into its means."""
         state = self.state_dict()
         if isinstance(self.body, StaticBody):
             state["body.means"] = self.body.table().detach()
@@ -63,7 +63,7 @@ class Student(nn.Module):
         return state
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take over what `weights` gave.
+        """Load the tensors returned by `weights`.
 
         Raises:
             RuntimeError: names or shapes differ.
