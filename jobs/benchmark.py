@@ -11,13 +11,12 @@ import logging
 import os
 import sys
 
-from benches.shared import Bench, Figures
+from benchmarks.shared import Bench, Figures
 
-from msense.cli import run_job
-from msense.config import DEMO_CORPUS
+from msense.cli.console import run_job
+from msense.config.build import DEMO_CORPUS
 
 logger = logging.getLogger("msense.bench")
-
 BENCHES = {  # name: module of jobs/benches with a function of that name, and what it measures
     "gather": ("occurrences", "embed stage over the bare forward pass; rebuilds the shared run"),
     "plan": ("plan", "planning pass over a synthetic token stream; no input"),

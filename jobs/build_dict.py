@@ -4,12 +4,12 @@ import logging
 import sys
 from typing import Any
 
-from msense.build import build_dictionary
-from msense.cli import run_job, show_table, stage_rows
-from msense.config import BuildConfig
-from msense.flags import parse_flags
+from msense.cli.console import run_job, show_table, stage_rows
+from msense.cli.flags import parse_flags
+from msense.config.build import BuildConfig
+from msense.corpus.chunking import LISTED_BAD_DOCUMENTS
+from msense.pipelines.build import build_dictionary
 from msense.text import size
-from msense.tokens import LISTED_BAD_DOCUMENTS
 
 DESCRIPTION = """Read a corpus with a teacher and cluster every token's embeddings into a sense dictionary.
 

@@ -4,10 +4,10 @@ import logging
 import sys
 from typing import Any
 
-from msense.cli import run_job, show_table, stage_rows
-from msense.distill_config import DistillConfig
-from msense.distill_run import distill_student
-from msense.flags import parse_flags
+from msense.cli.console import run_job, show_table, stage_rows
+from msense.cli.flags import parse_flags
+from msense.config.distill import DistillConfig
+from msense.pipelines.distill import distill_student
 from msense.text import size
 
 DESCRIPTION = """Label a text with the senses that the teacher sees in it, and train a small student on them.

@@ -3,11 +3,11 @@
 import logging
 import sys
 
-from msense.cli import run_job
+from msense.cli.console import run_job
+from msense.cli.flags import parse_flags
+from msense.cli.reports import show
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.report import show
 from msense.evaluation.run import evaluate
-from msense.flags import parse_flags
 
 DESCRIPTION = """Evaluate every model on every task and print one table per task plus a cost table.
 

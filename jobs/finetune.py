@@ -4,10 +4,10 @@ import logging
 import sys
 from typing import Any
 
-from msense.cli import run_job, show_table
-from msense.finetune import finetune
-from msense.finetune_config import FinetuneConfig
-from msense.flags import parse_flags
+from msense.cli.console import run_job, show_table
+from msense.cli.flags import parse_flags
+from msense.config.finetune import FinetuneConfig
+from msense.pipelines.finetune import finetune
 
 DESCRIPTION = """Fine-tune a teacher with a classifier: the teacher of a dictionary and students for that one task.
 

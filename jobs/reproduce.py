@@ -15,19 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benches.workshop import Workshop
+from benchmarks.workshop import ArtifactCache
 
-from msense.cli import run_job, show_table
-from msense.config import DEMO_TEACHER
-from msense.errors import BadInput
-from msense.evaluation.coarsewsd import read_contexts, words
+from msense.cli.console import run_job, show_table
+from msense.cli.reports import show
+from msense.config.base import validate_config
+from msense.config.finetune import FinetuneConfig
+from msense.constants import DEMO_TEACHER
+from msense.errors import InputError
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.report import Evaluation, gain, show
+from msense.evaluation.report import Evaluation, difference_to_baseline
 from msense.evaluation.result import Result
 from msense.evaluation.run import evaluate
-from msense.finetune import finetune
-from msense.finetune_config import FinetuneConfig
-from msense.flags import validate
+from msense.evaluation.tasks.coarsewsd import read_contexts, words
+from msense.pipelines.finetune import finetune
 
 SENSES = 50  # per token, in dictionaries of a task's own texts
 OTHER_SIZES = (1, 10, "auto")
@@ -68,18 +69,18 @@ class Maker:
         """Return a folder of the data; BadInput if it is missing."""
         folder = self.data / name
         if not folder.is_dir():
-            raise BadInput(f"{folder} does not exist: --data must be a folder that contains {name}/")
+            raise InputError(f"{folder} does not exist: --data must be a folder that contains {name}/")
         return str(folder)
 
-    def shop(self, name: str, *corpus: str, teacher: str = DEMO_TEACHER) -> Workshop:
+    def shop(self, name: str, *corpus: str, teacher: str = DEMO_TEACHER) -> ArtifactCache:
         """Return the builder of dictionaries and students of a corpus."""
-        return Workshop(self.output / name, corpus, self.workers, teacher)
+        return ArtifactCache(self.output / name, corpus, self.workers, teacher)
 
     def evaluate(self, name: str, models: Sequence[str], tasks: Sequence[str], **more: Any) -> Evaluation:  # noqa: ANN401
         """Evaluate and print the results."""
         given: dict[str, Any] = {"model": models, "task": tasks, "output": str(self.output / f"{name}.json")}
         given |= {"teacher": DEMO_TEACHER, "workers": self.workers, "model2vec_python": self.model2vec_python}
-        evaluation = evaluate(validate(EvaluateConfig, {**given, **more}))
+        evaluation = evaluate(validate_config(EvaluateConfig, {**given, **more}))
         show(evaluation)
         return evaluation
 
@@ -88,7 +89,7 @@ class Maker:
         return ("model2vec",) if self.model2vec_python else ()
 
 
-def students(shop: Workshop, dictionary: Path, names: Sequence[str], **settings: Any) -> list[str]:  # noqa: ANN401
+def students(shop: ArtifactCache, dictionary: Path, names: Sequence[str], **settings: Any) -> list[str]:  # noqa: ANN401
     """Distil students and return them as models."""
     return [f"{name}=student:{shop.student(dictionary, name, **STUDENTS[name], **settings).folder}" for name in names]
 
@@ -188,7 +189,7 @@ def sst2(make: Maker) -> list[Figure]:
     """SST-2: a fine-tuned teacher, replaced by senses, and students under its frozen classifier."""
     source = make.task("sst2")
     given = {"task": f"sst2={source}", "output": str(make.output / "sst2" / "finetuned"), "workers": make.workers}
-    tuned = finetune(validate(FinetuneConfig, given))
+    tuned = finetune(validate_config(FinetuneConfig, given))
     shop = make.shop("sst2", tuned["corpus"], teacher=tuned["teacher"])
     main = shop.dictionary(SENSES)
     own = students(shop, main, TWO_OUTPUTS, **OF_CLASSIFIER)
@@ -218,7 +219,7 @@ def _result(found: Evaluation, title: str, model: str) -> Result:
 
 def _loss(found: Evaluation, title: str, model: str, bar: float) -> Figure:
     """Return by how many points a model is below the teacher, with its confidence interval."""
-    gap = gain(found, next(task for task in found.tasks if task.name == title), model)
+    gap = difference_to_baseline(found, next(task for task in found.tasks if task.name == title), model)
     lost = -100 * gap.gain
     what = f"{title}: {model} below the teacher, points [{-100 * gap.high:.1f}, {-100 * gap.low:.1f}]"
     return Figure(what, lost, f"at most {bar:g}", lost <= bar)
@@ -239,7 +240,7 @@ def main() -> None:
     parser.add_argument("--model2vec-python", metavar="FILE", help="Python with model2vec, to include it")
     given = parser.parse_args()
     if unknown := [name for name in given.names if name not in NAMES]:
-        raise BadInput(f"unknown result {unknown[0]!r}: use {', '.join(NAMES)}")
+        raise InputError(f"unknown result {unknown[0]!r}: use {', '.join(NAMES)}")
     make = Maker(Path(given.data).absolute(), Path(given.output).absolute(), given.workers, given.model2vec_python)
     figures = [figure for name in given.names or NAMES for figure in NAMES[name](make)]
     rows = [

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from msense.dictionary import SenseDictionary
-    from msense.encoder import SenseEncoder
+    from msense.student.encoder import SenseEncoder
 
 __version__ = "0.1.0"
 __all__ = ["SenseDictionary", "SenseEncoder", "__version__"]
-
-_MODULES = {"SenseDictionary": "msense.dictionary", "SenseEncoder": "msense.encoder"}
+_MODULES = {"SenseDictionary": "msense.dictionary", "SenseEncoder": "msense.student.encoder"}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - the module-level hook of PEP 562 is untyped

@@ -9,15 +9,15 @@ class MsenseError(Exception):
     """A run that cannot go on; exit code 1."""
 
 
-class BadInput(MsenseError):  # noqa: N818 - reads as what it is: bad input
+class InputError(MsenseError):
     """Wrong usage, or input that msense refuses; exit code 2."""
 
 
-class DictionaryError(BadInput):
+class DictionaryError(InputError):
     """A dictionary folder that is truncated, foreign or inconsistent."""
 
 
-class StudentError(BadInput):
+class StudentError(InputError):
     """A student that cannot be made of what was given, or a student folder that is truncated, foreign or inconsistent."""
 
 

@@ -73,3 +73,8 @@ def first_line(error: BaseException) -> str:
     lines = (str(error).strip() or "no reason given").splitlines()
     message = redact(kind + " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]))
     return message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "..."  # some quote whole values
+
+
+def one_line(value: object) -> str:
+    """Return text that fits a Markdown table cell: printable characters only, without pipes."""
+    return "".join(c if c.isprintable() else " " for c in str(value)).replace("|", "/")

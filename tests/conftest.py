@@ -73,7 +73,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator["Server"]:
     import s3fs
     from s3_server import BUCKET, KEY, SECRET, Server
 
-    from msense import stores
+    from msense.io import filesystems
 
     server = Server()
     given = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
@@ -83,7 +83,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator["Server"]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     s3fs.S3FileSystem.clear_instance_cache()
     server.empty()
-    stores.filesystem(BUCKET)[0].mkdir("bucket")
+    filesystems.filesystem(BUCKET)[0].mkdir("bucket")
     yield server
     server.stop()
     s3fs.S3FileSystem.clear_instance_cache()
@@ -92,7 +92,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator["Server"]:
 @pytest.fixture(scope="session")
 def ray() -> Iterator[None]:
     """The Ray that all tests share."""
-    from msense.runtime import connect
+    from msense.runtime.ray_executor import connect
 
     connect(workers=3)
     import ray as ray_module
@@ -209,34 +209,24 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import ray as ray_module
 
-    from msense import (
-        build,
-        clustering,
-        distill,
-        distill_run,
-        estimate,
-        exemplars,
-        labels,
-        occurrences,
-        parts,
-        passages,
-        plan,
-        resume,
-        runtime,
-        senses,
-        tokens,
-    )
+    from msense.corpus import chunking
+    from msense.pipelines import build, dry_run
+    from msense.pipelines import distill as distill_module
+    from msense.run import resume
+    from msense.runtime.executor import _merge, guard, unwrap
+    from msense.runtime.resources import Resources
+    from msense.stages import cluster, distributed_kmeans, embed, exemplars, label, passages, plan, sense_counts, train
 
     def run(work: Callable, items: list) -> Iterator[dict]:
         for item in items:
-            yield runtime.unwrap(runtime.guard(work, json_module.loads(json_module.dumps(item))))
+            yield unwrap(guard(work, json_module.loads(json_module.dumps(item))))
 
     def reduce(name: str, work: Callable, slices: list, resources: object, *common: object) -> object:
         results = [work(item, *common) for item in slices]
-        return runtime._merge(*results)
+        return _merge(*results)
 
     fakes = {
-        "connect": lambda workers=None, gpus_per_actor=1.0: runtime.Resources(
+        "connect": lambda workers=None, gpus_per_actor=1.0: Resources(
             actors=workers or 2, tasks=workers or 2, device="cpu"
         ),
         "map_data": lambda name, work, items, resources: run(work, items),
@@ -251,8 +241,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     from msense.evaluation import run as evaluation
 
-    stages = (clustering, evaluation, exemplars, labels, parts, passages, plan, resume, senses)
-    for module in (build, distill, distill_run, estimate, *stages):
+    stages = (cluster, evaluation, exemplars, label, distributed_kmeans, passages, plan, resume, sense_counts)
+    for module in (build, train, distill_module, dry_run, *stages):
         for name, fake in fakes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fake)
@@ -260,10 +250,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_module, "remote", Remote)
     monkeypatch.setattr(ray_module, "put", lambda value: value)
     monkeypatch.setattr(ray_module, "kill", lambda actor: None)
-    monkeypatch.setattr(tokens, "BLOCK_TOKENS", 1500)
-    monkeypatch.setattr(occurrences, "UNIT_BYTES", (60_000, 60_000))
-    monkeypatch.setattr(labels, "UNIT_BYTES", (4_000, 4_000))
-    monkeypatch.setattr(occurrences, "SHARD_BYTES", (60_000, 60_000))
+    monkeypatch.setattr(chunking, "BLOCK_TOKENS", 1500)
+    monkeypatch.setattr(embed, "UNIT_BYTES", (60_000, 60_000))
+    monkeypatch.setattr(label, "UNIT_BYTES", (4_000, 4_000))
+    monkeypatch.setattr(embed, "SHARD_BYTES", (60_000, 60_000))
 
 
 @pytest.fixture
@@ -287,7 +277,7 @@ def whole(made: "Corpus") -> "Corpus":
     from faulty import ALL
 
     made.build("whole", keep=ALL)
-    made.stop_at("msense.build._drop_intermediates", "stopped", keep=ALL)
+    made.stop_at("msense.pipelines.build._drop_intermediates", "stopped", keep=ALL)
     return made
 
 

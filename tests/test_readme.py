@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tiny import with_tokenizer
 
-from msense.config import BuildConfig
-from msense.distill_config import DistillConfig
+from msense.config.build import BuildConfig
+from msense.config.distill import DistillConfig
+from msense.config.finetune import FinetuneConfig
 from msense.evaluation.config import EvaluateConfig
-from msense.finetune_config import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from students import shipped
 from test_evaluation import write_task
 
-from msense.cli import run_job
+from msense.cli.console import run_job
 from msense.text import first_line, plain, redact
 
 ROOT = Path(__file__).parents[1]
@@ -90,9 +90,9 @@ def broken_store(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def test_no_job_reveals_secrets(
     made: Corpus, run: Run, monkeypatch: pytest.MonkeyPatch, broken_store: Callable[..., None]
 ) -> None:
-    from msense import distill_run
+    from msense.pipelines import distill
 
-    monkeypatch.setattr(distill_run, "train", lambda *_: {})
+    monkeypatch.setattr(distill, "train", lambda *_: {})
     root = made.folder
     small = ("--teacher", made.teacher, "--dtype", "float32")
     corpus = root / "corpus"

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from benches.peers import available, faiss_loop, faiss_settings, inertias, sklearn_loop, superkmeans_loop
-from benches.shared import Bench, Figures, Tokens
-from benches.turns import Processes, Turns, in_turn
-from msense import clustering, storage
-from msense.kmeans import Clusters, KMeansConfig, cluster_tokens
-from msense.runtime import connect
+from benchmarks.peers import available, faiss_loop, faiss_settings, inertias, sklearn_loop, superkmeans_loop
+from benchmarks.shared import Bench, Figures, Tokens
+from benchmarks.turns import Processes, Turns, in_turn
+from msense.clustering.kmeans import Clusters, KMeansConfig, cluster_tokens
+from msense.io import storage
+from msense.io.arrays import load_arrays
+from msense.runtime.ray_executor import connect
+from msense.stages import cluster
 
 logger = logging.getLogger("msense.bench")
-
 GOOD_ENOUGH = 1.01  # FAISS is tuned to reach this multiple of scikit-learn's total inertia
 LARGE = 200  # least points per token in `over_limit`
 TURNS = 5
 SUPERKMEANS_EVERY = 8  # SuperKMeans takes milliseconds to set up for each token
-
 Ways = dict[str, Callable[[], Any]]
 
 
@@ -68,12 +68,12 @@ def kmeans(bench: Bench) -> Figures:
 
 
 def _stage(bench: Bench) -> Callable[[], list[str]]:
-    settings, shards = bench.cluster_settings(), storage.load_arrays(bench.run.thresholds)["shards"]
+    settings, shards = bench.cluster_settings(), load_arrays(bench.run.thresholds)["shards"]
     resources = connect(bench.workers)
 
     def stage() -> list[str]:
         storage.remove(bench.run.centroids)
-        return clustering.cluster(settings, shards, resources)
+        return cluster.cluster(settings, shards, resources)
 
     return stage
 

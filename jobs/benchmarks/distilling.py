@@ -9,19 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from benches.senses import MORE, Read, Task, few_shot, load_task, load_teacher, read
-from benches.shared import Bench, Figures
-from benches.workshop import Made, Workshop
+from benchmarks.senses import MORE, Read, Task, few_shot, load_task, load_teacher, read
+from benchmarks.shared import Bench, Figures
+from benchmarks.workshop import ArtifactCache, Made
 from msense import SenseDictionary
-from msense.distill_config import DistillConfig
-from msense.encoder import Replace
+from msense.config.distill import DistillConfig
 from msense.evaluation.models import StudentModel
 from msense.evaluation.result import Result, difference
 from msense.evaluation.spec import Spec
-from msense.losses import frequent_sense_accuracy
+from msense.student.encoder import Replace
+from msense.training.losses import frequent_sense_accuracy
 
 logger = logging.getLogger("msense.bench")
-
 STUDENTS = {"layers2": "layers:2", "static": "static"}
 OBJECTIVE = {"sense": 1.0, "pooled": 100.0, "replaced": 100.0}  # that of the README's figures
 RECIPES: dict[str, dict[str, Any]] = {
@@ -32,12 +31,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 REPLACED: dict[str, Replace | None] = {"": None, "_replaced": "soft", "_replaced_hard": "hard"}
 
 
-def banking_shop(bench: Bench) -> Workshop:
+def banking_shop(bench: Bench) -> ArtifactCache:
     """Return the workshop of Banking77's training texts, beside the shared run."""
-    return Workshop(Path(f"{bench.run.root}-banking77"), [str(bench.data("banking77") / "train.csv")], bench.workers)
+    return ArtifactCache(
+        Path(f"{bench.run.root}-banking77"), [str(bench.data("banking77") / "train.csv")], bench.workers
+    )
 
 
-def student(shop: Workshop, dictionary: Path, name: str) -> Made:
+def student(shop: ArtifactCache, dictionary: Path, name: str) -> Made:
     """Distill a student of the README's figures, or return the existing one."""
     return shop.student(dictionary, name, student=STUDENTS[name], objective=OBJECTIVE)
 

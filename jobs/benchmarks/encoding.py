@@ -14,17 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benches.distilling import STUDENTS, banking_shop, student
-from benches.senses import MORE, load_task
-from benches.shared import Bench, Figures
-from benches.turns import Turns, in_turn
+from benchmarks.distilling import STUDENTS, banking_shop, student
+from benchmarks.senses import MORE, load_task
+from benchmarks.shared import Bench, Figures
+from benchmarks.turns import Turns, in_turn
 from msense import SenseEncoder
-from msense.config import DEMO_TEACHER
-from msense.evaluation.model2vec_peer import Peer
-from msense.teacher_folder import body_folder
+from msense.constants import DEMO_TEACHER
+from msense.evaluation.model2vec import Peer
+from msense.teacher.files import body_folder
 
 logger = logging.getLogger("msense.bench")
-
 BATCH, TURNS, SECONDS = 32, 5, 150  # no turn starts later
 REPLACING_TURNS = 15  # more, as these times are close to each other
 PEER_ROUNDS, PEER_TURNS = 3, 5  # model2vec runs in its own process: a few turns of each side, repeated

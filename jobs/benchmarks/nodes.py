@@ -18,17 +18,19 @@ from unittest import mock
 
 import numpy as np
 
-from benches.shared import Bench, Figures
-from msense import storage
-from msense.build import gather_settings
-from msense.config import DEMO_TEACHER
-from msense.occurrences import GatherSettings, OccurrenceActor, cut_units, longest_first
-from msense.run_folder import RunFolder
-from msense.runtime import Resources, connect, map_actors
-from msense.teacher import describe, resolve_dtype
+from benchmarks.shared import Bench, Figures
+from msense.constants import DEMO_TEACHER
+from msense.io import storage
+from msense.pipelines.build import gather_settings
+from msense.run.folder import RunFolder
+from msense.runtime.ray_executor import connect, map_actors
+from msense.runtime.resources import Resources
+from msense.stages.embed import EmbedActor, EmbedSettings
+from msense.stages.embedding_store import cut_partitions, longest_first
+from msense.teacher.body import resolve_dtype
+from msense.teacher.spec import load_teacher_info
 
 logger = logging.getLogger("msense.bench")
-
 SAMPLE = 0.4  # of the demo's corpus: two minutes or more per run on a core of 2026
 STORE_BYTES = 500 << 20
 
@@ -41,7 +43,7 @@ def nodes(bench: Bench) -> Figures:
         sample = bench.sample(SAMPLE)
         bench.build(dry_run=True, sample=sample, workers=1)
         run, settings = bench.dry_run if sample < 1 else bench.run, _gather_settings(bench)
-        items = [asdict(unit) for unit in longest_first(cut_units(run.blocks, settings.dim))]
+        items = [asdict(partition) for partition in longest_first(cut_partitions(run.blocks, settings.dim))]
         for turn in range(bench.turns):
             measured["one"].append(_on_nodes(1, run, settings, items))
             for count, name in ((1, "bare.one"), (2, "bare.two")):
@@ -52,7 +54,7 @@ def nodes(bench: Bench) -> Figures:
             logger.info("turn %d: %s tokens/s", turn + 1, {name: round(rates[-1]) for name, rates in measured.items()})
     rates = {name: np.array(values) for name, values in measured.items()}
     speedup, ceiling = rates["two"] / rates["one"], rates["bare.two"] / rates["bare.one"]
-    tokens = sum(unit["tokens"] for unit in _facts(run, items))
+    tokens = sum(partition["tokens"] for partition in _facts(run, items))
     return {
         "nodes.speedup": float(np.median(speedup)),
         "nodes.ceiling": float(np.median(ceiling)),
@@ -85,47 +87,47 @@ def _cluster() -> Iterator[Any]:
             cluster.shutdown()
 
 
-def _gather_settings(bench: Bench) -> GatherSettings:
-    info, dtype = describe(DEMO_TEACHER, bench.config)[0], resolve_dtype(bench.config.dtype, "cpu")
+def _gather_settings(bench: Bench) -> EmbedSettings:
+    info, dtype = load_teacher_info(DEMO_TEACHER, bench.config)[0], resolve_dtype(bench.config.dtype, "cpu")
     resources = Resources(1, 1, "cpu")
     build: Any = SimpleNamespace(teacher=DEMO_TEACHER, config=bench.config, info=info, dtype=dtype, resources=resources)
     return gather_settings(build)
 
 
 def _facts(run: RunFolder, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [storage.facts_of(run.unit_file(item["number"])) or {} for item in items]
+    return [storage.stats_of(run.partition_file(item["number"])) or {} for item in items]
 
 
-def _on_nodes(count: int, run: RunFolder, settings: GatherSettings, items: list[dict[str, Any]]) -> float:
+def _on_nodes(count: int, run: RunFolder, settings: EmbedSettings, items: list[dict[str, Any]]) -> float:
     """Return tokens/s of the stage on `count` nodes."""
     arguments = {"run": run, "settings": settings}
-    for _ in map_actors("occurrences", OccurrenceActor, arguments, items, Resources(count, count, "cpu")):
+    for _ in map_actors("occurrences", EmbedActor, arguments, items, Resources(count, count, "cpu")):
         pass
-    units = _facts(run, items)
-    actors = len({u["actor"] for u in units})
+    partitions = _facts(run, items)
+    actors = len({u["actor"] for u in partitions})
     if actors < count:
         logger.warning("only %d of %d actors did any work: give a larger --sample", actors, count)
-    return rate(units)
+    return rate(partitions)
 
 
-def rate(units: list[dict[str, Any]]) -> float:
+def rate(partitions: list[dict[str, Any]]) -> float:
     """Return tokens/s from the moment when all actors are at work, which excludes start-up.
 
     Args:
-        units: stats per partition: `actor`, `began` and `ended` (seconds), `tokens`. A partition that began before that
+        partitions: stats per partition: `actor`, `began` and `ended` (seconds), `tokens`. A partition that began before that
             moment counts in proportion to its time after it.
     """
-    began = [min(u["began"] for u in units if u["actor"] == actor) for actor in {u["actor"] for u in units}]
-    start, end = max(began), max(u["ended"] for u in units)
-    shares = [(u["ended"] - max(u["began"], start)) / (u["ended"] - u["began"]) for u in units]
-    tokens = sum(share * u["tokens"] for share, u in zip(shares, units, strict=True) if share > 0)
+    began = [min(u["began"] for u in partitions if u["actor"] == actor) for actor in {u["actor"] for u in partitions}]
+    start, end = max(began), max(u["ended"] for u in partitions)
+    shares = [(u["ended"] - max(u["began"], start)) / (u["ended"] - u["began"]) for u in partitions]
+    tokens = sum(share * u["tokens"] for share, u in zip(shares, partitions, strict=True) if share > 0)
     return float(tokens / (end - start))
 
 
-_actor: OccurrenceActor | None = None  # of a bare process
+_actor: EmbedActor | None = None  # of a bare process
 
 
-def _bare(count: int, run: RunFolder, settings: GatherSettings, items: list[dict[str, Any]]) -> float:
+def _bare(count: int, run: RunFolder, settings: EmbedSettings, items: list[dict[str, Any]]) -> float:
     """Return tokens/s of the stage in `count` plain processes, whose teachers are loaded before the clock starts."""
     with multiprocessing.get_context("spawn").Pool(count, _make_actor, (run, settings)) as pool:
         pool.map(_call_actor, [items[-1]] * count, 1)
@@ -134,9 +136,9 @@ def _bare(count: int, run: RunFolder, settings: GatherSettings, items: list[dict
         return float(sum(done) / (time.perf_counter() - began))
 
 
-def _make_actor(run: RunFolder, settings: GatherSettings) -> None:
+def _make_actor(run: RunFolder, settings: EmbedSettings) -> None:
     global _actor
-    _actor = OccurrenceActor(run=run, settings=settings)
+    _actor = EmbedActor(run=run, settings=settings)
 
 
 def _call_actor(item: dict[str, Any]) -> int:

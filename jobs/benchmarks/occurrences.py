@@ -11,14 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from benches.shared import Bench, Figures
-from msense import storage
-from msense.build import THREADS
-from msense.config import DEMO_TEACHER, BuildConfig
-from msense.occurrences import Duplicates, cut_units, select_unit, unit_passages
-from msense.run_folder import RunFolder
-from msense.teacher import TOKEN_BUDGET, describe, pad_batch, resolve_dtype, token_batches
-from msense.teacher_folder import locate
+from benchmarks.shared import Bench, Figures
+from msense.config.build import BuildConfig
+from msense.constants import DEMO_TEACHER
+from msense.io import storage
+from msense.io.arrays import load_arrays
+from msense.pipelines.build import THREADS
+from msense.run.folder import RunFolder
+from msense.stages.embed import select_occurrences
+from msense.stages.embedding_store import Duplicates, cut_partitions, partition_passages
+from msense.teacher.batching import TOKEN_BUDGET, pad_batch, token_batches
+from msense.teacher.body import resolve_dtype
+from msense.teacher.files import locate
+from msense.teacher.spec import load_teacher_info
 
 
 def gather(bench: Bench) -> Figures:
@@ -28,10 +33,12 @@ def gather(bench: Bench) -> Figures:
     before = _bare_rate(bench)
     bench.build()
     after = _bare_rate(bench)
-    units = [storage.facts_of(bench.run.unit_file(u.number)) or {} for u in cut_units(bench.run.blocks, bench.dim)]
+    partitions = [
+        storage.stats_of(bench.run.partition_file(u.number)) or {} for u in cut_partitions(bench.run.blocks, bench.dim)
+    ]
     rate = 0.0  # on both sides: sum over processes of tokens over the time from the first batch to the last
-    for actor in {u["actor"] for u in units}:
-        own = [u for u in units if u["actor"] == actor]
+    for actor in {u["actor"] for u in partitions}:
+        own = [u for u in partitions if u["actor"] == actor]
         rate += sum(u["tokens"] for u in own) / (max(u["ended"] for u in own) - min(u["began"] for u in own))
     bare = (before + after) / 2
     return {
@@ -39,7 +46,7 @@ def gather(bench: Bench) -> Figures:
         "gather.tokens_per_s": rate,
         "gather.bare_tokens_per_s": bare,
         "gather.bare_spread": abs(before - after) / bare,
-        "gather.start_s": max(u["start_seconds"] for u in units),
+        "gather.start_s": max(u["start_seconds"] for u in partitions),
     }
 
 
@@ -65,14 +72,14 @@ def _bare_forward(run: RunFolder, config: BuildConfig, number: int, of: int, sta
     from transformers import AutoModel
 
     torch.set_num_threads(THREADS)
-    info, _ = describe(DEMO_TEACHER, config)
-    spec, threshold = info.passage_spec(config), storage.load_arrays(run.thresholds)["threshold"]
+    info, _ = load_teacher_info(DEMO_TEACHER, config)
+    spec, threshold = info.passage_spec(config), load_arrays(run.thresholds)["threshold"]
     dtype = getattr(torch, resolve_dtype(config.dtype, "cpu"))
     model = AutoModel.from_pretrained(locate(DEMO_TEACHER), dtype=dtype, trust_remote_code=False).eval()
     batches = []
-    for unit in cut_units(run.blocks, info.dim)[number::of]:
-        passages = unit_passages(run, unit, Duplicates(run))
-        selection = select_unit(passages, threshold, spec, config.per_passage)
+    for partition in cut_partitions(run.blocks, info.dim)[number::of]:
+        passages = partition_passages(run, partition, Duplicates(run))
+        selection = select_occurrences(passages, threshold, spec, config.per_passage)
         rows = np.unique(selection.rows)
         for batch in token_batches(selection.lengths[rows], TOKEN_BUDGET["cpu"]):
             ids, mask = pad_batch([passages.ids[passages.offsets[r] : passages.offsets[r + 1]] for r in rows[batch]])

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from benches.turns import Processes
+from benchmarks.turns import Processes
 
 logger = logging.getLogger("msense.bench")
-
 FAISS_NITER = (8, 25)
 FAISS_NREDO = (1, 2, 4, 6, 8, 12, 20)
 EVERYTHING = 1 << 30

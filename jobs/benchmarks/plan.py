@@ -5,9 +5,9 @@ import time
 
 import numpy as np
 
-from benches.shared import Bench, Figures
-from msense.sampling import Histogram, select, thresholds
-from msense.tokens import Passages, PassageSpec
+from benchmarks.shared import Bench, Figures
+from msense.corpus.passages import Passages, PassageSpec
+from msense.stages.sampling import Histogram, select, thresholds
 
 VOCABULARY, CAP, LENGTH = 5000, 200, 100  # tokens, occurrences per token, tokens per passage
 

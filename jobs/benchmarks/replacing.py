@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from benches.shared import Bench, Figures
-from benches.turns import in_turn
+from benchmarks.shared import Bench, Figures
+from benchmarks.turns import in_turn
 from msense import SenseDictionary
-from msense.occurrences import Duplicates, cut_units, unit_passages
+from msense.stages.embedding_store import Duplicates, cut_partitions, partition_passages
 
 COUNT, TURNS = 500_000, 5
 
@@ -35,8 +35,8 @@ def replace(bench: Bench) -> Figures:
 
 def _stream(bench: Bench, tokens: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the corpus's first tokens, each with the embedding of a random occurrence of that token."""
-    units = cut_units(bench.run.blocks, points.shape[1])
-    ids = np.concatenate([unit_passages(bench.run, unit, Duplicates(bench.run)).ids for unit in units])
+    units = cut_partitions(bench.run.blocks, points.shape[1])
+    ids = np.concatenate([partition_passages(bench.run, unit, Duplicates(bench.run)).ids for unit in units])
     token, start, number = np.unique(tokens, return_index=True, return_counts=True)
     ids = np.resize(ids[np.isin(ids, token)], COUNT)
     place = np.searchsorted(token, ids)

@@ -11,21 +11,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benches.shared import Bench, Figures
-from benches.workshop import CAP
+from benchmarks.shared import Bench, Figures
+from benchmarks.workshop import CAP
 from msense import SenseDictionary
-from msense.config import DEFAULT_BUDGET, DEMO_TEACHER, SenseBudget, sense_bytes
-from msense.dictionary.format import Arrays, corpus_distortion
-from msense.evaluation import coarsewsd
-from msense.evaluation.classification import PARTS, classify
-from msense.evaluation.models import TeacherModel, slabs
-from msense.evaluation.result import METRICS, Result, difference
+from msense.clustering.budget import DEFAULT_BUDGET, SenseBudget, sense_bytes
+from msense.constants import DEMO_TEACHER
+from msense.corpus.labelled import read_labelled
+from msense.dictionary.layout import Arrays, corpus_distortion
+from msense.evaluation.models import TeacherModel, iter_slabs
+from msense.evaluation.result import Result, difference
 from msense.evaluation.spec import Spec
-from msense.labelled import read_labelled
-from msense.pooling import pool_rows
+from msense.evaluation.tasks import coarsewsd
+from msense.evaluation.tasks.classification import PARTS, classify
+from msense.metrics import METRICS
+from msense.teacher.pooling import pool_rows
 
 logger = logging.getLogger("msense.bench")
-
 FIXED, MORE = 20, 50
 TRIES = 5  # to reach equal sizes
 Dictionaries = dict[str, SenseDictionary]
@@ -73,7 +74,7 @@ def load_teacher(workers: int) -> TeacherModel:
 def read(teacher: TeacherModel, texts: list[str]) -> Read:
     """Return the token embeddings of texts."""
     ids, lengths, embeddings = [], [], []
-    for slab in slabs(texts):
+    for slab in iter_slabs(texts):
         own = teacher.read(slab)
         ids.append(own.ids)
         lengths.append(np.diff(own.offsets))
@@ -129,7 +130,7 @@ def _banking(parts: dict[str, Read], labels: dict[str, np.ndarray], vocab_size: 
         figures[f"senses.distortion_{name}"] = distortion(dictionary, parts["train"], replaced["train"])
         figures[f"senses.test_distortion_{name}"] = distortion(dictionary, parts["test"], replaced["test"])
         figures[f"senses.in_sample_distortion_{name}"] = corpus_distortion(
-            Arrays(dictionary.offsets, dictionary.counts, dictionary.spread, dictionary.token_counts)
+            Arrays(dictionary.offsets, dictionary.counts, dictionary.rms_distance, dictionary.token_counts)
         )
         accuracy[name] = accuracy_of(replaced)
         logger.info("banking77 %s: %d senses, accuracy %.4f", name, len(dictionary), accuracy[name].score)

@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from msense import storage
-from msense.build import build_dictionary, cluster_settings
-from msense.config import DEMO_CORPUS, DEMO_TEACHER, BuildConfig
-from msense.errors import BadInput
-from msense.flags import validate
-from msense.run_folder import RunFolder
-from msense.teacher import describe
-from msense.units import ClusterSettings, Range, read_ranges, sample
+from msense.config.base import validate_config
+from msense.config.build import DEMO_CORPUS, BuildConfig
+from msense.constants import DEMO_TEACHER
+from msense.errors import InputError
+from msense.io import storage
+from msense.io.arrays import load_arrays
+from msense.pipelines.build import build_dictionary, cluster_settings
+from msense.run.folder import RunFolder
+from msense.stages.embedding_store import ClusterSettings, Range, read_ranges, sample
+from msense.teacher.spec import load_teacher_info
 
 logger = logging.getLogger("msense.bench")
-
 Figures = dict[str, float]
 
 
@@ -57,7 +58,7 @@ class Bench:
         self._sample: float | None = given.sample
         settings = {name: getattr(given, name) for name in ("corpus", "workers", "senses", "max_occurrences", "output")}
         keep = ("passages", "occurrences", "centroids")
-        self.config = validate(BuildConfig, {**settings, "teacher": DEMO_TEACHER, "keep": keep})
+        self.config = validate_config(BuildConfig, {**settings, "teacher": DEMO_TEACHER, "keep": keep})
         self.run = RunFolder(storage.absolute(given.output))
 
     @property
@@ -68,7 +69,7 @@ class Bench:
     @property
     def dim(self) -> int:
         """Width D of the teacher's embeddings."""
-        return describe(DEMO_TEACHER, self.config)[0].dim
+        return load_teacher_info(DEMO_TEACHER, self.config)[0].dim
 
     def build(self, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - settings
         """Build the dictionary of the shared run, or resume it."""
@@ -86,14 +87,14 @@ class Bench:
         """
         is_run = any(storage.exists(run.manifest) for run in (self.run, self.dry_run))
         if storage.names(self.run.root) and not is_run:
-            raise BadInput(f"{self.run.root} is not a run folder, and {name} would delete it: give another --output")
+            raise InputError(f"{self.run.root} is not a run folder, and {name} would delete it: give another --output")
         storage.remove(self.run.root)
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the clustered points, grouped by token: token ids int32 [N] and embeddings float16 [N, D]."""
         settings = self.cluster_settings()
-        offsets = storage.load_arrays(self.run.offsets)["offsets"]
-        whole = [Range(unit, int(row[0]), int(row[-1])) for unit, row in enumerate(offsets)]
+        offsets = load_arrays(self.run.offsets)["offsets"]
+        whole = [Range(partition, int(row[0]), int(row[-1])) for partition, row in enumerate(offsets)]
         records, _ = read_ranges(settings, whole)
         order, _ = sample(records["key"], records["token"], settings.max_occurrences)
         return records["token"][order], records["embedding"][order].view(np.float16)
@@ -106,7 +107,7 @@ class Bench:
 
     def cluster_settings(self) -> ClusterSettings:
         """Return the settings of the clustering stage."""
-        return cluster_settings(self.config, self.run, describe(DEMO_TEACHER, self.config)[0])
+        return cluster_settings(self.config, self.run, load_teacher_info(DEMO_TEACHER, self.config)[0])
 
     def data(self, name: str) -> Path:
         """Return a folder of labelled data.
@@ -115,8 +116,8 @@ class Bench:
             BadInput: `--data` is missing or lacks that folder.
         """
         if self._data is None:
-            raise BadInput(f"this benchmark reads {name}/: give --data, the folder that contains it")
+            raise InputError(f"this benchmark reads {name}/: give --data, the folder that contains it")
         folder = Path(self._data, name)
         if not folder.is_dir():
-            raise BadInput(f"{folder} does not exist: give as --data a folder that contains {name}/")
+            raise InputError(f"{folder} does not exist: give as --data a folder that contains {name}/")
         return folder

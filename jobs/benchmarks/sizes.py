@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from benches.clustering import GOOD_ENOUGH, Ways, kernel, kernel_loop, over_limit, shared
-from benches.peers import available, faiss_loop, faiss_settings, inertias, sklearn_loop, superkmeans_loop
-from benches.shared import Bench, Figures, Tokens
-from benches.turns import Processes, Turns, in_turn
+from benchmarks.clustering import GOOD_ENOUGH, Ways, kernel, kernel_loop, over_limit, shared
+from benchmarks.peers import available, faiss_loop, faiss_settings, inertias, sklearn_loop, superkmeans_loop
+from benchmarks.shared import Bench, Figures, Tokens
+from benchmarks.turns import Processes, Turns, in_turn
 
 logger = logging.getLogger("msense.bench")
-
 SIZES, SENSES, WIDTHS = (21, 200, 1_000, 10_000, 100_000), (5, 20, 200), (384, 4096)
 CELL_BYTES = 2e9  # of float16 and float32 points
 CELL_SECONDS = 0.5  # of msense's work per cell

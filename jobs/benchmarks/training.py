@@ -14,21 +14,22 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from benches.distilling import STUDENTS, banking_shop, student
-from benches.senses import MORE
-from benches.shared import Bench, Figures
-from benches.turns import in_turn
-from msense.config import DEMO_TEACHER
-from msense.distill import training_of
-from msense.distill_config import DistillConfig
-from msense.label_set import LabelBatch, LabelSet
-from msense.losses import Mix
-from msense.run_folder import RunFolder
-from msense.runtime import Resources
-from msense.sense_losses import SenseLabels, sense_losses
-from msense.teacher import Teacher, resolve_dtype
-from msense.train_engine import Plain, keep_freed_memory
-from msense.train_loop import Trainer, new_student
+from benchmarks.distilling import STUDENTS, banking_shop, student
+from benchmarks.senses import MORE
+from benchmarks.shared import Bench, Figures
+from benchmarks.turns import in_turn
+from msense.config.distill import DistillConfig
+from msense.constants import DEMO_TEACHER
+from msense.pipelines.distill import distillation_config
+from msense.run.folder import RunFolder
+from msense.runtime.resources import Resources
+from msense.teacher.body import resolve_dtype
+from msense.teacher.model import Teacher
+from msense.training.distiller import Trainer, build_student
+from msense.training.engine import DDPEngine, keep_freed_memory
+from msense.training.label_dataset import LabelBatch, LabelSet
+from msense.training.losses import LossWeights
+from msense.training.sense_losses import SenseLabels, sense_losses
 
 STEPS, TURNS = 12, 5
 LARGER = 4096  # tokens of a larger batch, for the losses alone
@@ -56,9 +57,9 @@ def _trainer(labels: str, dictionary: str, kind: str) -> Trainer:
     dtype = resolve_dtype("auto", "cpu")
     config = DistillConfig(dictionary=dictionary, student=kind, student_dtype=dtype, epochs=1)
     source: Any = SimpleNamespace(dictionary=dictionary, teacher=DEMO_TEACHER, info=SimpleNamespace(revision=None))
-    training = training_of(config, source, RunFolder(labels), Resources(1, 1, "cpu"), dtype)
+    training = distillation_config(config, source, RunFolder(labels), Resources(1, 1, "cpu"), dtype)
     training, label_set = replace(training, threads=1), LabelSet.open(labels)
-    engine = Plain(new_student(training, label_set), config.weight_decay, config.clip)
+    engine = DDPEngine(build_student(training, label_set), config.weight_decay, config.clip)
     return Trainer(training, engine, label_set)
 
 
@@ -76,7 +77,7 @@ def _measure(trainer: Trainer) -> dict[str, float]:
             trainer._step(batch, training.lr, False)
 
     def ours_senses() -> None:
-        trainer.training = replace(training, mix=Mix(sense=1, temperature=training.mix.temperature))
+        trainer.training = replace(training, mix=LossWeights(sense=1, temperature=training.mix.temperature))
         ours()
         trainer.training = training
 

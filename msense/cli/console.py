@@ -15,12 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from msense.errors import BadInput, MsenseError
-from msense.stores import s3_errors, s3_trouble
+from msense.errors import InputError, MsenseError
+from msense.io.filesystems import s3_error_message, s3_errors
 from msense.text import clean, plain, size
 
 logger = logging.getLogger("msense")
-
 WIDE = 120  # columns of a file or pipe
 
 
@@ -33,7 +32,7 @@ def run_job(job: Callable[[], None]) -> int:
     sys.excepthook = _tell_plainly
     try:
         job()
-    except BadInput as error:
+    except InputError as error:
         logger.error("error: %s", error)
         return 2
     except MsenseError as error:
@@ -43,7 +42,7 @@ def run_job(job: Callable[[], None]) -> int:
         logger.error("failed: %s\nMend that and run the same command again: it goes on from what is finished.", error)
         return 1
     except s3_errors() as error:
-        logger.error("failed: %s", s3_trouble(error))
+        logger.error("failed: %s", s3_error_message(error))
         return 1
     except KeyboardInterrupt:
         logger.error("stopped; the same command goes on from what is finished")
@@ -69,14 +68,14 @@ def console() -> Console:
 def stage_rows(stages: Mapping[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """Return a row a stage for `show_table`: its seconds, counts and bytes."""
     rows = []
-    for name, facts in stages.items():
+    for name, stats in stages.items():
         told = [
             f"{value:,} {key}"
-            for key, value in facts.items()
+            for key, value in stats.items()
             if key not in ("seconds", "bytes") and not key.startswith("bad") and value
         ]
-        told += [size(facts["bytes"])] if "bytes" in facts else []
-        rows.append((name, f"{facts['seconds']:,.1f} s  {', '.join(told)}"))
+        told += [size(stats["bytes"])] if "bytes" in stats else []
+        rows.append((name, f"{stats['seconds']:,.1f} s  {', '.join(told)}"))
     return rows
 
 

@@ -4,26 +4,22 @@ Flags win over the file, the file over the defaults, and all errors are shown at
 """
 
 import argparse
-import difflib
-import reprlib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
-from msense.errors import BadInput
+from msense.config.base import ConfigT, validate_config
+from msense.errors import InputError
 from msense.text import plain, redact
 
-_SHOWN_ERRORS = 20
 _YAML_BYTES = 1 << 20
 _YAML_ERRORS = (  # what PyYAML raises on values that are not of their tag's kind
     *(OSError, ValueError, RecursionError, yaml.YAMLError),
     *(AttributeError, LookupError, TypeError, ArithmeticError),
 )
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def parse_flags(model: type[ConfigT], description: str, argv: Sequence[str] | None = None) -> ConfigT:
@@ -46,33 +42,7 @@ def parse_flags(model: type[ConfigT], description: str, argv: Sequence[str] | No
         parser.add_argument("--" + name.replace("_", "-"), dest=name, default=argparse.SUPPRESS, **told)
     given = vars(parser.parse_args(argv))
     file = given.pop("config", None)
-    return validate(model, {**({} if file is None else _read_yaml(file)), **given})
-
-
-def validate(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """Check settings as a whole; BadInput lists every error at once."""
-    try:
-        return model(**values)
-    except ValidationError as error:
-        wrong = error.errors(include_url=False, include_context=False)
-        lines = [
-            f"  {_told(e['loc'], e['type'], e['msg'], e['input'], model.model_fields)}" for e in wrong[:_SHOWN_ERRORS]
-        ]
-        lines += [f"  and {len(wrong) - _SHOWN_ERRORS} more"] if len(wrong) > _SHOWN_ERRORS else []
-        raise BadInput("these settings are wrong (--help tells all):\n" + "\n".join(lines)) from error
-
-
-def _told(place: Sequence[int | str], kind: str, message: str, given: object, known: Iterable[str]) -> str:
-    """Say what is wrong with one setting."""
-    name = ".".join(str(part) for part in place)
-    if kind == "missing":
-        return f"{name}: must be given (--{name.replace('_', '-')})"
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(name, known, n=1)
-        message = "there is no such setting" + (f"; is it {near[0]}?" if near else "")
-    shown = reprlib.Repr()  # a YAML file of one line may stand for terabytes
-    shown.maxstring = shown.maxother = 120
-    return f"{name}: {message.removeprefix('Value error, ')} (given: {redact(shown.repr(given))})"
+    return validate_config(model, {**({} if file is None else _read_yaml(file)), **given})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -120,11 +90,11 @@ def _read_yaml(file: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(_text_of(Path(file)))
     except _YAML_ERRORS as error:
-        raise BadInput(
+        raise InputError(
             f"cannot read the config file {file!r}: {redact(str(error))}\nIt must be UTF-8 text of `setting: value` lines."
         ) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise BadInput(f"the config file {file!r} must hold `setting: value` lines, found a {type(values).__name__}")
+        raise InputError(f"the config file {file!r} must hold `setting: value` lines, found a {type(values).__name__}")
     return {str(key).replace("-", "_"): value for key, value in values.items()}

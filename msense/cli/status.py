@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from msense import storage
-from msense.artefact import shown
-from msense.cli import show_table
-from msense.errors import BadInput
-from msense.label_set import LabelUnit
-from msense.run_folder import RunFolder
+from msense.cli.console import show_table
+from msense.errors import InputError
+from msense.io import storage
+from msense.io.untrusted import printable
+from msense.run.folder import RunFolder
+from msense.run.progress import format_progress
 from msense.text import size
-from msense.train_progress import line
+from msense.training.label_dataset import LabelPartition
 
 DRIVERS_SHOWN = 10
 
@@ -23,12 +23,12 @@ def show_status(run: str) -> None:
     folder = RunFolder(storage.absolute(run))
     manifest = folder.read_manifest()
     if manifest is None:
-        raise BadInput(f"{run} is not a run folder: it has no valid manifest.json; give the --output of a build")
+        raise InputError(f"{run} is not a run folder: it has no valid manifest.json; give the --output of a build")
     try:
         show_table(f"Run {run}", _rows(folder, manifest))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(
-            f"{run} has records that this version of msense did not write ({type(error).__name__}: {shown(error)}): "
+        raise InputError(
+            f"{run} has records that this version of msense did not write ({type(error).__name__}: {printable(error)}): "
             "give a run of this version"
         ) from error
 
@@ -48,8 +48,8 @@ def _build(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the progress of a dictionary build."""
     finished = storage.read_json(run.finished)
     stages = finished["stages"] if finished else {}
-    units = storage.read_json(run.units)
-    of_units, of_shards = (f" of {units['units']}", f" of {units['shards']}") if units else ("", "")
+    partitions = storage.read_json(run.partitions)
+    of_units, of_shards = (f" of {partitions['units']}", f" of {partitions['shards']}") if partitions else ("", "")
     chosen = {} if isinstance(manifest.get("config", {}).get("senses", 0), int) else {"senses": _done(run.senses)}
     counts = {
         "passages": f"{_finished(run.passages, '.parquet')} files",
@@ -63,8 +63,8 @@ def _build(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if not finished:
         return [*rows, ("dictionary", "pending; rerun the build command to resume")]
-    facts = stages["dictionary"]
-    text = f"{facts['tokens']:,} tokens, {facts['senses']:,} senses, {facts['points']:,} points"
+    stats = stages["dictionary"]
+    text = f"{stats['tokens']:,} tokens, {stats['senses']:,} senses, {stats['points']:,} points"
     if "senses" in stages:
         text += f", at most {stages['senses']['largest']:,} senses per token"
     return [*rows, ("dictionary", run.dictionary), ("", text)]
@@ -72,25 +72,25 @@ def _build(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _distillation(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the progress of the labels and the student of a distillation."""
-    units = storage.read_json(run.units)
-    of_units = f" of {units['labels']}" if units else ""
+    partitions = storage.read_json(run.partitions)
+    of_units = f" of {partitions['labels']}" if partitions else ""
     rows = [("dictionary", f"fingerprint {manifest['dictionary'][:12]}")]
     if files := _finished(run.passages, ".parquet"):  # otherwise those of the dictionary's run are used
         rows += [("passages", f"{files} files"), ("plan", _done(run.thresholds))]
     rows.append(("labels", f"{_finished(run.labels, '.safetensors', '0')}{of_units} partitions"))
     if labels := storage.read_json(run.label_manifest):
-        names = (name for name in LabelUnit.model_fields if name != "sha256")
-        total = {name: sum(unit[name] for unit in labels["units"]) for name in names}
+        names = (name for name in LabelPartition.model_fields if name != "sha256")
+        total = {name: sum(partition[name] for partition in labels["units"]) for name in names}
         text = f"{total['passages']:,} passages ({total['held_out_passages']:,} held out), {total['tokens']:,} tokens"
         rows.append(("", f"{text}, {total['labelled']:,} with a sense, {size(total['size'])}"))
     finished = storage.exists(run.student)
     if (progress := storage.read_json(run.progress)) and not finished:
-        rows.append(("training", line(progress)))
+        rows.append(("training", format_progress(progress)))
     return [*rows, ("student", run.student if finished else "pending; rerun the distillation command to resume")]
 
 
 def _done(file: str) -> str:
-    return "done" if storage.facts_of(file) else "pending"
+    return "done" if storage.stats_of(file) else "pending"
 
 
 def _finished(folder: str, suffix: str = "", prefix: str = "") -> int:

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from msense.config import MAX_SENSES, MAX_TOKEN_NUMBERS
-from msense.errors import BadInput
-from msense.kmeans.curve import POINTS_A_SENSE
+from msense.clustering.kmeans.curve import POINTS_PER_SENSE
+from msense.constants import MAX_SENSES, MAX_TOKEN_NUMBERS
+from msense.errors import InputError
 
-STEPS_AN_OCTAVE = 16  # K that are evaluated; those between are reached only with the last of the budget
+STEPS_PER_OCTAVE = 16  # K that are evaluated; those between are reached only with the last of the budget
 SLOPE_OVER = 3  # last steps of a known curve, whose slope is extrapolated
-TOKENS_AT_A_TIME = 1 << 13
+BATCH_TOKENS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ def allocate(curves: Curves, grid: NDArray[np.int64], budget: int, dim: int) -> 
     """
     tokens = len(curves.points)
     if budget < tokens:
-        raise BadInput(f"a budget of {budget:,} senses is below one sense for each of {tokens:,} tokens; increase it")
+        raise InputError(f"a budget of {budget:,} senses is below one sense for each of {tokens:,} tokens; increase it")
     if not tokens:
         return np.zeros(0, np.int64)
-    most = np.clip(curves.points // POINTS_A_SENSE, 1, min(MAX_SENSES, MAX_TOKEN_NUMBERS // dim))
+    most = np.clip(curves.points // POINTS_PER_SENSE, 1, min(MAX_SENSES, MAX_TOKEN_NUMBERS // dim))
     found = []
-    for at in range(0, tokens, TOKENS_AT_A_TIME):
-        own = slice(at, at + TOKENS_AT_A_TIME)
+    for at in range(0, tokens, BATCH_TOKENS):
+        own = slice(at, at + BATCH_TOKENS)
         chunk = Curves(curves.points[own], curves.occurrences[own], curves.variance[own])
         steps = _hulls(*_distortions(chunk, grid, most[own]))
         found.append(steps._replace(token=steps.token + at))
@@ -93,7 +93,7 @@ def _distortions(
     Between the K of the grid the variance is interpolated in log K; beyond the last known one it is extrapolated as a
     power of K, like a quantizer's distortion (Zador 1982, IEEE Trans. Inf. Theory 28(2)).
     """
-    ladder = np.unique(np.round(2 ** np.arange(0, np.log2(most.max()) + 1, 1 / STEPS_AN_OCTAVE)).astype(np.int64))
+    ladder = np.unique(np.round(2 ** np.arange(0, np.log2(most.max()) + 1, 1 / STEPS_PER_OCTAVE)).astype(np.int64))
     senses = np.minimum(ladder, most[:, None])
     known, rows = np.isfinite(curves.variance).sum(1), np.arange(len(most))
     values = np.where(known[:, None] > np.arange(len(grid)), curves.variance, 0.0)

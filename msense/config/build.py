@@ -3,119 +3,22 @@
 Comes in: values, by way of `flags.parse_flags`. Goes out: a `BuildConfig`; what is wrong is said of each setting.
 """
 
-import math
-import re
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import fields
+from typing import Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    ByteSize,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import ByteSize, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
-from msense.errors import BadInput
-from msense.text import is_utf8, plain
+from msense.clustering.budget import DEFAULT_BUDGET, SenseBudget
+from msense.config.base import GpusPerActor, JobConfig
+from msense.constants import DEMO_TEACHER, MANY, MAX_EXEMPLARS, MAX_SENSES, Metric
+from msense.errors import InputError
+from msense.text import plain
 
-DEMO_TEACHER = "all-MiniLM-L6-v2"
 DEMO_CORPUS = "pydocs:pandas,sklearn,torch"
 DEMO_SAMPLE = 0.18  # about 650,000 tokens, a minute of teacher on two cores
 DEMO_SEED = 274  # of the sample: it holds modules on the demo's five words
-MAX_SENSES, NO_SENSE = 65_534, 65_535  # labels are uint16; the second says "none"
-LARGEST_VALUE = 1e15  # of an embedding that k-means takes: float32 holds sums of such squares of any width
-MAX_VOCABULARY = 1 << 22  # the largest of today's is below 2^19
-MAX_DIM = 1 << 16
-MAX_TOKEN_NUMBERS = 1 << 28  # of one token's centroids, which are read at once: 1 GiB in float32
-MAX_EXEMPLARS = 1024  # of one sense
-MANY = 2**31 - 1  # more of anything fits no array of ours
-
-GpusPerActor = Annotated[float, Field(gt=0, le=1, description="GPUs of a teacher actor: with 0.5 two actors share one")]
-Metric = Literal["l2", "dot", "cosine"]
 SenseRule = Literal["auto", "mcl"]
 Intermediate = Literal["passages", "occurrences", "centroids"]
-_TEXTS = ("corpus", "text_column", "teacher", "revision", "prompt", "output", "dictionary", "student")
-
-
-@dataclass(frozen=True)
-class SenseBudget:
-    """How many senses all tokens share: on average, or the bytes of all senses in a dictionary.
-
-    Raises:
-        BadInput: it is neither an average from 1 on nor a size.
-    """
-
-    average: float = 0.0
-    size: int = 0
-
-    def __post_init__(self) -> None:
-        if not ((1 <= self.average < math.inf and self.size == 0) or (self.size > 0 and self.average == 0)):
-            raise BadInput("must be an average from 1 on, as every token needs a sense, or a size above 0")
-
-    @classmethod
-    def parse(cls, text: str) -> "SenseBudget":
-        """Read `10`, `2.5`, `60MB` or `2GB`; BadInput for anything else."""
-        found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(?:([kMGT]?)B)?", text.strip(), re.ASCII)
-        if not found:
-            raise BadInput("must be an average number of senses, such as 10, or a size, such as 60MB")
-        amount = float(found[1])
-        if text.strip().endswith("B"):
-            return cls(size=int(amount * 1000 ** " kMGT".index(found[2] or " ")))
-        return cls(average=amount)
-
-    def senses(self, tokens: int, dim: int, value_bytes: int = 2) -> int:
-        """Return the senses in all for so many tokens; of a size as many as it has room for, be they too few."""
-        return int(self.average * tokens) if self.average else self.size // sense_bytes(dim, value_bytes)
-
-
-DEFAULT_BUDGET = SenseBudget(average=5.0)
-
-
-def sense_bytes(dim: int, value_bytes: int = 2) -> int:
-    """Return the bytes that a sense takes in a dictionary: its centroid of D values, count and spread."""
-    return value_bytes * dim + 12
-
-
-class JobConfig(BaseModel):
-    """What the settings of every job are checked for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @field_validator("corpus", "keep", mode="before", check_fields=False)
-    @classmethod
-    def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator(*_TEXTS, check_fields=False)
-    @classmethod
-    def _usable_text(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - of the field's own type
-        for text in (value,) if isinstance(value, str) else value or ():
-            if not text.strip() and info.field_name != "prompt":
-                raise ValueError("is empty; give a value, or leave the setting out")
-            if "\0" in text or not is_utf8(text):
-                raise ValueError("holds a NUL character or is not UTF-8; write it in other characters")
-        return value
-
-    @field_validator("output", check_fields=False)
-    @classmethod
-    def _usable_folder(cls, value: str) -> str:
-        scheme, mark, rest = value.rpartition("://")
-        if mark and "@" in rest.partition("/")[0]:
-            raise ValueError("takes no credentials in the URI; leave them out and give them to the store's own client")
-        if scheme in ("hf", "http", "https"):
-            raise ValueError(f"nothing can be written to {scheme}://; give a local folder, s3:// or gs://")
-        if scheme in ("", "file"):
-            folder = Path(rest).absolute()
-            there = next((p for p in (folder, *folder.parents) if _is_there(p)), folder)
-            if there.is_file():
-                raise ValueError(f"{there} is a file; name a folder, there already or not")
-        return value
 
 
 class BuildConfig(JobConfig):
@@ -241,7 +144,7 @@ class BuildConfig(JobConfig):
     def _known_budget(cls, value: object, info: ValidationInfo) -> object:
         try:
             SenseBudget.parse(str(value))
-        except BadInput as error:
+        except InputError as error:
             raise ValueError(str(error)) from error
         rule = info.data.get("senses", "auto")
         if rule != "auto" and str(value) != cls.model_fields["sense_budget"].default:
@@ -262,7 +165,7 @@ class BuildConfig(JobConfig):
     @field_validator("mcl")
     @classmethod
     def _known_options(cls, values: dict[str, float], info: ValidationInfo) -> dict[str, float]:
-        from msense.mcl import MclConfig  # torch
+        from msense.clustering.mcl import MclConfig  # torch
 
         known = [field.name for field in fields(MclConfig)]
         if unknown := [name for name in values if name not in known]:
@@ -272,7 +175,7 @@ class BuildConfig(JobConfig):
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             raise ValueError(f"{first['loc'][0]}: {first['msg']}") from error
-        except BadInput as error:
+        except InputError as error:
             raise ValueError(str(error)) from error
         rule = info.data.get("senses", "mcl")
         if values and rule != "mcl" and not (rule == "auto" and info.data.get("reference")):
@@ -300,10 +203,3 @@ class BuildConfig(JobConfig):
             "max_points_per_part",
         }
         return self.model_dump(mode="json", exclude=free)
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name too long, or a folder that may not be looked into
-        return False

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
-from msense.config import MANY, GpusPerActor, JobConfig, Metric
+from msense.config.base import GpusPerActor, JobConfig
+from msense.constants import MANY, Metric
 
 OBJECTIVES = {
     "sense": "cross-entropy over the token's own senses, under the dictionary's metric",

@@ -4,10 +4,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from msense.config import DEMO_TEACHER, JobConfig
-from msense.errors import BadInput
-from msense.glue import GLUE, GlueTask, task_of
-from msense.labelled import Columns
+from msense.config.base import JobConfig
+from msense.constants import DEMO_TEACHER
+from msense.corpus.glue import GLUE, GlueTask, get_task
+from msense.corpus.labelled import Columns
+from msense.errors import InputError
 
 _FREE = ("workers", "output", "log_level")  # without influence on the result
 
@@ -78,9 +79,9 @@ class FinetuneConfig(JobConfig):
     @property
     def data(self) -> GlueTask:
         """The task's columns and metrics; raises `BadInput` for a regression on a GLUE classification task."""
-        task = task_of(self.name, Columns((self.text_column,), self.label_column), regression=self.regression)
+        task = get_task(self.name, Columns((self.text_column,), self.label_column), regression=self.regression)
         if self.regression and not task.regression:
-            raise BadInput(f"task {self.name} is a classification: remove --regression, or use another task name")
+            raise InputError(f"task {self.name} is a classification: remove --regression, or use another task name")
         return task
 
     @property

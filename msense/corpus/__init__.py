@@ -1,20 +1,21 @@
-"""Corpus access: list files (`files`), cut them into input splits (`pieces`) and stream their documents (`readers`)."""
+"""Corpus access: list files (`files`), cut them into input splits (`splits`) and stream their documents (`readers`)."""
 
-from msense.corpus.files import SourceFile, display_uri, fingerprint_of, list_files
-from msense.corpus.pieces import WHOLE, Piece, count_rows, cut_pieces, number_pieces
+from msense.corpus.files import SourceFile, current_fingerprint, list_files
 from msense.corpus.readers import BadDocument, Document, read_documents
+from msense.corpus.splits import WHOLE, InputSplit, count_rows, cut_splits, number_splits
+from msense.io.filesystems import display_uri
 
 __all__ = [
     "WHOLE",
     "BadDocument",
     "Document",
-    "Piece",
+    "InputSplit",
     "SourceFile",
     "count_rows",
-    "cut_pieces",
+    "current_fingerprint",
+    "cut_splits",
     "display_uri",
-    "fingerprint_of",
     "list_files",
-    "number_pieces",
+    "number_splits",
     "read_documents",
 ]

@@ -4,8 +4,6 @@ A document is tokenized and cut at word ends into passages of at most `max_lengt
 groups ("blocks") of about 32k tokens, the grain of partitions. Memory: one batch of documents and one block.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,142 +15,15 @@ import pyarrow.parquet as pq
 import xxhash
 from tokenizers import Encoding, Tokenizer
 
-from msense import storage, stores
-from msense.corpus import BadDocument, Document, Piece, read_documents
-from msense.errors import BadInput
+from msense.corpus import BadDocument, Document, InputSplit, read_documents
+from msense.corpus.passages import BLOCK_TOKENS, SCHEMA, PassageSpec
+from msense.errors import InputError
 
-BLOCK_TOKENS = 1 << 15
 BATCH_DOCUMENTS = 256
 SLICE_CHARACTERS = 1 << 18
 LISTED_BAD_DOCUMENTS = 100
-
-SCHEMA = pa.schema(
-    [
-        ("key", pa.uint64()),
-        ("document_id", pa.string()),
-        ("index", pa.int32()),
-        ("context", pa.int32()),
-        ("input_ids", pa.list_(pa.int32())),
-    ]
-)
-
 _ItemT = TypeVar("_ItemT")
 _Offsets = list[tuple[int, int]]  # characters [start, stop) of each token
-
-
-@dataclass(frozen=True)
-class PassageSpec:
-    """How documents are cut into passages; the same for every input split of a run.
-
-    A passage is prefix + prompt + context + body + suffix: prefix and suffix are the tokenizer's special tokens, the
-    context repeats the last tokens of the previous passage (`stride`).
-
-    Example:
-        >>> PassageSpec(max_length=128, prefix=(101,), suffix=(102,)).body_length
-        126
-    """
-
-    max_length: int
-    prefix: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
-    prompt: tuple[int, ...] = ()
-    excluded: tuple[int, ...] = ()
-    stride: int = 0
-    seed: int = 0
-    dedup: bool = False
-    text_column: str = "text"
-    sample: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.body_length < 1:
-            raise BadInput(
-                f"max_length {self.max_length} leaves no room for text after {len(self.prompt)} tokens of prompt and "
-                f"{len(self.prefix) + len(self.suffix)} special tokens: raise --max-length or shorten --prompt"
-            )
-        if self.stride >= self.body_length:
-            raise BadInput(
-                f"stride {self.stride} must be smaller than the {self.body_length} text tokens of a passage: lower it"
-            )
-
-    @property
-    def body_length(self) -> int:
-        """Maximum number of text tokens in a passage, context included."""
-        return self.max_length - len(self.prefix) - len(self.prompt) - len(self.suffix)
-
-
-@dataclass(frozen=True)
-class Passages:
-    """A block of P passages with T tokens, as flat arrays.
-
-    Example:
-        >>> block = read_block("passages/00000.parquet", 0)
-        >>> first = block.ids[block.offsets[0] : block.offsets[1]]
-    """
-
-    keys: np.ndarray  # uint64 [P]
-    context: np.ndarray  # int32 [P], number of context tokens of each passage
-    ids: np.ndarray  # int32 [T]
-    offsets: np.ndarray  # int64 [P + 1], start of each passage in ids
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each passage, int64 [P]."""
-        return np.diff(self.offsets)
-
-    def rows(self) -> np.ndarray:
-        """Return the passage of each token, int64 [T]."""
-        return np.repeat(np.arange(len(self.keys)), self.lengths)
-
-    def positions(self) -> np.ndarray:
-        """Return the position of each token in its passage, int64 [T]."""
-        return np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths)
-
-    def eligible(self, spec: PassageSpec) -> np.ndarray:
-        """Return which tokens may be sampled and labelled, bool [T]: not prompt, context or excluded tokens."""
-        position = self.positions()
-        start = len(spec.prefix)
-        skipped = (position >= start) & (position < start + len(spec.prompt) + np.repeat(self.context, self.lengths))
-        return ~skipped & ~np.isin(self.ids, np.asarray(spec.excluded, dtype=np.int32))
-
-    def without(self, rows: np.ndarray) -> "Passages":
-        """Return the block without the passages of these rows."""
-        if not len(rows):
-            return self
-        kept = np.ones(len(self.keys), dtype=bool)
-        kept[rows] = False
-        offsets = np.r_[0, np.cumsum(self.lengths[kept])].astype(np.int64)
-        return Passages(self.keys[kept], self.context[kept], self.ids[np.repeat(kept, self.lengths)], offsets)
-
-    @staticmethod
-    def concatenate(blocks: "list[Passages]") -> "Passages":
-        """Concatenate blocks."""
-        starts = np.cumsum([0, *(len(b.ids) for b in blocks)])
-        return Passages(
-            np.concatenate([b.keys for b in blocks]),
-            np.concatenate([b.context for b in blocks]),
-            np.concatenate([b.ids for b in blocks]),
-            np.concatenate([b.offsets[:-1] + s for b, s in zip(blocks, starts, strict=False)] + [starts[-1:]]),
-        )
-
-
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the hexadecimal sha256 of a tokenizer's definition, without truncation and padding."""
-    definition = json.loads(tokenizer.to_str())
-    definition.update(truncation=None, padding=None)
-    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
-
-
-def special_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the special tokens that the tokenizer adds before and after a text."""
-    body = tokenizer.encode("a", add_special_tokens=False).ids
-    whole = tokenizer.encode("a").ids
-    start = next((i for i in range(len(whole)) if whole[i : i + len(body)] == body), None)
-    if start is None:
-        raise BadInput(
-            "the teacher's tokenizer changes the tokens of a text when it adds special tokens, so passages cannot be cut "
-            "with it: use another teacher"
-        )
-    return tuple(whole[:start]), tuple(whole[start + len(body) :])
 
 
 def passage_keys(document_id: str, count: int, seed: int) -> np.ndarray:
@@ -277,12 +148,12 @@ class BlockWriter:
 
 
 def write_passages(
-    piece: Piece, spec: PassageSpec, tokenizer: Tokenizer, path: Path, fail_on_bad: bool = False
+    split: InputSplit, spec: PassageSpec, tokenizer: Tokenizer, path: Path, fail_on_bad: bool = False
 ) -> dict[str, Any]:
     """Write the passages file of one input split.
 
     Args:
-        piece: input split.
+        split: input split.
         spec: how to cut passages.
         tokenizer: tokenizer of the teacher.
         path: local file to write.
@@ -300,14 +171,14 @@ def write_passages(
     documents = tokens = 0
     with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_statistics=False) as parquet:
         blocks = BlockWriter(parquet)
-        items = read_documents(piece, spec.text_column, sample=spec.sample, seed=spec.seed)
+        items = read_documents(split, spec.text_column, sample=spec.sample, seed=spec.seed)
         for batch in _batches(items, lambda item: len(item.text) if isinstance(item, Document) else 0):
             for item in batch:
                 if not isinstance(item, BadDocument):
                     continue
                 if fail_on_bad:
                     message = f"bad document {item.id}: {item.reason} {item.detail}".rstrip()
-                    raise BadInput(f"{message}; skip bad documents with --on-bad-document skip")
+                    raise InputError(f"{message}; skip bad documents with --on-bad-document skip")
                 bad[item.reason] = bad.get(item.reason, 0) + 1
                 if bad[item.reason] <= LISTED_BAD_DOCUMENTS:
                     listed.append({"id": item.id, "reason": item.reason, "detail": item.detail})
@@ -371,22 +242,3 @@ def _add_documents(documents: list[Document], spec: PassageSpec, tokenizer: Toke
             blocks.add(np.uint64(key), document.id, index, context, ids)
             tokens += len(ids)
     return tokens
-
-
-def read_block(uri: str, block: int) -> Passages:
-    """Read one block (row group) of a passages file, without the document ids."""
-    table = open_parquet(uri).read_row_group(block, columns=["key", "context", "input_ids"])
-    lists = table.column("input_ids").combine_chunks()
-    return Passages(
-        table.column("key").to_numpy(),
-        table.column("context").to_numpy(),
-        lists.flatten().to_numpy(zero_copy_only=False),
-        lists.offsets.to_numpy().astype(np.int64),
-    )
-
-
-def open_parquet(uri: str) -> pq.ParquetFile:
-    """Open a parquet file on any storage, memory-mapped if local."""
-    if stores.is_local(uri):
-        return pq.ParquetFile(storage.absolute(uri), memory_map=True)
-    return pq.ParquetFile(stores.open_file(uri))

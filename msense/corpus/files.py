@@ -14,10 +14,10 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from msense import stores
 from msense.corpus.pydocs import choose_packages, package_version, source_files
-from msense.errors import BadInput, MsenseError
-from msense.stores import display_uri, s3_errors, s3_trouble, wants_credentials
+from msense.errors import InputError, MsenseError
+from msense.io import filesystems
+from msense.io.filesystems import display_uri, is_credentials_error, s3_error_message, s3_errors
 from msense.text import first_line, is_utf8
 
 FORMATS = ("txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "csv")
@@ -73,34 +73,34 @@ def list_files(uris: Sequence[str]) -> list[SourceFile]:
     by_name: dict[str, SourceFile] = {}
     for file in files:
         if not is_utf8(file.name):
-            raise BadInput(f"{display_uri(file.uri)}: the name, part of document ids, is not UTF-8; rename it")
+            raise InputError(f"{display_uri(file.uri)}: the name, part of document ids, is not UTF-8; rename it")
         other = by_name.setdefault(file.name, file)
         if other is not file and other.uri == file.uri:
-            raise BadInput(f"{display_uri(file.uri)}: the corpus contains this file twice; list it once")
+            raise InputError(f"{display_uri(file.uri)}: the corpus contains this file twice; list it once")
         if other is not file:
-            raise BadInput(
+            raise InputError(
                 f"two files of the corpus have the name {file.name!r}, from which document ids are made: "
                 f"{display_uri(other.uri)} and {display_uri(file.uri)}; rename a folder, or use one common folder"
             )
     return sorted(files, key=lambda file: file.name)
 
 
-def fingerprint_of(uri: str) -> str | None:
+def current_fingerprint(uri: str) -> str | None:
     """Return the current size and fingerprint of a corpus file; None for `pydocs` and the Hub, which pin versions."""
     if uri.startswith(("pydocs", "hf://")):
         return None
-    with reading(uri, _LISTING):
-        filesystem, path = filesystem_of(uri)
+    with read_errors(uri, _LISTING):
+        filesystem, path = corpus_filesystem(uri)
         filesystem.invalidate_cache()
         info = filesystem.info(path)
     return f"{info['size'] or 0} {_fingerprint(info)}"
 
 
-def filesystem_of(uri: str) -> tuple[AbstractFileSystem, str]:
+def corpus_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """Return the fsspec filesystem of a URI and the path on it; like `stores.filesystem`, plus the Hub."""
     if uri.startswith("hf://"):
         return hub_filesystem(), uri.removeprefix("hf://")
-    return stores.filesystem(uri)
+    return filesystems.filesystem(uri)
 
 
 def hub_filesystem() -> AbstractFileSystem:
@@ -111,7 +111,7 @@ def hub_filesystem() -> AbstractFileSystem:
 
 
 @contextmanager
-def reading(uri: str, form: str) -> Iterator[None]:
+def read_errors(uri: str, form: str) -> Iterator[None]:
     """Convert errors raised while reading the file `uri` as `form` into errors that name the file.
 
     Raises:
@@ -122,9 +122,9 @@ def reading(uri: str, form: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise BadInput(f"{shown}: no such file or folder; check the path, and the scheme of a remote one") from error
+        raise InputError(f"{shown}: no such file or folder; check the path, and the scheme of a remote one") from error
     except PermissionError as error:
-        raise BadInput(
+        raise InputError(
             f"{shown}: no permission to read it ({first_line(error)}); grant access, or use other credentials"
         ) from error
     except (ConnectionError, TimeoutError) as error:
@@ -133,19 +133,21 @@ def reading(uri: str, form: str) -> Iterator[None]:
         ) from error
     except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         remedy = "check the path" if form == _LISTING else "it is corrupted or of another format: restore or exclude it"
-        raise BadInput(f"{shown}: cannot be read as {form} ({first_line(error)}); {remedy}") from error
+        raise InputError(f"{shown}: cannot be read as {form} ({first_line(error)}); {remedy}") from error
     except s3_errors() as error:
-        raise (BadInput if wants_credentials(error) else MsenseError)(f"{shown}: {s3_trouble(error)}") from error
+        raise (InputError if is_credentials_error(error) else MsenseError)(
+            f"{shown}: {s3_error_message(error)}"
+        ) from error
 
 
 def _list_storage(uri: str) -> tuple[str, list[SourceFile]]:
     """Return the base name of the root, and the files, of a file, folder or glob."""
-    with reading(uri, _LISTING):
-        filesystem, path = filesystem_of(uri)
+    with read_errors(uri, _LISTING):
+        filesystem, path = corpus_filesystem(uri)
     local = isinstance(filesystem, LocalFileSystem)
     if local:
         uri = path = os.path.abspath(path)  # workers have other working directories
-    with reading(uri, _LISTING):
+    with read_errors(uri, _LISTING):
         try:
             info = filesystem.info(path)
         except FileNotFoundError:
@@ -170,21 +172,21 @@ def _list_storage(uri: str) -> tuple[str, list[SourceFile]]:
             _check_listable(folder)
         files = _readable(filesystem, root, found)
     if not files:
-        raise BadInput(f"{display_uri(uri)}: no readable file there; accepted are {ACCEPTED}")
+        raise InputError(f"{display_uri(uri)}: no readable file there; accepted are {ACCEPTED}")
     return _base_name(display_uri(root)), files
 
 
 def _readable(filesystem: AbstractFileSystem, root: str, found: dict[str, dict[str, Any]]) -> list[SourceFile]:
     """Return the files of a listing with a known suffix; raise if one of them is a pipe or similar."""
     files = []
-    root_length = len(root) if isinstance(filesystem, LocalFileSystem) else len(filesystem_of(root)[1])
+    root_length = len(root) if isinstance(filesystem, LocalFileSystem) else len(corpus_filesystem(root)[1])
     for name, info in found.items():
         relative = name[root_length:].lstrip("/")
         form = _format_of(relative)
         if not form or info["type"] == "directory" or re.search(r"(^|/)\.", relative):
             continue
         if info.get("islink"):  # the target's size and time count
-            with reading(name, _LISTING):
+            with read_errors(name, _LISTING):
                 info = filesystem.info(name)
         if info["type"] == "other":
             raise _special_file(name)
@@ -193,8 +195,8 @@ def _readable(filesystem: AbstractFileSystem, root: str, found: dict[str, dict[s
     return files
 
 
-def _special_file(uri: str) -> BadInput:
-    return BadInput(f"{display_uri(uri)}: a pipe, socket or device, not a file or folder; exclude it")
+def _special_file(uri: str) -> InputError:
+    return InputError(f"{display_uri(uri)}: a pipe, socket or device, not a file or folder; exclude it")
 
 
 def _check_listable(folder: str) -> None:
@@ -212,7 +214,7 @@ def _one_file(uri: str, info: dict[str, Any]) -> tuple[str, list[SourceFile]]:
     name = _base_name(display_uri(uri) if uri.startswith(("http://", "https://")) else uri)
     form = _format_of(name)
     if not form:
-        raise BadInput(f"{display_uri(uri)}: unsupported file format; accepted are {ACCEPTED}")
+        raise InputError(f"{display_uri(uri)}: unsupported file format; accepted are {ACCEPTED}")
     return _base_name(display_uri(_parent(uri))), [SourceFile(uri, name, form, info["size"] or 0, _fingerprint(info))]
 
 
@@ -233,7 +235,7 @@ def _list_hub(uri: str) -> tuple[str, list[SourceFile]]:
     shown = display_uri(uri)
     parts = uri.removeprefix("hf://").split(":")
     if len(parts) > 3 or not parts[0] or "@" in uri:
-        raise BadInput(f"{shown}: not a dataset name; write hf://dataset[:config][:split]")
+        raise InputError(f"{shown}: not a dataset name; write hf://dataset[:config][:split]")
     dataset, config, split = parts + [""] * (3 - len(parts))
     filesystem = hub_filesystem()
     root = f"datasets/{dataset}@refs%2Fconvert%2Fparquet"
@@ -241,16 +243,18 @@ def _list_hub(uri: str) -> tuple[str, list[SourceFile]]:
         configs = _folders(filesystem, root)
         config = config or (configs[0] if len(configs) == 1 else "default")
         if config not in configs:
-            raise BadInput(f"{shown}: no config {config!r}; choose one of {', '.join(configs)}: hf://{dataset}:CONFIG")
+            raise InputError(
+                f"{shown}: no config {config!r}; choose one of {', '.join(configs)}: hf://{dataset}:CONFIG"
+            )
         splits = _folders(filesystem, f"{root}/{config}")
         split = split or "train"
         if split not in splits:
-            raise BadInput(
+            raise InputError(
                 f"{shown}: no split {split!r}; choose one of {', '.join(splits)}: hf://{dataset}:{config}:SPLIT"
             )
         infos = filesystem.ls(f"{root}/{config}/{split}", detail=True, expand_info=True)
     except (OSError, ValueError, errors.HTTPError) as error:
-        raise BadInput(
+        raise InputError(
             f"{shown}: the Hub provides no parquet files for it ({first_line(error)}); check owner/name and the network; "
             "log in to reach a private or gated dataset: hf auth login"
         ) from error
@@ -260,7 +264,7 @@ def _list_hub(uri: str) -> tuple[str, list[SourceFile]]:
         if name.endswith(".parquet"):
             files.append(SourceFile(f"hf://{root}/{name}", name, "parquet", info["size"], _fingerprint(info)))
     if not files:
-        raise BadInput(f"{shown}: the Hub has no parquet files for it (yet); use its original files: {ACCEPTED}")
+        raise InputError(f"{shown}: the Hub has no parquet files for it (yet); use its original files: {ACCEPTED}")
     return _base_name(dataset), files
 
 

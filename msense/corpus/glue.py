@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from msense.errors import BadInput
-from msense.labelled import Columns, Labelled, read_labelled
+from msense.corpus.labelled import Columns, Labelled, read_labelled
+from msense.errors import InputError
 
 TRAIN, TEST, DEV = "train", "test", "dev"
 HUB = "hf://nyu-mll/glue"
@@ -61,7 +61,7 @@ GLUE = {  # Wang et al. 2019, table 1
 }
 
 
-def task_of(name: str, columns: Columns | None = None, *, regression: bool = False) -> GlueTask:
+def get_task(name: str, columns: Columns | None = None, *, regression: bool = False) -> GlueTask:
     """Return the GLUE task of a name, or a task with the given columns."""
     if name in GLUE:
         return GLUE[name]
@@ -84,7 +84,7 @@ class Texts:
     fingerprints: tuple[str, ...]
 
 
-def read_part(name: str, task: GlueTask, source: str, part: str, joiner: str) -> Texts:
+def read_split(name: str, task: GlueTask, source: str, part: str, joiner: str) -> Texts:
     """Read one split of a task.
 
     A folder for a GLUE task may also hold plain data: `text` and `label` in train and test.
@@ -105,11 +105,11 @@ def read_part(name: str, task: GlueTask, source: str, part: str, joiner: str) ->
         try:
             labels = data.labels.astype(np.float64)
         except ValueError as error:
-            raise BadInput(
+            raise InputError(
                 f"task {name}: a label is not a number ({error}): remove --regression, or fix the label"
             ) from error
         if not np.isfinite(labels).all():
-            raise BadInput(f"task {name}: a label is NaN or infinite: fix it")
+            raise InputError(f"task {name}: a label is NaN or infinite: fix it")
     return Texts([joiner.join(row) for row in data.texts], labels, data.fingerprints)
 
 
@@ -123,12 +123,12 @@ def _read_split(task: GlueTask, source: str, part: str) -> Labelled:
     for name, columns in candidates:
         try:
             return read_labelled(source, name, columns)
-        except BadInput as error:
+        except InputError as error:
             errors.append(error)
     raise errors[0]
 
 
-def joiner_of(tokenizer: Any) -> str:  # noqa: ANN401 - a tokenizers.Tokenizer
+def pair_separator(tokenizer: Any) -> str:  # noqa: ANN401 - a tokenizers.Tokenizer
     """Return the separator of a pair of texts: the tokenizer's own, if it reads it as one token in a text."""
     known = tokenizer.get_vocab(with_added_tokens=True)
     for token in ("[SEP]", "</s>", "<|end_of_text|>", "<eos>"):

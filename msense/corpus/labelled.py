@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from msense.artefact import shown
 from msense.corpus import list_files, tables
-from msense.corpus.files import SourceFile, display_uri, filesystem_of, reading
-from msense.errors import BadInput
+from msense.corpus.files import SourceFile, corpus_filesystem, read_errors
+from msense.errors import InputError
+from msense.io.filesystems import display_uri
+from msense.io.untrusted import printable
 
 _MAX_BYTES = 1 << 30  # per file
 _FORMATS = ("csv", "jsonl", "parquet")
@@ -56,7 +57,7 @@ class Labelled:
         return [row[0] for row in self.texts]
 
 
-def part_files(source: str, part: str) -> list[SourceFile]:
+def split_files(source: str, part: str) -> list[SourceFile]:
     """Return the files of one split of a data set.
 
     Args:
@@ -70,8 +71,8 @@ def part_files(source: str, part: str) -> list[SourceFile]:
         dataset, _, config = source.removeprefix("hf://").partition(":")
         try:
             return list_files((f"hf://{dataset}:{config}:{part}",))
-        except BadInput as error:
-            raise BadInput(
+        except InputError as error:
+            raise InputError(
                 f"{error}\nWithout access to the Hub: run `hf download --repo-type dataset {dataset} --local-dir DIR` on a "
                 f"machine with access, and replace {source} by DIR{f'/{config}' if config else ''}, with files named "
                 f"{part}*.csv, .jsonl or .parquet"
@@ -80,13 +81,13 @@ def part_files(source: str, part: str) -> list[SourceFile]:
     pattern = re.compile(rf"{re.escape(part)}([-_][0-9]+.*)?\.({'|'.join(_FORMATS)})")
     files = [file for file in list_files((source,)) if pattern.fullmatch(file.name.rpartition("/")[2])]
     if not files:
-        raise BadInput(
+        raise InputError(
             f"{display_uri(source)} has no {part}*.csv, .jsonl or .parquet: put the split {part!r} of the data set there "
             "under such a name"
         )
     if len({(file.format, file.name.rpartition("/")[0]) for file in files}) > 1:
         names = ", ".join(file.name for file in files[:5])
-        raise BadInput(
+        raise InputError(
             f"{display_uri(source)} has split {part!r} in several formats or folders ({names}): keep one of them"
         )
     return files
@@ -100,21 +101,21 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
     """
     columns = columns or Columns()
     if columns.label in columns.texts:
-        raise BadInput(
+        raise InputError(
             f"column {columns.label!r} cannot be both text and label: choose with --text-column, --label-column"
         )
-    files = part_files(source, part)
+    files = split_files(source, part)
     wanted = [*columns.texts, columns.label]
     table = pd.concat([_table(file, wanted) for file in files], ignore_index=True)
     where = f"{display_uri(source)}, split {part!r}"
     if not len(table):
-        raise BadInput(f"{where} is empty; provide labelled texts")
+        raise InputError(f"{where} is empty; provide labelled texts")
     lacking = table[wanted].isna().any(axis=1) | (table[columns.label].astype(str).str.strip() == "")
     if lacking.any():
-        raise BadInput(f"{where}: row {int(lacking.to_numpy().argmax())} lacks a text or label: fix or remove it")
+        raise InputError(f"{where}: row {int(lacking.to_numpy().argmax())} lacks a text or label: fix or remove it")
     for name in wanted:
         if not table[name].map(lambda value: isinstance(value, str | int | float)).all():
-            raise BadInput(f"{where}: column {name!r} has values other than texts and numbers: convert them")
+            raise InputError(f"{where}: column {name!r} has values other than texts and numbers: convert them")
     texts, labels = [_as_text(table[name]) for name in columns.texts], np.array(_as_text(table[columns.label]))
     fingerprints = tuple(f"{file.name} {file.size} {file.fingerprint}" for file in files)
     return Labelled(list(zip(*texts, strict=True)), labels, fingerprints)
@@ -124,14 +125,14 @@ def _table(file: SourceFile, wanted: Sequence[str]) -> pd.DataFrame:
     """Read the wanted columns of a file."""
     shown_uri = display_uri(file.uri)
     if file.size > _MAX_BYTES:
-        raise BadInput(f"{shown_uri} has {file.size} bytes, more than the limit of {_MAX_BYTES}: split it into parts")
-    with reading(file.uri, file.format):
-        filesystem, path = filesystem_of(file.uri)
+        raise InputError(f"{shown_uri} has {file.size} bytes, more than the limit of {_MAX_BYTES}: split it into parts")
+    with read_errors(file.uri, file.format):
+        filesystem, path = corpus_filesystem(file.uri)
         with filesystem.open(path, "rb") as stream:
             table = _parsed(file, stream)
     if missing := [name for name in wanted if name not in table.columns]:
         columns = ", ".join(map(repr, list(table.columns)[:50])) or "none"
-        raise BadInput(
+        raise InputError(
             f"{shown_uri}: no column {missing[0]!r}; available: {columns}; choose with --text-column, --label-column"
         )
     return table[list(wanted)]
@@ -143,8 +144,8 @@ def _parsed(file: SourceFile, stream: Any) -> pd.DataFrame:  # noqa: ANN401 - a 
             return _csv(file, stream)
         return pd.DataFrame(_json(stream) if file.format == "jsonl" else _parquet(stream), dtype=object)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BadInput(
-            f"{display_uri(file.uri)}: cannot be read as {file.format} ({shown(error)}): restore it"
+        raise InputError(
+            f"{display_uri(file.uri)}: cannot be read as {file.format} ({printable(error)}): restore it"
         ) from error
 
 
@@ -158,16 +159,16 @@ def _json(stream: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a file
 
 def _parquet(stream: Any) -> dict[str, list[Any]]:  # noqa: ANN401 - a file
     """Read the columns of a parquet file that hold texts, numbers or booleans."""
-    names = tables.opened(stream).schema_arrow.names
+    names = tables.open_untrusted_parquet(stream).schema_arrow.names
     if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
-    table = tables.opened(stream, dictionaries=names)
+    table = tables.open_untrusted_parquet(stream, dictionaries=names)
     columns: dict[str, list[Any]] = {
         name: [] for name, kind in zip(names, table.schema_arrow.types, strict=True) if _is_scalar(kind)
     }
     for batch in table.iter_batches(1024, columns=list(columns), use_threads=False):
         for name, values in columns.items():
-            raw = tables.values(batch.column(name))
+            raw = tables.iter_values(batch.column(name))
             values += [value.decode() if isinstance(value, bytes) else value for value in raw]
     return columns
 
@@ -185,10 +186,10 @@ def _csv(file: SourceFile, stream: Any) -> pd.DataFrame:  # noqa: ANN401 - a fil
     try:
         rows = list(reader)
     except csv.Error as error:
-        raise BadInput(f"{display_uri(file.uri)}: invalid csv in line {reader.line_num} ({error}): fix it") from error
+        raise InputError(f"{display_uri(file.uri)}: invalid csv in line {reader.line_num} ({error}): fix it") from error
     for number, row in enumerate(rows):
         if None in row or None in row.values():
-            raise BadInput(f"{display_uri(file.uri)}: row {number} has not as many fields as the header: fix it")
+            raise InputError(f"{display_uri(file.uri)}: row {number} has not as many fields as the header: fix it")
     return pd.DataFrame(rows, columns=list(reader.fieldnames or []))
 
 

@@ -4,17 +4,15 @@ Sources are parsed with `ast` and never imported, so no package code runs. Memor
 """
 
 import ast
-import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from msense.errors import BadInput
+from msense.errors import InputError
 
 DEFAULT_PACKAGES = ("torch", "ray", "transformers", "scipy", "numpy", "pandas", "sklearn")
 PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)  # raised by ast.parse for invalid source
-
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -26,7 +24,7 @@ def choose_packages(names: Sequence[str]) -> list[str]:
     """
     chosen = list(names) or [name for name in DEFAULT_PACKAGES if importlib.util.find_spec(name)]
     if not chosen:
-        raise BadInput(f"pydocs: none of {', '.join(DEFAULT_PACKAGES)} is installed; name others, as in pydocs:pip")
+        raise InputError(f"pydocs: none of {', '.join(DEFAULT_PACKAGES)} is installed; name others, as in pydocs:pip")
     return chosen
 
 
@@ -41,7 +39,9 @@ def source_files(package: str) -> list[tuple[str, Path]]:
     except ValueError:  # `__main__` and some others have no spec
         spec = None
     if spec is None:
-        raise BadInput(f"pydocs: no package {package!r} is installed here; pip install it, or name top-level packages")
+        raise InputError(
+            f"pydocs: no package {package!r} is installed here; pip install it, or name top-level packages"
+        )
     roots = spec.submodule_search_locations
     if roots is None:
         files = [(f"{package}.py", Path(spec.origin))] if spec.origin and spec.origin.endswith(".py") else []
@@ -49,7 +49,7 @@ def source_files(package: str) -> list[tuple[str, Path]]:
         paths = [(Path(root), path) for root in roots for path in Path(root).rglob("*.py") if path.is_file()]
         files = [(f"{package}/{path.relative_to(root).as_posix()}", path) for root, path in paths]
     if not files:
-        raise BadInput(f"pydocs: package {package!r} has no Python source; name another package")
+        raise InputError(f"pydocs: package {package!r} has no Python source; name another package")
     return sorted(files)
 
 

@@ -18,10 +18,11 @@ import pyarrow as pa
 import xxhash
 
 from msense.corpus import tables
-from msense.corpus.files import display_uri, filesystem_of, reading
-from msense.corpus.pieces import CHUNK_BYTES, UNKNOWN, WHOLE, Piece
+from msense.corpus.files import corpus_filesystem, read_errors
 from msense.corpus.pydocs import PARSE_ERRORS, docstrings, source_files
-from msense.errors import BadInput
+from msense.corpus.splits import CHUNK_BYTES, UNKNOWN, WHOLE, InputSplit
+from msense.errors import InputError
+from msense.io.filesystems import display_uri
 
 MAX_DOCUMENT_BYTES = 16 << 20  # of UTF-8; in jsonl and csv also of the line or record that contains the text
 _BATCH_BYTES = 8 << 20
@@ -65,12 +66,12 @@ _Keep = Callable[[str], bool]
 
 
 def read_documents(
-    piece: Piece, text_column: str = "text", sample: float = 1.0, seed: int = 0
+    split: InputSplit, text_column: str = "text", sample: float = 1.0, seed: int = 0
 ) -> Iterator[Document | BadDocument]:
     """Yield the documents of an input split in file order.
 
     Args:
-        piece: input split with its `first_row`.
+        split: input split with its `first_row`.
         text_column: column (key) of the text in parquet, csv and jsonl.
         sample: fraction of the documents to keep, chosen by a hash of (seed, id); for pydocs, of the source files.
         seed: seed of the sample.
@@ -78,15 +79,15 @@ def read_documents(
     Raises:
         BadInput: the file is missing, not readable, corrupted, or has no such column.
     """
-    if piece.first_row == UNKNOWN:
-        raise ValueError(f"{piece.name}: the input split at byte {piece.start} has no row number; call number_pieces")
+    if split.first_row == UNKNOWN:
+        raise ValueError(f"{split.name}: the input split at byte {split.start} has no row number; call number_pieces")
     keep = _sampler(sample, seed)
-    with reading(piece.uri, piece.format):
-        if piece.format == "pydocs":
-            yield from _read_package(piece, keep)
+    with read_errors(split.uri, split.format):
+        if split.format == "pydocs":
+            yield from _read_package(split, keep)
             return
-        for row, (own_id, text) in enumerate(_read_rows(piece, text_column), piece.first_row):
-            automatic = f"{piece.name}:{row}"
+        for row, (own_id, text) in enumerate(_read_rows(split, text_column), split.first_row):
+            automatic = f"{split.name}:{row}"
             name = automatic if own_id in (None, "") else str(own_id)
             if keep(name):
                 yield _checked(automatic, name, text)
@@ -120,10 +121,10 @@ def _too_long() -> _Fault:
     return _Fault("too long", f"more than {MAX_DOCUMENT_BYTES} bytes")
 
 
-def _read_package(piece: Piece, keep: _Keep) -> Iterator[Document | BadDocument]:
-    package = piece.uri.removeprefix("pydocs:")
-    prefix = piece.name.removesuffix(package)
-    for name, path in source_files(package)[piece.start : piece.stop]:
+def _read_package(split: InputSplit, keep: _Keep) -> Iterator[Document | BadDocument]:
+    package = split.uri.removeprefix("pydocs:")
+    prefix = split.name.removesuffix(package)
+    for name, path in source_files(package)[split.start : split.stop]:
         if not keep(prefix + name):
             continue
         try:
@@ -136,21 +137,21 @@ def _read_package(piece: Piece, keep: _Keep) -> Iterator[Document | BadDocument]
             yield _checked(document_id, document_id, text)
 
 
-def _read_rows(piece: Piece, text_column: str) -> Iterator[_Row]:
+def _read_rows(split: InputSplit, text_column: str) -> Iterator[_Row]:
     """Yield every row of a split, good or bad, so that the position in the stream is the row number."""
-    kind, _, codec = piece.format.partition(".")
-    filesystem, path = filesystem_of(piece.uri)
+    kind, _, codec = split.format.partition(".")
+    filesystem, path = corpus_filesystem(split.uri)
     with filesystem.open(path, "rb") as raw:
         if kind == "parquet":
-            yield from _parquet_rows(raw, piece, text_column)
+            yield from _parquet_rows(raw, split, text_column)
             return
         with _buffered(raw, codec) as stream:
             if kind == "csv":
-                yield from _csv_rows(stream, piece, text_column)
+                yield from _csv_rows(stream, split, text_column)
             elif kind == "jsonl":
-                yield from _json_rows(_lines(stream, piece.start, piece.stop), piece, text_column)
+                yield from _json_rows(_lines(stream, split.start, split.stop), split, text_column)
             else:
-                yield from ((None, line) for line in _lines(stream, piece.start, piece.stop))
+                yield from ((None, line) for line in _lines(stream, split.start, split.stop))
 
 
 @contextmanager
@@ -208,15 +209,15 @@ def _skip_line(stream: io.BufferedReader, position: int, stop: int) -> int:
     return position
 
 
-def _json_rows(lines: Iterable[bytes | _Fault], piece: Piece, text_column: str) -> Iterator[_Row]:
-    unchecked = piece.start == 0  # only the file's first record must have the column, whatever the split borders
+def _json_rows(lines: Iterable[bytes | _Fault], split: InputSplit, text_column: str) -> Iterator[_Row]:
+    unchecked = split.start == 0  # only the file's first record must have the column, whatever the split borders
     for line in lines:
         record = line if isinstance(line, _Fault) or not line.strip() else _parsed(line)
         if not isinstance(record, dict):
             yield None, record
             continue
         if unchecked and text_column not in record:
-            raise _missing_column(piece, text_column, list(record))
+            raise _missing_column(split, text_column, list(record))
         unchecked = False
         yield record.get("id"), record.get(text_column)
 
@@ -290,11 +291,11 @@ def _csv_records(stream: io.BufferedReader) -> Iterator[list[str] | _Fault]:
             yield _Fault("bad CSV row", str(error))
 
 
-def _csv_rows(stream: io.BufferedReader, piece: Piece, text_column: str) -> Iterator[_Row]:
+def _csv_rows(stream: io.BufferedReader, split: InputSplit, text_column: str) -> Iterator[_Row]:
     records = _csv_records(stream)
     first = next(records, [])
     header = [] if isinstance(first, _Fault) else first
-    _check_columns(piece, text_column, header)
+    _check_columns(split, text_column, header)
     for cells in records:
         if isinstance(cells, _Fault) or not cells:  # csv returns an empty list for a blank line
             yield None, cells or ""
@@ -303,37 +304,37 @@ def _csv_rows(stream: io.BufferedReader, piece: Piece, text_column: str) -> Iter
             yield row.get("id"), row.get(text_column)
 
 
-def _parquet_rows(raw: io.RawIOBase, piece: Piece, text_column: str) -> Iterator[_Row]:
-    table = tables.opened(raw, dictionaries=(text_column, "id"))
+def _parquet_rows(raw: io.RawIOBase, split: InputSplit, text_column: str) -> Iterator[_Row]:
+    table = tables.open_untrusted_parquet(raw, dictionaries=(text_column, "id"))
     names = table.schema_arrow.names
-    _check_columns(piece, text_column, names)
+    _check_columns(split, text_column, names)
     columns = [text_column, "id"] if "id" in names else [text_column]
     for name in columns:
         kind = table.schema_arrow.types[names.index(name)]
         if not (tables.is_text(kind) or (name == "id" and (pa.types.is_integer(kind) or pa.types.is_null(kind)))):
             wanted = "strings or integers" if name == "id" else "strings"
-            raise BadInput(f"{display_uri(piece.uri)}: column {name!r} holds {kind}, not {wanted}; cast it")
-    for number in range(piece.start, piece.stop):
+            raise InputError(f"{display_uri(split.uri)}: column {name!r} holds {kind}, not {wanted}; cast it")
+    for number in range(split.start, split.stop):
         group = table.metadata.row_group(number)
         rows = min(1024, max(1, group.num_rows * _BATCH_BYTES // max(1, group.total_byte_size)))
         for batch in table.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
-            texts = tables.values(batch.column(text_column))
-            ids = tables.values(batch.column("id")) if "id" in names else [None] * len(batch)
+            texts = tables.iter_values(batch.column(text_column))
+            ids = tables.iter_values(batch.column("id")) if "id" in names else [None] * len(batch)
             for own_id, text in zip(ids, texts, strict=True):
                 yield own_id.decode("utf-8", "surrogateescape") if isinstance(own_id, bytes) else own_id, text
 
 
-def _check_columns(piece: Piece, text_column: str, names: list[str]) -> None:
+def _check_columns(split: InputSplit, text_column: str, names: list[str]) -> None:
     """Raise if the text column is missing, or it or the `id` column is there twice."""
     if text_column not in names:
-        raise _missing_column(piece, text_column, names)
+        raise _missing_column(split, text_column, names)
     for name in (text_column, "id"):
         if (count := names.count(name)) > 1:
-            raise BadInput(f"{display_uri(piece.uri)}: {count} columns are named {name!r}; rename or drop some")
+            raise InputError(f"{display_uri(split.uri)}: {count} columns are named {name!r}; rename or drop some")
 
 
-def _missing_column(piece: Piece, text_column: str, names: list[str]) -> BadInput:
+def _missing_column(split: InputSplit, text_column: str, names: list[str]) -> InputError:
     columns = ", ".join(map(repr, names[:50])) or "none"
-    return BadInput(
-        f"{display_uri(piece.uri)}: no column {text_column!r}; available: {columns}; choose one with --text-column"
+    return InputError(
+        f"{display_uri(split.uri)}: no column {text_column!r}; available: {columns}; choose one with --text-column"
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from msense.corpus import tables
-from msense.corpus.files import SourceFile, filesystem_of, reading
+from msense.corpus.files import SourceFile, corpus_filesystem, read_errors
 from msense.corpus.pydocs import source_files
 
 WHOLE = -1  # `Piece.stop` of a split that is a whole file
@@ -17,7 +17,7 @@ CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Piece:
+class InputSplit:
     """An input split: a corpus file, or a fixed range of it.
 
     Attributes:
@@ -39,8 +39,8 @@ class Piece:
     first_row: int
 
 
-def cut_pieces(files: Sequence[SourceFile], piece_bytes: int = 16 << 20) -> list[Piece]:
-    """Cut files into input splits whose borders depend on the files and `piece_bytes` only.
+def cut_splits(files: Sequence[SourceFile], split_bytes: int = 16 << 20) -> list[InputSplit]:
+    """Cut files into input splits whose borders depend on the files and `split_bytes` only.
 
     Parquet is cut between row groups (only footers are read), txt and jsonl by bytes; compressed files and csv stay
     whole.
@@ -48,35 +48,35 @@ def cut_pieces(files: Sequence[SourceFile], piece_bytes: int = 16 << 20) -> list
     Raises:
         BadInput: a parquet file without a readable footer.
     """
-    pieces: list[Piece] = []
+    splits: list[InputSplit] = []
     for file in files:
         ranges = [(0, WHOLE, 0)]
         if file.format == "parquet":
-            ranges = _row_group_ranges(file, piece_bytes)
+            ranges = _row_group_ranges(file, split_bytes)
         elif file.format == "pydocs":
             count = len(source_files(file.uri.removeprefix("pydocs:")))
             ranges = [(i, min(i + PYDOCS_FILES, count), 0) for i in range(0, count, PYDOCS_FILES)]
-        elif file.format in ("txt", "jsonl") and file.size > piece_bytes:
-            starts = range(0, file.size, piece_bytes)
-            ranges = [(i, min(i + piece_bytes, file.size), UNKNOWN if i else 0) for i in starts]
-        pieces += [Piece(file.uri, file.name, file.format, *limits) for limits in ranges]
-    return pieces
+        elif file.format in ("txt", "jsonl") and file.size > split_bytes:
+            starts = range(0, file.size, split_bytes)
+            ranges = [(i, min(i + split_bytes, file.size), UNKNOWN if i else 0) for i in starts]
+        splits += [InputSplit(file.uri, file.name, file.format, *limits) for limits in ranges]
+    return splits
 
 
-def count_rows(piece: Piece) -> int:
+def count_rows(split: InputSplit) -> int:
     """Return the number of lines that start in a split's byte range; `UNKNOWN` for formats that need no count.
 
     Raises:
         BadInput: the file cannot be read.
     """
-    if piece.format not in ("txt", "jsonl") or piece.stop == WHOLE:
+    if split.format not in ("txt", "jsonl") or split.stop == WHOLE:
         return UNKNOWN
     # A line starts at byte 0 and after every newline, but none starts at `stop` or at the end of the file.
-    first = max(piece.start - 1, 0)
-    rows = 1 if piece.start == 0 else 0
-    left = piece.stop - 1 - first
-    filesystem, path = filesystem_of(piece.uri)
-    with reading(piece.uri, piece.format), filesystem.open(path, "rb") as stream:
+    first = max(split.start - 1, 0)
+    rows = 1 if split.start == 0 else 0
+    left = split.stop - 1 - first
+    filesystem, path = corpus_filesystem(split.uri)
+    with read_errors(split.uri, split.format), filesystem.open(path, "rb") as stream:
         stream.seek(first)
         while left > 0 and (chunk := stream.read(min(left, CHUNK_BYTES))):
             rows += chunk.count(b"\n")
@@ -84,27 +84,27 @@ def count_rows(piece: Piece) -> int:
     return rows
 
 
-def number_pieces(pieces: Sequence[Piece], counts: Sequence[int]) -> list[Piece]:
+def number_splits(splits: Sequence[InputSplit], counts: Sequence[int]) -> list[InputSplit]:
     """Fill in `first_row` from the `count_rows` of each split, in the order of `cut_pieces`."""
-    numbered: list[Piece] = []
+    numbered: list[InputSplit] = []
     row = 0
-    for piece, count in zip(pieces, counts, strict=True):
-        row = row if piece.first_row == UNKNOWN else piece.first_row  # the first split of a file has row 0
-        numbered.append(replace(piece, first_row=row))
+    for split, count in zip(splits, counts, strict=True):
+        row = row if split.first_row == UNKNOWN else split.first_row  # the first split of a file has row 0
+        numbered.append(replace(split, first_row=row))
         row += count
     return numbered
 
 
-def _row_group_ranges(file: SourceFile, piece_bytes: int) -> list[tuple[int, int, int]]:
-    """Return (start, stop, first_row) of runs of row groups, each of at most `piece_bytes` uncompressed or one group."""
-    filesystem, path = filesystem_of(file.uri)
-    with reading(file.uri, "parquet"), filesystem.open(path, "rb") as stream:
-        metadata = tables.opened(stream).metadata
+def _row_group_ranges(file: SourceFile, split_bytes: int) -> list[tuple[int, int, int]]:
+    """Return (start, stop, first_row) of runs of row groups, each of at most `split_bytes` uncompressed or one group."""
+    filesystem, path = corpus_filesystem(file.uri)
+    with read_errors(file.uri, "parquet"), filesystem.open(path, "rb") as stream:
+        metadata = tables.open_untrusted_parquet(stream).metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     ranges: list[tuple[int, int, int]] = []
     start = first_row = row = size = 0
     for i, group in enumerate(groups):
-        if i > start and size + group.total_byte_size > piece_bytes:
+        if i > start and size + group.total_byte_size > split_bytes:
             ranges.append((start, i, first_row))
             start, first_row, size = i, row, 0
         row += group.num_rows

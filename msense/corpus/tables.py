@@ -9,14 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msense.artefact import shown
-from msense.parquet_pages import read_footer
+from msense.io.parquet_pages import read_footer
+from msense.io.untrusted import printable
 
 _FOOTER_BYTES = 64 << 20
 _CHECKED_BYTES = 8 << 20  # longer footers are not parsed here, which takes a second per megabyte
 
 
-def opened(raw: Any, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:  # noqa: ANN401 - a file
+def open_untrusted_parquet(raw: Any, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:  # noqa: ANN401 - a file
     """Open an untrusted parquet file.
 
     Args:
@@ -49,7 +49,7 @@ def opened(raw: Any, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:  # noq
             return file
         return pq.ParquetFile(raw, metadata=file.metadata, read_dictionary=texts, pre_buffer=False, buffer_size=1 << 20)
     except ValueError as error:  # includes names that are not UTF-8
-        raise OSError(shown(error)) from error
+        raise OSError(printable(error)) from error
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -58,7 +58,7 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def values(column: pa.Array) -> Iterator[object]:
+def iter_values(column: pa.Array) -> Iterator[object]:
     """Yield the values of a column, strings as their raw bytes, which may be invalid UTF-8.
 
     Raises:

@@ -1,6 +1,7 @@
 """The sense dictionary and its on-disk format."""
 
-from msense.dictionary.format import Arrays, DictionaryConfig, DictionaryFiles, TeacherName, write_dictionary
+from msense.dictionary.format import write_dictionary
+from msense.dictionary.layout import Arrays, DictionaryConfig, DictionaryFiles, TeacherName
 from msense.dictionary.sense_dictionary import SenseDictionary, Senses
 
 __all__ = [

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msense.errors import BadInput
+from msense.errors import InputError
 
 
 def as_tensor(array: np.ndarray | Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def as_tensor(array: np.ndarray | Tensor) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def checked(token_ids: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> tuple[np.ndarray, Tensor]:
+def validate_inputs(token_ids: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> tuple[np.ndarray, Tensor]:
     """Return token ids as an int64 array [N] and embeddings as a tensor [N, D].
 
     Raises:
@@ -28,15 +28,15 @@ def checked(token_ids: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> 
     points = as_tensor(embeddings)
     ids = token_ids.detach().cpu().numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
     if ids.dtype.kind not in "iu" or ids.ndim != 1:
-        raise BadInput(f"token ids are {ids.dtype} {ids.shape}, but must be integers [N]")
+        raise InputError(f"token ids are {ids.dtype} {ids.shape}, but must be integers [N]")
     if points.ndim != 2 or not points.is_floating_point():
-        raise BadInput(f"embeddings are {points.dtype} {tuple(points.shape)}, but must be floating point [N, D]")
+        raise InputError(f"embeddings are {points.dtype} {tuple(points.shape)}, but must be floating point [N, D]")
     if len(ids) != len(points):
-        raise BadInput(f"{len(ids)} token ids do not match {len(points)} embeddings: pass one token id per embedding")
+        raise InputError(f"{len(ids)} token ids do not match {len(points)} embeddings: pass one token id per embedding")
     return ids.astype(np.int64, copy=False), points
 
 
-def whole_number(k: object) -> int:
+def as_integer(k: object) -> int:
     """Return a number of senses of any integer type as `int`.
 
     Raises:
@@ -45,10 +45,10 @@ def whole_number(k: object) -> int:
     try:
         return index(k)  # type: ignore[arg-type]
     except TypeError as error:
-        raise BadInput(f"k is {k!r}, but must be an integer, a SenseBudget or an MclConfig") from error
+        raise InputError(f"k is {k!r}, but must be an integer, a SenseBudget or an MclConfig") from error
 
 
-def target_of(out: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> Tensor:
+def output_tensor(out: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> Tensor:
     """Return `out` as a tensor that shares its memory.
 
     Raises:
@@ -56,11 +56,11 @@ def target_of(out: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> Tens
     """
     wanted = f"{embeddings.dtype} {tuple(embeddings.shape)}"
     if isinstance(out, Tensor) != isinstance(embeddings, Tensor) or f"{out.dtype} {tuple(out.shape)}" != wanted:
-        raise BadInput(
+        raise InputError(
             f"out is {type(out).__name__} {out.dtype} {tuple(out.shape)}, but must match the embeddings: {wanted}"
         )
     if isinstance(out, Tensor):
         return out
     if not out.flags.writeable:
-        raise BadInput("out is read-only: pass a writable array, or omit it")
+        raise InputError("out is read-only: pass a writable array, or omit it")
     return torch.from_numpy(out)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msense.config import Metric
-from msense.dictionary.quantised import dequantise
-from msense.errors import BadInput, DictionaryError
+from msense.constants import Metric
+from msense.dictionary.quantised import dequantize
+from msense.errors import DictionaryError, InputError
 
 BATCH_ELEMENTS = {"cpu": 1 << 19}  # float32 numbers that fit the L2 cache of a core
 _BATCH_ELEMENTS_ELSEWHERE = 1 << 24  # accelerators need few large kernels
@@ -45,7 +45,7 @@ class RaggedSenses:
         """Return rows [M, D] at an int64 index [M] on the parts' device, in the stored dtype (int8 as float32)."""
         index = index.to(self.parts[0].device)
         stored = self._stored(index)
-        return stored if self.scales is None else dequantise(stored, self.scales.index_select(0, index))
+        return stored if self.scales is None else dequantize(stored, self.scales.index_select(0, index))
 
     def floats(self) -> tuple[Tensor, ...]:
         """Return the parts; int8 parts are dequantized to a single float32 tensor."""
@@ -142,7 +142,7 @@ def _padded(start: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, Tensor | N
     return index, None if mask.all() else torch.from_numpy(mask)
 
 
-def gather(batch: Batch, embeddings: Tensor, senses: RaggedSenses) -> tuple[Tensor, Tensor]:
+def gather_batch(batch: Batch, embeddings: Tensor, senses: RaggedSenses) -> tuple[Tensor, Tensor]:
     """Return a batch's embeddings [T, n, D] and senses [T, K, D] in float32 on the embeddings' device."""
     dim = embeddings.shape[1]
     points = embeddings.index_select(0, batch.rows.view(-1).to(embeddings.device)).float()
@@ -223,12 +223,12 @@ def replace(
     for batch, own, score in _scored(token_ids, embeddings, senses, metric):
         relative = score - score.amax(2, keepdim=True)  # before the division: a tiny scale must not overflow
         means = torch.bmm(torch.softmax(relative / scale, dim=2), own).to(out.dtype)
-        out[real(batch.rows.to(out.device), batch)] = real(means, batch)
+        out[drop_padding(batch.rows.to(out.device), batch)] = drop_padding(means, batch)
     return out
 
 
 @torch.no_grad()
-def weigh(
+def top_k(
     token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metric: Metric, scale: float, top: int
 ) -> tuple[Tensor, Tensor]:
     """Return the `top` nearest senses of each embedding and their weights, softmax(scores / scale) over these only.
@@ -246,8 +246,11 @@ def weigh(
         values, order = best.values[..., :top], best.indices[..., :top]
         own = torch.softmax((values - values[..., :1]) / scale, dim=2)
         order = order.masked_fill(values == -math.inf, -1)  # padding
-        rows = real(batch.rows.to(embeddings.device), batch)
-        indices[rows, : order.shape[2]], weights[rows, : order.shape[2]] = real(order, batch), real(own, batch)
+        rows = drop_padding(batch.rows.to(embeddings.device), batch)
+        indices[rows, : order.shape[2]], weights[rows, : order.shape[2]] = (
+            drop_padding(order, batch),
+            drop_padding(own, batch),
+        )
     return indices, weights
 
 
@@ -263,7 +266,7 @@ def _nearest_rows(token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSense
     nearest = torch.full((len(embeddings),), -1, dtype=torch.int64, device=embeddings.device)
     for batch, _, score in _scored(token_ids, embeddings, senses, metric):
         rows = batch.senses[:, :1].to(embeddings.device) + score.max(2).indices
-        nearest[real(batch.rows.to(embeddings.device), batch)] = real(rows, batch)
+        nearest[drop_padding(batch.rows.to(embeddings.device), batch)] = drop_padding(rows, batch)
     return nearest
 
 
@@ -292,7 +295,7 @@ def _scored(
     """Yield each batch with its senses [T, K, D] and scores [T, n, K], minus infinity for padded senses."""
     dim = embeddings.shape[1]
     for batch in ragged_batches(token_ids, senses.offsets, dim, batch_elements(embeddings.device)):
-        points, own = gather(batch, embeddings, senses)
+        points, own = gather_batch(batch, embeddings, senses)
         score = scores(points, own, metric)
         if not math.isfinite(score.sum()):
             _raise_not_finite(batch, points, own)
@@ -301,7 +304,7 @@ def _scored(
         yield batch, own, score
 
 
-def real(values: Tensor, batch: Batch) -> Tensor:
+def drop_padding(values: Tensor, batch: Batch) -> Tensor:
     """Return values [T, n, ...] without those of padded occurrences, [number of real ones, ...]."""
     return values.flatten(0, 1) if batch.filled is None else values[batch.filled.to(values.device)]
 
@@ -311,9 +314,9 @@ def _raise_not_finite(batch: Batch, points: Tensor, own: Tensor) -> None:
     wrong = torch.nonzero(~torch.isfinite(points).all(2))
     if len(wrong):
         row = int(batch.rows[tuple(wrong[0].tolist())])
-        raise BadInput(f"embedding {row} holds NaN or infinite values: check which layer or dtype overflowed")
+        raise InputError(f"embedding {row} holds NaN or infinite values: check which layer or dtype overflowed")
     wrong = torch.nonzero(~torch.isfinite(own).all(2))
     if len(wrong):
         row = int(batch.senses[tuple(wrong[0].tolist())])
         raise DictionaryError(f"sense row {row} of the dictionary holds NaN or infinite values: build it again")
-    raise BadInput("scores overflow float32: scale the embeddings and the dictionary down")
+    raise InputError("scores overflow float32: scale the embeddings and the dictionary down")

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
 
-from msense.text import redact
+from msense.text import one_line, redact
 
 if TYPE_CHECKING:
-    from msense.dictionary.format import Arrays, DictionaryConfig
+    from msense.dictionary.layout import Arrays, DictionaryConfig
 
 _BODY = """# Sense dictionary
 
@@ -67,8 +67,3 @@ def model_card(config: "DictionaryConfig", arrays: "Arrays") -> str:
     )
     body = _BODY.format(table=table, teacher=one_line(rows["teacher"]))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=True))
-
-
-def one_line(value: object) -> str:
-    """Return text that fits a Markdown table cell: printable characters only, without pipes."""
-    return "".join(c if c.isprintable() else " " for c in str(value)).replace("|", "/")

@@ -3,18 +3,17 @@
 Arrays are read in chunks and rejected at the first invalid one: a sparse file of any claimed size costs one page.
 """
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from msense.config import MAX_SENSES, MAX_TOKEN_NUMBERS
+from msense.constants import MAX_SENSES, MAX_TOKEN_NUMBERS
 from msense.errors import DictionaryError
+from msense.io.arrays import row_blocks
 
 if TYPE_CHECKING:
-    from msense.dictionary.format import Arrays, DictionaryConfig
+    from msense.dictionary.layout import Arrays, DictionaryConfig
 
-_CHUNK = 1 << 16  # numbers checked at a time
 _MAX_COUNT = 1 << 45  # of one sense or token
 _MAX_TOTAL = 1 << 61  # sums stay far below the int64 limit
 _REMEDY = "the dictionary is corrupted; copy or build it again"
@@ -34,7 +33,7 @@ def check_arrays(arrays: "Arrays", config: "DictionaryConfig") -> None:
     _check_counts("counts", arrays.counts, 1)
     _check_offsets(arrays.offsets, senses, config)
     _check_counts("token_counts", arrays.token_counts, 0)
-    for chunk in pieces(arrays.spread):
+    for chunk in row_blocks(arrays.rms_distance):
         if not (np.isfinite(chunk).all() and (chunk >= 0).all()):
             raise DictionaryError(f"spread holds negative, infinite or NaN values: {_REMEDY}")
 
@@ -45,21 +44,15 @@ def check_scales(scales: np.ndarray) -> None:
     Raises:
         DictionaryError: a scale is not.
     """
-    for chunk in pieces(scales):
+    for chunk in row_blocks(scales):
         if not (np.isfinite(chunk).all() and (chunk > 0).all()):
             raise DictionaryError(f"scales holds values that are not finite and above 0: {_REMEDY}")
-
-
-def pieces(array: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
-    """Yield chunks of a memory-mapped array, so that a fault near its start is detected before the rest is read."""
-    for start in range(0, len(array) - overlap, _CHUNK):
-        yield array[start : start + _CHUNK + overlap]
 
 
 def _check_counts(name: str, array: np.ndarray, least: int) -> None:
     """Raise DictionaryError for counts that are below `least` or too large to sum in int64."""
     total = 0
-    for chunk in pieces(array):
+    for chunk in row_blocks(array):
         low, high = int(chunk.min()), int(chunk.max())
         if low < least:
             raise DictionaryError(f"{name} holds the value {low}, but the minimum is {least}: {_REMEDY}")
@@ -72,7 +65,7 @@ def _check_offsets(offsets: np.ndarray, senses: int, config: "DictionaryConfig")
     """Raise DictionaryError for offsets that decrease, miss the ends, or give senses to an excluded token."""
     rising = offsets[0] == 0 and offsets[-1] == senses
     first = 0
-    for chunk in pieces(offsets, 1) if rising else ():
+    for chunk in row_blocks(offsets, 1) if rising else ():
         sizes = np.diff(chunk)
         if not (rising := bool((chunk[1:] >= chunk[:-1]).all())):  # differences may overflow
             break

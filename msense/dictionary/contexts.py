@@ -4,15 +4,15 @@ Texts stay dictionary-encoded until their decoded size is known: a few bytes can
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from msense.artefact import shown
-from msense.config import MAX_EXEMPLARS
-from msense.dictionary.format import DictionaryFiles
+from msense.constants import MAX_EXEMPLARS
+from msense.dictionary.layout import DictionaryFiles
 from msense.errors import DictionaryError
-from msense.parquet_pages import Group, check_pages, read_footer
+from msense.io.parquet_pages import Group, check_pages, read_footer
+from msense.io.untrusted import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,7 +56,7 @@ def read_exemplars(files: DictionaryFiles, offsets: np.ndarray, token: int | Non
         with pa.memory_map(str(path)) as source:
             return _read(source, offsets, token)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DictionaryError(f"cannot read {path}: {shown(error)}; copy or build the dictionary again") from error
+        raise DictionaryError(f"cannot read {path}: {printable(error)}; copy or build the dictionary again") from error
 
 
 def _read(source: "pa.MemoryMappedFile", offsets: np.ndarray, token: int | None) -> "pa.Table":
@@ -155,3 +155,15 @@ def _text_bytes(table: "pa.Table") -> int:
             if longest > _TEXT_BYTES:
                 raise ValueError(f"{name} holds a text of {longest} bytes, but the limit is {_TEXT_BYTES}")
     return total
+
+
+class Exemplar(NamedTuple):
+    """Context of one of the points nearest to a sense, rank 0 first."""
+
+    sense: int
+    rank: int
+    distance: float
+    left: str
+    word: str
+    right: str
+    document_id: str

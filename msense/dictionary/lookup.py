@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from msense.artefact import shown
 from msense.errors import DictionaryError, is_panic
+from msense.io.untrusted import printable
 
 _BYTES, _BYTES_A_TOKEN, _MAX_BYTES = 1 << 20, 512, 64 << 20  # of tokenizer.json; the longest known has 130 per token
 _MAX_BRACKETS = 1 << 21  # parsing takes about a hundred bytes per bracket
@@ -104,11 +104,11 @@ class Vocabulary:
                 f"tokenizer.json is not a tokenizer: it has {brackets} brackets, over the limit of {_MAX_BRACKETS}; "
                 f"{_REMEDY}"
             )
-        with refused("is not a tokenizer"):
+        with tokenizer_errors("is not a tokenizer"):
             definition = json.loads(tokenizer_json)
             model = definition["model"]
         _check_steps(definition)  # before loading: the library normalizes added tokens on loading
-        with refused("is not a tokenizer"):
+        with tokenizer_errors("is not a tokenizer"):
             self.tokenizer = Tokenizer.from_buffer(tokenizer_json)
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
@@ -117,7 +117,7 @@ class Vocabulary:
             self._unknown = self.tokenizer.token_to_id(name) if isinstance(name, str) else None
         if fingerprint and _fingerprint(definition) != fingerprint:
             # The same tokenizer may be serialized differently by another version of the library.
-            from msense.tokens import fingerprint as of_tokenizer
+            from msense.tokenizer import fingerprint as of_tokenizer
 
             if (actual := of_tokenizer(self.tokenizer)) != fingerprint:
                 raise DictionaryError(
@@ -158,25 +158,25 @@ class Vocabulary:
 
     def _split(self, text: str) -> list[tuple[int, str]]:
         """Return (id, token) of each token of a text; none if any is unknown."""
-        with refused(f"fails on {text!r}"):
+        with tokenizer_errors(f"fails on {text!r}"):
             encoding = self.tokenizer.encode(text, add_special_tokens=False)
         return [] if self._unknown in encoding.ids else list(zip(encoding.ids, encoding.tokens, strict=True))
 
 
 @contextmanager
-def refused(what: str) -> Iterator[None]:
+def tokenizer_errors(what: str) -> Iterator[None]:
     """Raise DictionaryError for any exception caused by a hostile tokenizer.json, including panics."""
     try:
         yield
     except BaseException as error:
         if not is_panic(error) and not isinstance(error, Exception):
             raise
-        reason = f"{type(error).__name__}: {shown(error)}"
+        reason = f"{type(error).__name__}: {printable(error)}"
         raise DictionaryError(f"tokenizer.json {what} ({reason}): {_REMEDY}") from error
 
 
 def _fingerprint(definition: dict[str, Any]) -> str:
-    """Return the same fingerprint as `msense.tokens.fingerprint`, from the parsed tokenizer.json."""
+    """Return the same fingerprint as `msense.tokenizer.fingerprint`, from the parsed tokenizer.json."""
     bare = {**definition, "truncation": None, "padding": None}
     return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 
@@ -214,15 +214,3 @@ def _growth(step: dict[str, Any], pattern: object) -> float:
     if kind == "Precompiled" and len(str(step.get("precompiled_charsmap"))) > _MAX_CHARSMAP:
         return math.inf
     return _GROWTH.get(kind, 1)
-
-
-class Exemplar(NamedTuple):
-    """Context of one of the points nearest to a sense, rank 0 first."""
-
-    sense: int
-    rank: int
-    distance: float
-    left: str
-    word: str
-    right: str
-    document_id: str

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msense.allocation import Curves, allocate
-from msense.config import MAX_DIM, MAX_VOCABULARY, SenseBudget
+from msense.clustering.allocation import Curves, allocate
+from msense.clustering.budget import SenseBudget
+from msense.clustering.kmeans import CURVE_POINTS, GRID, KMeansConfig, cluster_tokens, variance_curves
+from msense.clustering.mcl import MCL_POINTS, MclConfig, mcl_senses
+from msense.constants import MAX_DIM, MAX_VOCABULARY
 from msense.dictionary.checks import check_arrays
-from msense.dictionary.format import DTYPES, Arrays, DictionaryConfig, TeacherName
-from msense.errors import BadInput, DictionaryError
-from msense.kmeans import CURVE_POINTS, GRID, KMeansConfig, cluster_tokens, variance_curves
-from msense.mcl import MCL_POINTS, MclConfig, mcl_senses
+from msense.dictionary.layout import DTYPES, Arrays, DictionaryConfig, TeacherName
+from msense.errors import DictionaryError, InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,9 +41,9 @@ def cluster_in_memory(
     low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
     size = high + 1 if vocab_size is None else vocab_size
     if low < 0 or high >= size:
-        raise BadInput(f"token ids range from {low} to {high}, but those of the vocabulary from 0 to {size - 1}")
+        raise InputError(f"token ids range from {low} to {high}, but those of the vocabulary from 0 to {size - 1}")
     if not 0 < size <= MAX_VOCABULARY or not 0 < points.shape[1] <= MAX_DIM:
-        raise BadInput(
+        raise InputError(
             f"a vocabulary of {size} tokens with embeddings of width {points.shape[1]} exceeds the limits of a "
             f"dictionary, 1 to {MAX_VOCABULARY} tokens of width 1 to {MAX_DIM}: number tokens from 0, and pass "
             "embeddings [N, D]"
@@ -57,7 +58,7 @@ def cluster_in_memory(
     clusters = cluster_tokens(own, sizes, tokens, settings, senses=senses, threads=torch.get_num_threads())
     starts = np.zeros(size + 1, np.int64)
     starts[tokens + 1] = clusters.sizes
-    arrays = Arrays(np.cumsum(starts), clusters.counts, clusters.spread, counts)
+    arrays = Arrays(np.cumsum(starts), clusters.counts, clusters.rms_distance, counts)
     config = DictionaryConfig(
         teacher=TeacherName(name="in memory"),
         tokenizer_fingerprint="",
@@ -94,7 +95,7 @@ def _senses(
     return allocate(curves, GRID, rule.senses(len(tokens), dim, value_bytes), dim)
 
 
-def unite(contents: Sequence[Content]) -> Content:
+def merge_contents(contents: Sequence[Content]) -> Content:
     """Return the concatenation of each token's senses in several dictionaries, with the settings of the first.
 
     Raises:
@@ -113,8 +114,8 @@ def unite(contents: Sequence[Content]) -> Content:
     ]
     order = np.argsort(np.concatenate(places))
     counts = np.concatenate([arrays.counts for arrays in every])[order]
-    spread = np.concatenate([arrays.spread for arrays in every])[order]
-    united = Arrays(offsets, counts, spread, np.sum([arrays.token_counts for arrays in every], axis=0))
+    rms_distance = np.concatenate([arrays.rms_distance for arrays in every])[order]
+    united = Arrays(offsets, counts, rms_distance, np.sum([arrays.token_counts for arrays in every], axis=0))
     check_arrays(united, first)
     centroids = torch.empty(len(order), first.dim, dtype=DTYPES.get(first.dtype, torch.float32))
     for (_, _, parts), place in zip(contents, places, strict=True):
@@ -125,7 +126,7 @@ def unite(contents: Sequence[Content]) -> Content:
     return first.model_copy(update=update), united, (centroids,)
 
 
-def unite_exemplars(tables: "Sequence[tuple[pa.Table, np.ndarray]]") -> "pa.Table":
+def merge_exemplars(tables: "Sequence[tuple[pa.Table, np.ndarray]]") -> "pa.Table":
     """Return the exemplars of several dictionaries, given with their offsets, with senses numbered as by `unite`."""
     import pyarrow as pa
 
@@ -141,7 +142,7 @@ def unite_exemplars(tables: "Sequence[tuple[pa.Table, np.ndarray]]") -> "pa.Tabl
 
 def _mean_squared_spread(arrays: Arrays) -> float:
     """Return the squared RMS distance of the senses, weighted by their counts: the unit of temperatures."""
-    return float(arrays.counts @ arrays.spread.astype(np.float64) ** 2 / max(1, arrays.counts.sum()))
+    return float(arrays.counts @ arrays.rms_distance.astype(np.float64) ** 2 / max(1, arrays.counts.sum()))
 
 
 def _sample(ids: np.ndarray, cap: int, seed: int) -> np.ndarray:

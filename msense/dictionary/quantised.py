@@ -12,7 +12,7 @@ _SMALLEST_SCALE = 2.0**-126  # the smallest normal float32; also the scale of an
 _DROPPED_BITS = 0x7F  # the last seven bits of a float32 mantissa
 
 
-def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return int8 values [M, D] and float32 scales [M] of floating-point rows [M, D] that are finite in float32.
 
     The absolute error of each number is at most half a scale.
@@ -24,6 +24,6 @@ def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scales[:, None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8), scales
 
 
-def dequantise(values: Tensor, scales: Tensor) -> Tensor:
+def dequantize(values: Tensor, scales: Tensor) -> Tensor:
     """Return float32 rows [M, D] of int8 values [M, D] and float32 scales [M]."""
     return values.float().mul_(scales[:, None])

@@ -13,20 +13,20 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from msense.artefact import FrozenModel, TensorSpecs, shown
-from msense.config import MAX_SENSES
+from msense.constants import MAX_SENSES
 from msense.dictionary.checks import check_arrays, check_scales
-from msense.dictionary.format import (
+from msense.dictionary.layout import (
     DICTIONARY,
     FORMAT_VERSION,
     Arrays,
     DictionaryConfig,
     DictionaryFiles,
+    centroid_tensor_name,
     file_layout,
-    slice_name,
     weight_map,
 )
 from msense.errors import DictionaryError
+from msense.io.untrusted import FrozenModel, TensorSpecs, printable
 
 _Size = Annotated[int, Field(ge=0, lt=1 << 62)]
 
@@ -38,7 +38,7 @@ class _Index(FrozenModel):
     row_ranges: dict[str, tuple[_Size, _Size]]
 
 
-class Opened(NamedTuple):
+class DictionaryContents(NamedTuple):
     """Contents of a dictionary folder."""
 
     config: DictionaryConfig
@@ -47,7 +47,7 @@ class Opened(NamedTuple):
     scales: Tensor | None  # float32 [S] of int8 centroids
 
 
-def open_dictionary(folder: Path) -> Opened:
+def open_dictionary(folder: Path) -> DictionaryContents:
     """Validate and memory-map a dictionary folder; whoever uses a centroid must check that it is finite.
 
     Raises:
@@ -59,7 +59,7 @@ def open_dictionary(folder: Path) -> Opened:
         raise DictionaryError(f"cannot read {folder}: {error}; check its permissions, or copy it again") from error
 
 
-def _open(files: DictionaryFiles) -> Opened:
+def _open(files: DictionaryFiles) -> DictionaryContents:
     config = _read_config(files)
     loaded: dict[str, Tensor] = {}
     for path, tensors in _checked_layout(files, config):
@@ -74,7 +74,7 @@ def _open(files: DictionaryFiles) -> Opened:
     for own in scales:
         check_scales(own.numpy())
     centroids = tuple(tensor for name, tensor in loaded.items() if name.startswith("centroids"))
-    return Opened(config, arrays, centroids, torch.cat(scales) if scales else None)
+    return DictionaryContents(config, arrays, centroids, torch.cat(scales) if scales else None)
 
 
 def _read_config(files: DictionaryFiles) -> DictionaryConfig:
@@ -99,7 +99,7 @@ def _checked_layout(files: DictionaryFiles, config: DictionaryConfig) -> list[tu
         for name in sorted(header.keys() | expected.keys()):
             if header.get(name) != expected.get(name):
                 raise DictionaryError(
-                    f"{path}: {shown(name)} is {header.get(name)}, but should be {expected.get(name)} according to "
+                    f"{path}: {printable(name)} is {header.get(name)}, but should be {expected.get(name)} according to "
                     "config.json and counts: copy or build the dictionary again"
                 )
     return layout
@@ -119,10 +119,10 @@ def _read_borders(files: DictionaryFiles, config: DictionaryConfig) -> list[int]
     for name in index.weight_map.values():
         if not re.fullmatch(r"dictionary-\d{5}-of-\d{5}\.safetensors", name):
             raise DictionaryError(
-                f"{files.index} names the file {shown(name)!r}, but only dictionary-*-of-*.safetensors is allowed: "
+                f"{files.index} names the file {printable(name)!r}, but only dictionary-*-of-*.safetensors is allowed: "
                 "copy or build the dictionary again"
             )
-    ranges = [index.row_ranges.get(slice_name(i), (-1, -1)) for i in range(len(index.row_ranges))]
+    ranges = [index.row_ranges.get(centroid_tensor_name(i), (-1, -1)) for i in range(len(index.row_ranges))]
     borders = [0, *(end for _, end in ranges)]
     contiguous = all(own == (start, max(start, own[1])) for own, start in zip(ranges, borders, strict=False))
     if len(ranges) < 2 or not contiguous or index.weight_map != weight_map(file_layout(files, config, borders)):

@@ -14,26 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msense.config import DEFAULT_BUDGET, Metric, SenseBudget
+from msense.clustering.budget import DEFAULT_BUDGET, SenseBudget
+from msense.clustering.kmeans import KMeansConfig
+from msense.clustering.mcl import MclConfig
+from msense.constants import Metric
 from msense.dictionary import assignment
-from msense.dictionary.arguments import checked, target_of, whole_number
+from msense.dictionary.arguments import as_integer, output_tensor, validate_inputs
 from msense.dictionary.assignment import RaggedSenses
-from msense.dictionary.contexts import exemplar_schema, read_exemplars
-from msense.dictionary.format import (
-    Arrays,
-    DictionaryConfig,
-    DictionaryFiles,
-    Stored,
-    atomic_path,
-    copy_file,
-    write_dictionary,
-)
-from msense.dictionary.lookup import Exemplar, Match, Vocabulary, read_vocabulary
-from msense.dictionary.making import cluster_in_memory, unite, unite_exemplars
+from msense.dictionary.contexts import Exemplar, exemplar_schema, read_exemplars
+from msense.dictionary.format import write_dictionary
+from msense.dictionary.layout import Arrays, DictionaryConfig, DictionaryFiles, Stored
+from msense.dictionary.lookup import Match, Vocabulary, read_vocabulary
+from msense.dictionary.making import cluster_in_memory, merge_contents, merge_exemplars
 from msense.dictionary.reader import open_dictionary
-from msense.errors import BadInput, DictionaryError
-from msense.kmeans import KMeansConfig
-from msense.mcl import MclConfig
+from msense.errors import DictionaryError, InputError
+from msense.io.atomic import atomic_path, copy_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,7 +43,7 @@ class Senses(NamedTuple):
 
     centroids: Tensor  # float32 [K, D]
     counts: np.ndarray  # int64 [K], points clustered into each
-    spread: np.ndarray  # float32 [K], RMS distance of these points
+    rms_distance: np.ndarray  # float32 [K], RMS distance of these points
 
 
 class SenseDictionary:
@@ -59,7 +54,7 @@ class SenseDictionary:
         ragged: the senses in the form required by `msense.dictionary.assignment`.
         offsets: int64 [V+1]; senses offsets[t] to offsets[t + 1] belong to token t.
         counts: int64 [S], points clustered into each sense.
-        spread: float32 [S], RMS distance of these points.
+        rms_distance: float32 [S], RMS distance of these points.
         token_counts: int64 [V], occurrences in the whole corpus.
 
     Example:
@@ -84,7 +79,7 @@ class SenseDictionary:
         """
         self.config = config
         self._arrays = arrays
-        self.offsets, self.counts, self.spread, self.token_counts = arrays
+        self.offsets, self.counts, self.rms_distance, self.token_counts = arrays
         self.ragged = RaggedSenses(self.offsets, centroids, scales)
         self._files = files
         self._exemplars = exemplars
@@ -122,7 +117,7 @@ class SenseDictionary:
                 Centroids are checked for finite values only when used.
         """
         if "://" in str(source):
-            from msense import storage
+            from msense.io import storage
 
             inside = storage.join(str(source), "dictionary")
             of_run = storage.exists(storage.join(inside, "config.json"))
@@ -144,9 +139,9 @@ class SenseDictionary:
             DictionaryError: the arrays contradict each other, or a centroid overflows the dtype.
         """
         if dtype not in (None, *get_args(Stored)):
-            raise BadInput(f"dtype is {dtype!r}, but must be one of {get_args(Stored)}")
+            raise InputError(f"dtype is {dtype!r}, but must be one of {get_args(Stored)}")
         if "://" in str(folder):
-            raise BadInput(f"{folder} is not a local folder: save to one, then upload it")
+            raise InputError(f"{folder} is not a local folder: save to one, then upload it")
         files = DictionaryFiles(Path(folder))
         files.folder.mkdir(parents=True, exist_ok=True)
         files.config.unlink(missing_ok=True)
@@ -178,12 +173,12 @@ class SenseDictionary:
             DictionaryError: a centroid of the token is not finite.
         """
         if not 0 <= token < self.vocab_size:
-            raise BadInput(f"token {token} is not in the vocabulary: the token ids are 0 to {self.vocab_size - 1}")
+            raise InputError(f"token {token} is not in the vocabulary: the token ids are 0 to {self.vocab_size - 1}")
         start, end = self.offsets[token : token + 2].tolist()
         centroids = self.ragged.rows(torch.arange(start, end)).float()
         if not torch.isfinite(centroids).all():
             raise DictionaryError(f"a sense of token {token} is NaN or infinite: build the dictionary again")
-        return Senses(centroids, self.counts[start:end], self.spread[start:end])
+        return Senses(centroids, self.counts[start:end], self.rms_distance[start:end])
 
     def find(self, word: str) -> Match:
         """Look up the tokens of a word in the tokenizer's variants of it (`bank`, `Ġbank`, `▁bank`, `Bank`).
@@ -240,7 +235,7 @@ class SenseDictionary:
         """
         ids, points = self._checked(token_ids, embeddings)
         scale = None if temperature is None else self._scale(temperature)
-        target = None if out is None else target_of(out, embeddings)
+        target = None if out is None else output_tensor(out, embeddings)
         replaced = assignment.replace(ids, points, self.ragged, metric or self.config.metric, scale or None, target)
         return out if out is not None else replaced if isinstance(embeddings, Tensor) else replaced.numpy()
 
@@ -250,12 +245,12 @@ class SenseDictionary:
         """Return the `top` nearest senses of each embedding and their weights, as `assignment.weigh`."""
         ids, points = self._checked(token_ids, embeddings)
         scale = max(self._scale(temperature), _SMALLEST)
-        return assignment.weigh(ids, points, self.ragged, metric or self.config.metric, scale, top)
+        return assignment.top_k(ids, points, self.ragged, metric or self.config.metric, scale, top)
 
     def _scale(self, temperature: float) -> float:
         """Return the divisor of scores; 0 selects the nearest sense, also where each sense is a single point."""
         if not 0 < temperature < float("inf"):
-            raise BadInput(
+            raise InputError(
                 f"temperature is {temperature}, but must be finite and above 0, or None for the nearest sense"
             )
         scale = temperature * self.config.temperature_unit
@@ -265,7 +260,7 @@ class SenseDictionary:
     def fingerprint(self) -> str:
         """The hexadecimal SHA-256 of config and arrays of a loaded dictionary; reads its files."""
         if self._files is None:
-            raise BadInput("an in-memory dictionary has no fingerprint: save and load it first")
+            raise InputError("an in-memory dictionary has no fingerprint: save and load it first")
         return self._files.fingerprint()
 
     @classmethod
@@ -298,9 +293,9 @@ class SenseDictionary:
             BadInput: a shape, dtype or setting is invalid.
             MsenseError: an embedding is NaN or infinite.
         """
-        ids, points = checked(token_ids, embeddings)
+        ids, points = validate_inputs(token_ids, embeddings)
         rule = k if isinstance(k, SenseBudget | MclConfig) else None
-        settings = KMeansConfig(k=1 if rule else whole_number(k), metric=metric, seed=seed)
+        settings = KMeansConfig(k=1 if rule else as_integer(k), metric=metric, seed=seed)
         return cls(*cluster_in_memory(ids, points, settings, rule, vocab_size, max_occurrences, dtype))
 
     def merge(self, *others: "SenseDictionary") -> "SenseDictionary":
@@ -313,8 +308,8 @@ class SenseDictionary:
             DictionaryError: the dictionaries are incompatible, or a token has too many senses.
         """
         every = (self, *others)
-        config, arrays, centroids = unite([(d.config, d._arrays, d.ragged.floats()) for d in every])
-        exemplars = unite_exemplars([(d._exemplar_table(), d.offsets) for d in every])
+        config, arrays, centroids = merge_contents([(d.config, d._arrays, d.ragged.floats()) for d in every])
+        exemplars = merge_exemplars([(d._exemplar_table(), d.offsets) for d in every])
         return SenseDictionary(config, arrays, centroids, self._files, exemplars)
 
     @property
@@ -326,7 +321,7 @@ class SenseDictionary:
     def _vocabulary(self) -> Vocabulary:
         path = self.tokenizer_file
         if path is None:
-            raise BadInput("this dictionary has no tokenizer to look up words: use senses(token) with a token id")
+            raise InputError("this dictionary has no tokenizer to look up words: use senses(token) with a token id")
         return read_vocabulary(path, self.vocab_size, self.config.tokenizer_fingerprint)
 
     def _optional(self, name: str) -> Path | None:
@@ -345,9 +340,9 @@ class SenseDictionary:
 
     def _checked(self, token_ids: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> tuple[np.ndarray, Tensor]:
         """Return token ids as NumPy and embeddings as torch after validating shapes, dtypes and width."""
-        ids, points = checked(token_ids, embeddings)
+        ids, points = validate_inputs(token_ids, embeddings)
         if points.shape[1] != self.dim:
-            raise BadInput(
+            raise InputError(
                 f"embeddings have width {points.shape[1]}, but the dictionary {self.dim}: use the same teacher"
             )
         return ids, points

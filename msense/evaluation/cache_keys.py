@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from msense import __version__
-from msense.config import BuildConfig
+from msense.config.build import BuildConfig
 from msense.corpus import list_files
+from msense.corpus.labelled import split_files
 from msense.dictionary import DictionaryFiles, SenseDictionary
-from msense.evaluation import mteb_tasks
 from msense.evaluation.models import folder_of_student
 from msense.evaluation.spec import Spec, TaskSpec
-from msense.labelled import part_files
-from msense.storage import sha256_of
+from msense.evaluation.tasks import mteb
+from msense.io.storage import sha256_of
 from msense.student.config import StudentFiles
-from msense.teacher import describe
-from msense.teacher_folder import locate
+from msense.teacher.files import locate
+from msense.teacher.spec import load_teacher_info
 
 PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
 
@@ -39,13 +39,13 @@ def versions() -> dict[str, str]:
     return {"msense": __version__, **{name: version(name) for name in PACKAGES}}
 
 
-def of_model(spec: Spec) -> str:
+def model_key(spec: Spec) -> str:
     """Return a hash of a model's files and settings; reads its weights."""
     key: dict[str, Any] = {"kind": spec.kind, "replace": spec.replace, "metric": spec.metric, "layers": spec.layers}
     if spec.replace == "soft":
         key["temperature"] = spec.temperature
     if spec.kind in ("teacher", "truncated", "model2vec", "replaced"):
-        key |= {"teacher": of_teacher(spec.teacher, spec.revision), "dtype": spec.dtype}
+        key |= {"teacher": teacher_key(spec.teacher, spec.revision), "dtype": spec.dtype}
     if spec.kind == "replaced":
         key["dictionary"] = SenseDictionary.load(spec.source).fingerprint
     if spec.kind == "student":
@@ -61,7 +61,7 @@ def of_model(spec: Spec) -> str:
     return digest(key)
 
 
-def of_data(task: TaskSpec) -> str:
+def data_key(task: TaskSpec) -> str:
     """Return a hash of a task's data: names, sizes and modification times of its files.
 
     Raises:
@@ -69,9 +69,9 @@ def of_data(task: TaskSpec) -> str:
     """
     own = version("mteb") if task.kind == "mteb" and find_spec("mteb") else ""
     if not task.source:
-        return digest([mteb_tasks.task_class(task.name).metadata.name, own]) if task.kind == "mteb" else task.name
+        return digest([mteb.task_class(task.name).metadata.name, own]) if task.kind == "mteb" else task.name
     if task.kind in ("classification", "mteb"):
-        files = [file for part in ("train", "test") for file in part_files(task.source, part)]
+        files = [file for part in ("train", "test") for file in split_files(task.source, part)]
     elif task.kind == "classifier" and task.source.startswith("hf://"):
         return task.source
     else:
@@ -79,9 +79,9 @@ def of_data(task: TaskSpec) -> str:
     return digest([own, [[file.name, file.size, file.fingerprint] for file in files]])
 
 
-def of_teacher(name: str, revision: str | None) -> str:
+def teacher_key(name: str, revision: str | None) -> str:
     """Return a hash of a teacher: weights, tokenizer, pooling, prompt, maximum length, and its classifier if any."""
-    info, _ = describe(name, BuildConfig(revision=revision))
-    facts = {key: value for key, value in asdict(info).items() if key not in ("name", "revision")}
+    info, _ = load_teacher_info(name, BuildConfig(revision=revision))
+    stats = {key: value for key, value in asdict(info).items() if key not in ("name", "revision")}
     head = locate(name, revision) / "classifier"  # glob of a missing folder is empty
-    return digest([facts, [sha256_of(path) for path in sorted(head.glob("*")) if path.is_file()]])
+    return digest([stats, [sha256_of(path) for path in sorted(head.glob("*")) if path.is_file()]])

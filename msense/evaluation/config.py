@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from msense.config import MANY, JobConfig
-from msense.evaluation.mteb_tasks import PAPER_TASKS
+from msense.config.base import JobConfig
+from msense.constants import MANY
+from msense.corpus.labelled import Columns
 from msense.evaluation.spec import MODELS, TASKS, Spec, TaskSpec, check_names, parse_model, parse_task
-from msense.labelled import Columns
+from msense.evaluation.tasks.mteb import PAPER_TASKS
 
 ALL_OF_PAPER = "mteb:paper"
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,40 @@ import numpy as np
 
 from msense.dictionary import SenseDictionary
 from msense.errors import MsenseError
-from msense.evaluation.models import Model, opened
-from msense.evaluation.report import Cost
+from msense.evaluation.models import Model, open_model
 from msense.evaluation.spec import Spec
-from msense.runtime import peak_memory
+from msense.runtime.executor import peak_memory
 from msense.text import plain
 
-TURNS, SECONDS = 5, 120.0  # rounds, and the time after which no further round starts
-MOST_TEXTS = 2000
+ROUNDS, MAX_SECONDS = 5, 120.0  # rounds, and the time after which no further round starts
+MAX_TEXTS = 2000
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Costs of a model.
+
+    Attributes:
+        parameters: number of weights, without a dictionary's.
+        disk_bytes: size of its files, without a dictionary's.
+        dictionary_bytes: size of its senses; 0 without a dictionary.
+        senses: number of senses of its dictionary.
+        compression: bytes of the dictionary corpus' embeddings (2 per number) over those of the dictionary.
+        texts_per_s: median over rounds.
+        tokens_per_s: median over rounds; None if the model does not count tokens.
+        peak_memory: bytes of a process that loads the model and encodes.
+        speedup: relative to the first model, median over rounds.
+    """
+
+    parameters: int
+    disk_bytes: int
+    dictionary_bytes: int
+    senses: int
+    compression: float | None
+    texts_per_s: float
+    tokens_per_s: float | None
+    peak_memory: int
+    speedup: float
 
 
 def measure(specs: Sequence[Spec], texts: Sequence[str], device: str, threads: int) -> dict[str, Cost]:
@@ -39,11 +65,11 @@ def measure(specs: Sequence[Spec], texts: Sequence[str], device: str, threads: i
         device: cuda or cpu.
         threads: threads of every model.
     """
-    texts = texts[:MOST_TEXTS]
+    texts = texts[:MAX_TEXTS]
     own = [spec for spec in specs if spec.kind != "model2vec"]  # runs in its own process, which reports its memory
     peaks = {spec.name: _peak(spec, texts, device, threads) for spec in own}
     with ExitStack() as stack:
-        models = {spec.name: stack.enter_context(opened(spec, device, threads)) for spec in specs}
+        models = {spec.name: stack.enter_context(open_model(spec, device, threads)) for spec in specs}
         return _costs(models, peaks, texts)
 
 
@@ -72,14 +98,14 @@ def _time_in_turn(models: dict[str, Model], texts: Sequence[str]) -> dict[str, n
     for model in models.values():
         model.encode(texts[:64])  # warm-up: lazy loading and compilation do not count
     began = time.perf_counter()
-    for _ in range(TURNS):
+    for _ in range(ROUNDS):
         for name, model in models.items():
             gc.collect()
             start = time.perf_counter()
             model.encode(texts)
             own = time.perf_counter() - start
             seconds[name].append(getattr(model, "seconds", None) or own)
-        if time.perf_counter() - began > SECONDS:
+        if time.perf_counter() - began > MAX_SECONDS:
             break
     return {name: np.array(values) for name, values in seconds.items()}
 
@@ -89,7 +115,7 @@ def _of_dictionary(dictionary: SenseDictionary | None) -> dict[str, Any]:
     if dictionary is None:
         return {"dictionary_bytes": 0, "senses": 0, "compression": None}
     scales = [] if dictionary.ragged.scales is None else [dictionary.ragged.scales]
-    arrays = (dictionary.offsets, dictionary.counts, dictionary.spread, dictionary.token_counts)
+    arrays = (dictionary.offsets, dictionary.counts, dictionary.rms_distance, dictionary.token_counts)
     size = sum(array.nbytes for array in (*dictionary.ragged.parts, *scales, *arrays))
     embeddings = int(dictionary.token_counts.sum()) * dictionary.dim * 2
     return {"dictionary_bytes": size, "senses": len(dictionary), "compression": embeddings / size if size else None}
@@ -121,7 +147,7 @@ def _peak(spec: Spec, texts: Sequence[str], device: str, threads: int) -> int:
 def _load_and_encode() -> None:
     """Run the request on standard input and write this process's peak memory to standard output."""
     request = json.load(sys.stdin)
-    with opened(Spec(**request["spec"]), request["device"], request["threads"]) as model:
+    with open_model(Spec(**request["spec"]), request["device"], request["threads"]) as model:
         model.encode(request["texts"])
     sys.stdout.write(f"\n{peak_memory()}\n")
 

@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from msense.corpus.labelled import Columns, read_labelled
 from msense.errors import MsenseError
-from msense.evaluation import classification, classifier, coarsewsd, mteb_tasks, tokens, wordsim
-from msense.evaluation.classification import Protocol
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.models import Model, TeacherModel, TokenModel, opened
+from msense.evaluation.models import Model, TeacherModel, TokenModel, open_model
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec, TaskSpec
-from msense.labelled import Columns, read_labelled
-from msense.runtime import Resources
+from msense.evaluation.tasks import classification, classifier, coarsewsd, mteb, tokens, wordsim
+from msense.evaluation.tasks.classification import Protocol
+from msense.runtime.resources import Resources
 
 READ_TOKENS = ("teacher", "replaced", "student", "truncated")  # model kinds with token embeddings
 OF_TOKENS = ("classifier", "coarsewsd", "tokens")  # task kinds that need them
 DRAWN = ("classification", "mteb")
-WHAT = {
+DESCRIPTIONS = {
     "classification": "logistic regression on sentence vectors, {shots}, {draws}; accuracy on the test texts",
     "mteb": "logistic regression on sentence vectors by the mteb package, {shots}, {draws}",
     "classifier": "test texts under the teacher's own frozen classifier",
@@ -28,7 +28,7 @@ WHAT = {
 
 
 @dataclass(frozen=True)
-class Work:
+class EvaluationJob:
     """One model on one task; sent to a worker.
 
     Attributes:
@@ -75,12 +75,12 @@ class Work:
         """One-line description of the measurement."""
         shots = f"{self.protocol.shots} training texts per class" if self.protocol.shots else "all training texts"
         draws = f"{self.protocol.draws} draws" if self.protocol.shots else "one draw"
-        return WHAT[self.task.kind].format(shots=shots, draws=draws)
+        return DESCRIPTIONS[self.task.kind].format(shots=shots, draws=draws)
 
 
-def works_of(
+def make_jobs(
     config: EvaluateConfig, specs: Sequence[Spec], tasks: Sequence[TaskSpec], resources: Resources
-) -> list[Work]:
+) -> list[EvaluationJob]:
     """Return all combinations of models and tasks; classification once per number of shots."""
     works = []
     concurrent = resources.actors if resources.device == "cuda" else resources.tasks
@@ -89,27 +89,29 @@ def works_of(
         for shot in config.shots if task.kind in DRAWN else ("",):
             protocol = Protocol(int(shot) if shot.isdecimal() else 0, config.draws, config.seed)
             title = task.title + (f", {shot} shots" if shot.isdecimal() else f", {shot}" if shot else "")
-            works += [Work(spec, task, title, protocol, config.columns, resources.device, threads) for spec in specs]
+            works += [
+                EvaluationJob(spec, task, title, protocol, config.columns, resources.device, threads) for spec in specs
+            ]
     return works
 
 
-def measure(number: int, works: Sequence[Work]) -> dict[str, Any]:
+def measure(number: int, works: Sequence[EvaluationJob]) -> dict[str, Any]:
     """Evaluate one model on one task; runs on a worker and returns title, model and result as JSON values."""
     work = works[number]
     try:
-        with opened(work.spec, work.device, work.threads) as model:
+        with open_model(work.spec, work.device, work.threads) as model:
             result = _result(work, model)
     except MsenseError as error:
         raise type(error)(f"{work.spec.name} on {work.title}: {error}") from error
     return {"title": work.title, "model": work.spec.name, "result": result.to_json()}
 
 
-def _result(work: Work, model: Model) -> Result:
+def _result(work: EvaluationJob, model: Model) -> Result:
     task, source = work.task, work.task.source
     if task.kind == "classification":
         return classification.measure(model, source, work.columns, work.protocol)
     if task.kind == "mteb":
-        return mteb_tasks.measure(model, task.name, source, work.columns, *work.protocol)
+        return mteb.measure(model, task.name, source, work.columns, *work.protocol)
     if task.kind == "wordsim":
         return wordsim.measure(model, source)
     reader = cast(TokenModel, model)  # guaranteed by `fits`
@@ -122,7 +124,7 @@ def _result(work: Work, model: Model) -> Result:
     return tokens.measure(reader, teacher, source, work.columns.texts[0])
 
 
-def texts_of(work: Work) -> list[str]:
+def load_texts(work: EvaluationJob) -> list[str]:
     """Return the texts of a task, on which speed is measured."""
     kind, source = work.task.kind, work.task.source
     if kind == "classifier":

@@ -35,10 +35,10 @@ class Peer:
             BadInput: the Python is missing or has no model2vec.
             MsenseError: distillation failed.
         """
-        from msense.errors import BadInput
+        from msense.errors import InputError
 
         if python is None and importlib.util.find_spec("model2vec") is None:
-            raise BadInput(
+            raise InputError(
                 "model2vec is not installed, and its dependencies conflict with msense's: create an environment for it "
                 '(python -m venv m2v; m2v/bin/pip install "model2vec[distill]") and pass --model2vec-python m2v/bin/python'
             )
@@ -56,7 +56,7 @@ class Peer:
         self.seconds, self.peak_memory = 0.0, 0
 
     def _start(self, *words: str) -> "subprocess.Popen[str]":
-        from msense.errors import BadInput
+        from msense.errors import InputError
 
         names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "MKL_NUM_THREADS")
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
@@ -71,7 +71,7 @@ class Peer:
                     encoding="utf-8",
                 )
         except OSError as error:
-            raise BadInput(
+            raise InputError(
                 f"cannot run --model2vec-python {self._python} ({error}): give the path of a Python executable"
             ) from error
 

@@ -15,26 +15,29 @@ import numpy as np
 import torch
 from tokenizers import Encoding
 
-from msense import storage
-from msense.config import BuildConfig
+from msense.config.build import BuildConfig
 from msense.dictionary import SenseDictionary
-from msense.encoder import SenseEncoder
-from msense.errors import BadInput
-from msense.evaluation import model2vec_peer
+from msense.errors import InputError
+from msense.evaluation import model2vec
 from msense.evaluation.spec import Spec
-from msense.hub import student_folder
-from msense.pooling import pool_rows
+from msense.io import storage
 from msense.student import load_student
 from msense.student.config import StudentFiles
-from msense.student.tokenizer import TextReader, padded
-from msense.teacher import TOKEN_BUDGET, Teacher, describe, pad_batch, resolve_dtype, token_batches
-from msense.teacher_folder import body_folder, loading
+from msense.student.encoder import SenseEncoder
+from msense.student.hub import student_folder
+from msense.student.tokenizer import StudentTokenizer, pad_ids
+from msense.teacher.batching import TOKEN_BUDGET, pad_batch, token_batches
+from msense.teacher.body import resolve_dtype
+from msense.teacher.files import body_folder, loading
+from msense.teacher.model import Teacher
+from msense.teacher.pooling import pool_rows
+from msense.teacher.spec import load_teacher_info
 
-SLAB = 512  # texts whose token embeddings are held at once
+TEXTS_PER_SLAB = 512  # texts whose token embeddings are held at once
 
 
 @dataclass(frozen=True)
-class Read:
+class TokenEmbeddings:
     """Token embeddings of P texts with N tokens, special tokens included.
 
     Attributes:
@@ -66,7 +69,7 @@ class Model(Protocol):
 
 
 @contextmanager
-def opened(spec: Spec, device: str, threads: int) -> Iterator[Any]:
+def open_model(spec: Spec, device: str, threads: int) -> Iterator[Any]:
     """Load a model as `make_model` does, and end its process, if any, on exit."""
     model = make_model(spec, device, threads)
     try:
@@ -85,7 +88,7 @@ class TokenModel(Model, Protocol):
     def dictionary(self) -> SenseDictionary | None:
         """Senses of the model's tokens."""
 
-    def read(self, texts: Sequence[str]) -> Read:
+    def read(self, texts: Sequence[str]) -> TokenEmbeddings:
         """Return the embeddings of all tokens; 8·N·D bytes."""
 
     def tokens(self, texts: Sequence[str]) -> int:
@@ -104,7 +107,7 @@ def make_model(spec: Spec, device: str, threads: int) -> Model:
     return SentenceModel(spec, device)
 
 
-def slabs(texts: Sequence[str], size: int = SLAB) -> Iterator[Sequence[str]]:
+def iter_slabs(texts: Sequence[str], size: int = TEXTS_PER_SLAB) -> Iterator[Sequence[str]]:
     """Yield slices of at most `size` texts."""
     yield from (texts[start : start + size] for start in range(0, len(texts), size))
 
@@ -132,11 +135,11 @@ class TeacherModel:
         if (given := self.dictionary or like) is not None:
             own = given.config
             settings |= {"layer": own.layer, "prompt": own.prompt, "max_length": own.max_length or None}
-        self.info, self.tokenizer = describe(spec.teacher, BuildConfig(**settings))
+        self.info, self.tokenizer = load_teacher_info(spec.teacher, BuildConfig(**settings))
         if self.dictionary is not None:
             wanted = self.dictionary.config.teacher
             if wanted.fingerprint not in ("", self.info.fingerprint):
-                raise BadInput(
+                raise InputError(
                     f"{spec.name}: the weights of teacher {self.info.name!r} differ from those of the dictionary's teacher, "
                     f"{wanted.name!r}: pass that one as --teacher"
                 )
@@ -155,13 +158,13 @@ class TeacherModel:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return sentence vectors, float32 [n, D], with the teacher's own pooling."""
         vectors = [np.empty((0, self.info.dim), np.float32)]
-        for slab in slabs(texts):
+        for slab in iter_slabs(texts):
             read = self.read(slab)
             hidden, lengths = torch.from_numpy(read.hidden), torch.from_numpy(np.diff(read.offsets))
             vectors.append(pool_rows(hidden, lengths, self.info.pooling, normalize=self.info.normalize).numpy())
         return np.concatenate(vectors)
 
-    def read(self, texts: Sequence[str]) -> Read:
+    def read(self, texts: Sequence[str]) -> TokenEmbeddings:
         """Return the embeddings of all tokens."""
         encodings = self._encoded(texts)
         rows, offsets = _rows(encodings)
@@ -172,7 +175,7 @@ class TeacherModel:
                 plain[places] = self._teacher.embed(ids, mask).float().cpu().numpy()[mask]
         ids = np.concatenate([*rows, np.empty(0, np.int64)])
         hidden = plain if self.dictionary is None else _replaced(self.dictionary, ids, plain, self.spec)
-        return Read(ids, offsets, _spans(encodings, len(self.info.prompt)), hidden, plain)
+        return TokenEmbeddings(ids, offsets, _spans(encodings, len(self.info.prompt)), hidden, plain)
 
     def tokens(self, texts: Sequence[str]) -> int:
         """Return the number of tokens of the texts."""
@@ -198,7 +201,7 @@ class StudentModel:
         self.spec = spec
         self._folder = folder_of_student(spec.source)
         self._encoder = SenseEncoder.from_pretrained(self._folder, device=device)
-        self._reader = TextReader(StudentFiles(self._folder).tokenizer, self._encoder.config)
+        self._reader = StudentTokenizer(StudentFiles(self._folder).tokenizer, self._encoder.config)
         self._budget = TOKEN_BUDGET[device]
 
     @cached_property
@@ -215,7 +218,7 @@ class StudentModel:
         return np.asarray(self._encoder.encode(texts, replace=self.spec.replace, temperature=self.spec.temperature))
 
     @torch.no_grad()
-    def read(self, texts: Sequence[str]) -> Read:
+    def read(self, texts: Sequence[str]) -> TokenEmbeddings:
         """Return the embeddings of all tokens from both outputs; `hidden` is replaced if the spec says so."""
         prompt = self._encoder.config.prompt
         encodings = [self._reader.encoding(text, prompt) for text in texts]
@@ -223,14 +226,14 @@ class StudentModel:
         hidden = np.empty((offsets[-1], self._encoder.config.dim), np.float32)
         senses = np.empty_like(hidden)
         for batch, places in _batches(offsets, self._budget):
-            ids, mask = (tensor.to(self._encoder.device) for tensor in padded([rows[i] for i in batch]))
+            ids, mask = (tensor.to(self._encoder.device) for tensor in pad_ids([rows[i] for i in batch]))
             output = self._student(ids, mask)
             hidden[places] = output.hidden[mask].float().cpu().numpy()
             senses[places] = output.senses[mask].float().cpu().numpy()
         every = np.concatenate([*rows, np.empty(0, np.int64)])
         if self.spec.replace is not None:
             hidden = _replaced(self._encoder.dictionary, every, senses, self.spec)
-        return Read(every, offsets, _spans(encodings, len(prompt)), hidden, senses)
+        return TokenEmbeddings(every, offsets, _spans(encodings, len(prompt)), hidden, senses)
 
     def tokens(self, texts: Sequence[str]) -> int:
         """Return the number of tokens of the texts."""
@@ -253,7 +256,7 @@ class SentenceModel:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
-            raise BadInput(
+            raise InputError(
                 f"{spec.name} needs sentence-transformers, which is not installed: pip install msense[evaluation]"
             ) from error
         with loading(repr(spec.source)):
@@ -284,7 +287,7 @@ class Model2Vec:
     """model2vec, distilled on the fly from the teacher in a Python that has it."""
 
     def __init__(self, spec: Spec, threads: int) -> None:
-        self._peer = model2vec_peer.Peer(spec.python, body_folder(spec.teacher, spec.revision), threads)
+        self._peer = model2vec.Peer(spec.python, body_folder(spec.teacher, spec.revision), threads)
         self.encode, self.close = self._peer.encode, self._peer.close
 
     def parameters(self) -> int:

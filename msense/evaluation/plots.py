@@ -6,11 +6,11 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
-from msense.errors import BadInput
+from msense.errors import InputError
 from msense.text import clean
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")  # Okabe and Ito 2008
-MARKS = "osD^vPXh"
+MARKERS = "osD^vPXh"
 SIZE, DPI = (9.6, 5.0), 150
 TITLE = 90  # characters per line of a title
 
@@ -35,7 +35,7 @@ def draw_points(file: Path, title: str, axes: tuple[str, str], points: Sequence[
     """Draw one marker per model on a logarithmic x axis into a PNG; the legend is sorted by y."""
     figure, plot = _figure(title, axes)
     _markers(plot, sorted(points, key=lambda p: -p.y))
-    _finish(figure, plot, file, spread=any(point.deviation for point in points))
+    _finish(figure, plot, file, rms_distance=any(point.deviation for point in points))
 
 
 def draw_lines(file: Path, title: str, axes: tuple[str, str], points: Sequence[Point], level: Line | None) -> None:
@@ -47,13 +47,13 @@ def draw_lines(file: Path, title: str, axes: tuple[str, str], points: Sequence[P
     if level is not None:
         label = f"{_short(level.name)}  {level.y:.3f}"
         plot.axhline(level.y, linestyle="--", color="#555555", linewidth=1, label=label)
-    _finish(figure, plot, file, spread=any(point.deviation for point in points))
+    _finish(figure, plot, file, rms_distance=any(point.deviation for point in points))
 
 
 def check_matplotlib() -> None:
     """Raise BadInput if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise BadInput("plots need matplotlib, which is not installed: pip install msense[evaluation]")
+        raise InputError("plots need matplotlib, which is not installed: pip install msense[evaluation]")
 
 
 def _figure(title: str, axes: tuple[str, str]) -> tuple[Any, Any]:
@@ -77,7 +77,7 @@ def _markers(plot: Any, points: Sequence[Point]) -> None:  # noqa: ANN401 - a ma
             point.x,
             point.y,
             **bar,
-            fmt=MARKS[(number + number // len(COLOURS)) % len(MARKS)],  # unique pairs of marker and colour
+            fmt=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],  # unique pairs of marker and colour
             color=COLOURS[number % len(COLOURS)],
             markersize=8,
             capsize=3,
@@ -86,7 +86,7 @@ def _markers(plot: Any, points: Sequence[Point]) -> None:  # noqa: ANN401 - a ma
         )
 
 
-def _finish(figure: Any, plot: Any, file: Path, *, spread: bool) -> None:  # noqa: ANN401 - matplotlib objects
+def _finish(figure: Any, plot: Any, file: Path, *, rms_distance: bool) -> None:  # noqa: ANN401 - matplotlib objects
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     plot.set_xscale("log")
@@ -96,7 +96,7 @@ def _finish(figure: Any, plot: Any, file: Path, *, spread: bool) -> None:  # noq
     low, high = plot.get_xlim()
     few = some if high > 4 * low else plain
     plot.xaxis.set_minor_formatter(few if high < 100 * low else NullFormatter())
-    if spread:
+    if rms_distance:
         plot.set_ylabel(f"{plot.get_ylabel()} (± standard deviation over draws)")
     for side in ("top", "right"):
         plot.spines[side].set_visible(False)

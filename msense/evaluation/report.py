@@ -8,49 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
-from rich.table import Table
-from rich.text import Text
 
-from msense import storage
-from msense.artefact import all_errors, unique_keys
-from msense.cli import console
-from msense.errors import BadInput
+from msense.errors import InputError
+from msense.evaluation.cost import Cost
 from msense.evaluation.plots import Line, Point, draw_lines, draw_points
 from msense.evaluation.result import Result, comparable, difference
-from msense.scratch import scratch_folder
+from msense.io import storage
+from msense.io.scratch import scratch_folder
+from msense.io.untrusted import format_errors, reject_duplicate_keys
 from msense.text import clean, first_line, size
 
 VERSION = 1
 _MAX_BYTES = 1 << 30  # of a results file
 NONE = "–"
 MORE_COLUMNS = 5  # columns of secondary figures in a table
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Costs of a model.
-
-    Attributes:
-        parameters: number of weights, without a dictionary's.
-        disk_bytes: size of its files, without a dictionary's.
-        dictionary_bytes: size of its senses; 0 without a dictionary.
-        senses: number of senses of its dictionary.
-        compression: bytes of the dictionary corpus' embeddings (2 per number) over those of the dictionary.
-        texts_per_s: median over rounds.
-        tokens_per_s: median over rounds; None if the model does not count tokens.
-        peak_memory: bytes of a process that loads the model and encodes.
-        speedup: relative to the first model, median over rounds.
-    """
-
-    parameters: int
-    disk_bytes: int
-    dictionary_bytes: int
-    senses: int
-    compression: float | None
-    texts_per_s: float
-    tokens_per_s: float | None
-    peak_memory: int
-    speedup: float
 
 
 @dataclass
@@ -95,7 +66,7 @@ class Evaluation:
     gains: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
 
 
-class Sheet(NamedTuple):
+class TextTable(NamedTuple):
     """A table of text cells."""
 
     title: str
@@ -104,30 +75,9 @@ class Sheet(NamedTuple):
     rows: list[list[str]]
 
 
-def sheets(found: Evaluation) -> list[Sheet]:
+def tables(found: Evaluation) -> list[TextTable]:
     """Return all tables."""
     return [_task_sheet(found, task) for task in found.tasks] + ([_cost_sheet(found)] if found.costs else [])
-
-
-def show(found: Evaluation) -> None:
-    """Print all tables to stdout."""
-    out = console()
-    for sheet in sheets(found):
-        table = Table(
-            title=Text(clean(sheet.title)),
-            title_justify="left",
-            caption=Text(clean(sheet.what)),
-            caption_justify="left",
-            box=None,
-            collapse_padding=True,  # fits the ten columns of costs into 100 characters
-            pad_edge=False,
-        )
-        for number, name in enumerate(sheet.head):
-            table.add_column(Text(clean(name)), justify="right" if number else "left", overflow="fold")
-        for row in sheet.rows:
-            table.add_row(*(Text(clean(cell)) for cell in row))
-        out.print(table)
-        out.print()
 
 
 def write_report(found: Evaluation, output: str, *, plots: bool) -> list[str]:
@@ -156,8 +106,8 @@ def load_report(output: str) -> Evaluation | None:
     if not storage.exists(output):
         return None
     try:
-        report = json.loads(storage.read_text(output, _MAX_BYTES), object_pairs_hook=unique_keys)
-        if storage.SEAL in report and report.pop(storage.SEAL) != storage.seal(report):
+        report = json.loads(storage.read_text(output, _MAX_BYTES), object_pairs_hook=reject_duplicate_keys)
+        if storage.CHECKSUM in report and report.pop(storage.CHECKSUM) != storage.checksum(report):
             raise ValueError("its checksum does not match")
         if report["format_version"] != VERSION:
             raise ValueError(f"it has format version {report['format_version']!r}, but this msense reads {VERSION}")
@@ -166,8 +116,8 @@ def load_report(output: str) -> Evaluation | None:
             raise ValueError("settings are not a mapping")
         return evaluation
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
-        cause = all_errors(error) if isinstance(error, ValidationError) else first_line(error)
-        raise BadInput(
+        cause = format_errors(error) if isinstance(error, ValidationError) else first_line(error)
+        raise InputError(
             f"{output} exists but is not a valid evaluation ({cause}): choose another --output, or remove it"
         ) from error
 
@@ -178,7 +128,11 @@ def to_json(found: Evaluation) -> dict[str, Any]:
         {
             **asdict(task),
             "rows": {name: row if isinstance(row, str) else row.to_json() for name, row in task.rows.items()},
-            "differences": {name: gap._asdict() for name in task.rows if (gap := gain(found, task, name)) is not None},
+            "differences": {
+                name: gap._asdict()
+                for name in task.rows
+                if (gap := difference_to_baseline(found, task, name)) is not None
+            },
         }
         for task in found.tasks
     ]
@@ -186,7 +140,7 @@ def to_json(found: Evaluation) -> dict[str, Any]:
     return {"format_version": VERSION, "models": found.models, "tasks": tasks, "costs": costs, "made": found.made}
 
 
-def gain(found: Evaluation, task: TaskReport, model: str) -> Any:  # noqa: ANN401 - a Difference, or None
+def difference_to_baseline(found: Evaluation, task: TaskReport, model: str) -> Any:  # noqa: ANN401 - a Difference, or None
     """Return the Difference of a model to the first model on a task; None if they cannot be compared."""
     first, own = task.rows.get(found.models[0]), task.rows.get(model)
     if model == found.models[0] or not isinstance(first, Result) or not isinstance(own, Result):
@@ -202,19 +156,19 @@ def gain(found: Evaluation, task: TaskReport, model: str) -> Any:  # noqa: ANN40
 def markdown(found: Evaluation) -> str:
     """Return all tables as Markdown."""
     parts = []
-    for sheet in sheets(found):
+    for sheet in tables(found):
         rows = [sheet.head, ["---", *["---:"] * (len(sheet.head) - 1)], *sheet.rows]
         lines = ["| " + " | ".join(clean(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
         parts.append("\n".join([f"### {clean(sheet.title)}", "", clean(sheet.what), "", *lines]))
     return "\n\n".join(parts) + "\n"
 
 
-def _task_sheet(found: Evaluation, task: TaskReport) -> Sheet:
+def _task_sheet(found: Evaluation, task: TaskReport) -> TextTable:
     """Return a task's table: main metrics, difference to the first model, secondary figures."""
     results = [row for row in task.rows.values() if isinstance(row, Result)]
     metrics = list(dict.fromkeys(row.metric for row in results))
     more = list(dict.fromkeys(name for row in results for name in row.more if name not in metrics))[:MORE_COLUMNS]
-    gains = {name: gain(found, task, name) for name in found.models}
+    gains = {name: difference_to_baseline(found, task, name) for name in found.models}
     compared = any(gap is not None for gap in gains.values())
     head = ["model", *metrics, *([f"over {found.models[0]} [95 %]"] if compared else []), *more]
     rows = []
@@ -229,7 +183,7 @@ def _task_sheet(found: Evaluation, task: TaskReport) -> Sheet:
             cells.append(NONE if gap is None else f"{gap.gain:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]")
         rows.append([model, *cells, *(_number(row.more.get(name)) for name in more)])
     drawn = any(row.deviation is not None for row in results)
-    return Sheet(task.name, task.what + ("; ± standard deviation over draws" if drawn else ""), head, rows)
+    return TextTable(task.name, task.what + ("; ± standard deviation over draws" if drawn else ""), head, rows)
 
 
 def _main(row: Result, metric: str) -> str:
@@ -258,7 +212,7 @@ _COSTS: dict[str, Callable[[Cost], str]] = {  # heading: cell
 }
 
 
-def _cost_sheet(found: Evaluation) -> Sheet:
+def _cost_sheet(found: Evaluation) -> TextTable:
     models = [name for name in found.models if name in found.costs]
     rows = [[name, *(cell(found.costs[name]) for cell in _COSTS.values())] for name in models]
     settings = found.made.get("settings", {})
@@ -267,7 +221,7 @@ def _cost_sheet(found: Evaluation) -> Sheet:
         f"all models in turn on the same texts, medians{threads}; compression: bytes of the embeddings of the dictionary's "
         "corpus over the dictionary's; memory: peak of a process that loads the model and encodes"
     )
-    return Sheet("costs", what, ["model", *_COSTS], rows)
+    return TextTable("costs", what, ["model", *_COSTS], rows)
 
 
 def _drawings(found: Evaluation) -> list[tuple[str, Callable[[Path], None]]]:

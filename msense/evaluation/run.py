@@ -9,25 +9,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from msense.config import DEMO_TEACHER
+from msense.constants import DEMO_TEACHER
 from msense.dictionary import SenseDictionary
 from msense.evaluation import cost
+from msense.evaluation.cache_keys import data_key, digest, model_key, teacher_key, versions
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.fingerprints import digest, of_data, of_model, of_teacher, versions
-from msense.evaluation.measuring import Work, measure, texts_of, works_of
+from msense.evaluation.cost import Cost
+from msense.evaluation.dispatch import EvaluationJob, load_texts, make_jobs, measure
 from msense.evaluation.models import folder_of_student
 from msense.evaluation.plots import check_matplotlib
-from msense.evaluation.report import Cost, Evaluation, TaskReport, load_report, write_report
+from msense.evaluation.report import Evaluation, TaskReport, load_report, write_report
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
-from msense.run_folder import lasting
-from msense.runtime import Resources, connect, map_tasks, run_task
+from msense.run.folder import resolve_output
+from msense.runtime.ray_executor import connect, map_tasks, run_task
+from msense.runtime.resources import Resources
 from msense.student.files import load_student
-from msense.teacher import resolve_dtype
+from msense.teacher.body import resolve_dtype
 from msense.text import redact
 
 logger = logging.getLogger(__name__)
-
 PENDING = "not evaluated yet"
 UNFIT = "no token embeddings"
 
@@ -57,17 +58,17 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         MsenseError: a model or task failed; finished results are kept.
     """
     check_matplotlib()  # fail now rather than after hours
-    lasting(config.output)
+    resolve_output(config.output)
     specs, tasks = config.specs(config.teacher or _teacher_of(config)), config.tasks()
-    data = {task.title: of_data(task) for task in tasks}  # finds missing data before anything is loaded
+    data = {task.title: data_key(task) for task in tasks}  # finds missing data before anything is loaded
     resources = connect(config.workers)
     dtype: str = config.dtype
     if dtype == "auto":
         dtype = run_task(resolve_dtype, dtype, resources.device, device=resources.device)
     specs = [replace(spec, dtype=dtype) for spec in specs]
-    models = {spec.name: of_model(spec) for spec in specs}
-    works = works_of(config, specs, tasks, resources)
-    teacher = digest([of_teacher(specs[0].teacher, specs[0].revision), dtype])
+    models = {spec.name: model_key(spec) for spec in specs}
+    works = make_jobs(config, specs, tasks, resources)
+    teacher = digest([teacher_key(specs[0].teacher, specs[0].revision), dtype])
     keys = {
         work.place: digest(
             [
@@ -104,7 +105,11 @@ def _teacher_of(config: EvaluateConfig) -> str:
 
 
 def _empty(
-    config: EvaluateConfig, specs: Sequence[Spec], works: Sequence[Work], resources: Resources, keys: dict[str, str]
+    config: EvaluateConfig,
+    specs: Sequence[Spec],
+    works: Sequence[EvaluationJob],
+    resources: Resources,
+    keys: dict[str, str],
 ) -> Evaluation:
     """Return a report without results."""
     tables: dict[str, TaskReport] = {}
@@ -151,7 +156,11 @@ def _reuse(store: _Store) -> None:
 
 
 def _add_costs(
-    report: Evaluation, config: EvaluateConfig, works: Sequence[Work], resources: Resources, models: dict[str, str]
+    report: Evaluation,
+    config: EvaluateConfig,
+    works: Sequence[EvaluationJob],
+    resources: Resources,
+    models: dict[str, str],
 ) -> None:
     """Measure the costs of all models side by side, unless an earlier run measured the same models."""
     first = next((work for work in works if work.task.source or work.task.kind == "classifier"), None)
@@ -159,7 +168,7 @@ def _add_costs(
         logger.info("skipping costs: they need a task with its own texts, which mteb's own tasks do not provide")
         return
     key = digest(
-        [list(models.items()), of_data(first.task), first.settings, resources.device, config.cores, versions()]
+        [list(models.items()), data_key(first.task), first.settings, resources.device, config.cores, versions()]
     )
     if report.made.get("cost_key") == key:
         return
@@ -170,6 +179,6 @@ def _add_costs(
     report.made["cost_key"] = key
 
 
-def _cost(specs: list[Spec], work: Work, threads: int) -> dict[str, Cost]:
+def _cost(specs: list[Spec], work: EvaluationJob, threads: int) -> dict[str, Cost]:
     """Measure costs; runs on a worker."""
-    return cost.measure(specs, texts_of(work), work.device, threads)
+    return cost.measure(specs, load_texts(work), work.device, threads)

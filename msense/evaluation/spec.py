@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from msense import storage
-from msense.config import Metric
-from msense.encoder import DEFAULT_TEMPERATURE, Replace
-from msense.errors import BadInput
-from msense.glue import GLUE
+from msense.constants import Metric
+from msense.corpus.glue import GLUE
+from msense.errors import InputError
+from msense.io import storage
+from msense.student.encoder import DEFAULT_TEMPERATURE, Replace
 from msense.text import redact
 
 ModelKind = Literal["teacher", "replaced", "student", "truncated", "model2vec", "encoder"]
@@ -105,12 +105,14 @@ def parse_model(word: str) -> Spec:
         return Spec(name or text, "teacher" if text == "teacher" else "model2vec")
     if kind == "truncated":
         if not re.fullmatch("[1-9][0-9]{0,3}", rest):
-            raise BadInput(f"--model {redact(word)}: the number of layers is missing or invalid, use e.g. truncated:2")
+            raise InputError(
+                f"--model {redact(word)}: the number of layers is missing or invalid, use e.g. truncated:2"
+            )
         return Spec(name or text, "truncated", layers=int(rest))
     if kind in ("replaced", "student") and mark:
         return _with_options(word, name, "replaced" if kind == "replaced" else "student", rest)
     if "=" in text or text.strip() != text or not text:
-        raise BadInput(f"--model {redact(word)}: cannot parse this, use one of {', '.join(MODELS)}, or LABEL=MODEL")
+        raise InputError(f"--model {redact(word)}: cannot parse this, use one of {', '.join(MODELS)}, or LABEL=MODEL")
     local = "://" not in text and Path(text).is_dir()
     return Spec(name or _short(text), "encoder", storage.absolute(text) if local else text)
 
@@ -119,7 +121,7 @@ def _with_options(word: str, name: str, kind: Literal["replaced", "student"], re
     """Parse `DIR,soft,l2,temperature=F`."""
     source, *options = rest.split(",")
     if not source:
-        raise BadInput(f"--model {redact(word)}: the folder is missing, use {kind}:DIR")
+        raise InputError(f"--model {redact(word)}: the folder is missing, use {kind}:DIR")
     replace: Replace | None = "soft" if kind == "replaced" else None
     metric: Metric | None = None
     temperature = DEFAULT_TEMPERATURE
@@ -133,7 +135,7 @@ def _with_options(word: str, name: str, kind: Literal["replaced", "student"], re
             temperature = float(value)
         else:
             known = ", ".join([*get_args(Replace), *get_args(Metric), "temperature=F"])
-            raise BadInput(f"--model {redact(word)}: unknown option {redact(option)!r}, use {known}")
+            raise InputError(f"--model {redact(word)}: unknown option {redact(option)!r}, use {known}")
     shown = ",".join([f"{kind}:{_short(source)}", *options])
     on_hub = kind == "student" and not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     source = source if on_hub else storage.absolute(source)
@@ -150,11 +152,11 @@ def parse_task(word: str) -> TaskSpec:
     if name and (kind == "mteb" or (kind == "classifier" and name in GLUE)):
         return TaskSpec(name, "mteb" if kind == "mteb" else "classifier", source)
     if not mark or not source or not left:
-        raise BadInput(f"--task {redact(word)}: name or data are missing, use NAME=DATA (--help lists all kinds)")
+        raise InputError(f"--task {redact(word)}: name or data are missing, use NAME=DATA (--help lists all kinds)")
     if kind in known:
         return TaskSpec(name or kind, next(k for k in known if k == kind), source)
     if colon:
-        raise BadInput(f"--task {redact(word)}: unknown kind {redact(kind)!r}, use {', '.join(known)}")
+        raise InputError(f"--task {redact(word)}: unknown kind {redact(kind)!r}, use {', '.join(known)}")
     return TaskSpec(left, "classification", source)
 
 
@@ -163,7 +165,7 @@ def check_names(words: Sequence[str], names: Sequence[str], what: str) -> None:
     for number, name in enumerate(names):
         if name in names[:number]:
             first = words[names.index(name)]
-            raise BadInput(
+            raise InputError(
                 f"{what} {redact(first)} and {redact(words[number])} have the same name {redact(name)!r}: set another with "
                 "LABEL=... (models) or KIND:NAME=... (tasks)"
             )

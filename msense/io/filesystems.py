@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 from fsspec import AbstractFileSystem
 
-from msense.errors import BadInput, MsenseError
+from msense.errors import InputError, MsenseError
 from msense.text import first_line, redact
 
 S3_CREDENTIALS = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an IAM role"
@@ -35,9 +35,9 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
         fs, path = fsspec.core.url_to_fs(uri, **_options(scheme))
     except ImportError as error:
         remedy = f"pip install {_PACKAGES[scheme]}" if scheme in _PACKAGES else str(error)
-        raise BadInput(f"{display_uri(uri)}: {scheme}:// needs a package that is not installed: {remedy}") from error
+        raise InputError(f"{display_uri(uri)}: {scheme}:// needs a package that is not installed: {remedy}") from error
     except ValueError as error:
-        raise BadInput(f"{display_uri(uri)}: {error}; use a local path, or s3://, gs:// or hf://") from error
+        raise InputError(f"{display_uri(uri)}: {error}; use a local path, or s3://, gs:// or hf://") from error
     return fs, path
 
 
@@ -46,11 +46,11 @@ def check_buckets(uri: str) -> None:
     for scheme, bucket in _BUCKET.findall(uri):
         if "@" in bucket:
             variables = S3_CREDENTIALS if scheme in S3 else "GOOGLE_APPLICATION_CREDENTIALS"
-            raise BadInput(
+            raise InputError(
                 f"{display_uri(uri)}: {scheme}:// takes no credentials in the URI; remove them and use {variables}"
             )
         if not bucket:
-            raise BadInput(f"{display_uri(uri)}: names no bucket; write {scheme}://bucket/path")
+            raise InputError(f"{display_uri(uri)}: names no bucket; write {scheme}://bucket/path")
 
 
 def _options(scheme: str) -> dict[str, Any]:
@@ -94,42 +94,42 @@ def s3_errors() -> tuple[type[Exception], ...]:
     return tuple(getattr(sys.modules[module], name) for module, name in types.items() if module in sys.modules)
 
 
-def wants_credentials(error: Exception) -> bool:
+def is_credentials_error(error: Exception) -> bool:
     """Return whether an error of the S3 client is about credentials, not about the store or the network."""
     return "Credentials" in type(error).__name__ or "Profile" in type(error).__name__
 
 
-def s3_trouble(error: Exception) -> str:
+def s3_error_message(error: Exception) -> str:
     """Return the cause and remedy of an error of the S3 client."""
-    if wants_credentials(error):
+    if is_credentials_error(error):
         return f"S3 denied access ({redact(str(error))}): set credentials: {S3_CREDENTIALS}"
     return f"S3 is unavailable after all retries ({redact(str(error))}): run the same command again later"
 
 
-def call_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+def storage_error_types(*more: type[Exception]) -> tuple[type[Exception], ...]:
     """Return the errors that a disk or storage client may raise, and `more`."""
     return (OSError, *s3_errors(), *more)
 
 
 @contextmanager
-def told_by_store(uri: str, doing: str = "read") -> Iterator[None]:
+def store_errors(uri: str, doing: str = "read") -> Iterator[None]:
     """Convert errors of a storage client into a MsenseError that names the file.
 
     FileNotFoundError, IsADirectoryError and errors of the local disk are passed through.
     """
     try:
         yield
-    except call_errors() as error:
+    except storage_error_types() as error:
         if is_local(uri) or isinstance(error, FileNotFoundError | IsADirectoryError):
             raise
-        raise MsenseError(f"cannot {doing} {display_uri(uri)}: {reason_of(error)}") from error
+        raise MsenseError(f"cannot {doing} {display_uri(uri)}: {error_message(error)}") from error
 
 
-def reason_of(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """Return the cause and remedy of a failed storage request, which the client has already retried where that helps."""
     message = first_line(error)
     if isinstance(error, s3_errors()):
-        return s3_trouble(error)
+        return s3_error_message(error)
     if isinstance(error, PermissionError):
         return f"no permission ({message}); grant access, or use other credentials: {S3_CREDENTIALS}"
     if isinstance(error, FileNotFoundError):
@@ -150,7 +150,7 @@ class _Remote(io.RawIOBase):
     def __init__(self, uri: str) -> None:
         self._uri = uri
         fs, path = filesystem(uri)
-        with told_by_store(uri):
+        with store_errors(uri):
             self._file = fs.open(path, "rb")
 
     def readable(self) -> bool:
@@ -166,5 +166,5 @@ class _Remote(io.RawIOBase):
         return int(self._file.tell())
 
     def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - any writable buffer
-        with told_by_store(self._uri):
+        with store_errors(self._uri):
             return int(self._file.readinto(buffer))

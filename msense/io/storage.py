@@ -16,25 +16,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 
-from msense.artefact import unique_keys
-from msense.errors import BadInput, MsenseError
-from msense.scratch import scratch_folder, scratch_name
-from msense.stores import (
-    call_errors,
+from msense.errors import InputError, MsenseError
+from msense.io.filesystems import (
     display_uri,
+    error_message,
     filesystem,
     has_folders,
     is_local,
     open_file,
-    reason_of,
-    told_by_store,
+    storage_error_types,
+    store_errors,
 )
+from msense.io.scratch import scratch_folder, scratch_name
+from msense.io.untrusted import reject_duplicate_keys
 
 MARKER = ".done"
-SEAL = "seal"  # key of a JSON file's own checksum
+CHECKSUM = "seal"  # key of a JSON file's own checksum
 _MAX_BYTES = 1 << 28  # of a file that is read whole
 _MARKER_TYPES: Mapping[str, type] = {"size": int, "sha256": str, "made_of": str, "facts": dict}
 
@@ -52,14 +51,14 @@ def join(root: str, *names: str) -> str:
 def exists(uri: str) -> bool:
     """Return whether a file or folder exists."""
     fs, path = filesystem(uri)
-    with told_by_store(uri):
+    with store_errors(uri):
         return bool(fs.exists(path))
 
 
 def remove(uri: str) -> None:
     """Delete a file, or a folder and its contents, if it exists."""
     fs, path = filesystem(uri)
-    with told_by_store(uri, "remove"):
+    with store_errors(uri, "remove"):
         if fs.exists(path):
             fs.rm(path, recursive=True)
 
@@ -76,7 +75,7 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     if not length:
         return b""  # S3 returns the whole file for an empty range
     fs, path = filesystem(uri)
-    with told_by_store(uri):
+    with store_errors(uri):
         return bytes(fs.cat_file(path, start=start, end=start + length))
 
 
@@ -93,7 +92,7 @@ def read_bytes(uri: str, most: int, ask_store: bool = True) -> bytes:
         BadInput: the file is too large.
     """
     fs, path = filesystem(uri)
-    with told_by_store(uri):
+    with store_errors(uri):
         if is_local(uri):
             info = os.stat(path)
             if not stat.S_ISREG(info.st_mode):
@@ -102,7 +101,7 @@ def read_bytes(uri: str, most: int, ask_store: bool = True) -> bytes:
         else:
             size = fs.size(path) if ask_store else 0
         if size > most:
-            raise BadInput(
+            raise InputError(
                 f"{display_uri(uri)} has {size} bytes, more than the limit of {most} for such a file: restore or remove it"
             )
         return bytes(fs.cat_file(path))
@@ -121,14 +120,14 @@ def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, An
         shape: required keys and the types of their values; a mismatch counts as corruption.
     """
     try:
-        value = json.loads(read_bytes(uri, _MAX_BYTES, ask_store=False), object_pairs_hook=unique_keys)
+        value = json.loads(read_bytes(uri, _MAX_BYTES, ask_store=False), object_pairs_hook=reject_duplicate_keys)
     except (ValueError, RecursionError):
         return None
     except OSError as error:
         if _is_no_file(error):
             return None
         raise
-    if not isinstance(value, dict) or value.pop(SEAL, None) != seal(value):
+    if not isinstance(value, dict) or value.pop(CHECKSUM, None) != checksum(value):
         return None
     if any(not isinstance(value.get(name), kind) for name, kind in (shape or {}).items()):
         return None
@@ -138,10 +137,10 @@ def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, An
 def write_json(uri: str, value: dict[str, Any]) -> None:
     """Write a JSON object and its checksum atomically."""
     plain = json.loads(json.dumps(value))
-    write_text(uri, json.dumps({**plain, SEAL: seal(plain)}, indent=1, ensure_ascii=False) + "\n")
+    write_text(uri, json.dumps({**plain, CHECKSUM: checksum(plain)}, indent=1, ensure_ascii=False) + "\n")
 
 
-def seal(value: dict[str, Any]) -> str:
+def checksum(value: dict[str, Any]) -> str:
     """Return the checksum of a JSON object."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -152,20 +151,20 @@ def write_text(uri: str, text: str) -> None:
 
 
 def publish(
-    uri: str, write: Callable[[Path], Any], facts: dict[str, Any] | None = None, made_of: str = ""
+    uri: str, write: Callable[[Path], Any], stats: dict[str, Any] | None = None, inputs_hash: str = ""
 ) -> dict[str, Any]:
     """Write a file, then its marker.
 
     Args:
         uri: destination.
         write: writes the file to a local path; if it returns a dict, that is added to the stats.
-        facts: stats to record with the file (JSON values).
-        made_of: inputs hash, of everything that the file depends on.
+        stats: stats to record with the file (JSON values).
+        inputs_hash: inputs hash, of everything that the file depends on.
 
     Returns:
         The stats as recorded in the marker.
     """
-    stats: dict[str, Any] = dict(facts or {})
+    stats: dict[str, Any] = dict(stats or {})
     digest: dict[str, Any] = {}
 
     def write_and_hash(path: Path) -> None:
@@ -176,7 +175,7 @@ def publish(
         digest["sha256"] = sha256_of(path)
 
     _place(uri, write_and_hash)
-    write_json(uri + MARKER, {**digest, "made_of": made_of, "facts": stats})
+    write_json(uri + MARKER, {**digest, "made_of": inputs_hash, "facts": stats})
     return stats
 
 
@@ -188,30 +187,30 @@ def markers(folder: str) -> set[str]:
 def names(folder: str) -> list[str]:
     """Return the names in a folder; none if it does not exist."""
     fs, path = filesystem(folder)
-    with told_by_store(folder):
+    with store_errors(folder):
         return [name.rpartition("/")[2] for name in fs.ls(path, detail=False, refresh=True)] if fs.exists(path) else []
 
 
-def facts_of(uri: str, *, verify: bool = False, made_of: str = "") -> dict[str, Any] | None:
+def stats_of(uri: str, *, verify: bool = False, inputs_hash: str = "") -> dict[str, Any] | None:
     """Return the stats of a finished file, or None if it is invalid (no marker, wrong size or content).
 
     Args:
         uri: the file.
         verify: also compare the sha256, which reads the whole file.
-        made_of: required inputs hash; "" accepts any.
+        inputs_hash: required inputs hash; "" accepts any.
     """
     marker = read_json(uri + MARKER, _MARKER_TYPES)
-    if marker is None or made_of not in ("", marker["made_of"]) or not is_whole(uri, marker, verify=verify):
+    if marker is None or inputs_hash not in ("", marker["made_of"]) or not is_intact(uri, marker, verify=verify):
         return None
     stats: dict[str, Any] = marker["facts"]
     return stats
 
 
-def is_whole(uri: str, written: dict[str, Any], *, verify: bool) -> bool:
+def is_intact(uri: str, written: dict[str, Any], *, verify: bool) -> bool:
     """Return whether a file has the `size` in bytes and, if `verify`, the `sha256` that were recorded."""
     fs, path = filesystem(uri)
     try:
-        with told_by_store(uri):  # an unavailable store is not corruption
+        with store_errors(uri):  # an unavailable store is not corruption
             size = fs.size(path)
         return size == written["size"] and not (verify and sha256_of_uri(uri) != written["sha256"])
     except OSError as error:
@@ -237,31 +236,10 @@ def sha256_of_uri(uri: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write named arrays to a safetensors file."""
-    from safetensors.numpy import save_file
-
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
-
-
-def load_arrays(uri: str, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
-    """Read the arrays of a safetensors file, by default all."""
-    from safetensors import safe_open
-
-    if not is_local(uri):
-        with scratch_folder() as scratch:
-            fs, path = filesystem(uri)
-            with told_by_store(uri):
-                fs.get_file(path, f"{scratch}/file")
-            return load_arrays(f"{scratch}/file", names)
-    with safe_open(absolute(uri), framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in names or file.keys()}
-
-
 def upload(file: Path, uri: str) -> None:
     """Copy a local file to a URI."""
     fs, path = filesystem(uri)
-    with writing(uri):
+    with write_errors(uri):
         fs.put_file(str(file), path)
 
 
@@ -284,8 +262,8 @@ def local_copy(uri: str) -> Path:
         return Path(absolute(uri))
     fs, path = filesystem(uri)
     if not exists(uri):
-        raise BadInput(f"nothing at {display_uri(uri)}: check the name and the credentials of the store")
-    with told_by_store(uri):
+        raise InputError(f"nothing at {display_uri(uri)}: check the name and the credentials of the store")
+    with store_errors(uri):
         infos = fs.find(path, detail=True)
     tags = {name: str(i.get("ETag") or i.get("etag") or i.get("mtime")) for name, i in infos.items()}
     identity = json.dumps([(name, i.get("size"), tags[name]) for name, i in sorted(infos.items())])
@@ -293,7 +271,7 @@ def local_copy(uri: str) -> Path:
     target = base / hashlib.sha256((uri + identity).encode()).hexdigest()[:32]
     if not target.exists():
         base.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(base) as scratch, told_by_store(uri):
+        with scratch_folder(base) as scratch, store_errors(uri):
             copy = scratch / "copy"
             fs.get(path, str(copy), recursive=fs.isdir(path))
             copy.replace(target)
@@ -312,25 +290,25 @@ _MODE = 0o666 & ~_umask()  # at import only: reading the umask changes it for al
 def _place(uri: str, write: Callable[[Path], Any]) -> None:
     """Write a file atomically: it appears complete or not at all."""
     if is_local(uri):
-        with writing(uri):
+        with write_errors(uri):
             _rename_into(Path(absolute(uri)), write)
         return
     with scratch_folder() as folder:
-        with writing(uri, on_its_way=True):
+        with write_errors(uri, on_its_way=True):
             write(folder / "file")
         upload(folder / "file", uri)
 
 
 @contextmanager
-def writing(uri: str, on_its_way: bool = False) -> Iterator[None]:
+def write_errors(uri: str, on_its_way: bool = False) -> Iterator[None]:
     """Convert write errors into a MsenseError that names the file, the cause and the remedy.
 
     `on_its_way` marks errors of the local disk, to which the file is written before its upload.
     """
     try:
         yield
-    except call_errors(SafetensorError) as error:
-        reason = _reason(error) if on_its_way or is_local(uri) else reason_of(error)
+    except storage_error_types(SafetensorError) as error:
+        reason = _reason(error) if on_its_way or is_local(uri) else error_message(error)
         raise MsenseError(f"cannot write {display_uri(uri)}: {reason}") from error
 
 

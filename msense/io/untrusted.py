@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from msense.errors import BadInput
+from msense.errors import InputError
 
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8, "I32": 4, "U16": 2, "I8": 1, "U8": 1}  # safetensors dtypes
 _JSON_BYTES = 4 << 20
@@ -22,7 +22,6 @@ _HEADER_BYTES = 1 << 20
 _MAX_POSITIONS = 1 << 24  # of a model; some allocate a buffer of this size
 _COUNTS = ("layer", "block", "expert", "depth", "stage")  # words in names of settings that are numbers of modules
 _FETCHED = ("backbone", "use_timm_backbone", "use_pretrained_backbone")  # settings that name models to download
-
 _Size = Annotated[int, Field(ge=0, lt=1 << 62)]
 TensorSpecs = dict[str, tuple[str, tuple[int, ...]]]  # name: (safetensors dtype, shape)
 
@@ -61,14 +60,14 @@ class Artefact:
 
     name: str
     remedy: str
-    error: type[BadInput]
+    error: type[InputError]
 
     def inside(self, path: Path, folder: Path) -> Path:
         """Return a path, or raise if it is missing, not a regular file, or a link to outside the folder."""
         if not path.is_file():
             problem = "is not a regular file" if os.path.lexists(path) else "is missing"
             self.refuse(f"{path} {problem}: the {self.name} is incomplete; {self.remedy}")
-        if leads_out(path, folder):
+        if links_outside(path, folder):
             self.refuse(f"{path} links to {path.resolve()}, outside the {self.name}: replace the link with the file")
         return path
 
@@ -81,12 +80,14 @@ class Artefact:
     def read_config(self, path: Path, model: type[ModelT], version: int = 1) -> ModelT:
         """Read a config of a format version, strictly: no duplicate keys, no type conversion."""
         raw = self.read_json(path)
-        given = self.parsed(path, lambda: json.loads(raw, object_pairs_hook=unique_keys))
+        given = self.parsed(path, lambda: json.loads(raw, object_pairs_hook=reject_duplicate_keys))
         found = given.get("format_version") if isinstance(given, dict) else None
         if found is None:
             self.refuse(f"{path} is not the config of a {self.name}: it has no format_version; use another folder")
         if found != version or type(found) is not int:  # True and 1.0 equal 1
-            self.refuse(f"{path} has format version {shown(repr(found))}, this msense reads {version}: update msense")
+            self.refuse(
+                f"{path} has format version {printable(repr(found))}, this msense reads {version}: update msense"
+            )
         return self.valid(path, lambda: model.model_validate_json(raw, strict=True))
 
     def parsed(self, path: Path, parse: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
@@ -94,14 +95,14 @@ class Artefact:
         try:
             return parse()
         except (ValueError, RecursionError) as error:
-            raise self.error(f"{path} is not JSON ({shown(error)}): {self.remedy}") from error
+            raise self.error(f"{path} is not JSON ({printable(error)}): {self.remedy}") from error
 
     def valid(self, path: Path, validate: Callable[[], ModelT]) -> ModelT:
         """Return the result of a pydantic validation, or raise the artefact's error with its first errors."""
         try:
             return validate()
         except ValidationError as error:
-            raise self.error(f"{path} is invalid: {all_errors(error)}; {self.remedy}") from error
+            raise self.error(f"{path} is invalid: {format_errors(error)}; {self.remedy}") from error
 
     def header(self, path: Path) -> tuple[TensorSpecs, dict[str, int]]:
         """Return the tensors of a safetensors file, which must fill it without gaps, and the byte offset of each."""
@@ -112,16 +113,16 @@ class Artefact:
                 self.refuse(f"{path} ({size} bytes) is truncated or not a safetensors file: {self.remedy}")
             raw = file.read(length)
         try:
-            json.loads(raw, object_pairs_hook=unique_keys)
+            json.loads(raw, object_pairs_hook=reject_duplicate_keys)
             header = _HEADER.validate_json(raw, strict=True)
         except (ValueError, RecursionError) as error:
-            reason = all_errors(error) if isinstance(error, ValidationError) else shown(error)
+            reason = format_errors(error) if isinstance(error, ValidationError) else printable(error)
             raise self.error(f"{path} has an invalid header: {reason}; {self.remedy}") from error
         end, starts = 0, {}
         for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
             needed = ITEM_BYTES.get(entry.dtype, 0) * math.prod(entry.shape)
             if entry.dtype not in ITEM_BYTES or entry.data_offsets != (end, end + needed):
-                what = f"{shown(name)} ({shown(entry.dtype)} {entry.shape})"
+                what = f"{printable(name)} ({printable(entry.dtype)} {entry.shape})"
                 self.refuse(f"{path}: tensor {what} has an invalid dtype or data offsets: {self.remedy}")
             starts[name] = 8 + len(raw) + end
             end += needed
@@ -152,17 +153,17 @@ def check_model_settings(settings: Any, tensors: int) -> str | None:  # noqa: AN
         elif isinstance(value, list):
             stack += [(name, inner) for inner in value]
         elif name.endswith("_implementation") and "/" in str(value):
-            return f"{shown(name)} names code on the hub, {shown(value)!r}, which is never run"
+            return f"{printable(name)} names code on the hub, {printable(value)!r}, which is never run"
         elif name in _FETCHED and value:
-            return f"{shown(name)} names another model, which is never fetched"
+            return f"{printable(name)} names another model, which is never fetched"
         elif isinstance(value, int | float) and value > _MAX_POSITIONS and "position" in name:
-            return f"{shown(name)} is {shown(value)}, more than any model reads"
+            return f"{printable(name)} is {printable(value)}, more than any model reads"
         elif isinstance(value, int | float) and value > tensors and any(word in name for word in _COUNTS):
-            return f"{shown(name)} is {shown(value)}, but its weights have {tensors} tensors"
+            return f"{printable(name)} is {printable(value)}, but its weights have {tensors} tensors"
     return None
 
 
-def leads_out(path: Path, folder: Path) -> bool:
+def links_outside(path: Path, folder: Path) -> bool:
     """Return whether a link leads out of a folder; links from a Hub cache's snapshot to its own blobs do not."""
     target = path.resolve()
     for snapshot in (folder.absolute(), *folder.absolute().parents):
@@ -174,7 +175,7 @@ def leads_out(path: Path, folder: Path) -> bool:
     return not target.is_relative_to(folder.resolve())
 
 
-def shown(value: object) -> str:
+def printable(value: object) -> str:
     """Return an untrusted value for an error message: one short line without control characters."""
     try:
         whole = str(value)
@@ -183,13 +184,13 @@ def shown(value: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in whole[:200]) + ("..." if len(whole) > 200 else "")
 
 
-def all_errors(error: ValidationError) -> str:
+def format_errors(error: ValidationError) -> str:
     """Return the first errors of a file, each with its location."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)[:5]
-    return "; ".join(f"{shown('.'.join(map(str, e['loc']))) or 'the file'}: {shown(e['msg'])}" for e in errors)
+    return "; ".join(f"{printable('.'.join(map(str, e['loc']))) or 'the file'}: {printable(e['msg'])}" for e in errors)
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; raise ValueError for a duplicate key, which readers may resolve differently."""
     result: dict[str, Any] = {}
     for key, value in pairs:

@@ -5,30 +5,44 @@ run has finished, so the same command goes on after any crash.
 """
 
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from msense import storage
-from msense.build import THREADS
+from msense.config.distill import DistillConfig
 from msense.corpus import list_files
-from msense.distill import train, training_of, try_student
-from msense.distill_config import DistillConfig
-from msense.errors import BadInput
-from msense.estimate import LabelTimer, time_teacher
-from msense.label_set import LabelSet, label_bytes
-from msense.label_source import Source, find_source, text_again
-from msense.labels import LabelSettings, are_finished, choose, label_facts, label_units, make_labels
-from msense.manifest import check_manifest, describe_distillation, made_of
-from msense.occurrences import GatherSettings
-from msense.passages import make_passages
-from msense.plan import PlanInput, make_plan
-from msense.resume import Journal, finished, timed
-from msense.run_folder import RunFolder, lasting, locked, sweep
-from msense.runtime import Resources, connect, peak_memory, run_task
-from msense.teacher import resolve_dtype
+from msense.errors import InputError
+from msense.io import storage
+from msense.pipelines.build import THREADS
+from msense.pipelines.distill_inputs import DistillInputs, list_original_text, load_inputs
+from msense.pipelines.dry_run import LabelTimer, time_teacher
+from msense.pipelines.manifest import describe_distillation
+from msense.run.folder import RunFolder, locked, remove_temp_files, resolve_output
+from msense.run.journal import Journal, timed
+from msense.run.manifest import check_manifest, inputs_hash
+from msense.run.resume import finished
+from msense.runtime.executor import peak_memory
+from msense.runtime.ray_executor import connect, run_task
+from msense.runtime.resources import Resources
+from msense.stages.embed import EmbedSettings
+from msense.stages.label import (
+    LabelSettings,
+    are_finished,
+    cut_label_partitions,
+    label_stats,
+    make_labels,
+    select_passages,
+)
+from msense.stages.passages import make_passages
+from msense.stages.plan import PlanInput, make_plan
+from msense.stages.train import check_student, train
+from msense.student import StudentSettings
+from msense.teacher.body import resolve_dtype
+from msense.training.distiller import DistillationConfig
+from msense.training.label_dataset import LabelSet, label_size
+from msense.training.losses import LossWeights
 
 logger = logging.getLogger(__name__)
-
 TOLD_SOFT_TARGETS = 4  # of a dry run that is not told how many
 
 
@@ -37,7 +51,7 @@ class Distillation:
     """A run under way: its settings, and what the stages have told so far."""
 
     config: DistillConfig
-    source: Source
+    source: DistillInputs
     run: RunFolder
     resources: Resources
     dtype: str
@@ -59,57 +73,57 @@ def distill_student(config: DistillConfig) -> dict[str, Any]:
         BadInput: settings, dictionary, text or teacher that do not work.
         MsenseError: the run failed; the same command goes on from what is finished.
     """
-    source = find_source(config)
-    root = lasting(config.output)
+    source = load_inputs(config)
+    root = resolve_output(config.output)
     with locked(RunFolder(root)):
         resources = connect(config.workers, config.gpus_per_actor)
         dtype = config.dtype
         if dtype == "auto":
             dtype = run_task(resolve_dtype, dtype, resources.device, device=resources.device)
         manifest = describe_distillation(config, source, dtype, resources.device, THREADS)
-        run = RunFolder(root, made_of(manifest))
+        run = RunFolder(root, inputs_hash(manifest))
         check_manifest(run, manifest)
-        sweep(run)
+        remove_temp_files(run)
         journal = Journal.begin(run, resources.tasks)
         with journal.ending_with_errors():
             summary = _run_stages(Distillation(config, source, run, resources, dtype, journal))
         summary["driver_peak"] = peak_memory()
         storage.write_json(run.summary, summary)
         journal.end("dry run" if config.dry_run else "finished")
-        sweep(run)
+        remove_temp_files(run)
     return summary
 
 
 def _run_stages(job: Distillation) -> dict[str, Any]:
     """Run what is not done yet."""
-    training = training_of(job.config, job.source, job.run, job.resources, job.dtype)
+    training = distillation_config(job.config, job.source, job.run, job.resources, job.dtype)
     if not storage.exists(job.run.student):
-        run_task(try_student, training)
+        run_task(check_student, training)
     if job.config.dry_run or not are_finished(job.run, job.resources):
         text, blocks = _text(job)
-        with timed(job.stages, "choosing passages") as facts:
-            settings, chosen = choose(_settings(job, text), blocks, job.resources)
-            facts.update(chosen)
+        with timed(job.stages, "choosing passages") as stats:
+            settings, chosen = select_passages(_settings(job, text), blocks, job.resources)
+            stats.update(chosen)
             if not chosen["tokens"]:
-                raise BadInput("no passage of this text is to be labelled: give other text, or --train-tokens")
-        units = label_units(settings)
-        storage.write_json(job.run.units, {"labels": len(units)})
+                raise InputError("no passage of this text is to be labelled: give other text, or --train-tokens")
+        partitions = cut_label_partitions(settings)
+        storage.write_json(job.run.partitions, {"labels": len(partitions)})
         if job.config.dry_run:
             arguments = {"settings": settings}
-            timer = (LabelTimer, arguments, units, job.resources) if job.config.time_teacher else None
-            found = _estimate(job, chosen) | {"units": len(units)} | job.resources.described()
+            timer = (LabelTimer, arguments, partitions, job.resources) if job.config.time_teacher else None
+            found = _estimate(job, chosen) | {"units": len(partitions)} | job.resources.described()
             found |= {"tokens_per_second": time_teacher(*timer)} if timer else {}
             return {"stages": job.stages, "estimate": found}
-        with timed(job.stages, "labels") as facts:
-            facts.update(make_labels(settings, units, job.resources, job.journal))
+        with timed(job.stages, "labels") as stats:
+            stats.update(make_labels(settings, partitions, job.resources, job.journal))
         labels = LabelSet.open(job.run.root)
     else:
-        with timed(job.stages, "labels") as facts:
+        with timed(job.stages, "labels") as stats:
             labels = LabelSet.open(job.run.root)
-            job.journal.add("labels", kept=len(labels.manifest.units), damaged=0, made=0)
-            facts.update(label_facts(labels.manifest))
-    with timed(job.stages, "training") as facts:
-        facts.update(train(job.config, training, job.run, job.resources, labels))
+            job.journal.add("labels", kept=len(labels.manifest.partitions), damaged=0, made=0)
+            stats.update(label_stats(labels.manifest))
+    with timed(job.stages, "training") as stats:
+        stats.update(train(job.config, training, job.run, job.resources, labels))
     return {"stages": job.stages, "student": job.run.student}
 
 
@@ -119,40 +133,40 @@ def _text(job: Distillation) -> tuple[RunFolder, list[int]]:
     if kept := _kept_text(source, job.resources):
         logger.info("the passages of %s are labelled", kept[0].root)
         return kept
-    files = list_files(job.config.corpus) if job.config.corpus else text_again(source)
-    with timed(job.stages, "passages") as facts:
+    files = list_files(job.config.corpus) if job.config.corpus else list_original_text(source)
+    with timed(job.stages, "passages") as stats:
         storage.write_text(run.tokenizer, source.tokenizer.to_str())
         spec = source.info.passage_spec(source.build)
         found, blocks = make_passages(run, source.build, spec, files, job.resources, job.journal)
-        facts.update(found)
-    with timed(job.stages, "plan") as facts:
+        stats.update(found)
+    with timed(job.stages, "plan") as stats:
         given = PlanInput(run, source.info, source.build)
-        facts.update(make_plan(given, blocks, job.resources, job.journal))
+        stats.update(make_plan(given, blocks, job.resources, job.journal))
     return run, blocks
 
 
-def _kept_text(source: Source, resources: Resources) -> tuple[RunFolder, list[int]] | None:
+def _kept_text(source: DistillInputs, resources: Resources) -> tuple[RunFolder, list[int]] | None:
     """Return the run that made the dictionary and its numbers of blocks, if passages and plan are there, every byte."""
     if source.run is None:
         return None
     done = storage.read_json(source.run.finished) or {}
     run = RunFolder(source.run.root, done.get("made_of", ""))
-    pieces = len([name for name in storage.markers(run.passages) if name.endswith(".parquet")])
-    files = [run.passages_file(number) for number in range(pieces)]
+    splits = len([name for name in storage.markers(run.passages) if name.endswith(".parquet")])
+    files = [run.passages_file(number) for number in range(splits)]
     plan = [run.thresholds, run.duplicates] if source.build.dedup else [run.thresholds]
     found = finished("passages of the dictionary", run, files, resources, repair=False)
     planned = finished("plan of the dictionary", run, plan, resources, repair=False)
-    whole = [facts for facts in found if facts is not None]
+    whole = [stats for stats in found if stats is not None]
     wanted = done.get("stages", {}).get("passages", {}).get("passages")
-    if len(whole) < len(found) or None in planned or sum(facts["passages"] for facts in whole) != wanted:
+    if len(whole) < len(found) or None in planned or sum(stats["passages"] for stats in whole) != wanted:
         return None
-    return run, [facts["blocks"] for facts in whole]
+    return run, [stats["blocks"] for stats in whole]
 
 
 def _settings(job: Distillation, text: RunFolder) -> LabelSettings:
     """Return what the tasks and actors of the labels are made with."""
     source, config = job.source, job.config
-    gather = GatherSettings(
+    gather = EmbedSettings(
         teacher=source.teacher,
         revision=source.info.revision,
         fingerprint=source.info.fingerprint,
@@ -186,15 +200,50 @@ def _estimate(job: Distillation, chosen: dict[str, int]) -> dict[str, Any]:
     """Return what a dry run tells: what is labelled, and the bytes with each option."""
     passages, tokens, dim = chosen["passages"], chosen["tokens"], job.source.info.dim
     top = job.config.soft_targets or TOLD_SOFT_TARGETS
-    hard = label_bytes(passages, tokens, 0, 0)
+    hard = label_size(passages, tokens, 0, 0)
     return {
         "passages": passages,
         "tokens": tokens,
         "labels_bytes": hard,
         "soft_targets": top,
-        "soft_targets_bytes": label_bytes(passages, tokens, 0, top) - hard,
-        "pooled_bytes": label_bytes(passages, tokens, dim, 0) - hard,
-        "total_bytes": label_bytes(passages, tokens, dim if job.config.pooled else 0, job.config.soft_targets),
+        "soft_targets_bytes": label_size(passages, tokens, 0, top) - hard,
+        "pooled_bytes": label_size(passages, tokens, dim, 0) - hard,
+        "total_bytes": label_size(passages, tokens, dim if job.config.pooled else 0, job.config.soft_targets),
         "workers": job.resources.actors,
         "device": job.resources.device,
     }
+
+
+def distillation_config(
+    config: DistillConfig, source: DistillInputs, run: RunFolder, resources: Resources, dtype: str
+) -> DistillationConfig:
+    """Return the workers' settings; `dtype` is the teacher's."""
+    student_dtype = config.student_dtype
+    if student_dtype == "auto":
+        resolved = run_task(resolve_dtype, "auto", resources.device, device=resources.device)
+        student_dtype = "bfloat16" if resolved == "bfloat16" else "float32"
+    weights: dict[str, Any] = dict(config.objective)
+    return DistillationConfig(
+        run=run.root,
+        dictionary=source.dictionary,
+        teacher=source.teacher,
+        revision=source.info.revision,
+        teacher_dtype=dtype,
+        student=StudentSettings(kind=config.student, heads=config.heads, seed=config.seed),
+        mix=LossWeights(metric=config.metric, temperature=None if config.reference else config.temperature, **weights),
+        train_embeddings=config.train_embeddings,
+        epochs=config.epochs,
+        batch_tokens=config.batch_tokens,
+        accumulate=config.accumulate,
+        lr=config.highest_rate,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        dtype=student_dtype,
+        seed=config.seed,
+        deepspeed_stage=config.deepspeed_stage,
+        checkpoint_steps=config.checkpoint_steps,
+        device=resources.device,
+        threads=max(1, (os.cpu_count() or 1) // resources.trainers),
+    )

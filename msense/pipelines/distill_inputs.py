@@ -8,17 +8,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from msense import storage
-from msense.config import BuildConfig
+from msense.config.base import validate_config
+from msense.config.build import BuildConfig
+from msense.config.distill import DistillConfig
 from msense.corpus import SourceFile, display_uri, list_files
 from msense.dictionary import DictionaryConfig, SenseDictionary
-from msense.distill_config import DistillConfig
-from msense.errors import BadInput
-from msense.flags import validate
-from msense.pooling import check_pooling
-from msense.run_folder import RunFolder
-from msense.storage import join
-from msense.teacher import TeacherInfo, describe
+from msense.errors import InputError
+from msense.io import storage
+from msense.io.storage import join
+from msense.run.folder import RunFolder
+from msense.teacher.pooling import check_pooling
+from msense.teacher.spec import TeacherInfo, load_teacher_info
 
 _TEXT_SETTINGS = {
     *("text_column", "dedup", "stride", "seed", "sample"),
@@ -27,7 +27,7 @@ _TEXT_SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Source:
+class DistillInputs:
     """Dictionary, teacher and text of a distillation."""
 
     dictionary: str  # its folder
@@ -46,7 +46,7 @@ class Source:
         return self.build.model_dump(mode="json", include=_TEXT_SETTINGS)
 
 
-def find_source(config: DistillConfig) -> Source:
+def load_inputs(config: DistillConfig) -> DistillInputs:
     """Resolve and check all inputs of labelling.
 
     Raises:
@@ -66,8 +66,10 @@ def find_source(config: DistillConfig) -> Source:
     elif manifest is not None:
         inputs, corpus = manifest["inputs"], tuple(manifest["corpus"])
     else:
-        raise BadInput(f"no text: {config.dictionary!r} is not in a run folder that records its corpus: give --corpus")
-    return Source(folder, of, dictionary.fingerprint, name, info, tokenizer, build, inputs, corpus, run)
+        raise InputError(
+            f"no text: {config.dictionary!r} is not in a run folder that records its corpus: give --corpus"
+        )
+    return DistillInputs(folder, of, dictionary.fingerprint, name, info, tokenizer, build, inputs, corpus, run)
 
 
 def fingerprints(files: list[SourceFile]) -> dict[str, str]:
@@ -75,7 +77,7 @@ def fingerprints(files: list[SourceFile]) -> dict[str, str]:
     return {file.name: f"{file.size} {file.fingerprint}" for file in files}
 
 
-def text_again(source: Source) -> list[SourceFile]:
+def list_original_text(source: DistillInputs) -> list[SourceFile]:
     """Return the files of the text of a dictionary whose run no longer has its passages.
 
     Raises:
@@ -84,10 +86,10 @@ def text_again(source: Source) -> list[SourceFile]:
     gone = "the dictionary's run has no passages, and the text they were made from"
     try:
         files = list_files(source.corpus)
-    except BadInput as error:
-        raise BadInput(f"{gone} no longer exists ({error}): restore it, or give --corpus") from error
+    except InputError as error:
+        raise InputError(f"{gone} no longer exists ({error}): restore it, or give --corpus") from error
     if fingerprints(files) != source.inputs:
-        raise BadInput(
+        raise InputError(
             f"{gone} ({' '.join(source.corpus)}) has changed: restore the original, or give --corpus to use it as it is"
         )
     return files
@@ -100,7 +102,7 @@ def _folders(given: str) -> tuple[str, RunFolder | None]:
         if storage.exists(join(folder, "config.json")):
             run = RunFolder(root)
             return folder, run if root and run.dictionary == folder and storage.exists(run.finished) else None
-    raise BadInput(
+    raise InputError(
         f"there is no dictionary at {display_uri(given)}: give a dictionary folder, or a finished run of build_dict.py"
     )
 
@@ -113,7 +115,7 @@ def _build_config(config: DistillConfig, of: DictionaryConfig, manifest: dict[st
         values = {**own, "max_occurrences": of.max_occurrences, "special_tokens": of.special_tokens}
     fixed = {"layer": of.layer, "max_length": of.max_length or None, "prompt": of.prompt, "metric": of.metric}
     where = {"corpus": config.corpus, "on_bad_document": config.on_bad_document, "revision": of.teacher.revision}
-    return validate(BuildConfig, {**values, **fixed, **where})
+    return validate_config(BuildConfig, {**values, **fixed, **where})
 
 
 def _teacher(
@@ -123,11 +125,11 @@ def _teacher(
     if config.pooled:
         check_pooling(of.pooling)
     try:
-        info, tokenizer = describe(name, build)
-    except BadInput as error:
+        info, tokenizer = load_teacher_info(name, build)
+    except InputError as error:
         if config.teacher:
             raise
-        raise BadInput(f"{error}\nThe dictionary names this teacher: give its location with --teacher") from error
+        raise InputError(f"{error}\nThe dictionary names this teacher: give its location with --teacher") from error
     wrong = [
         f"its {what} {str(actual)[:12]}, the dictionary's {str(expected)[:12]}"
         for what, expected, actual in (
@@ -139,7 +141,7 @@ def _teacher(
         if expected not in ("", actual)
     ]
     if wrong:
-        raise BadInput(
+        raise InputError(
             f"teacher {name!r} is not the one that the dictionary was built with: {'; '.join(wrong)}. Give the original "
             "with --teacher"
         )

@@ -10,22 +10,28 @@ from typing import Any
 
 import numpy as np
 
-from msense import storage, stores
-from msense.config import BuildConfig, SenseBudget, sense_bytes
-from msense.kmeans import POINTS_A_SENSE
-from msense.labels import LabelActor
-from msense.mcl import MCL_POINTS, MclConfig
-from msense.occurrences import OccurrenceActor, Unit, record_type, select_unit, unit_passages
-from msense.part_worker import PARTS_HELD
-from msense.run_folder import RunFolder
-from msense.runtime import Resources, map_actors
-from msense.teacher import TOKEN_BUDGET, Teacher, TeacherInfo, pad_batch, token_batches
-from msense.tokens import Passages
+from msense.clustering.budget import SenseBudget, sense_bytes
+from msense.clustering.kmeans import POINTS_PER_SENSE
+from msense.clustering.mcl import MclConfig
+from msense.config.build import BuildConfig
+from msense.corpus.passages import Passages
+from msense.io import filesystems
+from msense.io.arrays import load_arrays
+from msense.run.folder import RunFolder
+from msense.runtime.ray_executor import map_actors
+from msense.runtime.resources import Resources
+from msense.stages.cluster import clustered_points, clustering_memory
+from msense.stages.embed import EmbedActor, select_occurrences
+from msense.stages.embedding_store import Partition, partition_passages, record_type
+from msense.stages.label import LabelActor
+from msense.teacher.batching import TOKEN_BUDGET, pad_batch, token_batches
+from msense.teacher.model import Teacher
+from msense.teacher.spec import TeacherInfo
 
 TIMED_SECONDS = 10.0
 
 
-def estimate(
+def estimate_run(
     run: RunFolder, info: TeacherInfo, config: BuildConfig, stages: dict[str, dict[str, Any]], share: float
 ) -> dict[str, Any]:
     """Return what a whole run would read, write and need; counts and bytes.
@@ -39,12 +45,12 @@ def estimate(
     """
     plan, passages = stages["plan"], stages["passages"]
     scale = 1 / share
-    stored = storage.load_arrays(run.thresholds, ("stored",))["stored"] * scale
-    points = _points(stored, config)
+    stored = load_arrays(run.thresholds, ("stored",))["stored"] * scale
+    points = clustered_points(stored, config)
     seen = points[points > 0]
     senses = float(_most_senses(seen, config, info.dim))
     record = record_type(info.dim).itemsize
-    fs, folder = stores.filesystem(run.passages)
+    fs, folder = filesystems.filesystem(run.passages)
     return {
         "sample": share,
         "documents": passages["documents"] * scale,
@@ -67,31 +73,6 @@ def estimate(
     }
 
 
-def clustering_memory(run: RunFolder, config: BuildConfig, dim: int, scale: float = 1.0) -> float:
-    """Return the most bytes that a task or worker holds: a shard twice and a graph of mcl, or parts of a large token.
-
-    Args:
-        run: with a finished plan.
-        config: the build's settings.
-        dim: D of the teacher.
-        scale: how many times more text there is than the plan has seen.
-    """
-    arrays = storage.load_arrays(run.thresholds, ("stored", "shards"))
-    stored = arrays["stored"] * scale
-    points = _points(stored, config)
-    first = arrays["shards"][:-1]
-    large = (np.diff(arrays["shards"]) == 1) & (points[first] > config.max_points_per_part)
-    shard = 2 * record_type(dim).itemsize * np.add.reduceat(stored, first)[~large].max(initial=0)
-    graph = 22 * min(MCL_POINTS, points.max()) ** 2 if config.senses == "mcl" else 0
-    parts = np.minimum(points[first][large], PARTS_HELD * config.max_points_per_part).max(initial=0)
-    return float(max(shard + graph, parts * (2 * dim + 16)))
-
-
-def _points(stored: np.ndarray, config: BuildConfig) -> np.ndarray:
-    """Return how many points of each token are clustered."""
-    return np.minimum(stored, config.max_occurrences) if config.max_occurrences else stored
-
-
 def _most_senses(points: np.ndarray, config: BuildConfig, dim: int) -> float:
     """Return the most senses that tokens of so many points can have in all."""
     if config.senses == "mcl":  # what the points cannot exceed, as every point may be a cluster
@@ -99,18 +80,18 @@ def _most_senses(points: np.ndarray, config: BuildConfig, dim: int) -> float:
         share = np.where(points > mcl.large, mcl.large_share, mcl.share)
         return float(np.minimum(points, np.maximum(mcl.least, share * points)).sum())
     if config.senses == "auto":
-        half = float(np.maximum(1, points // POINTS_A_SENSE).sum())
+        half = float(np.maximum(1, points // POINTS_PER_SENSE).sum())
         return min(half, SenseBudget.parse(config.sense_budget).senses(len(points), dim))
     return float(np.minimum(points, config.senses).sum())
 
 
-class TeacherTimer(OccurrenceActor):
+class TeacherTimer(EmbedActor):
     """Times the teacher on one unit without writing anything."""
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Return tokens and seconds of a short forward pass after one warm-up batch."""
-        passages = unit_passages(self.run, Unit(**item), self.duplicates)
-        selection = select_unit(passages, self.threshold, self.settings.spec, self.settings.per_passage)
+        passages = partition_passages(self.run, Partition(**item), self.duplicates)
+        selection = select_occurrences(passages, self.threshold, self.settings.spec, self.settings.per_passage)
         rows = np.unique(selection.rows)
         return time_batches(self.teacher, passages, rows, TOKEN_BUDGET[self.settings.device])
 
@@ -141,22 +122,22 @@ class LabelTimer(LabelActor):
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Return tokens and seconds of a short forward pass after one warm-up batch."""
-        passages, _ = self.chooser.unit(Unit(**item))
+        passages, _ = self.chooser.partition(Partition(**item))
         budget = TOKEN_BUDGET[self.settings.gather.device]
         return time_batches(self.teacher, passages, np.arange(len(passages.keys)), budget)
 
 
-def time_teacher(timer: type, arguments: dict[str, Any], units: list[Unit], resources: Resources) -> float:
+def time_teacher(timer: type, arguments: dict[str, Any], partitions: list[Partition], resources: Resources) -> float:
     """Return the tokens a second that all workers together would read; 0.0 if the corpus is too small to tell.
 
     Args:
         timer: `TeacherTimer` or `LabelTimer`.
         arguments: what it is made with.
-        units: of which the largest are read.
+        partitions: of which the largest are read.
         resources: how many actors.
     """
-    largest = sorted(units, key=lambda unit: -unit.stored)[: resources.actors]
-    items = [asdict(unit) for unit in largest]
+    largest = sorted(partitions, key=lambda partition: -partition.stored)[: resources.actors]
+    items = [asdict(partition) for partition in largest]
     timed = list(map_actors("timing the teacher", timer, arguments, items, resources))
     rates = [row["tokens"] / row["seconds"] for row in timed if row["seconds"]]
     return sum(rates) / len(rates) * resources.actors if rates else 0.0

@@ -9,51 +9,30 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
 
-from msense import storage
-from msense.classifier import LONGEST_LABEL, MAX_LABELS, ClassifierConfig
-from msense.config import BuildConfig
-from msense.errors import BadInput
-from msense.finetune_config import FinetuneConfig
-from msense.glue import DEV, TRAIN, Texts, joiner_of, read_part
-from msense.ray_train import fit
-from msense.run_folder import RunFolder, lasting, locked
-from msense.runtime import Resources, connect, run_task
-from msense.storage import join
-from msense.student.config import Pooling
-from msense.teacher import TeacherInfo, describe, resolve_dtype
+from msense.config.build import BuildConfig
+from msense.config.finetune import FinetuneConfig
+from msense.corpus.glue import DEV, TRAIN, Texts, pair_separator, read_split
+from msense.errors import InputError
+from msense.io import storage
+from msense.io.storage import join
+from msense.run.folder import RunFolder, locked, resolve_output
+from msense.runtime.ray_executor import connect, run_task
+from msense.runtime.resources import Resources
+from msense.stages.ray_train import run_training
+from msense.teacher.body import resolve_dtype
+from msense.teacher.classifier import LONGEST_LABEL, MAX_LABELS, ClassifierConfig
+from msense.teacher.pooling import Pooling
+from msense.teacher.spec import TeacherInfo, load_teacher_info
+from msense.training.finetuner import TEACHER, FinetuningConfig
 
 logger = logging.getLogger(__name__)
-
 CORPUS = "corpus.jsonl"  # the training texts, as a corpus for build_dict.py
 DONE = "training.json"
-TEACHER = "teacher"  # folder in the last checkpoint and in the run folder
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """The settings of a worker.
-
-    Attributes:
-        config: with absolute paths, the teacher's commit, and the dtype that `auto` stands for.
-        run: run folder, for progress.
-        max_length: longest text in tokens.
-        has_dev: whether there is a dev split to evaluate after every epoch.
-        threads: torch threads per worker.
-    """
-
-    config: FinetuneConfig
-    run: str
-    classifier: ClassifierConfig
-    max_length: int
-    has_dev: bool
-    device: str
-    threads: int
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -70,11 +49,11 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         >>> summary = finetune(FinetuneConfig(task="sst2", output="runs/teacher"))
         >>> summary["epochs"][-1]["train_loss"]
     """
-    run = RunFolder(lasting(config.output))
+    run = RunFolder(resolve_output(config.output))
     build = BuildConfig(revision=config.revision, max_length=config.max_length)
-    info, tokenizer = describe(config.teacher, build)
-    joiner = joiner_of(tokenizer) if len(config.data.columns.texts) > 1 else ""
-    texts = read_part(config.name, config.data, config.source, TRAIN, joiner)
+    info, tokenizer = load_teacher_info(config.teacher, build)
+    joiner = pair_separator(tokenizer) if len(config.data.columns.texts) > 1 else ""
+    texts = read_split(config.name, config.data, config.source, TRAIN, joiner)
     classifier = ClassifierConfig(
         task=config.name, dim=info.dim, pooling=_pooling(config, info), labels=_labels(config, texts), joiner=joiner
     )
@@ -91,10 +70,10 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             logger.info("the teacher in %s is already finished", summary["teacher"])
             return summary | {"epochs": done["epochs"], "seconds": done["seconds"]}
         began = time.monotonic()
-        result = fit(name, worker, {"tuning": tuning}, run, resources)
+        result = run_training(name, worker, {"tuning": tuning}, run, resources)
         storage.remove(join(run.root, DONE))  # not earlier: a training that fails keeps the previous result valid
         _write_corpus(texts, summary["corpus"])
-        run_task(keep_teacher, result.checkpoint, summary["teacher"])
+        run_task(publish_teacher, result.checkpoint, summary["teacher"])
         outcome = {"epochs": result.return_value, "seconds": time.monotonic() - began}
         storage.write_json(join(run.root, DONE), {"name": name, **outcome})
         storage.remove(join(run.training, name))
@@ -103,12 +82,12 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
 def worker(given: dict[str, Any]) -> list[dict[str, float]]:
     """Run a worker of Ray Train; its module is imported there only."""
-    from msense.finetune_worker import finetune_worker
+    from msense.stages.finetune_worker import finetune_worker
 
     return finetune_worker(given)
 
 
-def keep_teacher(checkpoint: Any, uri: str) -> None:  # noqa: ANN401 - Ray Train's
+def publish_teacher(checkpoint: Any, uri: str) -> None:  # noqa: ANN401 - Ray Train's
     """Copy the teacher out of the last checkpoint, replacing an existing one."""
     storage.remove(uri)
     with checkpoint.as_directory() as folder:
@@ -118,16 +97,16 @@ def keep_teacher(checkpoint: Any, uri: str) -> None:  # noqa: ANN401 - Ray Train
 def _check_folder(config: FinetuneConfig, run: RunFolder, teacher: str) -> None:
     """Raise if the run would replace its own input, or a folder that no fine-tuning wrote."""
     if Path(config.teacher).is_dir() and Path(config.teacher).resolve() == Path(teacher).resolve():
-        raise BadInput(f"--teacher {config.teacher} is the folder to be written: give another --output")
+        raise InputError(f"--teacher {config.teacher} is the folder to be written: give another --output")
     if storage.exists(teacher) and not storage.exists(run.training):
-        raise BadInput(f"{teacher} exists, but was not written by jobs/finetune.py: give another --output")
+        raise InputError(f"{teacher} exists, but was not written by jobs/finetune.py: give another --output")
 
 
 def _pooling(config: FinetuneConfig, info: TeacherInfo) -> Pooling:
     """Return the classifier's pooling: the requested one or the teacher's."""
     pooling = config.pooling or info.pooling
     if pooling not in (known := get_args(Pooling)):
-        raise BadInput(f"unsupported teacher pooling {pooling!r}: choose another with --pooling {'|'.join(known)}")
+        raise InputError(f"unsupported teacher pooling {pooling!r}: choose another with --pooling {'|'.join(known)}")
     return cast(Pooling, pooling)
 
 
@@ -137,7 +116,7 @@ def _labels(config: FinetuneConfig, texts: Texts) -> tuple[str, ...] | None:
         return None
     labels = tuple(np.unique(texts.labels).tolist())
     if not 2 <= len(labels) <= MAX_LABELS or max(map(len, labels)) > LONGEST_LABEL:
-        raise BadInput(
+        raise InputError(
             f"the training texts of task {config.name} have {len(labels)} different labels; 2 to {MAX_LABELS} of at most "
             f"{LONGEST_LABEL} characters are supported: give another --label-column, or --regression for numbers"
         )
@@ -149,8 +128,8 @@ def _dev_split(config: FinetuneConfig, joiner: str) -> Texts | None:
     if config.source == config.data.source:
         return None
     try:
-        return read_part(config.name, config.data, config.source, DEV, joiner)
-    except BadInput as error:
+        return read_split(config.name, config.data, config.source, DEV, joiner)
+    except InputError as error:
         logger.info("no dev split to evaluate after each epoch (%s)", error)
         return None
 
@@ -163,7 +142,7 @@ def _tuning(
     resources: Resources,
     *,
     has_dev: bool,
-) -> Tuning:
+) -> FinetuningConfig:
     """Return the settings of the workers."""
     dtype = config.train_dtype
     if dtype == "auto":
@@ -175,7 +154,7 @@ def _tuning(
         "task": f"{config.name}={config.source if '://' in config.source else storage.absolute(config.source)}",
         "train_dtype": dtype,
     }
-    return Tuning(
+    return FinetuningConfig(
         config=config.model_copy(update=resolved),
         run=run.root,
         classifier=classifier,
@@ -186,7 +165,7 @@ def _tuning(
     )
 
 
-def _name(config: FinetuneConfig, info: TeacherInfo, texts: Texts, dev: Texts | None, tuning: Tuning) -> str:
+def _name(config: FinetuneConfig, info: TeacherInfo, texts: Texts, dev: Texts | None, tuning: FinetuningConfig) -> str:
     """Return a hash of everything that the result depends on."""
     inputs: dict[str, Any] = config.of_results() | {
         "dtype": tuning.config.train_dtype,

@@ -14,12 +14,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from msense import storage, stores
-from msense.errors import BadInput
-from msense.lease import leased
-from msense.scratch import is_scratch
-from msense.storage import join
-from msense.stores import is_s3
+from msense.errors import InputError
+from msense.io import filesystems, storage
+from msense.io.filesystems import is_s3
+from msense.io.scratch import is_scratch
+from msense.io.storage import join
+from msense.run.lease import leased
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray gives it to the driver of a submitted job, and to nobody else
 _MANIFEST = {"config": dict, "corpus": list, "inputs": dict, "teacher": dict, "pins": dict}
@@ -30,11 +30,11 @@ class RunFolder:
     """Names of all files in a run folder; nobody else joins strings."""
 
     root: str
-    made_of: str = ""  # hash of the manifest: files of a run made of other things do not count
+    inputs_hash: str = ""  # hash of the manifest: files of a run made of other things do not count
 
-    def publish(self, uri: str, write: Callable[[Path], Any], facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    def publish(self, uri: str, write: Callable[[Path], Any], stats: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write a file of this run and its done-marker, as `storage.publish`."""
-        return storage.publish(uri, write, facts, self.made_of)
+        return storage.publish(uri, write, stats, self.inputs_hash)
 
     def read_manifest(self) -> dict[str, Any] | None:
         """Return the manifest; None when it is missing or damaged, or lacks what every manifest has."""
@@ -101,7 +101,7 @@ class RunFolder:
         return join(self.plan, "duplicates.safetensors")
 
     @property
-    def units(self) -> str:
+    def partitions(self) -> str:
         """How many units and shards the plan was cut into."""
         return join(self.plan, "units.json")
 
@@ -195,21 +195,21 @@ class RunFolder:
         folders = (self.passages, self.plan, self.occurrences, self.senses_folder, self.centroids)
         return (*folders, self.contexts, self.dictionary, self.labels, self.student, self.finished)
 
-    def passages_file(self, piece: int) -> str:
+    def passages_file(self, split: int) -> str:
         """Passages of one piece of the corpus."""
-        return join(self.passages, f"{piece:06d}.parquet")
+        return join(self.passages, f"{split:06d}.parquet")
 
-    def bad_file(self, piece: int) -> str:
+    def bad_file(self, split: int) -> str:
         """The first bad documents of one piece."""
-        return join(self.passages, f"{piece:06d}.bad.json")
+        return join(self.passages, f"{split:06d}.bad.json")
 
-    def unit_file(self, unit: int) -> str:
+    def partition_file(self, partition: int) -> str:
         """Occurrences of one unit."""
-        return join(self.occurrences, f"{unit:06d}.records")
+        return join(self.occurrences, f"{partition:06d}.records")
 
-    def label_file(self, unit: int) -> str:
+    def label_file(self, partition: int) -> str:
         """Labels of one unit."""
-        return join(self.labels, f"{unit:06d}.safetensors")
+        return join(self.labels, f"{partition:06d}.safetensors")
 
     def curves_file(self, shard: int) -> str:
         """What is known of the tokens of one shard: variance curves, or with mcl numbers of senses."""
@@ -231,19 +231,23 @@ class RunFolder:
         """Tell whether a file of the centroids' folder is a `round_file`, or its marker."""
         return "-round.safetensors" in name
 
-    def contexts_file(self, unit: int) -> str:
+    def contexts_file(self, partition: int) -> str:
         """Contexts of the exemplars that lie in one unit."""
-        return join(self.contexts, f"{unit:06d}.parquet")
+        return join(self.contexts, f"{partition:06d}.parquet")
 
 
-def lasting(output: str) -> str:
+def resolve_output(output: str) -> str:
     """Return an output as an absolute URI.
 
     Raises:
         BadInput: it would go with the job: one of `ray job submit` runs in a copy of its working directory that Ray removes.
     """
-    if SUBMITTED in os.environ and stores.is_local(output) and not Path(output.removeprefix("file://")).is_absolute():
-        raise BadInput(
+    if (
+        SUBMITTED in os.environ
+        and filesystems.is_local(output)
+        and not Path(output.removeprefix("file://")).is_absolute()
+    ):
+        raise InputError(
             f"--output {output} is relative, and a submitted job runs in a copy of its working directory that Ray removes: "
             "give an absolute path or a URI that every node can reach"
         )
@@ -257,18 +261,20 @@ def locked(run: RunFolder) -> Iterator[None]:
     Raises:
         BadInput: another driver holds it.
     """
-    if not stores.is_local(run.root):
+    if not filesystems.is_local(run.root):
         with leased(run.lock) if is_s3(run.root) else nullcontext():
             yield
         return
-    with storage.writing(run.root):
+    with storage.write_errors(run.root):
         storage.make_folder(run.root)
     holder = Path(run.holder)
     try:
         lock = FileLock(run.lock, timeout=0).acquire()
     except Timeout as error:
         told = holder.read_text(encoding="utf-8") if holder.is_file() else "not known which"
-        raise BadInput(f"another driver works on {run.root} ({told}): wait for it, or give another --output") from error
+        raise InputError(
+            f"another driver works on {run.root} ({told}): wait for it, or give another --output"
+        ) from error
     with lock:
         holder.write_text(f"process {os.getpid()} on host {socket.gethostname()}", encoding="utf-8")
         try:
@@ -277,13 +283,21 @@ def locked(run: RunFolder) -> Iterator[None]:
             holder.unlink(missing_ok=True)
 
 
-def sweep(run: RunFolder) -> None:
+def remove_temp_files(run: RunFolder) -> None:
     """Remove the temporary files of processes that were killed while they wrote into a run folder on a local disk."""
-    if not stores.is_local(run.root):
+    if not filesystems.is_local(run.root):
         return
     ours = {
         Path(name).name
-        for name in (run.manifest, run.journal, run.summary, run.tokenizer, run.bad_documents, run.finished, run.units)
+        for name in (
+            run.manifest,
+            run.journal,
+            run.summary,
+            run.tokenizer,
+            run.bad_documents,
+            run.finished,
+            run.partitions,
+        )
     }
     found = [p for p in Path(run.root).glob(".*.part") if p.name[1:].rpartition(".")[0].rpartition(".")[0] in ours]
     for folder in run.outputs()[:-1]:

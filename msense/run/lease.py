@@ -18,12 +18,11 @@ from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
-from msense.errors import BadInput, MsenseError
-from msense.storage import writing
-from msense.stores import call_errors, display_uri, filesystem, reason_of
+from msense.errors import InputError, MsenseError
+from msense.io.filesystems import display_uri, error_message, filesystem, storage_error_types
+from msense.io.storage import write_errors
 
 logger = logging.getLogger(__name__)
-
 LEASE_SECONDS = 90.0
 RENEW_SECONDS = 10.0  # also that one request may take
 LOOK_SECONDS = 1.0
@@ -64,7 +63,7 @@ class Lease:
         try:
             put = self.fs.pipe_file(self.path, word, Metadata=said, timeout=RENEW_SECONDS, **condition)
             self.etag = put["ETag"]
-        except call_errors():
+        except storage_error_types():
             found = self.look()
             if found is None or found.etag == self.etag:  # nothing was written: no such bucket, no permission, ...
                 raise
@@ -100,9 +99,9 @@ class Lease:
                     renewed = began
                 else:
                     lost.append("another driver has taken it over")
-            except call_errors() as error:
+            except storage_error_types() as error:
                 if time.monotonic() - renewed > LEASE_SECONDS - 3 * RENEW_SECONDS:  # the next try may come too late
-                    lost.append(f"its lease could not be renewed: {reason_of(error)}")
+                    lost.append(f"its lease could not be renewed: {error_message(error)}")
         if lost and signal.getsignal(signal.SIGUSR1) is signal.default_int_handler:
             os.kill(os.getpid(), signal.SIGUSR1)
 
@@ -116,7 +115,7 @@ def leased(uri: str) -> Iterator[None]:
         MsenseError: the store refused it, or it was lost.
     """
     lease, root = Lease(uri), display_uri(uri.rpartition("/")[0])
-    with writing(uri):
+    with write_errors(uri):
         try:
             taken = lease.take()
         except OSError as error:
@@ -126,7 +125,7 @@ def leased(uri: str) -> Iterator[None]:
             taken = True
     if not taken:
         who = found.told if (found := lease.look()) else "it has just ended"
-        raise BadInput(f"another driver works on {root} ({who}): wait for it, or give another --output")
+        raise InputError(f"another driver works on {root} ({who}): wait for it, or give another --output")
     if not lease.etag:
         yield
         return
@@ -143,7 +142,7 @@ def leased(uri: str) -> Iterator[None]:
     finally:
         ended.set()
         renewer.join()
-        with suppress(*call_errors()):  # else it ends by itself
+        with suppress(*storage_error_types()):  # else it ends by itself
             if (found := lease.look()) and found.driver == lease.driver:
                 lease.fs.rm_file(lease.path)
         if listens:

@@ -6,89 +6,17 @@ absolute paths and numbers of workers are not in it.
 
 import hashlib
 import json
-import platform
-from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
-from msense import storage
-from msense.config import BuildConfig
-from msense.corpus import SourceFile, display_uri
-from msense.distill_config import DistillConfig
-from msense.errors import BadInput
-from msense.label_source import Source
-from msense.run_folder import RunFolder
-from msense.teacher import TOKEN_BUDGET, TeacherInfo
+from msense.errors import InputError
+from msense.io import storage
+from msense.run.folder import RunFolder
 
-FORMAT = 1
-PINNED_PACKAGES = (
-    "msense", "torch", "transformers", "tokenizers", "deepspeed", "numpy", "pyarrow", "safetensors", "xxhash", "ray",
-)  # fmt: skip
 _COMPARED = ("format", "config", "inputs", "teacher", "dictionary", "pins")  # a build has no dictionary
 _SHOWN = 10
 
 
-def describe_run(
-    config: BuildConfig, files: list[SourceFile], info: TeacherInfo, dtype: str, device: str, threads: int
-) -> dict[str, Any]:
-    """Return the manifest of a run: JSON values only.
-
-    Args:
-        config: all settings; those that cannot change the results are left out.
-        files: the corpus, fingerprinted.
-        info: the teacher, its weights and tokenizer fingerprinted.
-        dtype: the teacher's resolved dtype.
-        device: "cpu" or "cuda".
-        threads: of an actor or task.
-    """
-    return {
-        "format": FORMAT,
-        "config": {**config.of_results(), "teacher": info.name},
-        "corpus": [display_uri(uri) for uri in config.corpus],
-        "inputs": {f.name: f"{f.size} {f.fingerprint}" for f in files},
-        "teacher": json.loads(json.dumps(asdict(info))),
-        "pins": pins(dtype, device, threads),
-    }
-
-
-def describe_distillation(
-    config: DistillConfig, source: Source, dtype: str, device: str, threads: int
-) -> dict[str, Any]:
-    """Return the manifest of a distillation: as that of a build, and `training`, on which no label depends.
-
-    Args:
-        config: all settings.
-        source: dictionary, teacher and text.
-        dtype: the teacher's resolved dtype.
-        device: "cpu" or "cuda".
-        threads: of an actor or task.
-    """
-    return {
-        "format": FORMAT,
-        "config": {**config.of_labels(), **{f"text.{name}": value for name, value in source.of_text().items()}},
-        "corpus": list(source.corpus),
-        "inputs": source.inputs,
-        "teacher": json.loads(json.dumps(asdict(source.info))),
-        "dictionary": source.fingerprint,
-        "pins": pins(dtype, device, threads),
-        "training": config.of_training(),
-    }
-
-
-def pins(dtype: str, device: str, threads: int) -> dict[str, Any]:
-    """Return what else numbers depend on: dtype, device, sizes of batches, versions."""
-    return {
-        "dtype": dtype,
-        "device": device,
-        "token_budget": TOKEN_BUDGET[device],
-        "threads": threads,
-        "tf32": False,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PINNED_PACKAGES},
-    }
-
-
-def made_of(manifest: dict[str, Any]) -> str:
+def inputs_hash(manifest: dict[str, Any]) -> str:
     """Return the hash of all in a manifest on which the results depend; of a distillation, the labels."""
     compared = {part: manifest[part] for part in _COMPARED if part in manifest}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
@@ -103,14 +31,16 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
     before = run.read_manifest()
     if before is None:
         if storage.exists(run.manifest):
-            raise BadInput(f"{run.manifest} is damaged: {_remedy(run)}")
+            raise InputError(f"{run.manifest} is damaged: {_remedy(run)}")
         if there := [name for name in run.outputs() if storage.exists(name)]:
-            raise BadInput(f"{there[0]} is there, but no manifest.json that tells what it was made of: {_remedy(run)}")
+            raise InputError(
+                f"{there[0]} is there, but no manifest.json that tells what it was made of: {_remedy(run)}"
+            )
         storage.write_json(run.manifest, manifest)
         return
     if ("dictionary" in before) != ("dictionary" in manifest):
         other = "a distillation" if "dictionary" in before else "a dictionary"
-        raise BadInput(f"{run.root} is the run folder of {other}: give another --output")
+        raise InputError(f"{run.root} is the run folder of {other}: give another --output")
     changes = [c for part in _COMPARED for c in differences(part, before.get(part), manifest.get(part))]
     training = differences("training", before.get("training"), manifest.get("training"))
     later = run.outputs()[1:]
@@ -124,7 +54,7 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
     elif changes:
         shown = "\n".join(f"  {change}" for change in changes[:_SHOWN])
         more = f"\n  ... and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
-        raise BadInput(f"the run in {run.root} was made with other things:\n{shown}{more}\nTo go on, {_remedy(run)}")
+        raise InputError(f"the run in {run.root} was made with other things:\n{shown}{more}\nTo go on, {_remedy(run)}")
 
 
 def _remedy(run: RunFolder) -> str:

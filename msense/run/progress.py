@@ -19,13 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from msense import storage, stores
-from msense.run_folder import RunFolder
-from msense.watch import REPORT_SECONDS, tell_ray
+from msense.io import filesystems, storage
+from msense.run.folder import RunFolder
+from msense.runtime.progress import REPORT_SECONDS, set_gauges
 
 logger = logging.getLogger(__name__)
-
-LOOK_SECONDS = 2.0
+POLL_SECONDS = 2.0
 
 
 class Progress:
@@ -81,7 +80,7 @@ class Progress:
 
 def _open_board(run: RunFolder, step: int) -> Any:  # noqa: ANN401 - a SummaryWriter, or None
     """Return a TensorBoard writer that hides events after `step` of an earlier training, or None."""
-    if not stores.is_local(run.root):
+    if not filesystems.is_local(run.root):
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -91,7 +90,7 @@ def _open_board(run: RunFolder, step: int) -> Any:  # noqa: ANN401 - a SummaryWr
 
 
 @contextmanager
-def shown(run: RunFolder) -> Iterator[None]:
+def display_progress(run: RunFolder) -> Iterator[None]:
     """Display the training's progress within this context: a bar on a terminal, otherwise log lines."""
     storage.remove(run.progress)
     ended = threading.Event()
@@ -108,21 +107,21 @@ def _watch(run: RunFolder, ended: threading.Event) -> None:
     """Display new progress until the training has ended."""
     step, bar = 0, _start_bar() if sys.stderr.isatty() else None
     task = None if bar is None else bar.add_task("training", total=None)
-    while not ended.wait(LOOK_SECONDS):
+    while not ended.wait(POLL_SECONDS):
         progress = storage.read_json(run.progress)
         if progress is None or progress["step"] == step:
             continue
         step = progress["step"]
-        tell_ray("training", step, progress["steps"])
+        set_gauges("training", step, progress["steps"])
         if bar is None or task is None:
-            logger.info("training: %s", line(progress))
+            logger.info("training: %s", format_progress(progress))
         else:
             bar.update(task, total=progress["steps"], completed=step, description=_metrics(progress))
     if bar is not None:
         bar.stop()
 
 
-def line(told: dict[str, Any]) -> str:
+def format_progress(told: dict[str, Any]) -> str:
     """Return the content of a progress file as one line of text."""
     share = f"{told['step']:,} of {told['steps']:,} steps, epoch {told['epoch']}"
     return f"{share}, {_metrics(told)}, {told['seconds_left']:,.0f} s left"

@@ -5,96 +5,17 @@ read and hashed in tasks; what is not whole is removed. The driver holds the fac
 """
 
 import logging
-import os
-import socket
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from typing import Any
 
-from msense import storage
-from msense.errors import MsenseError
-from msense.run_folder import RunFolder
-from msense.runtime import Resources, map_tasks
-from msense.text import plain, size
-from msense.watch import spilled_bytes
+from msense.io import storage
+from msense.run.folder import RunFolder
+from msense.run.journal import Journal
+from msense.runtime.ray_executor import map_tasks
+from msense.runtime.resources import Resources
 
 logger = logging.getLogger(__name__)
-
 FILES_A_TASK = 64
-DRIVERS_KEPT = 100
-
-
-@dataclass
-class Journal:
-    """What the drivers of a run did, a record each; written whenever a count is known.
-
-    A record holds `began` (UTC), `host`, `pid`, `workers`, `stages` (per stage: files `kept` of earlier drivers, found
-    `damaged`, and `made`; no `made` = the driver never got so far) and `outcome` ("" = none: killed
-    or at work).
-    """
-
-    uri: str
-    drivers: list[dict[str, Any]] = field(default_factory=list)
-
-    @staticmethod
-    def begin(run: RunFolder, workers: int) -> "Journal":
-        """Open a run's journal and begin the record of this driver."""
-        journal = Journal(run.journal, (storage.read_json(run.journal, {"drivers": list}) or {}).get("drivers", []))
-        began = datetime.now(UTC).isoformat(timespec="seconds")
-        record = {"began": began, "host": socket.gethostname(), "pid": os.getpid(), "workers": workers}
-        journal.drivers = [*journal.drivers, {**record, "stages": {}, "outcome": ""}][-DRIVERS_KEPT:]
-        journal.write()
-        return journal
-
-    def add(self, stage: str, **counts: int) -> None:
-        """Add to the counts of a stage."""
-        found = self.drivers[-1]["stages"].setdefault(stage, {})
-        for name, count in counts.items():
-            found[name] = found.get(name, 0) + count
-        self.write()
-
-    def end(self, outcome: str) -> None:
-        """End this driver's record."""
-        self.drivers[-1]["outcome"] = outcome
-        self.write()
-
-    @contextmanager
-    def ending_with_errors(self) -> Iterator[None]:
-        """End this driver's record with any error that passes through."""
-        try:
-            yield
-        except BaseException as error:
-            kind = "" if isinstance(error, MsenseError) else f"{type(error).__name__}: "
-            with suppress(MsenseError):  # the disk may be full: what is told is the first error
-                self.end(plain(f"failed: {kind}{error}"))
-            raise
-
-    def write(self) -> None:
-        """Write the journal down."""
-        storage.write_json(self.uri, {"drivers": self.drivers})
-
-
-@contextmanager
-def timed(stages: dict[str, dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """Time a stage; what is put into the yielded dict becomes its facts in `stages`."""
-    facts: dict[str, Any] = {}
-    logger.info("%s ...", name)
-    began, before = time.monotonic(), spilled_bytes()
-    yield facts
-    facts["seconds"] = round(time.monotonic() - began, 1)
-    if spilled := spilled_bytes() - before:
-        facts["spilled_bytes"] = spilled
-        logger.warning(
-            "%s: Ray moved %s of its object store to disk: give it more memory (`ray start --object-store-memory`)",
-            name,
-            size(spilled),
-        )
-    stages[name] = facts
-    told = (f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in facts.items())
-    logger.info("%s: %s", name, ", ".join(told))
 
 
 def finished(
@@ -123,10 +44,10 @@ def finished(
     damaged = 0
     slices = [there[i : i + FILES_A_TASK] for i in range(0, len(there), FILES_A_TASK)]
     work = [{"numbers": numbers, "files": [files[n] for n in numbers]} for numbers in slices]
-    for row in map_tasks(f"{stage}: checking finished files", _check, work, resources, run.made_of, repair):
-        for number, facts in zip(row["numbers"], row["facts"], strict=True):
-            found[number] = facts
-            if facts is None:
+    for row in map_tasks(f"{stage}: checking finished files", _check, work, resources, run.inputs_hash, repair):
+        for number, stats in zip(row["numbers"], row["facts"], strict=True):
+            found[number] = stats
+            if stats is None:
                 damaged += 1
                 logger.warning(
                     "%s: %s is damaged or gone%s", stage, files[number], "; it is made again" if repair else ""
@@ -144,12 +65,12 @@ def _markers(files: Sequence[str]) -> list[int]:
     return [n for n, file in enumerate(files) if file.rpartition("/")[2] in names]
 
 
-def _check(item: dict[str, Any], made_of: str, repair: bool) -> dict[str, Any]:
+def _check(item: dict[str, Any], inputs_hash: str, repair: bool) -> dict[str, Any]:
     """Read and hash some files."""
-    facts = []
+    stats = []
     for file in item["files"]:
-        facts.append(storage.facts_of(file, verify=True, made_of=made_of))
-        if facts[-1] is None and repair:
+        stats.append(storage.stats_of(file, verify=True, inputs_hash=inputs_hash))
+        if stats[-1] is None and repair:
             storage.remove(file)
             storage.remove(file + storage.MARKER)
-    return {"numbers": item["numbers"], "facts": facts}
+    return {"numbers": item["numbers"], "facts": stats}

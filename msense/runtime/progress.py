@@ -12,12 +12,10 @@ from functools import cache
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
-
 REPORT_SECONDS = 10.0
-SKEW_PIECES = 8  # of fewer a median says little
+SKEW_TASKS = 8  # of fewer a median says little
 SKEW_FACTOR = 4.0
 SKEW_SECONDS = 30.0
-
 T = TypeVar("T")
 
 
@@ -26,19 +24,19 @@ def track(name: str, rows: Iterator[T], total: int) -> Iterator[T]:
 
     On a cluster with a dashboard the gauges `msense_pieces_done` and `msense_pieces` tell the same, by stage.
     """
-    tell_ray(name, 0, total)
+    set_gauges(name, 0, total)
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track as rich_track
 
         told = rich_track(rows, description=name, total=total, console=Console(stderr=True), transient=True)
         for done, row in enumerate(told, 1):
-            tell_ray(name, done, total)
+            set_gauges(name, done, total)
             yield row
         return
     began = last = time.monotonic()
     for done, row in enumerate(rows, 1):
-        tell_ray(name, done, total)
+        set_gauges(name, done, total)
         now = time.monotonic()
         if now - last >= REPORT_SECONDS and done < total:
             pace = (now - began) / done
@@ -52,7 +50,7 @@ def _rate(pace: float) -> str:
     return f"{1 / pace:.1f}/s" if pace < 1 else f"{60 / pace:.1f}/min"
 
 
-def tell_ray(stage: str, done: int, total: int) -> None:
+def set_gauges(stage: str, done: int, total: int) -> None:
     """Set the gauges of a stage among Ray's metrics, where Ray is running."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
@@ -69,7 +67,7 @@ def _gauge(name: str, text: str) -> Any:  # noqa: ANN401 - Ray's
 
 def warn_of_skew(name: str, seconds: Sequence[float]) -> None:
     """Warn of a stage that waited for one piece of work far slower than the others."""
-    if len(seconds) < SKEW_PIECES:
+    if len(seconds) < SKEW_TASKS:
         return
     slowest, median = max(seconds), statistics.median(seconds)
     if slowest > SKEW_SECONDS and slowest > SKEW_FACTOR * median:

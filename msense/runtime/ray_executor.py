@@ -6,11 +6,9 @@ room; how many run at a time is set by the size of the pool.
 """
 
 import atexit
-import copy
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import time
@@ -21,22 +19,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msense import stores
-from msense.errors import BadInput, MsenseError
-from msense.resources import TASK_CPUS, Node, Resources, take
-from msense.scratch import scratch_folder
-from msense.watch import track, warn_of_skew
+from msense.errors import MsenseError
+from msense.io.scratch import scratch_folder
+from msense.runtime.executor import _MEMORY, Row, _failure, _merge, guard, unwrap
+from msense.runtime.progress import track, warn_of_skew
+from msense.runtime.resources import TASK_CPUS, Node, Resources, plan_workers
 
 logger = logging.getLogger(__name__)
-
 RETRIES = 3  # of a task whose worker died: a crash is survived, work that always kills its worker is not tried for ever
 RESTARTS = 10  # of an actor: nodes may come and go, but one that always dies is not made for ever
-_MEMORY = "Often it ran out of memory: give --workers a smaller number, or a machine with more memory"
 MERGED_AT_ONCE = 4
 _COUNTED = ("CPU", "GPU", "memory")
 MANY = 1 << 20  # workers: more than any cluster has
 LONGEST_TEMP = 26  # characters of the temporary folder's path: those of Ray's sockets in it must not exceed 107
-Row = dict[str, Any]
 
 
 def connect(workers: int | None = None, gpus_per_actor: float = 1.0) -> Resources:
@@ -76,7 +71,7 @@ def connect(workers: int | None = None, gpus_per_actor: float = 1.0) -> Resource
             if not os.environ.get("RAY_TMPDIR"):
                 environment["TMPDIR"] = options["_temp_dir"] = _temporary_folder()
         ray.init(**options)
-    resources = take(nodes(), workers, gpus_per_actor)
+    resources = plan_workers(nodes(), workers, gpus_per_actor)
     if not any(node.count and node.offers.get("CPU") for node in resources.nodes):
         logger.info("the cluster has no CPUs yet: its autoscaler is asked for nodes")
     return replace(resources, most=(workers or MANY) if os.environ.get("RAY_ADDRESS") else 0)
@@ -114,13 +109,6 @@ def _temporary_folder() -> str:
     held.callback(ray.shutdown)
     atexit.register(held.close)  # after Ray's own registration, hence before it
     return str(folder)
-
-
-def peak_memory() -> int:
-    """Return the most memory this process has held, in bytes; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
 
 
 def map_data(name: str, work: Callable[[Any], Row], items: Sequence[Any], resources: Resources) -> Iterator[Row]:
@@ -306,50 +294,6 @@ def _gone(error: Exception) -> MsenseError:
         f"a worker died again and again at the same work ({type(error).__name__}: {first}). {_MEMORY}; Ray's logs tell "
         "more (those of a local Ray stay if RAY_TMPDIR names a folder)"
     )
-
-
-def _tellable() -> tuple[type[Exception], ...]:
-    """Return the errors of work among which `_failure` looks; those of a store's client once it is loaded."""
-    return (MsenseError, OSError, MemoryError, RuntimeError, *stores.s3_errors())
-
-
-def _failure(error: BaseException | None) -> Exception | None:
-    """Return what to tell of an error that msense or the system raised on purpose; None for a bug."""
-    if isinstance(error, MsenseError | OSError):
-        return error
-    if isinstance(error, stores.s3_errors()):
-        return MsenseError(stores.s3_trouble(error))
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the second is torch's
-        return MsenseError(f"out of memory ({type(error).__name__}: {error}). {_MEMORY}")
-    return None
-
-
-def _merge(first: Any, *others: Any) -> Any:  # noqa: ANN401 - anything with merge()
-    total = copy.deepcopy(first)  # what comes from the object store is read-only
-    for other in others:
-        total.merge(other)
-    return total
-
-
-def unwrap(row: Row) -> Row:
-    """Return what the work returned, or raise what it raised."""
-    if row["error"]:
-        raise (BadInput if row["usage"] else MsenseError)(row["error"])
-    value: Row = json.loads(row["result"])
-    return value
-
-
-def guard(work: Callable[[Any], Row], item: Any) -> Row:  # noqa: ANN401 - any JSON value
-    """Run work so that an error of msense or of the system travels as a row, not as a traceback through Ray."""
-    began = time.monotonic()
-    try:
-        result = json.dumps(work(item))
-        return {"result": result, "error": "", "usage": False, "seconds": time.monotonic() - began}
-    except _tellable() as error:
-        failure = _failure(error)
-        if failure is None:
-            raise
-        return {"result": "", "error": str(failure), "usage": isinstance(failure, BadInput), "seconds": 0.0}
 
 
 class _Guarded:

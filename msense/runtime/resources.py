@@ -8,11 +8,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from msense.errors import BadInput
+from msense.errors import InputError
 from msense.text import size
 
 logger = logging.getLogger(__name__)
-
 TASK_CPUS = 0.5
 TASK_GPUS = 0.5  # of a clustering task: one reads while the other computes
 WORKER_MEMORY = 400 << 20  # of a process that has loaded torch and done nothing yet
@@ -120,7 +119,7 @@ class Resources:
         kinds = {"a task": _TASK, "a teacher actor": self.teacher, "a clustering task": self.clustering}
         for what, needs in {**kinds, "a training worker": training}.items():
             if self.nodes and not any(node.most and node.holds(needs) for node in self.nodes):
-                raise BadInput(
+                raise InputError(
                     f"{what} asks for {told(needs)}, but this cluster offers {described(self.nodes)}: no node can ever run "
                     f"it. Add larger nodes, or ask for less{_remedy(needs)}"
                 )
@@ -143,7 +142,7 @@ def described(nodes: Sequence[Node]) -> str:
     return text + (f"; its autoscaler may start {'; '.join(map(str, coming))}" if coming else "")
 
 
-def take(nodes: Sequence[Node], workers: int | None = None, gpus_per_actor: float = 1.0) -> Resources:
+def plan_workers(nodes: Sequence[Node], workers: int | None = None, gpus_per_actor: float = 1.0) -> Resources:
     """Return what a job takes of a cluster.
 
     Args:
@@ -159,7 +158,7 @@ def take(nodes: Sequence[Node], workers: int | None = None, gpus_per_actor: floa
     actors = _total(nodes, lambda node: node.holds(share) if node.offers.get("GPU") else 0)
     cpus = _total(nodes, lambda node: int(node.offers.get("CPU", 0)))
     if not any(node.most and node.offers.get("CPU", 0) >= TASK_CPUS for node in nodes):
-        raise BadInput(
+        raise InputError(
             f"this cluster offers {described(nodes)}: no CPU to work on. Add a node with CPUs (`ray start --address=...`)"
         )
     tasks = min(workers or cpus, max(1, cpus))  # so that half a CPU each always leaves room for others

@@ -13,21 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from msense import storage, stores
-from msense.config import BuildConfig
-from msense.dictionary.format import (
-    Arrays,
-    DictionaryConfig,
-    DictionaryFiles,
-    TeacherName,
-    corpus_distortion,
-    write_dictionary,
-    write_tokenizer,
-)
-from msense.exemplars import collect
-from msense.run_folder import RunFolder
-from msense.scratch import scratch_folder
-from msense.teacher import TeacherInfo
+from msense.config.build import BuildConfig
+from msense.dictionary.format import write_dictionary, write_tokenizer
+from msense.dictionary.layout import Arrays, DictionaryConfig, DictionaryFiles, TeacherName, corpus_distortion
+from msense.io import filesystems, storage
+from msense.io.arrays import load_arrays
+from msense.io.scratch import scratch_folder
+from msense.run.folder import RunFolder
+from msense.stages.exemplars import collect_contexts
+from msense.teacher.spec import TeacherInfo
 
 
 @dataclass(frozen=True)
@@ -53,16 +47,16 @@ def assemble(
         context_files: contexts of exemplars, one file per partition; none without exemplars.
 
     Returns:
-        `facts`: tokens (with senses), senses, points, bytes; `files`: size and sha256 of each file.
+        `stats`: tokens (with senses), senses, points, bytes; `files`: size and sha256 of each file.
     """
-    small = [storage.load_arrays(file, ("tokens", "sizes", "counts", "spread", "inertia")) for file in centroid_files]
+    small = [load_arrays(file, ("tokens", "sizes", "counts", "spread", "inertia")) for file in centroid_files]
     order = _order(small)
     rows = [np.arange(start, start + size) for start, size in zip(order.start, order.sizes, strict=True)]
-    counts, spread = (
+    counts, rms_distance = (
         np.concatenate([small[file][name][own] for file, own in zip(order.file.tolist(), rows, strict=True)])
         for name in ("counts", "spread")
     )
-    token_counts = storage.load_arrays(run.thresholds)["token_counts"]
+    token_counts = load_arrays(run.thresholds)["token_counts"]
     offsets = np.zeros(info.vocab_size + 1, dtype=np.int64)
     offsets[order.tokens + 1] = order.sizes
     offsets = np.cumsum(offsets)
@@ -71,22 +65,22 @@ def assemble(
     quality = {
         "points": float(points),
         "mean_squared_spread": mean_square,
-        "corpus_distortion": corpus_distortion(Arrays(offsets, counts, spread, token_counts)),
+        "corpus_distortion": corpus_distortion(Arrays(offsets, counts, rms_distance, token_counts)),
     }
-    with storage.writing(run.dictionary), _target(run) as folder:
+    with storage.write_errors(run.dictionary), _target(run) as folder:
         files = DictionaryFiles(folder)
         write_tokenizer(folder, storage.read_text(run.tokenizer))
         if context_files:
-            collect(context_files, files.exemplars)
+            collect_contexts(context_files, files.exemplars)
         chunks = _chunks(centroid_files, order, config.store_dtype)
-        write_dictionary(folder, _config(info, config, quality), offsets, counts, spread, token_counts, chunks)
+        write_dictionary(folder, _config(info, config, quality), offsets, counts, rms_distance, token_counts, chunks)
         written: dict[str, dict[str, Any]] = {
             path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": storage.sha256_of(path)}
             for path in files.present()
         }
     size = sum(entry["size"] for entry in written.values())
-    facts = {"tokens": len(order.tokens), "senses": len(counts), "points": points, "bytes": size}
-    return {"facts": facts, "files": written}
+    stats = {"tokens": len(order.tokens), "senses": len(counts), "points": points, "bytes": size}
+    return {"facts": stats, "files": written}
 
 
 def changed_files(run: RunFolder, written: dict[str, dict[str, Any]]) -> list[str]:
@@ -94,7 +88,7 @@ def changed_files(run: RunFolder, written: dict[str, dict[str, Any]]) -> list[st
     return [
         name
         for name, entry in written.items()
-        if not storage.is_whole(storage.join(run.dictionary, name), entry, verify=True)
+        if not storage.is_intact(storage.join(run.dictionary, name), entry, verify=True)
     ]
 
 
@@ -137,7 +131,7 @@ def _chunks(files: list[str], order: _Order, dtype: str) -> Iterator[torch.Tenso
     for first, last in zip(breaks, [*breaks[1:], len(order.file)], strict=True):
         if order.file[first] != held:
             held = int(order.file[first])
-            centroids = storage.load_arrays(files[held], ("centroids",))["centroids"]
+            centroids = load_arrays(files[held], ("centroids",))["centroids"]
         rows = centroids[order.start[first] : order.start[last - 1] + order.sizes[last - 1]]
         yield torch.from_numpy(rows).view(getattr(torch, dtype))
 
@@ -145,7 +139,7 @@ def _chunks(files: list[str], order: _Order, dtype: str) -> Iterator[torch.Tenso
 @contextmanager
 def _target(run: RunFolder) -> Iterator[Path]:
     """Yield a local folder to write to; for a remote run its files are uploaded on exit, config.json last."""
-    if stores.is_local(run.dictionary):
+    if filesystems.is_local(run.dictionary):
         yield Path(storage.absolute(run.dictionary))
         return
     with scratch_folder() as folder:

@@ -7,18 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from msense import kmeans, storage
-from msense.parts import cluster_large
-from msense.resume import Journal, finished
-from msense.runtime import Resources, map_tasks
-from msense.units import (
+from msense.clustering import kmeans
+from msense.clustering.mcl import MCL_POINTS
+from msense.clustering.nearest import exemplar_places
+from msense.config.build import BuildConfig
+from msense.io import storage
+from msense.io.arrays import load_arrays, save_arrays
+from msense.run.folder import RunFolder
+from msense.run.journal import Journal
+from msense.run.resume import finished
+from msense.runtime.ray_executor import map_tasks
+from msense.runtime.resources import Resources
+from msense.stages.distributed_kmeans import cluster_large
+from msense.stages.distributed_kmeans_worker import CHUNKS_HELD
+from msense.stages.embedding_store import (
     ClusterSettings,
     Range,
     as_stored,
-    exemplar_places,
     read_ranges,
+    record_type,
     sample,
-    senses_of,
+    sense_counts,
     shard_ranges,
     stored,
 )
@@ -73,25 +82,25 @@ def cluster_shard(item: dict[str, int], settings: ClusterSettings) -> dict[str, 
     ranges, rows = shard_ranges(settings, shard)
     large: dict[str, list[tuple[int, int, int]]] = {}
     if item["last"] - item["first"] == 1 and _are_large(np.array(rows), settings):
-        large[str(item["first"])] = [(r.unit, r.start, r.stop) for r in ranges if r.stop > r.start]
+        large[str(item["first"])] = [(r.partition, r.start, r.stop) for r in ranges if r.stop > r.start]
         ranges = []
-    records, unit = read_ranges(settings, ranges)
+    records, partition = read_ranges(settings, ranges)
     token, count = np.unique(records["token"], return_counts=True)
     large_tokens = token[_are_large(count, settings)].tolist()
     for r in ranges if large_tokens else []:
-        own = records["token"][unit == r.unit]
+        own = records["token"][partition == r.partition]
         for number in large_tokens:
             start, stop = np.searchsorted(own, [number, number + 1]).tolist()
             if start < stop:
-                large.setdefault(str(number), []).append((r.unit, r.start + start, r.start + stop))
+                large.setdefault(str(number), []).append((r.partition, r.start + start, r.start + stop))
     kept = ~np.isin(records["token"], large_tokens)
-    records, unit = records[kept], unit[kept]
-    arrays = _clustered(records, unit, settings)
+    records, partition = records[kept], partition[kept]
+    arrays = _clustered(records, partition, settings)
     stats = {"shard": shard, "large": large}
-    return run.publish(run.shard_file(shard), lambda path: storage.save_arrays(path, arrays), stats)
+    return run.publish(run.shard_file(shard), lambda path: save_arrays(path, arrays), stats)
 
 
-def _clustered(records: np.ndarray, unit: np.ndarray, settings: ClusterSettings) -> dict[str, np.ndarray]:
+def _clustered(records: np.ndarray, partition: np.ndarray, settings: ClusterSettings) -> dict[str, np.ndarray]:
     """Cluster the tokens of records [n] from partitions int32 [n]; return the arrays of a centroids file."""
     order, key_order = sample(records["key"], records["token"], settings.max_occurrences)
     tokens, sizes = np.unique(records["token"][order], return_counts=True)
@@ -100,18 +109,18 @@ def _clustered(records: np.ndarray, unit: np.ndarray, settings: ClusterSettings)
         sizes,
         tokens,
         settings.kmeans,
-        senses=senses_of(settings, tokens),
+        senses=sense_counts(settings, tokens),
         device=settings.device,
         key_order=key_order,
     )
-    places = {name: records[name][order] for name in ("token", "row", "position")} | {"unit": unit[order]}
+    places = {name: records[name][order] for name in ("token", "row", "position")} | {"unit": partition[order]}
     assigned = (clusters.assignment, clusters.distance)
     return {
         "tokens": tokens.astype(np.int64),
         "sizes": clusters.sizes,
         "centroids": as_stored(clusters.centroids, settings.store_dtype),
         "counts": clusters.counts,
-        "spread": clusters.spread,
+        "spread": clusters.rms_distance,
         "inertia": clusters.inertia,
         **exemplar_places(assigned, clusters.sizes, sizes, places, settings.exemplars),
     }
@@ -120,3 +129,28 @@ def _clustered(records: np.ndarray, unit: np.ndarray, settings: ClusterSettings)
 def _are_large(counts: np.ndarray, settings: ClusterSettings) -> np.ndarray:
     """Return which tokens of so many rows have more points than a chunk may have."""
     return np.minimum(counts, settings.max_occurrences or counts) > settings.max_points_per_part
+
+
+def clustering_memory(run: RunFolder, config: BuildConfig, dim: int, scale: float = 1.0) -> float:
+    """Return the most bytes that a task or worker holds: a shard twice and a graph of mcl, or parts of a large token.
+
+    Args:
+        run: with a finished plan.
+        config: the build's settings.
+        dim: D of the teacher.
+        scale: how many times more text there is than the plan has seen.
+    """
+    arrays = load_arrays(run.thresholds, ("stored", "shards"))
+    stored = arrays["stored"] * scale
+    points = clustered_points(stored, config)
+    first = arrays["shards"][:-1]
+    large = (np.diff(arrays["shards"]) == 1) & (points[first] > config.max_points_per_part)
+    shard = 2 * record_type(dim).itemsize * np.add.reduceat(stored, first)[~large].max(initial=0)
+    graph = 22 * min(MCL_POINTS, points.max()) ** 2 if config.senses == "mcl" else 0
+    chunks = np.minimum(points[first][large], CHUNKS_HELD * config.max_points_per_part).max(initial=0)
+    return float(max(shard + graph, chunks * (2 * dim + 16)))
+
+
+def clustered_points(stored: np.ndarray, config: BuildConfig) -> np.ndarray:
+    """Return how many points of each token are clustered."""
+    return np.minimum(stored, config.max_occurrences) if config.max_occurrences else stored

@@ -19,13 +19,25 @@ from typing import Any
 
 import numpy as np
 
-from msense import kmeans, storage
-from msense.part_worker import PARTS_HELD, Part, PartWorker, Places, add_up, cut, nearest_of, pieces
-from msense.runtime import Resources, Row, get, refreshed, track
-from msense.units import ClusterSettings, Range, as_stored, read_ranges, senses_of, stored
+from msense.clustering import kmeans
+from msense.clustering.nearest import Places, merge_exemplars
+from msense.io import storage
+from msense.io.arrays import load_arrays, save_arrays
+from msense.runtime.executor import Row
+from msense.runtime.progress import track
+from msense.runtime.ray_executor import get, refreshed
+from msense.runtime.resources import Resources
+from msense.stages.distributed_kmeans_worker import (
+    CHUNKS_HELD,
+    Chunk,
+    ChunkWorker,
+    read_blocks,
+    slice_ranges,
+    sum_partials,
+)
+from msense.stages.embedding_store import ClusterSettings, Range, as_stored, read_ranges, sense_counts, stored
 
 logger = logging.getLogger(__name__)
-
 WINDOW = 64  # rows on each side of the expected cut, in addition to four standard deviations, in which it is searched
 
 
@@ -33,7 +45,7 @@ WINDOW = 64  # rows on each side of the expected cut, in addition to four standa
 class Prepared:
     """A token split into chunks, with its initial centroids."""
 
-    parts: tuple[Part, ...]
+    chunks: tuple[Chunk, ...]
     state: kmeans.BlockedState
 
 
@@ -42,21 +54,21 @@ def cluster_large(waiting: dict[int, list[Range]], settings: ClusterSettings, re
 
     `waiting` holds the rows of each token in every partition, in corpus order.
     """
-    with part_workers(settings, resources) as workers:
-        rows = cluster_on(workers, waiting, settings)
+    with chunk_workers(settings, resources) as workers:
+        rows = run_rounds(workers, waiting, settings)
         for _ in track("clustering: large tokens", rows, len(waiting)):
             pass
 
 
 @contextmanager
-def part_workers(settings: ClusterSettings, resources: Resources) -> Iterator[list[Any]]:
+def chunk_workers(settings: ClusterSettings, resources: Resources) -> Iterator[list[Any]]:
     """Start the actors that cluster large tokens; they are killed on exit."""
     import ray
 
     needs = {**resources.clustering, "max_restarts": 3, "scheduling_strategy": "SPREAD"}
     needs |= {"max_task_retries": -1}  # until Ray notices that a node is gone, every attempt of a call would count
     count = refreshed(resources).clusterers
-    workers = [ray.remote(PartWorker).options(**needs).remote(settings) for _ in range(count)]
+    workers = [ray.remote(ChunkWorker).options(**needs).remote(settings) for _ in range(count)]
     try:
         yield workers
     finally:
@@ -64,25 +76,25 @@ def part_workers(settings: ClusterSettings, resources: Resources) -> Iterator[li
             ray.kill(worker)
 
 
-def cluster_on(workers: Sequence[Any], waiting: dict[int, list[Range]], settings: ClusterSettings) -> Iterator[Row]:
+def run_rounds(workers: Sequence[Any], waiting: dict[int, list[Range]], settings: ClusterSettings) -> Iterator[Row]:
     """Run rounds until every token has converged; yield once per finished token.
 
     A token starts as soon as the workers can hold its chunks; one with more chunks than that runs alone.
     """
-    room, load = PARTS_HELD * len(workers), [0] * len(workers)
+    room, load = CHUNKS_HELD * len(workers), [0] * len(workers)
     prepared = _prepared(waiting, workers)
     following = next(prepared, None)
     working: deque[_Token] = deque()
     while working or following:
-        while following and (not working or sum(load) + len(following.parts) <= room):
+        while following and (not working or sum(load) + len(following.chunks) <= room):
             working.append(_start(following, settings, workers, load))
             following = next(prepared, None)
         token = working.popleft()
         if token.close_round(settings):
             working.append(token)
             continue
-        for number, _, parts in token.homes:
-            load[number] -= parts
+        for number, _, chunks in token.homes:
+            load[number] -= chunks
         yield {}
 
 
@@ -103,12 +115,12 @@ def prepare(token: int, ranges: list[Range], settings: ClusterSettings) -> Prepa
     records, _ = read_ranges(settings, first_by_key(settings, chosen, kmeans.SEED_POINTS))
     embeddings = records["embedding"][np.argsort(records["key"], kind="stable")]
     del records
-    config = replace(settings.kmeans, k=int(senses_of(settings, np.array([token]))[0]))
+    config = replace(settings.kmeans, k=int(sense_counts(settings, np.array([token]))[0]))
     state = kmeans.seed_centroids(stored(embeddings, settings.store_dtype), token, config, device=settings.device)
     rows = max(1, settings.max_points_per_part // kmeans.BLOCK_ROWS) * kmeans.BLOCK_ROWS
     total = sum(r.stop - r.start for r in chosen)
-    parts = [Part(token, first, tuple(cut(chosen, first, first + rows))) for first in range(0, total, rows)]
-    return Prepared(tuple(parts), state)
+    chunks = [Chunk(token, first, tuple(slice_ranges(chosen, first, first + rows))) for first in range(0, total, rows)]
+    return Prepared(tuple(chunks), state)
 
 
 def first_by_key(settings: ClusterSettings, ranges: list[Range], count: int) -> list[Range]:
@@ -125,8 +137,8 @@ def first_by_key(settings: ClusterSettings, ranges: list[Range], count: int) -> 
     high = np.minimum(np.ceil(expected + margin), rows).astype(np.int64)
     while True:
         cuts = zip(ranges, low.tolist(), high.tolist(), strict=True)
-        windows = [Range(r.unit, r.start + first, r.start + last) for r, first, last in cuts]
-        keys = [records["key"].copy() for records in pieces(settings, windows)]
+        windows = [Range(r.partition, r.start + first, r.start + last) for r, first, last in cuts]
+        keys = [records["key"].copy() for records in read_blocks(settings, windows)]
         by_key = np.argsort(np.concatenate(keys), kind="stable")[: count - low.sum()]
         taken = np.bincount(np.repeat(np.arange(len(ranges)), high - low)[by_key], minlength=len(ranges))
         width, below, above = high - low, (taken == 0) & (low > 0), (taken == high - low) & (high < rows)
@@ -137,8 +149,8 @@ def first_by_key(settings: ClusterSettings, ranges: list[Range], count: int) -> 
 
 def _prefixes(ranges: list[Range], counts: np.ndarray) -> list[Range]:
     """Shorten every range to its number of rows; empty ones are dropped."""
-    cut = zip(ranges, counts.tolist(), strict=True)
-    return [Range(r.unit, r.start, r.start + count) for r, count in cut if count]
+    slice_ranges = zip(ranges, counts.tolist(), strict=True)
+    return [Range(r.partition, r.start, r.start + count) for r, count in slice_ranges if count]
 
 
 @dataclass
@@ -156,16 +168,16 @@ class _Token:
         import ray
 
         self.state_ref = ray.put(self.state)
-        self.pending = deque(self.workers[w].partial.remote(parts, self.state_ref) for w, parts, _ in self.homes)
+        self.pending = deque(self.workers[w].partial.remote(chunks, self.state_ref) for w, chunks, _ in self.homes)
 
     def close_round(self, settings: ClusterSettings) -> bool:
         """Add up the results, then begin the next round or write the token's file; return whether it continues."""
         import ray
 
-        total = add_up(get(self.pending.popleft()) for _ in self.homes)
+        total = sum_partials(get(self.pending.popleft()) for _ in self.homes)
         far = None
         if empty := int((total.counts == 0).sum()):
-            results = [self.workers[w].farthest.remote(parts, self.state_ref, empty) for w, parts, _ in self.homes]
+            results = [self.workers[w].farthest.remote(chunks, self.state_ref, empty) for w, chunks, _ in self.homes]
             far = kmeans.combine_farthest(get(results), empty)
         self.state = state = kmeans.update(self.state, total, settings.kmeans, far)
         logger.debug("token %d: round %d, inertia %.9g", state.token_id, state.rounds, state.inertia)
@@ -174,7 +186,7 @@ class _Token:
             _write_round(settings, state)  # while the workers compute
             return True
         self.state_ref = ray.put(state)
-        results = [self.workers[w].finish.remote(parts, self.state_ref) for w, parts, _ in self.homes]
+        results = [self.workers[w].finish.remote(chunks, self.state_ref) for w, chunks, _ in self.homes]
         _write_token(settings, state, get(results))
         return False
 
@@ -184,12 +196,12 @@ def _start(prepared: Prepared, settings: ClusterSettings, workers: Sequence[Any]
     import ray
 
     before = list(load)
-    for _ in prepared.parts:
+    for _ in prepared.chunks:
         load[load.index(min(load))] += 1
     counts = [after - had for after, had in zip(load, before, strict=True)]
     stops = np.cumsum(counts).tolist()
     homes = [
-        (worker, ray.put(prepared.parts[stop - count : stop]), count)
+        (worker, ray.put(prepared.chunks[stop - count : stop]), count)
         for worker, (count, stop) in enumerate(zip(counts, stops, strict=True))
         if count
     ]
@@ -201,34 +213,34 @@ def _start(prepared: Prepared, settings: ClusterSettings, workers: Sequence[Any]
 def _write_round(settings: ClusterSettings, state: kmeans.BlockedState) -> None:
     """Write a token's state, for `_resume`."""
     arrays = {name: np.asarray(value) for name, value in asdict(state).items() if value is not None}
-    settings.run.publish(settings.run.round_file(state.token_id), lambda path: storage.save_arrays(path, arrays))
+    settings.run.publish(settings.run.round_file(state.token_id), lambda path: save_arrays(path, arrays))
 
 
 def _resume(settings: ClusterSettings, token: int) -> kmeans.BlockedState | None:
     """Return a token's state at the end of an earlier run, if any."""
     file = settings.run.round_file(token)
-    if storage.facts_of(file, verify=True, made_of=settings.run.made_of) is None:
+    if storage.stats_of(file, verify=True, inputs_hash=settings.run.inputs_hash) is None:
         return None
-    values: dict[str, Any] = storage.load_arrays(file)
+    values: dict[str, Any] = load_arrays(file)
     return kmeans.BlockedState(**{name: value if value.ndim else value.item() for name, value in values.items()})
 
 
 def _write_token(
-    settings: ClusterSettings, state: kmeans.BlockedState, parts: list[tuple[kmeans.Finished, Places]]
+    settings: ClusterSettings, state: kmeans.BlockedState, chunks: list[tuple[kmeans.Finished, Places]]
 ) -> None:
     """Write the centroids file of a finished token and remove its state file."""
     assert state.final is not None
-    counts, spread, inertia = kmeans.summary(state, [done for done, _ in parts])
+    counts, rms_distance, inertia = kmeans.summary(state, [done for done, _ in chunks])
     arrays = {
         "tokens": np.array([state.token_id]),
         "sizes": np.array([len(counts)]),
         "centroids": as_stored(state.final, settings.store_dtype),
         "counts": counts,
-        "spread": spread,
+        "spread": rms_distance,
         "inertia": np.array([inertia]),
-        **nearest_of([places for _, places in parts], settings.exemplars),
+        **merge_exemplars([places for _, places in chunks], settings.exemplars),
     }
     run, token = settings.run, state.token_id
-    run.publish(run.token_file(token), lambda path: storage.save_arrays(path, arrays))
+    run.publish(run.token_file(token), lambda path: save_arrays(path, arrays))
     for name in (run.round_file(token), run.round_file(token) + storage.MARKER):
         storage.remove(name)

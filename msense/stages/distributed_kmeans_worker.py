@@ -13,19 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from msense import kmeans
-from msense.exemplars import PLACE, nearest
-from msense.occurrences import read_rows
-from msense.runtime import Row
-from msense.units import ClusterSettings, Range, exemplar_places, stored
+from msense.clustering import kmeans
+from msense.clustering.nearest import Places, exemplar_places, merge_exemplars
+from msense.runtime.executor import Row
+from msense.stages.embedding_store import ClusterSettings, Range, read_rows, stored
 
-PARTS_HELD = 4  # chunks in a worker's memory
+CHUNKS_HELD = 4  # chunks in a worker's memory
 BLOCKS_AT_A_TIME = 16
-Places = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Part:
+class Chunk:
     """A chunk of one token's points, in corpus order."""
 
     token: int
@@ -33,7 +31,7 @@ class Part:
     ranges: tuple[Range, ...]
 
 
-def cut(ranges: Sequence[Range], first: int, last: int) -> Iterator[Range]:
+def slice_ranges(ranges: Sequence[Range], first: int, last: int) -> Iterator[Range]:
     """Yield the ranges of rows [first, last) of the concatenated ranges.
 
     Example:
@@ -44,19 +42,19 @@ def cut(ranges: Sequence[Range], first: int, last: int) -> Iterator[Range]:
     for r in ranges:
         start, stop = max(first, at), min(last, at + r.stop - r.start)
         if start < stop:
-            yield Range(r.unit, r.start + start - at, r.start + stop - at)
+            yield Range(r.partition, r.start + start - at, r.start + stop - at)
         at += r.stop - r.start
 
 
-def pieces(settings: ClusterSettings, ranges: Sequence[Range]) -> Iterator[np.ndarray]:
+def read_blocks(settings: ClusterSettings, ranges: Sequence[Range]) -> Iterator[np.ndarray]:
     """Read ranges in order, at most BLOCKS_AT_A_TIME blocks of rows at a time."""
     step = BLOCKS_AT_A_TIME * kmeans.BLOCK_ROWS
     for r in ranges:
         for start in range(r.start, r.stop, step):
-            yield read_rows(settings.run.unit_file(r.unit), settings.dim, start, min(start + step, r.stop))
+            yield read_rows(settings.run.partition_file(r.partition), settings.dim, start, min(start + step, r.stop))
 
 
-class PartWorker:
+class ChunkWorker:
     """An actor that holds chunks of points; each call returns the sum over the given chunks of one token."""
 
     def __init__(self, settings: ClusterSettings) -> None:
@@ -64,62 +62,64 @@ class PartWorker:
 
         torch.set_num_threads(1)
         self.settings = settings
-        self.held: dict[Part, tuple[Any, Places]] = {}
+        self.held: dict[Chunk, tuple[Any, Places]] = {}
 
     def do(self, work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - as `work` has it
         """Call a function with this worker's settings as the last argument."""
         return work(*arguments, self.settings)
 
-    def partial(self, parts: Sequence[Part], state: kmeans.BlockedState) -> kmeans.Partial:
+    def partial(self, chunks: Sequence[Chunk], state: kmeans.BlockedState) -> kmeans.Partial:
         """Return sums, counts and inertia of one round."""
         state, config, device = _writable(state), self.settings.kmeans, self.settings.device
-        total = add_up(kmeans.partial(points, state, config, device=device) for _, points, _ in self._points(parts))
+        total = sum_partials(
+            kmeans.partial(points, state, config, device=device) for _, points, _ in self._points(chunks)
+        )
         return replace(total, inertia=_exact(total.inertia))
 
-    def farthest(self, parts: Sequence[Part], state: kmeans.BlockedState, count: int) -> kmeans.Farthest:
+    def farthest(self, chunks: Sequence[Chunk], state: kmeans.BlockedState, count: int) -> kmeans.Farthest:
         """Return the points farthest from their centroids."""
         state, config, device = _writable(state), self.settings.kmeans, self.settings.device
         found = (
             kmeans.farthest(points, state, count, config, first_row=row, device=device)
-            for row, points, _ in self._points(parts)
+            for row, points, _ in self._points(chunks)
         )
         return reduce(lambda first, second: kmeans.combine_farthest([first, second], count), found)
 
-    def finish(self, parts: Sequence[Part], state: kmeans.BlockedState) -> tuple[kmeans.Finished, Places]:
+    def finish(self, chunks: Sequence[Chunk], state: kmeans.BlockedState) -> tuple[kmeans.Finished, Places]:
         """Return sums of squared distances per sense and the places of the exemplars; release the chunks."""
         state, config, count = _writable(state), self.settings.kmeans, self.settings.exemplars
         squares: list[np.ndarray] = []
         exemplars: list[Places] = []
-        for _, points, places in self._points(parts):
+        for _, points, places in self._points(chunks):
             done = kmeans.finish(points, state, config, device=self.settings.device)
             senses, rows = np.array([done.squares.shape[1]]), np.array([len(done.assignment)])
             found = exemplar_places((done.assignment, done.distance), senses, rows, places, count)
-            exemplars = [nearest_of([*exemplars, found], count)]
+            exemplars = [merge_exemplars([*exemplars, found], count)]
             squares.append(done.squares)
         columns = [_exact(column) for column in np.concatenate(squares).T]
         exact = np.zeros((max(map(len, columns)), len(columns)))
         for number, column in enumerate(columns):
             exact[: len(column), number] = column
-        for part in parts:
-            self.held.pop(part, None)
+        for chunk in chunks:
+            self.held.pop(chunk, None)
         return replace(done, assignment=done.assignment[:0], distance=done.distance[:0], squares=exact), exemplars[0]
 
-    def _points(self, parts: Sequence[Part]) -> Iterator[tuple[int, Any, Places]]:
+    def _points(self, chunks: Sequence[Chunk]) -> Iterator[tuple[int, Any, Places]]:
         """Yield the first row within the token, the points and their places, a few blocks at a time."""
         step = BLOCKS_AT_A_TIME * kmeans.BLOCK_ROWS
-        for part in parts:
-            if part not in self.held and len(self.held) < PARTS_HELD:
-                points, places = self._read(part.ranges)
-                self.held[part] = self._on_device(points), places
-            rows = sum(r.stop - r.start for r in part.ranges)
+        for chunk in chunks:
+            if chunk not in self.held and len(self.held) < CHUNKS_HELD:
+                points, places = self._read(chunk.ranges)
+                self.held[chunk] = self._on_device(points), places
+            rows = sum(r.stop - r.start for r in chunk.ranges)
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
-                if part in self.held:
-                    points, places = self.held[part]
+                if chunk in self.held:
+                    points, places = self.held[chunk]
                     found = points[start:stop], {name: column[start:stop] for name, column in places.items()}
                 else:
-                    found = self._read(tuple(cut(part.ranges, start, stop)))
-                yield part.first_row + start, *found
+                    found = self._read(tuple(slice_ranges(chunk.ranges, start, stop)))
+                yield chunk.first_row + start, *found
 
     def _read(self, ranges: Sequence[Range]) -> tuple[Any, Places]:
         """Read points [n, D] as stored, and their places."""
@@ -127,12 +127,12 @@ class PartWorker:
         points = np.empty((sum(lengths), self.settings.dim), np.uint16)
         places = {name: np.empty(len(points), np.int32) for name in ("token", "row", "position")}
         start = 0
-        for records in pieces(self.settings, ranges):
+        for records in read_blocks(self.settings, ranges):
             rows = slice(start, start := start + len(records))
             points[rows] = records["embedding"]
             for name, column in places.items():
                 column[rows] = records[name]
-        places["unit"] = np.repeat(np.array([r.unit for r in ranges], np.int32), lengths)
+        places["unit"] = np.repeat(np.array([r.partition for r in ranges], np.int32), lengths)
         return stored(points, self.settings.store_dtype), places
 
     def _on_device(self, points: Any) -> Any:  # noqa: ANN401 - tensors
@@ -150,7 +150,7 @@ def _writable(state: kmeans.BlockedState) -> kmeans.BlockedState:
     return replace(state, **arrays)
 
 
-def add_up(found: Iterator[kmeans.Partial]) -> kmeans.Partial:
+def sum_partials(found: Iterator[kmeans.Partial]) -> kmeans.Partial:
     """Add up results in row order, as `kmeans.combine`, but with only two in memory."""
     first = next(found)
     sums, counts, inertia = first.sums.copy(), first.counts.copy(), [first.inertia]
@@ -168,10 +168,3 @@ def _exact(values: np.ndarray) -> np.ndarray:
         few.append(total)
         left.append(-total)
     return np.array(few if math.isfinite(total) and few else [total])
-
-
-def nearest_of(several: Sequence[Places], count: int) -> Places:
-    """Return the exemplars nearest to each sense; ties go to the earlier ones."""
-    places = {f"exemplar_{name}": np.concatenate([p[f"exemplar_{name}"] for p in several]) for name in PLACE}
-    chosen, rank = nearest(places["exemplar_sense"], places["exemplar_distance"], count)
-    return {name: column[chosen] for name, column in places.items()} | {"exemplar_rank": rank}

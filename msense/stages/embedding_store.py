@@ -9,11 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from msense import storage
-from msense.exemplars import PLACE, nearest
-from msense.kmeans import KMeansConfig
-from msense.occurrences import read_rows, record_type
-from msense.run_folder import RunFolder
+from msense.clustering.kmeans import KMeansConfig
+from msense.corpus.passages import Passages, read_block
+from msense.io import storage
+from msense.io.arrays import load_arrays, read_columns
+from msense.run.folder import RunFolder
+
+PARTITION_BYTES = (8 << 20, 768 << 20)  # least and most bytes of records a unit aims at
+TARGET_PARTITIONS = 160  # twenty for each of eight GPUs
+SHARD_BYTES = (24 << 20, 256 << 20)
+TARGET_SHARDS = 32
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class ClusterSettings:
 class Range:
     """Rows [start, stop) of a unit file."""
 
-    unit: int
+    partition: int
     start: int
     stop: int
 
@@ -43,28 +48,28 @@ class Range:
 def read_ranges(settings: ClusterSettings, ranges: Sequence[Range]) -> tuple[np.ndarray, np.ndarray]:
     """Read rows of several units: records [n], and the unit of each, int32 [n]."""
     records = np.empty(sum(r.stop - r.start for r in ranges), record_type(settings.dim))
-    unit = np.empty(len(records), dtype=np.int32)
+    partition = np.empty(len(records), dtype=np.int32)
     start = 0
     for r in ranges:
         stop = start + r.stop - r.start
-        records[start:stop] = read_rows(settings.run.unit_file(r.unit), settings.dim, r.start, r.stop)
-        unit[start:stop] = r.unit
+        records[start:stop] = read_rows(settings.run.partition_file(r.partition), settings.dim, r.start, r.stop)
+        partition[start:stop] = r.partition
         start = stop
-    return records, unit
+    return records, partition
 
 
 def shard_ranges(settings: ClusterSettings, shard: int) -> tuple[list[Range], int]:
     """Return where a shard's rows lie in every unit, and how many there are."""
-    offsets = storage.load_arrays(settings.run.offsets, ("offsets",))["offsets"]
-    ranges = [Range(unit, int(row[shard]), int(row[shard + 1])) for unit, row in enumerate(offsets)]
+    offsets = load_arrays(settings.run.offsets, ("offsets",))["offsets"]
+    ranges = [Range(partition, int(row[shard]), int(row[shard + 1])) for partition, row in enumerate(offsets)]
     return ranges, sum(r.stop - r.start for r in ranges)
 
 
-def senses_of(settings: ClusterSettings, tokens: np.ndarray) -> np.ndarray:
+def sense_counts(settings: ClusterSettings, tokens: np.ndarray) -> np.ndarray:
     """Return the number of senses that each token is to have: int64 [T], of token ids int64 [T]."""
     if not settings.senses_by_token:
         return np.full(len(tokens), settings.kmeans.k)
-    numbers: np.ndarray = storage.load_arrays(settings.run.senses, ("senses",))["senses"][tokens]
+    numbers: np.ndarray = load_arrays(settings.run.senses, ("senses",))["senses"][tokens]
     return numbers
 
 
@@ -98,28 +103,123 @@ def as_stored(centroids: np.ndarray, dtype: str) -> np.ndarray:
     return torch.from_numpy(centroids).to(getattr(torch, dtype)).view(torch.uint16).numpy()
 
 
-def exemplar_places(
-    found: tuple[np.ndarray, np.ndarray],
-    senses: np.ndarray,
-    points: np.ndarray,
-    places: dict[str, np.ndarray],
-    count: int,
-) -> dict[str, np.ndarray]:
-    """Find the points nearest to every sense.
+def record_type(dim: int) -> np.dtype:
+    """Return the record of one occurrence: 20 + 2 D bytes.
+
+    `row` is the passage's place in its unit, `position` the token's place in the passage, `embedding` the bits of a
+    float16 or bfloat16 vector.
+    """
+    return np.dtype(
+        [("key", "<u8"), ("token", "<i4"), ("row", "<i4"), ("position", "<i4"), ("embedding", "<u2", (dim,))]
+    )
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A fixed run of passage blocks."""
+
+    number: int
+    splits: list[int]
+    blocks: list[int]
+    stored: int  # occurrences; of labels: bytes
+    tokens: int  # that the teacher reads, hence its time
+
+
+def cut_partitions(blocks_file: str, dim: int) -> list[Partition]:
+    """Cut the plan's blocks into units of about equal expected output; the result depends on data and config only.
 
     Args:
-        found: sense of each point inside its token, int32 [n], and the squared distance to it, float32 [n].
-        senses: int64 [T], senses of each token.
-        points: int64 [T], points of each token, sum n.
-        places: token, unit, row and position of each point.
-        count: how many a sense.
+        blocks_file: the plan's table of blocks (piece, block, stored, ...).
+        dim: D.
+    """
+    table = read_columns(blocks_file, ["piece", "block", "stored", "needed_tokens"])
+    split, block, stored, tokens = (table[name] for name in ("piece", "block", "stored", "needed_tokens"))
+    size = record_type(dim).itemsize
+    target = int(np.clip(stored.sum() * size // TARGET_PARTITIONS, *PARTITION_BYTES)) // size
+    return group_blocks(split, block, stored, tokens, target)
+
+
+def group_blocks(
+    split: np.ndarray, block: np.ndarray, amount: np.ndarray, tokens: np.ndarray, target: int
+) -> list[Partition]:
+    """Put blocks that follow one another into units of about equal amounts.
+
+    Args:
+        split: int64 [n], the passages file of each block.
+        block: int64 [n], its number there.
+        amount: int64 [n], what it gives to its unit.
+        tokens: int64 [n], what the teacher reads of it.
+        target: amount of a unit.
+    """
+    number = (np.cumsum(amount) - amount) // max(1, target)
+    starts = np.flatnonzero(np.r_[True, number[1:] != number[:-1]]) if len(number) else np.zeros(0, dtype=np.int64)
+    stops = [*starts[1:], len(number)]
+    return [
+        Partition(n, split[a:b].tolist(), block[a:b].tolist(), int(amount[a:b].sum()), int(tokens[a:b].sum()))
+        for n, (a, b) in enumerate(zip(starts, stops, strict=True))
+    ]
+
+
+def longest_first(partitions: list[Partition]) -> list[Partition]:
+    """Return the units in the order in which actors should take them, so that none waits long for the last one.
+
+    Longest processing time first: Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 17 (1969).
+    """
+    return sorted(partitions, key=lambda partition: (-partition.tokens, partition.number))
+
+
+def cut_shards(stored: np.ndarray, dim: int) -> np.ndarray:
+    """Cut the vocabulary into shards of about equal bytes; a token larger than half a shard is a shard of its own.
+
+    Args:
+        stored: int64 [V], occurrences stored of each token (from the plan).
+        dim: D.
 
     Returns:
-        The columns of `exemplars.PLACE`, each named `exemplar_...`; distances stay squared.
+        int64 [shards + 1], the first token of each shard, and V.
     """
-    assignment, distance = found
-    sense = assignment + np.repeat(np.cumsum(senses) - senses, points)
-    chosen, rank = nearest(sense, distance, count)
-    columns = {name: column[chosen] for name, column in places.items()}
-    columns |= {"sense": assignment[chosen], "rank": rank, "distance": distance[chosen]}
-    return {f"exemplar_{name}": columns[name] for name in PLACE}
+    size = record_type(dim).itemsize
+    target = max(1, int(np.clip(stored.sum() * size // TARGET_SHARDS, *SHARD_BYTES)) // size)
+    large = stored > target // 2
+    borders = {0, len(stored)} | set(np.flatnonzero(large).tolist()) | set((np.flatnonzero(large) + 1).tolist())
+    runs = np.cumsum(np.where(large, 0, stored)) // target
+    borders |= set((np.flatnonzero(runs[1:] != runs[:-1]) + 1).tolist())
+    return np.array(sorted(borders), dtype=np.int64)
+
+
+class Duplicates:
+    """The rows that `--dedup` drops; holds 12 bytes each."""
+
+    def __init__(self, run: RunFolder) -> None:
+        found = load_arrays(run.duplicates) if storage.exists(run.duplicates) else {}
+        self.rows = found.get("row", np.zeros(0, dtype=np.int32))
+        self.places = found.get("piece", self.rows).astype(np.int64) << 32 | found.get("block", self.rows)
+
+    def of(self, split: int, block: int) -> np.ndarray:
+        """Return the rows to drop of one block, increasing."""
+        start, stop = np.searchsorted(self.places, [split << 32 | block, (split << 32 | block) + 1])
+        return self.rows[start:stop]
+
+
+def partition_passages(run: RunFolder, partition: Partition, duplicates: Duplicates) -> Passages:
+    """Read the passages of a unit; duplicates that the plan dropped are left out."""
+    places = zip(partition.splits, partition.blocks, strict=True)
+    return Passages.concatenate([read_block(run.passages_file(p), b).without(duplicates.of(p, b)) for p, b in places])
+
+
+def read_rows(uri: str, dim: int, start: int, stop: int) -> np.ndarray:
+    """Read a range of a unit's records in one contiguous read.
+
+    Args:
+        uri: a unit file.
+        dim: D.
+        start: first row.
+        stop: row after the last.
+
+    Returns:
+        records [stop - start].
+    """
+    dtype = record_type(dim)
+    if start == stop:
+        return np.empty(0, dtype)
+    return np.frombuffer(storage.read_range(uri, start * dtype.itemsize, (stop - start) * dtype.itemsize), dtype)

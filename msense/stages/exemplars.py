@@ -15,67 +15,55 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from msense import storage
+from msense.clustering.nearest import PLACE
 from msense.dictionary.contexts import exemplar_schema
-from msense.occurrences import Duplicates, Unit
-from msense.resume import Journal, finished
-from msense.run_folder import RunFolder
-from msense.runtime import Resources, map_tasks, run_task
-from msense.tokens import open_parquet
+from msense.io import storage
+from msense.io.arrays import load_arrays, open_parquet
+from msense.run.folder import RunFolder
+from msense.run.journal import Journal
+from msense.run.resume import finished
+from msense.runtime.ray_executor import map_tasks, run_task
+from msense.runtime.resources import Resources
+from msense.stages.embedding_store import Duplicates, Partition
 
 ROW_GROUP = 1 << 16  # reading one token loads the row groups that contain it
 LONGEST_TEXT = 4096  # characters
-WINDOW = 24  # tokens of context on each side
-PLACE = ("token", "sense", "rank", "distance", "unit", "row", "position")
+CONTEXT_TOKENS = 24  # tokens of context on each side
 
 
-def nearest(sense: np.ndarray, distance: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices int64 [m] of the points nearest to each sense, sorted by sense, and their ranks int32 [m].
-
-    Args:
-        sense: int [n], sense of each point.
-        distance: float32 [n], its distance.
-        count: limit per sense; ties go to the earlier point.
-    """
-    order = np.lexsort((distance, sense))
-    rank = np.arange(len(order)) - np.searchsorted(sense[order], sense[order])
-    chosen = rank < count
-    return order[chosen], rank[chosen].astype(np.int32)
-
-
-def resolve(
-    run: RunFolder, centroid_files: list[str], units: list[Unit], resources: Resources, journal: Journal
+def write_contexts(
+    run: RunFolder, centroid_files: list[str], partitions: list[Partition], resources: Resources, journal: Journal
 ) -> list[str]:
     """Decode the contexts of all exemplars and return the files, one per partition.
 
     Args:
         run: the run folder.
         centroid_files: output of stage 4.
-        units: partitions of the run.
+        partitions: partitions of the run.
         resources: limits the number of concurrent tasks.
         journal: records which files are kept and which are written.
     """
     index = run.contexts_index
     missing_index = finished("exemplars", run, [index], resources, journal) == [None]
     if missing_index:
-        run_task(_write_index, run, centroid_files, len(units))
-    files = [run.contexts_file(unit.number) for unit in units]
+        run_task(_write_index, run, centroid_files, len(partitions))
+    files = [run.contexts_file(partition.number) for partition in partitions]
     done = finished("exemplars", run, files, resources, journal)
-    todo = [asdict(unit) for unit, facts in zip(units, done, strict=True) if facts is None]
+    todo = [asdict(partition) for partition, stats in zip(partitions, done, strict=True) if stats is None]
     for _ in map_tasks("exemplars", _resolve_unit, todo, resources, run, index):
         pass
     journal.add("exemplars", made=len(todo) + missing_index)
     return files
 
 
-def _write_index(run: RunFolder, centroid_files: list[str], units: int) -> None:
+def _write_index(run: RunFolder, centroid_files: list[str], partitions: int) -> None:
     """Write the positions of all exemplars with one row group per partition."""
     names = tuple(f"exemplar_{name}" for name in PLACE)
-    arrays = [storage.load_arrays(file, names) for file in centroid_files]
+    arrays = [load_arrays(file, names) for file in centroid_files]
     columns = {name: np.concatenate([a[f"exemplar_{name}"] for a in arrays]) for name in PLACE}
     order = np.argsort(columns["unit"], kind="stable")
     table = pa.table({name: column[order] for name, column in columns.items()})
-    borders = np.searchsorted(columns["unit"][order], np.arange(units + 1)).tolist()
+    borders = np.searchsorted(columns["unit"][order], np.arange(partitions + 1)).tolist()
 
     def write(path: Path) -> None:
         with pq.ParquetWriter(path, table.schema) as writer:
@@ -87,11 +75,11 @@ def _write_index(run: RunFolder, centroid_files: list[str], units: int) -> None:
 
 def _resolve_unit(item: dict[str, Any], run: RunFolder, index: str) -> dict[str, Any]:
     """Write the contexts of one partition's exemplars."""
-    unit = Unit(**item)
+    partition = Partition(**item)
     tokenizer = Tokenizer.from_str(storage.read_text(run.tokenizer))
-    places = open_parquet(index).read_row_group(unit.number)
+    places = open_parquet(index).read_row_group(partition.number)
     rows = places.column("row").to_pylist()
-    documents, passages = _passages(run, unit, np.unique(np.array(rows, np.int64)))
+    documents, passages = _passages(run, partition, np.unique(np.array(rows, np.int64)))
     positions = places.column("position").to_pylist()
     contexts = [_context(tokenizer, passages[row], at) for row, at in zip(rows, positions, strict=True)]
     texts = [
@@ -105,19 +93,19 @@ def _resolve_unit(item: dict[str, Any], run: RunFolder, index: str) -> dict[str,
     columns = [token, sense, rank, distance, *(pa.array(text, pa.string()) for text in texts)]
     schema = exemplar_schema()
     table = pa.Table.from_arrays([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-    run.publish(run.contexts_file(unit.number), lambda path: pq.write_table(table, path))
+    run.publish(run.contexts_file(partition.number), lambda path: pq.write_table(table, path))
     return {}
 
 
-def _passages(run: RunFolder, unit: Unit, wanted: np.ndarray) -> tuple[dict[int, str], dict[int, list[int]]]:
+def _passages(run: RunFolder, partition: Partition, wanted: np.ndarray) -> tuple[dict[int, str], dict[int, list[int]]]:
     """Return document ids and token ids of the passages in the sorted rows `wanted` of a partition."""
     duplicates = Duplicates(run)
     documents: dict[int, str] = {}
     ids: dict[int, list[int]] = {}
     start = 0
-    for piece, block in zip(unit.pieces, unit.blocks, strict=True):
-        table = open_parquet(run.passages_file(piece)).read_row_group(block, columns=["document_id", "input_ids"])
-        kept = np.delete(np.arange(len(table)), duplicates.of(piece, block))
+    for split, block in zip(partition.splits, partition.blocks, strict=True):
+        table = open_parquet(run.passages_file(split)).read_row_group(block, columns=["document_id", "input_ids"])
+        kept = np.delete(np.arange(len(table)), duplicates.of(split, block))
         rows = wanted[(wanted >= start) & (wanted < start + len(kept))]
         chosen = table.take(kept[rows - start])
         documents.update(zip(rows.tolist(), chosen.column("document_id").to_pylist(), strict=True))
@@ -131,7 +119,7 @@ def _context(tokenizer: Tokenizer, ids: list[int], position: int) -> tuple[str, 
 
     The three are differences of growing decodings of the same window, which preserves the spaces of the text.
     """
-    start, stop = max(0, position - WINDOW), position + 1 + WINDOW
+    start, stop = max(0, position - CONTEXT_TOKENS), position + 1 + CONTEXT_TOKENS
     special = bool(tokenizer.decode([ids[position]], skip_special_tokens=True) == "")
     left = tokenizer.decode(ids[start:position])
     upto = tokenizer.decode(ids[start : position + 1], skip_special_tokens=not special)
@@ -142,7 +130,7 @@ def _context(tokenizer: Tokenizer, ids: list[int], position: int) -> tuple[str, 
     return left, word, tokenizer.decode(ids[position + 1 : stop])
 
 
-def collect(files: list[str], target: Path) -> None:
+def collect_contexts(files: list[str], target: Path) -> None:
     """Merge the contexts of all partitions into one local file, sorted by token, sense and rank."""
     table = pa.concat_tables([open_parquet(file).read() for file in files])
     table = table.sort_by([("token", "ascending"), ("sense", "ascending"), ("rank", "ascending")])

@@ -18,21 +18,25 @@ import torch
 import xxhash
 from torch import Tensor
 
-from msense import storage
-from msense.config import NO_SENSE, Metric
+from msense.constants import NO_SENSE, Metric
+from msense.corpus.passages import Passages, read_block
 from msense.dictionary import SenseDictionary
-from msense.errors import BadInput, MsenseError
-from msense.label_set import LabelManifest, LabelUnit, label_bytes, label_columns
-from msense.occurrences import UNITS_WANTED, Duplicates, GatherSettings, Unit, group_blocks, load_teacher, read_columns
-from msense.pooling import pool
-from msense.resume import Journal, finished
-from msense.run_folder import RunFolder
-from msense.runtime import Resources, get, map_actors, reduce_tasks, run_task
-from msense.sampling import select
-from msense.teacher import TOKEN_BUDGET, pad_batch, token_batches
-from msense.tokens import Passages, open_parquet, read_block
+from msense.errors import InputError, MsenseError
+from msense.io import storage
+from msense.io.arrays import load_arrays, open_parquet, read_columns, save_arrays
+from msense.run.folder import RunFolder
+from msense.run.journal import Journal
+from msense.run.resume import finished
+from msense.runtime.ray_executor import get, map_actors, reduce_tasks, run_task
+from msense.runtime.resources import Resources
+from msense.stages.embed import EmbedSettings, load_teacher
+from msense.stages.embedding_store import TARGET_PARTITIONS, Duplicates, Partition, group_blocks
+from msense.stages.sampling import select
+from msense.teacher.batching import TOKEN_BUDGET, pad_batch, token_batches
+from msense.teacher.pooling import pool
+from msense.training.label_dataset import LabelManifest, LabelPartition, label_columns, label_size
 
-UNIT_BYTES = (1 << 19, 256 << 20)  # minimum and maximum of the target size of a partition
+PARTITION_BYTES = (1 << 19, 256 << 20)  # minimum and maximum of the target size of a partition
 HELD_OUT_SALT = 0x68656C64  # documents are held out by a hash independent of the passage keys
 KEY_BINS_BITS = 20
 ASSIGN_NUMBERS = 1 << 23  # hidden-state elements assigned together, as small batches cost as much as large ones
@@ -46,7 +50,7 @@ class LabelSettings:
 
     run: RunFolder  # where the labels are written
     text: RunFolder  # with the passages and their plan
-    gather: GatherSettings  # teacher and passage layout
+    gather: EmbedSettings  # teacher and passage layout
     dictionary: str
     fingerprint: str  # of the dictionary
     pooling: str
@@ -60,7 +64,7 @@ class LabelSettings:
     last_key: int | None = None  # of the passages to label; None = those that the plan needs
 
 
-def choose(
+def select_passages(
     settings: LabelSettings, blocks: Sequence[int], resources: Resources
 ) -> tuple[LabelSettings, dict[str, int]]:
     """Choose the passages to label, and write the number chosen from each block.
@@ -95,7 +99,7 @@ class _Tokens:
         bins = int(np.searchsorted(total, tokens, side="right"))
         if not bins or not total[bins - 1]:
             least = int(total[total > 0][:1].sum())
-            raise BadInput(f"--train-tokens {tokens} is too small for the first passages: set it to at least {least}")
+            raise InputError(f"--train-tokens {tokens} is too small for the first passages: set it to at least {least}")
         return (bins << (64 - KEY_BINS_BITS)) - 1
 
 
@@ -120,7 +124,7 @@ def _count_keys(splits: list[tuple[int, int]], settings: LabelSettings) -> _Toke
 
 
 def _count_passages(splits: list[tuple[int, int]], settings: LabelSettings) -> _Blocks:
-    chooser, rows = Chooser(settings), []
+    chooser, rows = PassageSelector(settings), []
     for split, count in splits:
         for block in range(count):
             passages, chosen = chooser(split, block)
@@ -135,31 +139,31 @@ def _write_blocks(counted: _Blocks, settings: LabelSettings) -> dict[str, int]:
     return settings.run.publish(settings.run.label_blocks, partial(pq.write_table, table), stats)
 
 
-class Chooser:
+class PassageSelector:
     """Reads blocks and selects the passages to label; keeps the plan's thresholds in memory."""
 
     def __init__(self, settings: LabelSettings) -> None:
         self.settings = settings
         self.duplicates = Duplicates(settings.text)
-        self.threshold = storage.load_arrays(settings.text.thresholds, ("threshold",))["threshold"]
+        self.threshold = load_arrays(settings.text.thresholds, ("threshold",))["threshold"]
 
-    def __call__(self, piece: int, block: int) -> tuple[Passages, np.ndarray]:
+    def __call__(self, split: int, block: int) -> tuple[Passages, np.ndarray]:
         """Return the passages of a block, and the rows to label, increasing int64."""
-        passages = read_block(self.settings.text.passages_file(piece), block)
+        passages = read_block(self.settings.text.passages_file(split), block)
         if self.settings.last_key is not None:
             rows = np.flatnonzero(passages.keys <= np.uint64(self.settings.last_key))
         else:
             gather = self.settings.gather
             rows = np.unique(passages.rows()[select(passages, self.threshold, gather.spec, gather.per_passage)])
-        return passages, np.setdiff1d(rows, self.duplicates.of(piece, block))
+        return passages, np.setdiff1d(rows, self.duplicates.of(split, block))
 
-    def unit(self, unit: Unit) -> tuple[Passages, np.ndarray]:
+    def partition(self, partition: Partition) -> tuple[Passages, np.ndarray]:
         """Return the passages of a partition to label, and whether each is held out, bool [P]."""
         parts, held = [], []
-        for piece, block in zip(unit.pieces, unit.blocks, strict=True):
-            passages, rows = self(piece, block)
+        for split, block in zip(partition.splits, partition.blocks, strict=True):
+            passages, rows = self(split, block)
             parts.append(passages.without(np.setdiff1d(np.arange(len(passages.keys)), rows)))
-            held.append(_held_out(self.settings.text.passages_file(piece), block, self.settings.held_out)[rows])
+            held.append(_held_out(self.settings.text.passages_file(split), block, self.settings.held_out)[rows])
         return Passages.concatenate(parts), np.concatenate(held)
 
 
@@ -174,13 +178,13 @@ def _held_out(uri: str, block: int, share: float) -> np.ndarray:
     return np.array(drawn, dtype=bool)[documents.indices.to_numpy()]
 
 
-def label_units(settings: LabelSettings) -> list[Unit]:
+def cut_label_partitions(settings: LabelSettings) -> list[Partition]:
     """Cut the chosen passages into partitions of similar size in bytes; depends on data and config only."""
     table = read_columns(settings.run.label_blocks, list(_ROW))
     dim = settings.gather.dim if settings.pooled else 0
-    size = label_bytes(table["passages"], table["tokens"], dim, settings.soft_targets)
+    size = label_size(table["passages"], table["tokens"], dim, settings.soft_targets)
     some = size > 0
-    target = int(np.clip(size.sum() // UNITS_WANTED, *UNIT_BYTES))
+    target = int(np.clip(size.sum() // TARGET_PARTITIONS, *PARTITION_BYTES))
     return group_blocks(table["piece"][some], table["block"][some], size[some], table["tokens"][some], target)
 
 
@@ -190,7 +194,7 @@ class LabelActor:
     def __init__(self, settings: LabelSettings) -> None:
         """Load teacher and dictionary; raise MsenseError if either differs from the one the run was started with."""
         self.settings = settings
-        self.chooser = Chooser(settings)
+        self.chooser = PassageSelector(settings)
         self.teacher = load_teacher(settings.gather)
         dictionary = SenseDictionary.load(settings.dictionary)
         if dictionary.fingerprint != settings.fingerprint:
@@ -202,24 +206,24 @@ class LabelActor:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Write one partition; return its stats."""
-        unit = Unit(**item)
-        passages, held = self.chooser.unit(unit)
+        partition = Partition(**item)
+        passages, held = self.chooser.partition(partition)
         stats = {
-            "unit": unit.number,
+            "unit": partition.number,
             "passages": len(passages.keys),
             "tokens": len(passages.ids),
             "held_out_passages": int(held.sum()),
         }
 
         def write(path: Path) -> dict[str, Any]:
-            arrays = self._label(passages, unit.number)
-            storage.save_arrays(path, {**arrays, "held_out": held.astype(np.uint8)})
+            arrays = self._label(passages, partition.number)
+            save_arrays(path, {**arrays, "held_out": held.astype(np.uint8)})
             labelled = int((arrays["senses"] != NO_SENSE).sum())
             return {"labelled": labelled, "size": path.stat().st_size, "sha256": storage.sha256_of(path)}
 
-        return self.settings.run.publish(self.settings.run.label_file(unit.number), write, stats)
+        return self.settings.run.publish(self.settings.run.label_file(partition.number), write, stats)
 
-    def _label(self, passages: Passages, unit: int) -> dict[str, np.ndarray]:
+    def _label(self, passages: Passages, partition: int) -> dict[str, np.ndarray]:
         """Embed passages and return the columns of their label file except `held_out`."""
         settings = self.settings
         dim = settings.gather.dim if settings.pooled else 0
@@ -237,29 +241,29 @@ class LabelActor:
             hidden = self.teacher.embed(ids, padding)
             mask = torch.from_numpy(padding).to(hidden.device)
             if settings.pooled:
-                arrays["pooled"][batch] = self._pool(hidden, mask, unit)
+                arrays["pooled"][batch] = self._pool(hidden, mask, partition)
             flat = np.concatenate([np.arange(passages.offsets[r], passages.offsets[r + 1]) for r in batch])
             wanted = eligible[flat]
             places.append(flat[wanted])
             points.append(hidden[mask][torch.from_numpy(wanted).to(hidden.device)])
             if sum(len(p) for p in places) * settings.gather.dim >= ASSIGN_NUMBERS:
-                self._assign(passages, np.concatenate(places), torch.cat(points), arrays, unit)
+                self._assign(passages, np.concatenate(places), torch.cat(points), arrays, partition)
                 places, points = [], []
         if places:
-            self._assign(passages, np.concatenate(places), torch.cat(points), arrays, unit)
+            self._assign(passages, np.concatenate(places), torch.cat(points), arrays, partition)
         return {**arrays, "offsets": passages.offsets, "ids": passages.ids.astype(np.int32)}
 
-    def _pool(self, hidden: Tensor, mask: Tensor, unit: int) -> np.ndarray:
+    def _pool(self, hidden: Tensor, mask: Tensor, partition: int) -> np.ndarray:
         """Return the pooled embeddings of passages, float16 [B, D]."""
         vectors = pool(hidden, mask, self.settings.pooling, normalize=self.settings.normalize).half()
-        self._check_finite(vectors, unit)
+        self._check_finite(vectors, partition)
         return np.asarray(vectors.cpu().numpy())
 
     def _assign(
-        self, passages: Passages, places: np.ndarray, points: Tensor, arrays: dict[str, np.ndarray], unit: int
+        self, passages: Passages, places: np.ndarray, points: Tensor, arrays: dict[str, np.ndarray], partition: int
     ) -> None:
         """Write the senses of the tokens at these positions of the partition into the columns."""
-        self._check_finite(points, unit)
+        self._check_finite(points, partition)
         ids = torch.from_numpy(passages.ids[places])
         arrays["senses"][places] = _stored(self.dictionary.assign(ids, points, metric=self.settings.metric))
         if top := self.settings.soft_targets:
@@ -269,12 +273,12 @@ class LabelActor:
             arrays["soft_senses"][places] = _stored(senses)
             arrays["soft_weights"][places] = weights.half().cpu().numpy()
 
-    def _check_finite(self, embeddings: Tensor, unit: int) -> None:
+    def _check_finite(self, embeddings: Tensor, partition: int) -> None:
         if not embeddings.isfinite().all():
             dtype = self.settings.gather.dtype
             remedy = "" if dtype == "float32" else "use --dtype float32 with a new --output, or "
             raise MsenseError(
-                f"label partition {unit}: the teacher's {dtype} embeddings are NaN, infinite or too large for float16; "
+                f"label partition {partition}: the teacher's {dtype} embeddings are NaN, infinite or too large for float16; "
                 f"{remedy}check its weights"
             )
 
@@ -287,41 +291,43 @@ def _stored(senses: Tensor) -> np.ndarray:
 def are_finished(run: RunFolder, resources: Resources) -> bool:
     """Return whether the labels of a run are complete and every checksum matches."""
     manifest = storage.read_json(run.label_manifest)
-    if manifest is None or manifest.get("made_of") != run.made_of:
+    if manifest is None or manifest.get("made_of") != run.inputs_hash:
         return False
     files = [run.label_senses, *(run.label_file(n) for n in range(len(manifest["units"])))]
     return all(stats is not None for stats in finished("labels", run, files, resources, repair=False))
 
 
-def make_labels(settings: LabelSettings, units: list[Unit], resources: Resources, journal: Journal) -> dict[str, Any]:
+def make_labels(
+    settings: LabelSettings, partitions: list[Partition], resources: Resources, journal: Journal
+) -> dict[str, Any]:
     """Write the labels of a run, keeping partitions finished by an earlier driver; return stats as `label_facts` does.
 
-    `settings` come from `choose`, `units` from `label_units`; `journal` records the numbers of kept and new partitions.
+    `settings` come from `choose`, `partitions` from `label_units`; `journal` records the numbers of kept and new partitions.
     """
     run = settings.run
-    done = finished("labels", run, [run.label_file(unit.number) for unit in units], resources, journal)
-    todo = [asdict(unit) for unit, stats in zip(units, done, strict=True) if stats is None]
+    done = finished("labels", run, [run.label_file(partition.number) for partition in partitions], resources, journal)
+    todo = [asdict(partition) for partition, stats in zip(partitions, done, strict=True) if stats is None]
     for _ in map_actors("labels", LabelActor, {"settings": settings}, todo, resources):
         pass
     journal.add("labels", made=len(todo))
-    stats: dict[str, Any] = run_task(_write_manifest, settings, len(units))
+    stats: dict[str, Any] = run_task(_write_manifest, settings, len(partitions))
     return stats
 
 
-def _write_manifest(settings: LabelSettings, units: int) -> dict[str, Any]:
+def _write_manifest(settings: LabelSettings, partitions: int) -> dict[str, Any]:
     """Write the number of senses of every token, and the manifest with the stats of all partitions."""
     run, dictionary = settings.run, SenseDictionary.load(settings.dictionary)
     sizes = np.diff(dictionary.offsets).astype(np.int32)
-    run.publish(run.label_senses, lambda path: storage.save_arrays(path, {"senses": sizes}))
+    run.publish(run.label_senses, lambda path: save_arrays(path, {"senses": sizes}))
     files = []
-    for number in range(units):
-        stats = storage.facts_of(run.label_file(number), made_of=run.made_of)
+    for number in range(partitions):
+        stats = storage.stats_of(run.label_file(number), inputs_hash=run.inputs_hash)
         if stats is None:
             raise MsenseError(f"{run.label_file(number)} disappeared during the run: run the same command again")
-        files.append(LabelUnit(**{name: stats[name] for name in LabelUnit.model_fields}))
+        files.append(LabelPartition(**{name: stats[name] for name in LabelPartition.model_fields}))
     config = dictionary.config
     manifest = LabelManifest(
-        made_of=run.made_of,
+        inputs_hash=run.inputs_hash,
         dictionary=settings.fingerprint,
         teacher=config.teacher,
         tokenizer_fingerprint=config.tokenizer_fingerprint,
@@ -337,20 +343,20 @@ def _write_manifest(settings: LabelSettings, units: int) -> dict[str, Any]:
         pooled=settings.pooled,
         pooling=settings.pooling,
         normalize=settings.normalize,
-        units=tuple(files),
+        partitions=tuple(files),
     )
     storage.write_json(run.label_manifest, manifest.model_dump(mode="json"))
-    return label_facts(manifest)
+    return label_stats(manifest)
 
 
-def label_facts(manifest: LabelManifest) -> dict[str, Any]:
+def label_stats(manifest: LabelManifest) -> dict[str, Any]:
     """Return the stats of finished labels; `labelled` counts tokens with a sense, `held_out` passages."""
-    units = manifest.units
+    partitions = manifest.partitions
     return {
-        "units": len(units),
+        "units": len(partitions),
         "passages": manifest.passages,
         "tokens": manifest.tokens,
-        "labelled": sum(unit.labelled for unit in units),
-        "held_out": sum(unit.held_out_passages for unit in units),
-        "bytes": sum(unit.size for unit in units),
+        "labelled": sum(partition.labelled for partition in partitions),
+        "held_out": sum(partition.held_out_passages for partition in partitions),
+        "bytes": sum(partition.size for partition in partitions),
     }

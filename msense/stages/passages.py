@@ -11,14 +11,26 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from msense import storage
-from msense.config import BuildConfig
-from msense.corpus import WHOLE, Piece, SourceFile, count_rows, cut_pieces, display_uri, fingerprint_of, number_pieces
-from msense.errors import BadInput
-from msense.resume import Journal, finished
-from msense.run_folder import RunFolder
-from msense.runtime import Resources, map_data, map_tasks, run_task
-from msense.tokens import LISTED_BAD_DOCUMENTS, PassageSpec, write_passages
+from msense.config.build import BuildConfig
+from msense.corpus import (
+    WHOLE,
+    InputSplit,
+    SourceFile,
+    count_rows,
+    current_fingerprint,
+    cut_splits,
+    display_uri,
+    number_splits,
+)
+from msense.corpus.chunking import LISTED_BAD_DOCUMENTS, write_passages
+from msense.corpus.passages import PassageSpec
+from msense.errors import InputError
+from msense.io import storage
+from msense.run.folder import RunFolder
+from msense.run.journal import Journal
+from msense.run.resume import finished
+from msense.runtime.ray_executor import map_data, map_tasks, run_task
+from msense.runtime.resources import Resources
 
 
 def make_passages(
@@ -46,10 +58,10 @@ def make_passages(
     Raises:
         BadInput: no text at all; a bad document where none is allowed; the corpus changed while it was read.
     """
-    pieces = _numbered(cut_pieces(files), resources)
-    found = _finished_pieces(run, len(pieces), resources, journal)
+    splits = _numbered(cut_splits(files), resources)
+    found = _finished_pieces(run, len(splits), resources, journal)
     known = {file.uri: f"{file.size} {file.fingerprint}" for file in files}
-    todo = [{"number": n, "known": known[p.uri], **asdict(p)} for n, p in enumerate(pieces) if found[n] is None]
+    todo = [{"number": n, "known": known[p.uri], **asdict(p)} for n, p in enumerate(splits) if found[n] is None]
     work = partial(_write_piece, run=run, spec=spec, fail_on_bad=config.on_bad_document == "fail")
     for row in map_data("passages", work, todo, resources):
         found[row["number"]] = row
@@ -59,42 +71,42 @@ def make_passages(
     for row in whole:
         for reason, count in row["bad"].items():
             bad[reason] = bad.get(reason, 0) + count
-    facts = {name: sum(row[name] for row in whole) for name in ("documents", "passages", "tokens")}
-    facts |= {"bad documents": sum(bad.values())}
-    facts |= {f"bad: {reason}": count for reason, count in sorted(bad.items())}
-    refuse_bad_documents(facts, config)
+    stats = {name: sum(row[name] for row in whole) for name in ("documents", "passages", "tokens")}
+    stats |= {"bad documents": sum(bad.values())}
+    stats |= {f"bad: {reason}": count for reason, count in sorted(bad.items())}
+    refuse_bad_documents(stats, config)
     run_task(_list_bad_documents, run, len(whole))
-    if not facts["passages"]:
+    if not stats["passages"]:
         named = " ".join(display_uri(uri) for uri in config.corpus)
-        told = _told(facts)
+        told = _told(stats)
         remedy = f"see {run.bad_documents}, and check the path and --text-column" if bad else "check the path"
         if config.sample < 1:
             remedy += f", and raise --sample {config.sample}"
-        raise BadInput(f"the corpus {named} has no text ({told or 'no documents in it'}): {remedy}")
-    return facts, [row["blocks"] for row in whole]
+        raise InputError(f"the corpus {named} has no text ({told or 'no documents in it'}): {remedy}")
+    return stats, [row["blocks"] for row in whole]
 
 
-def refuse_bad_documents(facts: dict[str, Any], config: BuildConfig) -> None:
+def refuse_bad_documents(stats: dict[str, Any], config: BuildConfig) -> None:
     """Raise if there are bad documents and the config allows none.
 
     Raises:
         BadInput: with their number by reason.
     """
-    if facts["bad documents"] and config.on_bad_document == "fail":
-        raise BadInput(f"the corpus has bad documents ({_told(facts)}); --on-bad-document skip goes past them")
+    if stats["bad documents"] and config.on_bad_document == "fail":
+        raise InputError(f"the corpus has bad documents ({_told(stats)}); --on-bad-document skip goes past them")
 
 
-def _told(facts: dict[str, Any]) -> str:
+def _told(stats: dict[str, Any]) -> str:
     """Say how many bad documents there are of each reason."""
-    reasons = ((name.removeprefix("bad: "), count) for name, count in facts.items() if name.startswith("bad: "))
+    reasons = ((name.removeprefix("bad: "), count) for name, count in stats.items() if name.startswith("bad: "))
     return "; ".join(f"{count} {reason}" for reason, count in reasons)
 
 
 def _finished_pieces(
-    run: RunFolder, pieces: int, resources: Resources, journal: Journal
+    run: RunFolder, splits: int, resources: Resources, journal: Journal
 ) -> list[dict[str, Any] | None]:
     """Return the facts of the pieces that are finished; those with bad documents need their list as well."""
-    found = finished("passages", run, [run.passages_file(n) for n in range(pieces)], resources, journal)
+    found = finished("passages", run, [run.passages_file(n) for n in range(splits)], resources, journal)
     listed = [n for n, f in enumerate(found) if f and f["bad"]]
     lists = finished("passages", run, [run.bad_file(n) for n in listed], resources)
     for number in [n for n, f in zip(listed, lists, strict=True) if f is None]:
@@ -102,22 +114,22 @@ def _finished_pieces(
     return found
 
 
-def _numbered(pieces: list[Piece], resources: Resources) -> list[Piece]:
+def _numbered(splits: list[InputSplit], resources: Resources) -> list[InputSplit]:
     """Count the rows before each piece of a file that was cut by bytes."""
-    unknown = [n for n, piece in enumerate(pieces) if piece.format in ("txt", "jsonl") and piece.stop != WHOLE]
+    unknown = [n for n, split in enumerate(splits) if split.format in ("txt", "jsonl") and split.stop != WHOLE]
     if not unknown:
-        return pieces
-    counts = [0] * len(pieces)
+        return splits
+    counts = [0] * len(splits)
     for row in map_tasks(
-        "counting rows", _count_piece, [{"number": n, **asdict(pieces[n])} for n in unknown], resources
+        "counting rows", _count_piece, [{"number": n, **asdict(splits[n])} for n in unknown], resources
     ):
         counts[row["number"]] = row["rows"]
-    return number_pieces(pieces, counts)
+    return number_splits(splits, counts)
 
 
 def _count_piece(item: dict[str, Any]) -> dict[str, Any]:
     number = item.pop("number")
-    return {"number": number, "rows": count_rows(Piece(**item))}
+    return {"number": number, "rows": count_rows(InputSplit(**item))}
 
 
 def _write_piece(item: dict[str, Any], run: RunFolder, spec: PassageSpec, fail_on_bad: bool) -> dict[str, Any]:
@@ -126,16 +138,16 @@ def _write_piece(item: dict[str, Any], run: RunFolder, spec: PassageSpec, fail_o
     tokenizer = Tokenizer.from_str(storage.read_text(run.tokenizer))
 
     def write(path: Path) -> dict[str, Any]:
-        piece = Piece(**item)
-        facts = write_passages(piece, spec, tokenizer, path, fail_on_bad)
-        if (now := fingerprint_of(piece.uri)) not in (None, known):
-            raise BadInput(
-                f"the corpus changed while it was read: {piece.name} was {known}, is {now}; bring the former file "
+        split = InputSplit(**item)
+        stats = write_passages(split, spec, tokenizer, path, fail_on_bad)
+        if (now := current_fingerprint(split.uri)) not in (None, known):
+            raise InputError(
+                f"the corpus changed while it was read: {split.name} was {known}, is {now}; bring the former file "
                 "back and run the same command again, or give another --output"
             )
-        if listed := facts.pop("listed"):
+        if listed := stats.pop("listed"):
             run.publish(run.bad_file(number), partial(_write_listed, listed))
-        return {**facts, "blocks": len(facts["blocks"])}
+        return {**stats, "blocks": len(stats["blocks"])}
 
     return run.publish(run.passages_file(number), write, {"number": number})
 
@@ -144,15 +156,15 @@ def _write_listed(listed: list[dict[str, str]], path: Path) -> None:
     path.write_text(json.dumps(listed), encoding="utf-8")
 
 
-def _list_bad_documents(run: RunFolder, pieces: int) -> None:
+def _list_bad_documents(run: RunFolder, splits: int) -> None:
     """Write the first hundred bad documents of each reason, in input order."""
     told: dict[str, int] = {}
     lines = []
-    for piece in range(pieces):
-        facts = storage.facts_of(run.passages_file(piece)) or {"bad": {}}
-        if not any(told.get(reason, 0) < LISTED_BAD_DOCUMENTS for reason in facts["bad"]):
+    for split in range(splits):
+        stats = storage.stats_of(run.passages_file(split)) or {"bad": {}}
+        if not any(told.get(reason, 0) < LISTED_BAD_DOCUMENTS for reason in stats["bad"]):
             continue
-        for document in json.loads(storage.read_text(run.bad_file(piece))):
+        for document in json.loads(storage.read_text(run.bad_file(split))):
             told[document["reason"]] = told.get(document["reason"], 0) + 1
             if told[document["reason"]] <= LISTED_BAD_DOCUMENTS:
                 lines.append(json.dumps(document))

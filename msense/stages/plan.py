@@ -14,16 +14,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msense import storage
-from msense.config import BuildConfig
-from msense.errors import BadInput
-from msense.occurrences import Duplicates, cut_shards
-from msense.resume import Journal, finished
-from msense.run_folder import RunFolder
-from msense.runtime import Resources, get, reduce_tasks, run_task, submit
-from msense.sampling import Histogram, duplicate_rows, select, thresholds
-from msense.teacher import TeacherInfo
-from msense.tokens import open_parquet, read_block
+from msense.config.build import BuildConfig
+from msense.corpus.passages import read_block
+from msense.errors import InputError
+from msense.io import storage
+from msense.io.arrays import open_parquet, save_arrays
+from msense.run.folder import RunFolder
+from msense.run.journal import Journal
+from msense.run.resume import finished
+from msense.runtime.ray_executor import get, reduce_tasks, run_task, submit
+from msense.runtime.resources import Resources
+from msense.stages.embedding_store import Duplicates, cut_shards
+from msense.stages.sampling import Histogram, duplicate_rows, select, thresholds
+from msense.teacher.spec import TeacherInfo
 
 KEYS_AT_A_TIME = 32 << 20
 _ROW = ("piece", "block", "passages", "tokens", "needed", "needed_tokens", "stored")
@@ -71,26 +74,26 @@ def make_plan(given: PlanInput, blocks: Sequence[int], resources: Resources, jou
     run = given.run
     files = [run.blocks, run.thresholds] + ([run.duplicates] if given.config.dedup else [])
     found = finished("plan", run, files, resources, journal)
-    if all(facts is not None for facts in found):
+    if all(stats is not None for stats in found):
         return dict(found[1] or {})
-    pieces = [(piece, count) for piece, count in enumerate(blocks) if count]
-    _find_duplicates(given, pieces, resources)
-    slices = [s for i in range(2 * resources.tasks) if (s := pieces[i :: 2 * resources.tasks])]
+    splits = [(split, count) for split, count in enumerate(blocks) if count]
+    _find_duplicates(given, splits, resources)
+    slices = [s for i in range(2 * resources.tasks) if (s := splits[i :: 2 * resources.tasks])]
     histogram = reduce_tasks("plan: count", _count, slices, resources, given)
     threshold = submit(_thresholds, histogram, given)
     selected = reduce_tasks("plan: select", _select, slices, resources, given, threshold)
     result: dict[str, Any] = run_task(_write, selected, histogram, threshold, given)
-    journal.add("plan", made=sum(facts is None for facts in found))
+    journal.add("plan", made=sum(stats is None for stats in found))
     return result
 
 
-def _count(pieces: list[tuple[int, int]], given: PlanInput) -> Histogram:
+def _count(splits: list[tuple[int, int]], given: PlanInput) -> Histogram:
     """Count a slice of the passages files."""
     histogram = Histogram.empty(given.info.vocab_size)
     spec, dropped = given.info.passage_spec(given.config), Duplicates(given.run)
-    for piece, count in pieces:
+    for split, count in splits:
         for block in range(count):
-            passages = read_block(given.run.passages_file(piece), block).without(dropped.of(piece, block))
+            passages = read_block(given.run.passages_file(split), block).without(dropped.of(split, block))
             histogram.add(passages, spec, given.config.per_passage)
     return histogram
 
@@ -101,20 +104,20 @@ def _thresholds(histogram: Histogram, given: PlanInput) -> np.ndarray:
     return thresholds(histogram, config.max_occurrences * given.scale, config.coverage)
 
 
-def _select(pieces: list[tuple[int, int]], given: PlanInput, threshold: np.ndarray) -> Selected:
+def _select(splits: list[tuple[int, int]], given: PlanInput, threshold: np.ndarray) -> Selected:
     """Work out what the teacher must read of a slice of the passages files."""
     spec, dropped = given.info.passage_spec(given.config), Duplicates(given.run)
     stored = np.zeros(len(threshold), dtype=np.int64)
     rows = []
-    for piece, count in pieces:
+    for split, count in splits:
         for block in range(count):
-            passages = read_block(given.run.passages_file(piece), block).without(dropped.of(piece, block))
+            passages = read_block(given.run.passages_file(split), block).without(dropped.of(split, block))
             flat = select(passages, threshold, spec, given.config.per_passage)
             stored += np.bincount(passages.ids[flat], minlength=len(stored))
             needed = np.unique(passages.rows()[flat])
             rows.append(
                 (
-                    piece,
+                    split,
                     block,
                     len(passages.keys),
                     len(passages.ids),
@@ -138,8 +141,8 @@ def _write(selected: Selected, histogram: Histogram, threshold: np.ndarray, give
     cap = given.config.max_occurrences
     points = np.minimum(selected.stored, cap) if cap else selected.stored
     total = dict(zip(_ROW, blocks.sum(axis=0).tolist(), strict=True))
-    facts = {name: total[name] for name in ("passages", "tokens", "needed", "needed_tokens", "stored")}
-    facts |= {"points": int(points.sum()), "kinds": int((points > 0).sum())}
+    stats = {name: total[name] for name in ("passages", "tokens", "needed", "needed_tokens", "stored")}
+    stats |= {"points": int(points.sum()), "kinds": int((points > 0).sum())}
     arrays = {
         "threshold": threshold,
         "token_counts": histogram.token_counts,
@@ -148,24 +151,24 @@ def _write(selected: Selected, histogram: Histogram, threshold: np.ndarray, give
     }
 
     def write_plan(path: Path) -> None:
-        storage.save_arrays(path, arrays)
+        save_arrays(path, arrays)
 
-    return given.run.publish(given.run.thresholds, write_plan, facts)
+    return given.run.publish(given.run.thresholds, write_plan, stats)
 
 
-def _find_duplicates(given: PlanInput, pieces: list[tuple[int, int]], resources: Resources) -> None:
+def _find_duplicates(given: PlanInput, splits: list[tuple[int, int]], resources: Resources) -> None:
     """Find passages with equal keys: the same content (`--dedup`, written down and dropped) or the same document id.
 
     Keys are looked at in ranges of about 32 million, so that a task holds about 2 GB at most.
     """
     run = given.run
-    passages = sum(storage.facts_of(run.passages_file(piece))["passages"] for piece, _ in pieces)  # type: ignore[index]
+    passages = sum(storage.stats_of(run.passages_file(split))["passages"] for split, _ in splits)  # type: ignore[index]
     ranges = max(1, -(-passages // KEYS_AT_A_TIME))
     work = [(n, ranges) for n in range(ranges)]
-    found = get(reduce_tasks("plan: duplicates", _duplicates, work, resources, pieces, given))
+    found = get(reduce_tasks("plan: duplicates", _duplicates, work, resources, splits, given))
     if not given.config.dedup:
         if found.repeated:
-            raise BadInput(
+            raise InputError(
                 f"document id {found.repeated!r} is there twice: ids must be unique (or leave the id column out)"
             )
         return
@@ -173,7 +176,7 @@ def _find_duplicates(given: PlanInput, pieces: list[tuple[int, int]], resources:
     arrays = {name: places[:, i].astype(np.int32) for i, name in enumerate(("piece", "block", "row"))}
 
     def write(path: Path) -> None:
-        storage.save_arrays(path, arrays)
+        save_arrays(path, arrays)
 
     run.publish(run.duplicates, write)
 
@@ -190,18 +193,18 @@ class _Duplicates:
         self.repeated = self.repeated or other.repeated
 
 
-def _duplicates(key_range: tuple[int, int], pieces: list[tuple[int, int]], given: PlanInput) -> _Duplicates:
+def _duplicates(key_range: tuple[int, int], splits: list[tuple[int, int]], given: PlanInput) -> _Duplicates:
     """Look for repeated keys in one range of keys."""
     number, ranges = key_range
     keys, places = [], []
-    for piece, count in pieces:
-        file = open_parquet(given.run.passages_file(piece))
+    for split, count in splits:
+        file = open_parquet(given.run.passages_file(split))
         for block in range(count):
             column = file.read_row_group(block, columns=["key"]).column("key").to_numpy()
             mine = np.flatnonzero(column % np.uint64(ranges) == number)
             keys.append(column[mine])
             places.append(
-                np.stack([np.full(len(mine), piece), np.full(len(mine), block), mine], axis=1).astype(np.int32)
+                np.stack([np.full(len(mine), split), np.full(len(mine), block), mine], axis=1).astype(np.int32)
             )
     all_keys, all_places = np.concatenate(keys), np.concatenate(places)
     later = duplicate_rows(all_keys)
@@ -217,6 +220,6 @@ def _duplicates(key_range: tuple[int, int], pieces: list[tuple[int, int]], given
 
 def _identity(run: RunFolder, place: np.ndarray) -> tuple[str, int]:
     """Return (document id, index) of a passage; equal keys of unequal passages are a chance collision of the hash."""
-    piece, block, row = place.tolist()
-    table = open_parquet(run.passages_file(piece)).read_row_group(block, columns=["document_id", "index"])
+    split, block, row = place.tolist()
+    table = open_parquet(run.passages_file(split)).read_row_group(block, columns=["document_id", "index"])
     return str(table.column("document_id")[row]), int(table.column("index")[row].as_py())

@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from msense import stores
 from msense.errors import MsenseError
-from msense.run_folder import RunFolder
-from msense.runtime import TASK_CPUS, Resources
-from msense.train_progress import shown
+from msense.io import filesystems
+from msense.run.folder import RunFolder
+from msense.run.progress import display_progress
+from msense.runtime.resources import TASK_CPUS, Resources
 
 WAIT_SECONDS = 1800  # timeout of collective operations
 MAX_FAILURES = 3  # of workers, before the training is given up
 
 
-def fit(
+def run_training(
     name: str, worker: Callable[[dict[str, Any]], Any], told: dict[str, Any], run: RunFolder, resources: Resources
 ) -> Any:  # noqa: ANN401 - Ray Train's
     """Start a training, or resume an interrupted one of this name; return Ray Train's result.
@@ -48,7 +48,7 @@ def fit(
         ),
     )
     try:
-        with shown(run):
+        with display_progress(run):
             return trainer.fit()
     except Exception as error:  # Ray wraps a worker's exception in several of its own
         raise MsenseError(f"training failed: {_cause(error)}") from error
@@ -56,11 +56,11 @@ def fit(
 
 def _storage(uri: str) -> dict[str, Any]:
     """Return Ray Train's storage options; remote stores use msense's client, with its retries and credentials."""
-    if stores.is_local(uri):
+    if filesystems.is_local(uri):
         return {"storage_path": uri}
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    filesystem, path = stores.filesystem(uri)
+    filesystem, path = filesystems.filesystem(uri)
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from msense.tokens import Passages, PassageSpec
+from msense.corpus.passages import Passages, PassageSpec
 
 BINS = 160
 BINS_PER_OCTAVE = 4

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from msense import storage
-from msense.allocation import Curves, allocate
-from msense.kmeans import CURVE_POINTS, GRID, variance_curves
-from msense.mcl import MCL_POINTS, MclConfig, mcl_senses
-from msense.parts import first_by_key
-from msense.resume import Journal, finished
-from msense.runtime import Resources, map_tasks, run_task
-from msense.units import ClusterSettings, read_ranges, sample, shard_ranges, stored
+from msense.clustering.allocation import Curves, allocate
+from msense.clustering.kmeans import CURVE_POINTS, GRID, variance_curves
+from msense.clustering.mcl import MCL_POINTS, MclConfig, mcl_senses
+from msense.io.arrays import load_arrays, save_arrays
+from msense.run.journal import Journal
+from msense.run.resume import finished
+from msense.runtime.ray_executor import map_tasks, run_task
+from msense.runtime.resources import Resources
+from msense.stages.distributed_kmeans import first_by_key
+from msense.stages.embedding_store import ClusterSettings, read_ranges, sample, shard_ranges, stored
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def count_senses(
         if stats is None
     ]
     if todo or whole is None:
-        for _ in map_tasks("senses", look_at_shard, todo, resources, settings, needs=resources.clustering):
+        for _ in map_tasks("senses", shard_sense_counts, todo, resources, settings, needs=resources.clustering):
             pass
         whole = run_task(_merge_shards, files, settings)
         if journal is not None:
@@ -60,7 +62,7 @@ def count_senses(
     return {name: whole[name] for name in ("senses", "largest")}
 
 
-def look_at_shard(item: dict[str, int], settings: SenseSettings) -> dict[str, Any]:
+def shard_sense_counts(item: dict[str, int], settings: SenseSettings) -> dict[str, Any]:
     """Write the variance curves, or with mcl the numbers of senses, of a shard's tokens."""
     own, shard = settings.clustering, item["shard"]
     wanted = CURVE_POINTS if settings.mcl is None else MCL_POINTS
@@ -81,15 +83,15 @@ def look_at_shard(item: dict[str, int], settings: SenseSettings) -> dict[str, An
         arrays["variance"] = variance_curves(points, sizes, tokens, own.kmeans, device=own.device)
     else:
         arrays["senses"] = mcl_senses(points, sizes, settings.mcl, token_ids=tokens, device=own.device)
-    return own.run.publish(own.run.curves_file(shard), lambda path: storage.save_arrays(path, arrays))
+    return own.run.publish(own.run.curves_file(shard), lambda path: save_arrays(path, arrays))
 
 
 def _merge_shards(files: list[str], settings: SenseSettings) -> dict[str, Any]:
     """Write the file of all numbers and return its stats."""
     own = settings.clustering
-    by_shard = [storage.load_arrays(file) for file in files]
+    by_shard = [load_arrays(file) for file in files]
     arrays = {name: np.concatenate([shard[name] for shard in by_shard]) for name in by_shard[0]}
-    tokens, occurrences = arrays["tokens"], storage.load_arrays(own.run.thresholds, ("token_counts",))["token_counts"]
+    tokens, occurrences = arrays["tokens"], load_arrays(own.run.thresholds, ("token_counts",))["token_counts"]
     if settings.mcl is None:
         curves = Curves(arrays["points"], occurrences[tokens], arrays["variance"])
         numbers = allocate(curves, GRID, settings.budget, own.dim)
@@ -98,4 +100,4 @@ def _merge_shards(files: list[str], settings: SenseSettings) -> dict[str, Any]:
     senses = np.zeros(len(occurrences), np.int64)
     senses[tokens] = numbers
     stats = {"senses": int(numbers.sum()), "largest": int(numbers.max(initial=0))}
-    return own.run.publish(own.run.senses, lambda path: storage.save_arrays(path, {"senses": senses}), stats)
+    return own.run.publish(own.run.senses, lambda path: save_arrays(path, {"senses": senses}), stats)

@@ -10,27 +10,28 @@ import torch
 from ray.train import CheckpointConsistencyMode
 from ray.train.torch import get_device, prepare_model
 
-from msense.label_set import LabelSet
+from msense.run.progress import Progress
 from msense.student import Student, save_student
-from msense.student.narrow import widen
-from msense.train_engine import Engine, Plain, Zero, keep_freed_memory
-from msense.train_loop import Group, Trainer, Training, new_student
-from msense.train_progress import Progress
+from msense.student.pruning import restore_embeddings
+from msense.training.distiller import DistillationConfig, Trainer, build_student
+from msense.training.engine import DDPEngine, DeepSpeedEngine, Engine, keep_freed_memory
+from msense.training.group import ProcessGroup
+from msense.training.label_dataset import LabelSet
 
 STUDENT = "student"  # folder of the last checkpoint
 
 
 def train_worker(given: dict[str, Any]) -> list[dict[str, float]]:
     """Train with the `Training` in `given["training"]`; return the metrics of all epochs."""
-    training: Training = given["training"]
+    training: DistillationConfig = given["training"]
     torch.set_num_threads(training.threads)
     keep_freed_memory()
     if training.device == "cuda":
         torch.cuda.set_device(get_device())
     context = ray.train.get_context()
-    group = Group(context.get_world_rank(), context.get_world_size())
+    group = ProcessGroup(context.get_world_rank(), context.get_world_size())
     labels = LabelSet.open(training.run)
-    trainer = Trainer(training, _engine(new_student(training, labels), training), labels, group)
+    trainer = Trainer(training, _engine(build_student(training, labels), training), labels, group)
     if (latest := ray.train.get_checkpoint()) is not None:
         with latest.as_directory() as folder:
             trainer.restore(Path(folder))
@@ -40,12 +41,12 @@ def train_worker(given: dict[str, Any]) -> list[dict[str, float]]:
     return trainer.state.history
 
 
-def _engine(student: Student, training: Training) -> Engine:
+def _engine(student: Student, training: DistillationConfig) -> Engine:
     """Return the engine that the settings select."""
     if stage := training.deepspeed_stage:
-        return Zero(student, training.weight_decay, training.clip, stage, training.device)
+        return DeepSpeedEngine(student, training.weight_decay, training.clip, stage, training.device)
     options = {"find_unused_parameters": True, "broadcast_buffers": False}  # some objectives do not use the sense head
-    return Plain(
+    return DDPEngine(
         student,
         training.weight_decay,
         training.clip,
@@ -61,7 +62,7 @@ def _report(trainer: Trainer) -> None:
         if state.epoch == trainer.training.epochs:
             with engine.whole():
                 if is_first:
-                    widen(trainer.student)
+                    restore_embeddings(trainer.student)
                     save_student(Path(folder, STUDENT), trainer.student)
         checkpoint = ray.train.Checkpoint.from_directory(folder) if is_first or engine.every_rank else None
         name = f"epoch_{state.epoch:05d}_step_{state.step:08d}"

@@ -2,8 +2,8 @@
 
 from msense.student.config import StudentConfig, StudentSettings
 from msense.student.files import load_student, save_student
-from msense.student.making import make_student
-from msense.student.shipping import ship
+from msense.student.making import init_student
+from msense.student.shipping import save_pretrained
 from msense.student.static_inference import StaticEncoder
 from msense.student.student import Student, StudentOutput
 
@@ -13,8 +13,8 @@ __all__ = [
     "StudentConfig",
     "StudentOutput",
     "StudentSettings",
+    "init_student",
     "load_student",
-    "make_student",
+    "save_pretrained",
     "save_student",
-    "ship",
 ]

@@ -3,12 +3,10 @@
 import re
 from collections.abc import Mapping
 
-from msense.dictionary.card import one_line
 from msense.student.config import StudentConfig
-from msense.text import redact
+from msense.text import one_line, redact
 
-MODULE = "msense.sentence_module.SenseModule"  # the class that sentence-transformers loads
-
+MODULE = "msense.student.sentence_transformer.SenseModule"  # the class that sentence-transformers loads
 _CARD = """---
 {metadata}
 ---
@@ -63,7 +61,7 @@ def student_card(config: StudentConfig, senses: str, figures: Mapping[str, float
         tags=["sentence-transformers", "msense", "feature-extraction", "sentence-similarity"],
         base_model=teacher if is_hub_name else None,
     )
-    facts = {
+    stats = {
         "student": redact(config.kind),
         "teacher": teacher + (f" (revision {config.teacher.revision})" if config.teacher.revision else ""),
         "dimension": config.dim,
@@ -76,7 +74,7 @@ def student_card(config: StudentConfig, senses: str, figures: Mapping[str, float
     return _CARD.format(
         metadata=metadata.to_yaml(),
         teacher=one_line(teacher),
-        facts=_rows(facts),
+        stats=_rows(stats),
         evaluation=f"\n## Evaluation\n\n| | |\n|---|---|\n{metrics}\n" if figures else "",
         dim=config.dim,
         module=MODULE,

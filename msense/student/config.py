@@ -6,15 +6,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from msense.artefact import FrozenModel
-from msense.config import MAX_DIM, MAX_VOCABULARY
-from msense.dictionary.format import DictionaryConfig, DictionaryFiles, TeacherName
+from msense.constants import MAX_DIM, MAX_VOCABULARY
+from msense.dictionary.layout import DictionaryConfig, DictionaryFiles, TeacherName
 from msense.errors import StudentError
+from msense.io.untrusted import FrozenModel
+from msense.teacher.pooling import Pooling
 
-MAX_WINDOW = 1000
-
+MAX_KERNEL_SIZE = 1000
 Heads = Literal["two", "one"]
-Pooling = Literal["mean", "cls", "lasttoken"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class StudentSettings:
             raise StudentError(f"invalid heads {self.heads!r}: use one of {get_args(Heads)}")
         if not 0 < self.units <= MAX_DIM:
             raise StudentError(f"invalid units {self.units}: use 1 to {MAX_DIM}")
-        if not (0 < self.window < MAX_WINDOW and self.window % 2):
-            raise StudentError(f"invalid window {self.window}: use an odd number below {MAX_WINDOW}")
+        if not (0 < self.window < MAX_KERNEL_SIZE and self.window % 2):
+            raise StudentError(f"invalid window {self.window}: use an odd number below {MAX_KERNEL_SIZE}")
         if not 0 <= self.stay < float("inf"):
             raise StudentError(f"invalid stay {self.stay}: use a finite number from 0")
 
@@ -60,7 +59,7 @@ class StaticSizes(FrozenModel):
     """Sizes of a student without attention."""
 
     units: int = Field(gt=0, le=MAX_DIM)
-    window: int = Field(gt=0, lt=MAX_WINDOW, description="odd")
+    window: int = Field(gt=0, lt=MAX_KERNEL_SIZE, description="odd")
 
     @model_validator(mode="after")
     def _odd(self) -> "StaticSizes":

@@ -17,26 +17,26 @@ import torch
 from torch import Tensor
 
 from msense.dictionary import SenseDictionary
-from msense.dictionary.format import copy_file
-from msense.dictionary.lookup import Exemplar
-from msense.errors import BadInput, StudentError
-from msense.hub import push_student, student_folder
-from msense.pooling import pool, pool_rows
+from msense.dictionary.contexts import Exemplar
+from msense.errors import InputError, StudentError
+from msense.io.atomic import copy_file
 from msense.student.config import StudentConfig, StudentFiles
-from msense.student.files import inside, load_student
+from msense.student.files import checked_path, load_student
+from msense.student.hub import push_student, student_folder
 from msense.student.shipping import check_dictionary
 from msense.student.static import StaticBody
 from msense.student.static_inference import StaticEncoder
 from msense.student.student import Student
-from msense.student.tokenizer import TextReader, padded
-from msense.teacher import TOKEN_BUDGET, resolve_dtype, token_batches
+from msense.student.tokenizer import StudentTokenizer, pad_ids
+from msense.teacher.batching import TOKEN_BUDGET, token_batches
+from msense.teacher.body import resolve_dtype
+from msense.teacher.pooling import pool, pool_rows
 from msense.text import clean
 
 DEFAULT_TEMPERATURE = 1 / 3  # in units of the dictionary's mean squared distance
 _WEIGHTS = 1 << 22  # sense weights held at a time
 _STATIC_TOKENS = 1 << 16  # tokens per step of a static student's progress bar
 _REPLACED = 1 << 23  # numbers replaced at once: replacement is faster with more occurrences of each token
-
 Replace = Literal["hard", "soft"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -82,11 +82,11 @@ class SenseEncoder:
     def __init__(self, folder: Path, *, device: str | None = None, dtype: Dtype = "auto") -> None:
         """Load a local folder; see `from_pretrained`."""
         if dtype not in get_args(Dtype):
-            raise BadInput(f"invalid dtype {dtype!r}: use one of {get_args(Dtype)}")
+            raise InputError(f"invalid dtype {dtype!r}: use one of {get_args(Dtype)}")
         self._files = StudentFiles(folder)
         student = load_student(folder)
         self.config: StudentConfig = student.config
-        self._reader = TextReader(inside(self._files, self._files.tokenizer), self.config)
+        self._reader = StudentTokenizer(checked_path(self._files, self._files.tokenizer), self.config)
         static = isinstance(student.body, StaticBody)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() and not static else "cpu"))
         self._model: Student | StaticEncoder
@@ -173,9 +173,9 @@ class SenseEncoder:
             StudentError: `replace` is set and the student has no dictionary.
         """
         if replace not in (None, "hard", "soft"):
-            raise BadInput(f"invalid replace {replace!r}: use None, 'hard' or 'soft'")
+            raise InputError(f"invalid replace {replace!r}: use None, 'hard' or 'soft'")
         if batch_size < 1:
-            raise BadInput(f"invalid batch_size {batch_size}: use 1 or more")
+            raise InputError(f"invalid batch_size {batch_size}: use 1 or more")
         rows = self._reader.ids([texts] if isinstance(texts, str) else texts, self._prompt(prompt))
         soft = temperature if replace == "soft" else None
         vectors = torch.empty(len(rows), self.config.dim, device=self.device)
@@ -240,17 +240,17 @@ class SenseEncoder:
         target = StudentFiles(Path(folder))
         target.folder.mkdir(parents=True, exist_ok=True)
         if target.folder.resolve() == self._files.folder.resolve():
-            raise BadInput(f"{folder} is the student's own folder: give another folder")
+            raise InputError(f"{folder} is the student's own folder: give another folder")
         target.config.unlink(missing_ok=True)
         for path in self._files.present(exemplars=exemplars):
             copy = target.folder / path.relative_to(self._files.folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(inside(self._files, path), copy)
+            copy_file(checked_path(self._files, path), copy)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool = False, exemplars: bool = False, token: str | None = None
     ) -> str:
-        """Upload the student's folder; see `msense.hub.push_student`."""
+        """Upload the student's folder; see `msense.student.hub.push_student`."""
         return push_student(self._files.folder, repo_id, private=private, exemplars=exemplars, token=token)
 
     def _prompt(self, prompt: str | None) -> str:
@@ -308,7 +308,7 @@ class SenseEncoder:
 
     def _forward(self, model: Student, rows: list[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         """Return hidden states and sense embeddings, float32 [B, L, D] each, and the mask [B, L]."""
-        ids, mask = (tensor.to(self.device) for tensor in padded(rows))
+        ids, mask = (tensor.to(self.device) for tensor in pad_ids(rows))
         output = model(ids, mask)
         return output.hidden.float(), output.senses.float(), mask
 
@@ -349,7 +349,7 @@ def _uses_bfloat16(dtype: str, device: torch.device) -> bool:
     """
     supported = resolve_dtype("auto", device.type) == "bfloat16"
     if dtype == "bfloat16" and not supported:
-        raise BadInput(f"this {device.type} does not support bfloat16: use dtype='float32', which is faster here")
+        raise InputError(f"this {device.type} does not support bfloat16: use dtype='float32', which is faster here")
     return dtype == "bfloat16" or (dtype == "auto" and device.type != "cpu" and supported)
 
 

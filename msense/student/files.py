@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msense.artefact import Artefact, check_model_settings, shown
-from msense.dictionary.format import atomic_path
-from msense.errors import BadInput, StudentError
+from msense.errors import InputError, StudentError
+from msense.io.atomic import atomic_path
+from msense.io.untrusted import Artefact, check_model_settings, printable
 from msense.student.config import StudentConfig, StudentFiles
 from msense.student.student import Student
 
@@ -41,13 +41,13 @@ def load_student(folder: str | Path) -> Student:
     """
     files = StudentFiles(Path(folder))
     try:
-        config = STUDENT.read_config(inside(files, files.config), StudentConfig)
-        return _read_weights(inside(files, files.weights), config)
+        config = STUDENT.read_config(checked_path(files, files.config), StudentConfig)
+        return _read_weights(checked_path(files, files.weights), config)
     except (OSError, UnicodeDecodeError) as error:
         raise StudentError(f"cannot read {files.folder} ({error}): check its files, or copy it again") from error
 
 
-def inside(files: StudentFiles, path: Path) -> Path:
+def checked_path(files: StudentFiles, path: Path) -> Path:
     """Return `path`; raise StudentError if it is missing, not a regular file, or a link out of the folder."""
     return STUDENT.inside(path, files.folder)
 
@@ -65,7 +65,9 @@ def _read_weights(path: Path, config: StudentConfig) -> Student:
             _check_header(path, slices, {name: tuple(tensor.shape) for name, tensor in empty.weights().items()})
             weights = {name: file.get_tensor(name).float() for name in slices}
     except SafetensorError as error:
-        raise StudentError(f"{path} is truncated or not a safetensors file ({shown(error)}): copy it again") from error
+        raise StudentError(
+            f"{path} is truncated or not a safetensors file ({printable(error)}): copy it again"
+        ) from error
     for name, tensor in weights.items():
         if not (tensor.abs() <= LARGEST_WEIGHT).all():  # also false for NaN
             raise StudentError(
@@ -83,11 +85,11 @@ def _check_header(path: Path, slices: dict, expected: dict[str, tuple[int, ...]]
     if unequal:
         first = unequal[0]
         raise StudentError(
-            f"{path} does not match config.json: {shown(first)} has shape {actual.get(first)}, expected "
+            f"{path} does not match config.json: {printable(first)} has shape {actual.get(first)}, expected "
             f"{expected.get(first)} ({len(unequal)} tensors differ): copy or train it again"
         )
     if foreign := sorted({part.get_dtype() for part in slices.values()} - set(_DTYPES)):
-        raise StudentError(f"{path} has tensors of dtype {shown(foreign[0])}, expected {_DTYPES}: train it again")
+        raise StudentError(f"{path} has tensors of dtype {printable(foreign[0])}, expected {_DTYPES}: train it again")
 
 
 def _check_buffers(path: Path, student: Student) -> None:
@@ -102,5 +104,7 @@ def _build(path: Path, config: StudentConfig) -> Student:
         return Student(config)
     except StudentError:
         raise
-    except BadInput as error:
-        raise StudentError(f"{path.parent}: invalid model in config.json ({shown(error)}): train it again") from error
+    except InputError as error:
+        raise StudentError(
+            f"{path.parent}: invalid model in config.json ({printable(error)}): train it again"
+        ) from error

@@ -5,10 +5,10 @@ Access tokens are passed on, and never stored or logged.
 
 from pathlib import Path
 
-from msense import storage
-from msense.errors import BadInput, MsenseError, StudentError
+from msense.errors import InputError, MsenseError, StudentError
+from msense.io import storage
 from msense.student.config import StudentFiles
-from msense.student.files import inside
+from msense.student.files import checked_path
 from msense.text import first_line, redact
 
 _FILES = ["*.json", "*.safetensors", "README.md", "dictionary/*"]
@@ -73,7 +73,7 @@ def push_student(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     files = StudentFiles(folder)
-    names = [inside(files, path).relative_to(folder).as_posix() for path in files.present(exemplars=exemplars)]
+    names = [checked_path(files, path).relative_to(folder).as_posix() for path in files.present(exemplars=exemplars)]
     try:
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -81,7 +81,7 @@ def push_student(
             repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message="A student of msense"
         )
     except HFValidationError as error:
-        raise BadInput(f"invalid hub name {redact(repo_id)!r} ({first_line(error)}): give owner/model") from error
+        raise InputError(f"invalid hub name {redact(repo_id)!r} ({first_line(error)}): give owner/model") from error
     except (HfHubHTTPError, OSError) as error:
         raise MsenseError(
             f"cannot push to {redact(repo_id)!r} ({first_line(error)}): check the connection and your write access "

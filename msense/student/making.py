@@ -8,18 +8,20 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from msense.config import BuildConfig
+from msense.config.build import BuildConfig
 from msense.dictionary import SenseDictionary, TeacherName
-from msense.errors import BadInput, StudentError
-from msense.student.config import Pooling, StaticSizes, StudentConfig, StudentSettings, dictionary_mismatch
+from msense.errors import InputError, StudentError
+from msense.student.config import StaticSizes, StudentConfig, StudentSettings, dictionary_mismatch
 from msense.student.static import StaticBody, confidence, token_means
 from msense.student.student import Student
-from msense.student.transformer import body_settings, keep_layers, load_weights
-from msense.teacher import TeacherInfo, describe, load_body, positions
-from msense.teacher_folder import body_folder
+from msense.student.transformer import body_settings, load_weights
+from msense.teacher.body import load_body, max_positions, truncate_layers
+from msense.teacher.files import body_folder
+from msense.teacher.pooling import Pooling
+from msense.teacher.spec import TeacherInfo, load_teacher_info
 
 
-def make_student(
+def init_student(
     settings: StudentSettings,
     dictionary: SenseDictionary,
     teacher: str,
@@ -39,7 +41,7 @@ def make_student(
         StudentError: dictionary, teacher and student do not match, or a setting is invalid.
         BadInput: the teacher cannot be loaded.
     """
-    info, _ = describe(teacher, BuildConfig(revision=revision))
+    info, _ = load_teacher_info(teacher, BuildConfig(revision=revision))
     _check_teacher(info, dictionary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -49,7 +51,7 @@ def make_student(
             model = load_body(body_folder(teacher, revision), teacher, torch.float32)
         else:
             model = _load_transformer(settings.kind, info, teacher, revision)
-            longest = positions(model.config.get_text_config())
+            longest = max_positions(model.config.get_text_config())
             student = Student(_config(settings, info, dictionary, longest, body=body_settings(model)))
     body = student.body
     if isinstance(body, StaticBody):
@@ -104,12 +106,12 @@ def _load_transformer(kind: str, info: TeacherInfo, teacher: str, revision: str 
     """Load the transformer that the student is initialized from."""
     if kind.startswith("layers:"):
         model = load_body(body_folder(teacher, revision), teacher, torch.float32)
-        keep_layers(model, kind)
+        truncate_layers(model, kind)
         return model
     try:
-        own, _ = describe(kind, BuildConfig())
+        own, _ = load_teacher_info(kind, BuildConfig())
         model = load_body(body_folder(kind, None), kind, torch.float32)
-    except BadInput as error:
+    except InputError as error:
         raise StudentError(f"cannot load student {kind!r}: {error}") from error
     if own.tokenizer_fingerprint != info.tokenizer_fingerprint:
         raise StudentError(

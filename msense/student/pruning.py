@@ -10,7 +10,7 @@ from msense.student.static import StaticBody
 from msense.student.student import Student
 
 
-class NarrowTable(nn.Module):
+class PrunedEmbedding(nn.Module):
     """An embedding of a subset of the token ids; all other ids map to the subset's first row."""
 
     places: Tensor  # int64 [V], row of each token id in `weight`
@@ -37,17 +37,17 @@ class NarrowTable(nn.Module):
         return nn.Embedding.from_pretrained(whole, freeze=False)
 
 
-def narrow(student: Student, tokens: Tensor) -> None:
+def prune_embeddings(student: Student, tokens: Tensor) -> None:
     """Replace a student's nn.Embedding in place by one of `tokens`, int64 [T]; other embeddings are left unchanged."""
     table = _table(student)
     if type(table) is nn.Embedding and len(tokens):
-        _set_table(student, NarrowTable(table.weight, tokens.to(table.weight.device)))
+        _set_table(student, PrunedEmbedding(table.weight, tokens.to(table.weight.device)))
 
 
-def widen(student: Student) -> None:
+def restore_embeddings(student: Student) -> None:
     """Undo `narrow` in place, keeping the trained rows."""
     table = _table(student)
-    if isinstance(table, NarrowTable):
+    if isinstance(table, PrunedEmbedding):
         _set_table(student, table.widened())
 
 

@@ -13,14 +13,14 @@ import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
-from msense.dictionary.format import atomic_path
-from msense.errors import BadInput, StudentError
+from msense.errors import InputError, StudentError
+from msense.io.atomic import atomic_path
 from msense.student.config import StudentFiles
-from msense.student.files import inside, load_student, save_student
+from msense.student.files import checked_path, load_student, save_student
 from msense.student.static import StaticBody
 from msense.student.static_inference import StaticEncoder
 from msense.student.student import Student
-from msense.student.tokenizer import TextReader, padded
+from msense.student.tokenizer import StudentTokenizer, pad_ids
 
 
 class SenseModule(InputModule):
@@ -34,7 +34,7 @@ class SenseModule(InputModule):
 
     config_file_name = "config.json"
 
-    def __init__(self, student: Student, reader: TextReader) -> None:
+    def __init__(self, student: Student, reader: StudentTokenizer) -> None:
         super().__init__()
         self.student = student
         self._reader = reader
@@ -55,7 +55,7 @@ class SenseModule(InputModule):
     def max_seq_length(self, value: int) -> None:
         special = self.tokenizer.num_special_tokens_to_add(is_pair=False)
         if not special < value <= self.student.config.max_length:
-            raise BadInput(f"invalid max_seq_length {value}: use {special + 1} to {self.student.config.max_length}")
+            raise InputError(f"invalid max_seq_length {value}: use {special + 1} to {self.student.config.max_length}")
         self.tokenizer.enable_truncation(value)
         self._max_length = value
 
@@ -65,7 +65,7 @@ class SenseModule(InputModule):
 
     def preprocess(self, inputs: list[str], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:  # noqa: ANN401 - inherited
         """Return the token ids int64 [B, L] of texts, and their mask."""
-        ids, mask = padded(self._reader.ids(inputs, prompt or ""))
+        ids, mask = pad_ids(self._reader.ids(inputs, prompt or ""))
         return {"input_ids": ids, "attention_mask": mask.long()}
 
     def forward(self, features: dict[str, Any], **_: Any) -> MutableMapping[str, Any]:  # noqa: ANN401 - inherited
@@ -135,7 +135,7 @@ class SenseModule(InputModule):
             raise StudentError(f"{model_name_or_path} has no config.json: give the folder or hub name of a student")
         files = StudentFiles(Path(config).parent)
         student = load_student(files.folder)
-        return cls(student, TextReader(inside(files, files.tokenizer), student.config))
+        return cls(student, StudentTokenizer(checked_path(files, files.tokenizer), student.config))
 
 
 class _LazyFeatures(UserDict[str, Any]):

@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from msense.dictionary import SenseDictionary
-from msense.dictionary.format import Stored, atomic_path, copy_file
+from msense.dictionary.layout import Stored
 from msense.errors import StudentError
+from msense.io.atomic import atomic_path, copy_file
 from msense.student.card import MODULE, student_card
 from msense.student.config import StudentConfig, StudentFiles, dictionary_mismatch
 from msense.student.files import save_student
 from msense.student.student import Student
-from msense.student.tokenizer import TextReader
+from msense.student.tokenizer import StudentTokenizer
 
-ShippedSenses = Stored | Literal["none"]
+StoredSenses = Stored | Literal["none"]
 
 
-def ship(
+def save_pretrained(
     folder: str | Path,
     student: Student,
     dictionary: SenseDictionary,
     *,
-    senses: ShippedSenses = "float16",
+    senses: StoredSenses = "float16",
     figures: Mapping[str, float] | None = None,
     max_length: int | None = None,
     prompt: str | None = None,
@@ -55,7 +56,7 @@ def ship(
     source = dictionary.tokenizer_file
     if source is None:
         raise StudentError("the dictionary has no tokenizer: load one that was built from a teacher")
-    TextReader(source, config)  # validates the tokenizer before anything is written
+    StudentTokenizer(source, config)  # validates the tokenizer before anything is written
     files = StudentFiles(Path(folder))
     files.folder.mkdir(parents=True, exist_ok=True)
     files.config.unlink(missing_ok=True)
@@ -64,7 +65,7 @@ def ship(
         shutil.rmtree(files.dictionary, ignore_errors=True)
     else:
         dictionary.save(files.dictionary, dtype=senses)
-    write_settings(files, config)
+    write_sentence_transformers_files(files, config)
     with atomic_path(files.card) as scratch:
         scratch.write_text(student_card(config, senses, figures or {}), encoding="utf-8")
     save_student(folder, student, config)
@@ -79,7 +80,7 @@ def check_dictionary(config: StudentConfig, dictionary: SenseDictionary) -> None
         )
 
 
-def write_settings(files: StudentFiles, config: StudentConfig) -> None:
+def write_sentence_transformers_files(files: StudentFiles, config: StudentConfig) -> None:
     """Write the files that sentence-transformers reads: modules and prompts."""
     module = {"idx": 0, "name": "0", "path": "", "type": MODULE}
     prompts = {"default": config.prompt} if config.prompt else {}

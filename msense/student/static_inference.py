@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from msense.errors import BadInput, StudentError
+from msense.errors import InputError, StudentError
 from msense.student.static import StaticBody
 from msense.student.student import Student
 
@@ -106,7 +106,7 @@ class StaticEncoder:
             size = lengths[group]
             ids = np.concatenate([passages[i] for i in group]).astype(np.int64, copy=False)
             if len(ids) and not 0 <= ids.min() <= ids.max() < border:
-                raise BadInput(
+                raise InputError(
                     f"token ids from {ids.min()} to {ids.max()} exceed the student's vocabulary, 0 to {border - 1}: "
                     "use the student's tokenizer"
                 )

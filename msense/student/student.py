@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from msense.pooling import pool
 from msense.student.config import StudentConfig
 from msense.student.static import StaticBody
 from msense.student.transformer import TransformerBody
+from msense.teacher.pooling import pool
 
 
 class StudentOutput(NamedTuple):

@@ -8,16 +8,16 @@ import torch
 from tokenizers import Encoding
 from torch import Tensor
 
-from msense.dictionary.lookup import read_vocabulary, refused
-from msense.errors import BadInput, DictionaryError, StudentError
+from msense.dictionary.lookup import read_vocabulary, tokenizer_errors
+from msense.errors import DictionaryError, InputError, StudentError
 from msense.student.config import StudentConfig
-from msense.teacher import pad_batch
+from msense.teacher.batching import pad_batch
 from msense.text import is_utf8
 
 _SLAB = 256  # texts tokenized at a time
 
 
-class TextReader:
+class StudentTokenizer:
     """A student's tokenizer; texts are truncated to `config.max_length` tokens."""
 
     def __init__(self, path: Path, config: StudentConfig) -> None:
@@ -55,7 +55,7 @@ class TextReader:
         rows: list[np.ndarray] = []
         for start in range(0, len(texts), _SLAB):
             slab = texts[start : start + _SLAB]
-            with refused("fails at a text"):
+            with tokenizer_errors("fails at a text"):
                 encodings = self.tokenizer.encode_batch_fast([prompt + text for text in slab] if prompt else list(slab))
             rows += [np.array(encoding.ids, np.int64) for encoding in encodings]
         return rows
@@ -67,7 +67,7 @@ class TextReader:
             BadInput: the text or the prompt is not valid text.
         """
         _check([text], prompt)
-        with refused("fails at a text"):
+        with tokenizer_errors("fails at a text"):
             return self.tokenizer.encode(prompt + text)
 
 
@@ -76,12 +76,12 @@ def _check(texts: Sequence[str], prompt: str) -> None:
     for number, text in enumerate((prompt, *texts), -1):
         name = f"text {number}" if number >= 0 else "the prompt"
         if not isinstance(text, str):
-            raise BadInput(f"{name} has type {type(text).__name__}: give a str; read files first")
+            raise InputError(f"{name} has type {type(text).__name__}: give a str; read files first")
         if not text.isascii() and not is_utf8(text):
-            raise BadInput(f"{name} contains an unpaired surrogate: decode its source with errors='replace'")
+            raise InputError(f"{name} contains an unpaired surrogate: decode its source with errors='replace'")
 
 
-def padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+def pad_ids(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Pad token ids on the right: int64 [B, L] and mask bool [B, L], L at least 1."""
     if not any(len(row) for row in rows):
         return torch.zeros(len(rows), 1, dtype=torch.int64), torch.zeros(len(rows), 1, dtype=torch.bool)

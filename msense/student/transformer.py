@@ -1,17 +1,14 @@
 """Transformer bodies of students: a Hugging Face encoder, or some of the teacher's layers; never runs remote code."""
 
-import copy
 import json
-import re
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from msense.errors import StudentError
-from msense.teacher import takes_positions
-from msense.teacher_folder import loading
+from msense.teacher.body import needs_position_ids
+from msense.teacher.files import loading
 
 _NOT_SAVED = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 
@@ -27,12 +24,12 @@ class TransformerBody(nn.Module):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
-        config = body_config(settings)
+        config = build_body_config(settings)
         with loading("of the student"):
             self.model = _empty_model(config)
         self.width = int(self.model.config.get_text_config().hidden_size)
         self.pad = getattr(config, "pad_token_id", None) or 0
-        self.takes_positions = takes_positions(self.model)
+        self.takes_positions = needs_position_ids(self.model)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return embeddings [B, L, width], undefined on padding, of token ids int64 [B, L] with a mask bool [B, L]."""
@@ -42,7 +39,7 @@ class TransformerBody(nn.Module):
         return hidden
 
 
-def body_config(settings: dict[str, Any]) -> Any:  # noqa: ANN401 - a transformers config
+def build_body_config(settings: dict[str, Any]) -> Any:  # noqa: ANN401 - a transformers config
     """Return the transformers config of a student's `body` settings.
 
     Raises:
@@ -79,45 +76,6 @@ def load_weights(body: TransformerBody, model: Any) -> None:  # noqa: ANN401 - a
             "the selected layers do not form a model of the teacher's type: use the first layers (layers:n), or "
             "include layer 0"
         ) from error
-
-
-def keep_layers(model: Any, kind: str) -> None:  # noqa: ANN401 - a transformers model
-    """Reduce a transformer in place to the layers named by `kind`: `layers:n` or `layers:0,2,5`.
-
-    Raises:
-        StudentError: `kind` is malformed or names a missing layer, or the model has no list of layers.
-    """
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    count = text.num_hidden_layers
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise StudentError(
-            f"student {kind!r}: a {config.model_type} model has no list of its {count} layers (some models share one "
-            "layer): give a smaller encoder by name, or static"
-        )
-    kept = _parse(kind, count)
-    name, layers = lists[0]  # the outermost
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, nn.ModuleList(layers[i] for i in kept))
-    text.num_hidden_layers = len(kept)
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[i] for i in kept]
-    model.config = config
-
-
-def _parse(kind: str, count: int) -> list[int]:
-    """Return the layer indices named by `kind`, for a model with `count` layers."""
-    if not re.fullmatch(r"layers:[0-9]{1,6}(,[0-9]{1,6})*", kind):
-        raise StudentError(f"invalid student {kind!r}: write layers:2 for the first two layers, or layers:0,2,5")
-    numbers = [int(number) for number in kind.removeprefix("layers:").split(",")]
-    kept = list(range(numbers[0])) if len(numbers) == 1 and numbers[0] <= count else numbers
-    if not kept or kept[-1] >= count or any(a >= b for a, b in pairwise(kept)):
-        raise StudentError(
-            f"student {kind!r}: the teacher has {count} layers, 0 to {count - 1}: write layers:n with n from 1 to "
-            f"{count}, or layer indices in increasing order"
-        )
-    return kept
 
 
 def _empty_model(config: Any) -> Any:  # noqa: ANN401 - a transformers config, a model

@@ -11,17 +11,15 @@ from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from msense.artefact import Artefact, FrozenModel
-from msense.config import MAX_DIM
-from msense.dictionary.format import atomic_path
-from msense.errors import BadInput
-from msense.pooling import pool, pool_rows
-from msense.student.config import Pooling
+from msense.constants import MAX_DIM
+from msense.errors import InputError
+from msense.io.atomic import atomic_path
+from msense.io.untrusted import Artefact, FrozenModel
+from msense.teacher.pooling import Pooling, pool, pool_rows
 
 FOLDER, CONFIG, WEIGHTS = "classifier", "config.json", "classifier.safetensors"
-CLASSIFIER = Artefact("classifier", "copy or train it again", BadInput)
+CLASSIFIER = Artefact("classifier", "copy or train it again", InputError)
 MAX_LABELS, LONGEST_LABEL = 1 << 12, 4096
-
 _Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
 
 
@@ -95,7 +93,7 @@ def load_classifier(folder: str | Path) -> Classifier:
     """
     inner = Path(folder, FOLDER)
     if not inner.is_dir():
-        raise BadInput(
+        raise InputError(
             f"{folder} has no classifier: fine-tune a teacher with jobs/finetune.py and give its output as --teacher"
         )
     config_path, weights_path = (CLASSIFIER.inside(inner / name, Path(folder)) for name in (CONFIG, WEIGHTS))
@@ -103,10 +101,10 @@ def load_classifier(folder: str | Path) -> Classifier:
     with torch.device("meta"):
         expected = {name: ("F32", tuple(t.shape)) for name, t in Classifier(config).state_dict().items()}
     if CLASSIFIER.header(weights_path)[0] != expected:  # checked before anything of that size is allocated
-        raise BadInput(f"{weights_path} does not match {CONFIG}: {CLASSIFIER.remedy}")
+        raise InputError(f"{weights_path} does not match {CONFIG}: {CLASSIFIER.remedy}")
     weights = load_file(weights_path)
     if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
-        raise BadInput(f"{weights_path} contains NaN or infinite values: train it again")
+        raise InputError(f"{weights_path} contains NaN or infinite values: train it again")
     classifier = Classifier(config)
     classifier.load_state_dict(weights)
     return classifier.eval()

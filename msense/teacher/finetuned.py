@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from msense.artefact import leads_out
-from msense.classifier import Classifier, save_classifier
-from msense.dictionary.card import one_line
-from msense.teacher_folder import POOLING_KEYS, read_settings
-from msense.text import redact
+from msense.io.untrusted import links_outside
+from msense.teacher.classifier import Classifier, save_classifier
+from msense.teacher.files import POOLING_KEYS, read_settings
+from msense.text import one_line, redact
 
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -51,7 +50,7 @@ def save_teacher(
     _save_body(folder, body)
     for pattern in _TOKENIZER:
         for path in inner.glob(pattern):
-            if not leads_out(path, source):  # a link could disclose any file of this machine
+            if not links_outside(path, source):  # a link could disclose any file of this machine
                 shutil.copyfile(path, folder / path.name)
     config = classifier.config
     pooling = {POOLING_KEYS[mode]: mode == config.pooling for mode in ("mean", "cls", "lasttoken")}
@@ -91,7 +90,7 @@ def _card(classifier: Classifier, source: Path, max_length: int, prompt: str, fi
     """Return the model card."""
     config = classifier.config
     teacher = source.name if source.parent.name != "snapshots" else source.parents[1].name.removeprefix("models--")
-    facts: dict[str, Any] = {
+    stats: dict[str, Any] = {
         "fine-tuned from": redact(teacher.replace("--", "/")),
         "task": redact(config.task),
         "predicts": "a number" if config.labels is None else f"one of {len(config.labels)} labels",
@@ -100,8 +99,8 @@ def _card(classifier: Classifier, source: Path, max_length: int, prompt: str, fi
         "longest text": f"{max_length} tokens",
         "prompt": repr(prompt) if prompt else "none",
     }
-    facts |= {name.replace("_", " "): f"{value:.6g}" for name, value in figures.items()}
-    rows = "\n".join(f"| {one_line(name)} | {one_line(value)} |" for name, value in facts.items())
+    stats |= {name.replace("_", " "): f"{value:.6g}" for name, value in figures.items()}
+    rows = "\n".join(f"| {one_line(name)} | {one_line(value)} |" for name, value in stats.items())
     return f"""---
 library_name: sentence-transformers
 tags: [sentence-transformers, msense, feature-extraction, text-classification]
@@ -123,6 +122,6 @@ python jobs/evaluate.py --teacher THIS_FOLDER --model teacher --model replaced:r
 
 ## Licence
 
-The weights are derived from those of {one_line(facts["fine-tuned from"])}: its licence holds for them too, and that of the
+The weights are derived from those of {one_line(stats["fine-tuned from"])}: its licence holds for them too, and that of the
 texts it was fine-tuned on; read both before sharing this folder.
 """

@@ -1,17 +1,20 @@
 """Pooling of token embeddings into one vector per passage: mean, first or last token; padding on either side is ignored."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from msense.errors import BadInput
+from msense.errors import InputError
 
 POOLINGS = ("mean", "cls", "lasttoken")
+Pooling = Literal["mean", "cls", "lasttoken"]
 
 
 def check_pooling(how: str) -> None:
     """Raise `BadInput` for a pooling that is not one of `POOLINGS`."""
     if how not in POOLINGS:
-        raise BadInput(f"unsupported teacher pooling {how!r} (supported: {', '.join(POOLINGS)}): give --no-pooled")
+        raise InputError(f"unsupported teacher pooling {how!r} (supported: {', '.join(POOLINGS)}): give --no-pooled")
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool) -> Tensor:

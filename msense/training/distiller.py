@@ -14,29 +14,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from msense import storage
-from msense.config import NO_SENSE
+from msense.constants import NO_SENSE
 from msense.dictionary import SenseDictionary
-from msense.errors import BadInput, MsenseError
-from msense.label_set import LabelBatch, LabelSet
-from msense.losses import Labelled, Mix, frequent_sense_accuracy, loss_sums, sense_accuracy, weighted
-from msense.sense_losses import LossSum, SenseLabels
-from msense.student import Student, StudentSettings, make_student
-from msense.student.narrow import narrow
+from msense.errors import InputError, MsenseError
+from msense.io import storage
+from msense.run.progress import Progress
+from msense.student import Student, StudentSettings, init_student
+from msense.student.pruning import prune_embeddings
 from msense.student.static import StaticBody
 from msense.student.student import StudentOutput
-from msense.teacher import Teacher
-from msense.train_engine import Engine, damaged
-from msense.train_progress import Progress
+from msense.teacher.model import Teacher
+from msense.training.engine import Engine, checkpoint_error
+from msense.training.group import ProcessGroup
+from msense.training.label_dataset import LabelBatch, LabelSet
+from msense.training.losses import (
+    LabeledBatch,
+    LossWeights,
+    combine_losses,
+    compute_losses,
+    frequent_sense_accuracy,
+    sense_accuracy,
+)
+from msense.training.schedule import lr_factor
+from msense.training.sense_losses import LossSum, SenseLabels
 
-STATE = "state.json"  # of a checkpoint
+STATE_FILE = "state.json"  # of a checkpoint
 
 
 @dataclass(frozen=True)
-class Training:
+class DistillationConfig:
     """Settings of a training worker; those without a comment are as in `DistillConfig`."""
 
     run: str  # run folder with the labels
@@ -45,7 +53,7 @@ class Training:
     revision: str | None  # of the teacher
     teacher_dtype: str  # for hidden-state losses
     student: StudentSettings
-    mix: Mix
+    mix: LossWeights
     train_embeddings: bool
     epochs: int
     batch_tokens: int
@@ -64,7 +72,7 @@ class Training:
 
 
 @dataclass
-class State:
+class TrainState:
     """Progress of a training; a checkpoint stores it as JSON."""
 
     epoch: int = 0  # finished epochs
@@ -75,23 +83,7 @@ class State:
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each finished epoch
 
 
-@dataclass(frozen=True)
-class Group:
-    """Rank and number of the workers; a single worker needs no process group."""
-
-    rank: int = 0
-    world: int = 1
-
-    def sum(self, values: list[float], device: str) -> list[float]:
-        """Return the values summed over all workers."""
-        if self.world == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
-        return [float(x) for x in total.tolist()]
-
-
-def new_student(training: Training, labels: LabelSet | None = None) -> Student:
+def build_student(training: DistillationConfig, labels: LabelSet | None = None) -> Student:
     """Return the untrained student.
 
     Args:
@@ -104,12 +96,12 @@ def new_student(training: Training, labels: LabelSet | None = None) -> Student:
     """
     dictionary = SenseDictionary.load(training.dictionary)
     trained, held_out = (None, None) if labels is None else labels.token_counts()
-    student = make_student(training.student, dictionary, training.teacher, training.revision, trained)
+    student = init_student(training.student, dictionary, training.teacher, training.revision, trained)
     student = student.to(training.device)
     if not isinstance(student.body, StaticBody) and not training.train_embeddings:
         student.body.model.get_input_embeddings().requires_grad_(False)
     elif trained is not None:
-        narrow(student, torch.from_numpy(np.flatnonzero(trained + held_out)))
+        prune_embeddings(student, torch.from_numpy(np.flatnonzero(trained + held_out)))
     return student
 
 
@@ -124,10 +116,12 @@ class Trainer:
             trainer.save(Path("checkpoint"))
     """
 
-    def __init__(self, training: Training, engine: Engine, labels: LabelSet, group: Group | None = None) -> None:
+    def __init__(
+        self, training: DistillationConfig, engine: Engine, labels: LabelSet, group: ProcessGroup | None = None
+    ) -> None:
         """Load the dictionary, and the teacher if a hidden-state loss needs it."""
         self.training, self.engine, self.labels = training, engine, labels
-        self.group, self.state = group or Group(), State()
+        self.group, self.state = group or ProcessGroup(), TrainState()
         self.student = engine.student
         self.dictionary = SenseDictionary.load(training.dictionary).to(training.device)
         self.space = training.mix.space(self.dictionary)
@@ -142,7 +136,7 @@ class Trainer:
                 threads=training.threads,
             )
 
-    def run(self, progress: Progress | None = None) -> Iterator[State]:
+    def run(self, progress: Progress | None = None) -> Iterator[TrainState]:
         """Train from the current state on; yield it whenever a checkpoint is due, which includes the end of each epoch.
 
         Raises:
@@ -174,7 +168,7 @@ class Trainer:
         numbers = (training.seed, state.epoch, state.step, self.group.rank)
         torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
         is_due = progress is not None and progress.is_due()
-        lr = training.lr * rate(done, steps, training.warmup, training.schedule)
+        lr = training.lr * lr_factor(done, steps, training.warmup, training.schedule)
         losses = self._step(passages, lr, is_due)
         state.step += 1
         state.tokens += int(self.labels.lengths[passages].sum())
@@ -201,8 +195,8 @@ class Trainer:
         for number, batch in enumerate(batches):
             with self.engine.slice_of_step(last=number == len(batches) - 1):
                 output, labelled = self._forward(batch, self.engine.model)
-                sums = loss_sums(training.mix, output, labelled, self.space, self.student.sentence)
-                loss = weighted(training.mix, sums, counts, group.world)
+                sums = compute_losses(training.mix, output, labelled, self.space, self.student.sentence)
+                loss = combine_losses(training.mix, sums, counts, group.world)
                 self.engine.backward(loss if slices else loss * 0)
             for name, part in sums.items() if slices else ():
                 totals[name] += float(part.total.detach())
@@ -218,7 +212,7 @@ class Trainer:
             losses["accuracy"] = float(sum(part.total for part in right)) / max(1, sum(part.count for part in right))
         return losses
 
-    def _forward(self, batch: LabelBatch, model: nn.Module) -> tuple[StudentOutput, Labelled]:
+    def _forward(self, batch: LabelBatch, model: nn.Module) -> tuple[StudentOutput, LabeledBatch]:
         """Return the student's output for a batch, and the labels to compare it with."""
         device = self.training.device
         mask = batch.mask.to(device)
@@ -255,7 +249,7 @@ class Trainer:
     def _metrics(self, batch: LabelBatch) -> dict[str, LossSum]:
         """Return the losses and held-out metrics of a batch."""
         output, labelled = self._forward(batch, self.student)
-        metrics = loss_sums(self.training.mix, output, labelled, self.space, self.student.sentence)
+        metrics = compute_losses(self.training.mix, output, labelled, self.space, self.student.sentence)
         metrics["accuracy"] = self._accuracy(output, batch)
         metrics["frequent"] = frequent_sense_accuracy(*_hard_labels(batch), self.dictionary)
         if labelled.sentences is not None:
@@ -270,64 +264,43 @@ class Trainer:
         if self.group.rank == 0 or self.engine.every_rank:
             self.engine.save(folder)
         if self.group.rank == 0:
-            storage.write_json(str(folder / STATE), asdict(self.state) | {"workers": self.group.world})
+            storage.write_json(str(folder / STATE_FILE), asdict(self.state) | {"workers": self.group.world})
 
     def restore(self, folder: Path) -> None:
         """Load a checkpoint; raise BadInput if it is corrupted or sharded over another number of workers."""
         try:
-            stored = storage.read_json(str(folder / STATE))
+            stored = storage.read_json(str(folder / STATE_FILE))
             if stored is None:
-                raise ValueError(f"{STATE} is missing or fails its checksum")
+                raise ValueError(f"{STATE_FILE} is missing or fails its checksum")
             epoch, step, tokens, workers = (int(stored[name]) for name in ("epoch", "step", "tokens", "workers"))
-            self.state = State(
+            self.state = TrainState(
                 epoch, step, tokens, float(stored["seconds"]), dict(stored["sums"]), list(stored["history"])
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise damaged(folder, error) from error
+            raise checkpoint_error(folder, error) from error
         if self.engine.every_rank and workers != self.group.world:
-            raise BadInput(
+            raise InputError(
                 f"the checkpoint {folder} was written by {workers} workers, and DeepSpeed resumes only with as many: "
                 f"use --workers {workers}, or delete the checkpoint"
             )
         self.engine.load(folder)
 
 
-def rate(step: int, steps: int, warmup: float, schedule: str) -> float:
-    """Return the learning-rate factor of a step: linear warm-up, then cosine, linear or constant.
-
-    `one-cycle` rises from 1/25 and falls to 1/250,000, both along a cosine (Smith and Topin 2019; defaults of PyTorch).
-    """
-    warm = warmup * steps
-    if step < warm:
-        if schedule == "one-cycle":
-            return _cosine(1 / 25, 1.0, step / warm)
-        return (step + 1) / (warm + 1)
-    done = (step - warm) / max(1.0, steps - warm)
-    if schedule == "constant":
-        return 1.0
-    return 1 - done if schedule == "linear" else _cosine(1.0, 1 / 250_000 if schedule == "one-cycle" else 0.0, done)
-
-
-def _cosine(first: float, last: float, share: float) -> float:
-    """Interpolate between two numbers along half a cosine."""
-    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _counts(mix: Mix, batch: LabelBatch) -> dict[str, int]:
+def _counts(mix: LossWeights, batch: LabelBatch) -> dict[str, int]:
     """Return what each loss of a batch averages over: the number of labelled tokens, of passages, or of tokens."""
     labelled = int((batch.senses >= 0).sum())
     kinds = {"sense": labelled, "pooled": len(batch.ids), "replaced": len(batch.ids)}
     return {name: kinds.get(name, int(batch.mask.sum())) for name in mix.weights()}
 
 
-def _labelled(batch: LabelBatch, mask: Tensor, hidden: Tensor | None) -> Labelled:
+def _labelled(batch: LabelBatch, mask: Tensor, hidden: Tensor | None) -> LabeledBatch:
     """Return the labels of a batch in the form of `losses`."""
     if batch.soft_senses is None or batch.soft_weights is None:
         senses = SenseLabels(_numbers(batch.senses.flatten()))
     else:
         senses = SenseLabels(_numbers(batch.soft_senses.flatten(0, 1)), batch.soft_weights.flatten(0, 1).numpy())
     sentences = None if batch.pooled is None else batch.pooled.to(mask.device)
-    return Labelled(batch.ids, mask, senses, sentences, hidden)
+    return LabeledBatch(batch.ids, mask, senses, sentences, hidden)
 
 
 def _hard_labels(batch: LabelBatch) -> tuple[np.ndarray, np.ndarray]:

@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from msense import storage
-from msense.errors import BadInput, MsenseError
+from msense.errors import InputError, MsenseError
+from msense.io import storage
 from msense.student import Student
 from msense.text import first_line
 
 _TRIM_THRESHOLD, _MMAP_MAX, _NEVER = -1, -4, (1 << 31) - 1  # of glibc's mallopt
 TENSORS, ZERO = "tensors.safetensors", "zero"  # of a checkpoint
-HASH = "tensors.sha256"  # checksum of TENSORS: safetensors does not detect flipped bits in values
+CHECKSUM_FILE = "tensors.sha256"  # checksum of TENSORS: safetensors does not detect flipped bits in values
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
 
@@ -62,7 +62,7 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": group, "weight_decay": weight_decay * decayed} for decayed, group in parts.items()]
 
 
-class Plain:
+class DDPEngine:
     """AdamW; `wrap` may add DDP.
 
     Example:
@@ -115,12 +115,12 @@ class Plain:
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"{number}.{name}": value for name, value in state.items()}
         save_file({name: value.detach().cpu().clone() for name, value in tensors.items()}, folder / TENSORS)
-        (folder / HASH).write_text(storage.sha256_of(folder / TENSORS), encoding="ascii")
+        (folder / CHECKSUM_FILE).write_text(storage.sha256_of(folder / TENSORS), encoding="ascii")
 
     def load(self, folder: Path) -> None:
         """Load that file after verifying its checksum."""
         try:
-            if storage.sha256_of(folder / TENSORS) != (folder / HASH).read_text(encoding="ascii"):
+            if storage.sha256_of(folder / TENSORS) != (folder / CHECKSUM_FILE).read_text(encoding="ascii"):
                 raise ValueError(f"checksum mismatch of {TENSORS}")
             student = _frozen(self.student)
             states: dict[int, dict[str, Tensor]] = {}
@@ -131,10 +131,10 @@ class Plain:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         except _DAMAGE as error:
-            raise damaged(folder, error) from error
+            raise checkpoint_error(folder, error) from error
 
 
-class Zero:
+class DeepSpeedEngine:
     """DeepSpeed engine; stage 1 shards the optimiser state over the workers, 2 also gradients, 3 also weights."""
 
     every_rank = True
@@ -194,9 +194,9 @@ class Zero:
         try:
             path, _ = self.model.load_checkpoint(str(folder), tag=ZERO)
         except (*_DAMAGE, AssertionError) as error:
-            raise damaged(folder, error) from error
+            raise checkpoint_error(folder, error) from error
         if path is None:
-            raise damaged(folder, FileNotFoundError(f"{ZERO}/ is missing"))
+            raise checkpoint_error(folder, FileNotFoundError(f"{ZERO}/ is missing"))
 
 
 def _frozen(student: nn.Module) -> dict[str, Tensor]:
@@ -215,9 +215,9 @@ def keep_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
-def damaged(folder: Path, error: BaseException) -> BadInput:
+def checkpoint_error(folder: Path, error: BaseException) -> InputError:
     """Return the error for a checkpoint that cannot be loaded."""
-    return BadInput(
+    return InputError(
         f"the checkpoint {folder} is corrupted ({first_line(error)}): delete {folder.parent} and run the same command "
         "again to train from the beginning"
     )

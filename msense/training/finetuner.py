@@ -5,44 +5,65 @@ Memory: four times the teacher (weights, gradients, optimizer), the texts as tok
 
 import json
 import math
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.train
 import torch
-from ray.train import CheckpointConsistencyMode
-from ray.train.torch import get_device, prepare_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from msense.classifier import Classifier
-from msense.config import BuildConfig
+from msense.config.build import BuildConfig
+from msense.config.finetune import FinetuneConfig
+from msense.corpus.glue import DEV, TRAIN, read_split
 from msense.errors import MsenseError
-from msense.evaluation.result import METRICS
-from msense.finetune import TEACHER, Tuning
-from msense.glue import DEV, TRAIN, read_part
-from msense.student.tokenizer import padded
+from msense.metrics import METRICS
+from msense.run.progress import Progress
+from msense.student.tokenizer import pad_ids
 from msense.student.transformer import TransformerBody, body_settings, load_weights
-from msense.teacher import describe, load_body, token_batches
-from msense.teacher_folder import body_folder, locate
-from msense.train_engine import Plain, damaged, keep_freed_memory
-from msense.train_loop import STATE, Group, rate
-from msense.train_progress import Progress
-from msense.tuned_teacher import save_teacher
+from msense.teacher.batching import token_batches
+from msense.teacher.body import load_body
+from msense.teacher.classifier import Classifier, ClassifierConfig
+from msense.teacher.files import body_folder, locate
+from msense.teacher.finetuned import save_teacher
+from msense.teacher.spec import load_teacher_info
+from msense.training.distiller import STATE_FILE
+from msense.training.engine import DDPEngine, checkpoint_error
+from msense.training.group import ProcessGroup
+from msense.training.schedule import lr_factor
 
 BUCKET = 50  # batches sorted by length together: enough for little padding, few enough that batches vary
+TEACHER = "teacher"  # folder in the last checkpoint and in the run folder
 
 
-class Tuned(nn.Module):
+@dataclass(frozen=True)
+class FinetuningConfig:
+    """The settings of a worker.
+
+    Attributes:
+        config: with absolute paths, the teacher's commit, and the dtype that `auto` stands for.
+        run: run folder, for progress.
+        max_length: longest text in tokens.
+        has_dev: whether there is a dev split to evaluate after every epoch.
+        threads: torch threads per worker.
+    """
+
+    config: FinetuneConfig
+    run: str
+    classifier: ClassifierConfig
+    max_length: int
+    has_dev: bool
+    device: str
+    threads: int
+
+
+class TeacherWithClassifier(nn.Module):
     """A teacher's body, computing as `Teacher.embed` does, with a classifier."""
 
-    def __init__(self, tuning: Tuning) -> None:
+    def __init__(self, tuning: FinetuningConfig) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             config = tuning.config
@@ -59,7 +80,7 @@ class Tuned(nn.Module):
 
 
 @dataclass(frozen=True)
-class Part:
+class TokenizedSplit:
     """A tokenized split of the data.
 
     Attributes:
@@ -73,26 +94,7 @@ class Part:
     gold: np.ndarray
 
 
-def finetune_worker(given: dict[str, Any]) -> list[dict[str, float]]:
-    """Fine-tune with the settings in `given["tuning"]`, a `Tuning`; return the metrics of all epochs."""
-    tuning: Tuning = given["tuning"]
-    torch.set_num_threads(tuning.threads)
-    keep_freed_memory()
-    if tuning.device == "cuda":
-        torch.cuda.set_device(get_device())
-    context = ray.train.get_context()
-    group = Group(context.get_world_rank(), context.get_world_size())
-    tuner = Tuner(tuning, group, prepare_model)
-    if (latest := ray.train.get_checkpoint()) is not None:
-        with latest.as_directory() as folder:
-            tuner.restore(Path(folder))
-    with Progress(tuning.run, tuner.history) if group.rank == 0 else nullcontext() as progress:
-        for _ in tuner.run(progress):
-            _report(tuner)
-    return tuner.history
-
-
-class Tuner:
+class Finetuner:
     """The training loop of one worker.
 
     Example:
@@ -101,10 +103,10 @@ class Tuner:
         >>> tuner.save_teacher(Path("teacher"))
     """
 
-    def __init__(self, tuning: Tuning, group: Group, wrap: Any = None) -> None:  # noqa: ANN401 - a function of Ray Train
+    def __init__(self, tuning: FinetuningConfig, group: ProcessGroup, wrap: Any = None) -> None:  # noqa: ANN401 - a function of Ray Train
         self.tuning, self.config, self.group = tuning, tuning.config, group
-        self.model = Tuned(tuning).to(tuning.device)
-        self.engine = Plain(self.model, self.config.weight_decay, self.config.clip, wrap)
+        self.model = TeacherWithClassifier(tuning).to(tuning.device)
+        self.engine = DDPEngine(self.model, self.config.weight_decay, self.config.clip, wrap)
         self.train_part = _read(tuning, TRAIN)
         self.dev_part = _read(tuning, DEV) if tuning.has_dev and group.rank == 0 else None
         self.history: list[dict[str, float]] = []
@@ -125,7 +127,7 @@ class Tuner:
                 seed = np.random.SeedSequence((config.seed, epoch, step, self.group.rank)).generate_state(1)
                 torch.manual_seed(int(seed[0]))
                 done = epoch * steps + step
-                losses += self._step(batch, config.lr * rate(done, total, config.warmup, "linear"))
+                losses += self._step(batch, config.lr * lr_factor(done, total, config.warmup, "linear"))
                 tokens += sum(len(rows[i]) for i in batch)
                 if progress is not None and progress.is_due():
                     seconds = time.monotonic() - began
@@ -143,7 +145,7 @@ class Tuner:
         group, part, device = self.group, self.train_part, self.tuning.device
         own = batch[group.rank :: group.world]
         rows = own if len(own) else batch[:1]  # all workers must take part in the reduction
-        ids, mask = (tensor.to(device) for tensor in padded([part.rows[i] for i in rows]))
+        ids, mask = (tensor.to(device) for tensor in pad_ids([part.rows[i] for i in rows]))
         with torch.autocast(device, torch.bfloat16, enabled=self.config.train_dtype == "bfloat16"):
             scores = self.engine.model(ids, mask).float()
         targets = part.targets[torch.from_numpy(rows)].to(device)
@@ -168,7 +170,7 @@ class Tuner:
         part, labels = self.dev_part, self.tuning.classifier.labels
         predictions: list[Any] = [None] * len(part.rows)
         for rows in token_batches(np.array([len(row) for row in part.rows]), 4096):
-            ids, mask = (tensor.to(self.tuning.device) for tensor in padded([part.rows[i] for i in rows]))
+            ids, mask = (tensor.to(self.tuning.device) for tensor in pad_ids([part.rows[i] for i in rows]))
             scores = self.model(ids, mask).float().cpu()
             own = scores[:, 0].tolist() if labels is None else [labels[i] for i in scores.argmax(1).tolist()]
             for row, value in zip(rows, own, strict=True):
@@ -178,15 +180,15 @@ class Tuner:
     def save(self, folder: Path) -> None:
         """Write a checkpoint."""
         self.engine.save(folder)
-        (folder / STATE).write_text(json.dumps(self.history), encoding="utf-8")
+        (folder / STATE_FILE).write_text(json.dumps(self.history), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
         """Load a checkpoint; raise `BadInput` if it is corrupted."""
         self.engine.load(folder)
         try:
-            self.history = list(json.loads((folder / STATE).read_text(encoding="utf-8")))
+            self.history = list(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise damaged(folder, error) from error
+            raise checkpoint_error(folder, error) from error
 
     def save_teacher(self, folder: Path) -> None:
         """Write the fine-tuned teacher's folder: body, tokenizer, pooling, classifier."""
@@ -217,31 +219,18 @@ def batches(rows: list[np.ndarray], size: int, seed: tuple[int, ...]) -> Iterato
     yield from (every[i] for i in rng.permutation(len(every)))
 
 
-def _read(tuning: Tuning, split: str) -> Part:
+def _read(tuning: FinetuningConfig, split: str) -> TokenizedSplit:
     """Read and tokenize a split of the data."""
     config, classifier = tuning.config, tuning.classifier
-    data = read_part(config.name, config.data, config.source, split, classifier.joiner)
-    info, tokenizer = describe(config.teacher, BuildConfig(revision=config.revision, max_length=tuning.max_length))
+    data = read_split(config.name, config.data, config.source, split, classifier.joiner)
+    info, tokenizer = load_teacher_info(
+        config.teacher, BuildConfig(revision=config.revision, max_length=tuning.max_length)
+    )
     tokenizer.enable_truncation(tuning.max_length)
     encodings = tokenizer.encode_batch_fast([info.prompt + text for text in data.texts])
     rows = [np.array(encoding.ids, np.int64) for encoding in encodings]
     if classifier.labels is None:
-        return Part(rows, torch.from_numpy(data.labels).float(), data.labels)
+        return TokenizedSplit(rows, torch.from_numpy(data.labels).float(), data.labels)
     index = {label: i for i, label in enumerate(classifier.labels)}
     targets = torch.tensor([index.get(label, -100) for label in data.labels.tolist()])
-    return Part(rows, targets, data.labels)
-
-
-def _report(tuner: Tuner) -> None:
-    """Report a checkpoint to Ray Train, and wait until a restart would use it."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if tuner.group.rank == 0:
-            tuner.save(Path(folder))
-            if len(tuner.history) == tuner.config.epochs:
-                tuner.save_teacher(Path(folder, TEACHER))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        name = f"epoch_{len(tuner.history):05d}"
-        ray.train.report(dict(tuner.history[-1]), checkpoint=checkpoint, checkpoint_dir_name=name)
-        # `report` returns before the checkpoint is committed
-        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+    return TokenizedSplit(rows, targets, data.labels)

@@ -13,24 +13,24 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from msense import storage
-from msense.artefact import Artefact, FrozenModel, all_errors, shown
-from msense.config import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, NO_SENSE
-from msense.dictionary.checks import pieces
-from msense.dictionary.format import TeacherName
-from msense.errors import BadInput
-from msense.run_folder import RunFolder
-from msense.teacher import pad_batch, token_batches
+from msense.constants import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, NO_SENSE
+from msense.dictionary.layout import TeacherName
+from msense.errors import InputError
+from msense.io import storage
+from msense.io.arrays import row_blocks
+from msense.io.untrusted import Artefact, FrozenModel, format_errors, printable
+from msense.run.folder import RunFolder
+from msense.teacher.batching import pad_batch, token_batches
 
 POOL_BATCHES = 64  # batches whose passages are sorted by length together
 _LONGEST = 1 << 24  # tokens of a passage
 _TYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "F16": "<f2", "U8": "|u1"}
 _SUM_TOLERANCE = 0.01  # of the sum of weights stored in float16
-LABELS = Artefact("set of labels", "run jobs/distill.py again to regenerate it", BadInput)
+LABELS = Artefact("set of labels", "run jobs/distill.py again to regenerate it", InputError)
 _Count = Annotated[int, Field(ge=0, lt=1 << 60)]
 
 
-class LabelUnit(FrozenModel):
+class LabelPartition(FrozenModel):
     """Counts and checksum of one label file (one partition)."""
 
     passages: _Count
@@ -45,7 +45,7 @@ class LabelManifest(FrozenModel):
     """Settings that the labels were generated with, and their files."""
 
     format_version: Literal[1] = 1
-    made_of: str
+    inputs_hash: str
     dictionary: str = Field(description="fingerprint")
     teacher: TeacherName
     tokenizer_fingerprint: str
@@ -61,17 +61,17 @@ class LabelManifest(FrozenModel):
     pooled: bool
     pooling: str
     normalize: bool
-    units: tuple[LabelUnit, ...] = Field(min_length=1)
+    partitions: tuple[LabelPartition, ...] = Field(min_length=1)
 
     @property
     def passages(self) -> int:
         """Total number of passages."""
-        return sum(unit.passages for unit in self.units)
+        return sum(partition.passages for partition in self.partitions)
 
     @property
     def tokens(self) -> int:
         """Total number of tokens."""
-        return sum(unit.tokens for unit in self.units)
+        return sum(partition.tokens for partition in self.partitions)
 
 
 Columns = dict[str, tuple[str, tuple[int, ...]]]  # name: (safetensors dtype, shape)
@@ -93,7 +93,7 @@ def label_columns(passages: int, tokens: int, dim: int, soft_targets: int) -> Co
     return columns | ({"pooled": ("F16", (passages, dim))} if dim else {})
 
 
-def label_bytes(passages: Any, tokens: Any, dim: int, soft_targets: int) -> Any:  # noqa: ANN401 - numbers or arrays
+def label_size(passages: Any, tokens: Any, dim: int, soft_targets: int) -> Any:  # noqa: ANN401 - numbers or arrays
     """Return the size in bytes of labels for these counts; `dim` 0 means no pooled embeddings."""
     return tokens * (6 + 4 * soft_targets) + passages * (9 + 2 * dim)
 
@@ -126,11 +126,11 @@ class LabelSet:
         """Map the label files of a folder; `sizes` is the number of senses of every token, int32 [V]."""
         self.manifest = manifest
         self._sizes = sizes
-        self._files = [folder / Path(RunFolder("").label_file(n)).name for n in range(len(manifest.units))]
-        self._units = [_map_unit(f, u, manifest) for f, u in zip(self._files, manifest.units, strict=True)]
-        self._first = np.cumsum([0, *(unit.passages for unit in manifest.units)])
-        self.lengths = np.concatenate([np.diff(unit["offsets"]).astype(np.int32) for unit in self._units])
-        self._held_out = np.concatenate([unit["held_out"] for unit in self._units]).astype(bool)
+        self._files = [folder / Path(RunFolder("").label_file(n)).name for n in range(len(manifest.partitions))]
+        self._units = [_map_unit(f, u, manifest) for f, u in zip(self._files, manifest.partitions, strict=True)]
+        self._first = np.cumsum([0, *(partition.passages for partition in manifest.partitions)])
+        self.lengths = np.concatenate([np.diff(partition["offsets"]).astype(np.int32) for partition in self._units])
+        self._held_out = np.concatenate([partition["held_out"] for partition in self._units]).astype(bool)
 
     @classmethod
     def open(cls, run: str, verify: bool = False) -> "LabelSet":
@@ -143,23 +143,23 @@ class LabelSet:
         stored = storage.read_json(names.label_manifest)
         if stored is None:
             problem = "corrupted labels" if storage.exists(names.label_manifest) else "no finished labels"
-            raise BadInput(f"{run} has {problem} (labels/labels.json): run jobs/distill.py on it again")
+            raise InputError(f"{run} has {problem} (labels/labels.json): run jobs/distill.py on it again")
         try:
             manifest = LabelManifest.model_validate_json(json.dumps(stored), strict=True)
         except ValidationError as error:
-            raise BadInput(
-                f"{names.label_manifest} is not a valid label manifest ({all_errors(error)}): regenerate the labels"
+            raise InputError(
+                f"{names.label_manifest} is not a valid label manifest ({format_errors(error)}): regenerate the labels"
             ) from error
         folder = storage.local_copy(names.labels)
         file = folder / Path(names.label_senses).name
         sizes = _map_columns(file, {"senses": ("I32", (manifest.vocab_size,))})["senses"]
         if sizes.min() < 0 or sizes.max() > MAX_SENSES:
             raise _corrupted(file, f"a token has fewer than 0 or more than {MAX_SENSES} senses")
-        if verify and storage.facts_of(names.label_senses, verify=True, made_of=manifest.made_of) is None:
+        if verify and storage.stats_of(names.label_senses, verify=True, inputs_hash=manifest.inputs_hash) is None:
             raise _corrupted(file, "checksum mismatch")
         labels = cls(manifest, folder, np.array(sizes))
-        for path, unit in zip(labels._files, manifest.units, strict=True) if verify else ():
-            if storage.sha256_of(path) != unit.sha256:
+        for path, partition in zip(labels._files, manifest.partitions, strict=True) if verify else ():
+            if storage.sha256_of(path) != partition.sha256:
                 raise _corrupted(path, "checksum mismatch")
         return labels
 
@@ -204,10 +204,10 @@ class LabelSet:
     def token_counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the counts of each token in the training and the held-out passages, int64 [V]; reads all ids."""
         counts = np.zeros((2, self.manifest.vocab_size), np.int64)
-        for file, unit in zip(self._files, self._units, strict=True):
-            ids = unit["ids"]
+        for file, partition in zip(self._files, self._units, strict=True):
+            ids = partition["ids"]
             _check_ids(ids, counts.shape[1], file)
-            is_held_out = np.repeat(unit["held_out"], np.diff(unit["offsets"]))
+            is_held_out = np.repeat(partition["held_out"], np.diff(partition["offsets"]))
             for part in (0, 1):
                 counts[part] += np.bincount(ids[is_held_out == part], minlength=counts.shape[1])
         return counts[0], counts[1]
@@ -223,17 +223,23 @@ class LabelSet:
             BadInput: a number is not a passage, or a file has invalid content.
         """
         if not len(passages) or passages.min() < 0 or passages.max() >= len(self.lengths):
-            raise BadInput(f"no passages, or a number outside 0 to {len(self.lengths) - 1}: pass valid passage numbers")
-        unit = np.searchsorted(self._first, passages, side="right") - 1
+            raise InputError(
+                f"no passages, or a number outside 0 to {len(self.lengths) - 1}: pass valid passage numbers"
+            )
+        partition = np.searchsorted(self._first, passages, side="right") - 1
         rows: dict[str, list[Any]] = {name: [None] * len(passages) for name in self._units[0]}
-        for place, (u, row) in enumerate(zip(unit.tolist(), (passages - self._first[unit]).tolist(), strict=True)):
+        for place, (u, row) in enumerate(
+            zip(partition.tolist(), (passages - self._first[partition]).tolist(), strict=True)
+        ):
             columns = self._units[u]
             start, stop = columns["offsets"][row : row + 2].tolist()
             for name, values in columns.items():
                 per_passage = name in ("offsets", "held_out", "pooled")
                 rows[name][place] = values[row] if per_passage else values[start:stop]
         ids, mask = pad_batch(rows["ids"])
-        self._check(rows, self._files[int(unit[0])] if len(set(unit.tolist())) == 1 else self._files[0].parent)
+        self._check(
+            rows, self._files[int(partition[0])] if len(set(partition.tolist())) == 1 else self._files[0].parent
+        )
         padded = torch.from_numpy(mask)
         pooled = torch.from_numpy(np.stack(rows["pooled"])).float() if "pooled" in rows else None
         soft = [_padded(rows[name], padded) if name in rows else None for name in ("soft_senses", "soft_weights")]
@@ -275,19 +281,19 @@ def _padded(rows: list[np.ndarray], mask: Tensor) -> Tensor:
     return out
 
 
-def _map_unit(file: Path, unit: LabelUnit, manifest: LabelManifest) -> dict[str, np.ndarray]:
+def _map_unit(file: Path, partition: LabelPartition, manifest: LabelManifest) -> dict[str, np.ndarray]:
     """Map one label file and check its passage offsets and held-out flags."""
     dim = manifest.dim if manifest.pooled else 0
-    columns = _map_columns(file, label_columns(unit.passages, unit.tokens, dim, manifest.soft_targets))
+    columns = _map_columns(file, label_columns(partition.passages, partition.tokens, dim, manifest.soft_targets))
     offsets, held_out = columns["offsets"], columns["held_out"]
     if (
         offsets[0] != 0
-        or offsets[-1] != unit.tokens
-        or any((p[1:] <= p[:-1]).any() or np.diff(p).max(initial=0) > _LONGEST for p in pieces(offsets, 1))
+        or offsets[-1] != partition.tokens
+        or any((p[1:] <= p[:-1]).any() or np.diff(p).max(initial=0) > _LONGEST for p in row_blocks(offsets, 1))
     ):  # read in pieces, so that a huge sparse file fails early
         raise _corrupted(file, "passage offsets do not increase from 0 to the number of tokens")
     flagged = int(held_out.sum(dtype=np.int64))
-    if any(p.max(initial=0) > 1 for p in pieces(held_out)) or flagged != unit.held_out_passages:
+    if any(p.max(initial=0) > 1 for p in row_blocks(held_out)) or flagged != partition.held_out_passages:
         raise _corrupted(file, "held-out flags do not match the manifest")
     return columns
 
@@ -303,7 +309,7 @@ def _map_columns(file: Path, expected: Columns) -> dict[str, np.ndarray]:
                 raise _corrupted(file, f"{name} is not {dtype} {list(shape)}")
         return {name: _map_array(file, starts[name], *spec) for name, spec in expected.items()}
     except (OSError, OverflowError, MemoryError) as error:
-        raise _corrupted(file, shown(error)) from error
+        raise _corrupted(file, printable(error)) from error
 
 
 def _map_array(file: Path, start: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -313,5 +319,5 @@ def _map_array(file: Path, start: int, dtype: str, shape: tuple[int, ...]) -> np
     return np.asarray(np.memmap(file, np.dtype(_TYPES[dtype]), "r", start, shape))
 
 
-def _corrupted(path: Path, why: str) -> BadInput:
-    return BadInput(f"the labels in {path} are corrupted ({why}): run jobs/distill.py again to regenerate them")
+def _corrupted(path: Path, why: str) -> InputError:
+    return InputError(f"the labels in {path} are corrupted ({why}): run jobs/distill.py again to regenerate them")

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from msense.config import NO_SENSE, Metric
+from msense.constants import NO_SENSE, Metric
 from msense.dictionary import SenseDictionary
-from msense.errors import BadInput
-from msense.sense_losses import LossSum, SenseLabels, SenseSpace, sense_losses
+from msense.errors import InputError
 from msense.student.student import StudentOutput
+from msense.training.sense_losses import LossSum, SenseLabels, SenseScorer, sense_losses
 
 _LABEL_KINDS = {"sense": "sense numbers", "pooled": "sentence vectors", "replaced": "sentence vectors"}
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledBatch:
     """A batch of B passages of up to L tokens, N tokens in total, with the labels that the objective needs."""
 
     ids: Tensor  # int64 [B, L], on the CPU
@@ -34,7 +34,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Mix:
+class LossWeights:
     """Weights of the losses, each of which is a mean over tokens or passages.
 
     Example:
@@ -57,19 +57,19 @@ class Mix:
         every = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("metric", "temperature")}
         return {name: weight for name, weight in every.items() if weight}
 
-    def space(self, dictionary: SenseDictionary) -> SenseSpace:
+    def space(self, dictionary: SenseDictionary) -> SenseScorer:
         """Return the dictionary's senses prepared for scoring many batches."""
         config = dictionary.config
         # a dictionary whose senses are single points has the unit 0
         scale = 1.0 if self.temperature is None else self.temperature * config.temperature_unit or 1.0
-        return SenseSpace(dictionary.ragged, self.metric or config.metric, scale, kept=True)
+        return SenseScorer(dictionary.ragged, self.metric or config.metric, scale, kept=True)
 
 
-def loss_sums(
-    mix: Mix,
+def compute_losses(
+    mix: LossWeights,
     output: StudentOutput,
-    batch: Labelled,
-    space: SenseSpace,
+    batch: LabeledBatch,
+    space: SenseScorer,
     sentence: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, LossSum]:
     """Return the losses that have a weight in `mix` by name, unweighted; `weighted` combines them.
@@ -104,7 +104,9 @@ def loss_sums(
     return losses
 
 
-def weighted(mix: Mix, sums: Mapping[str, LossSum], counts: Mapping[str, int], workers: int = 1) -> Tensor:
+def combine_losses(
+    mix: LossWeights, sums: Mapping[str, LossSum], counts: Mapping[str, int], workers: int = 1
+) -> Tensor:
     """Combine loss sums into one scalar; the only place where losses are normalised.
 
     `counts` are those of the whole global batch, so gradients of its slices add up to its gradient. Data-parallel
@@ -153,7 +155,7 @@ def frequent_sense_accuracy(ids: np.ndarray, labels: np.ndarray, dictionary: Sen
 def _require(label: Any, name: str) -> Any:  # noqa: ANN401 - SenseLabels or Tensor
     """Return the label of a loss; raise BadInput if the batch has none."""
     if label is None:
-        raise BadInput(
+        raise InputError(
             f"cannot compute the loss {name!r}: the labels hold no {_LABEL_KINDS.get(name, 'hidden states')}; "
             "regenerate the labels with them, or choose another --objective"
         )

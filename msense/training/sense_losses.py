@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msense.config import NO_SENSE, Metric
-from msense.dictionary.assignment import Batch, RaggedSenses, batch_elements, ragged_batches, real
-from msense.errors import BadInput
+from msense.constants import NO_SENSE, Metric
+from msense.dictionary.assignment import Batch, RaggedSenses, batch_elements, drop_padding, ragged_batches
+from msense.errors import InputError
 
-HELD_NUMBERS = 1 << 24  # gathered sense elements kept between forward and backward; the rest is gathered again
-KEPT_BYTES = 1 << 30  # largest float32 cache of prepared senses; larger dictionaries are prepared batch by batch
+MAX_HELD_ELEMENTS = 1 << 24  # gathered sense elements kept between forward and backward; the rest is gathered again
+MAX_CACHE_BYTES = 1 << 30  # largest float32 cache of prepared senses; larger dictionaries are prepared batch by batch
 _ROWS = 1 << 16  # senses prepared at a time
 
 
@@ -37,7 +37,7 @@ class SenseLabels:
     weights: np.ndarray | None = None  # float [N, m], non-negative, normalised per token; None: all equal
 
 
-class SenseSpace:
+class SenseScorer:
     """A dictionary's senses with a score: negative squared distance, dot product or cosine, divided by a scale.
 
     For l2, senses are taken relative to the first sense of their token, which keeps precision for embeddings far from
@@ -55,7 +55,7 @@ class SenseSpace:
         """Store the senses, best on the embeddings' device; `kept` caches them prepared, up to KEPT_BYTES."""
         self.senses, self.metric, self.scale = senses, metric, scale
         self._cache: tuple[Tensor, Tensor] | None = None
-        if kept and sum(part.numel() for part in senses.parts) * 4 <= KEPT_BYTES:
+        if kept and sum(part.numel() for part in senses.parts) * 4 <= MAX_CACHE_BYTES:
             first = torch.from_numpy(np.repeat(senses.offsets[:-1], np.diff(senses.offsets)))
             parts = [self._prepare(rows, first[rows], torch.float32) for rows in torch.arange(len(first)).split(_ROWS)]
             if parts:
@@ -135,7 +135,7 @@ class SenseSpace:
 
 
 def sense_losses(
-    embeddings: Tensor, ids: np.ndarray, labels: SenseLabels | None, space: SenseSpace, *, replaced: bool
+    embeddings: Tensor, ids: np.ndarray, labels: SenseLabels | None, space: SenseScorer, *, replaced: bool
 ) -> tuple[LossSum | None, Tensor | None]:
     """Return the cross-entropy over each token's own senses, and the softly replaced embeddings.
 
@@ -182,7 +182,7 @@ class _SenseLosses(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 - autograd's
         embeddings: Tensor,
         ids: np.ndarray,
-        space: SenseSpace,
+        space: SenseScorer,
         target: _Target | None,
         replaced: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -195,13 +195,13 @@ class _SenseLosses(torch.autograd.Function):
                 chances = logits.log_softmax(2)
                 if target is not None:
                     wanted, weight = target.numbers[rows], target.weights[rows].to(logits.dtype)  # [T, n, m]
-                    total -= real((chances.gather(2, wanted) * weight).sum(2), batch).sum(dtype=torch.float64)
+                    total -= drop_padding((chances.gather(2, wanted) * weight).sum(2), batch).sum(dtype=torch.float64)
                 chances = chances.exp_()
                 if replaced:
                     _put(out, rows, space.mean(chances, batch, ready))
                 if ctx.needs_input_grad[0]:
                     held += ready.numel()
-                    ctx.kept.append((batch, rows, chances, ready if held <= HELD_NUMBERS else None))
+                    ctx.kept.append((batch, rows, chances, ready if held <= MAX_HELD_ELEMENTS else None))
         ctx.save_for_backward(embeddings)
         return total.to(torch.promote_types(embeddings.dtype, torch.float32)), out
 
@@ -241,12 +241,12 @@ def _target(labels: SenseLabels, ids: np.ndarray, offsets: np.ndarray, device: t
     numbers = numbers[:, None] if numbers.ndim == 1 else numbers
     weights = np.ones(numbers.shape) if labels.weights is None else labels.weights.astype(np.float64)
     if len(numbers) != len(ids) or weights.shape != numbers.shape:
-        raise BadInput(
+        raise InputError(
             f"sense numbers {labels.numbers.shape} and weights {weights.shape} do not match {len(ids)} tokens: pass "
             "one row per token, and one weight per number"
         )
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
-        raise BadInput("a label weight is negative, infinite or NaN: regenerate the labels")
+        raise InputError("a label weight is negative, infinite or NaN: regenerate the labels")
     weights = np.where(numbers == NO_SENSE, 0.0, weights)
     sums = weights.sum(1, keepdims=True)
     inside = (ids >= 0) & (ids < len(offsets) - 1)
@@ -255,7 +255,7 @@ def _target(labels: SenseLabels, ids: np.ndarray, offsets: np.ndarray, device: t
     wrong = np.flatnonzero(((numbers >= sizes[:, None]) & (weights > 0)).any(1))
     if len(wrong):
         first = wrong[0]
-        raise BadInput(
+        raise InputError(
             f"token {ids[first]} is labelled {numbers[first].tolist()}, but has {sizes[first]} senses: the labels "
             "belong to another dictionary; regenerate them"
         )

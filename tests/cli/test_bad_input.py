@@ -23,8 +23,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from msense import SenseDictionary
-from msense.cli import run_job
-from msense.corpus import cut_pieces
+from msense.cli.console import run_job
+from msense.corpus import cut_splits
 
 MakeTeacher = Callable[..., Path]
 Prepare = Callable[[Path], object]
@@ -190,7 +190,7 @@ def test_a_bad_document_is_skipped_and_counted_or_stops_a_strict_run(
 def test_the_first_hundred_of_each_reason_are_listed_in_input_order(
     tmp_path: Path, run: Run, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr("msense.passages.cut_pieces", lambda files: cut_pieces(files, piece_bytes=100))
+    monkeypatch.setattr("msense.stages.passages.cut_splits", lambda files: cut_splits(files, piece_bytes=100))
     kinds = {b"": "empty", b"\xff": "not UTF-8", b"a cat": ""}
     lines = [b"", b"\xff", b"a cat", b""] * 30
     names = ["a.txt", "b.txt", "c.txt"]

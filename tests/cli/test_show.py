@@ -51,7 +51,7 @@ def test_senses_are_sorted_by_count_with_aligned_contexts(folder: Path, capsys: 
     assert [int(head[1]) for head in heads] == order
     assert [int(head[3]) for head in heads] == sorted(own.counts.tolist(), reverse=True)
     assert heads[0][5] == f"{own.counts[order[0]] / own.counts.sum():.1%}"
-    assert heads[0][8] == f"{own.spread[order[0]]:.3g}"
+    assert heads[0][8] == f"{own.rms_distance[order[0]]:.3g}"
     contexts = [line for line in lines if "[bank]" in line]
     assert len(contexts) == 9
     assert len({line.index("[bank]") for line in contexts}) == 1

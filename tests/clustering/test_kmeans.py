@@ -14,9 +14,9 @@ from hypothesis.extra import numpy as hnp
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from msense import kmeans
-from msense.errors import BadInput, MsenseError
-from msense.kmeans import BLOCK_ROWS, Clusters, KMeansConfig, Metric, batches, cluster_tokens, lloyd, seeding
+from msense.clustering import kmeans
+from msense.clustering.kmeans import BLOCK_ROWS, Clusters, KMeansConfig, Metric, batches, cluster_tokens, lloyd, seeding
+from msense.errors import InputError, MsenseError
 
 Matrix = np.ndarray[Any, Any]
 
@@ -48,7 +48,7 @@ def one(points: Matrix, config: KMeansConfig, token: int = 7, key_order: Matrix 
 
 
 def drive(points: Matrix, cuts: list[int], config: KMeansConfig, token: int = 7) -> Clusters:
-    """Cluster one token in ranges of rows, as `msense.parts` does; `cuts` are block numbers."""
+    """Cluster one token in ranges of rows, as `msense.stages.distributed_kmeans` does; `cuts` are block numbers."""
     edges = [0, *(cut * BLOCK_ROWS for cut in cuts), len(points)]
     parts = [(a, points[a:b]) for a, b in itertools.pairwise(edges)]
     state = kmeans.seed_centroids(points[: kmeans.SEED_POINTS], token, config)
@@ -58,10 +58,10 @@ def drive(points: Matrix, cuts: list[int], config: KMeansConfig, token: int = 7)
         far = [kmeans.farthest(part, state, m, config, first_row=a) for a, part in parts] if m else []
         state = kmeans.update(state, total, config, kmeans.combine_farthest(far, m) if m else None)
     done = [kmeans.finish(part, state, config) for _, part in parts]
-    counts, spread, inertia = kmeans.summary(state, done)
+    counts, rms_distance, inertia = kmeans.summary(state, done)
     assignment, distance = (np.concatenate([getattr(d, name) for d in done]) for name in ("assignment", "distance"))
     sizes, rounds = np.array([len(state.final)]), np.array([state.rounds])
-    return Clusters(sizes, state.final, counts, spread, assignment, distance, np.array([inertia]), rounds)
+    return Clusters(sizes, state.final, counts, rms_distance, assignment, distance, np.array([inertia]), rounds)
 
 
 def first_point_always(_: object, __: object, ___: object, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +96,7 @@ def check_consistent(result: Clusters, points: Matrix, sizes: Sequence[int], met
     away = ((x - result.centroids[sense]) ** 2).sum(1)
     np.testing.assert_allclose(result.distance, away, rtol=1e-4, atol=1e-6 * scale**2)
     squares = np.bincount(sense, weights=result.distance, minlength=len(counts))
-    np.testing.assert_allclose(result.spread, np.sqrt(squares / counts), rtol=1e-5)
+    np.testing.assert_allclose(result.rms_distance, np.sqrt(squares / counts), rtol=1e-5)
     token = np.repeat(np.arange(len(sizes)), sizes)
     np.testing.assert_allclose(result.inertia, np.bincount(token, result.distance, len(sizes)), rtol=1e-6)
 
@@ -373,7 +373,7 @@ def test_duplicates_in_blocks(k: int, values: int, seed: int) -> None:
     check_consistent(result, x, [len(x)])
     if values <= k:
         assert result.centroids[:, 0].tolist() == x[:values, 0].tolist()
-        assert (result.spread == 0).all()
+        assert (result.rms_distance == 0).all()
 
 
 def test_few_points_are_all_kept_in_order_of_first_appearance() -> None:
@@ -383,7 +383,7 @@ def test_few_points_are_all_kept_in_order_of_first_appearance() -> None:
     assert result.centroids.tolist() == [[5, 1], [2, 2], [0, 3], [1, 1]]
     assert result.counts.tolist() == [3, 2, 2, 1]
     assert result.assignment.tolist() == [0, 1, 0, 2, 2, 1, 0, 0]
-    assert result.spread.tolist() == result.distance[:4].tolist() == [0, 0, 0, 0]
+    assert result.rms_distance.tolist() == result.distance[:4].tolist() == [0, 0, 0, 0]
     assert result.rounds.tolist() == [0, 0]
 
 
@@ -521,5 +521,5 @@ def of_three_points(sizes: Sequence[int] = (2, 1), points: Matrix | None = None,
     ],
 )
 def test_invalid_arguments_are_refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         call()

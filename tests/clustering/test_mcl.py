@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
-from msense.errors import BadInput, MsenseError
-from msense.mcl import MclConfig, clusters, components, flow, markov_clusters, mcl_senses
-from msense.mcl import senses as rule
+from msense.clustering.mcl import MclConfig, clusters, components, flow, markov_clusters, mcl_senses
+from msense.clustering.mcl import senses as rule
+from msense.errors import InputError, MsenseError
 
 Matrix = np.ndarray[Any, Any]
 Clusters = list[tuple[int, ...]]
@@ -56,10 +56,12 @@ def similarities(points: Matrix) -> Matrix:
     return 1 / (0.01 + np.sqrt(((x[:, None] - x) ** 2).sum(2)))
 
 
-def mixture(points: int, clusters: int, width: int, spread: float, seed: int) -> Matrix:
+def mixture(points: int, clusters: int, width: int, rms_distance: float, seed: int) -> Matrix:
     rng = np.random.default_rng(seed)
     centers = 3 * rng.normal(size=(clusters, width))
-    return (centers[rng.integers(0, clusters, points)] + spread * rng.normal(size=(points, width))).astype(np.float16)
+    return (centers[rng.integers(0, clusters, points)] + rms_distance * rng.normal(size=(points, width))).astype(
+        np.float16
+    )
 
 
 def planted(sizes: list[int], inside: float = 1.0, between: float = 0.0, seed: int = 0) -> tuple[Matrix, Clusters]:
@@ -99,8 +101,8 @@ def test_planted_blocks_are_recovered(between: float) -> None:
     ("points", "clusters", "width", "spread"),
     [(250, 12, 384, 0.05), (250, 30, 4, 0.1), (230, 1, 2, 1.0), (230, 5, 16, 0.3), (120, 20, 3, 0.1)],
 )
-def test_mixtures_are_clustered_as_by_the_package(points: int, clusters: int, width: int, spread: float) -> None:
-    graph = similarities(mixture(points, clusters, width, spread, seed=points + width))
+def test_mixtures_are_clustered_as_by_the_package(points: int, clusters: int, width: int, rms_distance: float) -> None:
+    graph = similarities(mixture(points, clusters, width, rms_distance, seed=points + width))
     theirs, ours = package(graph), one(graph)
     assert len(ours) == len(theirs)
     assert adjusted_rand_score(labels(theirs, points), labels(ours, points)) > 0.999
@@ -214,7 +216,7 @@ def test_batches_and_threads_change_nothing_nor_do_they_touch_the_input() -> Non
     ],
 )
 def test_invalid_graphs_are_named(graph: Matrix, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         markov_clusters([np.ones((2, 2)), graph], MclConfig())
 
 
@@ -222,7 +224,7 @@ def test_all_invalid_settings_are_reported_at_once() -> None:
     message = (
         r"expansion is 1, .*; inflation is 1.0, .*; share is 2, .*; large_share is nan, .*; large is -1, .*; least"
     )
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         MclConfig(expansion=1, inflation=1.0, share=2, large_share=float("nan"), large=-1, least=0)
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from msense.config import BuildConfig
-from msense.errors import BadInput
-from msense.flags import parse_flags
+from msense.cli.flags import parse_flags
+from msense.config.build import BuildConfig
+from msense.errors import InputError
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
 def test_all_errors_are_shown_at_once(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("colour: red\nsenses: few\n")
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InputError) as caught:
         parse_flags(BuildConfig, "x", ["--config", str(file), "--coverage", "1.5", "--metric", "l3"])
     for told in ("colour", "must be a number from 1 to 65534, auto or mcl", "coverage", "metric"):
         assert told in str(caught.value)
@@ -35,9 +35,9 @@ def test_all_errors_are_shown_at_once(tmp_path: Path) -> None:
 def test_files_that_are_no_settings_are_refused(tmp_path: Path, text: str, told: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(InputError, match=told):
         parse_flags(BuildConfig, "x", ["--config", str(file)])
-    with pytest.raises(BadInput, match=r"cannot read the config file .*none.yaml"):
+    with pytest.raises(InputError, match=r"cannot read the config file .*none.yaml"):
         parse_flags(BuildConfig, "x", ["--config", str(tmp_path / "none.yaml")])
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from msense.distill_config import DistillConfig
-from msense.errors import BadInput
-from msense.flags import parse_flags
+from msense.cli.flags import parse_flags
+from msense.config.distill import DistillConfig
+from msense.errors import InputError
 
 
 def parse(*words: str) -> DistillConfig:
@@ -26,15 +26,15 @@ def test_defaults_follow_from_other_settings() -> None:
 
 def test_all_errors_are_reported_at_once() -> None:
     wrong = ["--student", "layers:0", "--objective", "sens", "--lr", "0", "--held-out", "0.9", "--text-column", "t"]
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InputError) as caught:
         parse_flags(DistillConfig, "x", [*wrong, "--output", "https://x/y"])
     fields = ("dictionary: ", "student: must be layers:N", "objective: sens ", "lr: ", "held_out: ", "text_column: ")
     for part in (*fields, "--corpus", "output: ", "https://"):
         assert part in str(caught.value)
-    with pytest.raises(BadInput, match="--no-pooled"):
+    with pytest.raises(InputError, match="--no-pooled"):
         parse("--no-pooled", "--objective", "pooled")
     for weights in (["sense=0"], ["sense=nan"], []):
-        with pytest.raises(BadInput, match="objective"):
+        with pytest.raises(InputError, match="objective"):
             parse("--objective", *weights)
 
 

@@ -10,18 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from msense.corpus import cut_pieces, list_files
-from msense.errors import BadInput
-from msense.tokens import (
-    Passages,
-    PassageSpec,
-    cut_points,
-    fingerprint,
-    passage_keys,
-    read_block,
-    special_frame,
-    write_passages,
-)
+from msense.corpus import cut_splits, list_files
+from msense.corpus.chunking import cut_points, passage_keys, write_passages
+from msense.corpus.passages import Passages, PassageSpec, read_block
+from msense.errors import InputError
+from msense.tokenizer import fingerprint, special_tokens_around
 
 
 def letters_tokenizer() -> Tokenizer:
@@ -100,7 +93,7 @@ def test_keys_are_uniform_and_depend_on_document_and_seed_only() -> None:
 
 
 def test_special_frame_and_fingerprint() -> None:
-    assert special_frame(TOKENIZER) == ((1,), (2,))
+    assert special_tokens_around(TOKENIZER) == ((1,), (2,))
     other = letters_tokenizer()
     before = fingerprint(other)
     other.enable_truncation(3)
@@ -112,7 +105,7 @@ def test_special_frame_and_fingerprint() -> None:
 
 def write(tmp_path: Path, text: str, spec: PassageSpec, name: str = "a.txt", **options: bool) -> tuple[Path, dict]:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    (piece,) = cut_pieces(list_files([str(tmp_path / name)]))
+    (piece,) = cut_splits(list_files([str(tmp_path / name)]))
     target = tmp_path / f"{name}.parquet"
     return target, write_passages(piece, spec, TOKENIZER, target, **options)
 
@@ -150,21 +143,21 @@ def test_dedup_gives_equal_passages_equal_keys(tmp_path: Path) -> None:
 
 
 def test_a_bad_document_is_an_error_if_requested(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"bad document a.txt:1: empty.*--on-bad-document skip"):
+    with pytest.raises(InputError, match=r"bad document a.txt:1: empty.*--on-bad-document skip"):
         write(tmp_path, "ab\n \n", PassageSpec(max_length=9), fail_on_bad=True)
 
 
 def test_a_spec_without_room_for_text_is_rejected() -> None:
-    with pytest.raises(BadInput, match="max_length 4 leaves no room"):
+    with pytest.raises(InputError, match="max_length 4 leaves no room"):
         PassageSpec(max_length=4, prefix=(1, 2), suffix=(3,), prompt=(4,))
-    with pytest.raises(BadInput, match="stride 4 must be smaller than the 4 text tokens"):
+    with pytest.raises(InputError, match="stride 4 must be smaller than the 4 text tokens"):
         PassageSpec(max_length=4, stride=4)
 
 
 def test_long_documents_are_tokenized_in_slices_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "abc def " * 40 + "g" * 30
     whole, _ = write(tmp_path, text, PassageSpec(max_length=500))
-    monkeypatch.setattr("msense.tokens.SLICE_CHARACTERS", 25)
+    monkeypatch.setattr("msense.corpus.chunking.SLICE_CHARACTERS", 25)
     sliced, stats = write(tmp_path, text, PassageSpec(max_length=500), name="b.txt")
     assert stats["passages"] > 1
     letters = [[TOKENIZER.id_to_token(i).lstrip("#") for i in read_block(str(f), 0).ids] for f in (whole, sliced)]

@@ -15,7 +15,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from msense.corpus import list_files, read_documents
-from msense.errors import BadInput, MsenseError
+from msense.errors import InputError, MsenseError
 
 Patch = pytest.MonkeyPatch
 Pack = Callable[[bytes], bytes]
@@ -100,7 +100,7 @@ def test_names_of_several_corpora_start_with_the_base_name_of_their_root(tmp_pat
     roots = [f"{tmp_path}/old/news", f"{tmp_path}/books/a.txt", "pydocs:fsspec"]
     assert [file.name for file in list_files(roots)] == ["books/a.txt", "news/a.txt", "pydocs/fsspec"]
     assert list_files(roots[::-1]) == list_files(roots)
-    with pytest.raises(BadInput, match=r"'news/a.txt'.*: .*old/news/a.txt and .*new/news/\*?a.txt"):
+    with pytest.raises(InputError, match=r"'news/a.txt'.*: .*old/news/a.txt and .*new/news/\*?a.txt"):
         list_files([f"{tmp_path}/old/news", f"{tmp_path}/new/news/*.txt"])
 
 
@@ -124,7 +124,7 @@ def test_fingerprints_change_with_the_content_and_contain_no_path(tmp_path: Path
     linked = list_files([f"{tmp_path}/links"])
     assert (linked[0].size, linked[0].fingerprint) == (4, list_files([str(path)])[0].fingerprint)
     path.unlink()
-    with pytest.raises(BadInput, match=r"links/b.txt: no such file"):
+    with pytest.raises(InputError, match=r"links/b.txt: no such file"):
         list_files([f"{tmp_path}/links"])
 
 
@@ -140,7 +140,7 @@ def test_fingerprints_prefer_a_content_hash(memory: AbstractFileSystem, monkeypa
 
 def test_a_missing_storage_package_is_named(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(BadInput, match=r"gs://b/a.txt: gs:// needs .* not installed: pip install gcsfs$"):
+    with pytest.raises(InputError, match=r"gs://b/a.txt: gs:// needs .* not installed: pip install gcsfs$"):
         list_files(["gs://b/a.txt"])
 
 
@@ -151,7 +151,9 @@ def test_missing_s3_credentials_are_reported(monkeypatch: Patch, tmp_path: Path)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(BadInput, match=r"s3://b/x.txt: S3 denied access .*locate credentials\): set credentials: AWS_"):
+    with pytest.raises(
+        InputError, match=r"s3://b/x.txt: S3 denied access .*locate credentials\): set credentials: AWS_"
+    ):
         list_files(["s3://b/x.txt"])
 
 
@@ -159,9 +161,9 @@ def test_storage_errors_name_the_file(tmp_path: Path, monkeypatch: Patch) -> Non
     (tmp_path / "a.txt").write_text("x\n")
     (piece,) = pieces_of(f"{tmp_path}/a.txt")
     for error, kind, message in [
-        (PermissionError("no"), BadInput, r"a.txt: no permission to read it \(no\); grant access"),
+        (PermissionError("no"), InputError, r"a.txt: no permission to read it \(no\); grant access"),
         (ConnectionResetError("gone"), MsenseError, r"a.txt: the connection was lost \(gone\); run the same command"),
-        (FileNotFoundError("none"), BadInput, r"a.txt: no such file"),
+        (FileNotFoundError("none"), InputError, r"a.txt: no such file"),
     ]:
         monkeypatch.setattr(LocalFileSystem, "_open", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         with pytest.raises(kind, match=message):
@@ -180,7 +182,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "scandir", fail)
     for uri in [tmp_path, tmp_path / "**" / "*.txt", tmp_path / "*"]:
-        with pytest.raises(BadInput, match=r"no permission to read it \(.*closed"):
+        with pytest.raises(InputError, match=r"no permission to read it \(.*closed"):
             list_files([str(uri)])
     assert len(list_files([f"{tmp_path}/data/*.txt"])) == 1
 
@@ -197,7 +199,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
 )
 def test_corrupted_files_are_rejected(tmp_path: Path, name: str, raw: bytes, form: str) -> None:
     (tmp_path / name).write_bytes(raw)
-    with pytest.raises(BadInput, match=rf"{name}: cannot be read as {form}.*corrupted .* restore or exclude it"):
+    with pytest.raises(InputError, match=rf"{name}: cannot be read as {form}.*corrupted .* restore or exclude it"):
         read(tmp_path / name)
 
 
@@ -206,7 +208,7 @@ def test_corrupted_parquet_pages_are_rejected(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[40:2000] = b"\xff" * 1960
     path.write_bytes(raw)
-    with pytest.raises(BadInput, match=r"a.parquet: cannot be read as parquet"):
+    with pytest.raises(InputError, match=r"a.parquet: cannot be read as parquet"):
         read(path)
 
 
@@ -216,7 +218,7 @@ def test_corrupted_parquet_pages_are_rejected(tmp_path: Path) -> None:
 )
 def test_a_missing_column_error_lists_the_available_ones(tmp_path: Path, name: str, raw: bytes, columns: str) -> None:
     (tmp_path / name).write_bytes(raw)
-    with pytest.raises(BadInput, match=rf"{name}: no column 'text'; available: {columns}; .*--text-column"):
+    with pytest.raises(InputError, match=rf"{name}: no column 'text'; available: {columns}; .*--text-column"):
         read(tmp_path / name)
 
 
@@ -227,10 +229,10 @@ def test_unsuitable_parquet_columns_are_rejected(tmp_path: Path) -> None:
         ("blob", r"column 'blob' holds binary, not strings; cast it"),
         ("body", r"column 'id' holds double, not strings or integers"),
     ]:
-        with pytest.raises(BadInput, match=message):
+        with pytest.raises(InputError, match=message):
             read(path, text_column=column)
     pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 2, names=["text", "text"]), path)
-    with pytest.raises(BadInput, match=r"2 columns are named 'text'"):
+    with pytest.raises(InputError, match=r"2 columns are named 'text'"):
         read(path)
 
 

@@ -11,9 +11,10 @@ from documents import pairs, pieces_of, read, write_table
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from msense.corpus import files, list_files, pieces, read_documents
+from msense.corpus import files, list_files, read_documents
+from msense.corpus import splits as splits_module
 from msense.corpus.pydocs import docstrings
-from msense.errors import BadInput
+from msense.errors import InputError
 
 Patch = pytest.MonkeyPatch
 
@@ -91,7 +92,7 @@ def test_pydocs_reads_docstrings_without_importing(tiny_package: None) -> None:
 
 
 def test_pydocs_splits_names_and_samples(tiny_package: None, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(pieces, "PYDOCS_FILES", 3)
+    monkeypatch.setattr(splits_module, "PYDOCS_FILES", 3)
     splits = [p for p in pieces_of("pydocs:tinydocs", "pydocs:tinymodule,fsspec") if p.name != "pydocs/fsspec"]
     assert [(p.name, p.start, p.stop) for p in splits] == [
         ("pydocs/tinydocs", 0, 3),
@@ -118,17 +119,17 @@ def test_pydocs_fingerprint_is_the_version(tiny_package: None) -> None:
 @pytest.mark.parametrize("name", ["nosuchpackage", "numpy.linalg", "specless"])
 def test_pydocs_of_a_missing_package_is_rejected(name: str, monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "specless", ModuleType("specless"))
-    with pytest.raises(BadInput, match=rf"no package '{name}' is installed here; pip install it"):
+    with pytest.raises(InputError, match=rf"no package '{name}' is installed here; pip install it"):
         list_files([f"pydocs:filelock,{name}"])
 
 
 def test_pydocs_default_packages_and_packages_without_source(monkeypatch: Patch) -> None:
-    with pytest.raises(BadInput, match="'sys' has no Python source"):
+    with pytest.raises(InputError, match="'sys' has no Python source"):
         list_files(["pydocs:sys"])
     monkeypatch.setattr("msense.corpus.pydocs.DEFAULT_PACKAGES", ("nosuchpackage", "filelock"))
     assert [file.name for file in list_files(["pydocs"])] == ["filelock"]
     monkeypatch.setattr("msense.corpus.pydocs.DEFAULT_PACKAGES", ("nosuchpackage",))
-    with pytest.raises(BadInput, match="none of nosuchpackage is installed"):
+    with pytest.raises(InputError, match="none of nosuchpackage is installed"):
         list_files(["pydocs"])
 
 
@@ -185,7 +186,7 @@ def test_hub_configs_and_splits_are_listed_if_ambiguous(hub: Callable[..., None]
         ("none", r"hf://org/none: the Hub provides no parquet files for it .*hf auth login"),
         ("name:a:train:x", "write hf://dataset"),
     ]:
-        with pytest.raises(BadInput, match=message):
+        with pytest.raises(InputError, match=message):
             list_files([f"hf://org/{name}"])
     hub("default/train/0000.parquet", "default")
     assert [text for _, text in pairs(read("hf://org/name"))] == ["default"]

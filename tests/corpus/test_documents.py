@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from msense.corpus import (
     BadDocument,
     count_rows,
-    cut_pieces,
+    cut_splits,
     list_files,
-    number_pieces,
+    number_splits,
     read_documents,
     readers,
     tables,
@@ -157,7 +157,7 @@ def test_splits_of_txt_equal_the_whole(lines: list[tuple[str, str]], last: str, 
     if limit == 1000:
         reasons = ["empty" if not line.decode().strip() else line.decode() for line in expected]
         assert [text for _, text in pairs(whole)] == reasons
-    pieces = cut_pieces(list_files(["memory://pieces/a.txt"]), piece_bytes)
+    pieces = cut_splits(list_files(["memory://pieces/a.txt"]), piece_bytes)
     if len(pieces) > 1:
         assert sum(count_rows(piece) for piece in pieces) == len(expected)
         assert (pieces[0].start, pieces[-1].stop) == (0, len(raw))
@@ -178,11 +178,11 @@ def test_splits_of_jsonl_equal_the_whole(rows: list[str], piece_bytes: int) -> N
 
 def test_rows_are_numbered_per_file(memory: AbstractFileSystem) -> None:
     memory.pipe({"/d/a.txt": b"1\n2\n3\n4", "/d/b.txt.gz": gzip.compress(b"x\ny"), "/d/c.txt": b"5\n\n7\n8\n"})
-    pieces = cut_pieces(list_files(["memory://d"]), piece_bytes=4)
+    pieces = cut_splits(list_files(["memory://d"]), piece_bytes=4)
     assert [p.first_row for p in pieces] == [0, -1, 0, 0, -1]
     counts = [count_rows(p) for p in pieces]
     assert counts == [2, 2, -1, 3, 1]
-    assert [p.first_row for p in number_pieces(pieces, counts)] == [0, 2, 0, 0, 3]
+    assert [p.first_row for p in number_splits(pieces, counts)] == [0, 2, 0, 0, 3]
     with pytest.raises(ValueError, match=r"no row number; call number_pieces"):
         list(read_documents(pieces[1]))
 
@@ -221,7 +221,7 @@ def test_a_dictionary_index_out_of_range_is_rejected(index: int) -> None:
     """Arrow reads such a file without an error."""
     words = pa.array(["river", "bank"])
     valid = pa.DictionaryArray.from_arrays(pa.array([1, 0, 1], pa.int32()), words)
-    assert list(tables.values(valid)) == [b"bank", b"river", b"bank"]
+    assert list(tables.iter_values(valid)) == [b"bank", b"river", b"bank"]
     corrupted = pa.DictionaryArray.from_arrays(pa.array([1, index], pa.int32()), words, safe=False)
     with pytest.raises(pa.ArrowInvalid, match=rf"index {index} of 2"):
-        list(tables.values(corrupted))
+        list(tables.iter_values(corrupted))

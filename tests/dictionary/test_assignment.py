@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from msense.dictionary import assignment
 from msense.dictionary.assignment import RaggedSenses, assign, ragged_batches, replace, scores, with_senses
-from msense.errors import BadInput, DictionaryError
+from msense.errors import DictionaryError, InputError
 
 METRICS = ("l2", "dot", "cosine")
 
@@ -170,7 +170,7 @@ def test_non_finite_values_are_rejected(metric: str, value: float) -> None:
     table, x = torch.ones(3, 2), torch.ones(4, 2)
     ids, offsets = np.array([1, 0, 1, 1]), np.array([0, 1, 3])
     x[2, 1] = value
-    with pytest.raises(BadInput, match="embedding 2 holds NaN"):
+    with pytest.raises(InputError, match="embedding 2 holds NaN"):
         assign(ids, x, RaggedSenses(offsets, (table,)), metric)
     x[2, 1] = 1
     table[2, 0] = value

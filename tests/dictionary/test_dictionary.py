@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import assert_same, make
 
-from msense.config import SenseBudget
+from msense.clustering.budget import SenseBudget
+from msense.clustering.mcl import MclConfig
 from msense.dictionary import SenseDictionary, TeacherName
-from msense.dictionary.format import DTYPES
-from msense.errors import BadInput, DictionaryError
-from msense.mcl import MclConfig
+from msense.dictionary.layout import DTYPES
+from msense.errors import DictionaryError, InputError
 
 
 def test_results_have_the_array_type_of_the_embeddings() -> None:
@@ -71,7 +71,7 @@ def test_temperature_is_relative_to_the_unit_of_the_dictionary() -> None:
     ],
 )
 def test_invalid_arguments_are_reported(call: Callable, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         call(make([2, 0, 3]), np.array([0, 1, 2, 0]), np.ones((4, 3), np.float32))
 
 
@@ -88,7 +88,7 @@ def test_fit_recovers_planted_senses_in_any_row_order(dtype: str) -> None:
     assert np.diff(d.offsets).tolist() == [0, 0, 3, 0, 0, 3, 0]
     assert sorted(d.senses(5).centroids.round().tolist()) == sorted(planted[5])
     assert d.senses(5).counts.tolist() == [40, 40, 40]
-    unit = (d.counts * d.spread.astype(np.float64) ** 2).sum() / 200
+    unit = (d.counts * d.rms_distance.astype(np.float64) ** 2).sum() / 200
     assert d.config.temperature_unit == pytest.approx(unit)
     replaced = d.replace(ids, x.astype(np.float32))
     assert np.abs(replaced - x).max() < 1
@@ -119,7 +119,7 @@ def test_merge_is_associative_and_keeps_every_sense_in_order(data: st.DataObject
         assert torch.equal(whole.senses(token).centroids, torch.cat([own.centroids for own in each]))
         assert whole.senses(token).counts.tolist() == np.concatenate([own.counts for own in each]).tolist()
     if len(whole):
-        assert whole.config.temperature_unit == pytest.approx(np.average(whole.spread**2, weights=whole.counts))
+        assert whole.config.temperature_unit == pytest.approx(np.average(whole.rms_distance**2, weights=whole.counts))
 
 
 @pytest.mark.parametrize(

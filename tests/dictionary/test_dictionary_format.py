@@ -14,7 +14,7 @@ from tiny import assert_same, make
 
 from msense.dictionary import SenseDictionary, TeacherName, write_dictionary
 from msense.dictionary import format as dictionary_format
-from msense.dictionary.format import DTYPES
+from msense.dictionary.layout import DTYPES
 from msense.errors import DictionaryError
 
 any_sizes = st.lists(st.integers(0, 5), min_size=1, max_size=9)
@@ -74,7 +74,7 @@ def test_writer_accepts_chunks_of_any_length(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(dictionary_format, "SHARD_BYTES", 4 * 3 * 2)
     rows = d.centroids.float()
     chunks = (rows[a:b] if a % 2 else rows[a:b].numpy() for a, b in ((0, 1), (1, 1), (1, 6), (6, 9)))
-    write_dictionary(tmp_path, d.config, d.offsets, d.counts, d.spread, d.token_counts, chunks)
+    write_dictionary(tmp_path, d.config, d.offsets, d.counts, d.rms_distance, d.token_counts, chunks)
     assert_same(d, SenseDictionary.load(tmp_path))
 
 
@@ -92,7 +92,7 @@ def test_a_failed_write_leaves_no_dictionary(tmp_path: Path, chunks: list[np.nda
     d = make([2, 3])
     d.save(tmp_path)
     with pytest.raises(DictionaryError, match=message):
-        write_dictionary(tmp_path, d.config, d.offsets, d.counts, d.spread, d.token_counts, chunks)
+        write_dictionary(tmp_path, d.config, d.offsets, d.counts, d.rms_distance, d.token_counts, chunks)
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(DictionaryError, match=r"no config.json"):
         SenseDictionary.load(tmp_path)

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import exemplars, make, with_tokenizer, word_piece
 
-from msense import scratch
 from msense.__main__ import main
 from msense.dictionary import SenseDictionary
 from msense.dictionary import format as dictionary_format
-from msense.errors import BadInput, DictionaryError
-from msense.parquet_pages import check_pages
+from msense.errors import DictionaryError, InputError
+from msense.io import scratch
+from msense.io.parquet_pages import check_pages
 
 
 def small(folder: Path, dtype: str | None = None) -> None:
@@ -142,7 +142,7 @@ def test_a_temperature_unit_beyond_float32_gives_finite_results(unit: float) -> 
 
 @pytest.mark.parametrize("token", [1 << 40, MANY])
 def test_fit_rejects_vast_token_ids(token: int) -> None:
-    with pytest.raises(BadInput, match="1 to 4194304 tokens"):
+    with pytest.raises(InputError, match="1 to 4194304 tokens"):
         SenseDictionary.fit(np.array([token]), np.ones((1, 2), np.float32))
 
 
@@ -212,7 +212,7 @@ def use_all(folder: Path) -> int:
             assert use()
         except DictionaryError:
             continue
-        except BadInput as error:
+        except InputError as error:
             if "overflow float32" not in str(error):  # centroids may be as large as their dtype allows
                 raise
         worked += 1

@@ -77,7 +77,7 @@ def test_exemplars_are_saved_and_renumbered_by_merge(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         pq.write_table(exemplars(rows), tmp_path / name / "exemplars.parquet")
         d = make([1, 0, 2] if name == "a" else [0, 0, 1])
-        write_dictionary(tmp_path / name, d.config, d.offsets, d.counts, d.spread, d.token_counts, [d.centroids])
+        write_dictionary(tmp_path / name, d.config, d.offsets, d.counts, d.rms_distance, d.token_counts, [d.centroids])
     a, b = SenseDictionary.load(tmp_path / "a"), SenseDictionary.load(tmp_path / "b")
     assert [(e.sense, e.rank, e.right) for e in a.exemplars(2)] == [(1, 0, " of 2.1.0"), (1, 1, " of 2.1.1")]
     assert a.exemplars(1) == []

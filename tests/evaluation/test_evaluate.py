@@ -12,17 +12,19 @@ import pytest
 from students import dictionary_of, shipped
 from test_evaluation import write_contexts, write_task
 
-from msense.config import BuildConfig
+from msense.cli.flags import parse_flags
+from msense.config.base import validate_config
+from msense.config.build import BuildConfig
 from msense.dictionary.format import write_tokenizer
-from msense.errors import BadInput, MsenseError
-from msense.evaluation import cost, measuring, run
+from msense.errors import InputError, MsenseError
+from msense.evaluation import cost, dispatch, run
 from msense.evaluation.config import EvaluateConfig
+from msense.evaluation.dispatch import measure
 from msense.evaluation.report import load_report, to_json
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
-from msense.flags import parse_flags, validate
-from msense.runtime import Resources
-from msense.teacher import describe
+from msense.runtime.resources import Resources
+from msense.teacher.spec import load_teacher_info
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def evaluate(in_process: None, teacher: Path, student: Path, tmp_path: Path) -> 
     def call(*tasks: str, **more: object) -> dict:
         config = {"model": ("teacher", f"s=student:{student}"), "task": tasks, "teacher": str(teacher), "cost": False}
         config |= {"dtype": "float32", "shots": ["2"], "draws": 3, "output": str(tmp_path / "out" / "e.json"), **more}
-        run.evaluate(validate(EvaluateConfig, config))
+        run.evaluate(validate_config(EvaluateConfig, config))
         return json.loads(Path(str(config["output"])).read_text())
 
     return call
@@ -64,7 +66,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The results that are computed rather than reused; they have known scores."""
     places: list[str] = []
 
-    def fake(number: int, works: list[measuring.Work]) -> dict:
+    def fake(number: int, works: list[dispatch.EvaluationJob]) -> dict:
         places.append(works[number].place)
         result = Result("accuracy", "draws", [0.5, 0.6])
         return {"title": works[number].title, "model": works[number].spec.name, "result": result.to_json()}
@@ -113,15 +115,15 @@ def test_only_missing_and_changed_results_are_computed(
 def test_a_failed_run_resumes_with_the_missing_results(
     evaluate: Callable[..., dict], data: Path, tmp_path: Path, measured: list[str], patch: pytest.MonkeyPatch
 ) -> None:
-    fake = run.measure
+    fake = measure
 
     def fail(number: int, works: list) -> dict:
         if number:
-            raise BadInput("the power is gone")
+            raise InputError("the power is gone")
         return fake(number, works)
 
     patch.setattr(run, "measure", fail)
-    with pytest.raises(BadInput, match="the power is gone"):
+    with pytest.raises(InputError, match="the power is gone"):
         evaluate(f"task={data}/task")
     kept = load_report(str(tmp_path / "out" / "e.json"))
     assert kept is not None
@@ -158,7 +160,7 @@ def test_tokens_are_compared_at_the_layer_of_the_dictionary(
 ) -> None:
     folder = tmp_path / "layer1"
     dictionary_of(teacher, temperature_unit=20.0, max_length=24, layer=1).save(folder)
-    write_tokenizer(folder, describe(str(teacher), BuildConfig())[1].to_str())
+    write_tokenizer(folder, load_teacher_info(str(teacher), BuildConfig())[1].to_str())
     report = evaluate(f"tokens:t={data}/task/test.csv", model=("teacher", f"d=replaced:{folder},hard"))
     assert report["tasks"][0]["rows"]["d"]["more"]["sense accuracy"] == 1.0
 
@@ -222,14 +224,14 @@ def test_peak_memory_is_that_of_a_fresh_process(student: Path, monkeypatch: pyte
     ],
 )
 def test_invalid_settings_are_refused(config: dict, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        validate(EvaluateConfig, {"model": ("teacher",), "task": ("x=/d",), **config})
+    with pytest.raises(InputError, match=message):
+        validate_config(EvaluateConfig, {"model": ("teacher",), "task": ("x=/d",), **config})
 
 
 def test_missing_data_are_reported_before_anything_is_loaded(
     evaluate: Callable[..., dict], tmp_path: Path, measured: list[str]
 ) -> None:
-    with pytest.raises(BadInput, match="nowhere"):
+    with pytest.raises(InputError, match="nowhere"):
         evaluate(f"task={tmp_path}/nowhere")
     assert measured == []
 
@@ -244,9 +246,9 @@ def test_flags_with_several_values_may_be_repeated() -> None:
 
 def test_credentials_are_not_written() -> None:
     words = ("teacher", "s=student:s3://key:secret@bucket/s?token=x")
-    config = validate(EvaluateConfig, {"model": words, "task": ("x=s3://key:secret@bucket/d",)})
+    config = validate_config(EvaluateConfig, {"model": words, "task": ("x=s3://key:secret@bucket/d",)})
     resources = Resources(actors=1, tasks=1, device="cpu")
-    works = measuring.works_of(config, config.specs("t"), config.tasks(), resources)
+    works = dispatch.make_jobs(config, config.specs("t"), config.tasks(), resources)
     report = json.dumps(to_json(run._empty(config, config.specs("t"), works, resources, {})))
     assert "secret" not in report
     assert "token" not in report
@@ -255,7 +257,7 @@ def test_credentials_are_not_written() -> None:
 
 def test_default_teacher_is_that_of_the_first_dictionary(student: Path) -> None:
     for models, teacher in ((("teacher", f"replaced:{student}/dictionary"), "t"), (("teacher",), "all-MiniLM-L6-v2")):
-        assert run._teacher_of(validate(EvaluateConfig, {"model": models, "task": ("x=/d",)})) == teacher
+        assert run._teacher_of(validate_config(EvaluateConfig, {"model": models, "task": ("x=/d",)})) == teacher
 
 
 def test_command_line_on_ray(

@@ -14,17 +14,17 @@ from students import dictionary_of
 from tiny import make, with_tokenizer, word_piece
 
 from msense import SenseDictionary
-from msense.config import BuildConfig
+from msense.config.build import BuildConfig
+from msense.corpus.labelled import Columns, read_labelled
 from msense.dictionary import write_dictionary
 from msense.dictionary.format import write_tokenizer
-from msense.errors import BadInput, MsenseError
-from msense.evaluation import classification, coarsewsd, tokens, wordsim
-from msense.evaluation.classification import Protocol
-from msense.evaluation.models import Model, Read, make_model, opened
+from msense.errors import InputError, MsenseError
+from msense.evaluation.models import Model, TokenEmbeddings, make_model, open_model
 from msense.evaluation.spec import Spec, TaskSpec, check_names, parse_model, parse_task
-from msense.labelled import Columns, read_labelled
-from msense.pooling import pool_rows
-from msense.teacher import describe
+from msense.evaluation.tasks import classification, coarsewsd, tokens, wordsim
+from msense.evaluation.tasks.classification import Protocol
+from msense.teacher.pooling import pool_rows
+from msense.teacher.spec import load_teacher_info
 
 PLAIN = Spec("reader", "replaced", replace=None)
 TEXTS = ["the river bank", "a cat sat on the mat", "money money", "is near"]
@@ -83,12 +83,12 @@ def test_parse_task(word: str, wanted: TaskSpec, title: str) -> None:
     ],
 )
 def test_invalid_models_and_tasks_are_refused(parse: Callable[[str], object], word: str, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         parse(word)
 
 
 def test_duplicate_names_are_refused() -> None:
-    with pytest.raises(BadInput, match=r"student:/a/s and student:/b/s have the same name 's'"):
+    with pytest.raises(InputError, match=r"student:/a/s and student:/b/s have the same name 's'"):
         check_names(["student:/a/s", "student:/b/s"], ["s", "s"], "--model")
 
 
@@ -135,7 +135,7 @@ LABELLED_FAULTS = [
 def test_invalid_labelled_texts_are_refused(prepare: object, message: str, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("x")
     prepare(tmp_path)  # type: ignore[operator]
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         read_labelled(str(tmp_path), "train")
 
 
@@ -145,7 +145,7 @@ def test_unreachable_hub_names_the_download(monkeypatch: pytest.MonkeyPatch) -> 
             raise OSError("no network")
 
     monkeypatch.setattr("msense.corpus.files.hub_filesystem", Gone)
-    with pytest.raises(BadInput, match=r"hf download --repo-type dataset mteb/banking77 --local-dir DIR"):
+    with pytest.raises(InputError, match=r"hf download --repo-type dataset mteb/banking77 --local-dir DIR"):
         read_labelled("hf://mteb/banking77", "train")
 
 
@@ -205,7 +205,7 @@ def test_shots_are_per_class_and_limited_by_its_size(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("train", "message"), [(["a", "a"], r"1 class\(es\)"), (["a", "b"], "share no label")])
 def test_labels_that_cannot_be_learnt_are_refused(train: list[str], message: str) -> None:
     vectors = {"train": np.eye(2, dtype=np.float32), "test": np.eye(2, dtype=np.float32)[:1]}
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         classification.classify(vectors, {"train": np.array(train), "test": np.array(["c"])})
 
 
@@ -217,7 +217,7 @@ class Reader:
     spec: Spec = PLAIN
     most: int = 99
 
-    def read(self, texts: list[str]) -> Read:
+    def read(self, texts: list[str]) -> TokenEmbeddings:
         rows: list[tuple[int, tuple[int, int], float]] = []
         offsets = [0]
         for text in texts:
@@ -230,7 +230,7 @@ class Reader:
             offsets.append(len(rows))
         points = np.array([[side, 0, 0] for *_, side in rows], np.float32)
         spans = np.array([span for _, span, _ in rows])
-        return Read(np.array([row[0] for row in rows]), np.array(offsets), spans, points, points)
+        return TokenEmbeddings(np.array([row[0] for row in rows]), np.array(offsets), spans, points, points)
 
 
 @pytest.fixture(scope="module")
@@ -294,12 +294,12 @@ def test_invalid_contexts_are_refused(line: str, gold: str, message: str, tmp_pa
     write_contexts(tmp_path, "word", [], [])
     (tmp_path / "word" / "train.data.txt").write_text(line + "\n")
     (tmp_path / "word" / "train.gold.txt").write_text(gold + "\n")
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         coarsewsd.measure(Reader(None), str(tmp_path))
 
 
 def test_a_folder_without_words_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="CoarseWSD"):
+    with pytest.raises(InputError, match="CoarseWSD"):
         coarsewsd.words(str(tmp_path))
 
 
@@ -311,7 +311,7 @@ def worded(tmp_path: Path) -> SenseDictionary:
     senses = torch.tensor([[9.0, 0, 0], [0, 2.0, 0], [0, 5.0, 0], [0, 0, 4.0], [6.0, 0, 0]])
     counts = np.array([3, 1, 1, 1, 1])
     config = built.config.model_copy(update={"dtype": "float32"})
-    write_dictionary(folder, config, built.offsets, counts, built.spread, built.token_counts, [senses])
+    write_dictionary(folder, config, built.offsets, counts, built.rms_distance, built.token_counts, [senses])
     return SenseDictionary.load(folder)
 
 
@@ -359,7 +359,7 @@ def test_invalid_sets_are_refused(text: str | None, message: str, tmp_path: Path
     (tmp_path / "other.csv").write_text("x")
     if text is not None:
         (tmp_path / "set.txt").write_text(text)
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         wordsim.read_sets(str(tmp_path))
 
 
@@ -368,7 +368,7 @@ def built(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a dictionary of the small teacher."""
     folder = tmp_path_factory.mktemp("built") / "dictionary"
     dictionary_of(teacher, temperature_unit=20.0, max_length=24).save(folder)
-    write_tokenizer(folder, describe(str(teacher), BuildConfig())[1].to_str())
+    write_tokenizer(folder, load_teacher_info(str(teacher), BuildConfig())[1].to_str())
     return folder
 
 
@@ -405,13 +405,13 @@ def test_a_truncated_teacher_has_fewer_layers(teacher: Path, plain: Model) -> No
     one = load(teacher, "truncated", layers=1)
     assert one.parameters() < plain.parameters()
     assert not np.allclose(one.encode(TEXTS), plain.encode(TEXTS))
-    with pytest.raises(BadInput, match="2 layers"):
+    with pytest.raises(InputError, match="2 layers"):
         load(teacher, "truncated", layers=3)
 
 
 def test_a_dictionary_of_another_teacher_is_refused(built: Path, make_teacher: object) -> None:
     other = make_teacher("roberta")  # type: ignore[operator]
-    with pytest.raises(BadInput, match="differ from those of the dictionary's teacher"):
+    with pytest.raises(InputError, match="differ from those of the dictionary's teacher"):
         load(other, "replaced", source=str(built), replace="hard")
 
 
@@ -440,7 +440,7 @@ def test_tokens_are_compared_with_the_teacher(built: Path, plain: Model, hard: M
     cosines = (replaced * read.hidden).sum(1) / np.linalg.norm(replaced, axis=1) / np.linalg.norm(read.hidden, axis=1)
     assert found.score == pytest.approx(cosines.mean(), rel=1e-5)
     assert found.score < 0.99
-    with pytest.raises(BadInput, match="different tokens"):
+    with pytest.raises(InputError, match="different tokens"):
         tokens.measure(Reader(make([0, 1, 2, 3])), plain, str(tmp_path))
 
 
@@ -452,7 +452,7 @@ def test_a_sentence_transformers_model_is_loaded(make_teacher: object) -> None:
     np.testing.assert_allclose(theirs.encode(TEXTS), ours.encode(TEXTS), rtol=1e-4, atol=1e-5)
     assert theirs.parameters() > 0
     assert {path.name for path in theirs.files()} >= {"model.safetensors", "config.json"}
-    with pytest.raises(BadInput, match="no/such"):
+    with pytest.raises(InputError, match="no/such"):
         load(folder, "encoder", source="./no/such")
 
 
@@ -488,7 +488,7 @@ def _python_with_model2vec(folder: Path) -> str:
 
 def test_model2vec_runs_in_a_separate_python(teacher: Path, tmp_path: Path) -> None:
     spec = Spec("m", "model2vec", teacher=str(teacher), python=_python_with_model2vec(tmp_path))
-    with opened(spec, "cpu", 1) as model:
+    with open_model(spec, "cpu", 1) as model:
         assert model.encode(["ab", "ü"]).tolist() == [[2.0, 1.0], [1.0, 1.0]]
         assert model.encode(["abc"]).dtype == np.float32
         assert model.parameters() == 10
@@ -504,8 +504,8 @@ def test_model2vec_runs_in_a_separate_python(teacher: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("python", "message", "kind"),
     [
-        (None, "not installed.*--model2vec-python", BadInput),
-        ("/no/such/python", "cannot run", BadInput),
+        (None, "not installed.*--model2vec-python", InputError),
+        ("/no/such/python", "cannot run", InputError),
         (sys.executable, "exited with code 1 .*No module named", MsenseError),
     ],
 )

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msense.errors import BadInput
-from msense.evaluation import mteb_tasks
-from msense.evaluation.mteb_tasks import PAPER_TASKS, MtebEncoder, measure
-from msense.evaluation.result import METRICS
-from msense.labelled import Columns
+from msense.corpus.labelled import Columns
+from msense.errors import InputError
+from msense.evaluation.tasks import mteb
+from msense.evaluation.tasks.mteb import PAPER_TASKS, MtebEncoder, measure
+from msense.metrics import METRICS
 
 CLASSES, TRAIN, TEST = 4, 20, 30
 
@@ -117,11 +117,11 @@ def test_missing_test_classes_and_other_columns(tmp_path: Path) -> None:
 
 
 def test_unusable_data_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"has 1 class\(es\).*--label-column"):
+    with pytest.raises(InputError, match=r"has 1 class\(es\).*--label-column"):
         measure(Known(noise), "own", write(tmp_path / "one", ["a"]), Columns(), 3, 2, 0)
     source = write(tmp_path / "none", ["a", "b"])
     (tmp_path / "none" / "test.csv").write_text("text,label\n0 x,c\n")
-    with pytest.raises(BadInput, match="share no label"):
+    with pytest.raises(InputError, match="share no label"):
         measure(Known(noise), "own", source, Columns(), 3, 2, 0)
 
 
@@ -139,7 +139,7 @@ def test_the_encoder_follows_the_protocol_of_mteb() -> None:
 
 def test_the_tasks_of_the_paper_exist_in_mteb() -> None:
     assert len(set(PAPER_TASKS)) == 16
-    tasks = [mteb_tasks.task_class(name).metadata for name in PAPER_TASKS]
+    tasks = [mteb.task_class(name).metadata for name in PAPER_TASKS]
     assert [task.name for task in tasks] == list(PAPER_TASKS)
     assert {task.main_score for task in tasks} == {"accuracy"}
 
@@ -155,7 +155,7 @@ def test_the_tasks_of_the_paper_exist_in_mteb() -> None:
     ],
 )
 def test_unknown_and_other_tasks_are_refused(name: str, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         measure(Known(noise), name, "", Columns(), 3, 2, 0)
 
 
@@ -169,7 +169,7 @@ def test_an_unreachable_hub_names_the_download(error: type[Exception], monkeypat
         r"mteb task Banking77Classification from the Hub \(no route to the hub\).* `hf download --repo-type dataset "
         r"mteb/banking77 --revision \w+ --local-dir DIR`; .*train\*\.csv.* --task mteb:Banking77Classification=DIR$"
     )
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         measure(Known(noise), "Banking77Classification", "", Columns(), 3, 2, 0)
 
 
@@ -183,7 +183,7 @@ def test_a_task_of_mteb_is_scored_on_its_test_split_only(monkeypatch: pytest.Mon
         return DatasetDict({k: Dataset.from_dict({"text": texts[k], "label": own}) for k, own in labels.items()})
 
     monkeypatch.setattr("mteb.abstasks.abstask.load_dataset", load)
-    task = mteb_tasks.task_class("PoemSentimentClassification")
+    task = mteb.task_class("PoemSentimentClassification")
     monkeypatch.setattr(task, "dataset_transform", lambda *_, **__: None)
     model = Known(by_class)
     with warnings.catch_warnings():
@@ -197,7 +197,7 @@ def test_a_task_of_mteb_is_scored_on_its_test_split_only(monkeypatch: pytest.Mon
 
 def test_missing_mteb_names_the_extra(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(BadInput, match=r"pip install msense\[evaluation\]"):
+    with pytest.raises(InputError, match=r"pip install msense\[evaluation\]"):
         measure(Known(noise), "own", data, Columns(), 3, 2, 0)
 
 

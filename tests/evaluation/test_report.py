@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from msense import storage
-from msense.errors import BadInput
+from msense.cli.reports import show
+from msense.errors import InputError
 from msense.evaluation import plots
+from msense.evaluation.cost import Cost
 from msense.evaluation.report import (
-    Cost,
     Evaluation,
     TaskReport,
-    gain,
+    difference_to_baseline,
     load_report,
     markdown,
-    sheets,
-    show,
+    tables,
     to_json,
     write_report,
 )
 from msense.evaluation.result import Result
+from msense.io import storage
 
 
 def draws(*values: float, **more: object) -> Result:
@@ -48,16 +48,16 @@ def found() -> Evaluation:
 
 def test_incomparable_results_have_no_difference(found: Evaluation) -> None:
     single = TaskReport("t", "wordsim", "x", {"teacher": draws(0.5), "replaced:z": draws(0.6)})
-    assert gain(found, single, "replaced:z") is None
+    assert difference_to_baseline(found, single, "replaced:z") is None
     words = (("teacher", ["a", "b"]), ("replaced:z", ["a", "c"]))
     rows: dict[str, Result | str] = {name: Result("s", "words", [0.5, 0.7], names=own) for name, own in words}
     task = TaskReport("t", "coarsewsd", "x", rows)
-    assert gain(found, task, "replaced:z") is None
-    assert sheets(Evaluation(list(rows), [task]))[0].head == ["model", "s"]
+    assert difference_to_baseline(found, task, "replaced:z") is None
+    assert tables(Evaluation(list(rows), [task]))[0].head == ["model", "s"]
 
 
 def test_tables_on_the_terminal(found: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:
-    table, costs = sheets(found)
+    table, costs = tables(found)
     assert table.head == ["model", "accuracy", "over teacher [95 %]", "macro F1"]
     assert table.rows[0] == ["teacher", "0.790 ± 0.014", "–", "0.790"]
     assert table.rows[1][1:3] == ["0.765 ± 0.007", "-0.025 [-0.030, -0.020]"]
@@ -108,7 +108,7 @@ def test_json_round_trip(found: Evaluation, tmp_path: Path) -> None:
     assert load_report(output) == found
     report = json.loads(Path(output).read_text())
     assert report["tasks"][0]["differences"]["replaced:z"]["gain"] == pytest.approx(-0.05)
-    assert report.pop(storage.SEAL) == storage.seal(report)
+    assert report.pop(storage.CHECKSUM) == storage.checksum(report)
     assert report == to_json(found)
     assert load_report(str(tmp_path / "none.json")) is None
 
@@ -127,7 +127,7 @@ def test_json_round_trip(found: Evaluation, tmp_path: Path) -> None:
 )
 def test_foreign_json_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "e.json").write_text(text)
-    with pytest.raises(BadInput, match=r"e\.json exists but is not a valid evaluation"):
+    with pytest.raises(InputError, match=r"e\.json exists but is not a valid evaluation"):
         load_report(str(tmp_path / "e.json"))
 
 
@@ -149,10 +149,10 @@ def test_modified_json_is_refused(
     write_report(found, str(output), plots=False)
     report = json.loads(output.read_text())
     if not sealed:  # without a checksum, the content itself is checked
-        del report[storage.SEAL]
+        del report[storage.CHECKSUM]
     change(report)
     output.write_text(json.dumps(report))
-    with pytest.raises(BadInput, match=r"e\.json exists but is not a valid evaluation"):
+    with pytest.raises(InputError, match=r"e\.json exists but is not a valid evaluation"):
         load_report(str(output))
 
 
@@ -163,8 +163,8 @@ def test_plots_show_every_model_within_the_picture(
     boxes: list[tuple[float, float, float]] = []
     finish = plots._finish
 
-    def spy(figure: object, plot: object, file: Path, *, spread: bool) -> None:
-        finish(figure, plot, file, spread=spread)
+    def spy(figure: object, plot: object, file: Path, *, rms_distance: bool) -> None:
+        finish(figure, plot, file, rms_distance=rms_distance)
         seen.append((file.name, plot.get_legend_handles_labels()[1]))  # type: ignore[attr-defined]
         title = plot._left_title.get_window_extent()  # type: ignore[attr-defined]
         names = plot.get_legend().get_window_extent()  # type: ignore[attr-defined]
@@ -185,5 +185,5 @@ def test_plots_show_every_model_within_the_picture(
 
 def test_missing_matplotlib_names_the_extra(found: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"pip install msense\[evaluation\]"):
+    with pytest.raises(InputError, match=r"pip install msense\[evaluation\]"):
         write_report(found, str(tmp_path / "e.json"), plots=True)

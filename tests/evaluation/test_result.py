@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from msense.evaluation import result
-from msense.evaluation.result import METRICS, Result, comparable, difference
+from msense.evaluation.result import Result, comparable, difference
+from msense.metrics import METRICS
 
 
 def draws(*values: float) -> Result:

@@ -15,12 +15,15 @@ from faulty import ALL, Corpus, Outcome, metrics, same_metrics
 from s3_server import BUCKET, KEY, SECRET, Fault, Server, answers, cut, dropped, files, throttled
 from test_faults import PLACES
 
-from msense import SenseDictionary, SenseEncoder, distill_run, storage, stores
-from msense.cli import run_job
-from msense.distill_config import DistillConfig
-from msense.distill_run import distill_student
-from msense.errors import BadInput, MsenseError
-from msense.status import show_status
+from msense import SenseDictionary, SenseEncoder
+from msense.cli.console import run_job
+from msense.cli.status import show_status
+from msense.config.distill import DistillConfig
+from msense.errors import InputError, MsenseError
+from msense.io import filesystems, storage
+from msense.io.arrays import load_arrays, save_arrays
+from msense.pipelines import distill as distill_module
+from msense.pipelines.distill import distill_student
 
 IN_PROCESS = pytest.mark.usefixtures("in_process")
 
@@ -54,7 +57,7 @@ def test_a_run_on_s3_gives_the_bytes_of_a_local_one(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(made.folder / "cache"))
     made.build("whole", keep=ALL)
-    fs = stores.filesystem(BUCKET)[0]
+    fs = filesystems.filesystem(BUCKET)[0]
     for file in sorted((made.folder / "corpus").iterdir()):
         fs.put_file(str(file), f"bucket/corpus/{file.name}")
     summary = made.build("run", keep=ALL, output=f"{BUCKET}/run", corpus=(f"{BUCKET}/corpus",))
@@ -70,12 +73,12 @@ def test_a_run_on_s3_gives_the_bytes_of_a_local_one(
 
 
 STOPS = {
-    "passages": "msense.passages._write_piece",
-    "plan": "msense.plan._write",
-    "occurrences": "msense.build.write_index",
-    "clustering": "msense.clustering.cluster_shard",
-    "dictionary": "msense.build.assemble",
-    "the end": "msense.build._drop_intermediates",
+    "passages": "msense.stages.passages._write_piece",
+    "plan": "msense.stages.plan._write",
+    "occurrences": "msense.pipelines.build.write_index",
+    "clustering": "msense.stages.cluster.cluster_shard",
+    "dictionary": "msense.pipelines.build.assemble",
+    "the end": "msense.pipelines.build._drop_intermediates",
 }
 
 
@@ -99,7 +102,7 @@ LABELS = "labels/000000.safetensors"
 @pytest.fixture
 def label(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Label the text of the undisturbed run into a folder, without training."""
-    monkeypatch.setattr(distill_run, "train", lambda *_: {})
+    monkeypatch.setattr(distill_module, "train", lambda *_: {})
     given = {"dictionary": str(made.folder / "whole"), "teacher": str(made.teacher), "dtype": "float32"}
     return lambda output: distill_student(DistillConfig(**given, output=output)) and None
 
@@ -177,7 +180,7 @@ def test_interrupted_reads_are_retried(s3: Server, reported: list[str]) -> None:
     assert storage.read_range(f"{BUCKET}/x", 4, 0) == b""
     for read in (
         lambda: storage.read_range(f"{BUCKET}/x", 0, len(data)) == data,
-        lambda: storage.facts_of(f"{BUCKET}/x", verify=True) == {},
+        lambda: storage.stats_of(f"{BUCKET}/x", verify=True) == {},
     ):
         s3.spoil("^GET bucket/x$", cut, 2)
         assert read()
@@ -189,9 +192,9 @@ def test_interrupted_reads_are_retried(s3: Server, reported: list[str]) -> None:
 def test_interrupted_downloads_of_large_files_continue(s3: Server, tmp_path: Path) -> None:
     """Files larger than the client's block of 50 MB."""
     numbers = np.arange(13 << 20, dtype=np.int32)
-    storage.publish(f"{BUCKET}/x", lambda path: storage.save_arrays(path, {"a": numbers}))
+    storage.publish(f"{BUCKET}/x", lambda path: save_arrays(path, {"a": numbers}))
     s3.spoil("^GET bucket/x$", cut, 2)
-    np.testing.assert_array_equal(storage.load_arrays(f"{BUCKET}/x")["a"], numbers)
+    np.testing.assert_array_equal(load_arrays(f"{BUCKET}/x")["a"], numbers)
     assert s3.seen.count("GET bucket/x") == 3
 
 
@@ -204,9 +207,9 @@ def test_a_failing_store_does_not_mean_a_damaged_file(s3: Server, monkeypatch: p
     for request in ("^HEAD bucket/x$", "^GET bucket/x$", "^GET bucket/x.done$"):
         s3.spoil(request, answers(status, "Trouble"), 10**6)
         with pytest.raises(MsenseError, match=r"cannot read s3://bucket/x(\.done)?: (the store|S3|no permission)"):
-            storage.facts_of(f"{BUCKET}/x", verify=True)
+            storage.stats_of(f"{BUCKET}/x", verify=True)
         s3.heal()
-    assert storage.facts_of(f"{BUCKET}/x", verify=True) == {}
+    assert storage.stats_of(f"{BUCKET}/x", verify=True) == {}
 
 
 def test_incomplete_uploads_do_not_count(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,11 +229,11 @@ def test_incomplete_uploads_do_not_count(s3: Server, monkeypatch: pytest.MonkeyP
     s3.spoil("^PUT bucket/small.done$", dropped, 10**6)
     with pytest.raises(MsenseError, match=r"cannot write s3://bucket/small\.done"):
         storage.publish(f"{BUCKET}/small", lambda path: path.write_bytes(b"x") and None)
-    assert storage.facts_of(f"{BUCKET}/small") is None
+    assert storage.stats_of(f"{BUCKET}/small") is None
     s3.heal()
     storage.publish(f"{BUCKET}/small", lambda path: path.write_bytes(b"xy") and None)
-    stores.filesystem(BUCKET)[0].pipe_file("bucket/small", b"x")  # as left by a store without atomic uploads
-    assert storage.facts_of(f"{BUCKET}/small") is None
+    filesystems.filesystem(BUCKET)[0].pipe_file("bucket/small", b"x")  # as left by a store without atomic uploads
+    assert storage.stats_of(f"{BUCKET}/small") is None
 
 
 @IN_PROCESS
@@ -279,7 +282,7 @@ def test_build_distill_and_encode_on_s3(
     made: Corpus, command: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    fs = stores.filesystem(BUCKET)[0]
+    fs = filesystems.filesystem(BUCKET)[0]
     fs.put(str(made.folder / "corpus"), "bucket/corpus", recursive=True)
     given = ["--corpus", f"{BUCKET}/corpus", "--teacher", str(made.teacher), "--senses", "3", "--workers", "2"]
     output = command("jobs/build_dict.py", *given, "--dtype", "float32", "--dedup", "--output", f"{BUCKET}/run")
@@ -292,7 +295,7 @@ def test_build_distill_and_encode_on_s3(
     texts = ["the bank of the river", "money is in the bank"]
     assert (encoder.encode(texts) == SenseEncoder.from_pretrained(tmp_path / "student").encode(texts)).all()
     assert len(metrics(f"{BUCKET}/student")) == 2
-    with pytest.raises(BadInput, match="nothing at s3://bucket/none"):
+    with pytest.raises(InputError, match="nothing at s3://bucket/none"):
         SenseEncoder.from_pretrained(f"{BUCKET}/none")
     no_credentials(output, f"{BUCKET}/run", f"{BUCKET}/student")
 

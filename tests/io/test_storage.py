@@ -11,8 +11,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from msense import scratch, storage, stores
-from msense.errors import BadInput, MsenseError
+from msense.errors import InputError, MsenseError
+from msense.io import filesystems, scratch, storage
+from msense.io.arrays import load_arrays, save_arrays
 
 Patch = pytest.MonkeyPatch
 
@@ -35,21 +36,21 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_a_file_is_valid_only_complete_and_with_its_marker(root: str) -> None:
     file = storage.join(root, "a", "b.bin")
-    assert storage.facts_of(file) is None
+    assert storage.stats_of(file) is None
     assert storage.publish(file, write_bytes(b"12345"), {"n": 5}) == {"n": 5}
-    assert storage.facts_of(file, verify=True) == {"n": 5}
+    assert storage.stats_of(file, verify=True) == {"n": 5}
     assert storage.read_range(file, 1, 3) == b"234"
     assert storage.read_bytes(file, 5) == b"12345"
-    with pytest.raises(BadInput, match=r"b\.bin has 5 bytes, more than the limit of 4"):
+    with pytest.raises(InputError, match=r"b\.bin has 5 bytes, more than the limit of 4"):
         storage.read_bytes(file, 4)
-    fs, path = stores.filesystem(file)
+    fs, path = filesystems.filesystem(file)
     fs.pipe_file(path, b"1234")  # truncated
-    assert storage.facts_of(file) is None
+    assert storage.stats_of(file) is None
     fs.pipe_file(path, b"12354")  # same size, other bytes
-    assert storage.facts_of(file) == {"n": 5}
-    assert storage.facts_of(file, verify=True) is None
+    assert storage.stats_of(file) == {"n": 5}
+    assert storage.stats_of(file, verify=True) is None
     fs.pipe_file(path + ".done", b'{"size": 5')  # incomplete marker
-    assert storage.facts_of(file) is None
+    assert storage.stats_of(file) is None
     storage.remove(file)
     assert not storage.exists(file)
     storage.remove(file)
@@ -73,9 +74,9 @@ def test_a_flipped_bit_in_a_marker_is_detected(tmp_path: Path, place: bytes) -> 
         broken = bytearray(data)
         broken[min(data.index(place) + offset, len(data) - 1)] ^= 1
         marker.write_bytes(broken)
-        assert storage.facts_of(file) is None
+        assert storage.stats_of(file) is None
     marker.write_bytes(data)
-    assert storage.facts_of(file) == {"n": 5}
+    assert storage.stats_of(file) == {"n": 5}
 
 
 def test_a_failed_write_leaves_no_file_and_keeps_the_old_one(root: str) -> None:
@@ -89,7 +90,7 @@ def test_a_failed_write_leaves_no_file_and_keeps_the_old_one(root: str) -> None:
     with pytest.raises(MsenseError, match=r"cannot write .*x\.json: disk full"):
         storage.publish(file, fail)
     assert storage.read_json(file) == {"a": 1}
-    fs, path = stores.filesystem(root)
+    fs, path = filesystems.filesystem(root)
     assert [name.rsplit("/", 1)[-1] for name in fs.find(path)] == ["x.json"]
 
 
@@ -107,11 +108,11 @@ def test_read_json_accepts_only_what_was_written(root: str) -> None:
 def test_arrays_round_trip_and_can_be_read_by_name(root: str) -> None:
     arrays = {"a": np.arange(6, dtype=np.uint64).reshape(2, 3), "b": np.zeros(0, np.float32)}
     file = storage.join(root, "x.safetensors")
-    storage.publish(file, lambda path: storage.save_arrays(path, arrays))
-    for name, array in storage.load_arrays(file).items():
+    storage.publish(file, lambda path: save_arrays(path, arrays))
+    for name, array in load_arrays(file).items():
         np.testing.assert_array_equal(array, arrays[name])
         assert array.dtype == arrays[name].dtype
-    assert set(storage.load_arrays(file, ("b",))) == {"b"}
+    assert set(load_arrays(file, ("b",))) == {"b"}
 
 
 @pytest.mark.parametrize(
@@ -125,12 +126,12 @@ def test_only_a_bad_disk_counts_as_corruption(
     """Corrupted files are deleted: a store that answers 502 must not cost a finished file."""
     file = f"{root or tmp_path}/x"
     storage.publish(file, write_bytes(b"whole"))
-    monkeypatch.setattr(type(stores.filesystem(file)[0]), "size", raising(OSError(number, "Bad Gateway")))
+    monkeypatch.setattr(type(filesystems.filesystem(file)[0]), "size", raising(OSError(number, "Bad Gateway")))
     if corrupted:
-        assert storage.facts_of(file) is None
+        assert storage.stats_of(file) is None
     else:
         with pytest.raises(MsenseError if root else PermissionError, match="Bad Gateway"):
-            storage.facts_of(file)
+            storage.stats_of(file)
 
 
 def test_temporary_folders_of_killed_processes_are_removed_and_others_kept(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_local_copy_follows_the_remote(monkeypatch: Patch, tmp_path: Path) -> No
     assert storage.local_copy("memory://d") == copy
     fs.pipe({"/d/sub/x": b"abcd"})
     assert (storage.local_copy("memory://d") / "sub" / "x").read_bytes() == b"abcd"
-    with pytest.raises(BadInput, match="nothing at memory://none"):
+    with pytest.raises(InputError, match="nothing at memory://none"):
         storage.local_copy("memory://none")
     assert storage.local_copy(str(tmp_path)) == tmp_path
 
@@ -193,7 +194,7 @@ def test_local_copy_follows_the_remote(monkeypatch: Patch, tmp_path: Path) -> No
     ],
 )
 def test_uris_are_displayed_without_secrets(uri: str, displayed: str) -> None:
-    assert stores.display_uri(uri) == displayed
+    assert filesystems.display_uri(uri) == displayed
 
 
 def test_uris_are_resolved_and_invalid_ones_rejected(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -201,8 +202,8 @@ def test_uris_are_resolved_and_invalid_ones_rejected(tmp_path: Path, monkeypatch
     assert storage.absolute("runs/x") == str(tmp_path / "runs" / "x")
     assert storage.absolute("s3://b/x/") == "s3://b/x"
     for uri in ("s3://key:hunter2@bucket/x", "gs://key:hunter2@bucket/x"):
-        with pytest.raises(BadInput, match=r"://bucket/x: .* takes no credentials in the URI") as caught:
+        with pytest.raises(InputError, match=r"://bucket/x: .* takes no credentials in the URI") as caught:
             storage.read_json(uri)
         assert "hunter2" not in str(caught.value)
-    with pytest.raises(BadInput, match="nosuch://"):
-        stores.filesystem("nosuch://x")
+    with pytest.raises(InputError, match="nosuch://"):
+        filesystems.filesystem("nosuch://x")

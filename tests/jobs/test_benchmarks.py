@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from msense.errors import BadInput
+from msense.errors import InputError
 
 JOBS = Path(__file__).parents[1] / "jobs"
 pytestmark = pytest.mark.usefixtures("jobs")
@@ -42,7 +42,7 @@ def test_last_line_is_one_flat_json_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import bench
-    from benches import plan
+    from benchmarks import plan
 
     monkeypatch.setattr(plan, "VOCABULARY", 500)
     monkeypatch.setattr(sys, "argv", ["bench.py", "plan", "--output", str(tmp_path)])
@@ -55,7 +55,7 @@ def test_last_line_is_one_flat_json_object(
 def test_invalid_settings_exit_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     import bench
 
-    from msense.cli import run_job
+    from msense.cli.console import run_job
 
     monkeypatch.setattr(sys, "argv", ["bench.py", "plan", "--senses", "0", "--workers", "0"])
     assert run_job(bench.main) == 2
@@ -65,34 +65,34 @@ def test_missing_library_or_data_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import bench
-    from benches import peers
-    from benches.shared import Bench
+    from benchmarks import peers
+    from benchmarks.shared import Bench
 
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
     with caplog.at_level("INFO", logger="msense.bench"):
         assert not peers.available("faiss")
     assert "pip install msense[bench]" in caplog.text
-    with pytest.raises(BadInput, match="give --data"):
+    with pytest.raises(InputError, match="give --data"):
         Bench(bench.parse(["senses"])).data("banking77")
-    with pytest.raises(BadInput, match="a folder that contains banking77/"):
+    with pytest.raises(InputError, match="a folder that contains banking77/"):
         Bench(bench.parse(["senses", "--data", str(tmp_path)])).data("banking77")
 
 
 def test_foreign_folder_is_not_deleted(tmp_path: Path) -> None:
     import bench
-    from benches.occurrences import gather
-    from benches.shared import Bench
+    from benchmarks.occurrences import gather
+    from benchmarks.shared import Bench
 
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(BadInput, match=r"is not a run folder, and gather would delete it: give another --output"):
+    with pytest.raises(InputError, match=r"is not a run folder, and gather would delete it: give another --output"):
         gather(Bench(bench.parse(["gather", "--output", str(tmp_path)])))
     assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_loops_recover_planted_clusters() -> None:
-    from benches import peers
+    from benchmarks import peers
 
-    from msense.kmeans import KMeansConfig, cluster_tokens
+    from msense.clustering.kmeans import KMeansConfig, cluster_tokens
 
     rng = np.random.default_rng(0)
     points = [
@@ -114,7 +114,7 @@ def test_loops_recover_planted_clusters() -> None:
 
 
 def test_processes_keep_order_and_raise() -> None:
-    from benches.turns import Processes
+    from benchmarks.turns import Processes
 
     with Processes(2) as processes:
         processes.give([3, 1, 2])
@@ -126,7 +126,7 @@ def test_processes_keep_order_and_raise() -> None:
 
 
 def test_ratios_are_medians_over_turns() -> None:
-    from benches.turns import Turns, in_turn
+    from benchmarks.turns import Turns, in_turn
 
     turns = Turns(
         {"a": np.array([2.0, 30.0, 9.0]), "b.x": np.array([1.0, 10.0, 1.0]), "b.y": np.array([2.0, 2.0, 0.5])}, {}
@@ -140,7 +140,7 @@ def test_ratios_are_medians_over_turns() -> None:
 
 
 def test_rates_exclude_start_up_but_no_work() -> None:
-    from benches.nodes import rate
+    from benchmarks.nodes import rate
 
     def unit(actor: str, began: float, ended: float) -> dict:
         return {"actor": actor, "began": began, "ended": ended, "tokens": 100 * (ended - began)}
@@ -164,7 +164,7 @@ def test_nodes_end_to_end(tmp_path: Path) -> None:
 
 
 def test_senses_are_compared_at_equal_size() -> None:
-    from benches import senses
+    from benchmarks import senses
 
     rng = np.random.default_rng(0)
     labels = {part: np.resize(["a", "b"], 100) for part in ("train", "test")}
@@ -187,10 +187,10 @@ def test_senses_are_compared_at_equal_size() -> None:
 def test_the_reference_loop_computes_the_same_loss() -> None:
     """Both are cross-entropy over bare dot products."""
     import torch
-    from benches.training import _loop, _picked
+    from benchmarks.training import _loop, _picked
     from tiny import make
 
-    from msense.sense_losses import SenseLabels, SenseSpace, sense_losses
+    from msense.training.sense_losses import SenseLabels, SenseScorer, sense_losses
 
     dictionary = make([3, 2, 4], dim=4)
     rng = np.random.default_rng(0)
@@ -200,15 +200,16 @@ def test_the_reference_loop_computes_the_same_loss() -> None:
     picked = _picked(trainer, ids, wanted)
     assert picked == dictionary.assign(ids, wanted, metric="dot").tolist()
     labels = SenseLabels(np.array(picked, np.uint16))
-    loss, _ = sense_losses(hidden, ids.numpy(), labels, SenseSpace(dictionary.ragged, "dot", 1.0), replaced=False)
+    loss, _ = sense_losses(hidden, ids.numpy(), labels, SenseScorer(dictionary.ragged, "dot", 1.0), replaced=False)
     assert _loop(trainer, ids, hidden, picked).item() == pytest.approx(loss.total.item(), rel=1e-5)
 
 
 def test_a_student_made_otherwise_is_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benches import workshop
+    from benchmarks import workshop
 
-    from msense.distill_config import DistillConfig
-    from msense.run_folder import RunFolder
+    from msense.config.distill import DistillConfig
+    from msense.dictionary import SenseDictionary
+    from msense.run.folder import RunFolder
 
     made = []
 
@@ -219,11 +220,11 @@ def test_a_student_made_otherwise_is_not_reused(tmp_path: Path, monkeypatch: pyt
         Path(run.metrics).write_text('{"loss": 1.5}\n')
 
     monkeypatch.setattr(workshop, "distill_student", distill)
-    monkeypatch.setattr(workshop.SenseDictionary, "load", lambda folder: SimpleNamespace(fingerprint=str(folder)))
-    shop = workshop.Workshop(tmp_path, ["text"], 1)
+    monkeypatch.setattr(SenseDictionary, "load", lambda folder: SimpleNamespace(fingerprint=str(folder)))
+    shop = workshop.ArtifactCache(tmp_path, ["text"], 1)
     for _ in range(2):
         assert shop.student(tmp_path / "d", "static", student="static", epochs=3).metrics == {"loss": 1.5}
     assert made == [3]
     for dictionary, settings in (("d", {}), ("e", {"epochs": 3})):
-        with pytest.raises(BadInput, match="made from another dictionary or other settings: remove it"):
+        with pytest.raises(InputError, match="made from another dictionary or other settings: remove it"):
             shop.student(tmp_path / dictionary, "static", student="static", **settings)

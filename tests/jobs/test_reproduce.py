@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_evaluation import write_contexts
 
-from msense.errors import BadInput
+from msense.errors import InputError
 from msense.evaluation.config import EvaluateConfig
 from msense.evaluation.report import Evaluation, TaskReport
 from msense.evaluation.result import Result
@@ -22,7 +22,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[object]
     """The job with known scores in place of builds and evaluations."""
     monkeypatch.syspath_prepend(str(JOBS))
     import results
-    from benches import workshop
+    from benchmarks import workshop
 
     def evaluate(config: EvaluateConfig) -> Evaluation:
         specs = config.specs("t")
@@ -36,9 +36,9 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[object]
 
     monkeypatch.setattr(results, "evaluate", evaluate)
     monkeypatch.setattr(results, "finetune", lambda config: {"teacher": "/t", "corpus": "/c"})
-    monkeypatch.setattr(workshop.Workshop, "dictionary", lambda self, senses: self.folder / f"dictionary-{senses}")
+    monkeypatch.setattr(workshop.ArtifactCache, "dictionary", lambda self, senses: self.folder / f"dictionary-{senses}")
     monkeypatch.setattr(
-        workshop.Workshop, "student", lambda self, d, name, **s: workshop.Made(self.folder / name, {"x": 1.0})
+        workshop.ArtifactCache, "student", lambda self, d, name, **s: workshop.Made(self.folder / name, {"x": 1.0})
     )
     for name in ("banking77", "tweet_emotion", "sst2", "wordsim", "wikitext2"):
         (tmp_path / name).mkdir()
@@ -85,5 +85,5 @@ def test_only_requested_results_are_reproduced(
 def test_unknown_names_and_missing_data_are_refused(
     results: object, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         run(results, [*words, "--data", str(tmp_path / "none")], capsys)

@@ -10,9 +10,9 @@ import pytest
 from nodes import BIN, ROOT, Nodes, free_ports, in_small_units
 from tiny import WORDS
 
-from msense import storage
-from msense.errors import BadInput
-from msense.run_folder import SUBMITTED, RunFolder, lasting
+from msense.errors import InputError
+from msense.io import storage
+from msense.run.folder import SUBMITTED, RunFolder, resolve_output
 
 
 class Head:
@@ -62,13 +62,13 @@ def test_no_token_no_job_and_a_relative_output_is_refused(head: Head) -> None:
 
 def test_only_lasting_outputs_are_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert lasting("runs/x") == str(tmp_path / "runs/x")
+    assert resolve_output("runs/x") == str(tmp_path / "runs/x")
     monkeypatch.setenv(SUBMITTED, "{}")
     for output in ("runs/x", "file://runs/x"):
-        with pytest.raises(BadInput, match="give an absolute path or a URI that every node can reach"):
-            lasting(output)
-    assert lasting("/runs/x") == lasting("file:///runs/x") == "/runs/x"
-    assert lasting("s3://bucket/x") == "s3://bucket/x"
+        with pytest.raises(InputError, match="give an absolute path or a URI that every node can reach"):
+            resolve_output(output)
+    assert resolve_output("/runs/x") == resolve_output("file:///runs/x") == "/runs/x"
+    assert resolve_output("s3://bucket/x") == "s3://bucket/x"
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msense import SenseDictionary, storage
-from msense.build import build_dictionary
-from msense.config import BuildConfig
-from msense.errors import BadInput
-from msense.estimate import clustering_memory
-from msense.manifest import differences
-from msense.run_folder import RunFolder
+from msense import SenseDictionary
+from msense.config.build import BuildConfig
+from msense.errors import InputError
+from msense.io.arrays import save_arrays
+from msense.pipelines.build import build_dictionary
+from msense.run.folder import RunFolder
+from msense.run.manifest import differences
+from msense.stages.cluster import clustering_memory
 
 MakeTeacher = Callable[..., Path]
 on_ray = pytest.mark.usefixtures("ray")
@@ -138,9 +139,9 @@ def test_finished_run_is_taken_as_it_is_and_changes_are_refused(
     first = build(tmp_path / "run", **settings)
     again = build(tmp_path / "run", workers=1, **settings)
     assert again["stages"] == first["stages"]
-    with pytest.raises(BadInput, match=r"config.senses: 'auto' then, 7 now[\s\S]*another --output"):
+    with pytest.raises(InputError, match=r"config.senses: 'auto' then, 7 now[\s\S]*another --output"):
         build(tmp_path / "run", senses=7, **settings)
-    with pytest.raises(BadInput, match=r"teacher\.fingerprint"):
+    with pytest.raises(InputError, match=r"teacher\.fingerprint"):
         build(
             tmp_path / "run",
             **{**settings, "teacher": str(make_teacher("bert", pooling="cls_token"))}
@@ -148,7 +149,7 @@ def test_finished_run_is_taken_as_it_is_and_changes_are_refused(
         )
     with (corpus / "a.txt").open("a") as file:
         file.write("more\n")
-    with pytest.raises(BadInput, match=r"inputs.a.txt: '\d+ .* then"):
+    with pytest.raises(InputError, match=r"inputs.a.txt: '\d+ .* then"):
         build(tmp_path / "run", **settings)
 
 
@@ -167,7 +168,7 @@ def test_repeated_id_is_refused(tmp_path: Path, make_teacher: MakeTeacher) -> No
     file.write_text(
         "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in (("p", "the bank"), ("q", "a cat"), ("p", "a dog")))
     )
-    with pytest.raises(BadInput, match="document id 'p' is there twice"):
+    with pytest.raises(InputError, match="document id 'p' is there twice"):
         build(tmp_path / "run", corpus=(str(file),), teacher=str(make_teacher("bert")))
 
 
@@ -182,7 +183,7 @@ def test_corpus_without_text_and_embeddings_that_are_not_finite(
 
     (tmp_path / "empty.txt").write_text("\n \n")
     teacher = make_teacher("bert")
-    with pytest.raises(BadInput, match=r"the corpus .*empty.txt has no text \(2 empty\)"):
+    with pytest.raises(InputError, match=r"the corpus .*empty.txt has no text \(2 empty\)"):
         build(tmp_path / "run", corpus=(str(tmp_path / "empty.txt"),), teacher=str(teacher))
     weights = load_file(teacher / "model.safetensors")
     weights["encoder.layer.1.output.LayerNorm.bias"] = torch.full((16,), 1e10)
@@ -213,7 +214,7 @@ def test_the_memory_of_what_clusters(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path))
     (tmp_path / "plan").mkdir()
     arrays = {"stored": np.array([10, 20, 9000, 40]), "shards": np.array([0, 2, 3, 4])}
-    storage.save_arrays(Path(run.thresholds), arrays)
+    save_arrays(Path(run.thresholds), arrays)
     for given, expected in (
         ({"max_points_per_part": 9000}, 2 * 9000 * 28),
         ({"max_points_per_part": 1024}, 4 * 1024 * 24),

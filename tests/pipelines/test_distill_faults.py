@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from faulty import Corpus, MakeTeacher, Outcome, StoppedError, full_disk, metrics, same_metrics
 
-from msense import distill, distill_run, storage
-from msense.distill_config import DistillConfig
-from msense.distill_run import distill_student
-from msense.errors import BadInput, MsenseError
+from msense.config.distill import DistillConfig
+from msense.errors import InputError, MsenseError
+from msense.io import storage
+from msense.pipelines import distill as distill_module
+from msense.pipelines.distill import distill_student
+from msense.stages import train
 
 PLACE = "labels/000001.safetensors"
-INSIDE = {"labels": "msense.distill_run.make_labels", "training": "msense.distill_run.train"}
+INSIDE = {"labels": "msense.pipelines.distill.make_labels", "training": "msense.pipelines.distill.train"}
 CAUSES = {"disk full": "File too large|No space left", "rights lost": "Permission denied"}
 
 
@@ -26,7 +28,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, make_teacher: MakeTeacher) 
 @pytest.fixture
 def prepared(corpus: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     """Two dictionaries and the labels "whole", which the first test builds for all; no student is trained."""
-    monkeypatch.setattr(distill_run, "train", lambda *_: {})
+    monkeypatch.setattr(distill_module, "train", lambda *_: {})
     if not (corpus.folder / "whole").exists():
         corpus.build("dict", max_occurrences=60)
         corpus.build("other", max_occurrences=50)
@@ -106,7 +108,7 @@ def test_a_second_driver_and_changed_input_are_refused(
     function, refused = pkgutil.resolve_name(INSIDE[stage]), []
 
     def meanwhile(*arguments: object) -> object:
-        with pytest.raises(BadInput, match=rf"another driver .*{name} \(process {os.getpid()} on host "):
+        with pytest.raises(InputError, match=rf"another driver .*{name} \(process {os.getpid()} on host "):
             run(prepared, name)
         refused.append(stage)
         return function(*arguments)
@@ -121,9 +123,9 @@ def test_a_second_driver_and_changed_input_are_refused(
     patch.setattr(INSIDE[stage], stop)
     with pytest.raises(StoppedError):
         run(prepared, stopped)
-    with pytest.raises(BadInput, match=r"config\.soft_targets: 0 .*2 [\s\S]*another --output"):
+    with pytest.raises(InputError, match=r"config\.soft_targets: 0 .*2 [\s\S]*another --output"):
         run(prepared, stopped, soft_targets=2)
-    with pytest.raises(BadInput, match=r"dictionary.*: [\s\S]*another --output"):
+    with pytest.raises(InputError, match=r"dictionary.*: [\s\S]*another --output"):
         run(prepared, stopped, dictionary=str(prepared.folder / "other"))
     outcome("input changed", stage, "refused")
 
@@ -145,11 +147,12 @@ def test_a_training_that_cannot_write_is_reported_and_the_next_run_resumes(
     def worker(given: dict) -> list:
         import resource
 
-        from msense import train_loop, train_worker
+        from msense.stages import train_worker
+        from msense.training import distiller
 
-        original = train_loop.Trainer._step
+        original = distiller.Trainer._step
 
-        def limited(self: train_loop.Trainer, *arguments: object) -> dict:
+        def limited(self: distiller.Trainer, *arguments: object) -> dict:
             at = self.state.epoch == 1 and self.state.step == 7
             if at and fault == "disk full":  # from now on the system refuses larger files
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -159,10 +162,10 @@ def test_a_training_that_cannot_write_is_reported_and_the_next_run_resumes(
                 os.seteuid(65534)  # root may write anywhere
             return original(self, *arguments)
 
-        train_loop.Trainer._step = limited
+        distiller.Trainer._step = limited
         return train_worker.train_worker(given)
 
-    patch.setattr(distill, "worker", worker)
+    patch.setattr(train, "worker", worker)
     with pytest.raises(MsenseError, match=rf"training failed: .*({CAUSES[fault]})"):
         run(made, "run", **SETTINGS)
     patch.undo()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from faulty import ALL, Corpus, MakeTeacher, Outcome, flip_a_byte, full_disk, records
 
-from msense import storage
-from msense.errors import BadInput, MsenseError
+from msense.errors import InputError, MsenseError
+from msense.io import storage
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -67,10 +67,12 @@ def test_a_damaged_file_is_regenerated(whole: Corpus, damage: str, outcome: Outc
 def test_a_damaged_or_missing_manifest_is_refused(whole: Corpus) -> None:
     manifest = whole.folder / "stopped" / "manifest.json"
     flip_a_byte(manifest)
-    with pytest.raises(BadInput, match=r"manifest\.json is damaged: .*start afresh, give another --output or delete"):
+    with pytest.raises(InputError, match=r"manifest\.json is damaged: .*start afresh, give another --output or delete"):
         whole.build("stopped")
     manifest.unlink()
-    with pytest.raises(BadInput, match=r"passages is there, but no manifest\.json .* give another --output or delete"):
+    with pytest.raises(
+        InputError, match=r"passages is there, but no manifest\.json .* give another --output or delete"
+    ):
         whole.build("stopped")
     assert (whole.folder / "stopped" / "dictionary" / "config.json").exists()
 
@@ -124,7 +126,7 @@ def test_a_full_disk_is_reported_and_the_run_resumes(
     made: Corpus, stage: str, patch: pytest.MonkeyPatch, outcome: Outcome
 ) -> None:
     made.build("whole", keep=ALL)
-    at_write(stage, patch, full_disk, "msense.assemble.write_dictionary")
+    at_write(stage, patch, full_disk, "msense.stages.assemble.write_dictionary")
     where = re.escape(PLACES[stage]) if stage != "dictionary" else "dictionary"
     fails_then_resumes(made, rf"cannot write .*{where}: no space left \(.*File too large.*\); free some", patch.undo)
     outcome("disk full", stage, "told; next run goes on")
@@ -162,6 +164,6 @@ def test_lost_permissions_are_reported_and_the_run_resumes(
         patch.undo()
         folder.chmod(0o755)
 
-    at_write(stage, patch, lost, "msense.build.assemble")
+    at_write(stage, patch, lost, "msense.pipelines.build.assemble")
     fails_then_resumes(as_nobody, r"cannot write .*: no permission \(.*\); allow this user to write there", mend)
     outcome("rights lost", stage, "told; next run goes on")

@@ -18,25 +18,29 @@ import torch
 from safetensors.torch import save_file
 from test_evaluation import write_task
 
-from msense import SenseDictionary, finetune
-from msense.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
-from msense.config import BuildConfig
-from msense.corpus import cut_pieces, list_files
-from msense.errors import BadInput, MsenseError
-from msense.evaluation import classifier as task
+from msense import SenseDictionary
+from msense.config.base import validate_config
+from msense.config.build import BuildConfig
+from msense.config.finetune import FinetuneConfig
+from msense.corpus import cut_splits, list_files
+from msense.corpus.chunking import write_passages
+from msense.corpus.glue import DEV, GLUE, TEST, TRAIN, get_task, pair_separator, read_split
+from msense.corpus.labelled import Columns
+from msense.corpus.passages import read_block
+from msense.errors import InputError, MsenseError
 from msense.evaluation.models import TokenModel, make_model
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
-from msense.finetune_config import FinetuneConfig
-from msense.finetune_worker import Tuner, _read, batches, finetune_worker
-from msense.flags import validate
-from msense.glue import DEV, GLUE, TEST, TRAIN, joiner_of, read_part, task_of
-from msense.labelled import Columns
-from msense.runtime import Resources
-from msense.student.tokenizer import padded
-from msense.teacher import describe, load_body
-from msense.tokens import read_block, write_passages
-from msense.train_loop import Group
+from msense.evaluation.tasks import classifier as task
+from msense.pipelines import finetune
+from msense.runtime.resources import Resources
+from msense.stages.finetune_worker import finetune_worker
+from msense.student.tokenizer import pad_ids
+from msense.teacher.body import load_body
+from msense.teacher.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
+from msense.teacher.spec import load_teacher_info
+from msense.training.finetuner import Finetuner, _read, batches
+from msense.training.group import ProcessGroup
 
 MakeTeacher = Callable[..., Path]
 Tune = Callable[..., SimpleNamespace]
@@ -121,7 +125,7 @@ def test_hostile_classifier_is_refused(how: str, tmp_path: Path) -> None:
     save_classifier(tmp_path / "teacher", known_classifier())
     damage, message = HOSTILE[how]
     damage(tmp_path / "teacher" / "classifier")
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         load_classifier(tmp_path / "teacher")
 
 
@@ -143,13 +147,13 @@ def test_glue_tasks_are_as_published() -> None:
 def test_pair_is_one_text_that_reads_as_two(teacher: Path, tmp_path: Path) -> None:
     table = pd.DataFrame({"sentence1": ["the cat"], "sentence2": ["a dog"], "label": [1]})
     table.to_parquet(tmp_path / "validation.parquet")
-    info, tokenizer = describe(str(teacher), BuildConfig())
-    texts = read_part("rte", GLUE["rte"], str(tmp_path), TEST, joiner_of(tokenizer))
+    info, tokenizer = load_teacher_info(str(teacher), BuildConfig())
+    texts = read_split("rte", GLUE["rte"], str(tmp_path), TEST, pair_separator(tokenizer))
     assert (texts.texts, texts.labels.tolist()) == (["the cat [SEP] a dog"], ["1"])
     tokens = ["[CLS]", "the", "cat", "[SEP]", "a", "dog", "[SEP]"]
     assert tokenizer.encode(texts.texts[0]).tokens == tokens
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": texts.texts[0]}) + "\n")
-    (piece,) = cut_pieces(list_files((str(tmp_path / "corpus.jsonl"),)))
+    (piece,) = cut_splits(list_files((str(tmp_path / "corpus.jsonl"),)))
     write_passages(piece, info.passage_spec(BuildConfig()), tokenizer, tmp_path / "p.parquet")
     ids = read_block(str(tmp_path / "p.parquet"), 0).ids.tolist()
     assert [tokenizer.id_to_token(i) for i in ids] == tokens  # the same in a dictionary's corpus
@@ -157,19 +161,19 @@ def test_pair_is_one_text_that_reads_as_two(teacher: Path, tmp_path: Path) -> No
 
 def test_glue_task_accepts_plain_data(tmp_path: Path) -> None:
     source = write_task(tmp_path / "d", {"train": [("a", "0")], "test": [("b", "1")], "dev": [("c", "0")]})
-    splits = [read_part("sst2", GLUE["sst2"], source, split, "").texts for split in (TRAIN, TEST, DEV)]
+    splits = [read_split("sst2", GLUE["sst2"], source, split, "").texts for split in (TRAIN, TEST, DEV)]
     assert splits == [["a"], ["b"], ["c"]]
-    with pytest.raises(BadInput, match="sentence"):
-        read_part("sst2", GLUE["sst2"], write_task(tmp_path / "e", {"train": []}), TRAIN, "")
+    with pytest.raises(InputError, match="sentence"):
+        read_split("sst2", GLUE["sst2"], write_task(tmp_path / "e", {"train": []}), TRAIN, "")
 
 
 def test_regression_needs_numbers(tmp_path: Path) -> None:
     source = write_task(tmp_path / "d", {"train": [("a", "0.5"), ("b", "2")], "test": [("a", "many")]})
-    regression = task_of("x", regression=True)
+    regression = get_task("x", regression=True)
     assert regression.metrics[0] == "Pearson"
-    assert read_part("x", regression, source, TRAIN, "").labels.tolist() == [0.5, 2.0]
-    with pytest.raises(BadInput, match=r"number.*--regression"):
-        read_part("x", regression, source, TEST, "")
+    assert read_split("x", regression, source, TRAIN, "").labels.tolist() == [0.5, 2.0]
+    with pytest.raises(InputError, match=r"number.*--regression"):
+        read_split("x", regression, source, TEST, "")
 
 
 def test_batches_are_a_seeded_permutation_of_similar_lengths() -> None:
@@ -201,11 +205,11 @@ def toy(folder: Path, train: int = 24, test: int = 12, shuffled: bool = False, v
 @contextmanager
 def tuning_here(teacher: Path, tmp_path: Path) -> Iterator[Tune]:
     """Fine-tune in this process instead of on Ray Train."""
-    tuners: list[Tuner] = []
+    tuners: list[Finetuner] = []
 
     def fit(name: str, worker: object, given: dict, run: object, resources: object) -> SimpleNamespace:
         Path(given["tuning"].run, "training").mkdir(exist_ok=True)  # where Ray Train keeps checkpoints
-        tuner, folder = Tuner(given["tuning"], Group()), tmp_path / f"checkpoint{len(tuners)}"
+        tuner, folder = Finetuner(given["tuning"], ProcessGroup()), tmp_path / f"checkpoint{len(tuners)}"
         list(tuner.run())
         tuner.save_teacher(folder / "teacher")
         tuners.append(tuner)
@@ -214,7 +218,9 @@ def tuning_here(teacher: Path, tmp_path: Path) -> Iterator[Tune]:
 
     def tune(source: str, **changes: object) -> SimpleNamespace:
         given = {"task": f"toy={source}", "teacher": str(teacher), "epochs": 1, "dropout": 0.0, **SETTINGS}
-        summary = finetune.finetune(validate(FinetuneConfig, given | {"output": str(tmp_path / "out")} | changes))
+        summary = finetune.finetune(
+            validate_config(FinetuneConfig, given | {"output": str(tmp_path / "out")} | changes)
+        )
         return SimpleNamespace(**summary, source=source, tuner=tuners[-1], runs=len(tuners))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -254,7 +260,7 @@ def test_signal_is_learned_and_noise_is_not(learned: SimpleNamespace, tune: Tune
 
 
 def test_tuned_teacher_is_a_teacher_with_a_classifier(learned: SimpleNamespace) -> None:
-    info, tokenizer = describe(learned.teacher, BuildConfig())
+    info, tokenizer = load_teacher_info(learned.teacher, BuildConfig())
     assert (info.pooling, info.normalize, info.max_length) == ("mean", False, 64)
     ids = torch.tensor([tokenizer.encode("the river is deep").ids])
     with torch.no_grad():
@@ -262,11 +268,11 @@ def test_tuned_teacher_is_a_teacher_with_a_classifier(learned: SimpleNamespace) 
         hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
         torch.testing.assert_close(hidden, learned.tuner.model.eval().body(ids, torch.ones_like(ids).bool()))
     corpus = [json.loads(line)["text"] for line in Path(learned.corpus).read_text().splitlines()]
-    assert corpus == read_part("toy", task_of("toy"), learned.source, TRAIN, "").texts
+    assert corpus == read_split("toy", get_task("toy"), learned.source, TRAIN, "").texts
     model = make_model(own(learned.teacher), "cpu", 1)
     library = make_model(Spec("st", "encoder", source=learned.teacher), "cpu", 1)
     np.testing.assert_allclose(library.encode(["the cat"]), model.encode(["the cat"]), rtol=1e-4, atol=1e-5)
-    result, test = measure(model, learned.source), read_part("toy", task_of("toy"), learned.source, TEST, "")
+    result, test = measure(model, learned.source), read_split("toy", get_task("toy"), learned.source, TEST, "")
     assert result.score > 0.95
     assert result.gold == test.labels.tolist()
     assert task.texts(learned.source, "toy", own(learned.teacher), Columns()) == test.texts
@@ -286,7 +292,7 @@ def test_tuned_teacher_of_any_kind_reads_as_trained(
 ) -> None:
     result = tune(toy(tmp_path / "toy"), teacher=str(make_teacher(kind, pooling, prompt)), **changes)
     split = _read(result.tuner.tuning, TEST)
-    ids, mask = padded(split.rows)
+    ids, mask = pad_ids(split.rows)
     with torch.no_grad():
         hidden = result.tuner.model.eval().body(ids, mask)[mask]
         scores = result.tuner.model(ids, mask)
@@ -345,16 +351,18 @@ def test_mnli_reports_both_test_splits(tune: Tune, tmp_path: Path) -> None:
 
 
 def test_gradients_of_two_workers_average_to_those_of_one(learned: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Group, "sum", lambda self, values, device: values)
+    patch.setattr(ProcessGroup, "sum", lambda self, values, device: values)
 
-    def gradients(group: Group) -> list[torch.Tensor]:
-        tuner = Tuner(learned.tuner.tuning, group)
+    def gradients(group: ProcessGroup) -> list[torch.Tensor]:
+        tuner = Finetuner(learned.tuner.tuning, group)
         tuner.model.eval()  # the body's own dropout is random
         tuner.engine.step = lambda lr: None  # type: ignore[method-assign]
         tuner._step(np.arange(7), 0.0)
         return [p.grad.clone() for p in tuner.model.parameters() if p.grad is not None]
 
-    for whole, first, second in zip(*map(gradients, (Group(), Group(0, 2), Group(1, 2))), strict=True):
+    for whole, first, second in zip(
+        *map(gradients, (ProcessGroup(), ProcessGroup(0, 2), ProcessGroup(1, 2))), strict=True
+    ):
         torch.testing.assert_close((first + second) / 2, whole, rtol=1e-4, atol=1e-6)
 
 
@@ -397,9 +405,9 @@ def test_failed_command_keeps_the_previous_result_until_it_writes(
 def test_nothing_of_a_previous_teacher_remains(tune: Tune, make_teacher: MakeTeacher, tmp_path: Path) -> None:
     source = toy(tmp_path / "toy")
     folder = tune(source, teacher=str(make_teacher("bert", "mean_tokens", "the cat is "))).teacher
-    assert describe(folder, BuildConfig())[0].prompt == "the cat is "
+    assert load_teacher_info(folder, BuildConfig())[0].prompt == "the cat is "
     assert tune(source, teacher=str(make_teacher("bert", "mean_tokens"))).runs == 2
-    assert describe(folder, BuildConfig())[0].prompt == ""
+    assert load_teacher_info(folder, BuildConfig())[0].prompt == ""
     tune(source, teacher=str(make_teacher("bert", "cls_token")))  # the same weights
     assert load_classifier(folder).config.pooling == "cls"
 
@@ -407,9 +415,9 @@ def test_nothing_of_a_previous_teacher_remains(tune: Tune, make_teacher: MakeTea
 def test_input_and_foreign_folders_are_not_replaced(tune: Tune, teacher: Path, tmp_path: Path) -> None:
     source = toy(tmp_path / "toy")
     shutil.copytree(teacher, tmp_path / "out" / "teacher")
-    with pytest.raises(BadInput, match=r"not written by jobs/finetune\.py"):
+    with pytest.raises(InputError, match=r"not written by jobs/finetune\.py"):
         tune(source)
-    with pytest.raises(BadInput, match="is the folder to be written"):
+    with pytest.raises(InputError, match="is the folder to be written"):
         tune(source, teacher=str(tmp_path / "out" / "teacher"))
     for path in teacher.iterdir():
         assert (tmp_path / "out" / "teacher" / path.name).read_bytes() == path.read_bytes()
@@ -418,7 +426,7 @@ def test_input_and_foreign_folders_are_not_replaced(tune: Tune, teacher: Path, t
 def test_resuming_from_a_checkpoint_gives_the_same_metrics(learned: SimpleNamespace, tmp_path: Path) -> None:
     tuning = learned.tuner.tuning
     tuning = replace(tuning, config=tuning.config.model_copy(update={"epochs": 2, "dropout": 0.1}))
-    whole, half, resumed = (Tuner(tuning, Group()) for _ in range(3))
+    whole, half, resumed = (Finetuner(tuning, ProcessGroup()) for _ in range(3))
     list(whole.run())
     next(half.run())
     half.save(tmp_path)
@@ -427,7 +435,7 @@ def test_resuming_from_a_checkpoint_gives_the_same_metrics(learned: SimpleNamesp
     assert resumed.history == whole.history
     assert len(resumed.history) == 2
     (tmp_path / "state.json").write_text("[")
-    with pytest.raises(BadInput, match=r"checkpoint.*(damaged|corrupted)"):
+    with pytest.raises(InputError, match=r"checkpoint.*(damaged|corrupted)"):
         resumed.restore(tmp_path)
 
 
@@ -447,8 +455,8 @@ def test_invalid_command_is_refused(changes: dict, message: str, teacher: Path, 
     source = write_task(tmp_path / "d", {"train": [("a", "x")], "test": [("a", "x")]})
     given = {"task": "toy={data}", "teacher": str(teacher), "output": str(tmp_path / "o"), **changes}
     given["task"] = given["task"].replace("{data}", source)
-    with pytest.raises(BadInput, match=message):
-        finetune.finetune(validate(FinetuneConfig, given))
+    with pytest.raises(InputError, match=message):
+        finetune.finetune(validate_config(FinetuneConfig, given))
 
 
 def test_classifier_of_another_width_or_kind_is_refused(teacher: Path, tmp_path: Path) -> None:
@@ -463,7 +471,7 @@ def test_classifier_of_another_width_or_kind_is_refused(teacher: Path, tmp_path:
         (source, "rte", "has text pairs"),
         (source, "stsb", "predicts labels"),
     ):
-        with pytest.raises(BadInput, match=message):
+        with pytest.raises(InputError, match=message):
             measure(model, data, name)
 
 
@@ -473,7 +481,7 @@ def on_ray(ray: None, teacher: Path, tmp_path: Path) -> Callable[..., dict]:
 
     def call(output: str = "out", **changes: object) -> dict:
         given = {"task": f"toy={source}", "teacher": str(teacher), "workers": 1, "epochs": 2, **SETTINGS}
-        return finetune.finetune(validate(FinetuneConfig, given | {"output": str(tmp_path / output)} | changes))
+        return finetune.finetune(validate_config(FinetuneConfig, given | {"output": str(tmp_path / output)} | changes))
 
     return call
 
@@ -511,15 +519,15 @@ def killed_once(step: int, flag: Path) -> Callable:
     """Return a worker of which the first to reach a step creates a file and dies; a closure, as Ray pickles it by value."""
 
     def worker(given: dict) -> list:
-        original, steps = Tuner._step, count(1)
+        original, steps = Finetuner._step, count(1)
 
-        def counted(self: Tuner, *arguments: object) -> float:
+        def counted(self: Finetuner, *arguments: object) -> float:
             if next(steps) == step and not flag.exists():
                 flag.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *arguments)
 
-        Tuner._step = counted
+        Finetuner._step = counted
         return finetune_worker(given)
 
     return worker

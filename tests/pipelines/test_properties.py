@@ -23,17 +23,22 @@ from tiny import assert_same, exemplars, make
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
 from transformers import BertModel
 
-from msense import SenseDictionary, kmeans, occurrences, part_worker, runtime, tokens
-from msense.build import build_dictionary
-from msense.config import BuildConfig
-from msense.corpus import cut_pieces, list_files
+from msense import SenseDictionary
+from msense.clustering import kmeans
+from msense.clustering.kmeans import batches, blocks, seeding
+from msense.config.build import BuildConfig
+from msense.corpus import chunking, cut_splits, list_files
+from msense.corpus.chunking import passage_keys, write_passages
+from msense.corpus.passages import Passages, PassageSpec, read_block
 from msense.dictionary.assignment import RaggedSenses, assign, replace
-from msense.kmeans import batches, blocks, seeding
-from msense.occurrences import cut_units, record_type, select_unit
-from msense.run_folder import RunFolder
-from msense.sampling import Histogram, thresholds
-from msense.tokens import Passages, PassageSpec, open_parquet, passage_keys, read_block, write_passages
-from msense.units import sample
+from msense.io.arrays import open_parquet
+from msense.pipelines.build import build_dictionary
+from msense.run.folder import RunFolder
+from msense.runtime.executor import _merge
+from msense.stages import distributed_kmeans_worker, embed
+from msense.stages.embed import select_occurrences
+from msense.stages.embedding_store import cut_partitions, record_type, sample
+from msense.stages.sampling import Histogram, thresholds
 
 often = settings(max_examples=60, deadline=None, derandomize=True)
 seldom = settings(often, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -121,12 +126,12 @@ def test_the_sample_equals_a_walk_in_key_order(
     groups = [Histogram.empty(VOCAB) for _ in range(rng.randint(1, 5))]
     for block in rng.sample(cut, len(cut)):
         rng.choice(groups).add(block, spec, per_passage)
-    histogram = merged(groups, runtime._merge, rng)
+    histogram = merged(groups, _merge, rng)
     threshold = thresholds(histogram, cap)
     records, first = [], 0  # of all partitions in order: token, key, passage, position
     for a, b in edges_of(len(cut), rng):
         unit = Passages.concatenate(cut[a:b])
-        chosen = select_unit(unit, threshold, spec, per_passage)
+        chosen = select_occurrences(unit, threshold, spec, per_passage)
         records += zip(
             chosen.tokens, chosen.keys, (chosen.rows + first).tolist(), chosen.positions.tolist(), strict=True
         )
@@ -153,7 +158,7 @@ def test_passages_of_a_frequent_token_are_equally_likely() -> None:
         block = altered(block, keys=np.concatenate([passage_keys(name, count, seed) for name, count in documents]))
         histogram = Histogram.empty(2)
         histogram.add(block, spec, 1)
-        chosen = select_unit(block, thresholds(histogram, cap), spec, 1)
+        chosen = select_occurrences(block, thresholds(histogram, cap), spec, 1)
         order, _ = sample(chosen.keys, chosen.tokens, cap)
         hits[chosen.rows[order][chosen.tokens[order] == 1]] += 1
     assert hits.sum() == hits[holders].sum() == seeds * cap
@@ -184,10 +189,10 @@ def test_passages_contain_exactly_the_tokens_of_the_texts(
     texts = [*data.draw(st.lists(WORDY if sliced else TEXTS, max_size=4)), "a b"]
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         for name, value in (("BLOCK_TOKENS", 50), ("BATCH_DOCUMENTS", 3), ("SLICE_CHARACTERS", 40 if sliced else 9999)):
-            patch.setattr(tokens, name, value)
+            patch.setattr(chunking, name, value)
         corpus, target = Path(folder, "x.jsonl"), Path(folder, "x.parquet")
         corpus.write_text("".join(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(texts)))
-        counts = write_passages(*cut_pieces(list_files([str(corpus)])), spec, TOKENIZERS[kind], target)
+        counts = write_passages(*cut_splits(list_files([str(corpus)])), spec, TOKENIZERS[kind], target)
         read = Passages.concatenate([read_block(str(target), block) for block in range(len(counts["blocks"]))])
         names = pq.read_table(target)["document_id"].to_pylist()
     bodies: dict[str, list[int]] = defaultdict(list)
@@ -310,7 +315,7 @@ def out_of_order(patch: pytest.MonkeyPatch, rng: random.Random) -> None:
         return call
 
     def reduce(_: str, work: Callable, slices: list, __: object, *common: object) -> object:
-        return merged([work(item, *common) for item in slices], runtime._merge, rng)
+        return merged([work(item, *common) for item in slices], _merge, rng)
 
     for module in [module for name, module in sys.modules.items() if name.startswith("msense.")]:
         for name, place in (("map_data", 2), ("map_actors", 3), ("map_tasks", 2)):
@@ -332,7 +337,7 @@ def read_run(run: RunFolder, files: int, dedup: bool) -> tuple[dict[str, list[in
                     at[piece, block].append(len(passages))
                     passages.append(Passage(row["key"], row["context"], ids))
                 seen.add(tuple(ids))
-    units = cut_units(run.blocks, 16)
+    units = cut_partitions(run.blocks, 16)
     return text, passages, [[n for p in zip(u.pieces, u.blocks, strict=True) for n in at[p]] for u in units]
 
 
@@ -349,7 +354,7 @@ def check_run(root: Path, corpus: Corpus, config: BuildConfig, teacher: Path) ->
         hidden = [model(torch.tensor([p.ids])).last_hidden_state[0].numpy() for p in passages]
     stored: Taken = defaultdict(list)
     for unit, own in enumerate(units):
-        for record in np.fromfile(run.unit_file(unit), record_type(16)):
+        for record in np.fromfile(run.partition_file(unit), record_type(16)):
             number, position, token = own[record["row"]], int(record["position"]), int(record["token"])
             assert (passages[number].key, passages[number].ids[position]) == (record["key"], token)
             np.testing.assert_allclose(record["embedding"].view(np.float16), hidden[number][position], atol=0.02)
@@ -369,8 +374,8 @@ CORPORA = st.builds(random_corpus, st.integers(0, 999), st.integers(1, 3), st.in
 CHOICES = {"max_occurrences": [0, 7, 60], "dedup": [True, False], "stride": [0, 3], "max_length": [12, 40]}
 CHOICES |= {"metric": ["l2", "dot", "cosine"], "special_tokens": ["include", "exclude"], "seed": [0, 1]}
 SETTINGS = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in CHOICES.items()})
-SMALL = [(tokens, "BLOCK_TOKENS", 100), (part_worker, "BLOCKS_AT_A_TIME", 2)]
-SMALL += [(occurrences, name, (3000, 3000)) for name in ("UNIT_BYTES", "SHARD_BYTES")]
+SMALL = [(chunking, "BLOCK_TOKENS", 100), (distributed_kmeans_worker, "BLOCKS_AT_A_TIME", 2)]
+SMALL += [(embed, name, (3000, 3000)) for name in ("UNIT_BYTES", "SHARD_BYTES")]
 SMALL += [(module, "BLOCK_ROWS", 16) for module in (kmeans, blocks, batches, seeding)]
 FIXED = {"dtype": "float32", "senses": 3, "keep": ("passages", "occurrences")}
 

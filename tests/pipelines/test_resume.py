@@ -13,24 +13,25 @@ from pathlib import Path
 import pytest
 from faulty import ALL, Corpus, Outcome, flip_a_byte
 
-from msense import build as build_module
-from msense import storage
-from msense.errors import BadInput, MsenseError
-from msense.manifest import PINNED_PACKAGES
-from msense.run_folder import RunFolder
-from msense.status import show_status
+from msense.cli.status import show_status
+from msense.errors import InputError, MsenseError
+from msense.io import storage
+from msense.pipelines import build as build_module
+from msense.pipelines.manifest import PINNED_PACKAGES
+from msense.run.folder import RunFolder
+from msense.teacher.spec import load_teacher_info
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
 INSIDE = {
-    "passages": "msense.passages.write_passages",
-    "plan": "msense.plan._select",
-    "occurrences": "msense.occurrences.select_unit",
-    "senses": "msense.senses.sample",
-    "clustering": "msense.clustering.read_ranges",
-    "large tokens": "msense.parts.prepare",
-    "exemplars": "msense.exemplars._context",
-    "dictionary": "msense.assemble.write_dictionary",
+    "passages": "msense.stages.passages.write_passages",
+    "plan": "msense.stages.plan._select",
+    "occurrences": "msense.stages.embed.select_occurrences",
+    "senses": "msense.stages.sense_counts.sample",
+    "clustering": "msense.stages.cluster.read_ranges",
+    "large tokens": "msense.stages.distributed_kmeans.prepare",
+    "exemplars": "msense.stages.exemplars._context",
+    "dictionary": "msense.stages.assemble.write_dictionary",
 }
 
 
@@ -50,44 +51,46 @@ def test_changed_inputs_are_refused_by_name(made: Corpus, patch: pytest.MonkeyPa
     before = made.files("run")
     afresh = r"[\s\S]*start afresh, give another --output or delete"
     for setting, value in (("senses", 5), ("metric", "cosine"), ("seed", 1), ("max_occurrences", 7), ("stride", 1)):
-        with pytest.raises(BadInput, match=rf"config\.{setting}: .* then, {value!r} now{afresh}"):
+        with pytest.raises(InputError, match=rf"config\.{setting}: .* then, {value!r} now{afresh}"):
             made.build("run", **{setting: value})
     version = metadata.version
     for package in PINNED_PACKAGES:
         patch.setattr(
-            "msense.manifest.metadata.version", lambda name, other=package: "0.9" if name == other else version(name)
+            "msense.run.manifest.metadata.version",
+            lambda name, other=package: "0.9" if name == other else version(name),
         )
-        with pytest.raises(BadInput, match=rf"pins\.{package}: '.*' then, '0\.9' now{afresh}"):
+        with pytest.raises(InputError, match=rf"pins\.{package}: '.*' then, '0\.9' now{afresh}"):
             made.build("run")
     patch.undo()
     weights = made.teacher / "model.safetensors"
     data = weights.read_bytes()
     flip_a_byte(weights)
-    with pytest.raises(BadInput, match=rf"teacher\.fingerprint: .* then, .* now{afresh}"):
+    with pytest.raises(InputError, match=rf"teacher\.fingerprint: .* then, .* now{afresh}"):
         made.build("run")
     weights.write_bytes(data)
     text = made.folder / "corpus" / "a.txt"
-    refused = pytest.raises(BadInput, match=rf"inputs\.a\.txt: .* then, .* now{afresh}")
+    refused = pytest.raises(InputError, match=rf"inputs\.a\.txt: .* then, .* now{afresh}")
     with restored(text), refused:
         text.write_bytes(text.read_bytes() + b"one more\n")
         made.build("run")
     (made.folder / "corpus" / "c.txt").write_text("the bank\n")
-    with pytest.raises(BadInput, match=rf"inputs\.c\.txt: None then, .* now{afresh}"):
+    with pytest.raises(InputError, match=rf"inputs\.c\.txt: None then, .* now{afresh}"):
         made.build("run")
     (made.folder / "corpus" / "c.txt").unlink()
     made.build("run", workers=3, log_level="warning", max_points_per_part=2048, keep=("passages",))
     assert made.files("run") == before
     for stage, function in INSIDE.items():
         made.stop_at(function, stage, calls=2 if stage == "passages" else 1)  # the second of two files
-        with pytest.raises(BadInput, match=rf"config\.senses: 'auto' then, 5 now{afresh}"):
+        with pytest.raises(InputError, match=rf"config\.senses: 'auto' then, 5 now{afresh}"):
             made.build(stage, senses=5)
         outcome("input changed", stage, "refused")
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    from msense import passages
+    from msense.corpus.chunking import write_passages
+    from msense.stages import passages
 
-    write, text = passages.write_passages, made.folder / "corpus" / "b.txt"
+    write, text = write_passages, made.folder / "corpus" / "b.txt"
 
     def meddling(*arguments: object) -> dict:
         text.write_text("the cat\n")
@@ -95,7 +98,7 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(made: Corpus, monkeyp
 
     made.build("whole")
     monkeypatch.setattr(passages, "write_passages", meddling)
-    refused = pytest.raises(BadInput, match=r"the corpus changed while it was read: b\.txt was .*, is ")
+    refused = pytest.raises(InputError, match=r"the corpus changed while it was read: b\.txt was .*, is ")
     with restored(text), refused:
         made.build("run")
     monkeypatch.setattr(passages, "write_passages", write)
@@ -104,7 +107,7 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(made: Corpus, monkeyp
 
 
 def test_weights_that_change_before_they_are_loaded_are_refused(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    describe = build_module.describe
+    describe = load_teacher_info
 
     def then_change(*arguments: object) -> object:
         found = describe(*arguments)
@@ -134,7 +137,7 @@ def test_files_made_from_other_inputs_do_not_count(made: Corpus, monkeypatch: py
 
 def test_a_strict_run_refuses_what_a_finished_run_skipped(made: Corpus) -> None:
     made.build("run")
-    with pytest.raises(BadInput, match=r"bad documents \(2 empty\)"):
+    with pytest.raises(InputError, match=r"bad documents \(2 empty\)"):
         made.build("run", on_bad_document="fail")
 
 
@@ -155,7 +158,7 @@ def test_a_second_driver_is_refused_in_each_stage(
 
     def meanwhile(*arguments: object) -> object:
         with pytest.raises(
-            BadInput, match=rf"another driver works on .*run \(process {os.getpid()} on host .*\): wait"
+            InputError, match=rf"another driver works on .*run \(process {os.getpid()} on host .*\): wait"
         ):
             made.build("run")
         refused.append(stage)
@@ -174,7 +177,7 @@ def test_same_bytes_after_the_corpus_moved_and_in_another_order_of_roots(made: C
     (second / "z.txt").write_text("the deep river is near\n")
     here = (str(made.folder / "corpus"), str(second))
     made.build("whole", corpus=here)
-    made.stop_at("msense.clustering.cluster", corpus=here)
+    made.stop_at("msense.stages.cluster.cluster", corpus=here)
     moved = made.folder / "elsewhere"
     moved.mkdir()
     for name in ("corpus", "more"):
@@ -193,7 +196,7 @@ def test_only_what_keep_names_is_left(made: Corpus, keep: tuple[str, ...], monke
     scratch = made.folder / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    made.stop_at("msense.exemplars._context", keep=keep)
+    made.stop_at("msense.stages.exemplars._context", keep=keep)
     tokenizer = made.folder / "run" / "dictionary" / "tokenizer"
     tokenizer.mkdir(parents=True)
     for temporary in ("../../plan/.plan.safetensors.0123abcd.part", ".tokenizer.json.89ef0123.part"):
@@ -217,7 +220,7 @@ def test_foreign_files_are_not_removed(made: Corpus) -> None:
     made.build("run", keep=())
     assert [path.read_text() for path in mine] == ["mine"] * 3
     (made.folder / "other" / "passages").mkdir(parents=True)
-    with pytest.raises(BadInput, match=r"passages is there, but no manifest\.json"):
+    with pytest.raises(InputError, match=r"passages is there, but no manifest\.json"):
         made.build("other")
     assert (made.folder / "other" / "passages").exists()
 

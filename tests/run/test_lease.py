@@ -13,10 +13,11 @@ import pytest
 from faulty import ALL, Corpus
 from s3_server import BUCKET, Server, answers, files, throttled, unheard
 
-from msense import lease, storage
-from msense.errors import BadInput, MsenseError
-from msense.lease import Lease, leased
-from msense.run_folder import RunFolder, locked
+from msense.errors import InputError, MsenseError
+from msense.io import storage
+from msense.run import lease
+from msense.run.folder import RunFolder, locked
+from msense.run.lease import Lease, leased
 
 RUN = RunFolder(f"{BUCKET}/run")
 
@@ -48,7 +49,7 @@ def test_a_second_driver_is_refused_while_the_first_is_at_work(s3: Server) -> No
     with locked(RUN):
         assert storage.exists(RUN.lock)
         with pytest.raises(
-            BadInput,
+            InputError,
             match=rf"another driver works on s3://bucket/run \(process {os.getpid()} on host .*another --output",
         ):
             locked(RUN).__enter__()

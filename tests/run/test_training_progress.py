@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from msense import train_progress
-from msense.run_folder import RunFolder
-from msense.status import show_status
-from msense.storage import write_json
-from msense.train_progress import Progress, line, shown
+from msense.cli.status import show_status
+from msense.io.storage import write_json
+from msense.run import progress as progress_module
+from msense.run.folder import RunFolder
+from msense.run.progress import Progress, display_progress, format_progress
 
 SPEED = {"tokens_per_s": 1234.5, "seconds_left": 65.4}
 
@@ -70,17 +70,17 @@ def test_who_waits_is_told(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(train_progress, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(progress_module, "LOOK_SECONDS", 0.01)
     run = RunFolder(str(tmp_path))
     told = {"step": 30, "steps": 1200, "epoch": 1, "found": {"sense": 2.5, "accuracy": 0.5}, **SPEED}
     wanted = "30 of 1,200 steps, epoch 1, sense 2.5000, accuracy 0.5000, 1,234 tokens/s, 65 s left"
-    assert line(told) == wanted
-    with caplog.at_level(logging.INFO, "msense"), shown(run):
+    assert format_progress(told) == wanted
+    with caplog.at_level(logging.INFO, "msense"), display_progress(run):
         write_json(run.progress, told)
         for _ in range(500):
             if caplog.records:
                 break
-            train_progress.time.sleep(0.01)
+            progress_module.time.sleep(0.01)
     assert [record.getMessage() for record in caplog.records] == [f"training: {wanted}"]
     write_json(
         run.manifest,

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from msense import runtime, watch
+from msense.runtime import progress, ray_executor
+from msense.runtime.resources import Resources
 
-RESOURCES = runtime.Resources(actors=2, tasks=2, device="cpu")
+RESOURCES = Resources(actors=2, tasks=2, device="cpu")
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, which tests set."""
     now = [0.0]
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -39,25 +40,25 @@ def lasting(clock: list[float], seconds: list[float]) -> Iterator[int]:
 def test_progress_tells_rate_and_time_left(
     clock: list[float], caplog: pytest.LogCaptureFixture, seconds: list[float], told: list[str]
 ) -> None:
-    with caplog.at_level(logging.INFO, "msense.watch"):
-        rows = list(watch.track("stage", lasting(clock, seconds), len(seconds)))
+    with caplog.at_level(logging.INFO, "msense.runtime.progress"):
+        rows = list(progress.track("stage", lasting(clock, seconds), len(seconds)))
     assert rows == list(range(len(seconds)))
     assert caplog.messages == told
 
 
 def test_a_piece_of_work_that_holds_up_a_stage_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    watch.warn_of_skew("even", [40.0] * 7 + [100.0])
-    watch.warn_of_skew("short", [1.0] * 7 + [20.0])
-    watch.warn_of_skew("few", [1.0] * 6 + [200.0])
+    progress.warn_of_skew("even", [40.0] * 7 + [100.0])
+    progress.warn_of_skew("short", [1.0] * 7 + [20.0])
+    progress.warn_of_skew("few", [1.0] * 6 + [200.0])
     assert not caplog.messages
-    watch.warn_of_skew("uneven", [10.0] * 7 + [90.0])
+    progress.warn_of_skew("uneven", [10.0] * 7 + [90.0])
     assert caplog.messages[0].startswith("uneven: the slowest of 8 pieces of work took 90 s, 9.0 times the median: ")
 
 
 @pytest.mark.usefixtures("ray")
 def test_all_ways_to_map_work_look_for_skew(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[float]] = {}
-    monkeypatch.setattr(runtime, "warn_of_skew", seen.__setitem__)
+    monkeypatch.setattr(ray_executor, "warn_of_skew", seen.__setitem__)
 
     def slow(item: int) -> dict:
         time.sleep(0.3 if item == 2 else 0)
@@ -68,9 +69,9 @@ def test_all_ways_to_map_work_look_for_skew(monkeypatch: pytest.MonkeyPatch) -> 
             return slow(item)
 
     items = [0, 1, 2, 3]
-    assert len(list(runtime.map_tasks("tasks", slow, items, RESOURCES))) == 4
-    assert len(list(runtime.map_data("data", slow, items, RESOURCES))) == 4
-    assert len(list(runtime.map_actors("actors", Slow, {}, items, RESOURCES))) == 4
+    assert len(list(ray_executor.map_tasks("tasks", slow, items, RESOURCES))) == 4
+    assert len(list(ray_executor.map_data("data", slow, items, RESOURCES))) == 4
+    assert len(list(ray_executor.map_actors("actors", Slow, {}, items, RESOURCES))) == 4
     assert list(seen) == ["tasks", "data", "actors"]
     assert all(len(seconds) == 4 and max(seconds) >= 0.3 for seconds in seen.values())
     assert sorted(seen["actors"])[2] < 0.3
@@ -86,7 +87,7 @@ def test_gauges_tell_how_far_a_stage_is(monkeypatch: pytest.MonkeyPatch) -> None
         told.append((gauge.info["name"], value, tags["stage"]))
 
     monkeypatch.setattr(metrics.Gauge, "set", note)
-    assert list(watch.track("stage", iter("ab"), 2)) == ["a", "b"]
+    assert list(progress.track("stage", iter("ab"), 2)) == ["a", "b"]
     assert told == [
         (name, value, "stage")
         for done in range(3)

@@ -11,11 +11,11 @@ from faulty import Corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msense.config import BuildConfig
-from msense.distill_config import DistillConfig
-from msense.errors import BadInput
-from msense.flags import parse_flags
-from msense.resources import TASK_CPUS, WORKER_MEMORY, Node, Resources, described, take
+from msense.cli.flags import parse_flags
+from msense.config.build import BuildConfig
+from msense.config.distill import DistillConfig
+from msense.errors import InputError
+from msense.runtime.resources import TASK_CPUS, WORKER_MEMORY, Node, Resources, described, plan_workers
 
 GB = 10**9
 LAPTOP = Node({"CPU": 8, "memory": 16 * GB}, 1, 1)
@@ -24,54 +24,56 @@ GPU_NODE = {"CPU": 8, "GPU": 2, "memory": 60 * GB}
 
 
 def test_a_laptop() -> None:
-    found = take([LAPTOP])
+    found = plan_workers([LAPTOP])
     assert (found.actors, found.tasks, found.device, found.trainers, found.clusterers) == (8, 8, "cpu", 8, 8)
-    assert take([LAPTOP], workers=3).actors == 3
-    assert take([LAPTOP], workers=30).tasks == 8
+    assert plan_workers([LAPTOP], workers=3).actors == 3
+    assert plan_workers([LAPTOP], workers=30).tasks == 8
 
 
 def test_gpus_are_shared_by_as_many_actors_as_are_asked_for() -> None:
     nodes = [HEAD, Node(GPU_NODE, 3, 3)]
-    assert (take(nodes).actors, take(nodes).tasks, take(nodes).device) == (6, 24, "cuda")
-    half = take(nodes, gpus_per_actor=0.5)
+    assert (plan_workers(nodes).actors, plan_workers(nodes).tasks, plan_workers(nodes).device) == (6, 24, "cuda")
+    half = plan_workers(nodes, gpus_per_actor=0.5)
     assert (half.actors, half.trainers, half.clusterers) == (12, 6, 12)
     assert half.teacher == {"num_gpus": 0.5}
-    assert take(nodes, workers=4, gpus_per_actor=0.5).actors == 4
+    assert plan_workers(nodes, workers=4, gpus_per_actor=0.5).actors == 4
 
 
 def test_nodes_that_only_the_autoscaler_has_count() -> None:
     """A cluster that has scaled down to its head, which does no work, is not taken for one without GPUs."""
     spot, on_demand = Node({"CPU": 8, "GPU": 1}, 0, 8), Node({"CPU": 8, "GPU": 1}, 0, 6)
-    found = take([HEAD, spot, on_demand])
+    found = plan_workers([HEAD, spot, on_demand])
     assert (found.actors, found.tasks, found.device) == (8, 64, "cuda")  # not 14: one kind stands in for the other
     assert found.clusterers == 1  # of nodes that may never come nobody waits for more
     assert "up to 8 of 8 CPUs, 1 GPUs" in described(found.nodes)
 
 
 def test_a_job_that_no_node_could_run_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"no CPU to work on\. Add a node"):
-        take([HEAD])
+    with pytest.raises(InputError, match=r"no CPU to work on\. Add a node"):
+        plan_workers([HEAD])
     apart = [Node({"CPU": 8}, 1, 1), Node({"CPU": 0, "GPU": 4}, 1, 1)]
     with pytest.raises(
-        BadInput, match=r"a clustering task asks for 0\.5 CPU \+ 0\.5 GPU, but .* no node can ever run it"
+        InputError, match=r"a clustering task asks for 0\.5 CPU \+ 0\.5 GPU, but .* no node can ever run it"
     ):
-        take(apart)
-    with pytest.raises(BadInput, match=r"0\.5 CPU \+ 17\.0 GB, but .*1 of 8 CPUs, 16\.0 GB.*--task-memory"):
-        take([LAPTOP]).setting_aside(0, 17 * GB)
-    with pytest.raises(BadInput, match="no CPU"):
-        take([HEAD, Node({"CPU": 8}, 0, 0)])
+        plan_workers(apart)
+    with pytest.raises(InputError, match=r"0\.5 CPU \+ 17\.0 GB, but .*1 of 8 CPUs, 16\.0 GB.*--task-memory"):
+        plan_workers([LAPTOP]).setting_aside(0, 17 * GB)
+    with pytest.raises(InputError, match="no CPU"):
+        plan_workers([HEAD, Node({"CPU": 8}, 0, 0)])
 
 
 def test_memory_is_set_aside_for_clustering(caplog: pytest.LogCaptureFixture) -> None:
-    found = take([LAPTOP]).setting_aside(5 * GB, None)
+    found = plan_workers([LAPTOP]).setting_aside(5 * GB, None)
     assert found.clustering == {"num_cpus": TASK_CPUS, "memory": 5 * GB + WORKER_MEMORY}
     assert found.clusterers == 2
-    assert take([LAPTOP]).setting_aside(5 * GB, 2 * GB).clustering["memory"] == 2 * GB
+    assert plan_workers([LAPTOP]).setting_aside(5 * GB, 2 * GB).clustering["memory"] == 2 * GB
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert take([LAPTOP]).setting_aside(50 * GB, None).task_memory == 16 * GB
+        assert plan_workers([LAPTOP]).setting_aside(50 * GB, None).task_memory == 16 * GB
     assert "may hold 50.4 GB, but the largest node offers 16.0 GB" in caplog.text
-    assert take([Node({"CPU": 4}, 1, 1)]).setting_aside(GB, None).task_memory == 0  # where no node tells its memory
+    assert (
+        plan_workers([Node({"CPU": 4}, 1, 1)]).setting_aside(GB, None).task_memory == 0
+    )  # where no node tells its memory
 
 
 amounts = st.fixed_dictionaries(
@@ -87,8 +89,8 @@ node = st.builds(
 def test_what_is_taken_is_there(nodes: list[Node], workers: int | None, share: float) -> None:
     """Either the cluster is refused, or all kinds of work find room, as many at a time as is said."""
     try:
-        found = take(nodes, workers, share).setting_aside(GB, None)
-    except BadInput:
+        found = plan_workers(nodes, workers, share).setting_aside(GB, None)
+    except InputError:
         return
     assert min(found.actors, found.tasks, found.trainers, found.clusterers) >= 1
     for needs in (found.teacher, found.clustering):
@@ -111,7 +113,7 @@ def test_settings() -> None:
     assert (
         DistillConfig(dictionary="d", gpus_per_actor=0.25).of_training() == DistillConfig(dictionary="d").of_training()
     )
-    with pytest.raises(BadInput, match=r"gpus_per_actor.*\n.*task_memory"):
+    with pytest.raises(InputError, match=r"gpus_per_actor.*\n.*task_memory"):
         parse_flags(BuildConfig, "x", ["--gpus-per-actor", "2", "--task-memory", "much"])
 
 
@@ -122,7 +124,7 @@ def test_the_dry_run_tells_what_is_offered_and_asked_for(made: Corpus) -> None:
     assert found["asked"].startswith(
         "2 teacher actors of 0.5 CPU, 2 tasks of 0.5 CPU, 2 of them clustering, of 0.5 CPU + "
     )
-    with pytest.raises(BadInput, match="no node can ever run it"):
+    with pytest.raises(InputError, match="no node can ever run it"):
         made.build("dry", dry_run=True, task_memory=10**15)
 
 

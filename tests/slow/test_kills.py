@@ -16,10 +16,16 @@ import pytest
 from faulty import Corpus, MakeTeacher, Outcome, records
 from tiny import WORDS
 
-from msense import assemble, build, clustering, exemplars, parts, passages, plan, runtime, senses, storage
-from msense.build import build_dictionary
-from msense.config import BuildConfig
+from msense.config.build import BuildConfig
 from msense.errors import MsenseError
+from msense.io import storage
+from msense.pipelines import build
+from msense.pipelines.build import build_dictionary
+from msense.runtime import ray_executor
+from msense.runtime.resources import Resources
+from msense.stages import assemble, cluster, distributed_kmeans, exemplars, passages, plan, sense_counts
+from msense.stages.distributed_kmeans_worker import ChunkWorker
+from msense.stages.embed import EmbedActor
 
 pytestmark = pytest.mark.usefixtures("ray")
 KEPT = ("passages", "occurrences", "centroids")
@@ -143,12 +149,12 @@ def test_a_worker_killed_in_each_stage_changes_nothing(
     flags.mkdir()
     places = [(passages, "_write_piece", "write_json"), (plan, "_count", ""), (plan, "_select", "")]
     places += [(plan, "_duplicates", ""), (plan, "_write", "write_json"), (build, "write_index", "write_json")]
-    places += [(senses, "look_at_shard", "write_json"), (senses, "_merge_shards", "write_json")]
-    places += [(clustering, "cluster_shard", "write_json"), (exemplars, "_resolve_unit", "write_json")]
+    places += [(sense_counts, "look_at_shard", "write_json"), (sense_counts, "_merge_shards", "write_json")]
+    places += [(cluster, "cluster_shard", "write_json"), (exemplars, "_resolve_unit", "write_json")]
     for module, name, at in places:
         monkeypatch.setattr(module, name, killed_once(getattr(module, name), flags / name, at))
     monkeypatch.setattr(build, "assemble", killed_once(assemble.assemble, flags / "assemble", "scratch_name", 4))
-    actor, worker = build.OccurrenceActor, parts.PartWorker
+    actor, worker = EmbedActor, ChunkWorker
 
     class DyingActor(actor):
         def __call__(self, item: dict) -> dict:
@@ -161,7 +167,7 @@ def test_a_worker_killed_in_each_stage_changes_nothing(
             return super().partial(part, state)
 
     monkeypatch.setattr(build, "OccurrenceActor", DyingActor)
-    monkeypatch.setattr(parts, "PartWorker", DyingWorker)
+    monkeypatch.setattr(distributed_kmeans, "PartWorker", DyingWorker)
     build_dictionary(BuildConfig(**runs.settings("run")))
     runs.same("run")
     assert {path.name for path in flags.iterdir()} == {name for _, name, _ in places} | {"assemble", "actor", "worker"}
@@ -244,10 +250,10 @@ def test_workers_ray_blocks_parts_and_finish_order_do_not_matter(
     name = f"workers-{workers}"
     driver.in_small_pieces(runs.log(name), monkeypatch.setattr)
     if workers > 1:
-        works = [(passages, "_write_piece"), (senses, "look_at_shard")]
-        for module, work in (*works, (clustering, "cluster_shard"), (exemplars, "_resolve_unit")):
+        works = [(passages, "_write_piece"), (sense_counts, "look_at_shard")]
+        for module, work in (*works, (cluster, "cluster_shard"), (exemplars, "_resolve_unit")):
             monkeypatch.setattr(module, work, last_first(getattr(module, work)))
-        actor = build.OccurrenceActor
+        actor = EmbedActor
 
         class SlowActor(actor):
             def __call__(self, item: dict) -> dict:
@@ -281,12 +287,12 @@ def test_work_that_always_kills_its_worker_is_given_up(tmp_path: Path) -> None:
         def __init__(self) -> None:
             deadly(1)
 
-    resources = runtime.Resources(actors=2, tasks=2, device="cpu")
+    resources = Resources(actors=2, tasks=2, device="cpu")
     for run, times in (
-        (lambda: list(runtime.map_tasks("x", deadly, [0, 1, 2], resources)), runtime.RETRIES + 1),
-        (lambda: list(runtime.map_data("x", deadly, [0, 1, 2], resources)), runtime.RETRIES + 1),
-        (lambda: list(runtime.map_actors("x", Deadly, {}, [0, 1, 2], resources)), runtime.RESTARTS + 1),
-        (lambda: list(runtime.map_actors("x", Stillborn, {}, [0], resources)), runtime.RESTARTS + 1),
+        (lambda: list(ray_executor.map_tasks("x", deadly, [0, 1, 2], resources)), ray_executor.RETRIES + 1),
+        (lambda: list(ray_executor.map_data("x", deadly, [0, 1, 2], resources)), ray_executor.RETRIES + 1),
+        (lambda: list(ray_executor.map_actors("x", Deadly, {}, [0, 1, 2], resources)), ray_executor.RESTARTS + 1),
+        (lambda: list(ray_executor.map_actors("x", Stillborn, {}, [0], resources)), ray_executor.RESTARTS + 1),
     ):
         tried.write_text("")
         with pytest.raises(MsenseError, match=r"a worker died .*ran out of memory"):

@@ -18,8 +18,8 @@ from faulty import Outcome, same_metrics
 from nodes import BIN, Namespaces, Nodes, in_small_units
 from test_kills import Runs
 
-from msense import storage
-from msense.finetune import DONE
+from msense.io import storage
+from msense.pipelines.finetune import DONE
 
 pytestmark = pytest.mark.slow
 LIMIT = 420.0  # seconds per driver
@@ -240,7 +240,7 @@ def test_nodes_with_their_own_addresses_give_the_same_bytes_as_one_node(runs: Ru
         run(commands("spread", 2), spaces.within(0), RAY_ADDRESS=address)
         assert {path.name for path in hosts.iterdir()} == set(spaces.names[1:])
         units = (runs.folder / "spread" / "occurrences").glob("*.records")
-        actors = {(storage.facts_of(str(path)) or {})["actor"].rpartition("-")[0] for path in units}
+        actors = {(storage.stats_of(str(path)) or {})["actor"].rpartition("-")[0] for path in units}
         assert actors == set(spaces.names[1:])
     finally:
         nodes.end()
@@ -253,9 +253,9 @@ def test_nodes_with_their_own_addresses_give_the_same_bytes_as_one_node(runs: Ru
         again.end()
     assert runs.bytes("spread") == runs.bytes("alone") != {}
     assert runs.records("spread") == runs.records("alone")
-    spread, alone = (runs.folder / f"{name}-student" for name in ("spread", "alone"))
-    assert labels_of(spread) == labels_of(alone) != {}
-    same_metrics(spread, alone)
+    rms_distance, alone = (runs.folder / f"{name}-student" for name in ("spread", "alone"))
+    assert labels_of(rms_distance) == labels_of(alone) != {}
+    same_metrics(rms_distance, alone)
     reports = [json.loads((runs.folder / f"{name}.json").read_text())["tasks"] for name in ("spread", "alone")]
     assert reports[0] == reports[1] != []
     tuned = [storage.read_json(str(runs.folder / f"{name}-teacher" / DONE))["epochs"] for name in ("spread", "alone")]

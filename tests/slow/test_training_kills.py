@@ -10,9 +10,9 @@ import driver
 import pytest
 from faulty import Corpus, Outcome, metrics, same_metrics
 
-from msense import distill
-from msense.distill_config import DistillConfig
-from msense.distill_run import distill_student
+from msense.config.distill import DistillConfig
+from msense.pipelines.distill import distill_student
+from msense.stages import train
 from msense.student import load_student
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def kill_a_worker(whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, name: s
     made, given = whole
     run, flag = copy_labels(made, name), made.folder / f"{name}.flag"
     with patch.context() as patched:
-        patched.setattr(distill, "worker", driver.disturbed(KILLED_AT, flag, kill=True))
+        patched.setattr(train, "worker", driver.disturbed(KILLED_AT, flag, kill=True))
         summary = distill_student(DistillConfig(**given, **more, output=str(run)))
     assert flag.exists()
     assert summary["stages"]["training"]["epochs"] == 3

@@ -13,14 +13,16 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from msense import kmeans, part_worker, parts, storage
-from msense.clustering import cluster_shard
-from msense.kmeans import KMeansConfig
-from msense.occurrences import read_rows, record_type
-from msense.part_worker import Part, PartWorker, _exact, cut
-from msense.run_folder import RunFolder
-from msense.runtime import Resources
-from msense.units import ClusterSettings, Range
+from msense.clustering import kmeans
+from msense.clustering.kmeans import KMeansConfig
+from msense.io import storage
+from msense.io.arrays import load_arrays, save_arrays
+from msense.run.folder import RunFolder
+from msense.runtime.resources import Resources
+from msense.stages import distributed_kmeans, distributed_kmeans_worker
+from msense.stages.cluster import cluster_shard
+from msense.stages.distributed_kmeans_worker import Chunk, ChunkWorker, _exact, slice_ranges
+from msense.stages.embedding_store import ClusterSettings, Range, read_rows, record_type
 
 DIM, TOKENS, ROWS = 8, (3, 5), 5000
 
@@ -38,12 +40,12 @@ def write_run(folder: Path, rows: int = ROWS, units: int = 3) -> ClusterSettings
         values = centres[rng.integers(0, 12, len(records))] + rng.normal(size=(len(records), DIM))
         records["embedding"] = values.astype(np.float16).view(np.uint16)
         records[:] = records[np.lexsort((records["key"], records["token"]))]
-        run.publish(run.unit_file(unit), lambda path, records=records: path.write_bytes(records.data) and None)
+        run.publish(run.partition_file(unit), lambda path, records=records: path.write_bytes(records.data) and None)
     senses = np.zeros(9, np.int64)
     senses[list(TOKENS)] = 7, 11
     borders = np.array([0, 0, 0, 0, *[rows // units] * 2, *[len(records)] * 4])
-    run.publish(run.senses, lambda path: storage.save_arrays(path, {"senses": senses}))
-    run.publish(run.offsets, lambda path: storage.save_arrays(path, {"offsets": np.stack([borders] * units)}))
+    run.publish(run.senses, lambda path: save_arrays(path, {"senses": senses}))
+    run.publish(run.offsets, lambda path: save_arrays(path, {"offsets": np.stack([borders] * units)}))
     return settings
 
 
@@ -58,7 +60,7 @@ def waiting(rows: int = ROWS, units: int = 3) -> dict[int, list[Range]]:
 def clustered(settings: ClusterSettings, workers: int, points: int) -> dict[int, bytes]:
     """Cluster the large tokens in chunks of so many points; return the contents of their files, and remove them."""
     own = replace(settings, max_points_per_part=points)
-    parts.cluster_large(waiting(), own, Resources(actors=workers, tasks=workers, device="cpu"))
+    distributed_kmeans.cluster_large(waiting(), own, Resources(actors=workers, tasks=workers, device="cpu"))
     files = {token: Path(settings.run.token_file(token)) for token in TOKENS}
     assert sorted(p.name for p in Path(settings.run.centroids).iterdir()) == sorted(
         name for path in files.values() for name in (path.name, path.name + storage.MARKER)
@@ -76,7 +78,7 @@ def test_workers_and_chunks_do_not_matter_on_ray(tmp_path: Path) -> None:
     assert one == two
     for token, senses in zip(TOKENS, (7, 11), strict=True):
         (tmp_path / "found").write_bytes(one[token])
-        assert storage.load_arrays(str(tmp_path / "found"))["sizes"].tolist() == [senses]
+        assert load_arrays(str(tmp_path / "found"))["sizes"].tolist() == [senses]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -89,16 +91,16 @@ def test_chunks_give_the_result_of_the_whole_token(
     settings = replace(settings, kmeans=replace(settings.kmeans, metric=metric), max_occurrences=cap)
     found = []
     for workers, points, held in ((2, 1024, 1), (3, 2048, 4), (2, 4096, 2)):
-        monkeypatch.setattr(part_worker, "PARTS_HELD", held)
-        monkeypatch.setattr(parts, "PARTS_HELD", held)
+        monkeypatch.setattr(distributed_kmeans_worker, "PARTS_HELD", held)
+        monkeypatch.setattr(distributed_kmeans, "PARTS_HELD", held)
         found.append(clustered(settings, workers, points))
     assert all(files == found[0] for files in found)
     whole = replace(settings, max_points_per_part=ROWS)
     for token in TOKENS:
         cluster_shard({"shard": token, "first": token, "last": token + 1}, whole)
-        expected = storage.load_arrays(settings.run.shard_file(token))
+        expected = load_arrays(settings.run.shard_file(token))
         (tmp_path / "found").write_bytes(found[0][token])
-        for name, array in storage.load_arrays(str(tmp_path / "found")).items():
+        for name, array in load_arrays(str(tmp_path / "found")).items():
             np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
@@ -114,8 +116,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return read
 
-    monkeypatch.setattr(part_worker, "read_rows", count("pieces"))
-    monkeypatch.setattr("msense.units.read_rows", count("ranges"))
+    monkeypatch.setattr(distributed_kmeans_worker, "read_rows", count("pieces"))
+    monkeypatch.setattr("msense.stages.embedding_store.read_rows", count("ranges"))
     return rows
 
 
@@ -124,7 +126,7 @@ def test_a_token_is_prepared_from_its_first_points_only(
 ) -> None:
     settings = write_run(tmp_path, 60_000)
     monkeypatch.setattr(kmeans, "SEED_POINTS", 2000)
-    prepared = parts.prepare(3, waiting(60_000)[3], settings)
+    prepared = distributed_kmeans.prepare(3, waiting(60_000)[3], settings)
     assert counted["ranges"] == 2000
     assert counted["pieces"] < 4500  # of 60,000 rows, to locate the end of the first 2000
     assert sum(r.stop - r.start for part in prepared.parts for r in part.ranges) == 60_000
@@ -133,13 +135,13 @@ def test_a_token_is_prepared_from_its_first_points_only(
 
 def test_rows_of_held_chunks_are_read_once(tmp_path: Path, counted: Counter[str]) -> None:
     settings = write_run(tmp_path, 6 * 1024)
-    prepared = parts.prepare(3, waiting(6 * 1024)[3], settings)
-    worker, counted["pieces"] = PartWorker(settings), 0
-    assert len(prepared.parts) == part_worker.PARTS_HELD + 2
+    prepared = distributed_kmeans.prepare(3, waiting(6 * 1024)[3], settings)
+    worker, counted["pieces"] = ChunkWorker(settings), 0
+    assert len(prepared.parts) == distributed_kmeans_worker.CHUNKS_HELD + 2
     for number in (1, 2, 3):
         worker.partial(prepared.parts, prepared.state)
         assert counted["pieces"] == (6 + 2 * (number - 1)) * 1024
-        assert list(worker.held) == list(prepared.parts[: part_worker.PARTS_HELD])
+        assert list(worker.held) == list(prepared.parts[: distributed_kmeans_worker.CHUNKS_HELD])
     far = worker.farthest(prepared.parts, prepared.state, 3)
     assert (np.diff(far.distance) <= 0).all()
     state = kmeans.update(prepared.state, worker.partial(prepared.parts, prepared.state), KMeansConfig(max_rounds=1))
@@ -151,8 +153,8 @@ def test_what_is_sent_does_not_grow_with_the_points(tmp_path: Path) -> None:
     settings = write_run(tmp_path, 30 * 1024)
     sent = []
     for points in (2, 30):
-        prepared = parts.prepare(3, list(cut(waiting(30 * 1024)[3], 0, points * 1024)), settings)
-        worker = PartWorker(settings)
+        prepared = distributed_kmeans.prepare(3, list(slice_ranges(waiting(30 * 1024)[3], 0, points * 1024)), settings)
+        worker = ChunkWorker(settings)
         total = worker.partial(prepared.parts, prepared.state)
         state = kmeans.update(prepared.state, total, replace(settings.kmeans, max_rounds=1))
         done, places = worker.finish(prepared.parts, state)
@@ -189,9 +191,9 @@ def test_first_rows_by_key_are_located_in_windows(units: list[tuple[int, int, in
 
     ranges = [Range(unit, 0, len(k)) for unit, k in enumerate(keys)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "pieces", read)
-        patch.setattr(parts, "WINDOW", 1)
-        found = parts.first_by_key(None, ranges, count)
+        patch.setattr(distributed_kmeans, "pieces", read)
+        patch.setattr(distributed_kmeans, "WINDOW", 1)
+        found = distributed_kmeans.first_by_key(None, ranges, count)
     chosen = np.argsort(np.concatenate(keys), kind="stable")[:count]
     number = np.repeat(np.arange(len(keys)), [len(k) for k in keys])[chosen]
     assert {r.unit: (r.start, r.stop) for r in found} == {u: (0, n) for u, n in Counter(number.tolist()).items()}
@@ -199,11 +201,11 @@ def test_first_rows_by_key_are_located_in_windows(units: list[tuple[int, int, in
 
 def test_chunks_go_to_the_workers_of_lowest_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.put", lambda value: value)
-    monkeypatch.setattr(parts._Token, "begin_round", lambda self: None)
+    monkeypatch.setattr(distributed_kmeans._Token, "begin_round", lambda self: None)
     settings, load = write_run(tmp_path), [2, 0, 1]
     state = kmeans.BlockedState(3, *[np.zeros(1)] * 3)
-    made = [Part(3, 1024 * number, ()) for number in range(5)]
-    token = parts._start(parts.Prepared(tuple(made), state), settings, "abc", load)
+    made = [Chunk(3, 1024 * number, ()) for number in range(5)]
+    token = distributed_kmeans._start(distributed_kmeans.Prepared(tuple(made), state), settings, "abc", load)
     homes = [(worker, [p.first_row // 1024 for p in own], count) for worker, own, count in token.homes]
     assert homes == [(0, [0], 1), (1, [1, 2, 3], 3), (2, [4], 1)]
     assert load == [3, 3, 2]

@@ -10,16 +10,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msense import occurrences, storage
-from msense.errors import BadInput, MsenseError
-from msense.exemplars import nearest
-from msense.occurrences import cut_shards, cut_units, longest_first, read_rows, record_type
-from msense.part_worker import cut
-from msense.parts import _prefixes
-from msense.run_folder import RunFolder
-from msense.runtime import Resources, guard, map_tasks, reduce_tasks, unwrap
-from msense.status import show_status
-from msense.units import Range, as_stored, exemplar_places, sample, stored
+from msense.cli.status import show_status
+from msense.clustering.nearest import exemplar_places, nearest_points
+from msense.errors import InputError, MsenseError
+from msense.io import storage
+from msense.run.folder import RunFolder
+from msense.runtime.executor import guard, unwrap
+from msense.runtime.ray_executor import map_tasks, reduce_tasks
+from msense.runtime.resources import Resources
+from msense.stages.distributed_kmeans import _prefixes
+from msense.stages.distributed_kmeans_worker import slice_ranges
+from msense.stages.embedding_store import (
+    PARTITION_BYTES,
+    SHARD_BYTES,
+    TARGET_SHARDS,
+    Range,
+    as_stored,
+    cut_partitions,
+    cut_shards,
+    longest_first,
+    read_rows,
+    record_type,
+    sample,
+    stored,
+)
 
 ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=40)
 
@@ -44,7 +58,7 @@ def test_nearest_equals_a_loop(points: list[tuple[int, int]], count: int) -> Non
         np.array([p[0] for p in points], dtype=np.int64),
         np.array([p[1] for p in points], dtype=np.float32),
     )
-    chosen, rank = nearest(sense, distance, count)
+    chosen, rank = nearest_points(sense, distance, count)
     expected = []
     for s in sorted(set(sense.tolist())):
         mine = sorted((i for i in range(len(points)) if points[i][0] == s), key=lambda i: (points[i][1], i))
@@ -72,7 +86,7 @@ def test_shards_cover_the_vocabulary_and_large_tokens_stand_alone(stored_counts:
     assert borders[-1] == len(counts)
     assert (np.diff(borders) > 0).all()
     size = record_type(16).itemsize
-    target = int(np.clip(counts.sum() * size // occurrences.SHARDS_WANTED, *occurrences.SHARD_BYTES)) // size
+    target = int(np.clip(counts.sum() * size // TARGET_SHARDS, *SHARD_BYTES)) // size
     for first, last in pairwise(borders.tolist()):
         assert last - first == 1 or counts[first:last].max() <= target // 2
         assert last - first == 1 or counts[first:last].sum() <= 1.5 * target
@@ -97,12 +111,12 @@ def test_units_are_runs_of_blocks_of_about_equal_output(stored_counts: list[int]
             ),
             file,
         )
-        units = cut_units(str(file), dim=384)
+        units = cut_partitions(str(file), dim=384)
     assert [(p, b) for u in units for p, b in zip(u.pieces, u.blocks, strict=True)] == [
         (b // 7, b % 7) for b in range(blocks)
     ]
     assert [u.number for u in units] == list(range(len(units)))
-    least = occurrences.UNIT_BYTES[0] // record_type(384).itemsize
+    least = PARTITION_BYTES[0] // record_type(384).itemsize
     assert all(u.stored <= least + 40_000 for u in units)
     assert sum(u.stored for u in units) == sum(stored_counts)
     assert sum(u.tokens for u in units) == sum(3 * (n % 1000) for n in stored_counts)
@@ -130,8 +144,8 @@ def test_stored_bits_round_trip() -> None:
 
 def test_parts_cut_ranges_without_gap() -> None:
     ranges = [Range(0, 10, 14), Range(2, 0, 3), Range(5, 7, 12)]
-    assert list(cut(ranges, 0, 5)) == [Range(0, 10, 14), Range(2, 0, 1)]
-    assert list(cut(ranges, 5, 12)) == [Range(2, 1, 3), Range(5, 7, 12)]
+    assert list(slice_ranges(ranges, 0, 5)) == [Range(0, 10, 14), Range(2, 0, 1)]
+    assert list(slice_ranges(ranges, 5, 12)) == [Range(2, 1, 3), Range(5, 7, 12)]
     assert _prefixes(ranges, np.array([2, 0, 1])) == [Range(0, 10, 12), Range(5, 7, 8)]
 
 
@@ -150,17 +164,17 @@ def test_tasks_add_up_in_order_and_errors_come_back_as_themselves() -> None:
         return Total([item + offset])
 
     def refuse(item: int) -> dict:
-        raise BadInput(f"no {item}")
+        raise InputError(f"no {item}")
 
     resources = Resources(actors=2, tasks=2, device="cpu")
     total = ray.get(reduce_tasks("adding", one_total, list(range(20)), resources, 100))
     assert sorted(total.numbers) == list(range(100, 120))
-    with pytest.raises(BadInput, match=r"^no 3$"):
+    with pytest.raises(InputError, match=r"^no 3$"):
         list(map_tasks("refusing", refuse, [3], resources))
 
 
 def refuse_it(item: int) -> dict:
-    raise BadInput(f"no {item}")
+    raise InputError(f"no {item}")
 
 
 class OutOfMemoryError(RuntimeError):
@@ -180,12 +194,12 @@ def test_a_lack_of_memory_is_told_and_a_bug_is_not_hidden() -> None:
 
 def test_guarded_work_hands_errors_over_as_rows() -> None:
     assert unwrap(guard(lambda item: {"n": item}, 3)) == {"n": 3}
-    with pytest.raises(BadInput, match="no 4"):
+    with pytest.raises(InputError, match="no 4"):
         unwrap(guard(refuse_it, 4))
 
 
 def test_status_counts_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BadInput, match="is not a run folder"):
+    with pytest.raises(InputError, match="is not a run folder"):
         show_status(str(tmp_path))
     run = RunFolder(str(tmp_path))
     teacher, pins = {"name": "t", "dim": 4}, {"dtype": "float32"}
@@ -194,8 +208,8 @@ def test_status_counts_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFi
     )
     storage.write_json(run.units, {"units": 3, "shards": 2})
     for unit in (0, 1):
-        storage.publish(run.unit_file(unit), lambda path: path.write_bytes(b"x") and None)
-    Path(run.unit_file(1)).unlink()  # a marker without its file does not count
+        storage.publish(run.partition_file(unit), lambda path: path.write_bytes(b"x") and None)
+    Path(run.partition_file(1)).unlink()  # a marker without its file does not count
     show_status(str(tmp_path))
     shown = capsys.readouterr().out
     assert "1 of 3 partitions" in shown

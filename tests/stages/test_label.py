@@ -14,19 +14,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_kills import killed_once
 
-from msense import SenseDictionary, distill_run, storage
-from msense import labels as labels_module
-from msense.config import BuildConfig
+from msense import SenseDictionary
+from msense.cli.status import show_status
+from msense.config.build import BuildConfig
+from msense.config.distill import DistillConfig
 from msense.dictionary import DictionaryConfig, TeacherName, write_dictionary
-from msense.distill_config import DistillConfig
-from msense.distill_run import distill_student
-from msense.errors import BadInput
-from msense.label_set import LabelSet
-from msense.pooling import check_pooling, pool
-from msense.run_folder import RunFolder
-from msense.status import show_status
-from msense.teacher import Teacher, describe
-from msense.tokens import open_parquet
+from msense.errors import InputError
+from msense.io import storage
+from msense.io.arrays import open_parquet
+from msense.pipelines import distill as distill_module
+from msense.pipelines.distill import distill_student
+from msense.run.folder import RunFolder
+from msense.stages import label as labels_module
+from msense.teacher.model import Teacher
+from msense.teacher.pooling import check_pooling, pool
+from msense.teacher.spec import load_teacher_info
+from msense.training.label_dataset import LabelSet
 
 without_ray = pytest.mark.usefixtures("in_process", "untrained")
 LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on the mat"]
@@ -35,7 +38,7 @@ LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on 
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the training."""
-    monkeypatch.setattr(distill_run, "train", lambda *_: {})
+    monkeypatch.setattr(distill_module, "train", lambda *_: {})
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def planted(folder: Path, teacher: Path) -> tuple[dict[str, int], np.ndarray]:
     """
     from transformers import AutoModel
 
-    info, tokenizer = describe(str(teacher), BuildConfig(layer=0))
+    info, tokenizer = load_teacher_info(str(teacher), BuildConfig(layer=0))
     table = AutoModel.from_pretrained(teacher).get_input_embeddings().weight.detach().float().numpy()
     ids = tokenizer.get_vocab()
     far = np.full(16, 3.0, np.float32)
@@ -134,7 +137,7 @@ def test_labels_are_what_the_dictionary_assigns(shared: Corpus) -> None:
     labels, dictionary = LabelSet.open(str(run)), SenseDictionary.load(shared.folder / "dict")
     dtype = storage.read_json(RunFolder(str(run)).manifest)["pins"]["dtype"]
     teacher = Teacher(str(shared.teacher), revision=None, layer=-1, dtype=dtype, device="cpu")
-    plan = storage.facts_of(str(shared.folder / "dict" / "plan" / "plan.safetensors"))
+    plan = storage.stats_of(str(shared.folder / "dict" / "plan" / "plan.safetensors"))
     assert len(labels.lengths) == plan["needed"] < plan["passages"]
     assert len(labels.manifest.units) >= 3
     wrong = 0
@@ -172,7 +175,9 @@ def test_whole_documents_are_held_out_and_train_tokens_limit_the_first_by_key(sh
         for labels in (fewer, some, everything)
     ]
     assert texts[0] < texts[1] < texts[2]
-    with pytest.raises(BadInput, match=r"--train-tokens 3 is too small for the first passages: set it to at least \d+"):
+    with pytest.raises(
+        InputError, match=r"--train-tokens 3 is too small for the first passages: set it to at least \d+"
+    ):
         distill(tmp_path / "none", **given, train_tokens=3)
 
 
@@ -238,7 +243,7 @@ def test_any_workers_and_a_killed_worker_or_driver_give_the_same_bytes(
     def given(name: str, workers: int = 2) -> dict:
         return of(made, output=str(made.folder / name), dtype="float32", workers=workers)
 
-    monkeypatch.setattr(distill_run, "train", lambda *_: {})
+    monkeypatch.setattr(distill_module, "train", lambda *_: {})
     driver.labels_in_small_pieces(logs["whole"], monkeypatch.setattr)
     distill_student(DistillConfig(**given("whole", workers=1)))
     whole = all_bytes(made.folder / "whole")
@@ -289,7 +294,7 @@ def test_a_corrupted_file_is_refused_and_regenerated(
     before = all_bytes(run)
     DAMAGES[fault](run / "labels" / name)
     if (fault, name) != ("byte flipped", "senses.safetensors"):  # its only checksum is in the marker
-        with pytest.raises(BadInput, match=r"jobs/distill\.py"):
+        with pytest.raises(InputError, match=r"jobs/distill\.py"):
             LabelSet.open(str(run), verify=True)
     distill(run, **of(shared))
     assert all_bytes(run) == before
@@ -304,7 +309,9 @@ def test_invalid_values_are_refused(run: Path) -> None:
 
     def refuses(columns: dict, message: str) -> None:
         save_file(columns, path)
-        with pytest.raises(BadInput, match=rf"labels in .*000000\.safetensors are corrupted \(.*{message}.*regenerate"):
+        with pytest.raises(
+            InputError, match=rf"labels in .*000000\.safetensors are corrupted \(.*{message}.*regenerate"
+        ):
             LabelSet.open(str(run)).read(np.array([0]))
 
     for name, value, message in [
@@ -327,7 +334,7 @@ def test_invalid_values_are_refused(run: Path) -> None:
     save_file(good, path)
     labels = LabelSet.open(str(run))
     for numbers in ([], [-1], [len(labels.lengths)]):
-        with pytest.raises(BadInput, match="no passages, or a number outside"):
+        with pytest.raises(InputError, match="no passages, or a number outside"):
             labels.read(np.array(numbers, np.int64))
 
 
@@ -336,17 +343,17 @@ def test_invalid_values_are_refused(run: Path) -> None:
 
 def test_changed_settings_are_refused_by_name_but_labels_serve_another_training(shared: Corpus, run: Path) -> None:
     for name, then, now in (("soft_targets", "2", 3), ("held_out", r"0\.2", 0.1), ("pooled", "True", False)):
-        with pytest.raises(BadInput, match=rf"config\.{name}: {then} .*{now} [\s\S]*another --output"):
+        with pytest.raises(InputError, match=rf"config\.{name}: {then} .*{now} [\s\S]*another --output"):
             distill(run, **of(shared, **{name: now}))
     before = times(run)
     distill(run, **of(shared, lr=1e-3, workers=1))  # nothing has been trained yet
     (run / "student").mkdir()
-    with pytest.raises(BadInput, match=r"training\.lr: 0\.001 .*0\.002 "):
+    with pytest.raises(InputError, match=r"training\.lr: 0\.001 .*0\.002 "):
         distill(run, **of(shared, lr=2e-3))
     assert times(run) == before
-    with pytest.raises(BadInput, match=r"dict is the run folder of a dictionary: .*another --output"):
+    with pytest.raises(InputError, match=r"dict is the run folder of a dictionary: .*another --output"):
         distill(shared.folder / "dict", **of(shared))
-    with pytest.raises(BadInput, match="is the run folder of a distillation"):
+    with pytest.raises(InputError, match="is the run folder of a distillation"):
         shared.build("run")
 
 
@@ -364,10 +371,10 @@ def test_the_text_is_read_again_if_the_run_does_not_keep_it(made: Corpus) -> Non
     shutil.rmtree(made.folder / "dict" / "passages")
     with (made.folder / "corpus" / "a.txt").open("a") as file:
         file.write("the bank\n")
-    with pytest.raises(BadInput, match=r"no passages, .* text .* changed[\s\S]*--corpus"):
+    with pytest.raises(InputError, match=r"no passages, .* text .* changed[\s\S]*--corpus"):
         distill(made.folder / "changed", **of(made))
     shutil.rmtree(made.folder / "corpus")
-    with pytest.raises(BadInput, match=r"no passages, .* text [\s\S]*--corpus"):
+    with pytest.raises(InputError, match=r"no passages, .* text [\s\S]*--corpus"):
         distill(made.folder / "gone", **of(made))
 
 
@@ -375,7 +382,7 @@ def test_dictionary_and_teacher_that_do_not_fit_are_refused(
     shared: Corpus, tmp_path: Path, make_teacher: MakeTeacher
 ) -> None:
     def refuses(message: str, **given: object) -> None:
-        with pytest.raises(BadInput, match=message):
+        with pytest.raises(InputError, match=message):
             distill(tmp_path / "run", **{**of(shared), **given})
 
     refuses(r"no dictionary at .*none", dictionary=str(tmp_path / "none"))
@@ -387,9 +394,9 @@ def test_dictionary_and_teacher_that_do_not_fit_are_refused(
     refuses(r"no text: .*alone' .*--corpus", dictionary=str(alone))
     beside = distill(tmp_path / "run", **of(shared, dictionary=str(shared.folder / "dict" / "dictionary")))
     assert beside.manifest.dictionary == SenseDictionary.load(alone).fingerprint
-    with pytest.raises(BadInput, match=r"has no finished labels"):
+    with pytest.raises(InputError, match=r"has no finished labels"):
         LabelSet.open(str(shared.folder / "dict"))
-    with pytest.raises(BadInput, match=r"'max'.*--no-pooled"):
+    with pytest.raises(InputError, match=r"'max'.*--no-pooled"):
         check_pooling("max")
 
 
@@ -397,7 +404,9 @@ def test_dry_run_and_status(
     shared: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr("msense.labels.UNIT_BYTES", (60_000, 60_000))  # several batches per partition, to be timed
+    monkeypatch.setattr(
+        "msense.stages.label.PARTITION_BYTES", (60_000, 60_000)
+    )  # several batches per partition, to be timed
     estimate = distill_student(DistillConfig(output=str(run), dry_run=True, time_teacher=True, **of(shared)))[
         "estimate"
     ]

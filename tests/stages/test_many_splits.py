@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import WORDS
 
-from msense import SenseDictionary, storage, stores
-from msense.build import build_dictionary
-from msense.config import BuildConfig
-from msense.corpus import cut_pieces
-from msense.errors import BadInput
+from msense import SenseDictionary
+from msense.config.build import BuildConfig
+from msense.corpus import cut_splits
+from msense.errors import InputError
+from msense.io import filesystems, storage
+from msense.pipelines.build import build_dictionary
 
 pytestmark = pytest.mark.usefixtures("in_process")
 MakeTeacher = Callable[..., Path]
@@ -133,7 +134,7 @@ def test_input_splits_of_large_text_files_do_not_matter(
     tmp_path: Path, inputs: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(tmp_path / "whole", **inputs)
-    monkeypatch.setattr("msense.passages.cut_pieces", lambda files: cut_pieces(files, piece_bytes=2000))
+    monkeypatch.setattr("msense.stages.passages.cut_splits", lambda files: cut_splits(files, piece_bytes=2000))
     summary = build(tmp_path / "cut", **inputs)
     assert len(list((tmp_path / "cut" / "passages").glob("*.parquet"))) > 5
     assert summary["stages"]["passages"]["documents"] == 310
@@ -167,7 +168,7 @@ def test_a_run_folder_on_an_object_store_gives_the_same_bytes_and_resumes(
     given |= {"max_occurrences": 1500, "max_points_per_part": 1024, "keep": ("passages", "occurrences", "centroids")}
     build_dictionary(BuildConfig(output=str(tmp_path / "here"), **given))
     root = f"memory://{tmp_path.name}/there"
-    fs, path = stores.filesystem(root)
+    fs, path = filesystems.filesystem(root)
 
     def there() -> dict[str, bytes]:
         folder = f"{path}/dictionary/"
@@ -192,14 +193,14 @@ def test_bad_documents_stop_a_strict_run_also_when_listed_earlier(tmp_path: Path
     listed = (tmp_path / "run" / "bad_documents.jsonl").read_text().splitlines()
     assert len(listed) == 2
     assert '"a.txt:155"' in listed[0]
-    with pytest.raises(BadInput, match=r"bad documents \(2 empty\)"):
+    with pytest.raises(InputError, match=r"bad documents \(2 empty\)"):
         build(tmp_path / "run", on_bad_document="fail", **inputs)
-    with pytest.raises(BadInput, match=r"bad document a\.txt:155: empty"):
+    with pytest.raises(InputError, match=r"bad document a\.txt:155: empty"):
         build(tmp_path / "strict", on_bad_document="fail", **inputs)
 
 
 def test_a_corpus_of_excluded_tokens_only_is_refused(tmp_path: Path, make_teacher: MakeTeacher) -> None:
     (tmp_path / "x.txt").write_text("[PAD]\n")
     teacher = str(make_teacher("bert", pooling="cls_token"))
-    with pytest.raises(BadInput, match="no token of this corpus may have senses"):
+    with pytest.raises(InputError, match="no token of this corpus may have senses"):
         build(tmp_path / "run", corpus=(str(tmp_path / "x.txt"),), teacher=teacher)

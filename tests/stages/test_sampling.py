@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msense.sampling import (
+from msense.corpus.passages import Passages, PassageSpec
+from msense.stages.sampling import (
     ALL_KEYS,
     BINS,
     Histogram,
@@ -16,7 +17,6 @@ from msense.sampling import (
     select,
     thresholds,
 )
-from msense.tokens import Passages, PassageSpec
 
 SPEC = PassageSpec(max_length=64)
 VOCAB = 8

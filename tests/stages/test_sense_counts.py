@@ -11,16 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import WORDS
 
-from msense import SenseDictionary, storage
-from msense.allocation import Curves, allocate
-from msense.build import build_dictionary
-from msense.config import BuildConfig, SenseBudget
-from msense.dictionary.format import corpus_distortion
-from msense.errors import BadInput, MsenseError
-from msense.kmeans import CURVE_POINTS, GRID, KMeansConfig, Metric, cluster_tokens, variance_curves
-from msense.mcl import MclConfig, mcl_senses
-from msense.occurrences import record_type
-from msense.run_folder import RunFolder
+from msense import SenseDictionary
+from msense.clustering.allocation import Curves, allocate
+from msense.clustering.budget import SenseBudget
+from msense.clustering.kmeans import CURVE_POINTS, GRID, KMeansConfig, Metric, cluster_tokens, variance_curves
+from msense.clustering.mcl import MclConfig, mcl_senses
+from msense.config.build import BuildConfig
+from msense.dictionary.layout import corpus_distortion
+from msense.errors import InputError, MsenseError
+from msense.io.arrays import load_arrays
+from msense.pipelines.build import build_dictionary
+from msense.run.folder import RunFolder
+from msense.stages.embedding_store import record_type
 
 MakeTeacher = Callable[..., Path]
 
@@ -143,7 +145,7 @@ def test_frequent_and_varied_tokens_get_more() -> None:
     assert found[2] > 2 * found[0]
     assert found[3] == 1  # nothing to gain
     assert found.sum() == 100
-    with pytest.raises(BadInput, match="a budget of 3 senses is below one sense for each of 4 tokens"):
+    with pytest.raises(InputError, match="a budget of 3 senses is below one sense for each of 4 tokens"):
         allocate(Curves(points, points, variance), GRID, 3, 8)
 
 
@@ -152,10 +154,10 @@ def test_budgets_are_parsed() -> None:
     assert SenseBudget.parse("78kB").senses(10, 384) == 100  # 780 bytes per sense
     assert SenseBudget.parse("2 GB") == SenseBudget(size=2 * 10**9)
     for wrong in ("", "0.9", "-3", "10%", "1e3", "5 senses", "nan", "0MB", "60MiB"):
-        with pytest.raises(BadInput, match="must be"):
+        with pytest.raises(InputError, match="must be"):
             SenseBudget.parse(wrong)
     for average, size in ((0, 0), (0.5, 0), (float("nan"), 0), (float("inf"), 0), (0, -1), (5, 100)):
-        with pytest.raises(BadInput, match=r"must be an average .* or a size above 0"):
+        with pytest.raises(InputError, match=r"must be an average .* or a size above 0"):
             SenseBudget(average, size)
 
 
@@ -218,7 +220,7 @@ def test_a_build_chooses_the_senses_from_its_stored_points(
     )
     summary = build_dictionary(config)
     dictionary, run = SenseDictionary.load(output), RunFolder(str(output))
-    numbers = storage.load_arrays(run.senses)["senses"]
+    numbers = load_arrays(run.senses)["senses"]
     got = np.diff(dictionary.offsets)
     assert (got <= numbers).all()
     assert got.sum() > 0.95 * numbers.sum()
@@ -246,7 +248,7 @@ def test_a_budget_below_one_sense_per_token_is_refused_before_the_teacher_runs(
 ) -> None:
     teacher = str(make_teacher("bert"))
     config = BuildConfig(corpus=(str(corpus),), teacher=teacher, sense_budget="500B", output=str(tmp_path / "run"))
-    with pytest.raises(BadInput, match=r"--sense-budget 500B .* 17 tokens"):
+    with pytest.raises(InputError, match=r"--sense-budget 500B .* 17 tokens"):
         build_dictionary(config)
     assert not (tmp_path / "run" / "occurrences").exists()
 

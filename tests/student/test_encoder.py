@@ -11,11 +11,12 @@ import torch
 from students import KINDS, LONG, TEXTS, ids_of, one, shipped
 
 from msense import SenseEncoder
-from msense import encoder as encoder_module
-from msense.errors import BadInput
-from msense.pooling import POOLINGS, pool, pool_rows
+from msense.errors import InputError
 from msense.student import Student
-from msense.student.tokenizer import padded
+from msense.student import encoder as encoder_module
+from msense.student.tokenizer import pad_ids
+from msense.teacher.batching import TOKEN_BUDGET
+from msense.teacher.pooling import POOLINGS, pool, pool_rows
 
 
 def test_encode_equals_the_module_in_any_order_and_batch(shipped_student: tuple) -> None:
@@ -41,7 +42,7 @@ def test_small_batches_change_nothing(
     for name, value in {"_STATIC_TOKENS": 16, "_REPLACED": 16 * 30, "_WEIGHTS": 7}.items():
         monkeypatch.setattr(encoder_module, name, value)
     monkeypatch.setattr("msense.student.tokenizer._SLAB", 4)
-    monkeypatch.setitem(encoder_module.TOKEN_BUDGET, "cpu", 20)
+    monkeypatch.setitem(TOKEN_BUDGET, "cpu", 20)
     np.testing.assert_allclose(encoder.encode(texts), plain, atol=1e-5)
     np.testing.assert_allclose(encoder.encode(texts, replace="soft", batch_size=3), replaced, atol=1e-5)
     for a, b in zip(encoder.tokens(LONG), tokens, strict=True):
@@ -103,7 +104,7 @@ def test_tokens_known_by_hand(shipped_student: tuple) -> None:
     ids = ids_of(folder, text)
     assert [t.token_id for t in tokens] == ids[1:-1].tolist()
     with torch.no_grad():
-        senses = student(*padded([ids])).senses[0, 1:-1]
+        senses = student(*pad_ids([ids])).senses[0, 1:-1]
     assert any(t.sense >= 0 for t in tokens)
     for token, embedding in zip(tokens, senses, strict=True):
         own = dictionary.senses(token.token_id).centroids
@@ -146,7 +147,7 @@ def test_other_poolings(make_teacher: Callable[..., Path], tmp_path: Path, pooli
 
 def test_a_text_without_tokens_is_zero(shipped_student: tuple) -> None:
     _, student, *_ = shipped_student
-    rows, mask = padded([np.array([], np.int64)])
+    rows, mask = pad_ids([np.array([], np.int64)])
     for pooling in POOLINGS:
         other = Student(student.config.model_copy(update={"pooling": pooling}))
         other.load_state_dict(student.state_dict())
@@ -165,9 +166,9 @@ def test_dtypes(shipped_student: tuple) -> None:
         replaced = rounded.encode(TEXTS, replace="soft")
         np.testing.assert_allclose(replaced, encoder.encode(TEXTS, replace="soft"), atol=0.3)
     else:
-        with pytest.raises(BadInput, match="does not support bfloat16: use dtype='float32'"):
+        with pytest.raises(InputError, match="does not support bfloat16: use dtype='float32'"):
             SenseEncoder.from_pretrained(folder, dtype="bfloat16")
-    with pytest.raises(BadInput, match=r"invalid dtype 'int4'"):
+    with pytest.raises(InputError, match=r"invalid dtype 'int4'"):
         SenseEncoder.from_pretrained(folder, dtype="int4")
 
 
@@ -184,7 +185,7 @@ def test_dtypes(shipped_student: tuple) -> None:
     ],
 )
 def test_invalid_arguments_are_refused(shipped_student: tuple, arguments: dict, match: str) -> None:
-    with pytest.raises(BadInput, match=match):
+    with pytest.raises(InputError, match=match):
         shipped_student[0].encode(**{"texts": ["a"], **arguments})
 
 

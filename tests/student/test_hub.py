@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from students import TEXTS, outside
 
-from msense import SenseEncoder, hub
-from msense.errors import BadInput, MsenseError, StudentError
+from msense import SenseEncoder
+from msense.errors import InputError, MsenseError, StudentError
+from msense.student import hub
 
 
 class FakeApi:
@@ -99,7 +100,7 @@ def test_student_loads_from_the_hub_and_saves_as_plain_files(
     copy = SenseEncoder.from_pretrained(tmp_path / "copy")
     np.testing.assert_array_equal(copy.encode(TEXTS), encoder.encode(TEXTS))
     assert all(t.exemplar is None for t in copy.tokens("bank the river"))
-    with pytest.raises(BadInput, match="own folder"):
+    with pytest.raises(InputError, match="own folder"):
         copy.save(tmp_path / "copy")
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(shutil.copy(folder / "model.safetensors", tmp_path / "elsewhere"))

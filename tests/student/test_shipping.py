@@ -14,8 +14,8 @@ from students import KINDS, LONG, TEXTS, ids_of, one, outside, shipped
 from tiny import make
 
 from msense import SenseDictionary, SenseEncoder
-from msense.errors import BadInput, DictionaryError, StudentError
-from msense.student import load_student, make_student, ship
+from msense.errors import DictionaryError, InputError, StudentError
+from msense.student import init_student, load_student, save_pretrained
 from msense.student.card import student_card
 from msense.student.config import StudentSettings
 
@@ -32,7 +32,7 @@ def test_smaller_dictionaries_are_close(teacher: Path, tmp_path: Path, senses: s
 
 def test_without_a_dictionary_there_are_vectors_only(teacher: Path, tmp_path: Path) -> None:
     student, dictionary = shipped(teacher, tmp_path / "s")
-    ship(tmp_path / "s", student, dictionary, senses="none")  # removes the earlier dictionary
+    save_pretrained(tmp_path / "s", student, dictionary, senses="none")  # removes the earlier dictionary
     assert not (tmp_path / "s" / "dictionary").exists()
     encoder = SenseEncoder.from_pretrained(tmp_path / "s")
     assert encoder.encode(TEXTS).shape == (len(TEXTS), 16)
@@ -52,7 +52,7 @@ def test_a_saved_folder_is_complete_and_without_code(teacher: Path, tmp_path: Pa
     assert student.config.kind == str(teacher)
     changes = {"max_length": 24, "kind": teacher.name}
     assert load_student(tmp_path / "s").config == student.config.model_copy(update=changes)
-    ship(tmp_path / "s", student, dictionary)
+    save_pretrained(tmp_path / "s", student, dictionary)
     for path in (tmp_path / "s").rglob("*"):  # local paths are not published
         assert path.is_dir() or str(teacher.parent).encode() not in path.read_bytes(), path
 
@@ -74,9 +74,9 @@ def test_the_card_has_metadata_and_metrics_and_cannot_be_broken_out_of(shipped_s
 
 def test_an_interrupted_save_leaves_no_student(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student, dictionary = shipped(teacher, tmp_path / "s")
-    monkeypatch.setattr("msense.student.shipping.write_settings", lambda *_: 1 / 0)
+    monkeypatch.setattr("msense.student.shipping.write_sentence_transformers_files", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        ship(tmp_path / "s", student, dictionary)
+        save_pretrained(tmp_path / "s", student, dictionary)
     with pytest.raises(StudentError, match=r"config.json is missing"):
         SenseEncoder.from_pretrained(tmp_path / "s")
 
@@ -94,7 +94,7 @@ def test_mismatches_are_refused_before_anything_is_written(teacher: Path, tmp_pa
     ]
     for other, arguments, match in cases:
         with pytest.raises(StudentError, match=match):
-            ship(tmp_path / "s", student, other, **arguments)
+            save_pretrained(tmp_path / "s", student, other, **arguments)
     assert (tmp_path / "s" / "config.json").read_bytes() == config
 
 
@@ -167,7 +167,7 @@ def test_max_length_is_limited_by_the_positions(teacher: Path, tmp_path: Path) -
     long = SenseDictionary(
         dictionary.config.model_copy(update={"max_length": 99}), dictionary._arrays, dictionary.ragged.parts
     )
-    lengths = [make_student(StudentSettings(kind=kind), long, str(teacher)).config.max_length for kind in KINDS]
+    lengths = [init_student(StudentSettings(kind=kind), long, str(teacher)).config.max_length for kind in KINDS]
     assert lengths == [99, 64]
 
 
@@ -208,7 +208,7 @@ def test_sentence_transformers_truncates_to_max_seq_length(teacher: Path, tmp_pa
     assert again.max_seq_length == 5
     np.testing.assert_allclose(again.encode(long), encoder.encode(short), atol=1e-5)
     for wrong in (2, 25):
-        with pytest.raises(BadInput, match=f"invalid max_seq_length {wrong}: use 3 to 24"):
+        with pytest.raises(InputError, match=f"invalid max_seq_length {wrong}: use 3 to 24"):
             model.max_seq_length = wrong
     model.max_seq_length = 24
     np.testing.assert_allclose(model.encode(long), encoder.encode(long), atol=1e-5)

@@ -14,22 +14,24 @@ from safetensors.torch import load_file, save_file
 from students import dictionary_of, learnt
 from tiny import make
 
-from msense.config import BuildConfig
-from msense.errors import BadInput, StudentError
-from msense.pooling import pool
+from msense.config.build import BuildConfig
+from msense.errors import InputError, StudentError
 from msense.student import (
     StaticEncoder,
     Student,
     StudentConfig,
     StudentSettings,
+    init_student,
     load_student,
-    make_student,
     save_student,
 )
 from msense.student.config import StaticSizes, StudentFiles
 from msense.student.static import confidence, token_means
-from msense.student.transformer import keep_layers
-from msense.teacher import Teacher, describe, pad_batch
+from msense.teacher.batching import pad_batch
+from msense.teacher.body import truncate_layers
+from msense.teacher.model import Teacher
+from msense.teacher.pooling import pool
+from msense.teacher.spec import load_teacher_info
 
 MakeTeacher = Callable[..., Path]
 TINY = {"units": 6, "window": 3}
@@ -89,7 +91,7 @@ def test_layers_equal_the_teachers(make_teacher: MakeTeacher, kind: str) -> None
         return model.embed(IDS.numpy(), MASK.numpy())[MASK].clone()
 
     two, one, listed = (
-        make_student(StudentSettings(kind=f"layers:{n}", heads=heads), dictionary, str(folder)).eval()
+        init_student(StudentSettings(kind=f"layers:{n}", heads=heads), dictionary, str(folder)).eval()
         for n, heads in (("2", "two"), ("1", "one"), ("0,1", "two"))
     )
     _, hidden, senses = run(two, IDS, MASK)
@@ -113,7 +115,7 @@ def test_layers_equal_the_teachers(make_teacher: MakeTeacher, kind: str) -> None
 )  # fmt: skip
 def test_invalid_layers_are_refused(teacher: Path, kind: str, match: str) -> None:
     with pytest.raises(StudentError, match=match):
-        make_student(StudentSettings(kind=kind), dictionary_of(teacher), str(teacher))
+        init_student(StudentSettings(kind=kind), dictionary_of(teacher), str(teacher))
 
 
 def test_shared_layers_cannot_be_selected() -> None:
@@ -127,7 +129,7 @@ def test_shared_layers_cannot_be_selected() -> None:
         "vocab_size": 9,
     }
     with pytest.raises(StudentError, match="albert model has no list of its 3 layers"):
-        keep_layers(AlbertModel(AlbertConfig(**sizes)), "layers:2")
+        truncate_layers(AlbertModel(AlbertConfig(**sizes)), "layers:2")
 
 
 def test_another_encoder_has_the_same_tokenizer_and_an_adaptor(make_teacher: MakeTeacher, tmp_path: Path) -> None:
@@ -135,18 +137,18 @@ def test_another_encoder_has_the_same_tokenizer_and_an_adaptor(make_teacher: Mak
 
     folder, other, foreign = make_teacher("bert"), make_teacher("bert"), make_teacher("llama")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    vocab = describe(str(folder), BuildConfig())[0].vocab_size
+    vocab = load_teacher_info(str(folder), BuildConfig())[0].vocab_size
     BertModel(BertConfig(vocab_size=vocab, max_position_embeddings=64, **sizes)).save_pretrained(other)
     dictionary = dictionary_of(folder)
-    student = make_student(StudentSettings(kind=str(other)), dictionary, str(folder))
+    student = init_student(StudentSettings(kind=str(other)), dictionary, str(folder))
     assert student(IDS, MASK).senses.shape == (2, 4, dictionary.dim)
     assert (student.body.width, student.adaptor.out_features) == (8, 16)
     save_student(tmp_path, student)
     torch.testing.assert_close(run(load_student(tmp_path), IDS, MASK), run(student.eval(), IDS, MASK))
     with pytest.raises(StudentError, match=r"has another tokenizer .*give an encoder with the same tokenizer"):
-        make_student(StudentSettings(kind=str(foreign)), dictionary, str(folder))
+        init_student(StudentSettings(kind=str(foreign)), dictionary, str(folder))
     with pytest.raises(StudentError, match=r"cannot load student 'no-such/model'"):
-        make_student(StudentSettings(kind="no-such/model"), dictionary, str(folder))
+        init_student(StudentSettings(kind="no-such/model"), dictionary, str(folder))
 
 
 def test_a_teacher_that_does_not_match_the_dictionary_is_refused(make_teacher: MakeTeacher) -> None:
@@ -159,10 +161,10 @@ def test_a_teacher_that_does_not_match_the_dictionary_is_refused(make_teacher: M
     }
     for name, dictionary in wrong.items():
         with pytest.raises(StudentError, match=f"not the dictionary's: the dictionary has {name} .*, not "):
-            make_student(StudentSettings(kind="static"), dictionary, str(folder))
+            init_student(StudentSettings(kind="static"), dictionary, str(folder))
     maximum = make_teacher("bert", pooling="max_tokens")
     with pytest.raises(StudentError, match="uses pooling 'max_tokens', which students do not support"):
-        make_student(StudentSettings(kind="static"), dictionary_of(maximum), str(maximum))
+        init_student(StudentSettings(kind="static"), dictionary_of(maximum), str(maximum))
 
 
 def test_pooling_known_by_hand() -> None:
@@ -196,7 +198,7 @@ def test_static_student_starts_at_token_means_and_unseen_tokens_stay(teacher: Pa
     d = dictionary_of(teacher, excluded_token_ids=())
     seen = np.arange(d.vocab_size) % 3  # tokens 0, 3, 6, ... never
     student, again = (
-        make_student(StudentSettings(kind="static", **TINY), d, str(teacher), seen=seen) for _ in range(2)
+        init_student(StudentSettings(kind="static", **TINY), d, str(teacher), seen=seen) for _ in range(2)
     )
     assert torch.equal(student.body.taps, again.body.taps)  # seeded
     means = student.body.means[IDS[MASK]].clone()
@@ -256,9 +258,9 @@ def test_bfloat16_tables_are_close(teacher: Path) -> None:
     exact, rounded = StaticEncoder(student).sentences(rows), StaticEncoder(student, "bfloat16").sentences(rows)
     np.testing.assert_allclose(rounded, exact, atol=2e-2)
     assert not np.array_equal(rounded, exact)
-    with pytest.raises(BadInput, match="token ids from 1 to 9 exceed the student's vocabulary, 0 to 8"):
+    with pytest.raises(InputError, match="token ids from 1 to 9 exceed the student's vocabulary, 0 to 8"):
         StaticEncoder(student).sentences([np.array([1, 9])])
-    layers = make_student(StudentSettings(kind="layers:1"), dictionary_of(teacher), str(teacher))
+    layers = init_student(StudentSettings(kind="layers:1"), dictionary_of(teacher), str(teacher))
     with pytest.raises(StudentError, match="'layers:1' is a transformer: give a static student"):
         StaticEncoder(layers)
 
@@ -267,7 +269,7 @@ def test_bfloat16_tables_are_close(teacher: Path) -> None:
 def test_a_saved_student_loads_unchanged(make_teacher: MakeTeacher, kind: str, tmp_path: Path) -> None:
     folder = make_teacher("bert" if kind == "static" else kind)
     setting = StudentSettings(kind="static" if kind == "static" else "layers:1", **TINY)
-    student = learnt(make_student(setting, dictionary_of(folder), str(folder)))
+    student = learnt(init_student(setting, dictionary_of(folder), str(folder)))
     save_student(tmp_path / "s", student)
     save_student(tmp_path / "s", student)
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["config.json", "model.safetensors"]
@@ -279,7 +281,7 @@ def test_a_saved_student_loads_unchanged(make_teacher: MakeTeacher, kind: str, t
 
 @pytest.fixture
 def saved(teacher: Path, tmp_path: Path) -> StudentFiles:
-    save_student(tmp_path / "s", make_student(StudentSettings(kind="layers:1"), dictionary_of(teacher), str(teacher)))
+    save_student(tmp_path / "s", init_student(StudentSettings(kind="layers:1"), dictionary_of(teacher), str(teacher)))
     return StudentFiles(tmp_path / "s")
 
 

@@ -8,18 +8,18 @@ import pyarrow.parquet as pq
 from msense.corpus import (
     BadDocument,
     Document,
-    Piece,
+    InputSplit,
     count_rows,
-    cut_pieces,
+    cut_splits,
     list_files,
-    number_pieces,
+    number_splits,
     read_documents,
 )
 
 
-def pieces_of(*uris: object, piece_bytes: int = 16 << 20) -> list[Piece]:
-    pieces = cut_pieces(list_files([str(uri) for uri in uris]), piece_bytes)
-    return number_pieces(pieces, [count_rows(piece) for piece in pieces])
+def pieces_of(*uris: object, piece_bytes: int = 16 << 20) -> list[InputSplit]:
+    pieces = cut_splits(list_files([str(uri) for uri in uris]), piece_bytes)
+    return number_splits(pieces, [count_rows(piece) for piece in pieces])
 
 
 def read(*uris: object, piece_bytes: int = 16 << 20, **options: object) -> list[Document | BadDocument]:

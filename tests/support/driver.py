@@ -50,54 +50,55 @@ def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bo
         patch: sets an attribute.
         light: use `light_teacher`.
     """
-    from msense import build, clustering, exemplars, occurrences, passages, plan, senses
+    from msense.pipelines import build
+    from msense.stages import cluster, embed, exemplars, passages, plan, sense_counts
 
     write_plan, teacher = plan._write, light_teacher()
 
     def small_shards(*arguments: object) -> object:
-        from msense import occurrences
+        from msense.stages import embed
 
-        occurrences.SHARD_BYTES = SMALL
+        embed.SHARD_BYTES = SMALL
         return write_plan(*arguments)
 
-    class LoggedActor(occurrences.OccurrenceActor):
+    class LoggedActor(embed.EmbedActor):
         def __init__(self, **given: object) -> None:
             if light:
-                from msense import occurrences
+                from msense.stages import embed
 
-                occurrences.Teacher = teacher
+                embed.Teacher = teacher
             super().__init__(**given)
 
         def __call__(self, item: dict) -> dict:
             return logged(super().__call__, log, "occurrences", "number")(item)
 
-    patch(occurrences, "UNIT_BYTES", SMALL)
+    patch(embed, "UNIT_BYTES", SMALL)
     patch(plan, "_write", small_shards)
     patch(passages, "_write_piece", logged(passages._write_piece, log, "passages", "number"))
-    patch(senses, "look_at_shard", logged(senses.look_at_shard, log, "senses", "shard"))
-    patch(clustering, "cluster_shard", logged(clustering.cluster_shard, log, "clustering", "shard"))
+    patch(sense_counts, "look_at_shard", logged(sense_counts.shard_sense_counts, log, "senses", "shard"))
+    patch(cluster, "cluster_shard", logged(cluster.cluster_shard, log, "clustering", "shard"))
     patch(exemplars, "_resolve_unit", logged(exemplars._resolve_unit, log, "exemplars", "number"))
     patch(build, "OccurrenceActor", LoggedActor)
 
 
 def labels_in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None]) -> None:
     """Label one block per partition with a light teacher, and log like `in_small_pieces`."""
-    from msense import labels
+    from msense.stages import label
 
     teacher = light_teacher()
 
-    class LoggedLabelActor(labels.LabelActor):
+    class LoggedLabelActor(label.LabelActor):
         def __init__(self, **given: object) -> None:
-            from msense import labels
+            from msense.stages import label
 
-            labels.load_teacher = lambda settings: teacher(settings.teacher)
+            label.load_teacher = lambda settings: teacher(settings.teacher)
             super().__init__(**given)
 
         def __call__(self, item: dict) -> dict:
             return logged(super().__call__, log, "labels", "number")(item)
 
-    patch(labels, "UNIT_BYTES", (1, 1))
-    patch(labels, "LabelActor", LoggedLabelActor)
+    patch(label, "UNIT_BYTES", (1, 1))
+    patch(label, "LabelActor", LoggedLabelActor)
 
 
 def connect_to(address: str, auth: str = "token") -> None:
@@ -108,13 +109,17 @@ def connect_to(address: str, auth: str = "token") -> None:
 def drive(settings: dict, address: str, log: str, kill_at: tuple[str, int] | None, light: bool) -> None:
     """Build, or distill without training, and die when stage `kill_at[0]` has finished `kill_at[1]` items."""
     connect_to(address)
-    from msense import distill_run, parts, runtime, storage
-    from msense.build import build_dictionary
-    from msense.config import BuildConfig
-    from msense.distill_config import DistillConfig
+    from msense.config.build import BuildConfig
+    from msense.config.distill import DistillConfig
+    from msense.io import storage
+    from msense.pipelines import distill as distill_module
+    from msense.pipelines.build import build_dictionary
+    from msense.runtime import ray_executor
+    from msense.runtime.progress import track
+    from msense.stages import distributed_kmeans
 
     in_small_pieces(Path(log), setattr, light)
-    track, write_json = runtime.track, storage.write_json
+    track, write_json = track, storage.write_json
 
     def killing_track(name: str, rows: Iterator, total: int) -> Iterator:
         for number, row in enumerate(track(name, rows, total), 1):
@@ -127,12 +132,12 @@ def drive(settings: dict, address: str, log: str, kill_at: tuple[str, int] | Non
             os.kill(os.getpid(), signal.SIGKILL)
         write_json(uri, value)
 
-    runtime.track = parts.track = killing_track
+    ray_executor.track = distributed_kmeans.track = killing_track
     storage.write_json = killing_write
     if "dictionary" in settings:
         labels_in_small_pieces(Path(log), setattr)
-        distill_run.train = lambda *_: {}
-        distill_run.distill_student(DistillConfig(**settings))
+        distill_module.train = lambda *_: {}
+        distill_module.distill_student(DistillConfig(**settings))
     else:
         build_dictionary(BuildConfig(**settings))
 
@@ -149,9 +154,10 @@ def disturbed(step: int, flag: Path, kill: bool) -> Callable:
     def worker(given: dict) -> list:
         import time
 
-        from msense import train_loop, train_worker
+        from msense.stages import train_worker
+        from msense.training import distiller
 
-        original, steps = train_loop.Trainer._step, [0]
+        original, steps = distiller.Trainer._step, [0]
 
         def counted(self: object, *arguments: object) -> dict:
             steps[0] += 1
@@ -164,7 +170,7 @@ def disturbed(step: int, flag: Path, kill: bool) -> Callable:
                 time.sleep(600)
             return original(self, *arguments)
 
-        train_loop.Trainer._step = counted
+        distiller.Trainer._step = counted
         return train_worker.train_worker(given)
 
     return worker
@@ -173,11 +179,12 @@ def disturbed(step: int, flag: Path, kill: bool) -> Callable:
 def drive_training(settings: dict, address: str, step: int, flag: str) -> None:
     """Distill, with training; wait at a step until this process is killed."""
     connect_to(address)
-    from msense import distill, distill_run
-    from msense.distill_config import DistillConfig
+    from msense.config.distill import DistillConfig
+    from msense.pipelines import distill as distill_module
+    from msense.stages import train
 
-    distill.worker = disturbed(step, Path(flag), kill=False)
-    distill_run.distill_student(DistillConfig(**settings))
+    train.worker = disturbed(step, Path(flag), kill=False)
+    distill_module.distill_student(DistillConfig(**settings))
 
 
 def held_once(function: Callable, flag: Path) -> Callable:
@@ -219,17 +226,33 @@ def met(function: Callable, folder: Path, first: int = 0) -> Callable:
 
 def lose_a_node_in_each_stage(flags: Path, step: int) -> None:
     """Make one item of each stage, and a training worker at `step`, wait until its node is killed."""
-    from msense import assemble, build, clustering, distill, exemplars, labels, parts, passages, plan, senses
+    from msense.pipelines import build
+    from msense.stages import (
+        assemble,
+        cluster,
+        distributed_kmeans,
+        exemplars,
+        label,
+        passages,
+        plan,
+        sense_counts,
+        train,
+    )
+    from msense.stages.distributed_kmeans_worker import ChunkWorker
 
-    places = {"passages": (passages, "_write_piece"), "plan": (plan, "_select"), "senses": (senses, "look_at_shard")}
-    places |= {"clustering": (clustering, "cluster_shard"), "exemplars": (exemplars, "_resolve_unit")}
+    places = {
+        "passages": (passages, "_write_piece"),
+        "plan": (plan, "_select"),
+        "senses": (sense_counts, "look_at_shard"),
+    }
+    places |= {"clustering": (cluster, "cluster_shard"), "exemplars": (exemplars, "_resolve_unit")}
     for stage, (module, name) in places.items():
         setattr(module, name, held_once(getattr(module, name), flags / stage))
     build.assemble = held_once(assemble.assemble, flags / "dictionary")
-    for stage, module, name in (("occurrences", build, "OccurrenceActor"), ("labels", labels, "LabelActor")):
+    for stage, module, name in (("occurrences", build, "OccurrenceActor"), ("labels", label, "LabelActor")):
         actor = getattr(module, name)
         setattr(module, name, type(name, (actor,), {"__call__": held_once(actor.__call__, flags / stage)}))
-    worker = parts.PartWorker
+    worker = ChunkWorker
 
     class HeldWorker(worker):
         def partial(self, part: object, state: Any) -> object:  # noqa: ANN401 - of k-means
@@ -237,36 +260,38 @@ def lose_a_node_in_each_stage(flags: Path, step: int) -> None:
                 return held_once(super().partial, flags / "large tokens")(part, state)
             return super().partial(part, state)
 
-    parts.PartWorker = HeldWorker
-    distill.worker = disturbed(step, flags / "training", kill=False)
+    distributed_kmeans.ChunkWorker = HeldWorker
+    train.worker = disturbed(step, flags / "training", kill=False)
 
 
 def meet_on_two_nodes(folder: Path) -> None:
     """Make teacher actors, from the fourth partition on, and clustering tasks wait until they run on two nodes."""
-    from msense import build, clustering
+    from msense.pipelines import build
+    from msense.stages import cluster
+    from msense.stages.embed import EmbedActor
 
     for name in ("occurrences", "clustering"):
         (folder / name).mkdir(parents=True)
-    actor = build.OccurrenceActor
+    actor = EmbedActor
     call = met(lambda item, self: actor.__call__(self, item), folder / "occurrences", first=3)
-    build.OccurrenceActor = type("MeetingActor", (actor,), {"__call__": lambda self, item: call(item, self)})
-    clustering.cluster_shard = met(clustering.cluster_shard, folder / "clustering")
+    build.EmbedActor = type("MeetingActor", (actor,), {"__call__": lambda self, item: call(item, self)})
+    cluster.cluster_shard = met(cluster.cluster_shard, folder / "clustering")
 
 
 def drive_on_nodes(settings: dict, address: str, auth: str, log: str, change: tuple[Callable, tuple] | None) -> None:
     """Build, or distill with training, with a light teacher, after calling `change` with its arguments."""
     connect_to(address, auth)
-    from msense import distill_run
-    from msense.build import build_dictionary
-    from msense.config import BuildConfig
-    from msense.distill_config import DistillConfig
+    from msense.config.build import BuildConfig
+    from msense.config.distill import DistillConfig
+    from msense.pipelines import distill as distill_module
+    from msense.pipelines.build import build_dictionary
 
     in_small_pieces(Path(log), setattr, light=True)
     labels_in_small_pieces(Path(log), setattr)
     if change:
         change[0](*change[1])
     if "dictionary" in settings:
-        distill_run.distill_student(DistillConfig(**settings))
+        distill_module.distill_student(DistillConfig(**settings))
     else:
         build_dictionary(BuildConfig(**settings))
 
@@ -282,7 +307,7 @@ def start_process(target: Callable, settings: dict, *arguments: object, address:
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["driver", "msense.build", "msense.distill_run", "ray.data", "torch", "transformers"]
+        ["driver", "msense.pipelines.build", "msense.pipelines.distill", "ray.data", "torch", "transformers"]
     )
     address = address or ray.get_runtime_context().gcs_address
     plain = json.loads(json.dumps(settings))

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from tiny import WORDS
 
-from msense import storage
-from msense.build import build_dictionary
-from msense.config import BuildConfig
-from msense.occurrences import record_type
-from msense.run_folder import RunFolder
+from msense.config.build import BuildConfig
+from msense.io import storage
+from msense.pipelines.build import build_dictionary
+from msense.run.folder import RunFolder
+from msense.stages.embedding_store import record_type
 
 MakeTeacher = Callable[..., Path]
 Outcome = Callable[[str, str, str], None]

@@ -15,24 +15,28 @@ import pyarrow.parquet as pq
 import torch
 from fuzzing import Reader
 
-from msense import SenseDictionary, SenseEncoder, storage
-from msense.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
-from msense.config import BuildConfig
-from msense.corpus import cut_pieces, list_files
+from msense import SenseDictionary, SenseEncoder
+from msense.cli.flags import parse_flags
+from msense.cli.status import show_status
+from msense.config.build import BuildConfig
+from msense.corpus import cut_splits, list_files
+from msense.corpus.labelled import read_labelled
 from msense.corpus.readers import MAX_DOCUMENT_BYTES, Document, read_documents
-from msense.errors import BadInput
-from msense.evaluation import coarsewsd, wordsim
-from msense.evaluation.report import Cost, Evaluation, TaskReport, load_report, to_json, write_report
+from msense.errors import InputError
+from msense.evaluation.cost import Cost
+from msense.evaluation.report import Evaluation, TaskReport, load_report, to_json, write_report
 from msense.evaluation.result import Result
-from msense.flags import parse_flags
-from msense.label_set import LabelManifest, LabelSet, LabelUnit
-from msense.labelled import read_labelled
-from msense.manifest import check_manifest
-from msense.resume import Journal
-from msense.run_folder import RunFolder
-from msense.status import show_status
+from msense.evaluation.tasks import coarsewsd, wordsim
+from msense.io import storage
+from msense.io.arrays import save_arrays
+from msense.run.folder import RunFolder
+from msense.run.journal import Journal
+from msense.run.manifest import check_manifest
 from msense.student import load_student
-from msense.teacher import Teacher, describe
+from msense.teacher.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
+from msense.teacher.model import Teacher
+from msense.teacher.spec import load_teacher_info
+from msense.training.label_dataset import LabelManifest, LabelPartition, LabelSet
 
 TEXTS = ["the river bank", "", "a cat sat on the mat , running", "is near " * 9]
 PARQUET = {"text": [f"a text of {n % 7} words" for n in range(90)], "id": [f"d{n}" for n in range(90)]}
@@ -58,7 +62,7 @@ def dictionary(folder: Path) -> object:
         d.config.model_dump(),
         d.find("bank").explain(),
         examples,
-        digest(d.offsets, d.counts, d.spread, d.token_counts, d.centroids),
+        digest(d.offsets, d.counts, d.rms_distance, d.token_counts, d.centroids),
     )
 
 
@@ -79,7 +83,7 @@ def classifier(folder: Path) -> object:
 
 
 def teacher(folder: Path) -> object:
-    info, tokenizer = describe(str(folder), BuildConfig())
+    info, tokenizer = load_teacher_info(str(folder), BuildConfig())
     own = Teacher(str(folder), revision=None, layer=-1, dtype="float32", device="cpu")
     ids = np.array([tokenizer.encode("the river bank").ids], np.int32)
     assert 0 <= ids.min() <= ids.max() < info.vocab_size
@@ -103,13 +107,13 @@ def labels(folder: Path, verify: bool = False) -> object:
 def run_folder(folder: Path) -> object:
     run = RunFolder(str(folder))
     files = [storage.read_json(uri) for uri in (run.manifest, run.journal)]
-    facts = storage.facts_of(run.blocks, verify=True)
-    if None in (*files, facts):
-        raise BadInput("a damaged file is regenerated")
+    stats = storage.stats_of(run.blocks, verify=True)
+    if None in (*files, stats):
+        raise InputError("a damaged file is regenerated")
     show_status(str(folder))
     Journal.begin(run, 1)
     check_manifest(run, MANIFEST)
-    return files, facts
+    return files, stats
 
 
 def settings(folder: Path) -> object:
@@ -119,9 +123,9 @@ def settings(folder: Path) -> object:
 def corpus(folder: Path) -> object:
     files = list_files((str(folder),))
     if files[0].size > 1 << 36:
-        raise BadInput("a sparse file of 1 TB is a valid, but very slow corpus")
+        raise InputError("a sparse file of 1 TB is a valid, but very slow corpus")
     meaning = []
-    for piece in cut_pieces(files):
+    for piece in cut_splits(files):
         for item in read_documents(piece):
             if isinstance(item, Document):
                 assert item.text.strip()
@@ -158,7 +162,7 @@ def word_pairs(folder: Path) -> object:
 def results(folder: Path) -> object:
     report = load_report(str(folder / "e.json"))
     if report is None:
-        raise BadInput("no report")
+        raise InputError("no report")
     return to_json(report)
 
 
@@ -187,7 +191,7 @@ def write_labels(folder: Path) -> None:
     rng = np.random.default_rng(0)
     run = RunFolder(str(folder), "m")
     sizes = rng.integers(1, 4, 25).astype(np.int32)
-    run.publish(run.label_senses, lambda path: storage.save_arrays(path, {"senses": sizes}))
+    run.publish(run.label_senses, lambda path: save_arrays(path, {"senses": sizes}))
     units = []
     for number in range(2):
         lengths = rng.integers(2, 9, 6)
@@ -204,9 +208,9 @@ def write_labels(folder: Path) -> None:
         run.publish(run.label_file(number), partial(_save, arrays))
         file = Path(run.label_file(number))
         counts = {"passages": 6, "tokens": len(ids), "labelled": len(ids), "held_out_passages": 2}
-        units.append(LabelUnit(**counts, size=file.stat().st_size, sha256=storage.sha256_of(file)))
+        units.append(LabelPartition(**counts, size=file.stat().st_size, sha256=storage.sha256_of(file)))
     manifest = LabelManifest(
-        made_of="m", dictionary="d", teacher={"name": "t"}, tokenizer_fingerprint="t", vocab_size=25, dim=4, metric="l2",
+        inputs_hash="m", dictionary="d", teacher={"name": "t"}, tokenizer_fingerprint="t", vocab_size=25, dim=4, metric="l2",
         temperature_unit=1.0, temperature=0.5, train_tokens=None, held_out=0.3, held_out_salt=1, soft_targets=2,
         pooled=True, pooling="mean", normalize=False, units=tuple(units),
     )  # fmt: skip
@@ -214,7 +218,7 @@ def write_labels(folder: Path) -> None:
 
 
 def _save(arrays: dict[str, np.ndarray], path: Path) -> None:
-    storage.save_arrays(path, arrays)
+    save_arrays(path, arrays)
 
 
 def write_classifier(folder: Path) -> None:

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from msense import storage
-from msense.errors import BadInput
+from msense.errors import InputError
+from msense.io import storage
 
 SECONDS, BYTES = 60, 768 << 20  # limits of one input
 PROCESS_BYTES = 6 << 30
@@ -87,8 +87,8 @@ def seal(path: Path) -> None:
     """Recompute the checksum in a JSON file."""
     try:
         content = json.loads(path.read_bytes())
-        content.pop(storage.SEAL, None)
-        path.write_text(json.dumps({**content, storage.SEAL: storage.seal(content)}))
+        content.pop(storage.CHECKSUM, None)
+        path.write_text(json.dumps({**content, storage.CHECKSUM: storage.checksum(content)}))
     except (ValueError, AttributeError, TypeError, RecursionError):
         return
 
@@ -204,7 +204,7 @@ def _outcome(reader: Reader, folder: Path, whole: str, reseal: bool) -> str:
     before = memory("VmRSS")
     try:
         outcome = "same" if _meaning(reader, folder) == whole else "other"
-    except BadInput as error:
+    except InputError as error:
         outcome = "refused"
         if len(str(error)) > 6000 or "\x1b" in str(error).replace("\\x1b", ""):
             outcome = f"silent: the error is too long or has control characters: {str(error)[:500]!r}"

@@ -10,6 +10,7 @@ from tiny import make
 
 from msense.dictionary import DictionaryFiles
 from msense.dictionary import format as dictionary_format
+from msense.dictionary.layout import file_layout
 
 CONFIG, DATA = "config.json", "dictionary.safetensors"
 INDEX, SECOND = "dictionary.safetensors.index.json", "dictionary-00002-of-00002.safetensors"
@@ -99,7 +100,7 @@ def holes(vocabulary: int, senses: int, dim: int = 3, **numbers: dict[int, int])
     def corrupt(folder: Path) -> None:
         edit_config(vocab_size=vocabulary, dim=dim)(folder)
         config = make([1], dim=dim).config.model_copy(update={"vocab_size": vocabulary})
-        ((path, tensors),) = dictionary_format.file_layout(DictionaryFiles(folder), config, [0, senses])
+        ((path, tensors),) = file_layout(DictionaryFiles(folder), config, [0, senses])
         head = dictionary_format._header(tensors)
         start = {name: entry["data_offsets"] for name, entry in json.loads(head[8:]).items()}
         with path.open("wb") as file:

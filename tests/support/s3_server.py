@@ -9,7 +9,7 @@ from typing import Any
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from msense import stores
+from msense.io import filesystems
 
 Start = Callable[..., Any]
 Fault = Callable[["Server", dict[str, Any], Start], Iterable[bytes]]
@@ -65,7 +65,7 @@ class Server:
 
 def files(uri: str) -> dict[str, bytes]:
     """Return the files of a folder, except done markers."""
-    fs, path = stores.filesystem(uri)
+    fs, path = filesystems.filesystem(uri)
     names = [name for name in fs.find(path) if not name.endswith(".done")]
     return {name.removeprefix(f"{path}/"): fs.cat_file(name) for name in names}
 

@@ -8,12 +8,12 @@ import torch
 from tiny import WORDS, exemplars, make
 from tokenizers import Tokenizer
 
-from msense.config import BuildConfig
+from msense.config.build import BuildConfig
 from msense.dictionary import DictionaryFiles, SenseDictionary
 from msense.dictionary.format import write_tokenizer
-from msense.student import Student, StudentSettings, make_student, ship
-from msense.student.tokenizer import padded
-from msense.teacher import describe
+from msense.student import Student, StudentSettings, init_student, save_pretrained
+from msense.student.tokenizer import pad_ids
+from msense.teacher.spec import load_teacher_info
 
 TEXTS = ["the river bank", "", "a cat sat on the mat , running", "money", "zzz of deep", "is near " * 3, "dogs !"]
 LONG = " ".join(WORDS * 200)
@@ -22,7 +22,7 @@ SMALL = {"units": 6, "window": 5}
 
 
 def dictionary_of(folder: Path, seed: int = 0, **config: object) -> SenseDictionary:
-    info, _ = describe(str(folder), BuildConfig())
+    info, _ = load_teacher_info(str(folder), BuildConfig())
     sizes = np.random.default_rng(seed).integers(0, 4, info.vocab_size).tolist()
     given = {
         "tokenizer_fingerprint": info.tokenizer_fingerprint,
@@ -46,13 +46,13 @@ def shipped(
     dictionary = dictionary_of(teacher, temperature_unit=20.0, max_length=24)
     built = folder.parent / f"{folder.name}-dictionary"
     dictionary.save(built)
-    write_tokenizer(built, describe(str(teacher), BuildConfig())[1].to_str())
+    write_tokenizer(built, load_teacher_info(str(teacher), BuildConfig())[1].to_str())
     sizes = np.diff(dictionary.offsets)
     rows = [(token, s, r) for token, size in enumerate(sizes) for s in range(size) for r in (0, 1)]
     pq.write_table(exemplars(rows), DictionaryFiles(built).exemplars)
     dictionary = SenseDictionary.load(built)
-    student = learnt(make_student(StudentSettings(kind=kind, **SMALL), dictionary, str(teacher)))
-    ship(folder, student, dictionary, senses=senses, **options)
+    student = learnt(init_student(StudentSettings(kind=kind, **SMALL), dictionary, str(teacher)))
+    save_pretrained(folder, student, dictionary, senses=senses, **options)
     return student, dictionary
 
 
@@ -67,7 +67,7 @@ def one(
     student: Student, ids: np.ndarray, dictionary: SenseDictionary | None = None, t: float | None = None
 ) -> np.ndarray:
     """Embed one text with the module itself; with a dictionary, replaced by its senses."""
-    rows, mask = padded([ids])
+    rows, mask = pad_ids([ids])
     hidden, senses = student(rows, mask)
     if dictionary is not None:
         hidden = dictionary.replace(rows[0], senses[0], t)[None]

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from msense.dictionary import Arrays, DictionaryConfig, DictionaryFiles, SenseDictionary, TeacherName, write_dictionary
 from msense.dictionary.contexts import exemplar_schema
-from msense.dictionary.format import DTYPES
-from msense.tokens import fingerprint
+from msense.dictionary.layout import DTYPES
+from msense.tokenizer import fingerprint
 
 WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
 ARRAYS = ("offsets", "counts", "spread", "token_counts")
@@ -19,8 +19,8 @@ ARRAYS = ("offsets", "counts", "spread", "token_counts")
 def make(sizes: list[int], dim: int = 3, dtype: str = "float16", seed: int = 0, **config: object) -> SenseDictionary:
     rng = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    counts, spread = rng.integers(1, 9, offsets[-1]), rng.random(offsets[-1]).astype(np.float32)
-    arrays = Arrays(offsets, counts, spread, rng.integers(0, 99, len(sizes)))
+    counts, rms_distance = rng.integers(1, 9, offsets[-1]), rng.random(offsets[-1]).astype(np.float32)
+    arrays = Arrays(offsets, counts, rms_distance, rng.integers(0, 99, len(sizes)))
     teacher = TeacherName(name="tiny", revision="main", fingerprint="f")
     given = {"teacher": teacher, "tokenizer_fingerprint": "t", "layer": -1, "dim": dim, "vocab_size": len(sizes)}
     given |= {"senses": 20, "dtype": dtype, "temperature_unit": 0.5, "max_length": 16, "max_occurrences": 100}
@@ -51,7 +51,7 @@ def with_tokenizer(tokenizer: Tokenizer, folder: Path, sizes: list[int]) -> Sens
     files.tokenizer.parent.mkdir(parents=True)
     files.tokenizer.write_text(tokenizer.to_str())
     d = make(sizes, tokenizer_fingerprint=fingerprint(tokenizer))
-    write_dictionary(folder, d.config, d.offsets, d.counts, d.spread, d.token_counts, [d.centroids])
+    write_dictionary(folder, d.config, d.offsets, d.counts, d.rms_distance, d.token_counts, [d.centroids])
     return SenseDictionary.load(folder)
 
 

@@ -11,9 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msense.config import DEMO_TEACHER, BuildConfig
-from msense.errors import BadInput
-from msense.teacher import Teacher, TeacherInfo, describe, pad_batch, resolve_dtype, token_batches
+from msense.config.build import BuildConfig
+from msense.constants import DEMO_TEACHER
+from msense.errors import InputError
+from msense.teacher.batching import pad_batch, token_batches
+from msense.teacher.body import resolve_dtype
+from msense.teacher.model import Teacher
+from msense.teacher.spec import TeacherInfo, load_teacher_info
 
 MakeTeacher = Callable[..., Path]
 
@@ -23,11 +27,11 @@ def load(folder: Path, layer: int = -1) -> Teacher:
 
 
 def info_of(folder: Path, **config: object) -> TeacherInfo:
-    return describe(str(folder), BuildConfig(**config))[0]
+    return load_teacher_info(str(folder), BuildConfig(**config))[0]
 
 
 def test_demo_teacher_has_its_own_settings() -> None:
-    info, tokenizer = describe(DEMO_TEACHER, BuildConfig())
+    info, tokenizer = load_teacher_info(DEMO_TEACHER, BuildConfig())
     assert (info.dim, info.vocab_size, info.max_length, info.pooling, info.normalize) == (384, 30522, 256, "mean", True)
     assert (info.prefix, info.suffix, info.excluded) == ((101,), (102,), (0,))
     assert len(tokenizer.encode("word " * 600).ids) == 602  # the truncation in tokenizer.json is disabled
@@ -46,7 +50,7 @@ def test_special_tokens_by_rule_and_teacher(make_teacher: MakeTeacher) -> None:
 
 def test_prompt_comes_from_the_teacher_or_the_config(make_teacher: MakeTeacher) -> None:
     folder = make_teacher("bert", pooling="mean_tokens", prompt="the bank")
-    info, tokenizer = describe(str(folder), BuildConfig())
+    info, tokenizer = load_teacher_info(str(folder), BuildConfig())
     assert tokenizer.decode(list(info.prompt_ids)) == "the bank"
     assert info_of(folder, prompt="").prompt_ids == ()
 
@@ -57,20 +61,20 @@ def change_json(path: Path, **changes: object) -> None:
 
 def test_invalid_settings_and_folders_are_refused(make_teacher: MakeTeacher, tmp_path: Path) -> None:
     folder = make_teacher("bert", pooling="mean_tokens")
-    with pytest.raises(BadInput, match=r"layer 3 does not exist: give --layer 0 \(embeddings\) to 2"):
+    with pytest.raises(InputError, match=r"layer 3 does not exist: give --layer 0 \(embeddings\) to 2"):
         info_of(folder, layer=3)
-    with pytest.raises(BadInput, match="max_length 65 exceeds the 64 tokens"):
+    with pytest.raises(InputError, match="max_length 65 exceeds the 64 tokens"):
         info_of(folder, max_length=65)
-    with pytest.raises(BadInput, match=r"cannot load teacher 'no-such/teacher'.*check the name, or give a folder"):
+    with pytest.raises(InputError, match=r"cannot load teacher 'no-such/teacher'.*check the name, or give a folder"):
         info_of(Path("no-such/teacher"))
-    with pytest.raises(BadInput, match="has no safetensors weights"):
+    with pytest.raises(InputError, match="has no safetensors weights"):
         info_of(tmp_path)
     (folder / "modules.json").write_text(json.dumps([{"type": "x.Transformer", "path": "../../etc"}]))
-    with pytest.raises(BadInput, match="outside the teacher"):
+    with pytest.raises(InputError, match="outside the teacher"):
         info_of(folder)
     (folder / "modules.json").unlink()
     change_json(folder / "config.json", vocab_size=10)
-    with pytest.raises(BadInput, match=r"25 tokens, but the model only 10 embeddings"):
+    with pytest.raises(InputError, match=r"25 tokens, but the model only 10 embeddings"):
         info_of(folder)
 
 
@@ -79,16 +83,16 @@ def test_corrupted_or_foreign_weights_and_tokenizers_are_refused(make_teacher: M
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    with pytest.raises(BadInput, match=r"cannot load teacher .*safetensors"):
+    with pytest.raises(InputError, match=r"cannot load teacher .*safetensors"):
         load(folder)
     shutil.copy(make_teacher("llama") / "model.safetensors", weights)
-    with pytest.raises(BadInput, match=r"lack \d+ tensors of the model"):
+    with pytest.raises(InputError, match=r"lack \d+ tensors of the model"):
         load(folder)
     weights.write_bytes(whole)
     definition = json.loads((folder / "tokenizer.json").read_text())
     del definition["post_processor"]["special_tokens"]["[CLS]"]  # its template refers to it: the Rust library panics
     (folder / "tokenizer.json").write_text(json.dumps(definition))
-    with pytest.raises(BadInput, match=r"\(tokenizer\): no entry found for key"):
+    with pytest.raises(InputError, match=r"\(tokenizer\): no entry found for key"):
         info_of(folder)
 
 

@@ -12,18 +12,23 @@ import torch.distributed as dist
 from faulty import Corpus, MakeTeacher, Outcome, flip_a_byte
 from safetensors.torch import load_file, save_file
 
-from msense import SenseEncoder, distill, distill_run, storage, train_loop
+from msense import SenseEncoder
+from msense.config.distill import DistillConfig
 from msense.dictionary import SenseDictionary
-from msense.distill_config import DistillConfig
-from msense.distill_run import distill_student
-from msense.errors import BadInput, MsenseError
-from msense.label_set import LabelSet
-from msense.losses import Mix
-from msense.ray_train import _cause
+from msense.errors import InputError, MsenseError
+from msense.io import storage
+from msense.pipelines import distill as distill_module
+from msense.pipelines.distill import distill_student
+from msense.stages import train
+from msense.stages.ray_train import _cause
 from msense.student import StudentSettings, load_student, save_student
-from msense.student.narrow import widen
-from msense.train_engine import Plain, Zero
-from msense.train_loop import Trainer, Training, new_student, rate
+from msense.student.pruning import restore_embeddings
+from msense.training import distiller
+from msense.training.distiller import DistillationConfig, Trainer, build_student
+from msense.training.engine import DDPEngine, DeepSpeedEngine
+from msense.training.label_dataset import LabelSet
+from msense.training.losses import LossWeights
+from msense.training.schedule import lr_factor
 
 SETTINGS = {"epochs": 3, "batch_tokens": 256, "lr": 5e-3, "held_out": 0.2, "dtype": "float32"}
 
@@ -34,31 +39,33 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, make_teacher: MakeTeacher) 
 
 
 @pytest.fixture
-def training(corpus: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch) -> Training:
+def training(corpus: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch) -> DistillationConfig:
     """Settings of a training on a run with labels, which the first test builds for all."""
     folder, teacher = corpus.folder, str(corpus.teacher)
     if not (folder / "run").exists():
-        monkeypatch.setattr(distill_run, "train", lambda *_: {})
+        monkeypatch.setattr(distill_module, "train", lambda *_: {})
         corpus.build("dict", max_occurrences=60)
         given = {"dictionary": str(folder / "dict"), "teacher": teacher, "output": str(folder / "run")}
         distill_student(DistillConfig(**given, **SETTINGS))
-    return Training(
+    return DistillationConfig(
         run=str(folder / "run"), dictionary=str(folder / "dict" / "dictionary"), teacher=teacher, revision=None,
         teacher_dtype="float32", deepspeed_stage=0, checkpoint_steps=1000,
-        student=StudentSettings(kind="static"), mix=Mix(sense=1, pooled=50), train_embeddings=False, epochs=3,
+        student=StudentSettings(kind="static"), mix=LossWeights(sense=1, pooled=50), train_embeddings=False, epochs=3,
         batch_tokens=256, accumulate=1, lr=5e-3, schedule="cosine", warmup=0.05, weight_decay=0.01, clip=1.0,
         dtype="float32", seed=0, device="cpu", threads=1,
     )  # fmt: skip
 
 
-def trainer_of(training: Training) -> Trainer:
+def trainer_of(training: DistillationConfig) -> Trainer:
     labels = LabelSet.open(training.run)
-    student, given = new_student(training, labels), (training.weight_decay, training.clip)
+    student, given = build_student(training, labels), (training.weight_decay, training.clip)
     stage = training.deepspeed_stage
-    return Trainer(training, Zero(student, *given, stage, "cpu") if stage else Plain(student, *given), labels)
+    return Trainer(
+        training, DeepSpeedEngine(student, *given, stage, "cpu") if stage else DDPEngine(student, *given), labels
+    )
 
 
-def trained(training: Training, checkpoint: Path | None = None, stop: int = 99) -> Trainer:
+def trained(training: DistillationConfig, checkpoint: Path | None = None, stop: int = 99) -> Trainer:
     """Train in this process, from a checkpoint on, until `stop` checkpoints have been due."""
     trainer = trainer_of(training)
     if checkpoint is not None:
@@ -70,7 +77,7 @@ def trained(training: Training, checkpoint: Path | None = None, stop: int = 99) 
 
 
 @pytest.mark.parametrize("kind", ["static", "layers:1"])
-def test_students_learn_sentences_and_senses(training: Training, kind: str) -> None:
+def test_students_learn_sentences_and_senses(training: DistillationConfig, kind: str) -> None:
     training = replace(training, student=StudentSettings(kind=kind), epochs=6)
     trainer = trained(training)
     history = trainer.state.history
@@ -89,7 +96,9 @@ def test_students_learn_sentences_and_senses(training: Training, kind: str) -> N
 
 
 @pytest.mark.parametrize(("kind", "stop"), [("static", 1), ("static", 2), ("layers:1", 3)])
-def test_a_resumed_training_gives_the_same_numbers(training: Training, tmp_path: Path, kind: str, stop: int) -> None:
+def test_a_resumed_training_gives_the_same_numbers(
+    training: DistillationConfig, tmp_path: Path, kind: str, stop: int
+) -> None:
     """Also in the middle of an epoch, with large weight decay, and with dropout."""
     training = replace(training, student=StudentSettings(kind=kind), weight_decay=1.0, checkpoint_steps=3, epochs=2)
     whole = trained(training).state.history
@@ -109,8 +118,8 @@ def test_a_resumed_training_gives_the_same_numbers(training: Training, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["mse", "cosine"])
-def test_hidden_state_losses_approach_the_teacher(training: Training, name: str) -> None:
-    training = replace(training, student=StudentSettings(kind="layers:1", heads="one"), mix=Mix(**{name: 1}))
+def test_hidden_state_losses_approach_the_teacher(training: DistillationConfig, name: str) -> None:
+    training = replace(training, student=StudentSettings(kind="layers:1", heads="one"), mix=LossWeights(**{name: 1}))
     history = trained(training).state.history
     assert history[-1][f"train_{name}"] < 0.8 * history[0][f"train_{name}"]
     assert history[-1]["held_out_pooled_cosine"] > trainer_of(training).evaluate()["held_out_pooled_cosine"]
@@ -134,7 +143,7 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize(("stage", "kind"), [(1, "static"), (2, "layers:1"), (3, "static"), (3, "layers:1")])
 def test_deepspeed_equals_adamw_and_resumes(
-    training: Training, process_group: None, tmp_path: Path, stage: int, kind: str
+    training: DistillationConfig, process_group: None, tmp_path: Path, stage: int, kind: str
 ) -> None:
     plain = replace(training, accumulate=3, epochs=2, student=StudentSettings(kind=kind))
     training, checkpoint = replace(plain, deepspeed_stage=stage), tmp_path / "checkpoint"
@@ -148,15 +157,15 @@ def test_deepspeed_equals_adamw_and_resumes(
     state = str(checkpoint / "state.json")
     found = storage.read_json(state)
     storage.write_json(state, {**found, "workers": 2})
-    with pytest.raises(BadInput, match=r"was written by 2 workers, .*: use --workers 2, or delete the checkpoint"):
+    with pytest.raises(InputError, match=r"was written by 2 workers, .*: use --workers 2, or delete the checkpoint"):
         trained(training, checkpoint)
     storage.write_json(state, found)
     shutil.rmtree(checkpoint / "zero")
-    with pytest.raises(BadInput, match=r"the checkpoint .* is corrupted"):
+    with pytest.raises(InputError, match=r"the checkpoint .* is corrupted"):
         trained(training, checkpoint)
 
 
-def test_slices_of_a_batch_add_up_to_it(training: Training) -> None:
+def test_slices_of_a_batch_add_up_to_it(training: DistillationConfig) -> None:
     one, many = (trained(replace(training, accumulate=n), stop=1).state.history[0] for n in (1, 4))
     for name in ("train_sense", "train_pooled", "held_out_sense", "held_out_pooled"):
         assert many[name] == pytest.approx(one[name], rel=1e-4)
@@ -178,20 +187,20 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_corrupted_checkpoints_are_refused(
-    training: Training, corpus: Corpus, tmp_path: Path, damage: str, outcome: Outcome
+    training: DistillationConfig, corpus: Corpus, tmp_path: Path, damage: str, outcome: Outcome
 ) -> None:
     saved = corpus.folder / "checkpoint"
     if not saved.exists():
         trained(training, stop=1).save(saved)
     shutil.copytree(saved, tmp_path / "checkpoint")
     DAMAGES[damage](tmp_path / "checkpoint" / "tensors.safetensors")
-    with pytest.raises(BadInput, match=r"the checkpoint .* is corrupted .*delete .* to train from the beginning"):
+    with pytest.raises(InputError, match=r"the checkpoint .* is corrupted .*delete .* to train from the beginning"):
         trainer_of(training).restore(tmp_path / "checkpoint")
     if damage not in ("state", "foreign"):
         outcome(damage, "training", "told; trained again")
 
 
-def test_losses_and_gradients_that_are_not_finite_end_the_training(training: Training) -> None:
+def test_losses_and_gradients_that_are_not_finite_end_the_training(training: DistillationConfig) -> None:
     broken, other = trainer_of(training), trainer_of(training)
     with torch.no_grad():
         broken.student.body.shift.weight.fill_(float("inf"))
@@ -205,16 +214,16 @@ def test_losses_and_gradients_that_are_not_finite_end_the_training(training: Tra
 
 @pytest.mark.parametrize("kind", ["static", "layers:1"])
 def test_pruned_embedding_tables_learn_as_whole_ones_do(
-    training: Training, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    training: DistillationConfig, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     training = replace(training, student=StudentSettings(kind=kind), epochs=1, train_embeddings=True)
     pruned = trained(training).student
     table = pruned.body.shift if kind == "static" else pruned.body.model.get_input_embeddings()
     present = table.tokens
     assert 0 < len(table.weight) == len(present) < pruned.config.vocab_size
-    widen(pruned)
-    began = new_student(training)
-    monkeypatch.setattr(train_loop, "narrow", lambda *_: None)
+    restore_embeddings(pruned)
+    began = build_student(training)
+    monkeypatch.setattr(distiller, "narrow", lambda *_: None)
     whole = trained(training).student
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(pruned.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
@@ -233,9 +242,9 @@ def test_pruned_embedding_tables_learn_as_whole_ones_do(
         torch.testing.assert_close(loaded, pruned.eval()(ids, mask).hidden, rtol=1e-4, atol=1e-6)
 
 
-def test_an_invalid_student_is_refused_before_labelling(training: Training, tmp_path: Path) -> None:
+def test_an_invalid_student_is_refused_before_labelling(training: DistillationConfig, tmp_path: Path) -> None:
     given = {"dictionary": training.dictionary, "teacher": training.teacher, "output": str(tmp_path / "run")}
-    with pytest.raises(BadInput, match=r"'layers:99': the teacher has 2 layers"):
+    with pytest.raises(InputError, match=r"'layers:99': the teacher has 2 layers"):
         distill_student(DistillConfig(**given, **SETTINGS, student="layers:99"))
     assert not (tmp_path / "run" / "labels").exists()
 
@@ -250,20 +259,20 @@ def test_the_cause_of_a_failed_worker_is_its_last_line() -> None:
 
 
 def test_learning_rates_rise_and_fall() -> None:
-    rates = [rate(step, 100, 0.1, "cosine") for step in range(100)]
+    rates = [lr_factor(step, 100, 0.1, "cosine") for step in range(100)]
     assert rates.index(max(rates)) == 10
     assert max(rates) == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.01
-    assert {rate(step, 100, 0.1, "constant") for step in range(10, 100)} == {1.0}
-    assert rate(55, 100, 0.1, "linear") == pytest.approx(0.5)
+    assert {lr_factor(step, 100, 0.1, "constant") for step in range(10, 100)} == {1.0}
+    assert lr_factor(55, 100, 0.1, "linear") == pytest.approx(0.5)
 
 
 def test_one_cycle_equals_torchs() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2.0, total_steps=101, pct_start=31 / 101)
     for step in range(100):
-        assert 2 * rate(step, 100, 0.3, "one-cycle") == pytest.approx(schedule.get_last_lr()[0], rel=1e-6)
+        assert 2 * lr_factor(step, 100, 0.3, "one-cycle") == pytest.approx(schedule.get_last_lr()[0], rel=1e-6)
         optimizer.step()
         schedule.step()
 
@@ -280,7 +289,7 @@ def test_distilling_on_ray_with_two_workers(
     def interrupt(*_: object) -> None:
         raise MsenseError("interrupted")
 
-    patch.setattr(distill, "ship_student", interrupt)
+    patch.setattr(train, "ship_student", interrupt)
     with pytest.raises(MsenseError, match="interrupted"):  # after the training, before the student is written
         distill_student(config)
     patch.undo()

@@ -11,43 +11,43 @@ from hypothesis import strategies as st
 from tiny import make
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msense import sense_losses as sense_losses_module
-from msense.config import NO_SENSE
+from msense.constants import NO_SENSE
 from msense.dictionary import SenseDictionary, assignment
 from msense.dictionary.assignment import RaggedSenses
-from msense.errors import BadInput
-from msense.losses import (
-    Labelled,
-    Mix,
-    cosine_loss,
-    frequent_sense_accuracy,
-    loss_sums,
-    mse_loss,
-    sense_accuracy,
-    weighted,
-)
-from msense.pooling import pool
-from msense.sense_losses import LossSum, SenseLabels, SenseSpace, sense_losses
+from msense.errors import InputError
 from msense.student import Student, StudentConfig
 from msense.student.config import StaticSizes
+from msense.teacher.pooling import pool
+from msense.training import sense_losses as sense_losses_module
+from msense.training.losses import (
+    LabeledBatch,
+    LossWeights,
+    combine_losses,
+    compute_losses,
+    cosine_loss,
+    frequent_sense_accuracy,
+    mse_loss,
+    sense_accuracy,
+)
+from msense.training.sense_losses import LossSum, SenseLabels, SenseScorer, sense_losses
 
 METRICS = ("l2", "dot", "cosine")
 TWO = RaggedSenses(np.array([0, 2, 2]), (torch.tensor([[0.0, 0], [2, 0]]),))  # token 0 has two senses, token 1 none
 MIXES = {
-    "both": Mix(sense=1, pooled=50),
-    "raw scores": Mix(sense=1, metric="dot", temperature=None),
-    "replaced": Mix(replaced=1),
-    "hidden": Mix(mse=1, cosine=1),
-    "every": Mix(sense=1, pooled=50, replaced=2, mse=3, cosine=4),
+    "both": LossWeights(sense=1, pooled=50),
+    "raw scores": LossWeights(sense=1, metric="dot", temperature=None),
+    "replaced": LossWeights(replaced=1),
+    "hidden": LossWeights(mse=1, cosine=1),
+    "every": LossWeights(sense=1, pooled=50, replaced=2, mse=3, cosine=4),
 }
 
 
 def cross_entropy(x: torch.Tensor, ids: np.ndarray, labels: SenseLabels, *space: object) -> LossSum:
-    return sense_losses(x, ids, labels, SenseSpace(*space), replaced=False)[0]
+    return sense_losses(x, ids, labels, SenseScorer(*space), replaced=False)[0]
 
 
 def soft_replace(x: torch.Tensor, ids: np.ndarray, *space: object) -> torch.Tensor:
-    return sense_losses(x, ids, None, SenseSpace(*space), replaced=True)[1]
+    return sense_losses(x, ids, None, SenseScorer(*space), replaced=True)[1]
 
 
 def draw(seed: int, tokens: int, count: int, most: int) -> tuple[np.ndarray, np.ndarray, RaggedSenses]:
@@ -128,7 +128,7 @@ def test_both_losses_in_one_call_equal_two_calls(
     results = []
     for one_call in (False, True):
         given_x = torch.from_numpy(x).float().requires_grad_()
-        space = SenseSpace(senses, metric, 0.7, kept=kept)
+        space = SenseScorer(senses, metric, 0.7, kept=kept)
         loss, means = sense_losses(given_x, ids, labels, space, replaced=one_call)
         means = soft_replace(given_x, ids, senses, metric, 0.7) if means is None else means
         (3 * loss.total + (means * wanted).sum()).backward()
@@ -223,16 +223,16 @@ def test_no_tensor_is_larger_than_the_embeddings_or_a_batch(metric: str) -> None
     ],
 )
 def test_labels_that_do_not_fit_are_refused(labels: SenseLabels, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         cross_entropy(torch.zeros(2, 2), np.array([0, 1]), labels, TWO, "l2", 1.0)
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-def test_missing_labels_are_refused(mix: Mix) -> None:
+def test_missing_labels_are_refused(mix: LossWeights) -> None:
     d, mask = make([2, 2]), torch.ones(1, 2, dtype=torch.bool)
-    batch, student = Labelled(torch.zeros(1, 2, dtype=torch.int64), mask), static(d.dim)
-    with pytest.raises(BadInput, match="the labels hold no"):
-        loss_sums(mix, student(batch.ids, mask), batch, mix.space(d), student.sentence)
+    batch, student = LabeledBatch(torch.zeros(1, 2, dtype=torch.int64), mask), static(d.dim)
+    with pytest.raises(InputError, match="the labels hold no"):
+        compute_losses(mix, student(batch.ids, mask), batch, mix.space(d), student.sentence)
 
 
 def static(dim: int, vocab: int = 6) -> Student:
@@ -251,7 +251,7 @@ def static(dim: int, vocab: int = 6) -> Student:
     return student.double()
 
 
-def passages(d: SenseDictionary, rows: slice, left: int = 0) -> Labelled:
+def passages(d: SenseDictionary, rows: slice, left: int = 0) -> LabeledBatch:
     """Return some of eight passages of 1 to 8 tokens as a batch, also padded on the left."""
     rng, mask = np.random.default_rng(0), np.tri(8, dtype=bool)
     ids = rng.integers(0, d.vocab_size, mask.shape)
@@ -265,16 +265,16 @@ def passages(d: SenseDictionary, rows: slice, left: int = 0) -> Labelled:
 
     tensors = torch.from_numpy(padded(ids, 0)), torch.from_numpy(padded(mask, False))
     senses = SenseLabels(padded(numbers, NO_SENSE).ravel())
-    return Labelled(*tensors, senses, sentences[rows], hidden[rows][torch.from_numpy(mask[rows])])
+    return LabeledBatch(*tensors, senses, sentences[rows], hidden[rows][torch.from_numpy(mask[rows])])
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-def test_one_batch_of_eight_equals_two_of_four_and_two_workers(mix: Mix) -> None:
+def test_one_batch_of_eight_equals_two_of_four_and_two_workers(mix: LossWeights) -> None:
     d = make([3, 0, 2, 5, 1, 4], dim=3, dtype="float32")
 
     def sums(student: Student, *part: object) -> dict[str, LossSum]:
         batch = passages(d, *part)
-        return loss_sums(mix, student(batch.ids, batch.mask), batch, mix.space(d), student.sentence)
+        return compute_losses(mix, student(batch.ids, batch.mask), batch, mix.space(d), student.sentence)
 
     def stepped(student: Student) -> list[torch.Tensor]:
         """Take one step of plain SGD: Adam would hide a wrong factor."""
@@ -283,7 +283,7 @@ def test_one_batch_of_eight_equals_two_of_four_and_two_workers(mix: Mix) -> None
 
     whole = static(3)
     losses = sums(whole, slice(0, 8))
-    weighted(mix, losses, {name: loss.count for name, loss in losses.items()}).backward()
+    combine_losses(mix, losses, {name: loss.count for name, loss in losses.items()}).backward()
     want = stepped(whole)
 
     halves = slice(0, 4), slice(4, 8)
@@ -292,10 +292,10 @@ def test_one_batch_of_eight_equals_two_of_four_and_two_workers(mix: Mix) -> None
     counts = {name: parts[0][name].count + parts[1][name].count for name in parts[0]}
     assert counts == {name: loss.count for name, loss in losses.items()}
     for part in parts:
-        weighted(mix, part, counts).backward()
+        combine_losses(mix, part, counts).backward()
     workers = [static(3), static(3)]
     for worker, half in zip(workers, halves, strict=True):
-        weighted(mix, sums(worker, half), counts, workers=2).backward()
+        combine_losses(mix, sums(worker, half), counts, workers=2).backward()
     for ours, others in zip(workers[0].parameters(), workers[1].parameters(), strict=True):
         if ours.grad is not None:
             ours.grad = (ours.grad + others.grad) / 2  # as data-parallel training does
@@ -310,12 +310,12 @@ def test_a_few_steps_learn_senses_from_context() -> None:
     d.centroids[:] = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]])
     student, mix = static(2, vocab=3).float(), MIXES["both"]
     mask, labels = torch.ones(2, 2, dtype=torch.bool), SenseLabels(np.array([0, 0, 0, 1], np.uint16))
-    batch = Labelled(torch.tensor([[1, 0], [2, 0]]), mask, labels, torch.tensor([[1.0, 0.5], [-1, -0.5]]))
+    batch = LabeledBatch(torch.tensor([[1, 0], [2, 0]]), mask, labels, torch.tensor([[1.0, 0.5], [-1, -0.5]]))
     optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
     for _ in range(60):
         optimizer.zero_grad()
-        losses = loss_sums(mix, student(batch.ids, mask), batch, mix.space(d), student.sentence)
-        weighted(mix, losses, {name: part.count for name, part in losses.items()}).backward()
+        losses = compute_losses(mix, student(batch.ids, mask), batch, mix.space(d), student.sentence)
+        combine_losses(mix, losses, {name: part.count for name, part in losses.items()}).backward()
         optimizer.step()
     output, flat = student(batch.ids, mask), batch.ids.flatten().numpy()
     assert sense_accuracy(output.senses.flatten(0, 1), flat, labels.numbers, d).total.item() == 4

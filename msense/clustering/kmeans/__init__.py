@@ -1,7 +1,7 @@
 """k-means per token on arrays in memory: small tokens in batches, large ones in blocks that workers may share."""
 
-from msense.kmeans.batches import Clusters, cluster_tokens
-from msense.kmeans.blocks import (
+from msense.clustering.kmeans.batches import Clusters, cluster_tokens
+from msense.clustering.kmeans.blocks import (
     BlockedState,
     Farthest,
     Finished,
@@ -15,14 +15,15 @@ from msense.kmeans.blocks import (
     summary,
     update,
 )
-from msense.kmeans.curve import CURVE_POINTS, GRID, POINTS_A_SENSE, variance_curves
-from msense.kmeans.seeding import BLOCK_ROWS, SEED_POINTS, KMeansConfig, Metric
+from msense.clustering.kmeans.curve import CURVE_POINTS, GRID, POINTS_PER_SENSE, variance_curves
+from msense.clustering.kmeans.seeding import BLOCK_ROWS, SEED_POINTS, KMeansConfig
+from msense.constants import Metric
 
 __all__ = [
     "BLOCK_ROWS",
     "CURVE_POINTS",
     "GRID",
-    "POINTS_A_SENSE",
+    "POINTS_PER_SENSE",
     "SEED_POINTS",
     "BlockedState",
     "Clusters",

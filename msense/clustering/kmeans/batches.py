@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.config import MAX_SENSES
-from msense.errors import BadInput
-from msense.kmeans.blocks import (
+from msense.clustering.kmeans.blocks import (
     BlockedState,
     Kept,
     Partial,
@@ -29,8 +27,8 @@ from msense.kmeans.blocks import (
     summary,
     update,
 )
-from msense.kmeans.lloyd import lloyd, self_products
-from msense.kmeans.seeding import (
+from msense.clustering.kmeans.lloyd import lloyd, self_products
+from msense.clustering.kmeans.seeding import (
     BLOCK_ROWS,
     SEED_POINTS,
     FewDistinct,
@@ -43,7 +41,9 @@ from msense.kmeans.seeding import (
     few_distinct,
     read_points,
 )
-from msense.kmeans.threads import ALONE, Threads, open_threads
+from msense.clustering.kmeans.threads import ALONE, Threads, open_threads
+from msense.constants import MAX_SENSES
+from msense.errors import InputError
 
 # all threads share a token of more than SHARED_BLOCKS blocks per thread, if there are few such tokens per thread
 SHARED_BLOCKS, SHARED_TOKENS = 4, 4
@@ -63,7 +63,7 @@ class Clusters:
     sizes: NDArray[np.int64]  # [T] senses of each token
     centroids: NDArray[np.float32]  # [S, D]
     counts: NDArray[np.int64]  # [S] points of a sense, never 0
-    spread: NDArray[np.float32]  # [S] RMS distance of a sense's points to the centroid
+    rms_distance: NDArray[np.float32]  # [S] RMS distance of a sense's points to the centroid
     assignment: NDArray[np.int32]  # [N] index of the sense within the token
     distance: NDArray[np.float32]  # [N] squared distance to the assigned centroid
     inertia: NDArray[np.float64]  # [T] sum of the squared distances
@@ -167,13 +167,15 @@ def _check(
     """Check the arguments of `cluster_tokens`."""
     if len(sizes) != len(token_ids) or int(sizes.sum()) != len(view) or (sizes < 0).any():
         counts = f"{len(token_ids)} token ids and {len(view)} points"
-        raise BadInput(f"{len(sizes)} sizes of sum {int(sizes.sum())} do not match {counts}")
+        raise InputError(f"{len(sizes)} sizes of sum {int(sizes.sum())} do not match {counts}")
     if threads < 1:
-        raise BadInput(f"threads is {threads}, but must be 1 or more")
+        raise InputError(f"threads is {threads}, but must be 1 or more")
     if senses.shape != token_ids.shape:
-        raise BadInput(f"senses of shape {senses.shape} do not match {len(token_ids)} token ids; pass one K per token")
+        raise InputError(
+            f"senses of shape {senses.shape} do not match {len(token_ids)} token ids; pass one K per token"
+        )
     for wrong in np.flatnonzero((senses < 1) | (senses > MAX_SENSES)):
-        raise BadInput(f"senses of token {token_ids[wrong]} are {senses[wrong]}, but must be from 1 to {MAX_SENSES}")
+        raise InputError(f"senses of token {token_ids[wrong]} are {senses[wrong]}, but must be from 1 to {MAX_SENSES}")
     check_points(view, sizes, token_ids)
 
 
@@ -204,7 +206,7 @@ def _empty_result(room: NDArray[np.int64], points: int, width: int) -> Clusters:
         sizes=room,
         centroids=np.empty((senses, width), np.float32),
         counts=np.zeros(senses, np.int64),
-        spread=np.zeros(senses, np.float32),
+        rms_distance=np.zeros(senses, np.float32),
         assignment=np.zeros(points, np.int32),
         distance=np.zeros(points, np.float32),
         inertia=np.zeros(tokens),
@@ -225,7 +227,7 @@ def _without_gaps(task: _Task) -> Clusters:
         sizes=np.bincount(token[live], minlength=len(task.sizes)),
         centroids=result.centroids[live],
         counts=result.counts[live],
-        spread=result.spread[live],
+        rms_distance=result.rms_distance[live],
         assignment=(before[first + result.assignment] - before[first]).astype(np.int32),
     )
 
@@ -316,7 +318,7 @@ def _finish(task: _Task, tokens: NDArray[np.int64], sense: NDArray[np.int64]) ->
         away = values.sub_(centroids.index_select(0, index)).square_().sum(1).cpu()
         squares = torch.bincount(number, away.double(), minlength=len(place))
         torch.from_numpy(result.centroids).index_copy_(0, torch.from_numpy(place), centroids.cpu())
-        result.counts[place], result.spread[place] = counts, (squares / counts.clamp(min=1)).sqrt_()
+        result.counts[place], result.rms_distance[place] = counts, (squares / counts.clamp(min=1)).sqrt_()
         result.assignment[rows], result.distance[rows] = own, away
         result.inertia[some] = np.add.reduceat(squares.numpy(), opens)
         first = last
@@ -352,4 +354,4 @@ def _cluster_blocked(task: _Task, token: int, threads: Threads) -> None:
     result.distance[rows] = np.concatenate([part.distance for part in finished])
     senses = slice(task.opens[token], task.opens[token] + len(state.final))
     result.centroids[senses], result.rounds[token] = state.final, state.rounds
-    result.counts[senses], result.spread[senses], result.inertia[token] = summary(state, finished)
+    result.counts[senses], result.rms_distance[senses], result.inertia[token] = summary(state, finished)

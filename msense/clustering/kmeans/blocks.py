@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.kmeans.seeding import (
+from msense.clustering.kmeans.seeding import (
     BLOCK_ROWS,
     KMeansConfig,
-    Metric,
     Points,
     as_points,
     centroids_of,
@@ -25,8 +24,9 @@ from msense.kmeans.seeding import (
     read_points,
     seed_in_blocks,
 )
-from msense.kmeans.threads import ALONE, Threads
-from msense.products import product
+from msense.clustering.kmeans.threads import ALONE, Threads
+from msense.clustering.matmul import product
+from msense.constants import Metric
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.kmeans.batches import padded
-from msense.kmeans.lloyd import sum_rows, sum_values
-from msense.kmeans.seeding import (
+from msense.clustering.kmeans.batches import padded
+from msense.clustering.kmeans.lloyd import sum_rows, sum_values
+from msense.clustering.kmeans.seeding import (
     KMeansConfig,
-    Metric,
     Points,
     as_points,
     check_points,
@@ -23,10 +22,11 @@ from msense.kmeans.seeding import (
     greedy_seeds,
     read_points,
 )
-from msense.kmeans.threads import open_threads
+from msense.clustering.kmeans.threads import open_threads
+from msense.constants import Metric
 
 CURVE_POINTS = 512  # points of a token that are used
-POINTS_A_SENSE = 2  # with fewer, senses are single points, which do not generalise to other occurrences
+POINTS_PER_SENSE = 2  # with fewer, senses are single points, which do not generalise to other occurrences
 GRID = np.array([1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64])  # K; two steps per octave
 BATCH_PRODUCTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
@@ -69,7 +69,7 @@ def variance_curves(
     with open_threads(1), torch.inference_mode():
         for width in np.unique(widths).tolist():
             tokens = np.flatnonzero(widths == width)
-            grid = GRID[np.maximum(1, width // POINTS_A_SENSE) >= GRID]
+            grid = GRID[np.maximum(1, width // POINTS_PER_SENSE) >= GRID]
             step = max(1, BATCH_PRODUCTS[target.type] // (width * max(width, view.shape[1])))
             for at in range(0, len(tokens), step):
                 own = tokens[at : at + step]
@@ -83,7 +83,7 @@ def variance_curves(
                 drawn = torch.from_numpy(draws(token_ids[own], replace(config, k=int(grid[-1])))).to(target)
                 found[own, : len(grid)] = _distortions(values, mask, drawn, grid, config.metric).cpu().numpy()
     freedom = np.maximum(sizes[:, None] - GRID, 1)
-    known = np.maximum(1, sizes // POINTS_A_SENSE)[:, None] >= GRID
+    known = np.maximum(1, sizes // POINTS_PER_SENSE)[:, None] >= GRID
     return np.minimum.accumulate(np.where(known, np.maximum(found, 0) / freedom, np.nan), axis=1)
 
 

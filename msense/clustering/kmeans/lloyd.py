@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from msense.kmeans.seeding import KMeansConfig, Metric, greedy_seeds, lowest
+from msense.clustering.kmeans.seeding import KMeansConfig, greedy_seeds, lowest
+from msense.constants import Metric
 
 # Device types where index_add adds in order and where updating only what has changed pays off. A GPU adds in the order
 # its threads arrive; there sums are products with a matrix of 0 and 1.

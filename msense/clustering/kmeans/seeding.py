@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.config import LARGEST_VALUE, MAX_SENSES, Metric
-from msense.errors import BadInput, MsenseError
-from msense.kmeans.threads import Threads
-from msense.products import product
+from msense.clustering.kmeans.threads import Threads
+from msense.clustering.matmul import product
+from msense.constants import LARGEST_VALUE, MAX_SENSES, Metric
+from msense.errors import InputError, MsenseError
 
 Points: TypeAlias = NDArray[np.generic] | torch.Tensor
-
 BLOCK_ROWS = 1024  # rows per block; a token of more points is clustered in blocks
 SEED_POINTS = 8192  # the first points by key, from which such a token is seeded
 HELD_FLOATS = 1 << 25  # values of seeding points kept as float32; the others are converted again at every step
-GRID = 2.0**24  # values are multiples of 1 / GRID, as every float16 is
+VALUE_GRID = 2.0**24  # values are multiples of 1 / GRID, as every float16 is
 WEIGHT = 2.0**60  # sum of the integer weights of the first draw of candidates; it falls from step to step
 LEADING = 8  # components that distinguish almost all distinct points
 
@@ -69,7 +68,7 @@ class KMeansConfig:
             f"{name} is {getattr(self, name)!r}, but must be {valid}" for name, (ok, valid) in checks.items() if not ok
         ]
         if wrong:
-            raise BadInput("k-means settings: " + "; ".join(wrong))
+            raise InputError("k-means settings: " + "; ".join(wrong))
 
 
 def as_points(points: Points) -> torch.Tensor:
@@ -80,7 +79,7 @@ def as_points(points: Points) -> torch.Tensor:
     """
     dtype = str(points.dtype).removeprefix("torch.")
     if dtype not in ("float16", "bfloat16", "float32") or points.ndim != 2 or not points.shape[1]:
-        raise BadInput(
+        raise InputError(
             f"points are {dtype} of shape {tuple(points.shape)}, but must be a float16, bfloat16 or float32 matrix "
             "[points, width]; convert them first"
         )
@@ -102,9 +101,9 @@ def read_points(
     if metric == "cosine":
         wide = values.double()
         wide /= torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(1e-300)
-        return values.copy_(wide.mul_(GRID).round_().div_(GRID))
+        return values.copy_(wide.mul_(VALUE_GRID).round_().div_(VALUE_GRID))
     if points.dtype != torch.float16:
-        values.mul_(GRID).round_().div_(GRID)
+        values.mul_(VALUE_GRID).round_().div_(VALUE_GRID)
     return values
 
 

@@ -10,11 +10,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.errors import BadInput
-from msense.kmeans.threads import open_threads
-from msense.mcl.components import split
-from msense.mcl.config import MAX_ROUNDS, MclConfig
-from msense.mcl.flow import Cluster, Flow, one_round, read_clusters, settled, some_blocks, start, without_dead
+from msense.clustering.kmeans.threads import open_threads
+from msense.clustering.mcl.components import split
+from msense.clustering.mcl.config import MAX_ROUNDS, MclConfig
+from msense.clustering.mcl.flow import (
+    Cluster,
+    Flow,
+    one_round,
+    read_clusters,
+    settled,
+    some_blocks,
+    start,
+    without_dead,
+)
+from msense.errors import InputError
 
 LARGEST = 1e100  # weight whose sums stay finite
 BATCH_VALUES = 1 << 17  # flow values of a batch of small graphs: what fits in a core's cache
@@ -52,9 +61,9 @@ def markov_clusters(
     graphs = [torch.as_tensor(x).detach() for x in similarity]
     for at, x in enumerate(graphs):
         if x.ndim != 2 or x.shape[0] != x.shape[1]:
-            raise BadInput(f"similarity {at} has shape {tuple(x.shape)}; Markov clustering needs square matrices")
+            raise InputError(f"similarity {at} has shape {tuple(x.shape)}; Markov clustering needs square matrices")
         if x.numel() and not (float(x.amin()) >= 0 and float(x.amax()) <= LARGEST):  # NaN fails both
-            raise BadInput(
+            raise InputError(
                 f"similarity {at} has a weight that is negative, NaN or above {LARGEST:g}; rescale the weights"
             )
     sizes = np.array([len(x) for x in graphs], dtype=np.int64)

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.mcl.flow import Flow, exact_if_small
+from msense.clustering.mcl.flow import Flow, exact_if_small
 
 _Component: TypeAlias = tuple[int, NDArray[np.int64], NDArray[np.int64]]  # its block, rows and columns
-
 SPLIT_WORK = 1 << 22  # multiplications per product below which a search for components does not pay off
 LABEL_PASSES = 12  # after so many passes of label propagation a graph counts as connected
 SPLIT_WIDTH = 16  # components of up to so many nodes share a flow; larger ones share it within a factor of 2

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from msense.errors import BadInput
+from msense.errors import InputError
 
 # defaults of the package `markov-clustering`, which the paper keeps
 LOOP_WEIGHT = 1.0  # of the edge from each node to itself
@@ -52,4 +52,4 @@ class MclConfig:
             f"{name} is {getattr(self, name)}, but must be {valid}" for name, (ok, valid) in checks.items() if not ok
         ]
         if wrong:
-            raise BadInput("Markov clustering settings: " + "; ".join(wrong))
+            raise InputError("Markov clustering settings: " + "; ".join(wrong))

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.mcl.config import LOOP_WEIGHT, PRUNE_BELOW, MclConfig
-from msense.mcl.twins import find_twins, make_equal
-from msense.products import product
+from msense.clustering.matmul import product
+from msense.clustering.mcl.config import LOOP_WEIGHT, PRUNE_BELOW, MclConfig
+from msense.clustering.mcl.twins import equalize_twins, find_twins
 
 Cluster: TypeAlias = tuple[int, ...]
-
 EXACT_NODES = 128  # larger flows are float32; later rounds in float64 smooth away the errors of 1e-7
 COMPACT = 15 / 16  # columns are dropped only below this share of remaining ones: copying the rest costs more
 WIDTHS = 32  # float32 flows keep a multiple of so many columns: `product` is slow on new shapes
@@ -111,7 +110,7 @@ def exact_if_small(flow: Flow) -> Flow:
     for block, (graph, nodes) in enumerate(zip(flow.graph, flow.nodes, strict=True)):
         if flow.twins[graph]:
             rows = [np.flatnonzero(np.isin(nodes, twins)) for twins in flow.twins[graph]]
-            make_equal(values[block], flow.live[block].cpu().numpy(), rows)
+            equalize_twins(values[block], flow.live[block].cpu().numpy(), rows)
     return replace(flow, values=values)
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.errors import BadInput
-from msense.kmeans.seeding import Points, as_points, check_points
-from msense.mcl.clusters import cluster_in_threads
-from msense.mcl.config import OFFSET, MclConfig
+from msense.clustering.kmeans.seeding import Points, as_points, check_points
+from msense.clustering.mcl.clusters import cluster_in_threads
+from msense.clustering.mcl.config import OFFSET, MclConfig
+from msense.errors import InputError
 
 MCL_POINTS = 4000  # points of a token that are used; as many as remain of the paper's merged samples
 
@@ -48,10 +48,10 @@ def mcl_senses(
     """
     view = as_points(points)
     if int(sizes.sum()) != len(view) or (len(sizes) and int(sizes.min()) < 0):
-        raise BadInput(f"{len(sizes)} sizes of sum {int(sizes.sum())} do not match {len(view)} points")
+        raise InputError(f"{len(sizes)} sizes of sum {int(sizes.sum())} do not match {len(view)} points")
     token_ids = np.arange(len(sizes)) if token_ids is None else token_ids
     if len(token_ids) != len(sizes):
-        raise BadInput(f"{len(sizes)} sizes do not match {len(token_ids)} token ids")
+        raise InputError(f"{len(sizes)} sizes do not match {len(token_ids)} token ids")
     check_points(view, sizes, token_ids)
     starts, used = np.cumsum(sizes) - sizes, np.minimum(sizes, MCL_POINTS)
     counts = np.arange(MCL_POINTS + 1)

@@ -36,7 +36,7 @@ def _are_twins(chances: torch.Tensor, nodes: torch.Tensor) -> bool:
     return all(map(alike, (to_others, from_others, among[loops], among[~loops])))
 
 
-def make_equal(values: torch.Tensor, live: NDArray[np.int64], twins: list[NDArray[np.int64]]) -> None:
+def equalize_twins(values: torch.Tensor, live: NDArray[np.int64], twins: list[NDArray[np.int64]]) -> None:
     """Give all twins of a set (given as rows) the flow of the first one, in place, unless only some of them are live.
 
     `values` [n, L] and `live` int64 [L] are as in `Flow`; repeated rows in `live` are padding.

@@ -12,13 +12,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from msense.errors import BadInput
+from msense.corpus.labelled import Columns, read_labelled
+from msense.errors import InputError
 from msense.evaluation.models import Model
-from msense.evaluation.result import METRICS, Result
-from msense.labelled import Columns, read_labelled
+from msense.evaluation.result import Result
+from msense.metrics import METRICS
 
 PARTS = ("train", "test")
-FEW_ROUNDS, ROUNDS = 100, 1000  # solver iterations for few-shot training (MTEB's value) and for all texts
+FEW_SHOT_MAX_ITER, FULL_MAX_ITER = 100, 1000  # solver iterations for few-shot training (MTEB's value) and for all texts
 
 
 class Protocol(NamedTuple):
@@ -63,12 +64,12 @@ def classify(
     protocol = protocol or Protocol()
     classes = np.unique(labels["train"])
     if len(classes) < 2:
-        raise BadInput(
+        raise InputError(
             f"the training set has {len(classes)} class(es), but classification needs two or more: check --label-column"
         )
     if not np.isin(labels["test"], classes).any():
-        raise BadInput("training and test set share no label: use splits of the same data set")
-    rounds = FEW_ROUNDS if protocol.shots else ROUNDS
+        raise InputError("training and test set share no label: use splits of the same data set")
+    rounds = FEW_SHOT_MAX_ITER if protocol.shots else FULL_MAX_ITER
     predictions = []
     for draw in range(protocol.draws if protocol.shots else 1):
         rng = np.random.default_rng(protocol.seed + draw)

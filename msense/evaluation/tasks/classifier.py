@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from msense.classifier import Classifier, load_classifier
-from msense.errors import BadInput
-from msense.evaluation.models import TokenModel, slabs
-from msense.evaluation.result import METRICS, Result
+from msense.corpus.glue import TEST, GlueTask, Texts, get_task, read_split
+from msense.corpus.labelled import Columns
+from msense.errors import InputError
+from msense.evaluation.models import TokenModel, iter_slabs
+from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
-from msense.glue import TEST, GlueTask, Texts, read_part, task_of
-from msense.labelled import Columns
-from msense.teacher_folder import locate
+from msense.metrics import METRICS
+from msense.teacher.classifier import Classifier, load_classifier
+from msense.teacher.files import locate
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,8 @@ def measure(model: TokenModel, source: str, name: str, spec: Spec, columns: Colu
     more = {other: METRICS[other](np.array(gold), np.array(predicted)) for other in others}
     if task.further:
         try:
-            further = read_part(name, task, source or task.source, task.further, classifier.config.joiner)
-        except BadInput as error:
+            further = read_split(name, task, source or task.source, task.further, classifier.config.joiner)
+        except InputError as error:
             logger.info("skipped split %s: %s", task.further, error)
         else:
             own = np.array(_classified(model, classifier, further.texts))
@@ -59,22 +60,24 @@ def texts(source: str, name: str, spec: Spec, columns: Columns) -> list[str]:
 
 def _test_part(classifier: Classifier, source: str, name: str, columns: Columns) -> tuple[GlueTask, Texts]:
     config = classifier.config
-    task = task_of(name, columns, regression=config.labels is None)
+    task = get_task(name, columns, regression=config.labels is None)
     if task.regression != (config.labels is None):
         kind = "a number" if config.labels is None else "labels"
-        raise BadInput(f"the teacher's classifier predicts {kind}, which task {name} does not: use task {config.task}")
+        raise InputError(
+            f"the teacher's classifier predicts {kind}, which task {name} does not: use task {config.task}"
+        )
     if len(task.columns.texts) > 1 and not config.joiner:
-        raise BadInput(
+        raise InputError(
             f"task {name} has text pairs, but the teacher's classifier was trained on single texts: use task {config.task}"
         )
-    part = read_part(name, task, source or task.source, TEST, config.joiner)
+    part = read_split(name, task, source or task.source, TEST, config.joiner)
     if config.labels is not None and not np.isin(part.labels, config.labels).any():
-        raise BadInput(
+        raise InputError(
             f"task {name} has labels such as {str(part.labels[0])!r}, but the classifier predicts labels such as "
             f"{config.labels[0]!r}: use the data of {config.task}, on which it was trained"
         )
     if "F1" in task.metrics and not set(part.labels.tolist()) <= {"0", "1"}:
-        raise BadInput(f"task {name} has label {str(part.labels[0])!r}, but its metric F1 needs labels 0 and 1")
+        raise InputError(f"task {name} has label {str(part.labels[0])!r}, but its metric F1 needs labels 0 and 1")
     return task, part
 
 
@@ -82,10 +85,10 @@ def _classified(model: TokenModel, classifier: Classifier, texts: Sequence[str])
     """Return the predicted label of each text, or the predicted number for regression."""
     labels = classifier.config.labels
     predicted: list[Any] = []
-    for slab in slabs(texts):
+    for slab in iter_slabs(texts):
         read = model.read(slab)
         if read.hidden.shape[1] != classifier.config.dim:
-            raise BadInput(
+            raise InputError(
                 f"this model's embeddings have width {read.hidden.shape[1]}, but the teacher's classifier takes "
                 f"{classifier.config.dim}: use models derived from this teacher"
             )

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn import metrics
 
-from msense import storage, stores
-from msense.corpus.files import display_uri, reading
-from msense.errors import BadInput
-from msense.evaluation.models import TokenModel, slabs
+from msense.corpus.files import read_errors
+from msense.errors import InputError
+from msense.evaluation.models import TokenModel, iter_slabs
 from msense.evaluation.result import Result
+from msense.io import filesystems, storage
+from msense.io.filesystems import display_uri
 
 PARTS = ("train", "test")
 _MAX_BYTES = 64 << 20  # of a file of contexts
@@ -38,7 +39,7 @@ class Contexts:
 
 
 @dataclass(frozen=True)
-class Seen:
+class TargetWords:
     """A model's view of the m contexts (of M) in which the target word survives truncation.
 
     Attributes:
@@ -71,10 +72,10 @@ def measure(model: TokenModel, source: str) -> Result:
     scores: dict[str, list[float]] = {}
     left_out = 0
     for word in names:
-        train, test = (see(model, read_contexts(source, word, part)) for part in PARTS)
+        train, test = (embed_targets(model, read_contexts(source, word, part)) for part in PARTS)
         left_out += train.left_out + test.left_out
         if not len(train.gold) or not len(test.gold):
-            raise BadInput(
+            raise InputError(
                 f"{display_uri(source)}: every context of {word!r} is truncated before the word by this model"
             )
         frequent = Counter(train.gold.tolist()).most_common(1)[0][0]
@@ -95,13 +96,13 @@ def measure(model: TokenModel, source: str) -> Result:
 
 def words(source: str) -> list[str]:
     """Return the words of a folder, sorted; BadInput if it has none."""
-    with reading(source, "a folder of words"):
-        filesystem, path = stores.filesystem(source)
+    with read_errors(source, "a folder of words"):
+        filesystem, path = filesystems.filesystem(source)
         listed = filesystem.ls(path, detail=True)
     folders = [info["name"].rstrip("/").rpartition("/")[2] for info in listed if info["type"] == "directory"]
     names = sorted(word for word in folders if storage.exists(_file(source, word, "train", "data")))
     if not names:
-        raise BadInput(
+        raise InputError(
             f"{display_uri(source)} contains no WORD/train.data.txt: download CoarseWSD-20 "
             "(https://github.com/danlou/bert-disambiguation) and put its words there, one folder each"
         )
@@ -112,7 +113,7 @@ def read_contexts(source: str, word: str, part: str) -> Contexts:
     """Read the contexts of a word; BadInput if a file is missing, too large or invalid, or their lengths differ."""
     lines, gold = (_lines(_file(source, word, part, kind)) for kind in ("data", "gold"))
     if len(lines) != len(gold):
-        raise BadInput(
+        raise InputError(
             f"{display_uri(source)}: {word}/{part} has {len(lines)} contexts but {len(gold)} gold senses: restore both files"
         )
     texts, starts = [], []
@@ -120,7 +121,7 @@ def read_contexts(source: str, word: str, part: str) -> Contexts:
         place, _, text = line.partition("\t")
         before = text.split(" ")[: int(place)] if place.isascii() and place.isdecimal() and len(place) < 10 else None
         if before is None or len(before) == len(text.split(" ")):
-            raise BadInput(
+            raise InputError(
                 f"{display_uri(source)}: {word}/{part}.data.txt, line {number}: {line[:60]!r} is not `position<TAB>words` "
                 "with a word at that position"
             )
@@ -129,10 +130,10 @@ def read_contexts(source: str, word: str, part: str) -> Contexts:
     return Contexts(texts, np.array(starts, np.int64), np.array([name.strip() for name in gold]))
 
 
-def see(model: TokenModel, contexts: Contexts) -> Seen:
+def embed_targets(model: TokenModel, contexts: Contexts) -> TargetWords:
     """Embed the target words of contexts and assign their senses."""
     senses, embeddings, kept, start = [np.empty(0, str)], [], [], 0
-    for slab in slabs(contexts.texts):
+    for slab in iter_slabs(contexts.texts):
         read = model.read(slab)
         text = np.repeat(np.arange(len(slab)), np.diff(read.offsets))
         at = contexts.starts[start : start + len(slab)][text]
@@ -145,12 +146,12 @@ def see(model: TokenModel, contexts: Contexts) -> Seen:
             senses.append(np.array([f"{i} {s}" for i, s in zip(read.ids[rows], assigned, strict=True)], dtype=str))
         start += len(slab)
     places = np.concatenate(kept)
-    return Seen(
+    return TargetWords(
         np.concatenate(senses), np.concatenate(embeddings), contexts.gold[places], len(contexts.texts) - len(places)
     )
 
 
-def _labelled(train: Seen, senses: np.ndarray, frequent: str) -> np.ndarray:
+def _labelled(train: TargetWords, senses: np.ndarray, frequent: str) -> np.ndarray:
     """Return the majority training label of each sense."""
     labels = {
         sense: Counter(train.gold[train.senses == sense].tolist()).most_common(1)[0][0]
@@ -159,7 +160,7 @@ def _labelled(train: Seen, senses: np.ndarray, frequent: str) -> np.ndarray:
     return np.array([labels.get(sense, frequent) for sense in senses.tolist()])
 
 
-def _by_centroid(train: Seen, test: Seen) -> np.ndarray:
+def _by_centroid(train: TargetWords, test: TargetWords) -> np.ndarray:
     """Return the gold sense with the nearest mean training embedding, for each test context."""
     known = np.unique(train.gold)
     means = np.stack([train.embeddings[train.gold == name].mean(0) for name in known])
@@ -171,6 +172,6 @@ def _file(source: str, word: str, part: str, kind: str) -> str:
 
 
 def _lines(uri: str) -> list[str]:
-    with reading(uri, "text"):
+    with read_errors(uri, "text"):
         text = storage.read_bytes(uri, _MAX_BYTES).decode("utf-8", "replace")
     return text.removesuffix("\n").split("\n")

@@ -20,10 +20,10 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
-from msense.errors import BadInput
+from msense.corpus.labelled import Columns, Labelled, read_labelled
+from msense.errors import InputError
 from msense.evaluation.models import Model
 from msense.evaluation.result import Result
-from msense.labelled import Columns, Labelled, read_labelled
 from msense.text import first_line, redact
 
 PAPER_TASKS: tuple[str, ...] = (  # of Wang et al. (2025), by the names in their code; mteb now has a `.v2` of most
@@ -170,13 +170,13 @@ def task_class(name: str) -> Any:  # noqa: ANN401 - a class of mteb
     if name not in known:
         names = [n for n, task in known.items() if task.metadata.type == "Classification"]
         near = _near(name, names) or list(PAPER_TASKS[:3])
-        raise BadInput(
+        raise InputError(
             f"mteb has no task {redact(name)!r}; similar names: {', '.join(near)}. Use one of mteb's names, or your own "
             "data: --task mteb:NAME=DIR"
         )
     task, data = known[name], known[name].metadata
     if data.type != "Classification" or data.modalities != ["text"] or not issubclass(task, AbsTaskClassification):
-        raise BadInput(
+        raise InputError(
             f"mteb task {name} is {data.type} on {', '.join(data.modalities)}: use a task of type Classification on text"
         )
     return task
@@ -194,7 +194,7 @@ def _own_task(name: str) -> Any:  # noqa: ANN401 - a class of mteb
         task.load_data()  # before the seed is set: some tasks sample their test texts with it
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # includes what huggingface_hub raises
         config = f", configuration {data['name']}" if "name" in data else ""
-        raise BadInput(
+        raise InputError(
             f"cannot download the data of mteb task {name} from the Hub ({first_line(error)}): on a connected machine, run "
             f"`hf download --repo-type dataset {data['path']} --revision {data['revision']} --local-dir DIR`{config}; copy "
             f"DIR here with its splits named train*.csv, .jsonl or .parquet and test*, and pass --task mteb:{name}=DIR"
@@ -229,11 +229,11 @@ def _numbered(parts: Mapping[str, Labelled]) -> dict[str, int]:
     """Number the labels, test labels first: mteb's binary scores require classes 0 and 1."""
     train, test = (set(parts[part].labels.tolist()) for part in (_TRAIN, _TEST))
     if len(train) < 2:
-        raise BadInput(
+        raise InputError(
             f"the training set has {len(train)} class(es), but classification needs two or more: check --label-column"
         )
     if not train & test:
-        raise BadInput("training and test set share no label: use splits of the same data set")
+        raise InputError("training and test set share no label: use splits of the same data set")
     return {label: number for number, label in enumerate([*sorted(test), *sorted(train - test)])}
 
 
@@ -259,7 +259,7 @@ def _mteb() -> Any:  # noqa: ANN401 - a module
         try:
             import mteb
         except ImportError as error:
-            raise BadInput(
+            raise InputError(
                 f"mteb tasks need the package mteb, which cannot be imported ({first_line(error)}): pip install "
                 "msense[evaluation]"
             ) from error

@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from msense.config import NO_SENSE
-from msense.corpus import Document, cut_pieces, list_files, read_documents
-from msense.corpus.files import display_uri
-from msense.errors import BadInput
-from msense.evaluation.models import TokenModel, slabs
+from msense.constants import NO_SENSE
+from msense.corpus import Document, cut_splits, list_files, read_documents
+from msense.errors import InputError
+from msense.evaluation.models import TokenModel, iter_slabs
 from msense.evaluation.result import Result
-from msense.losses import frequent_sense_accuracy
+from msense.io.filesystems import display_uri
+from msense.training.losses import frequent_sense_accuracy
 
-MOST_TEXTS = 2000  # the first documents of the corpus
+MAX_TEXTS = 2000  # the first documents of the corpus
 COSINE, SENSES, FREQUENT = "cosine", "sense accuracy", "most frequent sense"
 
 
@@ -38,11 +38,13 @@ def measure(model: TokenModel, teacher: TokenModel, source: str, text_column: st
     """
     cosines, sizes = [], []
     right, total, frequent = 0, 0, 0.0
-    for slab in slabs(read_texts(source, text_column)):
+    for slab in iter_slabs(read_texts(source, text_column)):
         own, theirs = model.read(slab), teacher.read(slab)
         output = own.senses if model.spec.replace is None else own.hidden
         if not np.array_equal(own.ids, theirs.ids) or own.senses.shape != theirs.senses.shape:
-            raise BadInput("model and teacher split this text into different tokens: compare them on sentences instead")
+            raise InputError(
+                "model and teacher split this text into different tokens: compare them on sentences instead"
+            )
         lengths = np.diff(own.offsets)
         text = np.repeat(np.arange(len(slab)), lengths)
         cosines.append(np.bincount(text, _cosines(output, theirs.hidden), len(slab)) / np.maximum(lengths, 1))
@@ -60,16 +62,16 @@ def measure(model: TokenModel, teacher: TokenModel, source: str, text_column: st
     return Result(COSINE, "texts", np.concatenate(cosines).tolist(), weights.tolist(), more=more)
 
 
-def read_texts(source: str, text_column: str = "text", most: int = MOST_TEXTS) -> list[str]:
+def read_texts(source: str, text_column: str = "text", most: int = MAX_TEXTS) -> list[str]:
     """Return the first texts of a corpus; BadInput if it is missing or has no text."""
     texts = list(itertools.islice(_documents(source, text_column), most))
     if not texts:
-        raise BadInput(f"{display_uri(source)} contains no text: use another corpus")
+        raise InputError(f"{display_uri(source)} contains no text: use another corpus")
     return texts
 
 
 def _documents(source: str, text_column: str) -> Iterator[str]:
-    for piece in cut_pieces(list_files((source,))):
+    for piece in cut_splits(list_files((source,))):
         numbered = replace(piece, first_row=max(0, piece.first_row))  # rows only name documents, which is unused here
         yield from (d.text for d in read_documents(numbered, text_column) if isinstance(d, Document))
 

@@ -14,14 +14,15 @@ import numpy as np
 from scipy import stats
 
 from msense.corpus import list_files
-from msense.corpus.files import display_uri, filesystem_of, reading
+from msense.corpus.files import corpus_filesystem, read_errors
 from msense.dictionary import SenseDictionary
 from msense.dictionary.lookup import read_vocabulary
-from msense.errors import BadInput
+from msense.errors import InputError
 from msense.evaluation.models import Model
 from msense.evaluation.result import Result
+from msense.io.filesystems import display_uri
 
-MOST = 512  # senses of a word of several tokens, each combining the most frequent senses of its tokens
+MAX_SENSES = 512  # senses of a word of several tokens, each combining the most frequent senses of its tokens
 _MAX_BYTES = 64 << 20  # of a set
 BEST, MEAN, ONE, TEXT = "best pair", "mean of pairs", "one embedding", "as texts"
 
@@ -66,7 +67,7 @@ def measure(model: Model, source: str) -> Result:
             correlations[name].append(_spearman(own[known], gold[known]))
         counts.append(float(known.sum()))
     if not sum(counts):
-        raise BadInput(
+        raise InputError(
             f"{display_uri(source)}: the dictionary contains no pair of these words: build it from more text"
         )
     more = {name: float(np.average(own, weights=counts)) for name, own in correlations.items() if name != main}
@@ -82,18 +83,18 @@ def read_sets(source: str) -> dict[str, list[Pair]]:
         if file.format != "txt":
             continue
         if file.size > _MAX_BYTES:
-            raise BadInput(
+            raise InputError(
                 f"{display_uri(file.uri)} has {file.size} bytes, but at most {_MAX_BYTES} are read: split it"
             )
-        with reading(file.uri, file.format):
-            filesystem, path = filesystem_of(file.uri)
+        with read_errors(file.uri, file.format):
+            filesystem, path = corpus_filesystem(file.uri)
             with filesystem.open(path, "rb") as opened:
                 lines = opened.read().decode("utf-8-sig", "replace").split("\n")
         sets[file.name.rpartition("/")[2].removesuffix(".txt")] = [
             _pair(file.uri, number, line) for number, line in enumerate(lines, 1) if line.strip()
         ]
     if not sets:
-        raise BadInput(
+        raise InputError(
             f"{display_uri(source)} contains no *.txt: put word similarity sets there, lines of word word score"
         )
     return sets
@@ -106,7 +107,7 @@ def _pair(uri: str, number: int, line: str) -> Pair:
         if not math.isfinite(score):
             raise ValueError(f"{score} is not finite")
     except (IndexError, ValueError) as error:
-        raise BadInput(
+        raise InputError(
             f"{display_uri(uri)}, line {number}: {line[:80]!r} is not `word word score`: correct or remove it"
         ) from error
     return Pair(first, second, score)
@@ -140,7 +141,7 @@ def _by_senses(dictionary: SenseDictionary) -> dict[str, Callable[[Pair], float]
 def _lookup_of(dictionary: SenseDictionary) -> Callable[[str], Word | None]:
     """Return a cached lookup of words."""
     if dictionary.tokenizer_file is None:
-        raise BadInput("this dictionary has no tokenizer to look words up with: build one from a teacher")
+        raise InputError("this dictionary has no tokenizer to look words up with: build one from a teacher")
     config = dictionary.config
     vocabulary = read_vocabulary(dictionary.tokenizer_file, config.vocab_size, config.tokenizer_fingerprint)
 
@@ -157,7 +158,7 @@ def _lookup_of(dictionary: SenseDictionary) -> Callable[[str], Word | None]:
         if not tokens or any(not len(token.counts) for token in tokens):
             return None
         # several tokens: means of one sense of each
-        width = max(1, int(MOST ** (1 / len(tokens)) + 1e-9))
+        width = max(1, int(MAX_SENSES ** (1 / len(tokens)) + 1e-9))
         rows = [np.argsort(-token.counts, kind="stable")[:width] for token in tokens]
         own = [np.asarray(token.centroids, np.float32) for token in tokens]
         choices = np.array(list(itertools.product(*rows)))

@@ -1,0 +1,1 @@
+"""The settings of the jobs: one frozen, validated model per command."""

@@ -1,0 +1,127 @@
+"""Passages as arrays: how they are specified, and how a block of a passages file is read."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from msense.errors import InputError
+from msense.io.arrays import open_parquet
+
+BLOCK_TOKENS = 1 << 15
+SCHEMA = pa.schema(
+    [
+        ("key", pa.uint64()),
+        ("document_id", pa.string()),
+        ("index", pa.int32()),
+        ("context", pa.int32()),
+        ("input_ids", pa.list_(pa.int32())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PassageSpec:
+    """How documents are cut into passages; the same for every input split of a run.
+
+    A passage is prefix + prompt + context + body + suffix: prefix and suffix are the tokenizer's special tokens, the
+    context repeats the last tokens of the previous passage (`stride`).
+
+    Example:
+        >>> PassageSpec(max_length=128, prefix=(101,), suffix=(102,)).body_length
+        126
+    """
+
+    max_length: int
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = ()
+    excluded: tuple[int, ...] = ()
+    stride: int = 0
+    seed: int = 0
+    dedup: bool = False
+    text_column: str = "text"
+    sample: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.body_length < 1:
+            raise InputError(
+                f"max_length {self.max_length} leaves no room for text after {len(self.prompt)} tokens of prompt and "
+                f"{len(self.prefix) + len(self.suffix)} special tokens: raise --max-length or shorten --prompt"
+            )
+        if self.stride >= self.body_length:
+            raise InputError(
+                f"stride {self.stride} must be smaller than the {self.body_length} text tokens of a passage: lower it"
+            )
+
+    @property
+    def body_length(self) -> int:
+        """Maximum number of text tokens in a passage, context included."""
+        return self.max_length - len(self.prefix) - len(self.prompt) - len(self.suffix)
+
+
+@dataclass(frozen=True)
+class Passages:
+    """A block of P passages with T tokens, as flat arrays.
+
+    Example:
+        >>> block = read_block("passages/00000.parquet", 0)
+        >>> first = block.ids[block.offsets[0] : block.offsets[1]]
+    """
+
+    keys: np.ndarray  # uint64 [P]
+    context: np.ndarray  # int32 [P], number of context tokens of each passage
+    ids: np.ndarray  # int32 [T]
+    offsets: np.ndarray  # int64 [P + 1], start of each passage in ids
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each passage, int64 [P]."""
+        return np.diff(self.offsets)
+
+    def rows(self) -> np.ndarray:
+        """Return the passage of each token, int64 [T]."""
+        return np.repeat(np.arange(len(self.keys)), self.lengths)
+
+    def positions(self) -> np.ndarray:
+        """Return the position of each token in its passage, int64 [T]."""
+        return np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths)
+
+    def eligible(self, spec: PassageSpec) -> np.ndarray:
+        """Return which tokens may be sampled and labelled, bool [T]: not prompt, context or excluded tokens."""
+        position = self.positions()
+        start = len(spec.prefix)
+        skipped = (position >= start) & (position < start + len(spec.prompt) + np.repeat(self.context, self.lengths))
+        return ~skipped & ~np.isin(self.ids, np.asarray(spec.excluded, dtype=np.int32))
+
+    def without(self, rows: np.ndarray) -> "Passages":
+        """Return the block without the passages of these rows."""
+        if not len(rows):
+            return self
+        kept = np.ones(len(self.keys), dtype=bool)
+        kept[rows] = False
+        offsets = np.r_[0, np.cumsum(self.lengths[kept])].astype(np.int64)
+        return Passages(self.keys[kept], self.context[kept], self.ids[np.repeat(kept, self.lengths)], offsets)
+
+    @staticmethod
+    def concatenate(blocks: "list[Passages]") -> "Passages":
+        """Concatenate blocks."""
+        starts = np.cumsum([0, *(len(b.ids) for b in blocks)])
+        return Passages(
+            np.concatenate([b.keys for b in blocks]),
+            np.concatenate([b.context for b in blocks]),
+            np.concatenate([b.ids for b in blocks]),
+            np.concatenate([b.offsets[:-1] + s for b, s in zip(blocks, starts, strict=False)] + [starts[-1:]]),
+        )
+
+
+def read_block(uri: str, block: int) -> Passages:
+    """Read one block (row group) of a passages file, without the document ids."""
+    table = open_parquet(uri).read_row_group(block, columns=["key", "context", "input_ids"])
+    lists = table.column("input_ids").combine_chunks()
+    return Passages(
+        table.column("key").to_numpy(),
+        table.column("context").to_numpy(),
+        lists.flatten().to_numpy(zero_copy_only=False),
+        lists.offsets.to_numpy().astype(np.int64),
+    )

@@ -1,0 +1,1 @@
+"""Whole jobs: each reads as a list of stages."""

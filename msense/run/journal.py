@@ -1,0 +1,91 @@
+"""The journal of a run: what each driver did, stage by stage."""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from msense.errors import MsenseError
+from msense.io import storage
+from msense.run.folder import RunFolder
+from msense.runtime.progress import spilled_bytes
+from msense.text import plain, size
+
+logger = logging.getLogger(__name__)
+
+DRIVERS_KEPT = 100
+
+
+@dataclass
+class Journal:
+    """What the drivers of a run did, a record each; written whenever a count is known.
+
+    A record holds `began` (UTC), `host`, `pid`, `workers`, `stages` (per stage: files `kept` of earlier drivers, found
+    `damaged`, and `made`; no `made` = the driver never got so far) and `outcome` ("" = none: killed
+    or at work).
+    """
+
+    uri: str
+    drivers: list[dict[str, Any]] = field(default_factory=list)
+
+    @staticmethod
+    def begin(run: RunFolder, workers: int) -> "Journal":
+        """Open a run's journal and begin the record of this driver."""
+        journal = Journal(run.journal, (storage.read_json(run.journal, {"drivers": list}) or {}).get("drivers", []))
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"began": began, "host": socket.gethostname(), "pid": os.getpid(), "workers": workers}
+        journal.drivers = [*journal.drivers, {**record, "stages": {}, "outcome": ""}][-DRIVERS_KEPT:]
+        journal.write()
+        return journal
+
+    def add(self, stage: str, **counts: int) -> None:
+        """Add to the counts of a stage."""
+        found = self.drivers[-1]["stages"].setdefault(stage, {})
+        for name, count in counts.items():
+            found[name] = found.get(name, 0) + count
+        self.write()
+
+    def end(self, outcome: str) -> None:
+        """End this driver's record."""
+        self.drivers[-1]["outcome"] = outcome
+        self.write()
+
+    @contextmanager
+    def ending_with_errors(self) -> Iterator[None]:
+        """End this driver's record with any error that passes through."""
+        try:
+            yield
+        except BaseException as error:
+            kind = "" if isinstance(error, MsenseError) else f"{type(error).__name__}: "
+            with suppress(MsenseError):  # the disk may be full: what is told is the first error
+                self.end(plain(f"failed: {kind}{error}"))
+            raise
+
+    def write(self) -> None:
+        """Write the journal down."""
+        storage.write_json(self.uri, {"drivers": self.drivers})
+
+
+@contextmanager
+def timed(stages: dict[str, dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    """Time a stage; what is put into the yielded dict becomes its facts in `stages`."""
+    stats: dict[str, Any] = {}
+    logger.info("%s ...", name)
+    began, before = time.monotonic(), spilled_bytes()
+    yield stats
+    stats["seconds"] = round(time.monotonic() - began, 1)
+    if spilled := spilled_bytes() - before:
+        stats["spilled_bytes"] = spilled
+        logger.warning(
+            "%s: Ray moved %s of its object store to disk: give it more memory (`ray start --object-store-memory`)",
+            name,
+            size(spilled),
+        )
+    stages[name] = stats
+    told = (f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in stats.items())
+    logger.info("%s: %s", name, ", ".join(told))

@@ -1,0 +1,40 @@
+"""TODO"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+TOKEN_BUDGET = {
+    "cpu": 1024,
+    "cuda": 16384,
+}  # padded tokens per batch; constant, so that batches are the same everywhere
+
+
+def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Group passages of similar length into padded batches of at most `budget` tokens (at least one passage).
+
+    Args:
+        lengths: int64 [P].
+        budget: padded tokens per batch.
+
+    Yields:
+        int64 [B], indices into `lengths`, shortest passages first.
+    """
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        candidates = order[start : start + budget]
+        padded_tokens = lengths[candidates] * np.arange(1, len(candidates) + 1)
+        stop = start + max(1, int(np.searchsorted(padded_tokens, budget, side="right")))
+        yield order[start:stop]
+        start = stop
+
+
+def pad_batch(rows: list[np.ndarray], pad: int = 0, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+    """Return passages padded on the right (or left): token ids int32 [B, L] and mask bool [B, L]."""
+    lengths = np.array([len(r) for r in rows])[:, None]
+    columns = np.arange(lengths.max())
+    mask = columns < lengths if side == "right" else columns >= lengths.max() - lengths
+    ids = np.full(mask.shape, pad, dtype=np.int32)
+    ids[mask] = np.concatenate(rows)
+    return ids, mask

@@ -1,0 +1,1 @@
+"""Training loops of students and classifiers; they run with or without Ray."""
