@@ -66,7 +66,7 @@ class Maker:
     model2vec_python: str | None
 
     def task(self, name: str) -> str:
-        """Return a folder of the data; BadInput if it is missing."""
+        """Return a folder of the data; InputError if it is missing."""
         folder = self.data / name
         if not folder.is_dir():
             raise InputError(f"{folder} does not exist: --data must be a folder that contains {name}/")
@@ -76,7 +76,7 @@ class Maker:
         """Return the builder of dictionaries and students of a corpus."""
         return ArtifactCache(self.output / name, corpus, self.workers, teacher)
 
-    def evaluate(self, name: str, models: Sequence[str], tasks: Sequence[str], **more: Any) -> Evaluation:  # noqa: ANN401
+    def evaluate(self, name: str, models: Sequence[str], tasks: Sequence[str], **more: Any) -> Evaluation:
         """Evaluate and print the results."""
         given: dict[str, Any] = {"model": models, "task": tasks, "output": str(self.output / f"{name}.json")}
         given |= {"teacher": DEMO_TEACHER, "workers": self.workers, "model2vec_python": self.model2vec_python}
@@ -89,7 +89,7 @@ class Maker:
         return ("model2vec",) if self.model2vec_python else ()
 
 
-def students(shop: ArtifactCache, dictionary: Path, names: Sequence[str], **settings: Any) -> list[str]:  # noqa: ANN401
+def students(shop: ArtifactCache, dictionary: Path, names: Sequence[str], **settings: Any) -> list[str]:
     """Distil students and return them as models."""
     return [f"{name}=student:{shop.student(dictionary, name, **STUDENTS[name], **settings).folder}" for name in names]
 

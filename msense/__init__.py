@@ -5,22 +5,24 @@
 Example:
     >>> from msense import SenseDictionary
     >>> dictionary = SenseDictionary.load("runs/demo")
-    >>> print(dictionary.find("bank").explain())
+    >>> print(dictionary.lookup("bank").explain())
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from msense.constants import VERSION
+
 if TYPE_CHECKING:
     from msense.dictionary import SenseDictionary
     from msense.student.encoder import SenseEncoder
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["SenseDictionary", "SenseEncoder", "__version__"]
 _MODULES = {"SenseDictionary": "msense.dictionary", "SenseEncoder": "msense.student.encoder"}
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - the module-level hook of PEP 562 is untyped
+def __getattr__(name: str) -> Any:
     """Import a public class on first use (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module 'msense' has no attribute {name!r}")

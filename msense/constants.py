@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+VERSION = "0.1.0"
 DEMO_TEACHER = "all-MiniLM-L6-v2"
 MAX_SENSES, NO_SENSE = 65_534, 65_535  # labels are uint16; the second says "none"
 LARGEST_VALUE = 1e15  # of an embedding that k-means takes: float32 holds sums of such squares of any width

@@ -1,26 +1,26 @@
-"""The errors msense raises on purpose; anything else that comes out is a bug.
+"""The errors that msense raises on purpose; any other error is a bug.
 
-Every message names the value, the cause and the remedy. The jobs map them to exit codes:
-`BadInput` to 2 (wrong usage or bad input), `MsenseError` to 1 (the run failed).
+Every message has the value, the cause and the remedy. The command line maps them to exit codes: `InputError` to 2 (wrong
+usage or input), any other `MsenseError` to 1 (the run failed).
 """
 
 
 class MsenseError(Exception):
-    """A run that cannot go on; exit code 1."""
+    """A run failed."""
 
 
-class InputError(MsenseError):
-    """Wrong usage, or input that msense refuses; exit code 2."""
+class InputError(MsenseError, ValueError):
+    """Wrong usage, or input that is invalid or unsupported."""
 
 
 class DictionaryError(InputError):
-    """A dictionary folder that is truncated, foreign or inconsistent."""
+    """A dictionary folder is truncated, inconsistent or not a dictionary."""
 
 
 class StudentError(InputError):
-    """A student that cannot be made of what was given, or a student folder that is truncated, foreign or inconsistent."""
+    """A student cannot be built from its inputs, or its folder is truncated, inconsistent or not a student."""
 
 
 def is_panic(error: BaseException) -> bool:
-    """Tell whether a library written in Rust gave up: pyo3 makes that a BaseException of a type that cannot be imported."""
+    """Return whether an error is a panic of a library in Rust, whose type, a BaseException, cannot be imported."""
     return type(error).__name__ == "PanicException"

@@ -66,7 +66,7 @@ def _bare_rate(bench: Bench) -> float:
     return float(sum(rates))
 
 
-def _bare_forward(run: RunFolder, config: BuildConfig, number: int, of: int, start: Any, results: Any) -> None:  # noqa: ANN401 - multiprocessing's
+def _bare_forward(run: RunFolder, config: BuildConfig, number: int, of: int, start: Any, results: Any) -> None:
     """Run the batches of every of-th partition and report tokens/s."""
     import torch
     from transformers import AutoModel

@@ -96,7 +96,9 @@ def dictionaries(train: Read, vocab_size: int) -> Dictionaries:
     """Return the dictionaries to compare; `auto` has as many senses as `k20`, or as near as possible."""
 
     def fit(k: int | SenseBudget) -> SenseDictionary:
-        return SenseDictionary.fit(train.ids, train.embeddings, k=k, vocab_size=vocab_size, max_occurrences=CAP)
+        return SenseDictionary.from_embeddings(
+            train.ids, train.embeddings, k=k, vocab_size=vocab_size, max_occurrences=CAP
+        )
 
     fixed = fit(FIXED)
     wanted = budget = len(fixed)

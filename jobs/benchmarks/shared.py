@@ -71,7 +71,7 @@ class Bench:
         """Width D of the teacher's embeddings."""
         return load_teacher_info(DEMO_TEACHER, self.config)[0].dim
 
-    def build(self, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - settings
+    def build(self, **changes: Any) -> dict[str, Any]:
         """Build the dictionary of the shared run, or resume it."""
         return build_dictionary(self.config.model_copy(update=changes))
 
@@ -83,7 +83,7 @@ class Bench:
         """Delete the shared run.
 
         Raises:
-            BadInput: its folder holds something else.
+            InputError: its folder holds something else.
         """
         is_run = any(storage.exists(run.manifest) for run in (self.run, self.dry_run))
         if storage.names(self.run.root) and not is_run:
@@ -113,7 +113,7 @@ class Bench:
         """Return a folder of labelled data.
 
         Raises:
-            BadInput: `--data` is missing or lacks that folder.
+            InputError: `--data` is missing or lacks that folder.
         """
         if self._data is None:
             raise InputError(f"this benchmark reads {name}/: give --data, the folder that contains it")

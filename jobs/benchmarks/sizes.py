@@ -93,7 +93,7 @@ def cell(shape: Shape, loops: dict[str, Loop], processes: Processes, own: Proces
     return figures
 
 
-def _first(loop: Loop, count: int, points: list[np.ndarray], **options: Any) -> list[np.ndarray]:  # noqa: ANN401 - the loop's
+def _first(loop: Loop, count: int, points: list[np.ndarray], **options: Any) -> list[np.ndarray]:
     return loop(points[:count], **options)
 
 

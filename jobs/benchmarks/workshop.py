@@ -49,11 +49,11 @@ class ArtifactCache:
         )
         return output
 
-    def student(self, dictionary: Path, name: str, **settings: Any) -> Made:  # noqa: ANN401 - of a distillation
+    def student(self, dictionary: Path, name: str, **settings: Any) -> Made:
         """Distill a student; those of one dictionary and metric share their labels.
 
         Raises:
-            BadInput: the existing student was made from another dictionary or with other settings.
+            InputError: the existing student was made from another dictionary or with other settings.
         """
         kept = self.folder / name
         labels = self.folder / f"labels-{dictionary.name}{'-dot' if settings.get('reference') else ''}"

@@ -31,7 +31,7 @@ def parse_flags(model: type[ConfigT], description: str, argv: Sequence[str] | No
         argv: arguments, without the program's name; default: those of the process.
 
     Raises:
-        BadInput: a flag, key or value is wrong; the message lists every error.
+        InputError: a flag, key or value is wrong; the message lists every error.
     """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -48,11 +48,11 @@ def parse_flags(model: type[ConfigT], description: str, argv: Sequence[str] | No
 class _Parser(argparse.ArgumentParser):
     """A parser that quotes the command line without its control characters."""
 
-    def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ANN401 - a stream
+    def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(plain(message), file)
 
 
-def _flag(annotation: Any, default: object, description: str | None) -> dict[str, Any]:  # noqa: ANN401 - a type object
+def _flag(annotation: Any, default: object, description: str | None) -> dict[str, Any]:
     """Return argparse's keywords for a field; values stay text, pydantic converts them."""
     shown = " ".join(default) if isinstance(default, tuple) else default
     if isinstance(default, dict):

@@ -18,7 +18,7 @@ def show_status(run: str) -> None:
     """Print the progress of every stage of a run, and what its latest drivers kept and wrote.
 
     Raises:
-        BadInput: the folder is not a run, or has records of another version.
+        InputError: the folder is not a run, or has records of another version.
     """
     folder = RunFolder(storage.absolute(run))
     manifest = folder.read_manifest()

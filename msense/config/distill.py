@@ -24,6 +24,7 @@ _RATES = {"static": 3e-3, "": 1e-3}
 MAX_SOFT_TARGETS = 256
 _OF_LABELS = ("train_tokens", "held_out", "soft_targets", "metric", "pooled", "dtype")
 _FREE = (
+    "local",
     "dictionary",
     "teacher",
     "workers",

@@ -10,7 +10,7 @@ from msense.corpus.glue import GLUE, GlueTask, get_task
 from msense.corpus.labelled import Columns
 from msense.errors import InputError
 
-_FREE = ("workers", "output", "log_level")  # without influence on the result
+_FREE = ("local", "workers", "output", "log_level")  # without influence on the result
 
 
 class FinetuneConfig(JobConfig):
@@ -78,7 +78,7 @@ class FinetuneConfig(JobConfig):
 
     @property
     def data(self) -> GlueTask:
-        """The task's columns and metrics; raises `BadInput` for a regression on a GLUE classification task."""
+        """The task's columns and metrics; raises `InputError` for a regression on a GLUE classification task."""
         task = get_task(self.name, Columns((self.text_column,), self.label_column), regression=self.regression)
         if self.regression and not task.regression:
             raise InputError(f"task {self.name} is a classification: remove --regression, or use another task name")

@@ -164,7 +164,7 @@ def write_passages(
         documents of each reason).
 
     Raises:
-        BadInput: a bad document, when `fail_on_bad`.
+        InputError: a bad document, when `fail_on_bad`.
     """
     bad: dict[str, int] = {}
     listed: list[dict[str, str]] = []

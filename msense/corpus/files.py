@@ -61,7 +61,7 @@ def list_files(uris: Sequence[str]) -> list[SourceFile]:
     are skipped.
 
     Raises:
-        BadInput: a URI is unsupported, missing, unreadable or without readable files; a package is not installed; two
+        InputError: a URI is unsupported, missing, unreadable or without readable files; a package is not installed; two
             files have the same name.
     """
     files: list[SourceFile] = []
@@ -115,7 +115,7 @@ def read_errors(uri: str, form: str) -> Iterator[None]:
     """Convert errors raised while reading the file `uri` as `form` into errors that name the file.
 
     Raises:
-        BadInput: the file is missing, not readable, or corrupted.
+        InputError: the file is missing, not readable, or corrupted.
         MsenseError: the connection was lost.
     """
     shown = display_uri(uri)

@@ -97,7 +97,7 @@ def read_split(name: str, task: GlueTask, source: str, part: str, joiner: str) -
         joiner: placed between the texts of a pair.
 
     Raises:
-        BadInput: the split is missing or corrupted, or a label of a regression is not a number.
+        InputError: the split is missing or corrupted, or a label of a regression is not a number.
     """
     data = _read_split(task, source, part)
     labels: np.ndarray = data.labels
@@ -128,7 +128,7 @@ def _read_split(task: GlueTask, source: str, part: str) -> Labelled:
     raise errors[0]
 
 
-def pair_separator(tokenizer: Any) -> str:  # noqa: ANN401 - a tokenizers.Tokenizer
+def pair_separator(tokenizer: Any) -> str:
     """Return the separator of a pair of texts: the tokenizer's own, if it reads it as one token in a text."""
     known = tokenizer.get_vocab(with_added_tokens=True)
     for token in ("[SEP]", "</s>", "<|end_of_text|>", "<eos>"):

@@ -65,7 +65,7 @@ def split_files(source: str, part: str) -> list[SourceFile]:
         part: name of the split, such as train; in a folder, the prefix of its file names.
 
     Raises:
-        BadInput: the split is missing; the message says what to download and where to put it.
+        InputError: the split is missing; the message says what to download and where to put it.
     """
     if source.startswith("hf://"):
         dataset, _, config = source.removeprefix("hf://").partition(":")
@@ -97,7 +97,7 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
     """Read columns (default: text and label) of one split of a data set; see `part_files` for `source` and `part`.
 
     Raises:
-        BadInput: the split is missing, corrupted or empty, lacks a column, or a text or label is missing.
+        InputError: the split is missing, corrupted or empty, lacks a column, or a text or label is missing.
     """
     columns = columns or Columns()
     if columns.label in columns.texts:
@@ -138,7 +138,7 @@ def _table(file: SourceFile, wanted: Sequence[str]) -> pd.DataFrame:
     return table[list(wanted)]
 
 
-def _parsed(file: SourceFile, stream: Any) -> pd.DataFrame:  # noqa: ANN401 - a file
+def _parsed(file: SourceFile, stream: Any) -> pd.DataFrame:
     try:
         if file.format == "csv":
             return _csv(file, stream)
@@ -149,7 +149,7 @@ def _parsed(file: SourceFile, stream: Any) -> pd.DataFrame:  # noqa: ANN401 - a 
         ) from error
 
 
-def _json(stream: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a file
+def _json(stream: Any) -> list[dict[str, Any]]:
     """Read the objects of a file, one per line."""
     rows = [json.loads(line.decode("utf-8-sig")) for line in stream if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
@@ -157,7 +157,7 @@ def _json(stream: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a file
     return rows
 
 
-def _parquet(stream: Any) -> dict[str, list[Any]]:  # noqa: ANN401 - a file
+def _parquet(stream: Any) -> dict[str, list[Any]]:
     """Read the columns of a parquet file that hold texts, numbers or booleans."""
     names = tables.open_untrusted_parquet(stream).schema_arrow.names
     if len(set(names)) < len(names):
@@ -180,7 +180,7 @@ def _is_scalar(kind: pa.DataType) -> bool:
     )
 
 
-def _csv(file: SourceFile, stream: Any) -> pd.DataFrame:  # noqa: ANN401 - a file
+def _csv(file: SourceFile, stream: Any) -> pd.DataFrame:
     """Read a csv file whose rows have exactly the fields of its header."""
     reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
     try:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
 
+from msense.constants import MANY
 from msense.errors import InputError
 from msense.io.arrays import open_parquet
 
@@ -18,6 +20,22 @@ SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
     ]
 )
+
+
+class PassageOptions(BaseModel):
+    """How the documents of a corpus become passages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text_column: str = Field("text", description="column of the text in jsonl, parquet and csv files")
+    dedup: bool = Field(False, description="read passages of the same content once (ids are then not compared)")
+    stride: int = Field(
+        0, ge=0, le=MANY, description="context tokens repeated from the passage before; never sampled twice"
+    )
+    sample: float = Field(
+        1.0, gt=0, le=1, description="share of the documents to read; with --dry-run the whole is estimated from it"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,10 @@ class Passages:
     def lengths(self) -> np.ndarray:
         """Number of tokens of each passage, int64 [P]."""
         return np.diff(self.offsets)
+
+    def row(self, number: int) -> np.ndarray:
+        """Return the token ids of one passage, int32 [L]."""
+        return self.ids[self.offsets[number] : self.offsets[number + 1]]
 
     def rows(self) -> np.ndarray:
         """Return the passage of each token, int64 [T]."""

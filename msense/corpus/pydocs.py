@@ -20,7 +20,7 @@ def choose_packages(names: Sequence[str]) -> list[str]:
     """Return the named packages, or by default the installed ones of `DEFAULT_PACKAGES`.
 
     Raises:
-        BadInput: no name was given and no default package is installed.
+        InputError: no name was given and no default package is installed.
     """
     chosen = list(names) or [name for name in DEFAULT_PACKAGES if importlib.util.find_spec(name)]
     if not chosen:
@@ -32,7 +32,7 @@ def source_files(package: str) -> list[tuple[str, Path]]:
     """Return (name relative to the package's parent folder, path) of a package's Python files, sorted by name.
 
     Raises:
-        BadInput: no such top-level package is installed, or it has no Python source.
+        InputError: no such top-level package is installed, or it has no Python source.
     """
     try:  # a dotted name would import the parent package
         spec = importlib.util.find_spec(package) if package.isidentifier() else None

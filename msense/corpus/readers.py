@@ -77,7 +77,7 @@ def read_documents(
         seed: seed of the sample.
 
     Raises:
-        BadInput: the file is missing, not readable, corrupted, or has no such column.
+        InputError: the file is missing, not readable, corrupted, or has no such column.
     """
     if split.first_row == UNKNOWN:
         raise ValueError(f"{split.name}: the input split at byte {split.start} has no row number; call number_pieces")
@@ -167,13 +167,13 @@ def _buffered(raw: io.RawIOBase, codec: str) -> Iterator[io.BufferedReader]:
 class _Unpacked(io.RawIOBase):
     """A decompressed stream that fails when it is far larger than text could be."""
 
-    def __init__(self, plain: Any, packed: io.RawIOBase) -> None:  # noqa: ANN401 - Arrow's stream
+    def __init__(self, plain: Any, packed: io.RawIOBase) -> None:
         self._plain, self._packed, self._size = plain, packed, 0
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - any writable buffer
+    def readinto(self, buffer: Any) -> int:
         chunk = self._plain.read(len(buffer))
         buffer[: len(chunk)] = chunk
         self._size += len(chunk)

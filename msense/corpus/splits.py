@@ -46,7 +46,7 @@ def cut_splits(files: Sequence[SourceFile], split_bytes: int = 16 << 20) -> list
     whole.
 
     Raises:
-        BadInput: a parquet file without a readable footer.
+        InputError: a parquet file without a readable footer.
     """
     splits: list[InputSplit] = []
     for file in files:
@@ -67,7 +67,7 @@ def count_rows(split: InputSplit) -> int:
     """Return the number of lines that start in a split's byte range; `UNKNOWN` for formats that need no count.
 
     Raises:
-        BadInput: the file cannot be read.
+        InputError: the file cannot be read.
     """
     if split.format not in ("txt", "jsonl") or split.stop == WHOLE:
         return UNKNOWN

@@ -16,7 +16,7 @@ _FOOTER_BYTES = 64 << 20
 _CHECKED_BYTES = 8 << 20  # longer footers are not parsed here, which takes a second per megabyte
 
 
-def open_untrusted_parquet(raw: Any, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:  # noqa: ANN401 - a file
+def open_untrusted_parquet(raw: Any, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
     """Open an untrusted parquet file.
 
     Args:

@@ -23,7 +23,7 @@ def validate_inputs(token_ids: np.ndarray | Tensor, embeddings: np.ndarray | Ten
     """Return token ids as an int64 array [N] and embeddings as a tensor [N, D].
 
     Raises:
-        BadInput: a shape or dtype is invalid.
+        InputError: a shape or dtype is invalid.
     """
     points = as_tensor(embeddings)
     ids = token_ids.detach().cpu().numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
@@ -40,7 +40,7 @@ def as_integer(k: object) -> int:
     """Return a number of senses of any integer type as `int`.
 
     Raises:
-        BadInput: `k` is not an integer.
+        InputError: `k` is not an integer.
     """
     try:
         return index(k)  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ def output_tensor(out: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> 
     """Return `out` as a tensor that shares its memory.
 
     Raises:
-        BadInput: `out` differs from the embeddings in type, dtype or shape, or is read-only.
+        InputError: `out` differs from the embeddings in type, dtype or shape, or is read-only.
     """
     wanted = f"{embeddings.dtype} {tuple(embeddings.shape)}"
     if isinstance(out, Tensor) != isinstance(embeddings, Tensor) or f"{out.dtype} {tuple(out.shape)}" != wanted:

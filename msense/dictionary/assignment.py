@@ -188,7 +188,7 @@ def assign(token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metr
         go to the lowest index.
 
     Raises:
-        BadInput: an embedding is NaN or infinite.
+        InputError: an embedding is NaN or infinite.
         DictionaryError: a sense in use is NaN or infinite.
     """
     rows = _nearest_rows(token_ids, embeddings, senses, metric)

@@ -26,7 +26,7 @@ Each embedding is replaced by the nearest sense of its own token; the teacher's 
 from msense import SenseDictionary
 
 dictionary = SenseDictionary.load("path/to/this/folder")
-dictionary.find("bank")                          # the word's tokens and their numbers of senses
+dictionary.lookup("bank")                          # the word's tokens and their numbers of senses
 dictionary.assign(token_ids, embeddings)         # [N], [N, D] -> sense numbers [N]
 dictionary.replace(token_ids, embeddings)        # [N], [N, D] -> [N, D]
 ```

@@ -27,8 +27,9 @@ def check_arrays(arrays: "Arrays", config: "DictionaryConfig") -> None:
     """
     senses = len(arrays.counts)
     shapes = {"offsets": (config.vocab_size + 1,), "spread": (senses,), "token_counts": (config.vocab_size,)}
+    stored = {"offsets": arrays.offsets, "spread": arrays.rms_distance, "token_counts": arrays.token_counts}
     for name, shape in shapes.items():
-        if (array := getattr(arrays, name)).shape != shape:
+        if (array := stored[name]).shape != shape:
             raise DictionaryError(f"{name} has shape {array.shape}, but config.json and counts require {shape}")
     _check_counts("counts", arrays.counts, 1)
     _check_offsets(arrays.offsets, senses, config)

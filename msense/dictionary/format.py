@@ -19,6 +19,7 @@ from msense.dictionary.card import model_card
 from msense.dictionary.checks import check_arrays
 from msense.dictionary.layout import (
     _STORED,
+    ARRAYS,
     DTYPES,
     SHARD_BYTES,
     Arrays,
@@ -74,8 +75,8 @@ def write_dictionary(
         with atomic_path(path) as scratch, scratch.open("wb") as file:
             file.write(_header(tensors))
             for name in tensors:
-                if name in Arrays._fields:
-                    file.write(getattr(arrays, name).data)
+                if name in ARRAYS:
+                    file.write(getattr(arrays, ARRAYS[name]).data)
             if config.dtype == "int8":
                 _write_quantised(file, _take(chunks, held, senses), senses)
             else:

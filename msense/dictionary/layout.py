@@ -66,6 +66,10 @@ class DictionaryConfig(FrozenModel):
     quality: dict[_Name, float] = Field(default_factory=dict, max_length=100)
 
 
+# name in the files: field of `Arrays`
+ARRAYS = {"offsets": "offsets", "counts": "counts", "token_counts": "token_counts", "spread": "rms_distance"}
+
+
 class Arrays(NamedTuple):
     """The small arrays of a dictionary with S senses, sorted by token."""
 

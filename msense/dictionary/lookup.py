@@ -41,7 +41,7 @@ class Match:
         pieces: if there is none, the subword tokens of the word; empty for an unknown word.
 
     Example:
-        >>> print(dictionary.find("bank").explain())
+        >>> print(dictionary.lookup("bank").explain())
         'bank' is in the dictionary as 'bank' (id 2, 3 senses).
     """
 
@@ -125,7 +125,7 @@ class Vocabulary:
                     f"{fingerprint!r} as in config.json; {_REMEDY}"
                 )
 
-    def find(self, word: str, sizes: np.ndarray) -> Match:
+    def lookup(self, word: str, sizes: np.ndarray) -> Match:
         """Return the vocabulary entries for a word in any case; `sizes` int64 [V] are the numbers of senses.
 
         Raises:

@@ -35,7 +35,7 @@ def cluster_in_memory(
     """Return the dictionary of embeddings `points` [N, D] clustered by token id [N]; arguments are those of `fit`.
 
     Raises:
-        BadInput: a token id is outside the vocabulary, or a size exceeds the limits of a dictionary.
+        InputError: a token id is outside the vocabulary, or a size exceeds the limits of a dictionary.
         MsenseError: an embedding is NaN or infinite.
     """
     low, high = int(ids.min(initial=0)), int(ids.max(initial=0))

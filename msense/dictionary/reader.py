@@ -16,6 +16,7 @@ from torch import Tensor
 from msense.constants import MAX_SENSES
 from msense.dictionary.checks import check_arrays, check_scales
 from msense.dictionary.layout import (
+    ARRAYS,
     DICTIONARY,
     FORMAT_VERSION,
     Arrays,
@@ -68,7 +69,7 @@ def _open(files: DictionaryFiles) -> DictionaryContents:
                 loaded |= {name: file.get_tensor(name) for name in tensors}
         except (SafetensorError, RuntimeError, MemoryError) as error:  # RuntimeError: torch lacks address space
             raise DictionaryError(f"cannot map {path}: {error}; copy or build the dictionary again") from error
-    arrays = Arrays(**{name: loaded.pop(name).numpy() for name in Arrays._fields})
+    arrays = Arrays(**{field: loaded.pop(name).numpy() for name, field in ARRAYS.items()})
     check_arrays(arrays, config)
     scales = [tensor for name, tensor in loaded.items() if name.startswith("scales")]
     for own in scales:

@@ -58,7 +58,7 @@ class SenseDictionary:
         token_counts: int64 [V], occurrences in the whole corpus.
 
     Example:
-        >>> dictionary = SenseDictionary.fit(token_ids, embeddings, k=8)
+        >>> dictionary = SenseDictionary.from_embeddings(token_ids, embeddings, k=8)
         >>> dictionary.assign(token_ids, embeddings)  # [N], [N, D] -> sense numbers [N]
         >>> dictionary.save("senses")
         >>> SenseDictionary.load("senses").replace(token_ids, embeddings)  # [N, D]
@@ -135,7 +135,7 @@ class SenseDictionary:
         int8 takes D + 4 bytes per sense, with an error of at most 1/254 of the largest absolute value of each sense.
 
         Raises:
-            BadInput: the folder is a URI, or the dtype is unknown.
+            InputError: the folder is a URI, or the dtype is unknown.
             DictionaryError: the arrays contradict each other, or a centroid overflows the dtype.
         """
         if dtype not in (None, *get_args(Stored)):
@@ -169,7 +169,7 @@ class SenseDictionary:
         """Return the senses of a token, of which there may be none.
 
         Raises:
-            BadInput: the token is not in the vocabulary.
+            InputError: the token is not in the vocabulary.
             DictionaryError: a centroid of the token is not finite.
         """
         if not 0 <= token < self.vocab_size:
@@ -180,14 +180,14 @@ class SenseDictionary:
             raise DictionaryError(f"a sense of token {token} is NaN or infinite: build the dictionary again")
         return Senses(centroids, self.counts[start:end], self.rms_distance[start:end])
 
-    def find(self, word: str) -> Match:
+    def lookup(self, word: str) -> Match:
         """Look up the tokens of a word in the tokenizer's variants of it (`bank`, `Ġbank`, `▁bank`, `Bank`).
 
         Raises:
-            BadInput: the dictionary has no tokenizer.
+            InputError: the dictionary has no tokenizer.
             DictionaryError: its tokenizer.json is corrupted or that of another tokenizer.
         """
-        return self._vocabulary.find(word, np.diff(self.offsets))
+        return self._vocabulary.lookup(word, np.diff(self.offsets))
 
     def exemplars(self, token: int) -> list[Exemplar]:
         """Return the example contexts of a token's senses, sorted by sense and rank.
@@ -204,7 +204,7 @@ class SenseDictionary:
         Ties go to the lowest index; it is -1 for tokens without senses or outside the vocabulary.
 
         Raises:
-            BadInput: a shape or dtype is invalid, or an embedding is NaN or infinite.
+            InputError: a shape or dtype is invalid, or an embedding is NaN or infinite.
         """
         ids, points = self._checked(token_ids, embeddings)
         nearest = assignment.assign(ids, points, self.ragged, metric or self.config.metric)
@@ -231,7 +231,7 @@ class SenseDictionary:
             metric: l2, dot or cosine; None = the dictionary's.
 
         Raises:
-            BadInput: a shape, a dtype or the temperature is invalid, or an embedding is NaN or infinite.
+            InputError: a shape, a dtype or the temperature is invalid, or an embedding is NaN or infinite.
         """
         ids, points = self._checked(token_ids, embeddings)
         scale = None if temperature is None else self._scale(temperature)
@@ -239,10 +239,10 @@ class SenseDictionary:
         replaced = assignment.replace(ids, points, self.ragged, metric or self.config.metric, scale or None, target)
         return out if out is not None else replaced if isinstance(embeddings, Tensor) else replaced.numpy()
 
-    def weigh(
+    def top_k(
         self, token_ids: Tensor, embeddings: Tensor, top: int, temperature: float, *, metric: Metric | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the `top` nearest senses of each embedding and their weights, as `assignment.weigh`."""
+        """Return the `top` nearest senses of each embedding and their weights, as `assignment.top_k`."""
         ids, points = self._checked(token_ids, embeddings)
         scale = max(self._scale(temperature), _SMALLEST)
         return assignment.top_k(ids, points, self.ragged, metric or self.config.metric, scale, top)
@@ -264,7 +264,7 @@ class SenseDictionary:
         return self._files.fingerprint()
 
     @classmethod
-    def fit(  # noqa: PLR0913 - settings of an in-memory build, all keyword-only
+    def from_embeddings(  # noqa: PLR0913 - settings of an in-memory build, all keyword-only
         cls,
         token_ids: np.ndarray | Tensor,
         embeddings: np.ndarray | Tensor,
@@ -290,13 +290,15 @@ class SenseDictionary:
             dtype: of the stored centroids.
 
         Raises:
-            BadInput: a shape, dtype or setting is invalid.
+            InputError: a shape, dtype or setting is invalid.
             MsenseError: an embedding is NaN or infinite.
         """
         ids, points = validate_inputs(token_ids, embeddings)
         rule = k if isinstance(k, SenseBudget | MclConfig) else None
         settings = KMeansConfig(k=1 if rule else as_integer(k), metric=metric, seed=seed)
         return cls(*cluster_in_memory(ids, points, settings, rule, vocab_size, max_occurrences, dtype))
+
+    fit = from_embeddings  # former name
 
     def merge(self, *others: "SenseDictionary") -> "SenseDictionary":
         """Return the union in memory: each token's senses in the order of the arguments, occurrences added.

@@ -12,8 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from msense import __version__
-from msense.config.build import BuildConfig
+from msense.constants import VERSION
 from msense.corpus import list_files
 from msense.corpus.labelled import split_files
 from msense.dictionary import DictionaryFiles, SenseDictionary
@@ -23,12 +22,12 @@ from msense.evaluation.tasks import mteb
 from msense.io.storage import sha256_of
 from msense.student.config import StudentFiles
 from msense.teacher.files import locate
-from msense.teacher.spec import load_teacher_info
+from msense.teacher.spec import TeacherOptions, load_teacher_info
 
 PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
 
 
-def digest(told: Any) -> str:  # noqa: ANN401 - JSON values
+def digest(told: Any) -> str:
     """Return a hash of JSON values, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -36,7 +35,7 @@ def digest(told: Any) -> str:  # noqa: ANN401 - JSON values
 @cache
 def versions() -> dict[str, str]:
     """Return the package versions that results depend on."""
-    return {"msense": __version__, **{name: version(name) for name in PACKAGES}}
+    return {"msense": VERSION, **{name: version(name) for name in PACKAGES}}
 
 
 def model_key(spec: Spec) -> str:
@@ -65,7 +64,7 @@ def data_key(task: TaskSpec) -> str:
     """Return a hash of a task's data: names, sizes and modification times of its files.
 
     Raises:
-        BadInput: data are missing; the message says what to download and where to put it.
+        InputError: data are missing; the message says what to download and where to put it.
     """
     own = version("mteb") if task.kind == "mteb" and find_spec("mteb") else ""
     if not task.source:
@@ -81,7 +80,7 @@ def data_key(task: TaskSpec) -> str:
 
 def teacher_key(name: str, revision: str | None) -> str:
     """Return a hash of a teacher: weights, tokenizer, pooling, prompt, maximum length, and its classifier if any."""
-    info, _ = load_teacher_info(name, BuildConfig(revision=revision))
+    info, _ = load_teacher_info(name, TeacherOptions(revision=revision))
     stats = {key: value for key, value in asdict(info).items() if key not in ("name", "revision")}
     head = locate(name, revision) / "classifier"  # glob of a missing folder is empty
     return digest([stats, [sha256_of(path) for path in sorted(head.glob("*")) if path.is_file()]])

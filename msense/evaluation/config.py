@@ -104,7 +104,7 @@ class EvaluateConfig(JobConfig):
         return self.threads or os.cpu_count() or 1
 
     def specs(self, teacher: str) -> list[Spec]:
-        """Return the models to compare; BadInput if one cannot be parsed or two have the same name."""
+        """Return the models to compare; InputError if one cannot be parsed or two have the same name."""
         python = str(Path(self.model2vec_python).absolute()) if self.model2vec_python else None
         teacher = str(Path(teacher).absolute()) if Path(teacher).is_dir() else teacher
         common: dict[str, Any] = {"teacher": teacher, "dtype": self.dtype, "python": python}
@@ -114,7 +114,7 @@ class EvaluateConfig(JobConfig):
         return specs
 
     def tasks(self) -> list[TaskSpec]:
-        """Return the tasks; BadInput if one cannot be parsed or two have the same name."""
+        """Return the tasks; InputError if one cannot be parsed or two have the same name."""
         words: list[str] = []
         for word in self.task:
             words += [f"mteb:{name}" for name in PAPER_TASKS] if word == ALL_OF_PAPER else [word]

@@ -32,7 +32,7 @@ class Peer:
         """Distil the teacher.
 
         Raises:
-            BadInput: the Python is missing or has no model2vec.
+            InputError: the Python is missing or has no model2vec.
             MsenseError: distillation failed.
         """
         from msense.errors import InputError

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from tokenizers import Encoding
 
-from msense.config.build import BuildConfig
 from msense.dictionary import SenseDictionary
 from msense.errors import InputError
 from msense.evaluation import model2vec
@@ -31,7 +30,7 @@ from msense.teacher.body import resolve_dtype
 from msense.teacher.files import body_folder, loading
 from msense.teacher.model import Teacher
 from msense.teacher.pooling import pool_rows
-from msense.teacher.spec import load_teacher_info
+from msense.teacher.spec import TeacherOptions, load_teacher_info
 
 TEXTS_PER_SLAB = 512  # texts whose token embeddings are held at once
 
@@ -96,7 +95,7 @@ class TokenModel(Model, Protocol):
 
 
 def make_model(spec: Spec, device: str, threads: int) -> Model:
-    """Load a model; BadInput if it cannot be loaded, or dictionary and teacher do not match."""
+    """Load a model; InputError if it cannot be loaded, or dictionary and teacher do not match."""
     torch.set_num_threads(threads)
     if spec.kind == "student":
         return StudentModel(spec, device)
@@ -135,7 +134,7 @@ class TeacherModel:
         if (given := self.dictionary or like) is not None:
             own = given.config
             settings |= {"layer": own.layer, "prompt": own.prompt, "max_length": own.max_length or None}
-        self.info, self.tokenizer = load_teacher_info(spec.teacher, BuildConfig(**settings))
+        self.info, self.tokenizer = load_teacher_info(spec.teacher, TeacherOptions(**settings))
         if self.dictionary is not None:
             wanted = self.dictionary.config.teacher
             if wanted.fingerprint not in ("", self.info.fingerprint):

@@ -51,7 +51,7 @@ def draw_lines(file: Path, title: str, axes: tuple[str, str], points: Sequence[P
 
 
 def check_matplotlib() -> None:
-    """Raise BadInput if matplotlib is not installed."""
+    """Raise InputError if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise InputError("plots need matplotlib, which is not installed: pip install msense[evaluation]")
 
@@ -70,7 +70,7 @@ def _figure(title: str, axes: tuple[str, str]) -> tuple[Any, Any]:
     return figure, plot
 
 
-def _markers(plot: Any, points: Sequence[Point]) -> None:  # noqa: ANN401 - a matplotlib object
+def _markers(plot: Any, points: Sequence[Point]) -> None:
     for number, point in enumerate(points):
         bar = {"yerr": point.deviation} if point.deviation else {}
         plot.errorbar(
@@ -86,7 +86,7 @@ def _markers(plot: Any, points: Sequence[Point]) -> None:  # noqa: ANN401 - a ma
         )
 
 
-def _finish(figure: Any, plot: Any, file: Path, *, rms_distance: bool) -> None:  # noqa: ANN401 - matplotlib objects
+def _finish(figure: Any, plot: Any, file: Path, *, rms_distance: bool) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     plot.set_xscale("log")

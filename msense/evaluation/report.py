@@ -101,7 +101,7 @@ def load_report(output: str) -> Evaluation | None:
     """Load the JSON file of `write_report`; None if it does not exist.
 
     Raises:
-        BadInput: the file is damaged or no report.
+        InputError: the file is damaged or no report.
     """
     if not storage.exists(output):
         return None
@@ -140,7 +140,7 @@ def to_json(found: Evaluation) -> dict[str, Any]:
     return {"format_version": VERSION, "models": found.models, "tasks": tasks, "costs": costs, "made": found.made}
 
 
-def difference_to_baseline(found: Evaluation, task: TaskReport, model: str) -> Any:  # noqa: ANN401 - a Difference, or None
+def difference_to_baseline(found: Evaluation, task: TaskReport, model: str) -> Any:
     """Return the Difference of a model to the first model on a task; None if they cannot be compared."""
     first, own = task.rows.get(found.models[0]), task.rows.get(model)
     if model == found.models[0] or not isinstance(first, Result) or not isinstance(own, Result):

@@ -22,7 +22,7 @@ from msense.evaluation.report import Evaluation, TaskReport, load_report, write_
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
 from msense.run.folder import resolve_output
-from msense.runtime.ray_executor import connect, map_tasks, run_task
+from msense.runtime import Executor, open_executor
 from msense.runtime.resources import Resources
 from msense.student.files import load_student
 from msense.teacher.body import resolve_dtype
@@ -54,17 +54,18 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Evaluate all models on all tasks, or resume an interrupted evaluation; write JSON, Markdown and plots.
 
     Raises:
-        BadInput: a setting, model or data set is invalid; the message says what to download and where to put it.
+        InputError: a setting, model or data set is invalid; the message says what to download and where to put it.
         MsenseError: a model or task failed; finished results are kept.
     """
     check_matplotlib()  # fail now rather than after hours
     resolve_output(config.output)
     specs, tasks = config.specs(config.teacher or _teacher_of(config)), config.tasks()
     data = {task.title: data_key(task) for task in tasks}  # finds missing data before anything is loaded
-    resources = connect(config.workers)
+    executor = open_executor(local=config.local, workers=config.workers)
+    resources = executor.resources
     dtype: str = config.dtype
     if dtype == "auto":
-        dtype = run_task(resolve_dtype, dtype, resources.device, device=resources.device)
+        dtype = executor.run(resolve_dtype, dtype, resources.device, device=resources.device)
     specs = [replace(spec, dtype=dtype) for spec in specs]
     models = {spec.name: model_key(spec) for spec in specs}
     works = make_jobs(config, specs, tasks, resources)
@@ -86,10 +87,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     todo = [n for n, work in enumerate(works) if store.rows(work.title)[work.spec.name] == PENDING]
     logger.info("reusing %d of %d results", len(works) - len(todo), len(works))
     needs = {"num_gpus": 1.0} if resources.device == "cuda" else None
-    for row in map_tasks("evaluation", measure, todo, resources, works, needs=needs):
+    for row in executor.map("evaluation", measure, todo, works, needs=needs):
         store.add(row["title"], row["model"], Result.from_json(row["result"]))
     if config.cost:
-        _add_costs(store.report, config, works, resources, models)
+        _add_costs(store.report, config, works, executor, models)
     write_report(store.report, config.output, plots=True)
     return store.report
 
@@ -116,7 +117,7 @@ def _empty(
     for work in works:
         table = tables.setdefault(work.title, TaskReport(work.title, work.task.kind, work.what, {}))
         table.rows[work.spec.name] = PENDING if work.fits else UNFIT
-    settings = config.model_dump(mode="json", exclude={"output", "workers", "log_level"})
+    settings = config.model_dump(mode="json", exclude={"output", "local", "workers", "log_level"})
     settings |= {name: [redact(word) for word in settings[name]] for name in ("model", "task")}
     made = {
         "settings": settings,
@@ -159,7 +160,7 @@ def _add_costs(
     report: Evaluation,
     config: EvaluateConfig,
     works: Sequence[EvaluationJob],
-    resources: Resources,
+    executor: Executor,
     models: dict[str, str],
 ) -> None:
     """Measure the costs of all models side by side, unless an earlier run measured the same models."""
@@ -168,13 +169,20 @@ def _add_costs(
         logger.info("skipping costs: they need a task with its own texts, which mteb's own tasks do not provide")
         return
     key = digest(
-        [list(models.items()), data_key(first.task), first.settings, resources.device, config.cores, versions()]
+        [
+            list(models.items()),
+            data_key(first.task),
+            first.settings,
+            executor.resources.device,
+            config.cores,
+            versions(),
+        ]
     )
     if report.made.get("cost_key") == key:
         return
     logger.info("measuring costs of all models in turn")
     specs = [work.spec for work in works if work.title == first.title]
-    costs: dict[str, Cost] = run_task(_cost, specs, first, config.cores, device=resources.device)
+    costs: dict[str, Cost] = executor.run(_cost, specs, first, config.cores, device=executor.resources.device)
     report.costs = costs
     report.made["cost_key"] = key
 

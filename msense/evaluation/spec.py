@@ -97,7 +97,7 @@ class TaskSpec:
 
 
 def parse_model(word: str) -> Spec:
-    """Parse a `--model`, or raise BadInput; `LABEL=MODEL` sets its name."""
+    """Parse a `--model`, or raise InputError; `LABEL=MODEL` sets its name."""
     labelled = _LABEL.fullmatch(word)
     name, text = labelled.groups() if labelled and not Path(word).exists() else ("", word)
     kind, mark, rest = text.partition(":")
@@ -143,7 +143,7 @@ def _with_options(word: str, name: str, kind: Literal["replaced", "student"], re
 
 
 def parse_task(word: str) -> TaskSpec:
-    """Parse a `--task`, or raise BadInput."""
+    """Parse a `--task`, or raise InputError."""
     left, mark, source = word.partition("=")
     kind, colon, name = left.partition(":")
     known = get_args(TaskKind)
@@ -161,7 +161,7 @@ def parse_task(word: str) -> TaskSpec:
 
 
 def check_names(words: Sequence[str], names: Sequence[str], what: str) -> None:
-    """Raise BadInput if two words of the flag `what` have the same parsed name."""
+    """Raise InputError if two words of the flag `what` have the same parsed name."""
     for number, name in enumerate(names):
         if name in names[:number]:
             first = words[names.index(name)]

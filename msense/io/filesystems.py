@@ -27,7 +27,7 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """Return the fsspec filesystem of a URI and the path on it; a plain path is local.
 
     Raises:
-        BadInput: unknown scheme, missing package, or invalid bucket.
+        InputError: unknown scheme, missing package, or invalid bucket.
     """
     check_buckets(uri)
     scheme = uri.partition("://")[0]
@@ -165,6 +165,6 @@ class _Remote(io.RawIOBase):
     def tell(self) -> int:
         return int(self._file.tell())
 
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - any writable buffer
+    def readinto(self, buffer: Any) -> int:
         with store_errors(self._uri):
             return int(self._file.readinto(buffer))

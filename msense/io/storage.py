@@ -89,7 +89,7 @@ def read_bytes(uri: str, most: int, ask_store: bool = True) -> bytes:
 
     Raises:
         FileNotFoundError: the file does not exist or is not a regular file.
-        BadInput: the file is too large.
+        InputError: the file is too large.
     """
     fs, path = filesystem(uri)
     with store_errors(uri):

@@ -29,7 +29,7 @@ TensorSpecs = dict[str, tuple[str, tuple[int, ...]]]  # name: (safetensors dtype
 class FrozenModel(BaseModel):
     """Base of the configs read from disk: immutable, without unknown keys or infinite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
 
 class _Entry(FrozenModel):
@@ -90,7 +90,7 @@ class Artefact:
             )
         return self.valid(path, lambda: model.model_validate_json(raw, strict=True))
 
-    def parsed(self, path: Path, parse: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
+    def parsed(self, path: Path, parse: Callable[[], Any]) -> Any:
         """Return the result of a JSON parser, or raise the artefact's error."""
         try:
             return parse()
@@ -135,7 +135,7 @@ class Artefact:
         raise self.error(message)
 
 
-def check_model_settings(settings: Any, tensors: int) -> str | None:  # noqa: ANN401 - JSON
+def check_model_settings(settings: Any, tensors: int) -> str | None:
     """Look for settings of a model config that would make a library allocate without limit, or download code.
 
     Args:

@@ -1,17 +1,16 @@
-"""A distillation: a dictionary and a text in, labels and a student out, by way of files in the run folder.
+"""Distill a student: the stages from a dictionary and a text to labels and a student's folder.
 
-Runs on the driver: it hands over paths and never holds text, labels or embeddings. Each stage leaves out what an earlier
-run has finished, so the same command goes on after any crash.
+Runs on the driver, which passes on paths; it never holds text, labels or embeddings. Every stage keeps what an earlier run
+finished, so that the same command resumes after any interruption.
 """
 
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from msense.config.distill import DistillConfig
 from msense.corpus import list_files
-from msense.errors import InputError
 from msense.io import storage
 from msense.pipelines.build import THREADS
 from msense.pipelines.distill_inputs import DistillInputs, list_original_text, load_inputs
@@ -21,21 +20,22 @@ from msense.run.folder import RunFolder, locked, remove_temp_files, resolve_outp
 from msense.run.journal import Journal, timed
 from msense.run.manifest import check_manifest, inputs_hash
 from msense.run.resume import finished
-from msense.runtime.executor import peak_memory
-from msense.runtime.ray_executor import connect, run_task
-from msense.runtime.resources import Resources
+from msense.runtime import Executor, open_executor
+from msense.runtime.executor import Row, peak_memory
+from msense.stages.base import StageContext, run_stage
 from msense.stages.embed import EmbedSettings
 from msense.stages.label import (
     LabelSettings,
+    LabelStage,
+    SelectionStage,
+    SelectionStats,
     are_finished,
     cut_label_partitions,
     label_stats,
-    make_labels,
-    select_passages,
 )
-from msense.stages.passages import make_passages
-from msense.stages.plan import PlanInput, make_plan
-from msense.stages.train import check_student, train
+from msense.stages.passages import PassageStage
+from msense.stages.plan import PlanInput, PlanStage
+from msense.stages.train import TrainStage, check_student
 from msense.student import StudentSettings
 from msense.teacher.body import resolve_dtype
 from msense.training.distiller import DistillationConfig
@@ -43,50 +43,62 @@ from msense.training.label_dataset import LabelSet, label_size
 from msense.training.losses import LossWeights
 
 logger = logging.getLogger(__name__)
-TOLD_SOFT_TARGETS = 4  # of a dry run that is not told how many
+EXAMPLE_SOFT_TARGETS = 4  # in a dry run without --soft-targets
 
 
 @dataclass
 class Distillation:
-    """A run under way: its settings, and what the stages have told so far."""
+    """A run in progress."""
 
     config: DistillConfig
     source: DistillInputs
-    run: RunFolder
-    resources: Resources
     dtype: str
-    journal: Journal
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    context: StageContext
+
+    @property
+    def run(self) -> RunFolder:
+        """The run folder."""
+        return self.context.run
+
+    @property
+    def executor(self) -> Executor:
+        """Where the work runs."""
+        return self.context.executor
 
 
 def distill_student(config: DistillConfig) -> dict[str, Any]:
-    """Label a text and distill a student from it, or go on with a run that was cut off.
+    """Label a text and distill a student from it, or resume an interrupted run.
 
     Args:
         config: all settings; `output` names the run folder.
 
     Returns:
-        The run's summary: facts of every stage, the driver's peak memory in bytes (`driver_peak`), and either `student`,
-        the folder, or `estimate`, what a dry run found.
+        The run's summary: `stages`, the stats of every stage; `driver_peak`, the driver's peak memory in bytes; and either
+        `student`, the folder, or `estimate`, the result of a dry run.
 
     Raises:
-        BadInput: settings, dictionary, text or teacher that do not work.
-        MsenseError: the run failed; the same command goes on from what is finished.
+        InputError: settings, dictionary, text or teacher are invalid.
+        MsenseError: the run failed; the same command resumes it.
+
+    Example:
+        >>> summary = distill_student(DistillConfig(dictionary="run", student="static", output="student", local=True))
+        >>> encoder = SenseEncoder.from_pretrained(summary["student"])
     """
     source = load_inputs(config)
     root = resolve_output(config.output)
     with locked(RunFolder(root)):
-        resources = connect(config.workers, config.gpus_per_actor)
+        executor = open_executor(local=config.local, workers=config.workers, gpus_per_actor=config.gpus_per_actor)
+        device = executor.resources.device
         dtype = config.dtype
         if dtype == "auto":
-            dtype = run_task(resolve_dtype, dtype, resources.device, device=resources.device)
-        manifest = describe_distillation(config, source, dtype, resources.device, THREADS)
+            dtype = executor.run(resolve_dtype, dtype, device, device=device)
+        manifest = describe_distillation(config, source, dtype, device, THREADS)
         run = RunFolder(root, inputs_hash(manifest))
         check_manifest(run, manifest)
         remove_temp_files(run)
-        journal = Journal.begin(run, resources.tasks)
+        journal = Journal.begin(run, executor.resources.tasks)
         with journal.ending_with_errors():
-            summary = _run_stages(Distillation(config, source, run, resources, dtype, journal))
+            summary = _run_stages(Distillation(config, source, dtype, StageContext(run, executor, journal)))
         summary["driver_peak"] = peak_memory()
         storage.write_json(run.summary, summary)
         journal.end("dry run" if config.dry_run else "finished")
@@ -95,94 +107,89 @@ def distill_student(config: DistillConfig) -> dict[str, Any]:
 
 
 def _run_stages(job: Distillation) -> dict[str, Any]:
-    """Run what is not done yet."""
-    training = distillation_config(job.config, job.source, job.run, job.resources, job.dtype)
-    if not storage.exists(job.run.student):
-        run_task(check_student, training)
-    if job.config.dry_run or not are_finished(job.run, job.resources):
+    """Run the stages that are not finished; return the summary."""
+    config, run, context = job.config, job.run, job.context
+    training = distillation_config(config, job.source, run, job.executor, job.dtype)
+    if not storage.exists(run.student):
+        job.executor.run(check_student, training)
+    if config.dry_run or not are_finished(run, job.executor):
         text, blocks = _text(job)
-        with timed(job.stages, "choosing passages") as stats:
-            settings, chosen = select_passages(_settings(job, text), blocks, job.resources)
-            stats.update(chosen)
-            if not chosen["tokens"]:
-                raise InputError("no passage of this text is to be labelled: give other text, or --train-tokens")
-        partitions = cut_label_partitions(settings)
-        storage.write_json(job.run.partitions, {"labels": len(partitions)})
-        if job.config.dry_run:
-            arguments = {"settings": settings}
-            timer = (LabelTimer, arguments, partitions, job.resources) if job.config.time_teacher else None
-            found = _estimate(job, chosen) | {"units": len(partitions)} | job.resources.described()
-            found |= {"tokens_per_second": time_teacher(*timer)} if timer else {}
-            return {"stages": job.stages, "estimate": found}
-        with timed(job.stages, "labels") as stats:
-            stats.update(make_labels(settings, partitions, job.resources, job.journal))
-        labels = LabelSet.open(job.run.root)
+        selection = SelectionStage(_settings(job, text), blocks)
+        chosen = run_stage(selection, context)
+        partitions = cut_label_partitions(selection.settings)
+        storage.write_json(run.partitions, {"labels": len(partitions)})
+        if config.dry_run:
+            estimate = _estimate(job, chosen) | {"units": len(partitions)} | job.executor.resources.described()
+            if config.time_teacher:
+                arguments = {"settings": selection.settings}
+                estimate["tokens_per_second"] = time_teacher(LabelTimer, arguments, partitions, job.executor)
+            return {"stages": context.summary, "estimate": estimate}
+        run_stage(LabelStage(selection.settings, partitions), context)
+        labels = LabelSet.open(run.root)
     else:
-        with timed(job.stages, "labels") as stats:
-            labels = LabelSet.open(job.run.root)
-            job.journal.add("labels", kept=len(labels.manifest.partitions), damaged=0, made=0)
-            stats.update(label_stats(labels.manifest))
-    with timed(job.stages, "training") as stats:
-        stats.update(train(job.config, training, job.run, job.resources, labels))
-    return {"stages": job.stages, "student": job.run.student}
+        with timed(context.summary, "labels") as shown:
+            labels = LabelSet.open(run.root)
+            context.journal.add("labels", kept=len(labels.manifest.partitions), damaged=0, made=0)
+            shown.update(asdict(label_stats(labels.manifest)))
+    run_stage(TrainStage(run, training, labels, config.ship_senses), context)
+    return {"stages": context.summary, "student": run.student}
 
 
 def _text(job: Distillation) -> tuple[RunFolder, list[int]]:
-    """Return the run folder that holds passages and plan, and the number of blocks of every passages file."""
+    """Return the run folder with passages and plan, and the number of blocks of every passages file."""
     source, run = job.source, job.run
-    if kept := _kept_text(source, job.resources):
-        logger.info("the passages of %s are labelled", kept[0].root)
+    if kept := _kept_text(source, job.executor):
+        logger.info("labelling the passages of %s", kept[0].root)
         return kept
     files = list_files(job.config.corpus) if job.config.corpus else list_original_text(source)
-    with timed(job.stages, "passages") as stats:
-        storage.write_text(run.tokenizer, source.tokenizer.to_str())
-        spec = source.info.passage_spec(source.build)
-        found, blocks = make_passages(run, source.build, spec, files, job.resources, job.journal)
-        stats.update(found)
-    with timed(job.stages, "plan") as stats:
-        given = PlanInput(run, source.info, source.build)
-        stats.update(make_plan(given, blocks, job.resources, job.journal))
-    return run, blocks
+    storage.write_text(run.tokenizer, source.tokenizer.to_str())
+    reading = PassageStage(run, source.spec, files, source.corpus, job.config.on_bad_document)
+    run_stage(reading, job.context)
+    run_stage(
+        PlanStage(PlanInput(run, source.spec, source.text, source.info.vocab_size, source.info.dim), reading.blocks),
+        job.context,
+    )
+    return run, reading.blocks
 
 
-def _kept_text(source: DistillInputs, resources: Resources) -> tuple[RunFolder, list[int]] | None:
-    """Return the run that made the dictionary and its numbers of blocks, if passages and plan are there, every byte."""
+def _kept_text(source: DistillInputs, executor: Executor) -> tuple[RunFolder, list[int]] | None:
+    """Return the dictionary's run and its numbers of blocks, if its passages and plan are complete and unchanged."""
     if source.run is None:
         return None
     done = storage.read_json(source.run.finished) or {}
     run = RunFolder(source.run.root, done.get("made_of", ""))
     splits = len([name for name in storage.markers(run.passages) if name.endswith(".parquet")])
     files = [run.passages_file(number) for number in range(splits)]
-    plan = [run.thresholds, run.duplicates] if source.build.dedup else [run.thresholds]
-    found = finished("passages of the dictionary", run, files, resources, repair=False)
-    planned = finished("plan of the dictionary", run, plan, resources, repair=False)
-    whole = [stats for stats in found if stats is not None]
+    plan = [run.thresholds, run.duplicates] if source.text.dedup else [run.thresholds]
+    passages = finished("passages of the dictionary", run, files, executor, repair=False)
+    planned = finished("plan of the dictionary", run, plan, executor, repair=False)
+    complete = [stats for stats in passages if stats is not None]
     wanted = done.get("stages", {}).get("passages", {}).get("passages")
-    if len(whole) < len(found) or None in planned or sum(stats["passages"] for stats in whole) != wanted:
+    if len(complete) < len(passages) or None in planned or sum(stats["passages"] for stats in complete) != wanted:
         return None
-    return run, [stats["blocks"] for stats in whole]
+    return run, [stats["blocks"] for stats in complete]
 
 
 def _settings(job: Distillation, text: RunFolder) -> LabelSettings:
-    """Return what the tasks and actors of the labels are made with."""
+    """Return the settings of the tasks and actors that label."""
     source, config = job.source, job.config
-    gather = EmbedSettings(
+    embed = EmbedSettings(
         teacher=source.teacher,
         revision=source.info.revision,
         fingerprint=source.info.fingerprint,
         layer=source.config.layer,
         dtype=job.dtype,
-        device=job.resources.device,
+        device=job.executor.resources.device,
         store_dtype="float16",
-        per_passage=source.build.per_passage,
-        spec=source.info.passage_spec(source.build),
+        per_passage=source.text.per_passage,
+        spec=source.spec,
         dim=source.info.dim,
         threads=THREADS,
     )
     return LabelSettings(
         run=job.run,
         text=text,
-        gather=gather,
+        embed=embed,
         dictionary=source.dictionary,
         fingerprint=source.fingerprint,
         pooling=source.config.pooling,
@@ -196,10 +203,10 @@ def _settings(job: Distillation, text: RunFolder) -> LabelSettings:
     )
 
 
-def _estimate(job: Distillation, chosen: dict[str, int]) -> dict[str, Any]:
-    """Return what a dry run tells: what is labelled, and the bytes with each option."""
-    passages, tokens, dim = chosen["passages"], chosen["tokens"], job.source.info.dim
-    top = job.config.soft_targets or TOLD_SOFT_TARGETS
+def _estimate(job: Distillation, chosen: SelectionStats) -> Row:
+    """Return the result of a dry run: what is labelled, and the bytes of each option."""
+    passages, tokens, dim = chosen.passages, chosen.tokens, job.source.info.dim
+    top = job.config.soft_targets or EXAMPLE_SOFT_TARGETS
     hard = label_size(passages, tokens, 0, 0)
     return {
         "passages": passages,
@@ -209,18 +216,19 @@ def _estimate(job: Distillation, chosen: dict[str, int]) -> dict[str, Any]:
         "soft_targets_bytes": label_size(passages, tokens, 0, top) - hard,
         "pooled_bytes": label_size(passages, tokens, dim, 0) - hard,
         "total_bytes": label_size(passages, tokens, dim if job.config.pooled else 0, job.config.soft_targets),
-        "workers": job.resources.actors,
-        "device": job.resources.device,
+        "workers": job.executor.resources.actors,
+        "device": job.executor.resources.device,
     }
 
 
 def distillation_config(
-    config: DistillConfig, source: DistillInputs, run: RunFolder, resources: Resources, dtype: str
+    config: DistillConfig, source: DistillInputs, run: RunFolder, executor: Executor, dtype: str
 ) -> DistillationConfig:
     """Return the workers' settings; `dtype` is the teacher's."""
     student_dtype = config.student_dtype
     if student_dtype == "auto":
-        resolved = run_task(resolve_dtype, "auto", resources.device, device=resources.device)
+        device = executor.resources.device
+        resolved = executor.run(resolve_dtype, "auto", device, device=device)
         student_dtype = "bfloat16" if resolved == "bfloat16" else "float32"
     weights: dict[str, Any] = dict(config.objective)
     return DistillationConfig(
@@ -244,6 +252,6 @@ def distillation_config(
         seed=config.seed,
         deepspeed_stage=config.deepspeed_stage,
         checkpoint_steps=config.checkpoint_steps,
-        device=resources.device,
-        threads=max(1, (os.cpu_count() or 1) // resources.trainers),
+        device=executor.resources.device,
+        threads=max(1, (os.cpu_count() or 1) // executor.resources.trainers),
     )

@@ -9,21 +9,18 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from msense.config.base import validate_config
-from msense.config.build import BuildConfig
+from msense.config.build import PlanOptions
 from msense.config.distill import DistillConfig
 from msense.corpus import SourceFile, display_uri, list_files
+from msense.corpus.passages import PassageSpec
 from msense.dictionary import DictionaryConfig, SenseDictionary
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.storage import join
 from msense.run.folder import RunFolder
+from msense.stages.passages import passage_spec
 from msense.teacher.pooling import check_pooling
-from msense.teacher.spec import TeacherInfo, load_teacher_info
-
-_TEXT_SETTINGS = {
-    *("text_column", "dedup", "stride", "seed", "sample"),
-    *("max_occurrences", "coverage", "reference", "special_tokens"),
-}
+from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
 
 
 @dataclass(frozen=True)
@@ -36,21 +33,23 @@ class DistillInputs:
     teacher: str  # name or folder
     info: TeacherInfo
     tokenizer: Tokenizer
-    build: BuildConfig  # settings of the passages and their plan
+    spec: PassageSpec
+    text: PlanOptions  # settings of the passages and their plan
+    special_tokens: str  # as the text was read
     inputs: dict[str, str]  # fingerprints of the text's files
     corpus: tuple[str, ...]
     run: RunFolder | None  # the run that made the dictionary, if its text is labelled
 
     def of_text(self) -> dict[str, Any]:
         """Return the settings that the passages and their plan depend on."""
-        return self.build.model_dump(mode="json", include=_TEXT_SETTINGS)
+        return self.text.model_dump(mode="json") | {"special_tokens": self.special_tokens}
 
 
 def load_inputs(config: DistillConfig) -> DistillInputs:
     """Resolve and check all inputs of labelling.
 
     Raises:
-        BadInput: the dictionary, its teacher or a text is missing, or they do not belong together.
+        InputError: the dictionary, its teacher or a text is missing, or they do not belong together.
     """
     folder, run = _folders(storage.absolute(config.dictionary))
     dictionary = SenseDictionary.load(folder)
@@ -58,9 +57,9 @@ def load_inputs(config: DistillConfig) -> DistillInputs:
     manifest = run.read_manifest() if run else None
     if manifest is None or manifest.get("teacher", {}).get("fingerprint") != of.teacher.fingerprint:
         manifest, run = None, None  # no run, or another dictionary's
-    build = _build_config(config, of, manifest)
+    text, options = _options(config, of, manifest)
     name = config.teacher or of.teacher.name
-    info, tokenizer = _teacher(name, build, of, config)
+    info, tokenizer = _teacher(name, options, of, config)
     if config.corpus:
         inputs, corpus, run = fingerprints(list_files(config.corpus)), tuple(map(display_uri, config.corpus)), None
     elif manifest is not None:
@@ -69,7 +68,20 @@ def load_inputs(config: DistillConfig) -> DistillInputs:
         raise InputError(
             f"no text: {config.dictionary!r} is not in a run folder that records its corpus: give --corpus"
         )
-    return DistillInputs(folder, of, dictionary.fingerprint, name, info, tokenizer, build, inputs, corpus, run)
+    return DistillInputs(
+        dictionary=folder,
+        config=of,
+        fingerprint=dictionary.fingerprint,
+        teacher=name,
+        info=info,
+        tokenizer=tokenizer,
+        spec=passage_spec(info, text),
+        text=text,
+        special_tokens=options.special_tokens,
+        inputs=inputs,
+        corpus=corpus,
+        run=run,
+    )
 
 
 def fingerprints(files: list[SourceFile]) -> dict[str, str]:
@@ -81,7 +93,7 @@ def list_original_text(source: DistillInputs) -> list[SourceFile]:
     """Return the files of the text of a dictionary whose run no longer has its passages.
 
     Raises:
-        BadInput: a file is missing or has changed.
+        InputError: a file is missing or has changed.
     """
     gone = "the dictionary's run has no passages, and the text they were made from"
     try:
@@ -107,25 +119,33 @@ def _folders(given: str) -> tuple[str, RunFolder | None]:
     )
 
 
-def _build_config(config: DistillConfig, of: DictionaryConfig, manifest: dict[str, Any] | None) -> BuildConfig:
-    """Return the settings of the passages and plan: those of the dictionary's build, or of another corpus."""
-    values = {name: value for name, value in (manifest or {}).get("config", {}).items() if name in _TEXT_SETTINGS}
+def _options(
+    config: DistillConfig, of: DictionaryConfig, manifest: dict[str, Any] | None
+) -> tuple[PlanOptions, TeacherOptions]:
+    """Return the settings of the passages and their plan: those of the dictionary's build, or of another corpus."""
+    values = dict((manifest or {}).get("config", {}))
     if config.corpus or manifest is None:
-        own = {"text_column": config.text_column, "dedup": config.dedup, "seed": config.seed}
-        values = {**own, "max_occurrences": of.max_occurrences, "special_tokens": of.special_tokens}
-    fixed = {"layer": of.layer, "max_length": of.max_length or None, "prompt": of.prompt, "metric": of.metric}
-    where = {"corpus": config.corpus, "on_bad_document": config.on_bad_document, "revision": of.teacher.revision}
-    return validate_config(BuildConfig, {**values, **fixed, **where})
+        values = {"text_column": config.text_column, "dedup": config.dedup, "seed": config.seed}
+        values |= {"max_occurrences": of.max_occurrences, "special_tokens": of.special_tokens}
+    text = {name: value for name, value in values.items() if name in PlanOptions.model_fields}
+    teacher = {
+        "layer": of.layer,
+        "max_length": of.max_length or None,
+        "prompt": of.prompt,
+        "revision": of.teacher.revision,
+    }
+    teacher |= {"special_tokens": values["special_tokens"]} if "special_tokens" in values else {}
+    return validate_config(PlanOptions, text), validate_config(TeacherOptions, teacher)
 
 
 def _teacher(
-    name: str, build: BuildConfig, of: DictionaryConfig, config: DistillConfig
+    name: str, options: TeacherOptions, of: DictionaryConfig, config: DistillConfig
 ) -> tuple[TeacherInfo, Tokenizer]:
     """Load the teacher's metadata and check it against the dictionary."""
     if config.pooled:
         check_pooling(of.pooling)
     try:
-        info, tokenizer = load_teacher_info(name, build)
+        info, tokenizer = load_teacher_info(name, options)
     except InputError as error:
         if config.teacher:
             raise

@@ -1,12 +1,11 @@
-"""The dry run: a finished plan in, what the whole run would read, write and need out.
+"""Dry runs: estimate from a finished plan what the whole run would read, write and need.
 
-From a sample of the documents, everything that grows with the corpus is scaled up by the sample's share; tokens the
-sample has not seen are missing, so the dictionary's size is then a lower bound.
+For a sample of the documents, everything that grows with the corpus is scaled up by the sample's share. Tokens that do not
+occur in the sample are missing, so that the size of the dictionary is then a lower bound.
 """
 
 import time
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
@@ -18,32 +17,34 @@ from msense.corpus.passages import Passages
 from msense.io import filesystems
 from msense.io.arrays import load_arrays
 from msense.run.folder import RunFolder
-from msense.runtime.ray_executor import map_actors
-from msense.runtime.resources import Resources
+from msense.runtime import Executor
+from msense.runtime.executor import Row
 from msense.stages.cluster import clustered_points, clustering_memory
 from msense.stages.embed import EmbedActor, select_occurrences
 from msense.stages.embedding_store import Partition, partition_passages, record_type
 from msense.stages.label import LabelActor
-from msense.teacher.batching import TOKEN_BUDGET, pad_batch, token_batches
-from msense.teacher.model import Teacher
+from msense.stages.passages import PassageStats
+from msense.stages.plan import PlanStats
+from msense.teacher.batching import TOKEN_BUDGET
+from msense.teacher.model import Teacher, embed_tokens
 from msense.teacher.spec import TeacherInfo
 
 TIMED_SECONDS = 10.0
 
 
 def estimate_run(
-    run: RunFolder, info: TeacherInfo, config: BuildConfig, stages: dict[str, dict[str, Any]], share: float
-) -> dict[str, Any]:
-    """Return what a whole run would read, write and need; counts and bytes.
+    run: RunFolder, info: TeacherInfo, config: BuildConfig, passages: PassageStats, plan: PlanStats, share: float
+) -> Row:
+    """Return what a whole run would read, write and need, in counts and bytes.
 
     Args:
         run: the run folder, with a finished plan.
         info: the teacher.
         config: the build's settings.
-        stages: facts of the stages so far.
-        share: share of the documents that were looked at.
+        passages: result of the passages stage.
+        plan: result of the plan stage.
+        share: share of the documents that was read.
     """
-    plan, passages = stages["plan"], stages["passages"]
     scale = 1 / share
     stored = load_arrays(run.thresholds, ("stored",))["stored"] * scale
     points = clustered_points(stored, config)
@@ -53,21 +54,21 @@ def estimate_run(
     fs, folder = filesystems.filesystem(run.passages)
     return {
         "sample": share,
-        "documents": passages["documents"] * scale,
-        "bad_documents": passages["bad documents"] * scale,
-        "passages": plan["passages"] * scale,
-        "tokens": plan["tokens"] * scale,
-        "needed": plan["needed"] * scale,
-        "needed_tokens": plan["needed_tokens"] * scale,
-        "saved": 1 - plan["needed_tokens"] / max(1, plan["tokens"]),
-        "stored": plan["stored"] * scale,
+        "documents": passages.documents * scale,
+        "bad_documents": sum(passages.bad_documents.values()) * scale,
+        "passages": plan.passages * scale,
+        "tokens": plan.tokens * scale,
+        "needed": plan.needed * scale,
+        "needed_tokens": plan.needed_tokens * scale,
+        "saved": 1 - plan.needed_tokens / max(1, plan.tokens),
+        "stored": plan.stored * scale,
         "kinds": len(seen),
         "points_median": float(np.median(seen)) if len(seen) else 0.0,
         "points_mean": float(seen.mean()) if len(seen) else 0.0,
         "at_cap": int((seen >= config.max_occurrences).sum()) if config.max_occurrences else 0,
         "senses": senses,
         "passages_bytes": fs.du(folder) * scale,
-        "occurrences_bytes": plan["stored"] * scale * record,
+        "occurrences_bytes": plan.stored * scale * record,
         "dictionary_bytes": senses * sense_bytes(info.dim),
         "clustering_memory": float(clustering_memory(run, config, info.dim, scale)),
     }
@@ -86,9 +87,9 @@ def _most_senses(points: np.ndarray, config: BuildConfig, dim: int) -> float:
 
 
 class TeacherTimer(EmbedActor):
-    """Times the teacher on one unit without writing anything."""
+    """Times the teacher on one partition without writing anything."""
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, item: Row) -> Row:
         """Return tokens and seconds of a short forward pass after one warm-up batch."""
         passages = partition_passages(self.run, Partition(**item), self.duplicates)
         selection = select_occurrences(passages, self.threshold, self.settings.spec, self.settings.per_passage)
@@ -96,48 +97,41 @@ class TeacherTimer(EmbedActor):
         return time_batches(self.teacher, passages, rows, TOKEN_BUDGET[self.settings.device])
 
 
-def time_batches(teacher: Teacher, passages: Passages, rows: np.ndarray, budget: int) -> dict[str, Any]:
-    """Return tokens and seconds of a short forward pass over some passages, after one warm-up batch.
-
-    Args:
-        teacher: loaded.
-        passages: of a unit.
-        rows: int64 [R], which of them.
-        budget: padded tokens a batch.
-    """
+def time_batches(teacher: Teacher, passages: Passages, rows: np.ndarray, budget: int) -> Row:
+    """Return tokens and seconds of a short forward pass over passages int64 [R], after one warm-up batch."""
     tokens, began = 0, 0.0
-    for number, batch in enumerate(token_batches(passages.lengths[rows], budget)):
-        if number == 1:
+    for number, (batch, hidden) in enumerate(embed_tokens(teacher, [passages.row(row) for row in rows], budget)):
+        hidden.sum().item()  # waits for a GPU
+        if number == 0:
             began = time.monotonic()
-        ids, mask = pad_batch([passages.ids[passages.offsets[r] : passages.offsets[r + 1]] for r in rows[batch]])
-        teacher.embed(ids, mask).sum().item()
-        tokens += int(mask.sum()) if number else 0
-        if number and time.monotonic() - began > TIMED_SECONDS:
+            continue
+        tokens += int(batch.mask.sum())
+        if time.monotonic() - began > TIMED_SECONDS:
             break
     return {"tokens": tokens, "seconds": time.monotonic() - began if tokens else 0.0}
 
 
 class LabelTimer(LabelActor):
-    """Times the teacher on one unit of labels without writing anything."""
+    """Times the teacher on one partition of labels without writing anything."""
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, item: Row) -> Row:
         """Return tokens and seconds of a short forward pass after one warm-up batch."""
         passages, _ = self.chooser.partition(Partition(**item))
-        budget = TOKEN_BUDGET[self.settings.gather.device]
+        budget = TOKEN_BUDGET[self.settings.embed.device]
         return time_batches(self.teacher, passages, np.arange(len(passages.keys)), budget)
 
 
-def time_teacher(timer: type, arguments: dict[str, Any], partitions: list[Partition], resources: Resources) -> float:
-    """Return the tokens a second that all workers together would read; 0.0 if the corpus is too small to tell.
+def time_teacher(timer: type, arguments: Row, partitions: list[Partition], executor: Executor) -> float:
+    """Return the tokens per second of all actors together; 0.0 if the corpus is too small to time.
 
     Args:
         timer: `TeacherTimer` or `LabelTimer`.
-        arguments: what it is made with.
-        partitions: of which the largest are read.
-        resources: how many actors.
+        arguments: of its constructor.
+        partitions: the largest are read, one per actor.
+        executor: where the actors run.
     """
-    largest = sorted(partitions, key=lambda partition: -partition.stored)[: resources.actors]
-    items = [asdict(partition) for partition in largest]
-    timed = list(map_actors("timing the teacher", timer, arguments, items, resources))
+    actors = executor.resources.actors
+    items = [asdict(partition) for partition in sorted(partitions, key=lambda p: -p.stored)[:actors]]
+    timed = list(executor.map_actors("timing the teacher", timer, arguments, items))
     rates = [row["tokens"] / row["seconds"] for row in timed if row["seconds"]]
-    return sum(rates) / len(rates) * resources.actors if rates else 0.0
+    return sum(rates) / len(rates) * actors if rates else 0.0

@@ -1,4 +1,4 @@
-"""Driver of a fine-tuning on Ray Train: a teacher and labelled texts in, a teacher with a classifier out.
+"""Fine-tune a teacher with a classifier on labelled texts.
 
 A run is identified by a hash of everything its result depends on: repeating a command resumes from the last epoch, or does
 nothing if the run is finished. Memory: settings, metrics and the training texts.
@@ -14,21 +14,21 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
-from msense.config.build import BuildConfig
 from msense.config.finetune import FinetuneConfig
 from msense.corpus.glue import DEV, TRAIN, Texts, pair_separator, read_split
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.storage import join
 from msense.run.folder import RunFolder, locked, resolve_output
-from msense.runtime.ray_executor import connect, run_task
-from msense.runtime.resources import Resources
-from msense.stages.ray_train import run_training
+from msense.run.progress import display_progress
+from msense.runtime import Executor, open_executor
+from msense.runtime.executor import Checkpoint
 from msense.teacher.body import resolve_dtype
 from msense.teacher.classifier import LONGEST_LABEL, MAX_LABELS, ClassifierConfig
 from msense.teacher.pooling import Pooling
-from msense.teacher.spec import TeacherInfo, load_teacher_info
+from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
 from msense.training.finetuner import TEACHER, FinetuningConfig
+from msense.training.group import Session
 
 logger = logging.getLogger(__name__)
 CORPUS = "corpus.jsonl"  # the training texts, as a corpus for build_dict.py
@@ -42,7 +42,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         A summary: `teacher`, its folder; `corpus`, the training texts; `epochs`, the metrics of each; `seconds`.
 
     Raises:
-        BadInput: invalid settings, data or teacher.
+        InputError: invalid settings, data or teacher.
         MsenseError: training failed; the same command resumes from the last epoch.
 
     Example:
@@ -50,7 +50,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         >>> summary["epochs"][-1]["train_loss"]
     """
     run = RunFolder(resolve_output(config.output))
-    build = BuildConfig(revision=config.revision, max_length=config.max_length)
+    build = TeacherOptions(revision=config.revision, max_length=config.max_length)
     info, tokenizer = load_teacher_info(config.teacher, build)
     joiner = pair_separator(tokenizer) if len(config.data.columns.texts) > 1 else ""
     texts = read_split(config.name, config.data, config.source, TRAIN, joiner)
@@ -59,8 +59,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     )
     dev = _dev_split(config, joiner)
     with locked(run):
-        resources = connect(config.workers)
-        tuning = _tuning(config, run, info, classifier, resources, has_dev=dev is not None)
+        executor = open_executor(local=config.local, workers=config.workers)
+        tuning = _tuning(config, run, info, classifier, executor, has_dev=dev is not None)
         name = _name(config, info, texts, dev, tuning)
         done = storage.read_json(join(run.root, DONE))
         summary = {"teacher": join(run.root, TEACHER), "corpus": join(run.root, CORPUS)}
@@ -70,24 +70,25 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             logger.info("the teacher in %s is already finished", summary["teacher"])
             return summary | {"epochs": done["epochs"], "seconds": done["seconds"]}
         began = time.monotonic()
-        result = run_training(name, worker, {"tuning": tuning}, run, resources)
+        with display_progress(run):
+            result = executor.train(name, worker, tuning, run.training)
         storage.remove(join(run.root, DONE))  # not earlier: a training that fails keeps the previous result valid
         _write_corpus(texts, summary["corpus"])
-        run_task(publish_teacher, result.checkpoint, summary["teacher"])
-        outcome = {"epochs": result.return_value, "seconds": time.monotonic() - began}
+        executor.run(publish_teacher, result.checkpoint, summary["teacher"])
+        outcome = {"epochs": result.history, "seconds": time.monotonic() - began}
         storage.write_json(join(run.root, DONE), {"name": name, **outcome})
         storage.remove(join(run.training, name))
     return summary | outcome
 
 
-def worker(given: dict[str, Any]) -> list[dict[str, float]]:
-    """Run a worker of Ray Train; its module is imported there only."""
-    from msense.stages.finetune_worker import finetune_worker
+def worker(settings: FinetuningConfig, session: Session) -> list[dict[str, float]]:
+    """Fine-tune on one worker; the trainer is imported there only."""
+    from msense.training.worker import finetune
 
-    return finetune_worker(given)
+    return finetune(settings, session)
 
 
-def publish_teacher(checkpoint: Any, uri: str) -> None:  # noqa: ANN401 - Ray Train's
+def publish_teacher(checkpoint: Checkpoint, uri: str) -> None:
     """Copy the teacher out of the last checkpoint, replacing an existing one."""
     storage.remove(uri)
     with checkpoint.as_directory() as folder:
@@ -139,14 +140,15 @@ def _tuning(
     run: RunFolder,
     info: TeacherInfo,
     classifier: ClassifierConfig,
-    resources: Resources,
+    executor: Executor,
     *,
     has_dev: bool,
 ) -> FinetuningConfig:
     """Return the settings of the workers."""
     dtype = config.train_dtype
     if dtype == "auto":
-        native = run_task(resolve_dtype, "auto", resources.device, device=resources.device)
+        device = executor.resources.device
+        native = executor.run(resolve_dtype, "auto", device, device=device)
         dtype = "bfloat16" if native == "bfloat16" else "float32"
     resolved = {
         "teacher": storage.absolute(config.teacher) if Path(config.teacher).is_dir() else config.teacher,
@@ -160,8 +162,8 @@ def _tuning(
         classifier=classifier,
         max_length=info.max_length,
         has_dev=has_dev,
-        device=resources.device,
-        threads=max(1, (os.cpu_count() or 1) // resources.trainers),
+        device=executor.resources.device,
+        threads=max(1, (os.cpu_count() or 1) // executor.resources.trainers),
     )
 
 

@@ -240,7 +240,7 @@ def resolve_output(output: str) -> str:
     """Return an output as an absolute URI.
 
     Raises:
-        BadInput: it would go with the job: one of `ray job submit` runs in a copy of its working directory that Ray removes.
+        InputError: it would go with the job: one of `ray job submit` runs in a copy of its working directory that Ray removes.
     """
     if (
         SUBMITTED in os.environ
@@ -259,7 +259,7 @@ def locked(run: RunFolder) -> Iterator[None]:
     """Hold a run folder on a local disk or on S3 against a second driver.
 
     Raises:
-        BadInput: another driver holds it.
+        InputError: another driver holds it.
     """
     if not filesystems.is_local(run.root):
         with leased(run.lock) if is_s3(run.root) else nullcontext():

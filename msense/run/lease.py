@@ -25,7 +25,7 @@ from msense.io.storage import write_errors
 logger = logging.getLogger(__name__)
 LEASE_SECONDS = 90.0
 RENEW_SECONDS = 10.0  # also that one request may take
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 
 
 class Word(NamedTuple):
@@ -82,7 +82,7 @@ class Lease:
                 return False
             if found.age > LEASE_SECONDS:
                 return self.write(IfMatch=found.etag)
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
             found = self.look()
         return self.write(IfNoneMatch="*")
 
@@ -111,7 +111,7 @@ def leased(uri: str) -> Iterator[None]:
     """Hold a lease; interrupts the main thread if it is lost (by SIGUSR1), of which another thread is told at its end.
 
     Raises:
-        BadInput: another driver holds it.
+        InputError: another driver holds it.
         MsenseError: the store refused it, or it was lost.
     """
     lease, root = Lease(uri), display_uri(uri.rpartition("/")[0])

@@ -26,7 +26,7 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
     """Write the manifest of a new run; refuse to go on with a run made of other things.
 
     Raises:
-        BadInput: naming what differs; or the folder's manifest is damaged, or it holds a run's files without one.
+        InputError: naming what differs; or the folder's manifest is damaged, or it holds a run's files without one.
     """
     before = run.read_manifest()
     if before is None:
@@ -61,7 +61,7 @@ def _remedy(run: RunFolder) -> str:
     return f"bring the former things back; to start afresh, give another --output or delete {run.root}"
 
 
-def differences(name: str, before: Any, now: Any) -> list[str]:  # noqa: ANN401 - any JSON value
+def differences(name: str, before: Any, now: Any) -> list[str]:
     """List what differs between two JSON values, a line each."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]

@@ -1,7 +1,7 @@
 """Progress of a training: written by the first worker to files of the run folder, displayed by the driver.
 
-`metrics.jsonl` holds the metrics of every finished epoch, one JSON object per line; `training/progress.json` the
-current step, rewritten every ten seconds. With TensorBoard installed and a local run folder, both are also logged there
+`metrics.jsonl` holds the metrics of every finished epoch, one JSON object per line; `training/progress.json` the current
+step, rewritten every ten seconds. With TensorBoard installed and a local run folder, both are also logged there
 (`tensorboard --logdir RUN/training/tensorboard`).
 """
 
@@ -38,7 +38,7 @@ class Progress:
     def __init__(self, run: str, history: list[dict[str, float]]) -> None:
         """Open the run folder, resuming after the epochs in `history`."""
         self.run = RunFolder(run)
-        self._reported_at = time.monotonic()
+        self.told = time.monotonic()
         self._board = _open_board(self.run, int(history[-1]["step"]) if history else 0)
         self._epochs = len(history)
 
@@ -53,14 +53,19 @@ class Progress:
 
     def is_due(self) -> bool:
         """Return whether it is time to report."""
-        return time.monotonic() - self._reported_at >= REPORT_SECONDS
+        return time.monotonic() - self.told >= REPORT_SECONDS
 
     def tell(self, step: int, steps: int, epoch: int, found: dict[str, float], speed: dict[str, float]) -> None:
-        """Write the progress file after `step` of `steps` steps; epochs count from 1.
+        """Write the progress file.
 
-        `found` holds the losses and accuracy of the last step, `speed` the `tokens_per_s` and `seconds_left` in total.
+        Args:
+            step: finished steps.
+            steps: total steps.
+            epoch: current epoch, from 1.
+            found: losses and accuracy of the last step.
+            speed: `tokens_per_s`, and `seconds_left` of the whole training.
         """
-        self._reported_at = time.monotonic()
+        self.told = time.monotonic()
         storage.write_json(self.run.progress, {"step": step, "steps": steps, "epoch": epoch, "found": found, **speed})
         self._log(step, {f"step/{name}": value for name, value in (found | speed).items()})
 
@@ -78,7 +83,7 @@ class Progress:
             self._board.flush()
 
 
-def _open_board(run: RunFolder, step: int) -> Any:  # noqa: ANN401 - a SummaryWriter, or None
+def _open_board(run: RunFolder, step: int) -> Any:
     """Return a TensorBoard writer that hides events after `step` of an earlier training, or None."""
     if not filesystems.is_local(run.root):
         return None

@@ -1,1 +1,24 @@
-"""TODO"""
+"""Where the work of a job runs: on Ray, or in processes of this machine; the same interface for both."""
+
+from msense.runtime.executor import Executor
+from msense.runtime.local_executor import LocalExecutor
+
+__all__ = ["Executor", "LocalExecutor", "open_executor"]
+
+
+def open_executor(*, local: bool = False, workers: int | None = None, gpus_per_actor: float = 1.0) -> Executor:
+    """Return the executor of a job; the pipelines call this, stages only receive the result.
+
+    Args:
+        local: run without Ray, in this process (in spawned processes with more than one worker).
+        workers: actors and tasks at a time; None = one per GPU or CPU on Ray, one in all with `local`.
+        gpus_per_actor: GPUs of a teacher actor; on Ray only.
+
+    Raises:
+        InputError: no node of the cluster could ever run the job.
+    """
+    if local:
+        return LocalExecutor(workers or 1)
+    from msense.runtime.ray_executor import RayExecutor
+
+    return RayExecutor.connect(workers, gpus_per_actor)

@@ -1,66 +1,173 @@
-"""TODO"""
+"""The interface between stages and whatever runs their work, and how errors travel back to the driver.
+
+Work items and results are small rows of JSON values (paths and counts); embeddings never pass through an executor.
+"""
 
 import copy
 import json
 import re
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from msense.errors import InputError, MsenseError
+from msense.errors import MsenseError
 from msense.io import filesystems
+from msense.runtime.resources import Resources
 
-_MEMORY = "Often it ran out of memory: give --workers a smaller number, or a machine with more memory"
+MEMORY_HINT = "A common cause is a lack of memory: lower --workers, or use a machine with more memory"
 Row = dict[str, Any]
 
 
+class Worker(Protocol):
+    """A long-lived object in another process (or in this one), whose methods are called by name."""
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Start a method call and return a handle to its result; arguments may be handles."""
+
+
+class Checkpoint(Protocol):
+    """The files that a training reported last."""
+
+    def as_directory(self) -> AbstractContextManager[Any]:
+        """Return a context that yields the local folder of the files."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The outcome of a finished training."""
+
+    history: list[dict[str, float]]  # the metrics of every epoch
+    checkpoint: Checkpoint
+
+
+class Executor(Protocol):
+    """Runs the work of a stage.
+
+    Handles stand for results that may still be computed; `get` waits for them, and every method accepts them in place of
+    arguments. Errors that the work raises are raised again on the driver.
+
+    Example:
+        >>> executor = LocalExecutor()
+        >>> sorted(row["n"] for row in executor.map("squares", square, [1, 2, 3]))
+        [1, 4, 9]
+    """
+
+    resources: Resources
+
+    def map(
+        self,
+        name: str,
+        work: Callable[..., Row],
+        items: Sequence[Any],
+        *common: Any,
+        isolated: bool = False,
+        needs: Mapping[str, float] | None = None,
+    ) -> Iterator[Row]:
+        """Run `work(item, *common)` for every item; yield the rows it returns, in any order.
+
+        Args:
+            name: the stage, for progress and the dashboard.
+            work: a function of a module.
+            items: JSON values.
+            common: arguments of every call.
+            isolated: never run in the driver's process, as the work reads files that could crash it.
+            needs: resources that Ray reserves for each call; half a CPU by default.
+
+        Raises:
+            InputError, MsenseError: raised by the work, or its process died repeatedly.
+        """
+
+    def map_actors(self, name: str, actor: type, arguments: Row, items: Sequence[Any]) -> Iterator[Row]:
+        """Run the items through actors made by `actor(**arguments)`; yield the rows they return, in any order.
+
+        Raises:
+            InputError, MsenseError: raised by an actor, or its process died repeatedly.
+        """
+
+    def reduce(self, name: str, work: Callable[..., Any], items: Sequence[Any], *common: Any) -> Any:
+        """Run `work(item, *common)` for every item (at least one) and merge the results with their `merge(other)`.
+
+        The order of merging is arbitrary. Returns a handle to the total.
+        """
+
+    def run(self, work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> Any:
+        """Run one call, on a GPU if `device` is "cuda", and return its result."""
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Start one call and return a handle to its result."""
+
+    def put(self, value: Any) -> Any:
+        """Return a handle to a value that several calls need."""
+
+    def get(self, handle: Any) -> Any:
+        """Wait for the result of a handle, or of a list of handles.
+
+        Raises:
+            InputError, MsenseError, OSError: raised by the work, or its process died repeatedly.
+        """
+
+    def clustering_workers(self, actor: type, *arguments: Any) -> AbstractContextManager[list[Worker]]:
+        """Start as many workers made by `actor(*arguments)` as may cluster at a time; they end with the context."""
+
+    def train(self, name: str, worker: Callable[..., Any], settings: Any, folder: str) -> TrainingResult:
+        """Run `worker(settings, session)` on every training worker, resumed from the last checkpoint of `name`.
+
+        Args:
+            name: identifies the training by everything that its result depends on.
+            worker: a function of a module; reports checkpoints to its session and returns the metrics of all epochs.
+            settings: its first argument.
+            folder: URI of the folder for checkpoints.
+
+        Raises:
+            MsenseError: workers failed repeatedly; the message has the cause.
+        """
+
+
 def peak_memory() -> int:
-    """Return the most memory this process has held, in bytes; 0 where the system does not tell."""
+    """Return the peak resident memory of this process in bytes; 0 where the system does not report it."""
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(peak[1]) * 1024 if peak else 0
 
 
-def _tellable() -> tuple[type[Exception], ...]:
-    """Return the errors of work among which `_failure` looks; those of a store's client once it is loaded."""
+def name_of(work: Callable[..., Any]) -> str:
+    """Return the name of a task on the dashboard."""
+    return getattr(work, "__name__", type(work).__name__).strip("_").replace("_", " ")
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """Return the types of errors that `reportable` looks at; those of S3 clients once one is loaded."""
     return (MsenseError, OSError, MemoryError, RuntimeError, *filesystems.s3_errors())
 
 
-def _failure(error: BaseException | None) -> Exception | None:
-    """Return what to tell of an error that msense or the system raised on purpose; None for a bug."""
+def reportable(error: BaseException | None) -> Exception | None:
+    """Return the error to report for one that msense or the system raised; None for a bug."""
     if isinstance(error, MsenseError | OSError):
         return error
     if isinstance(error, filesystems.s3_errors()):
         return MsenseError(filesystems.s3_error_message(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the second is torch's
-        return MsenseError(f"out of memory ({type(error).__name__}: {error}). {_MEMORY}")
+        return MsenseError(f"out of memory ({type(error).__name__}: {error}). {MEMORY_HINT}")
     return None
 
 
-def _merge(first: Any, *others: Any) -> Any:  # noqa: ANN401 - anything with merge()
-    total = copy.deepcopy(first)  # what comes from the object store is read-only
+def merged(first: Any, *others: Any) -> Any:
+    """Return the sum of results with a `merge` method; none of them is changed."""
+    total = copy.deepcopy(first)  # values of Ray's object store are read-only
     for other in others:
         total.merge(other)
     return total
 
 
-def unwrap(row: Row) -> Row:
-    """Return what the work returned, or raise what it raised."""
-    if row["error"]:
-        raise (InputError if row["usage"] else MsenseError)(row["error"])
-    value: Row = json.loads(row["result"])
-    return value
+def died(doing: str, cause: object) -> MsenseError:
+    """Return the error for work whose process died repeatedly."""
+    return MsenseError(f"a worker process died repeatedly {doing} ({cause}). {MEMORY_HINT}")
 
 
-def guard(work: Callable[[Any], Row], item: Any) -> Row:  # noqa: ANN401 - any JSON value
-    """Run work so that an error of msense or of the system travels as a row, not as a traceback through Ray."""
-    began = time.monotonic()
-    try:
-        result = json.dumps(work(item))
-        return {"result": result, "error": "", "usage": False, "seconds": time.monotonic() - began}
-    except _tellable() as error:
-        failure = _failure(error)
-        if failure is None:
-            raise
-        return {"result": "", "error": str(failure), "usage": isinstance(failure, InputError), "seconds": 0.0}
+def shown_item(item: Any) -> str:
+    """Return an item for an error message: the file it reads if it has one."""
+    if isinstance(item, dict) and "uri" in item:
+        return filesystems.display_uri(str(item["uri"]))
+    return json.dumps(item, default=str)[:200]

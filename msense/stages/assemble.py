@@ -4,11 +4,10 @@ Memory: the small arrays (20 bytes per sense), the centroids of one shard, and a
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,9 @@ from msense.io import filesystems, storage
 from msense.io.arrays import load_arrays
 from msense.io.scratch import scratch_folder
 from msense.run.folder import RunFolder
+from msense.runtime import Executor
+from msense.runtime.executor import Row
+from msense.stages.base import Stage, StageContext
 from msense.stages.exemplars import collect_contexts
 from msense.teacher.spec import TeacherInfo
 
@@ -34,9 +36,19 @@ class _Order:
     start: np.ndarray  # first sense in that file
 
 
+@dataclass(frozen=True)
+class DictionaryStats:
+    """The size of a dictionary."""
+
+    tokens: int  # with senses
+    senses: int
+    points: int
+    bytes: int
+
+
 def assemble(
-    run: RunFolder, info: TeacherInfo, config: BuildConfig, centroid_files: list[str], context_files: list[str]
-) -> dict[str, Any]:
+    run: RunFolder, info: TeacherInfo, config: BuildConfig, centroid_files: Sequence[str], context_files: Sequence[str]
+) -> Row:
     """Write the dictionary of a run.
 
     Args:
@@ -47,7 +59,7 @@ def assemble(
         context_files: contexts of exemplars, one file per partition; none without exemplars.
 
     Returns:
-        `stats`: tokens (with senses), senses, points, bytes; `files`: size and sha256 of each file.
+        `stats`, a `DictionaryStats`; `files`, the size and sha256 of each file.
     """
     small = [load_arrays(file, ("tokens", "sizes", "counts", "spread", "inertia")) for file in centroid_files]
     order = _order(small)
@@ -71,19 +83,54 @@ def assemble(
         files = DictionaryFiles(folder)
         write_tokenizer(folder, storage.read_text(run.tokenizer))
         if context_files:
-            collect_contexts(context_files, files.exemplars)
-        chunks = _chunks(centroid_files, order, config.store_dtype)
+            collect_contexts(list(context_files), files.exemplars)
+        chunks = _chunks(list(centroid_files), order, config.store_dtype)
         write_dictionary(folder, _config(info, config, quality), offsets, counts, rms_distance, token_counts, chunks)
-        written: dict[str, dict[str, Any]] = {
+        written = {
             path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": storage.sha256_of(path)}
             for path in files.present()
         }
     size = sum(entry["size"] for entry in written.values())
-    stats = {"tokens": len(order.tokens), "senses": len(counts), "points": points, "bytes": size}
-    return {"facts": stats, "files": written}
+    return {"stats": DictionaryStats(len(order.tokens), len(counts), points, size), "files": written}
 
 
-def changed_files(run: RunFolder, written: dict[str, dict[str, Any]]) -> list[str]:
+class AssembleStage(Stage[DictionaryStats]):
+    """Writes the dictionary folder; it has no marker of its own, as the pipeline verifies the folder when it resumes."""
+
+    name = "dictionary"
+
+    def __init__(
+        self,
+        run: RunFolder,
+        info: TeacherInfo,
+        config: BuildConfig,
+        centroid_files: Sequence[str],
+        context_files: Sequence[str],
+    ) -> None:
+        super().__init__(run)
+        self.inputs = (info, config, centroid_files, context_files)
+        self.written: Row = {}  # size and sha256 of each file
+
+    def outputs(self) -> list[str]:
+        """Return the dictionary folder."""
+        return [self.run.dictionary]
+
+    def finished(self, context: StageContext) -> list[Row | None]:
+        """Return that the folder has to be written."""
+        return [None]
+
+    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
+        """Write the folder in one task."""
+        yield {"number": 0, **executor.run(assemble, self.run, *self.inputs)}
+
+    def reduce(self, executor: Executor, stats: list[Row]) -> DictionaryStats:
+        """Return the sizes of the dictionary."""
+        self.written = stats[0]["files"]
+        result: DictionaryStats = stats[0]["stats"]
+        return result
+
+
+def changed_files(run: RunFolder, written: dict[str, Row]) -> list[str]:
     """Return the names of files of a finished dictionary, as listed by `assemble`, that are missing or modified."""
     return [
         name

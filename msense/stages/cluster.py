@@ -1,9 +1,10 @@
-"""Stage 4, second half: cluster the tokens of each shard on Ray and write one file of centroids per shard.
+"""Stage 4, second half: cluster the tokens of each shard and write one file of centroids per shard.
 
-A task holds its shard twice (rows and points). Tokens of more than `max_points_per_part` points go to `msense.parts`.
+A task holds its shard twice (rows and points). Tokens of more than `max_points_per_part` points are left to
+`distributed_kmeans`.
 """
 
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,14 +12,11 @@ from msense.clustering import kmeans
 from msense.clustering.mcl import MCL_POINTS
 from msense.clustering.nearest import exemplar_places
 from msense.config.build import BuildConfig
-from msense.io import storage
 from msense.io.arrays import load_arrays, save_arrays
 from msense.run.folder import RunFolder
-from msense.run.journal import Journal
-from msense.run.resume import finished
-from msense.runtime.ray_executor import map_tasks
-from msense.runtime.resources import Resources
-from msense.stages.distributed_kmeans import cluster_large
+from msense.runtime import Executor
+from msense.runtime.executor import Row
+from msense.stages.base import Stage
 from msense.stages.distributed_kmeans_worker import CHUNKS_HELD
 from msense.stages.embedding_store import (
     ClusterSettings,
@@ -28,57 +26,45 @@ from msense.stages.embedding_store import (
     record_type,
     sample,
     sense_counts,
+    shard_items,
     shard_ranges,
     stored,
 )
 
 
-def cluster(
-    settings: ClusterSettings, shards: np.ndarray, resources: Resources, journal: Journal | None = None
-) -> list[str]:
-    """Cluster every token that has occurrences.
+class ClusterStage(Stage[dict[int, list[Range]]]):
+    """Clusters the tokens of every shard; the result is the rows of the large tokens, which are left to the next stage."""
 
-    Args:
-        settings: run folder and k-means settings.
-        shards: int64 [shards + 1], first token of each shard.
-        resources: limit of concurrent tasks.
-        journal: records how many outputs are reused and how many are new.
+    name = "clustering"
 
-    Returns:
-        The centroid files, in shard order, then those of large tokens.
-    """
-    run, total = settings.run, len(shards) - 1
-    files = [run.shard_file(shard) for shard in range(total)]
-    stats = dict(enumerate(finished("clustering", run, files, resources, journal)))
-    todo = [
-        {"shard": shard, "first": int(shards[shard]), "last": int(shards[shard + 1])}
-        for shard, done in stats.items()
-        if done is None
-    ]
-    for row in map_tasks("clustering", cluster_shard, todo, resources, settings, needs=resources.clustering):
-        stats[row["shard"]] = row
-    large = {
-        int(token): [Range(*r) for r in ranges]
-        for row in stats.values()
-        if row
-        for token, ranges in row["large"].items()
-    }
-    token_files = [run.token_file(token) for token in sorted(large)]
-    done = finished("clustering", run, token_files, resources, journal)
-    waiting = {token: large[token] for token, row in zip(sorted(large), done, strict=True) if row is None}
-    if waiting:
-        cluster_large(waiting, settings, resources)
-    for name in storage.names(run.centroids):
-        if run.is_round(name):  # left over from a finished token
-            storage.remove(storage.join(run.centroids, name))
-    if journal is not None:
-        journal.add("clustering", made=len(todo) + len(waiting))
-    return files + token_files
+    def __init__(self, settings: ClusterSettings, shards: np.ndarray) -> None:
+        """Cluster shards, int64 [shards + 1] with the first token of each."""
+        super().__init__(settings.run)
+        self.settings, self.shards = settings, shards
+
+    def outputs(self) -> list[str]:
+        """Return one centroids file per shard."""
+        return [self.run.shard_file(shard) for shard in range(len(self.shards) - 1)]
+
+    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
+        """Cluster the missing shards."""
+        yield from executor.map(
+            self.name,
+            cluster_shard,
+            shard_items(self.shards, missing),
+            self.settings,
+            needs=executor.resources.clustering,
+        )
+
+    def reduce(self, executor: Executor, stats: list[Row]) -> dict[int, list[Range]]:
+        """Return the rows of every large token in all partitions, by token id."""
+        large = {int(token): ranges for row in stats for token, ranges in row["large"].items()}
+        return {token: [Range(*r) for r in large[token]] for token in sorted(large)}
 
 
-def cluster_shard(item: dict[str, int], settings: ClusterSettings) -> dict[str, Any]:
+def cluster_shard(item: Row, settings: ClusterSettings) -> Row:
     """Cluster one shard; large tokens are only returned, as `large`, with their rows in every partition."""
-    run, shard = settings.run, item["shard"]
+    run, shard = settings.run, item["number"]
     ranges, rows = shard_ranges(settings, shard)
     large: dict[str, list[tuple[int, int, int]]] = {}
     if item["last"] - item["first"] == 1 and _are_large(np.array(rows), settings):
@@ -96,7 +82,7 @@ def cluster_shard(item: dict[str, int], settings: ClusterSettings) -> dict[str, 
     kept = ~np.isin(records["token"], large_tokens)
     records, partition = records[kept], partition[kept]
     arrays = _clustered(records, partition, settings)
-    stats = {"shard": shard, "large": large}
+    stats = {"number": shard, "large": large}
     return run.publish(run.shard_file(shard), lambda path: save_arrays(path, arrays), stats)
 
 
@@ -132,13 +118,13 @@ def _are_large(counts: np.ndarray, settings: ClusterSettings) -> np.ndarray:
 
 
 def clustering_memory(run: RunFolder, config: BuildConfig, dim: int, scale: float = 1.0) -> float:
-    """Return the most bytes that a task or worker holds: a shard twice and a graph of mcl, or parts of a large token.
+    """Return the peak bytes of a clustering task: a shard twice and a graph of mcl, or the chunks of a large token.
 
     Args:
-        run: with a finished plan.
+        run: run folder with a finished plan.
         config: the build's settings.
         dim: D of the teacher.
-        scale: how many times more text there is than the plan has seen.
+        scale: size of the corpus relative to the text in the plan.
     """
     arrays = load_arrays(run.thresholds, ("stored", "shards"))
     stored = arrays["stored"] * scale
@@ -152,5 +138,5 @@ def clustering_memory(run: RunFolder, config: BuildConfig, dim: int, scale: floa
 
 
 def clustered_points(stored: np.ndarray, config: BuildConfig) -> np.ndarray:
-    """Return how many points of each token are clustered."""
+    """Return the number of points of each token that are clustered."""
     return np.minimum(stored, config.max_occurrences) if config.max_occurrences else stored

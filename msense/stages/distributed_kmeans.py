@@ -5,7 +5,7 @@ and writes them to the run folder while the workers compute, so that a later run
 independently of each other.
 
 For N points of width D and K senses, a round costs about N x D x K multiplications, and sends 4 K D bytes to and 8 K D
-bytes from each worker; no traffic grows with N. A worker holds up to PARTS_HELD chunks (2 D + 16 bytes per point, on
+bytes from each worker; no traffic grows with N. A worker holds up to CHUNKS_HELD chunks (2 D + 16 bytes per point, on
 the GPU where they fit) and reads others again in every round. The driver holds 32 K D bytes per active token, and needs
 SEED_POINTS (6 D + 60) bytes more to prepare one.
 """
@@ -13,7 +13,6 @@ SEED_POINTS (6 D + 60) bytes more to prepare one.
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,10 +22,10 @@ from msense.clustering import kmeans
 from msense.clustering.nearest import Places, merge_exemplars
 from msense.io import storage
 from msense.io.arrays import load_arrays, save_arrays
-from msense.runtime.executor import Row
+from msense.runtime import Executor
+from msense.runtime.executor import Row, Worker
 from msense.runtime.progress import track
-from msense.runtime.ray_executor import get, refreshed
-from msense.runtime.resources import Resources
+from msense.stages.base import Stage
 from msense.stages.distributed_kmeans_worker import (
     CHUNKS_HELD,
     Chunk,
@@ -38,7 +37,7 @@ from msense.stages.distributed_kmeans_worker import (
 from msense.stages.embedding_store import ClusterSettings, Range, as_stored, read_ranges, sense_counts, stored
 
 logger = logging.getLogger(__name__)
-WINDOW = 64  # rows on each side of the expected cut, in addition to four standard deviations, in which it is searched
+WINDOW = 64  # rows on each side of the expected slice_ranges, in addition to four standard deviations, in which it is searched
 
 
 @dataclass(frozen=True)
@@ -49,45 +48,52 @@ class Prepared:
     state: kmeans.BlockedState
 
 
-def cluster_large(waiting: dict[int, list[Range]], settings: ClusterSettings, resources: Resources) -> None:
-    """Cluster tokens of more than `max_points_per_part` points, as many at a time as the workers can hold.
+class LargeTokenStage(Stage[list[str]]):
+    """Clusters tokens of more than `max_points_per_part` points; the result is their centroids files."""
 
-    `waiting` holds the rows of each token in every partition, in corpus order.
-    """
-    with chunk_workers(settings, resources) as workers:
-        rows = run_rounds(workers, waiting, settings)
-        for _ in track("clustering: large tokens", rows, len(waiting)):
-            pass
+    name = "large tokens"
+
+    def __init__(self, settings: ClusterSettings, large: dict[int, list[Range]]) -> None:
+        """Cluster tokens with these rows in the partitions, in corpus order."""
+        super().__init__(settings.run)
+        self.settings, self.large = settings, large
+
+    def outputs(self) -> list[str]:
+        """Return one centroids file per token."""
+        return [self.run.token_file(token) for token in sorted(self.large)]
+
+    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
+        """Cluster the missing tokens, as many at a time as the workers can hold."""
+        if not missing:
+            return
+        tokens = sorted(self.large)
+        waiting = {tokens[number]: self.large[tokens[number]] for number in missing}
+        with executor.clustering_workers(ChunkWorker, self.settings) as workers:
+            for token in track(self.name, run_rounds(executor, workers, waiting, self.settings), len(waiting)):
+                yield {"number": tokens.index(token)}
+
+    def reduce(self, executor: Executor, stats: list[Row]) -> list[str]:
+        """Remove the files of finished rounds and return the centroids files."""
+        for name in storage.names(self.run.centroids):
+            if self.run.is_round(name):
+                storage.remove(storage.join(self.run.centroids, name))
+        return self.outputs()
 
 
-@contextmanager
-def chunk_workers(settings: ClusterSettings, resources: Resources) -> Iterator[list[Any]]:
-    """Start the actors that cluster large tokens; they are killed on exit."""
-    import ray
-
-    needs = {**resources.clustering, "max_restarts": 3, "scheduling_strategy": "SPREAD"}
-    needs |= {"max_task_retries": -1}  # until Ray notices that a node is gone, every attempt of a call would count
-    count = refreshed(resources).clusterers
-    workers = [ray.remote(ChunkWorker).options(**needs).remote(settings) for _ in range(count)]
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            ray.kill(worker)
-
-
-def run_rounds(workers: Sequence[Any], waiting: dict[int, list[Range]], settings: ClusterSettings) -> Iterator[Row]:
-    """Run rounds until every token has converged; yield once per finished token.
+def run_rounds(
+    executor: Executor, workers: Sequence[Worker], waiting: dict[int, list[Range]], settings: ClusterSettings
+) -> Iterator[int]:
+    """Run rounds until every token has converged; yield each token when it is finished.
 
     A token starts as soon as the workers can hold its chunks; one with more chunks than that runs alone.
     """
     room, load = CHUNKS_HELD * len(workers), [0] * len(workers)
-    prepared = _prepared(waiting, workers)
+    prepared = _prepared(executor, waiting, workers)
     following = next(prepared, None)
     working: deque[_Token] = deque()
     while working or following:
         while following and (not working or sum(load) + len(following.chunks) <= room):
-            working.append(_start(following, settings, workers, load))
+            working.append(_start(following, settings, executor, workers, load))
             following = next(prepared, None)
         token = working.popleft()
         if token.close_round(settings):
@@ -95,18 +101,18 @@ def run_rounds(workers: Sequence[Any], waiting: dict[int, list[Range]], settings
             continue
         for number, _, chunks in token.homes:
             load[number] -= chunks
-        yield {}
+        yield token.state.token_id
 
 
-def _prepared(waiting: dict[int, list[Range]], workers: Sequence[Any]) -> Iterator[Prepared]:
+def _prepared(executor: Executor, waiting: dict[int, list[Range]], workers: Sequence[Worker]) -> Iterator[Prepared]:
     """Prepare tokens on the workers, which hold all GPUs, one per worker at a time; yield them in order."""
     running: deque[Any] = deque()
     for number, (token, ranges) in enumerate(sorted(waiting.items())):
-        running.append(workers[number % len(workers)].do.remote(prepare, token, ranges))
+        running.append(workers[number % len(workers)].call("do", prepare, token, ranges))
         if len(running) >= len(workers):
-            yield get(running.popleft())
+            yield executor.get(running.popleft())
     while running:
-        yield get(running.popleft())
+        yield executor.get(running.popleft())
 
 
 def prepare(token: int, ranges: list[Range], settings: ClusterSettings) -> Prepared:
@@ -149,8 +155,8 @@ def first_by_key(settings: ClusterSettings, ranges: list[Range], count: int) -> 
 
 def _prefixes(ranges: list[Range], counts: np.ndarray) -> list[Range]:
     """Shorten every range to its number of rows; empty ones are dropped."""
-    slice_ranges = zip(ranges, counts.tolist(), strict=True)
-    return [Range(r.partition, r.start, r.start + count) for r, count in slice_ranges if count]
+    cut = zip(ranges, counts.tolist(), strict=True)
+    return [Range(r.partition, r.start, r.start + count) for r, count in cut if count]
 
 
 @dataclass
@@ -158,54 +164,53 @@ class _Token:
     """The driver's view of a token whose rounds are in progress."""
 
     state: kmeans.BlockedState
-    homes: list[tuple[int, Any, int]]  # worker's number, reference to its chunks in order, their number
-    workers: Sequence[Any]
-    state_ref: Any = None  # reference to the state of the current round
+    homes: list[tuple[int, Any, int]]  # worker's number, handle to its chunks in order, their number
+    executor: Executor
+    workers: Sequence[Worker]
+    sent: Any = None  # handle to the state of the current round
     pending: deque[Any] = field(default_factory=deque)
 
     def begin_round(self) -> None:
         """Start a round on the workers."""
-        import ray
-
-        self.state_ref = ray.put(self.state)
-        self.pending = deque(self.workers[w].partial.remote(chunks, self.state_ref) for w, chunks, _ in self.homes)
+        self.sent = self.executor.put(self.state)
+        self.pending = deque(self._call("partial"))
 
     def close_round(self, settings: ClusterSettings) -> bool:
         """Add up the results, then begin the next round or write the token's file; return whether it continues."""
-        import ray
-
-        total = sum_partials(get(self.pending.popleft()) for _ in self.homes)
+        total = sum_partials(self.executor.get(self.pending.popleft()) for _ in self.homes)
         far = None
         if empty := int((total.counts == 0).sum()):
-            results = [self.workers[w].farthest.remote(chunks, self.state_ref, empty) for w, chunks, _ in self.homes]
-            far = kmeans.combine_farthest(get(results), empty)
+            far = kmeans.combine_farthest(self.executor.get(self._call("farthest", empty)), empty)
         self.state = state = kmeans.update(self.state, total, settings.kmeans, far)
         logger.debug("token %d: round %d, inertia %.9g", state.token_id, state.rounds, state.inertia)
         if state.final is None:
             self.begin_round()
             _write_round(settings, state)  # while the workers compute
             return True
-        self.state_ref = ray.put(state)
-        results = [self.workers[w].finish.remote(chunks, self.state_ref) for w, chunks, _ in self.homes]
-        _write_token(settings, state, get(results))
+        self.sent = self.executor.put(state)
+        _write_token(settings, state, self.executor.get(self._call("finish")))
         return False
 
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of every worker with its chunks and the current state."""
+        return [self.workers[w].call(method, chunks, self.sent, *arguments) for w, chunks, _ in self.homes]
 
-def _start(prepared: Prepared, settings: ClusterSettings, workers: Sequence[Any], load: list[int]) -> _Token:
+
+def _start(
+    prepared: Prepared, settings: ClusterSettings, executor: Executor, workers: Sequence[Worker], load: list[int]
+) -> _Token:
     """Distribute a token's chunks over the workers with the lowest load, neighbours together; begin its first round."""
-    import ray
-
     before = list(load)
     for _ in prepared.chunks:
         load[load.index(min(load))] += 1
     counts = [after - had for after, had in zip(load, before, strict=True)]
     stops = np.cumsum(counts).tolist()
     homes = [
-        (worker, ray.put(prepared.chunks[stop - count : stop]), count)
+        (worker, executor.put(prepared.chunks[stop - count : stop]), count)
         for worker, (count, stop) in enumerate(zip(counts, stops, strict=True))
         if count
     ]
-    token = _Token(_resume(settings, prepared.state.token_id) or prepared.state, homes, workers)
+    token = _Token(_resume(settings, prepared.state.token_id) or prepared.state, homes, executor, workers)
     token.begin_round()
     return token
 

@@ -1,6 +1,6 @@
 """The actor that holds chunks of large tokens and computes their sums and counts.
 
-It holds PARTS_HELD chunks (2 D + 16 bytes per point) until their tokens are finished, and reads others again for every
+It holds CHUNKS_HELD chunks (2 D + 16 bytes per point) until their tokens are finished, and reads others again for every
 call. It reads and computes BLOCKS_AT_A_TIME blocks at a time (8 to 12 D bytes per row): otherwise torch's small results,
 scattered over the heap, would retain as much memory as the points.
 """
@@ -35,8 +35,8 @@ def slice_ranges(ranges: Sequence[Range], first: int, last: int) -> Iterator[Ran
     """Yield the ranges of rows [first, last) of the concatenated ranges.
 
     Example:
-        >>> list(cut([Range(0, 10, 14), Range(1, 0, 9)], 2, 6))
-        [Range(unit=0, start=12, stop=14), Range(unit=1, start=0, stop=2)]
+        >>> list(slice_ranges([Range(0, 10, 14), Range(1, 0, 9)], 2, 6))
+        [Range(partition=0, start=12, stop=14), Range(partition=1, start=0, stop=2)]
     """
     at = 0
     for r in ranges:
@@ -64,7 +64,7 @@ class ChunkWorker:
         self.settings = settings
         self.held: dict[Chunk, tuple[Any, Places]] = {}
 
-    def do(self, work: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401 - as `work` has it
+    def do(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function with this worker's settings as the last argument."""
         return work(*arguments, self.settings)
 
@@ -135,7 +135,7 @@ class ChunkWorker:
         places["unit"] = np.repeat(np.array([r.partition for r in ranges], np.int32), lengths)
         return stored(points, self.settings.store_dtype), places
 
-    def _on_device(self, points: Any) -> Any:  # noqa: ANN401 - tensors
+    def _on_device(self, points: Any) -> Any:
         """Move a chunk's points to the GPU if they need at most half of its free memory: two workers may share it."""
         import torch
 

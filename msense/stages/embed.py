@@ -1,17 +1,17 @@
-"""Stage 3: passages in, unit files out, and the layout of those files.
+"""Stage 3: run the teacher over the needed passages and store the embeddings of the sampled occurrences.
 
-A unit is a fixed run of passage blocks that one teacher actor reads in one go. Its file is a plain array of records
-sorted by (token, key, passage, position), so that any range of a shard's or a token's rows is one contiguous read, with
-nothing to decode. Holds one unit: its token ids, and its records (about `UNIT_BYTES` at most).
+A partition is a fixed sequence of passage blocks that one teacher actor processes at a time. Its file is a plain array of
+records sorted by (token, key, passage, position), so that the rows of any shard or token are one contiguous read without
+decoding. Memory of an actor: the teacher, one partition's token ids and its records (about `PARTITION_BYTES` at most).
 """
 
 import math
 import os
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,26 +21,37 @@ from msense.errors import MsenseError
 from msense.io import storage
 from msense.io.arrays import load_arrays, save_arrays
 from msense.run.folder import RunFolder
-from msense.stages.embedding_store import Duplicates, Partition, partition_passages, record_type
+from msense.runtime import Executor
+from msense.runtime.executor import Row
+from msense.stages.base import Stage
+from msense.stages.embedding_store import Duplicates, Partition, longest_first, partition_passages, record_type
 from msense.stages.sampling import select
-from msense.teacher.batching import TOKEN_BUDGET, pad_batch, token_batches
+from msense.teacher.batching import TOKEN_BUDGET
 from msense.teacher.files import body_folder, weights_fingerprint
-from msense.teacher.model import Teacher
+from msense.teacher.model import Teacher, embed_tokens
+
+
+@dataclass(frozen=True)
+class EmbedStats:
+    """What the teacher read and wrote."""
+
+    tokens: int
+    occurrences: int
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a unit stores, worked out before the teacher runs: n occurrences in the order of the file."""
+    """The n occurrences that a partition stores, in the order of its file; computed before the teacher runs."""
 
-    rows: np.ndarray  # int64 [n], passage in the unit
+    rows: np.ndarray  # int64 [n], passage in the partition
     positions: np.ndarray  # int64 [n]
     tokens: np.ndarray  # int32 [n]
     keys: np.ndarray  # uint64 [n]
-    lengths: np.ndarray  # int64 [P], tokens of every passage of the unit
+    lengths: np.ndarray  # int64 [P], tokens of every passage of the partition
 
 
 def select_occurrences(passages: Passages, threshold: np.ndarray, spec: PassageSpec, per_passage: int) -> Selection:
-    """Choose a unit's occurrences and their order in the file: by token, key, passage and position."""
+    """Return the occurrences of a partition, sorted by token, key, passage and position."""
     flat = select(passages, threshold, spec, per_passage)
     rows, positions = passages.rows()[flat], passages.positions()[flat]
     tokens, keys = passages.ids[flat], passages.keys[rows]
@@ -50,7 +61,7 @@ def select_occurrences(passages: Passages, threshold: np.ndarray, spec: PassageS
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """What an actor of this stage is made with."""
+    """Settings of the teacher actors."""
 
     teacher: str
     revision: str | None
@@ -62,15 +73,11 @@ class EmbedSettings:
     per_passage: int
     spec: PassageSpec
     dim: int
-    threads: int = 1  # a constant: sums in another number of threads may round differently
+    threads: int = 1  # constant: sums over another number of threads may round differently
 
 
 def load_teacher(settings: EmbedSettings) -> Teacher:
-    """Load the teacher of an actor.
-
-    Raises:
-        MsenseError: its weights are not those that the run began with.
-    """
+    """Load the teacher; raise MsenseError if its weights are not those that the run was started with."""
     teacher = Teacher(
         settings.teacher,
         revision=settings.revision,
@@ -81,21 +88,17 @@ def load_teacher(settings: EmbedSettings) -> Teacher:
     )
     if weights_fingerprint(body_folder(settings.teacher, settings.revision)) != settings.fingerprint:
         raise MsenseError(
-            f"the weights of teacher {settings.teacher!r} changed, or this node has others: bring the former back, or "
-            "give another --output to start afresh"
+            f"the weights of teacher {settings.teacher!r} changed during the run, or differ on this node: restore them, or "
+            "start over with another --output"
         )
     return teacher
 
 
 class EmbedActor:
-    """Loads the teacher once and writes a file for every unit it is given."""
+    """Loads the teacher once, and writes the file of each partition it is called with."""
 
     def __init__(self, run: RunFolder, settings: EmbedSettings) -> None:
-        """Load the teacher and the plan of a run.
-
-        Raises:
-            MsenseError: the teacher's weights are not those that the run began with.
-        """
+        """Load the teacher and the plan of a run; raise MsenseError if the teacher's weights changed."""
         self.run = run
         self.settings = settings
         plan = load_arrays(self.run.thresholds)
@@ -105,8 +108,8 @@ class EmbedActor:
         self.teacher = load_teacher(settings)
         self.start_seconds = time.time() - began
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Write one unit; return its facts (counts, offsets of the shards in rows, clock times of its work)."""
+    def __call__(self, item: Row) -> Row:
+        """Write one partition; return its stats: counts, offsets of the shards in rows, clock times."""
         partition = Partition(**item)
         began = time.time()
         passages = partition_passages(self.run, partition, self.duplicates)
@@ -114,24 +117,24 @@ class EmbedActor:
         offsets = np.searchsorted(selection.tokens, self.shards)
         needed = np.unique(selection.rows)
         stats = {
-            "unit": partition.number,
+            "number": partition.number,
             "occurrences": len(selection.rows),
             "passages": len(needed),
             "tokens": int(selection.lengths[needed].sum()),
             "offsets": offsets.tolist(),
         }
 
-        def write(path: Path) -> dict[str, Any]:
+        def write(path: Path) -> Row:
             records = self._records(passages, selection, partition)
             with path.open("wb") as file:
-                file.write(records.data)  # numpy's tofile would hide the system's error
+                file.write(records.data)  # numpy's tofile hides errors of the system
             actor = f"{socket.gethostname()}-{os.getpid()}"
             return {"actor": actor, "began": began, "ended": time.time(), "start_seconds": self.start_seconds}
 
         return self.run.publish(self.run.partition_file(partition.number), write, stats)
 
     def _records(self, passages: Passages, selection: Selection, partition: Partition) -> np.ndarray:
-        """Run the teacher over the needed passages and put every stored embedding in its place."""
+        """Return the records of a partition with the embeddings of the teacher."""
         import torch
 
         records = np.empty(len(selection.rows), dtype=record_type(self.settings.dim))
@@ -140,47 +143,64 @@ class EmbedActor:
         by_row = np.argsort(selection.rows, kind="stable")
         needed, starts = np.unique(selection.rows[by_row], return_index=True)
         stops = np.r_[starts[1:], len(by_row)]
-        for batch in token_batches(selection.lengths[needed], TOKEN_BUDGET[self.settings.device]):
-            ids, mask = pad_batch([passages.ids[passages.offsets[r] : passages.offsets[r + 1]] for r in needed[batch]])
-            target = np.concatenate([by_row[starts[b] : stops[b]] for b in batch])
-            place = np.repeat(np.arange(len(batch)), (stops - starts)[batch])
-            hidden = self.teacher.embed(ids, mask)
-            flat = torch.from_numpy(place * mask.shape[1] + selection.positions[target]).to(hidden.device)
+        rows = [passages.row(number) for number in needed]
+        for batch, hidden in embed_tokens(self.teacher, rows, TOKEN_BUDGET[self.settings.device]):
+            target = np.concatenate([by_row[starts[b] : stops[b]] for b in batch.rows])
+            place = np.repeat(np.arange(len(batch.rows)), (stops - starts)[batch.rows])
+            flat = torch.from_numpy(place * batch.mask.shape[1] + selection.positions[target]).to(hidden.device)
             chosen = hidden.flatten(0, 1).index_select(0, flat)
             as_stored = chosen.to(getattr(torch, self.settings.store_dtype))
-            if not float(as_stored.abs().max()) <= LARGEST_VALUE:  # NaN is not, either
-                raise MsenseError(f"unit {partition.number}: {_unfit(float(chosen.abs().max()), self.settings)}")
+            if not float(as_stored.abs().max()) <= LARGEST_VALUE:  # also false for NaN
+                raise MsenseError(f"partition {partition.number}: {_unfit(float(chosen.abs().max()), self.settings)}")
             records["embedding"][target] = as_stored.view(torch.uint16).cpu().numpy()
         return records
 
 
 def _unfit(largest: float, settings: EmbedSettings) -> str:
-    """Say what is wrong with values of which this is the largest, or NaN, and what to do."""
+    """Return the error message for embeddings whose largest absolute value is this, or NaN."""
     if largest <= LARGEST_VALUE:
         return (
             f"an embedding is too large for {settings.store_dtype}: "
-            "give --store-dtype bfloat16 (larger range), in a new output folder"
+            "use --store-dtype bfloat16, which has a larger range, with a new --output"
         )
     if LARGEST_VALUE < largest < math.inf:
-        return (
-            f"the teacher gave a value of {largest:.3g}, but k-means takes up to {LARGEST_VALUE:g}: check its weights"
-        )
-    remedy = "" if settings.dtype == "float32" else "give --dtype float32, in a new output folder, or "
-    return f"the teacher gave NaN or infinite embeddings in {settings.dtype}: {remedy}check its weights"
+        return f"the teacher's embeddings reach {largest:.3g}, above the limit of {LARGEST_VALUE:g}: check its weights"
+    remedy = "" if settings.dtype == "float32" else "use --dtype float32 with a new --output, or "
+    return f"the teacher's {settings.dtype} embeddings are NaN or infinite: {remedy}check its weights"
 
 
-def write_index(run: RunFolder, partitions: int) -> dict[str, int]:
-    """Write where each shard's rows lie in each unit; return the number of tokens read and occurrences stored."""
+class EmbedStage(Stage[EmbedStats]):
+    """Writes the partition files and the index of all of them."""
+
+    name = "embed"
+
+    def __init__(self, run: RunFolder, settings: EmbedSettings, partitions: Sequence[Partition]) -> None:
+        super().__init__(run)
+        self.settings, self.partitions = settings, partitions
+
+    def outputs(self) -> list[str]:
+        """Return one file per partition."""
+        return [self.run.partition_file(partition.number) for partition in self.partitions]
+
+    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
+        """Run the missing partitions through teacher actors, longest first."""
+        items = [asdict(partition) for partition in longest_first([self.partitions[number] for number in missing])]
+        yield from executor.map_actors(self.name, EmbedActor, {"run": self.run, "settings": self.settings}, items)
+
+    def reduce(self, executor: Executor, stats: list[Row]) -> EmbedStats:
+        """Write the index and add up the counts."""
+        result: EmbedStats = executor.run(_write_index, self.run, len(stats))
+        return result
+
+
+def _write_index(run: RunFolder, partitions: int) -> EmbedStats:
+    """Write the offset of every shard in every partition, and return the totals."""
     offsets, tokens, occurrences = [], 0, 0
     for partition in range(partitions):
         stats = storage.stats_of(run.partition_file(partition))
         if stats is None:
-            raise MsenseError(f"unit file {run.partition_file(partition)} went missing: run the same command again")
+            raise MsenseError(f"{run.partition_file(partition)} disappeared during the run: run the same command again")
         offsets.append(np.array(stats["offsets"], dtype=np.int64))
         tokens, occurrences = tokens + stats["tokens"], occurrences + stats["occurrences"]
-
-    def write(path: Path) -> None:
-        save_arrays(path, {"offsets": np.stack(offsets)})
-
-    run.publish(run.offsets, write)
-    return {"tokens": tokens, "occurrences": occurrences}
+    run.publish(run.offsets, lambda path: save_arrays(path, {"offsets": np.stack(offsets)}))
+    return EmbedStats(tokens, occurrences)

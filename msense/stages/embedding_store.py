@@ -1,6 +1,6 @@
-"""Unit files as clustering sees them: ranges of rows in, sampled points and exemplars' places out.
+"""Partition files: how passages are grouped into them, their records, and reading ranges of their rows.
 
-Holds the rows that are asked for (20 + 2 D bytes each).
+Reading needs 20 + 2 D bytes per row.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from msense.io import storage
 from msense.io.arrays import load_arrays, read_columns
 from msense.run.folder import RunFolder
 
-PARTITION_BYTES = (8 << 20, 768 << 20)  # least and most bytes of records a unit aims at
-TARGET_PARTITIONS = 160  # twenty for each of eight GPUs
+PARTITION_BYTES = (8 << 20, 768 << 20)  # smallest and largest target size of a partition's records
+TARGET_PARTITIONS = 160  # twenty per GPU on eight GPUs
 SHARD_BYTES = (24 << 20, 256 << 20)
 TARGET_SHARDS = 32
 
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """What the tasks of this stage need to know."""
+    """Settings of the clustering tasks."""
 
     run: RunFolder
     dim: int
@@ -31,14 +31,14 @@ class ClusterSettings:
     max_occurrences: int
     max_points_per_part: int
     exemplars: int
-    kmeans: KMeansConfig  # its k is used where `senses_by_token` is false
-    senses_by_token: bool  # each token's K is in the run's file `senses`
+    kmeans: KMeansConfig  # with one k for all tokens unless `senses_by_token`
+    senses_by_token: bool  # read each token's K from the run's file `senses`
     device: str  # "cuda" or "cpu"
 
 
 @dataclass(frozen=True)
 class Range:
-    """Rows [start, stop) of a unit file."""
+    """Rows [start, stop) of a partition file."""
 
     partition: int
     start: int
@@ -46,7 +46,7 @@ class Range:
 
 
 def read_ranges(settings: ClusterSettings, ranges: Sequence[Range]) -> tuple[np.ndarray, np.ndarray]:
-    """Read rows of several units: records [n], and the unit of each, int32 [n]."""
+    """Read rows of several partitions: records [n], and the partition of each, int32 [n]."""
     records = np.empty(sum(r.stop - r.start for r in ranges), record_type(settings.dim))
     partition = np.empty(len(records), dtype=np.int32)
     start = 0
@@ -59,14 +59,14 @@ def read_ranges(settings: ClusterSettings, ranges: Sequence[Range]) -> tuple[np.
 
 
 def shard_ranges(settings: ClusterSettings, shard: int) -> tuple[list[Range], int]:
-    """Return where a shard's rows lie in every unit, and how many there are."""
+    """Return the ranges of a shard's rows in all partitions, and their total number."""
     offsets = load_arrays(settings.run.offsets, ("offsets",))["offsets"]
     ranges = [Range(partition, int(row[shard]), int(row[shard + 1])) for partition, row in enumerate(offsets)]
     return ranges, sum(r.stop - r.start for r in ranges)
 
 
 def sense_counts(settings: ClusterSettings, tokens: np.ndarray) -> np.ndarray:
-    """Return the number of senses that each token is to have: int64 [T], of token ids int64 [T]."""
+    """Return the number of senses to compute for each token, int64 [T], given token ids int64 [T]."""
     if not settings.senses_by_token:
         return np.full(len(tokens), settings.kmeans.k)
     numbers: np.ndarray = load_arrays(settings.run.senses, ("senses",))["senses"][tokens]
@@ -77,7 +77,7 @@ def sample(keys: np.ndarray, tokens: np.ndarray, max_occurrences: int) -> tuple[
     """Choose the points of every token: the first `max_occurrences` by key, ties in corpus order.
 
     Args:
-        keys: uint64 [n] of the rows of a shard, units one after another.
+        keys: uint64 [n] of the rows of a shard, in the order of the partitions.
         tokens: int32 [n].
         max_occurrences: 0 = all.
 
@@ -94,7 +94,7 @@ def sample(keys: np.ndarray, tokens: np.ndarray, max_occurrences: int) -> tuple[
 
 
 def stored(embeddings: np.ndarray, dtype: str) -> torch.Tensor:
-    """View stored bits, uint16 [n, D], as what they are: float16 or bfloat16 [n, D]."""
+    """View stored bits, uint16 [n, D], as float16 or bfloat16 [n, D]."""
     return torch.from_numpy(embeddings).view(getattr(torch, dtype))
 
 
@@ -104,10 +104,10 @@ def as_stored(centroids: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def record_type(dim: int) -> np.dtype:
-    """Return the record of one occurrence: 20 + 2 D bytes.
+    """Return the record of one occurrence, 20 + 2 D bytes.
 
-    `row` is the passage's place in its unit, `position` the token's place in the passage, `embedding` the bits of a
-    float16 or bfloat16 vector.
+    `row` is the index of the passage in its partition, `position` that of the token in the passage, `embedding` the bits
+    of a float16 or bfloat16 vector.
     """
     return np.dtype(
         [("key", "<u8"), ("token", "<i4"), ("row", "<i4"), ("position", "<i4"), ("embedding", "<u2", (dim,))]
@@ -116,17 +116,17 @@ def record_type(dim: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Partition:
-    """A fixed run of passage blocks."""
+    """A fixed sequence of passage blocks."""
 
     number: int
     splits: list[int]
     blocks: list[int]
-    stored: int  # occurrences; of labels: bytes
-    tokens: int  # that the teacher reads, hence its time
+    stored: int  # occurrences; bytes in the label stage
+    tokens: int  # that the teacher reads
 
 
 def cut_partitions(blocks_file: str, dim: int) -> list[Partition]:
-    """Cut the plan's blocks into units of about equal expected output; the result depends on data and config only.
+    """Cut the plan's blocks into partitions of similar expected size; the result depends on data and config only.
 
     Args:
         blocks_file: the plan's table of blocks (piece, block, stored, ...).
@@ -142,14 +142,14 @@ def cut_partitions(blocks_file: str, dim: int) -> list[Partition]:
 def group_blocks(
     split: np.ndarray, block: np.ndarray, amount: np.ndarray, tokens: np.ndarray, target: int
 ) -> list[Partition]:
-    """Put blocks that follow one another into units of about equal amounts.
+    """Group consecutive blocks into partitions of similar amounts.
 
     Args:
         split: int64 [n], the passages file of each block.
         block: int64 [n], its number there.
-        amount: int64 [n], what it gives to its unit.
-        tokens: int64 [n], what the teacher reads of it.
-        target: amount of a unit.
+        amount: int64 [n], what it adds to its partition.
+        tokens: int64 [n], tokens of it that the teacher reads.
+        target: amount per partition.
     """
     number = (np.cumsum(amount) - amount) // max(1, target)
     starts = np.flatnonzero(np.r_[True, number[1:] != number[:-1]]) if len(number) else np.zeros(0, dtype=np.int64)
@@ -161,7 +161,7 @@ def group_blocks(
 
 
 def longest_first(partitions: list[Partition]) -> list[Partition]:
-    """Return the units in the order in which actors should take them, so that none waits long for the last one.
+    """Return the partitions in the order in which actors should process them, to shorten the wait for the last one.
 
     Longest processing time first: Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 17 (1969).
     """
@@ -169,7 +169,7 @@ def longest_first(partitions: list[Partition]) -> list[Partition]:
 
 
 def cut_shards(stored: np.ndarray, dim: int) -> np.ndarray:
-    """Cut the vocabulary into shards of about equal bytes; a token larger than half a shard is a shard of its own.
+    """Cut the vocabulary into shards of similar size; a token larger than half a shard gets its own.
 
     Args:
         stored: int64 [V], occurrences stored of each token (from the plan).
@@ -187,38 +187,33 @@ def cut_shards(stored: np.ndarray, dim: int) -> np.ndarray:
     return np.array(sorted(borders), dtype=np.int64)
 
 
+def shard_items(shards: np.ndarray, numbers: Sequence[int]) -> list[dict[str, int]]:
+    """Return the work items of some shards, given int64 [shards + 1], the first token of each."""
+    return [{"number": n, "first": int(shards[n]), "last": int(shards[n + 1])} for n in numbers]
+
+
 class Duplicates:
-    """The rows that `--dedup` drops; holds 12 bytes each."""
+    """The rows that `--dedup` skips, at 12 bytes each."""
 
     def __init__(self, run: RunFolder) -> None:
-        found = load_arrays(run.duplicates) if storage.exists(run.duplicates) else {}
-        self.rows = found.get("row", np.zeros(0, dtype=np.int32))
-        self.places = found.get("piece", self.rows).astype(np.int64) << 32 | found.get("block", self.rows)
+        arrays = load_arrays(run.duplicates) if storage.exists(run.duplicates) else {}
+        self.rows = arrays.get("row", np.zeros(0, dtype=np.int32))
+        self.places = arrays.get("piece", self.rows).astype(np.int64) << 32 | arrays.get("block", self.rows)
 
     def of(self, split: int, block: int) -> np.ndarray:
-        """Return the rows to drop of one block, increasing."""
+        """Return the rows of one block to skip, increasing."""
         start, stop = np.searchsorted(self.places, [split << 32 | block, (split << 32 | block) + 1])
         return self.rows[start:stop]
 
 
 def partition_passages(run: RunFolder, partition: Partition, duplicates: Duplicates) -> Passages:
-    """Read the passages of a unit; duplicates that the plan dropped are left out."""
+    """Read the passages of a partition without duplicates."""
     places = zip(partition.splits, partition.blocks, strict=True)
     return Passages.concatenate([read_block(run.passages_file(p), b).without(duplicates.of(p, b)) for p, b in places])
 
 
 def read_rows(uri: str, dim: int, start: int, stop: int) -> np.ndarray:
-    """Read a range of a unit's records in one contiguous read.
-
-    Args:
-        uri: a unit file.
-        dim: D.
-        start: first row.
-        stop: row after the last.
-
-    Returns:
-        records [stop - start].
-    """
+    """Read rows [start, stop) of a partition file in one contiguous read."""
     dtype = record_type(dim)
     if start == stop:
         return np.empty(0, dtype)

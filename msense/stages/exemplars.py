@@ -1,13 +1,13 @@
 """Exemplars: select the points nearest to each centroid and decode their contexts.
 
-Clustering keeps (unit, row, position) of the nearest points. Their passages are read again here, one partition per
-task; the final merge holds all exemplars (about 300 bytes each).
+Clustering keeps (partition, row, position) of the nearest points. Their passages are read again here, one partition per task;
+the final merge holds all exemplars (about 300 bytes each).
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +20,9 @@ from msense.dictionary.contexts import exemplar_schema
 from msense.io import storage
 from msense.io.arrays import load_arrays, open_parquet
 from msense.run.folder import RunFolder
-from msense.run.journal import Journal
-from msense.run.resume import finished
-from msense.runtime.ray_executor import map_tasks, run_task
-from msense.runtime.resources import Resources
+from msense.runtime import Executor
+from msense.runtime.executor import Row
+from msense.stages.base import Stage
 from msense.stages.embedding_store import Duplicates, Partition
 
 ROW_GROUP = 1 << 16  # reading one token loads the row groups that contain it
@@ -31,32 +30,34 @@ LONGEST_TEXT = 4096  # characters
 CONTEXT_TOKENS = 24  # tokens of context on each side
 
 
-def write_contexts(
-    run: RunFolder, centroid_files: list[str], partitions: list[Partition], resources: Resources, journal: Journal
-) -> list[str]:
-    """Decode the contexts of all exemplars and return the files, one per partition.
+class ExemplarStage(Stage[list[str]]):
+    """Decodes the contexts of all exemplars; the result is their files, one per partition."""
 
-    Args:
-        run: the run folder.
-        centroid_files: output of stage 4.
-        partitions: partitions of the run.
-        resources: limits the number of concurrent tasks.
-        journal: records which files are kept and which are written.
-    """
-    index = run.contexts_index
-    missing_index = finished("exemplars", run, [index], resources, journal) == [None]
-    if missing_index:
-        run_task(_write_index, run, centroid_files, len(partitions))
-    files = [run.contexts_file(partition.number) for partition in partitions]
-    done = finished("exemplars", run, files, resources, journal)
-    todo = [asdict(partition) for partition, stats in zip(partitions, done, strict=True) if stats is None]
-    for _ in map_tasks("exemplars", _resolve_unit, todo, resources, run, index):
-        pass
-    journal.add("exemplars", made=len(todo) + missing_index)
-    return files
+    name = "exemplars"
+
+    def __init__(self, run: RunFolder, centroid_files: Sequence[str], partitions: Sequence[Partition]) -> None:
+        super().__init__(run)
+        self.centroid_files, self.partitions = centroid_files, partitions
+
+    def outputs(self) -> list[str]:
+        """Return the index of the exemplars' positions, then one file per partition."""
+        return [self.run.contexts_index, *(self.run.contexts_file(p.number) for p in self.partitions)]
+
+    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
+        """Write the index if it is missing, then the missing files."""
+        if 0 in missing:
+            executor.run(_write_index, self.run, self.centroid_files, len(self.partitions))
+            yield {"number": 0}
+        items = [asdict(self.partitions[number - 1]) for number in missing if number]
+        for row in executor.map(self.name, _write_partition, items, self.run):
+            yield {"number": row["partition"] + 1}
+
+    def reduce(self, executor: Executor, stats: list[Row]) -> list[str]:
+        """Return the files of the partitions."""
+        return self.outputs()[1:]
 
 
-def _write_index(run: RunFolder, centroid_files: list[str], partitions: int) -> None:
+def _write_index(run: RunFolder, centroid_files: Sequence[str], partitions: int) -> None:
     """Write the positions of all exemplars with one row group per partition."""
     names = tuple(f"exemplar_{name}" for name in PLACE)
     arrays = [load_arrays(file, names) for file in centroid_files]
@@ -73,11 +74,11 @@ def _write_index(run: RunFolder, centroid_files: list[str], partitions: int) -> 
     run.publish(run.contexts_index, write)
 
 
-def _resolve_unit(item: dict[str, Any], run: RunFolder, index: str) -> dict[str, Any]:
+def _write_partition(item: Row, run: RunFolder) -> Row:
     """Write the contexts of one partition's exemplars."""
     partition = Partition(**item)
     tokenizer = Tokenizer.from_str(storage.read_text(run.tokenizer))
-    places = open_parquet(index).read_row_group(partition.number)
+    places = open_parquet(run.contexts_index).read_row_group(partition.number)
     rows = places.column("row").to_pylist()
     documents, passages = _passages(run, partition, np.unique(np.array(rows, np.int64)))
     positions = places.column("position").to_pylist()
@@ -94,7 +95,7 @@ def _resolve_unit(item: dict[str, Any], run: RunFolder, index: str) -> dict[str,
     schema = exemplar_schema()
     table = pa.Table.from_arrays([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
     run.publish(run.contexts_file(partition.number), lambda path: pq.write_table(table, path))
-    return {}
+    return {"partition": partition.number}
 
 
 def _passages(run: RunFolder, partition: Partition, wanted: np.ndarray) -> tuple[dict[int, str], dict[int, list[int]]]:

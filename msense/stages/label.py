@@ -1,15 +1,14 @@
 """Stage 6: label every token of the chosen passages with the sense that the teacher assigns to it.
 
-The passages are those that the plan needs, or the first by key up to a number of tokens. Partitions are cut, processed
-by teacher actors and published like those of the embed stage. Memory of an actor: the teacher, the dictionary, one
-partition (about `UNIT_BYTES` at most) and one batch of hidden states.
+The passages are those that the plan needs, or the first by key up to a number of tokens. Partitions are cut, processed by
+teacher actors and published like those of the embed stage. Memory of an actor: the teacher, the dictionary, one partition
+(about `PARTITION_BYTES` at most) and one batch of hidden states.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,14 +24,16 @@ from msense.errors import InputError, MsenseError
 from msense.io import storage
 from msense.io.arrays import load_arrays, open_parquet, read_columns, save_arrays
 from msense.run.folder import RunFolder
-from msense.run.journal import Journal
 from msense.run.resume import finished
-from msense.runtime.ray_executor import get, map_actors, reduce_tasks, run_task
-from msense.runtime.resources import Resources
+from msense.runtime import Executor
+from msense.runtime.executor import Row
+from msense.stages.base import Stage, StageContext
 from msense.stages.embed import EmbedSettings, load_teacher
 from msense.stages.embedding_store import TARGET_PARTITIONS, Duplicates, Partition, group_blocks
+from msense.stages.plan import sliced
 from msense.stages.sampling import select
-from msense.teacher.batching import TOKEN_BUDGET, pad_batch, token_batches
+from msense.teacher.batching import TOKEN_BUDGET
+from msense.teacher.model import embed_tokens
 from msense.teacher.pooling import pool
 from msense.training.label_dataset import LabelManifest, LabelPartition, label_columns, label_size
 
@@ -50,7 +51,7 @@ class LabelSettings:
 
     run: RunFolder  # where the labels are written
     text: RunFolder  # with the passages and their plan
-    gather: EmbedSettings  # teacher and passage layout
+    embed: EmbedSettings  # teacher and passage layout
     dictionary: str
     fingerprint: str  # of the dictionary
     pooling: str
@@ -64,24 +65,71 @@ class LabelSettings:
     last_key: int | None = None  # of the passages to label; None = those that the plan needs
 
 
-def select_passages(
-    settings: LabelSettings, blocks: Sequence[int], resources: Resources
-) -> tuple[LabelSettings, dict[str, int]]:
-    """Choose the passages to label, and write the number chosen from each block.
+@dataclass(frozen=True)
+class SelectionStats:
+    """The numbers of chosen passages and their tokens."""
 
-    `blocks` is the number of blocks of every passages file. Returns the settings with `last_key`, and the numbers of
-    chosen passages and tokens.
+    passages: int
+    tokens: int
 
-    Raises:
-        BadInput: `train_tokens` is smaller than the first passages.
+
+@dataclass(frozen=True)
+class LabelStats:
+    """The contents of finished labels."""
+
+    partitions: int
+    passages: int
+    tokens: int
+    labelled: int  # tokens with a sense
+    held_out: int  # passages
+    bytes: int
+
+
+class SelectionStage(Stage[SelectionStats]):
+    """Chooses the passages to label, and writes the number chosen from each block.
+
+    `settings` has the key of the last passage to label once the stage has run.
     """
-    splits = [(split, count) for split, count in enumerate(blocks) if count]
-    slices = [s for i in range(2 * resources.tasks) if (s := splits[i :: 2 * resources.tasks])]
-    if settings.train_tokens is not None:
-        by_key = get(reduce_tasks("labels: keys", _count_keys, slices, resources, settings))
-        settings = replace(settings, last_key=by_key.last(settings.train_tokens))
-    counted = reduce_tasks("labels: passages", _count_passages, slices, resources, settings)
-    return settings, run_task(_write_blocks, counted, settings)
+
+    name = "choosing passages"
+
+    def __init__(self, settings: LabelSettings, blocks: Sequence[int]) -> None:
+        """Choose from passages files with these numbers of blocks."""
+        super().__init__(settings.run)
+        self.settings = settings
+        self.splits = [(split, count) for split, count in enumerate(blocks) if count]
+
+    def outputs(self) -> list[str]:
+        """Return the table of blocks."""
+        return [self.run.label_blocks]
+
+    def finished(self, context: StageContext) -> list[Row | None]:
+        """Return that the choice has to be made, as it is fast and depends on the settings."""
+        return [None]
+
+    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
+        """Choose the passages.
+
+        Raises:
+            InputError: `train_tokens` is smaller than the first passages.
+        """
+        slices = sliced(self.splits, 2 * executor.resources.tasks)
+        if self.settings.train_tokens is not None:
+            by_key = executor.get(executor.reduce("labels: keys", _count_keys, slices, self.settings))
+            self.settings = replace(self.settings, last_key=by_key.last(self.settings.train_tokens))
+        counted = executor.reduce("labels: passages", _count_passages, slices, self.settings)
+        yield {"number": 0, **executor.run(_write_blocks, counted, self.settings)}
+
+    def reduce(self, executor: Executor, stats: list[Row]) -> SelectionStats:
+        """Return the numbers of passages and tokens.
+
+        Raises:
+            InputError: no passage was chosen.
+        """
+        result = SelectionStats(stats[0]["passages"], stats[0]["tokens"])
+        if not result.tokens:
+            raise InputError("no passage of this text is to be labelled: use another text or --train-tokens")
+        return result
 
 
 @dataclass
@@ -132,7 +180,7 @@ def _count_passages(splits: list[tuple[int, int]], settings: LabelSettings) -> _
     return _Blocks(np.array(rows, dtype=np.int64))
 
 
-def _write_blocks(counted: _Blocks, settings: LabelSettings) -> dict[str, int]:
+def _write_blocks(counted: _Blocks, settings: LabelSettings) -> Row:
     rows = counted.rows[np.lexsort((counted.rows[:, 1], counted.rows[:, 0]))]
     table = pa.table({name: rows[:, i] for i, name in enumerate(_ROW)})
     stats = {"passages": int(rows[:, 2].sum()), "tokens": int(rows[:, 3].sum())}
@@ -153,8 +201,8 @@ class PassageSelector:
         if self.settings.last_key is not None:
             rows = np.flatnonzero(passages.keys <= np.uint64(self.settings.last_key))
         else:
-            gather = self.settings.gather
-            rows = np.unique(passages.rows()[select(passages, self.threshold, gather.spec, gather.per_passage)])
+            embed = self.settings.embed
+            rows = np.unique(passages.rows()[select(passages, self.threshold, embed.spec, embed.per_passage)])
         return passages, np.setdiff1d(rows, self.duplicates.of(split, block))
 
     def partition(self, partition: Partition) -> tuple[Passages, np.ndarray]:
@@ -181,7 +229,7 @@ def _held_out(uri: str, block: int, share: float) -> np.ndarray:
 def cut_label_partitions(settings: LabelSettings) -> list[Partition]:
     """Cut the chosen passages into partitions of similar size in bytes; depends on data and config only."""
     table = read_columns(settings.run.label_blocks, list(_ROW))
-    dim = settings.gather.dim if settings.pooled else 0
+    dim = settings.embed.dim if settings.pooled else 0
     size = label_size(table["passages"], table["tokens"], dim, settings.soft_targets)
     some = size > 0
     target = int(np.clip(size.sum() // TARGET_PARTITIONS, *PARTITION_BYTES))
@@ -195,27 +243,27 @@ class LabelActor:
         """Load teacher and dictionary; raise MsenseError if either differs from the one the run was started with."""
         self.settings = settings
         self.chooser = PassageSelector(settings)
-        self.teacher = load_teacher(settings.gather)
+        self.teacher = load_teacher(settings.embed)
         dictionary = SenseDictionary.load(settings.dictionary)
         if dictionary.fingerprint != settings.fingerprint:
             raise MsenseError(
-                f"the dictionary {settings.dictionary} changed during the run, or differs on this node: restore it, or "
-                "start over with another --output"
+                f"the dictionary {settings.dictionary} changed during the run, or differs on this node: restore it, or start "
+                "over with another --output"
             )
-        self.dictionary = dictionary.to("cuda") if settings.gather.device == "cuda" else dictionary
+        self.dictionary = dictionary.to("cuda") if settings.embed.device == "cuda" else dictionary
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, item: Row) -> Row:
         """Write one partition; return its stats."""
         partition = Partition(**item)
         passages, held = self.chooser.partition(partition)
         stats = {
-            "unit": partition.number,
+            "number": partition.number,
             "passages": len(passages.keys),
             "tokens": len(passages.ids),
             "held_out_passages": int(held.sum()),
         }
 
-        def write(path: Path) -> dict[str, Any]:
+        def write(path: Path) -> Row:
             arrays = self._label(passages, partition.number)
             save_arrays(path, {**arrays, "held_out": held.astype(np.uint8)})
             labelled = int((arrays["senses"] != NO_SENSE).sum())
@@ -226,27 +274,26 @@ class LabelActor:
     def _label(self, passages: Passages, partition: int) -> dict[str, np.ndarray]:
         """Embed passages and return the columns of their label file except `held_out`."""
         settings = self.settings
-        dim = settings.gather.dim if settings.pooled else 0
+        dim = settings.embed.dim if settings.pooled else 0
         columns = label_columns(len(passages.keys), len(passages.ids), dim, settings.soft_targets)
         arrays = {
             name: np.full(shape, NO_SENSE if name in ("senses", "soft_senses") else 0, _TYPES[kind])
             for name, (kind, shape) in columns.items()
             if kind in _TYPES
         }
-        eligible = passages.eligible(settings.gather.spec)
+        eligible = passages.eligible(settings.embed.spec)
         places: list[np.ndarray] = []
         points: list[Tensor] = []
-        for batch in token_batches(passages.lengths, TOKEN_BUDGET[settings.gather.device]):
-            ids, padding = pad_batch([passages.ids[passages.offsets[r] : passages.offsets[r + 1]] for r in batch])
-            hidden = self.teacher.embed(ids, padding)
-            mask = torch.from_numpy(padding).to(hidden.device)
+        rows = [passages.row(number) for number in range(len(passages.keys))]
+        for batch, hidden in embed_tokens(self.teacher, rows, TOKEN_BUDGET[settings.embed.device]):
+            mask = torch.from_numpy(batch.mask).to(hidden.device)
             if settings.pooled:
-                arrays["pooled"][batch] = self._pool(hidden, mask, partition)
-            flat = np.concatenate([np.arange(passages.offsets[r], passages.offsets[r + 1]) for r in batch])
+                arrays["pooled"][batch.rows] = self._pool(hidden, mask, partition)
+            flat = np.concatenate([np.arange(passages.offsets[r], passages.offsets[r + 1]) for r in batch.rows])
             wanted = eligible[flat]
             places.append(flat[wanted])
             points.append(hidden[mask][torch.from_numpy(wanted).to(hidden.device)])
-            if sum(len(p) for p in places) * settings.gather.dim >= ASSIGN_NUMBERS:
+            if sum(len(p) for p in places) * settings.embed.dim >= ASSIGN_NUMBERS:
                 self._assign(passages, np.concatenate(places), torch.cat(points), arrays, partition)
                 places, points = [], []
         if places:
@@ -267,7 +314,7 @@ class LabelActor:
         ids = torch.from_numpy(passages.ids[places])
         arrays["senses"][places] = _stored(self.dictionary.assign(ids, points, metric=self.settings.metric))
         if top := self.settings.soft_targets:
-            senses, weights = self.dictionary.weigh(
+            senses, weights = self.dictionary.top_k(
                 ids, points, top, self.settings.temperature, metric=self.settings.metric
             )
             arrays["soft_senses"][places] = _stored(senses)
@@ -275,7 +322,7 @@ class LabelActor:
 
     def _check_finite(self, embeddings: Tensor, partition: int) -> None:
         if not embeddings.isfinite().all():
-            dtype = self.settings.gather.dtype
+            dtype = self.settings.embed.dtype
             remedy = "" if dtype == "float32" else "use --dtype float32 with a new --output, or "
             raise MsenseError(
                 f"label partition {partition}: the teacher's {dtype} embeddings are NaN, infinite or too large for float16; "
@@ -288,33 +335,41 @@ def _stored(senses: Tensor) -> np.ndarray:
     return np.asarray(senses.cpu().numpy().astype(np.uint16))
 
 
-def are_finished(run: RunFolder, resources: Resources) -> bool:
+def are_finished(run: RunFolder, executor: Executor) -> bool:
     """Return whether the labels of a run are complete and every checksum matches."""
     manifest = storage.read_json(run.label_manifest)
     if manifest is None or manifest.get("made_of") != run.inputs_hash:
         return False
     files = [run.label_senses, *(run.label_file(n) for n in range(len(manifest["units"])))]
-    return all(stats is not None for stats in finished("labels", run, files, resources, repair=False))
+    return all(stats is not None for stats in finished("labels", run, files, executor, repair=False))
 
 
-def make_labels(
-    settings: LabelSettings, partitions: list[Partition], resources: Resources, journal: Journal
-) -> dict[str, Any]:
-    """Write the labels of a run, keeping partitions finished by an earlier driver; return stats as `label_facts` does.
+class LabelStage(Stage[LabelStats]):
+    """Writes the labels of a run."""
 
-    `settings` come from `choose`, `partitions` from `label_units`; `journal` records the numbers of kept and new partitions.
-    """
-    run = settings.run
-    done = finished("labels", run, [run.label_file(partition.number) for partition in partitions], resources, journal)
-    todo = [asdict(partition) for partition, stats in zip(partitions, done, strict=True) if stats is None]
-    for _ in map_actors("labels", LabelActor, {"settings": settings}, todo, resources):
-        pass
-    journal.add("labels", made=len(todo))
-    stats: dict[str, Any] = run_task(_write_manifest, settings, len(partitions))
-    return stats
+    name = "labels"
+
+    def __init__(self, settings: LabelSettings, partitions: Sequence[Partition]) -> None:
+        """Label the partitions of `cut_label_partitions` with the settings of `SelectionStage`."""
+        super().__init__(settings.run)
+        self.settings, self.partitions = settings, partitions
+
+    def outputs(self) -> list[str]:
+        """Return one label file per partition."""
+        return [self.run.label_file(partition.number) for partition in self.partitions]
+
+    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
+        """Run the missing partitions through teacher actors."""
+        items = [asdict(self.partitions[number]) for number in missing]
+        yield from executor.map_actors(self.name, LabelActor, {"settings": self.settings}, items)
+
+    def reduce(self, executor: Executor, stats: list[Row]) -> LabelStats:
+        """Write the manifest and return its totals."""
+        result: LabelStats = executor.run(_write_manifest, self.settings, len(stats))
+        return result
 
 
-def _write_manifest(settings: LabelSettings, partitions: int) -> dict[str, Any]:
+def _write_manifest(settings: LabelSettings, partitions: int) -> LabelStats:
     """Write the number of senses of every token, and the manifest with the stats of all partitions."""
     run, dictionary = settings.run, SenseDictionary.load(settings.dictionary)
     sizes = np.diff(dictionary.offsets).astype(np.int32)
@@ -345,18 +400,18 @@ def _write_manifest(settings: LabelSettings, partitions: int) -> dict[str, Any]:
         normalize=settings.normalize,
         partitions=tuple(files),
     )
-    storage.write_json(run.label_manifest, manifest.model_dump(mode="json"))
+    storage.write_json(run.label_manifest, manifest.model_dump(mode="json", by_alias=True))
     return label_stats(manifest)
 
 
-def label_stats(manifest: LabelManifest) -> dict[str, Any]:
-    """Return the stats of finished labels; `labelled` counts tokens with a sense, `held_out` passages."""
+def label_stats(manifest: LabelManifest) -> LabelStats:
+    """Return the totals of finished labels."""
     partitions = manifest.partitions
-    return {
-        "units": len(partitions),
-        "passages": manifest.passages,
-        "tokens": manifest.tokens,
-        "labelled": sum(partition.labelled for partition in partitions),
-        "held_out": sum(partition.held_out_passages for partition in partitions),
-        "bytes": sum(partition.size for partition in partitions),
-    }
+    return LabelStats(
+        partitions=len(partitions),
+        passages=manifest.passages,
+        tokens=manifest.tokens,
+        labelled=sum(partition.labelled for partition in partitions),
+        held_out=sum(partition.held_out_passages for partition in partitions),
+        bytes=sum(partition.size for partition in partitions),
+    )

@@ -1,17 +1,19 @@
-"""Stage 1 on Ray: the corpus in, passages files and the list of bad documents out, a task a piece of the corpus.
+"""Stage 1: cut the documents of a corpus into passages, one task per input split.
 
-A task holds what `tokens.write_passages` holds; the driver a few counts a piece.
+The list of bad documents is written as well. Corpus files are always read in a process of their own, so that a file which
+crashes its reader does not end the run. A task needs the memory of `chunking.write_passages`.
 """
 
 import json
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from msense.config.build import BuildConfig
 from msense.corpus import (
     WHOLE,
     InputSplit,
@@ -23,127 +25,154 @@ from msense.corpus import (
     number_splits,
 )
 from msense.corpus.chunking import LISTED_BAD_DOCUMENTS, write_passages
-from msense.corpus.passages import PassageSpec
+from msense.corpus.passages import PassageOptions, PassageSpec
 from msense.errors import InputError
 from msense.io import storage
 from msense.run.folder import RunFolder
-from msense.run.journal import Journal
 from msense.run.resume import finished
-from msense.runtime.ray_executor import map_data, map_tasks, run_task
-from msense.runtime.resources import Resources
+from msense.runtime import Executor
+from msense.runtime.executor import Row
+from msense.stages.base import Stage, StageContext
+from msense.teacher.spec import TeacherInfo
 
 
-def make_passages(
-    run: RunFolder,
-    config: BuildConfig,
-    spec: PassageSpec,
-    files: list[SourceFile],
-    resources: Resources,
-    journal: Journal,
-) -> tuple[dict[str, Any], list[int]]:
-    """Write the passages of a corpus; pieces that an earlier driver finished are kept.
+@dataclass(frozen=True)
+class PassageStats:
+    """The passages of a corpus."""
 
-    Args:
-        run: the run folder, with the tokenizer in it.
-        config: the build's settings.
-        spec: how to cut passages.
-        files: the corpus.
-        resources: how many tasks at a time.
-        journal: where to note what is kept and what is made.
+    documents: int
+    passages: int
+    tokens: int
+    bad_documents: dict[str, int] = field(default_factory=dict)  # by reason
 
-    Returns:
-        Facts (documents, passages, tokens, bad documents in all and by reason), and the number of blocks of every
-        passages file.
+    def check_bad_documents(self, on_bad_document: str) -> None:
+        """Raise InputError if there are bad documents and `on_bad_document` is "fail"."""
+        if self.bad_documents and on_bad_document == "fail":
+            raise InputError(
+                f"the corpus has bad documents ({self.reasons()}): correct them, or use --on-bad-document skip"
+            )
 
-    Raises:
-        BadInput: no text at all; a bad document where none is allowed; the corpus changed while it was read.
-    """
-    splits = _numbered(cut_splits(files), resources)
-    found = _finished_pieces(run, len(splits), resources, journal)
-    known = {file.uri: f"{file.size} {file.fingerprint}" for file in files}
-    todo = [{"number": n, "known": known[p.uri], **asdict(p)} for n, p in enumerate(splits) if found[n] is None]
-    work = partial(_write_piece, run=run, spec=spec, fail_on_bad=config.on_bad_document == "fail")
-    for row in map_data("passages", work, todo, resources):
-        found[row["number"]] = row
-    journal.add("passages", made=len(todo))
-    whole = [f for f in found if f is not None]
-    bad: dict[str, int] = {}
-    for row in whole:
-        for reason, count in row["bad"].items():
-            bad[reason] = bad.get(reason, 0) + count
-    stats = {name: sum(row[name] for row in whole) for name in ("documents", "passages", "tokens")}
-    stats |= {"bad documents": sum(bad.values())}
-    stats |= {f"bad: {reason}": count for reason, count in sorted(bad.items())}
-    refuse_bad_documents(stats, config)
-    run_task(_list_bad_documents, run, len(whole))
-    if not stats["passages"]:
-        named = " ".join(display_uri(uri) for uri in config.corpus)
-        told = _told(stats)
-        remedy = f"see {run.bad_documents}, and check the path and --text-column" if bad else "check the path"
-        if config.sample < 1:
-            remedy += f", and raise --sample {config.sample}"
-        raise InputError(f"the corpus {named} has no text ({told or 'no documents in it'}): {remedy}")
-    return stats, [row["blocks"] for row in whole]
+    def reasons(self) -> str:
+        """Return the number of bad documents by reason, for messages."""
+        return "; ".join(f"{count} {reason}" for reason, count in self.bad_documents.items())
 
 
-def refuse_bad_documents(stats: dict[str, Any], config: BuildConfig) -> None:
-    """Raise if there are bad documents and the config allows none.
-
-    Raises:
-        BadInput: with their number by reason.
-    """
-    if stats["bad documents"] and config.on_bad_document == "fail":
-        raise InputError(f"the corpus has bad documents ({_told(stats)}); --on-bad-document skip goes past them")
-
-
-def _told(stats: dict[str, Any]) -> str:
-    """Say how many bad documents there are of each reason."""
-    reasons = ((name.removeprefix("bad: "), count) for name, count in stats.items() if name.startswith("bad: "))
-    return "; ".join(f"{count} {reason}" for reason, count in reasons)
-
-
-def _finished_pieces(
-    run: RunFolder, splits: int, resources: Resources, journal: Journal
-) -> list[dict[str, Any] | None]:
-    """Return the facts of the pieces that are finished; those with bad documents need their list as well."""
-    found = finished("passages", run, [run.passages_file(n) for n in range(splits)], resources, journal)
-    listed = [n for n, f in enumerate(found) if f and f["bad"]]
-    lists = finished("passages", run, [run.bad_file(n) for n in listed], resources)
-    for number in [n for n, f in zip(listed, lists, strict=True) if f is None]:
-        found[number] = None
-    return found
+def passage_spec(info: TeacherInfo, options: PassageOptions) -> PassageSpec:
+    """Return how a teacher's passages are cut; raise InputError for a stride or prompt that leaves no room."""
+    return PassageSpec(
+        max_length=info.max_length,
+        prefix=info.prefix,
+        suffix=info.suffix,
+        prompt=info.prompt_ids,
+        excluded=info.excluded,
+        stride=options.stride,
+        seed=options.seed,
+        dedup=options.dedup,
+        text_column=options.text_column,
+        sample=options.sample,
+    )
 
 
-def _numbered(splits: list[InputSplit], resources: Resources) -> list[InputSplit]:
-    """Count the rows before each piece of a file that was cut by bytes."""
+class PassageStage(Stage[PassageStats]):
+    """Writes the passages files; `blocks` has the number of blocks of every file once the stage has run."""
+
+    name = "passages"
+
+    def __init__(
+        self,
+        run: RunFolder,
+        spec: PassageSpec,
+        files: Sequence[SourceFile],
+        corpus: Sequence[str],
+        on_bad_document: str = "skip",
+    ) -> None:
+        """Cut the files of a corpus, which messages name as it was given."""
+        super().__init__(run)
+        self.spec, self.corpus, self.on_bad_document = spec, corpus, on_bad_document
+        self.splits = cut_splits(files)
+        self.blocks: list[int] = []
+        self.known = {file.uri: f"{file.size} {file.fingerprint}" for file in files}
+
+    def outputs(self) -> list[str]:
+        """Return one passages file per input split."""
+        return [self.run.passages_file(number) for number in range(len(self.splits))]
+
+    def finished(self, context: StageContext) -> list[Row | None]:
+        """Return the stats of finished splits; those with bad documents need their list as well."""
+        done = super().finished(context)
+        listed = [number for number, stats in enumerate(done) if stats and stats["bad"]]
+        lists = finished(self.name, self.run, [self.run.bad_file(number) for number in listed], context.executor)
+        for number, stats in zip(listed, lists, strict=True):
+            done[number] = done[number] if stats is not None else None
+        self.splits = _with_row_numbers(self.splits, context.executor)
+        return done
+
+    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
+        """Write the passages of the missing splits."""
+        splits = ((number, self.splits[number]) for number in missing)
+        items = [{"number": n, "known": self.known[split.uri], **asdict(split)} for n, split in splits]
+        work = partial(_write_split, run=self.run, spec=self.spec, fail_on_bad=self.on_bad_document == "fail")
+        yield from executor.map(self.name, work, items, isolated=True)
+
+    def reduce(self, executor: Executor, stats: list[Row]) -> PassageStats:
+        """Add up the splits and write the list of bad documents.
+
+        Raises:
+            InputError: the corpus has no text, or a bad document where none is allowed.
+        """
+        bad: Counter[str] = Counter()
+        for row in stats:
+            bad.update(row["bad"])
+        totals = {name: sum(row[name] for row in stats) for name in ("documents", "passages", "tokens")}
+        result = PassageStats(**totals, bad_documents=dict(sorted(bad.items())))
+        result.check_bad_documents(self.on_bad_document)
+        executor.run(_list_bad_documents, self.run, len(stats))
+        if not result.passages:
+            raise InputError(self._no_text(result))
+        self.blocks = [row["blocks"] for row in stats]
+        return result
+
+    def _no_text(self, result: PassageStats) -> str:
+        names = " ".join(display_uri(uri) for uri in self.corpus)
+        remedy = (
+            f"see {self.run.bad_documents}, and check the path and --text-column"
+            if result.bad_documents
+            else "check the path"
+        )
+        if self.spec.sample < 1:
+            remedy += f", and raise --sample {self.spec.sample}"
+        return f"the corpus {names} has no text ({result.reasons() or 'it has no documents'}): {remedy}"
+
+
+def _with_row_numbers(splits: list[InputSplit], executor: Executor) -> list[InputSplit]:
+    """Return the splits with the number of rows before each one of a file that was cut by bytes."""
     unknown = [n for n, split in enumerate(splits) if split.format in ("txt", "jsonl") and split.stop != WHOLE]
     if not unknown:
         return splits
     counts = [0] * len(splits)
-    for row in map_tasks(
-        "counting rows", _count_piece, [{"number": n, **asdict(splits[n])} for n in unknown], resources
-    ):
+    items = [{"number": n, **asdict(splits[n])} for n in unknown]
+    for row in executor.map("counting rows", _count_split, items, isolated=True):
         counts[row["number"]] = row["rows"]
     return number_splits(splits, counts)
 
 
-def _count_piece(item: dict[str, Any]) -> dict[str, Any]:
+def _count_split(item: Row) -> Row:
     number = item.pop("number")
     return {"number": number, "rows": count_rows(InputSplit(**item))}
 
 
-def _write_piece(item: dict[str, Any], run: RunFolder, spec: PassageSpec, fail_on_bad: bool) -> dict[str, Any]:
-    """Write the passages of one piece, its list of bad documents first, unless its file changes meanwhile."""
+def _write_split(item: Row, run: RunFolder, spec: PassageSpec, fail_on_bad: bool) -> Row:
+    """Write the passages of one split, its list of bad documents first, unless its file changes meanwhile."""
     number, known = item.pop("number"), item.pop("known")
     tokenizer = Tokenizer.from_str(storage.read_text(run.tokenizer))
 
-    def write(path: Path) -> dict[str, Any]:
+    def write(path: Path) -> Row:
         split = InputSplit(**item)
         stats = write_passages(split, spec, tokenizer, path, fail_on_bad)
         if (now := current_fingerprint(split.uri)) not in (None, known):
             raise InputError(
-                f"the corpus changed while it was read: {split.name} was {known}, is {now}; bring the former file "
-                "back and run the same command again, or give another --output"
+                f"the corpus changed while it was read: {split.name} was {known}, is now {now}; restore the file and run "
+                "the same command again, or use another --output"
             )
         if listed := stats.pop("listed"):
             run.publish(run.bad_file(number), partial(_write_listed, listed))
@@ -158,14 +187,14 @@ def _write_listed(listed: list[dict[str, str]], path: Path) -> None:
 
 def _list_bad_documents(run: RunFolder, splits: int) -> None:
     """Write the first hundred bad documents of each reason, in input order."""
-    told: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     lines = []
     for split in range(splits):
-        stats = storage.stats_of(run.passages_file(split)) or {"bad": {}}
-        if not any(told.get(reason, 0) < LISTED_BAD_DOCUMENTS for reason in stats["bad"]):
+        stats: dict[str, Any] = storage.stats_of(run.passages_file(split)) or {"bad": {}}
+        if all(counts[reason] >= LISTED_BAD_DOCUMENTS for reason in stats["bad"]):
             continue
         for document in json.loads(storage.read_text(run.bad_file(split))):
-            told[document["reason"]] = told.get(document["reason"], 0) + 1
-            if told[document["reason"]] <= LISTED_BAD_DOCUMENTS:
+            counts[document["reason"]] += 1
+            if counts[document["reason"]] <= LISTED_BAD_DOCUMENTS:
                 lines.append(json.dumps(document))
     storage.write_text(run.bad_documents, "".join(line + "\n" for line in lines))

@@ -1,50 +1,61 @@
-"""Stage 2 on Ray: passages files in, the plan's files out.
+"""Stage 2: decide which passages the teacher must read.
 
-Two passes over the passages (count, then select), each in a few tasks whose results add up as they come, so that neither
-the driver nor the result depends on how many tasks there were. A task holds one histogram and one block, a merge of
-results five histograms.
+Two passes over the passages (count, then select), each in a few tasks whose results are merged as they arrive, so that
+neither the driver's memory nor the result depends on the number of tasks. A task holds one histogram and one block; a
+merge holds five histograms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msense.config.build import BuildConfig
-from msense.corpus.passages import read_block
+from msense.config.build import PlanOptions
+from msense.corpus.passages import PassageSpec, read_block
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.arrays import open_parquet, save_arrays
 from msense.run.folder import RunFolder
-from msense.run.journal import Journal
-from msense.run.resume import finished
-from msense.runtime.ray_executor import get, reduce_tasks, run_task, submit
-from msense.runtime.resources import Resources
+from msense.runtime import Executor
+from msense.runtime.executor import Row
+from msense.stages.base import Stage
 from msense.stages.embedding_store import Duplicates, cut_shards
 from msense.stages.sampling import Histogram, duplicate_rows, select, thresholds
-from msense.teacher.spec import TeacherInfo
 
 KEYS_AT_A_TIME = 32 << 20
 _ROW = ("piece", "block", "passages", "tokens", "needed", "needed_tokens", "stored")
 
 
 @dataclass(frozen=True)
+class PlanStats:
+    """The outcome of a plan."""
+
+    passages: int
+    tokens: int
+    needed: int  # passages that the teacher reads
+    needed_tokens: int
+    stored: int  # occurrences that the teacher writes
+    points: int  # occurrences that are clustered
+    kinds: int  # different tokens with a point
+
+
+@dataclass(frozen=True)
 class PlanInput:
-    """What the tasks of the plan need to know."""
+    """Settings of the tasks of the plan."""
 
     run: RunFolder
-    info: TeacherInfo
-    config: BuildConfig
+    spec: PassageSpec
+    options: PlanOptions
+    vocab_size: int
+    dim: int
     scale: float = 1.0  # share of the corpus that these passages are
 
 
 @dataclass
 class Selected:
-    """What the teacher must read of a part of the corpus; adds up."""
+    """Mergeable numbers of what the teacher must read."""
 
     stored: np.ndarray  # int64 [V]
     blocks: np.ndarray  # int64 [n, 7], the columns of _ROW
@@ -55,90 +66,86 @@ class Selected:
         self.blocks = np.concatenate([self.blocks, other.blocks])
 
 
-def make_plan(given: PlanInput, blocks: Sequence[int], resources: Resources, journal: Journal) -> dict[str, Any]:
-    """Write the plan of a run, unless it is there.
+class PlanStage(Stage[PlanStats]):
+    """Writes the plan of a run."""
 
-    Args:
-        given: run folder, teacher and config.
-        blocks: number of blocks of every passages file.
-        resources: how many tasks at a time.
-        journal: where to note what is kept of an earlier driver's plan.
+    name = "plan"
 
-    Returns:
-        Facts of the plan: passages, tokens, needed, needed_tokens, stored (occurrences written by the teacher), points
-        (occurrences clustered), kinds (different tokens with a point).
+    def __init__(self, given: PlanInput, blocks: Sequence[int]) -> None:
+        """Plan the passages files with these numbers of blocks."""
+        super().__init__(given.run)
+        self.given = given
+        self.splits = [(split, count) for split, count in enumerate(blocks) if count]
 
-    Raises:
-        BadInput: two documents have the same id.
-    """
-    run = given.run
-    files = [run.blocks, run.thresholds] + ([run.duplicates] if given.config.dedup else [])
-    found = finished("plan", run, files, resources, journal)
-    if all(stats is not None for stats in found):
-        return dict(found[1] or {})
-    splits = [(split, count) for split, count in enumerate(blocks) if count]
-    _find_duplicates(given, splits, resources)
-    slices = [s for i in range(2 * resources.tasks) if (s := splits[i :: 2 * resources.tasks])]
-    histogram = reduce_tasks("plan: count", _count, slices, resources, given)
-    threshold = submit(_thresholds, histogram, given)
-    selected = reduce_tasks("plan: select", _select, slices, resources, given, threshold)
-    result: dict[str, Any] = run_task(_write, selected, histogram, threshold, given)
-    journal.add("plan", made=sum(stats is None for stats in found))
-    return result
+    def outputs(self) -> list[str]:
+        """Return the files of the plan, the one with the stats first."""
+        return [self.run.thresholds, self.run.blocks] + ([self.run.duplicates] if self.given.options.dedup else [])
+
+    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
+        """Make the whole plan if any of its files is missing.
+
+        Raises:
+            InputError: two documents have the same id.
+        """
+        if not missing:
+            return
+        _find_duplicates(self.given, self.splits, executor)
+        slices = sliced(self.splits, 2 * executor.resources.tasks)
+        histogram = executor.reduce("plan: count", _count, slices, self.given)
+        threshold = executor.submit(_thresholds, histogram, self.given)
+        selected = executor.reduce("plan: select", _select, slices, self.given, threshold)
+        yield {"number": 0, **executor.run(_write, selected, histogram, threshold, self.given)}
+
+    def reduce(self, executor: Executor, stats: list[Row]) -> PlanStats:
+        """Return the stats of the plan."""
+        return PlanStats(**{name: stats[0][name] for name in PlanStats.__dataclass_fields__})
+
+
+def sliced(splits: Sequence[tuple[int, int]], tasks: int) -> list[Sequence[tuple[int, int]]]:
+    """Deal the passages files out to at most so many tasks."""
+    return [some for first in range(tasks) if (some := splits[first::tasks])]
 
 
 def _count(splits: list[tuple[int, int]], given: PlanInput) -> Histogram:
     """Count a slice of the passages files."""
-    histogram = Histogram.empty(given.info.vocab_size)
-    spec, dropped = given.info.passage_spec(given.config), Duplicates(given.run)
+    histogram = Histogram.empty(given.vocab_size)
+    spec, dropped = given.spec, Duplicates(given.run)
     for split, count in splits:
         for block in range(count):
             passages = read_block(given.run.passages_file(split), block).without(dropped.of(split, block))
-            histogram.add(passages, spec, given.config.per_passage)
+            histogram.add(passages, spec, given.options.per_passage)
     return histogram
 
 
 def _thresholds(histogram: Histogram, given: PlanInput) -> np.ndarray:
-    """Return the threshold keys; a dry run on a sample reads as much less of each token as the sample is smaller."""
-    config = given.config
-    return thresholds(histogram, config.max_occurrences * given.scale, config.coverage)
+    """Return the threshold keys; in a dry run on a sample the cap on occurrences shrinks with the sample."""
+    options = given.options
+    return thresholds(histogram, options.max_occurrences * given.scale, options.coverage)
 
 
 def _select(splits: list[tuple[int, int]], given: PlanInput, threshold: np.ndarray) -> Selected:
-    """Work out what the teacher must read of a slice of the passages files."""
-    spec, dropped = given.info.passage_spec(given.config), Duplicates(given.run)
+    """Return what the teacher must read in a slice of the passages files."""
+    spec, dropped = given.spec, Duplicates(given.run)
     stored = np.zeros(len(threshold), dtype=np.int64)
     rows = []
     for split, count in splits:
         for block in range(count):
             passages = read_block(given.run.passages_file(split), block).without(dropped.of(split, block))
-            flat = select(passages, threshold, spec, given.config.per_passage)
+            flat = select(passages, threshold, spec, given.options.per_passage)
             stored += np.bincount(passages.ids[flat], minlength=len(stored))
             needed = np.unique(passages.rows()[flat])
-            rows.append(
-                (
-                    split,
-                    block,
-                    len(passages.keys),
-                    len(passages.ids),
-                    len(needed),
-                    passages.lengths[needed].sum(),
-                    len(flat),
-                )
-            )
+            needed_tokens = passages.lengths[needed].sum()
+            counts = (len(passages.keys), len(passages.ids), len(needed), needed_tokens, len(flat))
+            rows.append((split, block, *counts))
     return Selected(stored, np.array(rows, dtype=np.int64))
 
 
-def _write(selected: Selected, histogram: Histogram, threshold: np.ndarray, given: PlanInput) -> dict[str, Any]:
-    """Write the plan's files and return its facts."""
+def _write(selected: Selected, histogram: Histogram, threshold: np.ndarray, given: PlanInput) -> Row:
+    """Write the plan's files and return its stats."""
     blocks = selected.blocks[np.lexsort((selected.blocks[:, 1], selected.blocks[:, 0]))]
     table = pa.table({name: blocks[:, i] for i, name in enumerate(_ROW)})
-
-    def write_blocks(path: Path) -> None:
-        pq.write_table(table, path)
-
-    given.run.publish(given.run.blocks, write_blocks)
-    cap = given.config.max_occurrences
+    given.run.publish(given.run.blocks, lambda path: pq.write_table(table, path))
+    cap = given.options.max_occurrences
     points = np.minimum(selected.stored, cap) if cap else selected.stored
     total = dict(zip(_ROW, blocks.sum(axis=0).tolist(), strict=True))
     stats = {name: total[name] for name in ("passages", "tokens", "needed", "needed_tokens", "stored")}
@@ -147,46 +154,38 @@ def _write(selected: Selected, histogram: Histogram, threshold: np.ndarray, give
         "threshold": threshold,
         "token_counts": histogram.token_counts,
         "stored": selected.stored,
-        "shards": cut_shards(selected.stored, given.info.dim),
+        "shards": cut_shards(selected.stored, given.dim),
     }
-
-    def write_plan(path: Path) -> None:
-        save_arrays(path, arrays)
-
-    return given.run.publish(given.run.thresholds, write_plan, stats)
+    return given.run.publish(given.run.thresholds, lambda path: save_arrays(path, arrays), stats)
 
 
-def _find_duplicates(given: PlanInput, splits: list[tuple[int, int]], resources: Resources) -> None:
-    """Find passages with equal keys: the same content (`--dedup`, written down and dropped) or the same document id.
+def _find_duplicates(given: PlanInput, splits: list[tuple[int, int]], executor: Executor) -> None:
+    """Find passages with equal keys: equal content with `--dedup` (recorded, to be skipped), else a repeated document id.
 
-    Keys are looked at in ranges of about 32 million, so that a task holds about 2 GB at most.
+    Keys are processed in ranges of about 32 million, so that a task needs at most about 2 GB.
     """
     run = given.run
     passages = sum(storage.stats_of(run.passages_file(split))["passages"] for split, _ in splits)  # type: ignore[index]
     ranges = max(1, -(-passages // KEYS_AT_A_TIME))
     work = [(n, ranges) for n in range(ranges)]
-    found = get(reduce_tasks("plan: duplicates", _duplicates, work, resources, splits, given))
-    if not given.config.dedup:
+    found = executor.get(executor.reduce("plan: duplicates", _duplicates, work, splits, given))
+    if not given.options.dedup:
         if found.repeated:
             raise InputError(
-                f"document id {found.repeated!r} is there twice: ids must be unique (or leave the id column out)"
+                f"document id {found.repeated!r} occurs twice: make the ids unique, or remove the id column"
             )
         return
     places = found.places[np.lexsort(found.places.T[::-1])]
     arrays = {name: places[:, i].astype(np.int32) for i, name in enumerate(("piece", "block", "row"))}
-
-    def write(path: Path) -> None:
-        save_arrays(path, arrays)
-
-    run.publish(run.duplicates, write)
+    run.publish(run.duplicates, lambda path: save_arrays(path, arrays))
 
 
 @dataclass
 class _Duplicates:
-    """Passages whose key an earlier passage has; adds up."""
+    """Mergeable list of the passages whose key an earlier passage has."""
 
     places: np.ndarray  # int64 [n, 3]: piece, block, row
-    repeated: str = ""  # a document id that is there twice
+    repeated: str = ""  # a document id that occurs twice
 
     def merge(self, other: "_Duplicates") -> None:
         self.places = np.concatenate([self.places, other.places])
@@ -194,7 +193,7 @@ class _Duplicates:
 
 
 def _duplicates(key_range: tuple[int, int], splits: list[tuple[int, int]], given: PlanInput) -> _Duplicates:
-    """Look for repeated keys in one range of keys."""
+    """Find repeated keys in one range of keys."""
     number, ranges = key_range
     keys, places = [], []
     for split, count in splits:
@@ -209,7 +208,7 @@ def _duplicates(key_range: tuple[int, int], splits: list[tuple[int, int]], given
     all_keys, all_places = np.concatenate(keys), np.concatenate(places)
     later = duplicate_rows(all_keys)
     found = _Duplicates(all_places[later].astype(np.int64))
-    if not given.config.dedup:
+    if not given.options.dedup:
         for place in later.tolist():
             first = int(np.flatnonzero(all_keys == all_keys[place])[0])
             if (name := _identity(given.run, all_places[place])) == _identity(given.run, all_places[first]):
@@ -219,7 +218,7 @@ def _duplicates(key_range: tuple[int, int], splits: list[tuple[int, int]], given
 
 
 def _identity(run: RunFolder, place: np.ndarray) -> tuple[str, int]:
-    """Return (document id, index) of a passage; equal keys of unequal passages are a chance collision of the hash."""
+    """Return (document id, index) of a passage; if those differ, equal keys are a collision of the hash."""
     split, block, row = place.tolist()
     table = open_parquet(run.passages_file(split)).read_row_group(block, columns=["document_id", "index"])
     return str(table.column("document_id")[row]), int(table.column("index")[row].as_py())

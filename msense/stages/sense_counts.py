@@ -1,12 +1,12 @@
-"""Stage 4, first half: choose the number of senses of each token (K) on Ray, for `--senses auto` and `mcl`.
+"""Stage 4, first half: choose the number of senses of each token (K), for `--senses auto` and `mcl`.
 
 One task per shard examines the first points by key of each token and writes variance curves (auto) or K itself (mcl);
 one last task merges them, for auto by allocating the budget. A shard's task holds its rows twice (only the sample, if
 the shard is one large token); the last task needs the memory of `allocation` and 150 bytes per token.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,12 +14,11 @@ from msense.clustering.allocation import Curves, allocate
 from msense.clustering.kmeans import CURVE_POINTS, GRID, variance_curves
 from msense.clustering.mcl import MCL_POINTS, MclConfig, mcl_senses
 from msense.io.arrays import load_arrays, save_arrays
-from msense.run.journal import Journal
-from msense.run.resume import finished
-from msense.runtime.ray_executor import map_tasks, run_task
-from msense.runtime.resources import Resources
+from msense.runtime import Executor
+from msense.runtime.executor import Row
+from msense.stages.base import Stage
 from msense.stages.distributed_kmeans import first_by_key
-from msense.stages.embedding_store import ClusterSettings, read_ranges, sample, shard_ranges, stored
+from msense.stages.embedding_store import ClusterSettings, read_ranges, sample, shard_items, shard_ranges, stored
 
 
 @dataclass(frozen=True)
@@ -31,40 +30,47 @@ class SenseSettings:
     mcl: MclConfig | None  # None: auto
 
 
-def count_senses(
-    settings: SenseSettings, shards: np.ndarray, resources: Resources, journal: Journal | None = None
-) -> dict[str, Any]:
-    """Choose the number of senses of every token and write it to the run folder.
+@dataclass(frozen=True)
+class SenseCountStats:
+    """The numbers of senses to compute."""
 
-    Args:
-        settings: run folder and rule.
-        shards: int64 [shards + 1], first token of each shard.
-        resources: limit of concurrent tasks.
-        journal: records how many outputs are reused and how many are new.
-
-    Returns:
-        Stats: `senses` in total, and those of the token with most (`largest`).
-    """
-    run = settings.clustering.run
-    files = [run.curves_file(number) for number in range(len(shards) - 1)]
-    *done, whole = finished("senses", run, [*files, run.senses], resources, journal)
-    todo = [
-        {"shard": number, "first": int(shards[number]), "last": int(shards[number + 1])}
-        for number, stats in enumerate(done)
-        if stats is None
-    ]
-    if todo or whole is None:
-        for _ in map_tasks("senses", shard_sense_counts, todo, resources, settings, needs=resources.clustering):
-            pass
-        whole = run_task(_merge_shards, files, settings)
-        if journal is not None:
-            journal.add("senses", made=len(todo) + 1)
-    return {name: whole[name] for name in ("senses", "largest")}
+    senses: int  # in total
+    largest: int  # of the token with most
 
 
-def shard_sense_counts(item: dict[str, int], settings: SenseSettings) -> dict[str, Any]:
+class SenseCountStage(Stage[SenseCountStats]):
+    """Chooses the number of senses of every token and writes it to the run folder."""
+
+    name = "senses"
+
+    def __init__(self, settings: SenseSettings, shards: np.ndarray) -> None:
+        """Choose for shards, int64 [shards + 1] with the first token of each."""
+        super().__init__(settings.clustering.run)
+        self.settings, self.shards = settings, shards
+        self.curves = [self.run.curves_file(number) for number in range(len(shards) - 1)]
+
+    def outputs(self) -> list[str]:
+        """Return one file per shard, and the file of all numbers."""
+        return [*self.curves, self.run.senses]
+
+    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
+        """Examine the missing shards, then choose the numbers of all tokens again."""
+        if not missing:
+            return
+        items = shard_items(self.shards, [number for number in missing if number < len(self.curves)])
+        yield from executor.map(
+            self.name, shard_sense_counts, items, self.settings, needs=executor.resources.clustering
+        )
+        yield {"number": len(self.curves), **executor.run(_merge_shards, self.curves, self.settings)}
+
+    def reduce(self, executor: Executor, stats: list[Row]) -> SenseCountStats:
+        """Return the totals."""
+        return SenseCountStats(stats[-1]["senses"], stats[-1]["largest"])
+
+
+def shard_sense_counts(item: Row, settings: SenseSettings) -> Row:
     """Write the variance curves, or with mcl the numbers of senses, of a shard's tokens."""
-    own, shard = settings.clustering, item["shard"]
+    own, shard = settings.clustering, item["number"]
     wanted = CURVE_POINTS if settings.mcl is None else MCL_POINTS
     cap = min(wanted, own.max_occurrences or wanted)
     ranges, rows = shard_ranges(own, shard)
@@ -83,10 +89,10 @@ def shard_sense_counts(item: dict[str, int], settings: SenseSettings) -> dict[st
         arrays["variance"] = variance_curves(points, sizes, tokens, own.kmeans, device=own.device)
     else:
         arrays["senses"] = mcl_senses(points, sizes, settings.mcl, token_ids=tokens, device=own.device)
-    return own.run.publish(own.run.curves_file(shard), lambda path: save_arrays(path, arrays))
+    return own.run.publish(own.run.curves_file(shard), lambda path: save_arrays(path, arrays), {"number": shard})
 
 
-def _merge_shards(files: list[str], settings: SenseSettings) -> dict[str, Any]:
+def _merge_shards(files: list[str], settings: SenseSettings) -> Row:
     """Write the file of all numbers and return its stats."""
     own = settings.clustering
     by_shard = [load_arrays(file) for file in files]

@@ -1,76 +1,112 @@
-"""Stage 7: train a student on the labels with Ray Train, and write its folder.
+"""Stage 7: train a student on the labels, and write its folder.
 
-Runs on the driver, which holds settings and metrics only. Each training has a folder named after its settings, so that
-one set of labels serves several trainings, and an interrupted training resumes from its last checkpoint.
+Runs on the driver, which holds settings and metrics only. Each training has a folder named after its settings, so that one
+set of labels serves several trainings, and an interrupted training resumes from its last checkpoint.
 """
 
 import hashlib
 import json
 import logging
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from msense.config.distill import DistillConfig
 from msense.dictionary import SenseDictionary
 from msense.io import storage
 from msense.io.scratch import scratch_folder
 from msense.io.storage import join
 from msense.run.folder import RunFolder
-from msense.runtime.ray_executor import run_task
-from msense.runtime.resources import Resources
-from msense.stages.ray_train import run_training
+from msense.run.progress import display_progress
+from msense.runtime import Executor
+from msense.runtime.executor import Checkpoint, Row
+from msense.stages.base import Stage, StageContext
 from msense.student import load_student, save_pretrained
 from msense.student.shipping import StoredSenses
 from msense.training.distiller import DistillationConfig, build_student
+from msense.training.group import Session
 from msense.training.label_dataset import LabelSet
 
 logger = logging.getLogger(__name__)
-SUMMARY_METRICS = ("sense", "pooled", "accuracy", "frequent", "pooled_cosine")  # held-out metrics in the summary
+REPORTED = ("sense", "pooled", "accuracy", "frequent", "pooled_cosine")  # held-out metrics in the summary
 
 
 def check_student(training: DistillationConfig) -> None:
-    """Raise BadInput if the student cannot be built; called before any labels are generated."""
+    """Raise InputError if the student cannot be built; called before any labels are generated."""
     build_student(training)
 
 
-def worker(given: dict[str, Any]) -> list[dict[str, float]]:
-    """Run `train_worker`, which is imported in the worker process only."""
-    from msense.stages.train_worker import train_worker
+@dataclass(frozen=True)
+class TrainStats:
+    """The outcome of a training."""
 
-    return train_worker(given)
+    epochs: int
+    steps: int
+    held_out: dict[str, float]  # metrics of the last epoch
 
 
-def train(
-    config: DistillConfig, training: DistillationConfig, run: RunFolder, resources: Resources, labels: LabelSet
-) -> dict[str, Any]:
-    """Train a student or resume an interrupted training, unless it is finished; return its last metrics.
+class TrainStage(Stage[TrainStats]):
+    """Trains a student, resumes an interrupted training, or keeps the student of a finished one."""
 
-    Raises:
-        MsenseError: workers failed repeatedly; names the cause.
-    """
-    name = _name(training, labels)
-    history = storage.read_json(join(run.student, "training.json"))
-    if history and history.get("name") == name:
-        logger.info("the student in %s is finished", run.student)
-        return _stats(history["epochs"])
-    result = run_training(name, worker, {"training": training}, run, resources)
-    epochs: list[dict[str, float]] = result.return_value
-    run_task(save_student_folder, result.checkpoint, training, run.student, config.ship_senses, epochs[-1])
-    storage.write_json(join(run.student, "training.json"), {"name": name, "epochs": epochs})
-    storage.remove(join(run.training, name))
-    return _stats(epochs)
+    name = "training"
+
+    def __init__(self, run: RunFolder, training: DistillationConfig, labels: LabelSet, senses: StoredSenses) -> None:
+        """Train on `labels` and ship the student's dictionary as `senses` says."""
+        super().__init__(run)
+        self.training, self.senses = training, senses
+        self.training_name = _name(training, labels)
+
+    def outputs(self) -> list[str]:
+        """Return the metrics of all epochs, which are written after the student."""
+        return [join(self.run.student, "training.json")]
+
+    def finished(self, context: StageContext) -> list[Row | None]:
+        """Return the metrics of a finished training with the same settings."""
+        history = storage.read_json(self.outputs()[0])
+        if not history or history.get("name") != self.training_name:
+            return [None]
+        logger.info("the student in %s is finished", self.run.student)
+        return [history]
+
+    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
+        """Train and write the student's folder.
+
+        Raises:
+            MsenseError: workers failed repeatedly; the message has the cause.
+        """
+        if not missing:
+            return
+        with display_progress(self.run):
+            result = executor.train(self.training_name, train_worker, self.training, self.run.training)
+        epochs = result.history
+        executor.run(save_student_folder, result.checkpoint, self.training, self.run.student, self.senses, epochs[-1])
+        storage.write_json(self.outputs()[0], {"name": self.training_name, "epochs": epochs})
+        storage.remove(join(self.run.training, self.training_name))
+        yield {"number": 0, "epochs": epochs}
+
+    def reduce(self, executor: Executor, stats: list[Row]) -> TrainStats:
+        """Return the metrics of the last epoch."""
+        epochs = stats[0]["epochs"]
+        last = epochs[-1]
+        held_out = {name: round(last[f"held_out_{name}"], 4) for name in REPORTED if f"held_out_{name}" in last}
+        return TrainStats(len(epochs), int(last["step"]), held_out)
+
+
+def train_worker(training: DistillationConfig, session: Session) -> list[dict[str, float]]:
+    """Train on one worker; the trainer is imported there only."""
+    from msense.training.worker import distill
+
+    return distill(training, session)
 
 
 def save_student_folder(
-    checkpoint: Any,  # noqa: ANN401 - Ray Train's
+    checkpoint: Checkpoint,
     training: DistillationConfig,
     uri: str,
     senses: StoredSenses,
     metrics: dict[str, float],
 ) -> None:
     """Write the self-contained folder of the student in a checkpoint to `uri`; the model card shows `metrics`."""
-    from msense.stages.train_worker import STUDENT
+    from msense.training.worker import STUDENT
 
     dictionary = SenseDictionary.load(training.dictionary)
     if training.mix.metric is not None:
@@ -87,12 +123,3 @@ def _name(training: DistillationConfig, labels: LabelSet) -> str:
     for name in ("threads", "teacher", "device", "checkpoint_steps"):
         settings.pop(name)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _stats(epochs: list[dict[str, float]]) -> dict[str, Any]:
-    """Return the summary of a finished training."""
-    last = epochs[-1]
-    held_out = {
-        f"held out {name}": round(last[f"held_out_{name}"], 4) for name in SUMMARY_METRICS if f"held_out_{name}" in last
-    }
-    return {"epochs": len(epochs), "steps": int(last["step"]), **held_out}

@@ -18,7 +18,7 @@ and, for every token, one of its *senses*: the clusters of the teacher's context
 
 | | |
 |---|---|
-{facts}
+{stats}
 {evaluation}
 ## Usage
 

@@ -25,8 +25,8 @@ class StudentSettings:
             or folder of another encoder.
         heads: "two": a separate linear head, initialized to identity, for senses; "one": senses share the hidden state.
         units: hidden units of a static student's MLP.
-        window: kernel size of a static student's convolution, in tokens; odd.
-        stay: prior count of a static student: a token seen n times is trained with weight n / (n + stay).
+        kernel_size: kernel size of a static student's convolution, in tokens; odd.
+        prior_count: prior count of a static student: a token seen n times is trained with weight n / (n + prior_count).
         seed: of the random initialization.
 
     Raises:
@@ -40,8 +40,8 @@ class StudentSettings:
     kind: str = "layers:2"
     heads: Heads = "two"
     units: int = 512
-    window: int = 9
-    stay: float = 5.0
+    kernel_size: int = 9
+    prior_count: float = 5.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,22 +49,22 @@ class StudentSettings:
             raise StudentError(f"invalid heads {self.heads!r}: use one of {get_args(Heads)}")
         if not 0 < self.units <= MAX_DIM:
             raise StudentError(f"invalid units {self.units}: use 1 to {MAX_DIM}")
-        if not (0 < self.window < MAX_KERNEL_SIZE and self.window % 2):
-            raise StudentError(f"invalid window {self.window}: use an odd number below {MAX_KERNEL_SIZE}")
-        if not 0 <= self.stay < float("inf"):
-            raise StudentError(f"invalid stay {self.stay}: use a finite number from 0")
+        if not (0 < self.kernel_size < MAX_KERNEL_SIZE and self.kernel_size % 2):
+            raise StudentError(f"invalid kernel_size {self.kernel_size}: use an odd number below {MAX_KERNEL_SIZE}")
+        if not 0 <= self.prior_count < float("inf"):
+            raise StudentError(f"invalid prior_count {self.prior_count}: use a finite number from 0")
 
 
 class StaticSizes(FrozenModel):
     """Sizes of a student without attention."""
 
     units: int = Field(gt=0, le=MAX_DIM)
-    window: int = Field(gt=0, lt=MAX_KERNEL_SIZE, description="odd")
+    kernel_size: int = Field(alias="window", gt=0, lt=MAX_KERNEL_SIZE, description="odd")
 
     @model_validator(mode="after")
     def _odd(self) -> "StaticSizes":
-        if self.window % 2 == 0:
-            raise ValueError(f"window is {self.window}, but must be odd")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}, but must be odd")
         return self
 
 

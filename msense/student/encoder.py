@@ -119,7 +119,7 @@ class SenseEncoder:
         Raises:
             StudentError: the student is unavailable, or a file is missing, truncated, malformed, inconsistent, or
                 links out of the folder.
-            BadInput: the device does not support the dtype.
+            InputError: the device does not support the dtype.
         """
         return cls(student_folder(name_or_dir, revision, token), device=device, dtype=dtype)
 
@@ -169,7 +169,7 @@ class SenseEncoder:
             temperature: of soft replacement, in units of the dictionary's mean squared distance.
 
         Raises:
-            BadInput: a text or an argument is invalid.
+            InputError: a text or an argument is invalid.
             StudentError: `replace` is set and the student has no dictionary.
         """
         if replace not in (None, "hard", "soft"):
@@ -198,7 +198,7 @@ class SenseEncoder:
         The text is truncated to `config.max_length` tokens; `exemplars=False` skips the examples of the senses.
 
         Raises:
-            BadInput: the text is invalid.
+            InputError: the text is invalid.
             StudentError: the student has no dictionary.
             DictionaryError: the dictionary is damaged.
         """
@@ -234,7 +234,7 @@ class SenseEncoder:
         """Copy the student's files into a local folder, with or without the exemplars, which quote the corpus.
 
         Raises:
-            BadInput: the folder is the student's own.
+            InputError: the folder is the student's own.
             StudentError: a file links out of the student's folder.
         """
         target = StudentFiles(Path(folder))
@@ -345,7 +345,7 @@ def _uses_bfloat16(dtype: str, device: torch.device) -> bool:
     """Return whether to compute in bfloat16.
 
     Raises:
-        BadInput: the device does not support it.
+        InputError: the device does not support it.
     """
     supported = resolve_dtype("auto", device.type) == "bfloat16"
     if dtype == "bfloat16" and not supported:
@@ -360,7 +360,7 @@ def _nearest(dictionary: SenseDictionary, ids: np.ndarray, embeddings: Tensor) -
     step = max(1, _WEIGHTS // most)
     for start in range(0, len(ids), step):
         own = torch.from_numpy(ids[start : start + step])
-        numbers, weights = dictionary.weigh(own, embeddings[start : start + step], most, DEFAULT_TEMPERATURE)
+        numbers, weights = dictionary.top_k(own, embeddings[start : start + step], most, DEFAULT_TEMPERATURE)
         senses.append(numbers[:, 0].cpu().numpy())
         shares.append(weights[:, 0].cpu().numpy())
     return np.concatenate(senses), np.concatenate(shares)

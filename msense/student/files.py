@@ -30,7 +30,7 @@ def save_student(folder: str | Path, student: Student, config: StudentConfig | N
     with atomic_path(files.weights) as scratch:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in student.weights().items()}, scratch)
     with atomic_path(files.config) as scratch:
-        scratch.write_text((config or student.config).model_dump_json(indent=1) + "\n", encoding="utf-8")
+        scratch.write_text((config or student.config).model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
 
 
 def load_student(folder: str | Path) -> Student:

@@ -24,7 +24,7 @@ def student_folder(name: str | Path, revision: str | None = None, token: str | N
 
     Raises:
         StudentError: no such folder, and no such student on the hub.
-        BadInput: nothing exists at the URI.
+        InputError: nothing exists at the URI.
     """
     if isinstance(name, str) and "://" in name:
         return storage.local_copy(name)
@@ -65,7 +65,7 @@ def push_student(
         The URL of the commit.
 
     Raises:
-        BadInput: invalid repository name.
+        InputError: invalid repository name.
         StudentError: a file links outside the folder.
         MsenseError: the hub refuses, or is unavailable.
     """

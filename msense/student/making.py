@@ -8,7 +8,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from msense.config.build import BuildConfig
 from msense.dictionary import SenseDictionary, TeacherName
 from msense.errors import InputError, StudentError
 from msense.student.config import StaticSizes, StudentConfig, StudentSettings, dictionary_mismatch
@@ -18,7 +17,7 @@ from msense.student.transformer import body_settings, load_weights
 from msense.teacher.body import load_body, max_positions, truncate_layers
 from msense.teacher.files import body_folder
 from msense.teacher.pooling import Pooling
-from msense.teacher.spec import TeacherInfo, load_teacher_info
+from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
 
 
 def init_student(
@@ -39,14 +38,14 @@ def init_student(
 
     Raises:
         StudentError: dictionary, teacher and student do not match, or a setting is invalid.
-        BadInput: the teacher cannot be loaded.
+        InputError: the teacher cannot be loaded.
     """
-    info, _ = load_teacher_info(teacher, BuildConfig(revision=revision))
+    info, _ = load_teacher_info(teacher, TeacherOptions(revision=revision))
     _check_teacher(info, dictionary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if settings.kind == "static":
-            sizes = StaticSizes(units=settings.units, window=settings.window)
+            sizes = StaticSizes(units=settings.units, kernel_size=settings.kernel_size)
             student = Student(_config(settings, info, dictionary, None, static=sizes))
             model = load_body(body_folder(teacher, revision), teacher, torch.float32)
         else:
@@ -58,7 +57,7 @@ def init_student(
         counts = dictionary.token_counts if seen is None else seen
         with torch.no_grad():
             body.means.copy_(token_means(dictionary, model.get_input_embeddings().weight))
-            body.confidence.copy_(confidence(dictionary, counts, settings.stay))
+            body.confidence.copy_(confidence(dictionary, counts, settings.prior_count))
     else:
         load_weights(body, model)
     return student
@@ -69,7 +68,7 @@ def _config(
     info: TeacherInfo,
     dictionary: SenseDictionary,
     longest: int | None,
-    **body: Any,  # noqa: ANN401 - `body` or `static`
+    **body: Any,
 ) -> StudentConfig:
     """Return the student's config; maximum length and prompt are those that the dictionary was built with."""
     length = dictionary.config.max_length or info.max_length
@@ -102,14 +101,14 @@ def _check_teacher(info: TeacherInfo, dictionary: SenseDictionary) -> None:
         )
 
 
-def _load_transformer(kind: str, info: TeacherInfo, teacher: str, revision: str | None) -> Any:  # noqa: ANN401 - model
+def _load_transformer(kind: str, info: TeacherInfo, teacher: str, revision: str | None) -> Any:
     """Load the transformer that the student is initialized from."""
     if kind.startswith("layers:"):
         model = load_body(body_folder(teacher, revision), teacher, torch.float32)
         truncate_layers(model, kind)
         return model
     try:
-        own, _ = load_teacher_info(kind, BuildConfig())
+        own, _ = load_teacher_info(kind, TeacherOptions())
         model = load_body(body_folder(kind, None), kind, torch.float32)
     except InputError as error:
         raise StudentError(f"cannot load student {kind!r}: {error}") from error

@@ -47,7 +47,7 @@ class SenseModule(InputModule):
         """Maximum tokens per text, special tokens included.
 
         Raises:
-            BadInput: on setting a value that leaves no room for text or exceeds the student's own maximum.
+            InputError: on setting a value that leaves no room for text or exceeds the student's own maximum.
         """
         return self._max_length
 
@@ -63,12 +63,12 @@ class SenseModule(InputModule):
         """Return the dimension D of the vectors."""
         return self.student.config.dim
 
-    def preprocess(self, inputs: list[str], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:  # noqa: ANN401 - inherited
+    def preprocess(self, inputs: list[str], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:
         """Return the token ids int64 [B, L] of texts, and their mask."""
         ids, mask = pad_ids(self._reader.ids(inputs, prompt or ""))
         return {"input_ids": ids, "attention_mask": mask.long()}
 
-    def forward(self, features: dict[str, Any], **_: Any) -> MutableMapping[str, Any]:  # noqa: ANN401 - inherited
+    def forward(self, features: dict[str, Any], **_: Any) -> MutableMapping[str, Any]:
         """Add token embeddings [B, L, D], lazily in the fast path, and sentence vectors [B, D]."""
         ids, mask = features["input_ids"], features["attention_mask"].bool()
         if self._is_fast(ids):
@@ -107,7 +107,7 @@ class SenseModule(InputModule):
             self._fast = version, StaticEncoder(self.student)
         return self._fast[1]
 
-    def save(self, output_path: str, *_: Any, **__: Any) -> None:  # noqa: ANN401 - inherited
+    def save(self, output_path: str, *_: Any, **__: Any) -> None:
         """Write student and tokenizer; sentence-transformers writes the rest."""
         files = StudentFiles(Path(output_path))
         config = self.student.config.model_copy(update={"max_length": self.max_seq_length})
@@ -118,7 +118,7 @@ class SenseModule(InputModule):
         self.tokenizer.enable_truncation(self.max_seq_length)
 
     @classmethod
-    def load(cls, model_name_or_path: str, *, subfolder: str = "", **kwargs: Any) -> "SenseModule":  # noqa: ANN401 - inherited
+    def load(cls, model_name_or_path: str, *, subfolder: str = "", **kwargs: Any) -> "SenseModule":
         """Load a saved student from a folder or the hub; options other than those of the hub are ignored.
 
         Raises:
@@ -141,7 +141,7 @@ class SenseModule(InputModule):
 class _LazyFeatures(UserDict[str, Any]):
     """Features in which a callable value is computed on first access; a caller may want sentence vectors only."""
 
-    def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - features are tensors, lists and numbers
+    def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         if callable(value):
             with torch.no_grad():

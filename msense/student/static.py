@@ -22,7 +22,7 @@ class StaticBody(nn.Module):
     pulls it towards the mean, and a token of confidence 0 stays there.
 
     Example:
-        >>> body = StaticBody(9, 4, StaticSizes(units=6, window=3))
+        >>> body = StaticBody(9, 4, StaticSizes(units=6, kernel_size=3))
         >>> body(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)).shape
         torch.Size([1, 2, 4])
     """
@@ -36,7 +36,7 @@ class StaticBody(nn.Module):
         self.register_buffer("confidence", torch.ones(vocab_size))
         self.shift: nn.Module = nn.Embedding.from_pretrained(torch.zeros(vocab_size, dim), freeze=False)
         self.project = nn.Linear(dim, sizes.units, bias=False)
-        self.taps = nn.Parameter(torch.randn(sizes.window, sizes.units) / sizes.window**0.5)
+        self.taps = nn.Parameter(torch.randn(sizes.kernel_size, sizes.units) / sizes.kernel_size**0.5)
         self.passage = nn.Linear(dim, sizes.units)
         self.back = nn.Linear(sizes.units, dim)
         nn.init.zeros_(self.back.weight)
@@ -97,12 +97,12 @@ def _ridge_predict(inputs: Tensor, outputs: Tensor, points: Tensor, new_inputs: 
     return ((new_inputs.double() - x_mean) @ solution + y_mean).float()
 
 
-def confidence(dictionary: SenseDictionary, seen: np.ndarray, stay: float) -> Tensor:
-    """Return the confidence n / (n + stay) of each token, float32 [V], from its occurrences n, integers [V].
+def confidence(dictionary: SenseDictionary, seen: np.ndarray, prior_count: float) -> Tensor:
+    """Return the confidence n / (n + prior_count) of each token, float32 [V], from its occurrences n, integers [V].
 
     Special tokens excluded by the dictionary are part of every passage: their confidence is 1.
     """
     counts = torch.from_numpy(seen.astype(np.float64))
-    shares = torch.where(counts > 0, counts / (counts + stay), 0.0)
+    shares = torch.where(counts > 0, counts / (counts + prior_count), 0.0)
     shares[list(dictionary.config.excluded_token_ids)] = 1.0
     return shares.float()

@@ -67,7 +67,7 @@ class StaticEncoder:
         """Return sentence vectors, float32 [P, D], of token ids, integers [n_i]; an empty passage counts as padding.
 
         Raises:
-            BadInput: a token id is not in the vocabulary.
+            InputError: a token id is not in the vocabulary.
         """
         vectors = torch.empty(len(passages), self.config.dim)
         done = 0
@@ -86,7 +86,7 @@ class StaticEncoder:
         """Return `hidden` and `senses` of all tokens as in StudentOutput, float32 [N, D] each.
 
         Raises:
-            BadInput: a token id is not in the vocabulary.
+            InputError: a token id is not in the vocabulary.
         """
         chunks = [torch.empty(0, self.config.dim)]
         for chunk in self._chunks(passages):

@@ -24,7 +24,7 @@ class Student(nn.Module):
     Example:
         >>> config = StudentConfig(
         ...     kind="static", teacher={"name": "t"}, tokenizer_fingerprint="", dim=4, vocab_size=9,
-        ...     static={"units": 6, "window": 3},
+        ...     static={"units": 6, "kernel_size": 3},
         ... )
         >>> Student(config)(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)).hidden.shape
         torch.Size([1, 2, 4])

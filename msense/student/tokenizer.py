@@ -49,7 +49,7 @@ class StudentTokenizer:
         """Return the token ids of prompt + text for each text, int64 [n_i], special tokens included.
 
         Raises:
-            BadInput: a text or the prompt is not valid text.
+            InputError: a text or the prompt is not valid text.
         """
         _check(texts, prompt)
         rows: list[np.ndarray] = []
@@ -64,7 +64,7 @@ class StudentTokenizer:
         """Return the tokens of one text with their offsets in prompt + text.
 
         Raises:
-            BadInput: the text or the prompt is not valid text.
+            InputError: the text or the prompt is not valid text.
         """
         _check([text], prompt)
         with tokenizer_errors("fails at a text"):

@@ -39,11 +39,11 @@ class TransformerBody(nn.Module):
         return hidden
 
 
-def build_body_config(settings: dict[str, Any]) -> Any:  # noqa: ANN401 - a transformers config
+def build_body_config(settings: dict[str, Any]) -> Any:
     """Return the transformers config of a student's `body` settings.
 
     Raises:
-        BadInput: the installed transformers does not know the model type or rejects the settings.
+        InputError: the installed transformers does not know the model type or rejects the settings.
     """
     from transformers import CONFIG_MAPPING
 
@@ -56,13 +56,13 @@ def build_body_config(settings: dict[str, Any]) -> Any:  # noqa: ANN401 - a tran
         return CONFIG_MAPPING[kind].from_dict({k: v for k, v in settings.items() if k not in _NOT_SAVED})
 
 
-def body_settings(model: Any) -> dict[str, Any]:  # noqa: ANN401 - a transformers model
+def body_settings(model: Any) -> dict[str, Any]:
     """Return a model's config in the form stored in a student's config.json."""
     settings = json.loads(model.config.to_json_string(use_diff=False))
     return {k: v for k, v in settings.items() if k not in _NOT_SAVED}
 
 
-def load_weights(body: TransformerBody, model: Any) -> None:  # noqa: ANN401 - a transformers model
+def load_weights(body: TransformerBody, model: Any) -> None:
     """Copy a model's weights into a body created from its config.
 
     Raises:
@@ -78,7 +78,7 @@ def load_weights(body: TransformerBody, model: Any) -> None:  # noqa: ANN401 - a
         ) from error
 
 
-def _empty_model(config: Any) -> Any:  # noqa: ANN401 - a transformers config, a model
+def _empty_model(config: Any) -> Any:
     from transformers import AutoModel
 
     config.use_cache = False
@@ -88,7 +88,7 @@ def _empty_model(config: Any) -> Any:  # noqa: ANN401 - a transformers config, a
     return _drop_pooler(model).to(torch.float32)
 
 
-def _drop_pooler(model: Any) -> Any:  # noqa: ANN401 - a transformers model
+def _drop_pooler(model: Any) -> Any:
     """Remove the pooler: data-parallel training fails on parameters without gradients."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None

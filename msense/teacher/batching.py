@@ -1,6 +1,7 @@
-"""TODO"""
+"""Batches of similar length: how rows of token ids are grouped and padded, for every forward pass of the project."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,6 +9,25 @@ TOKEN_BUDGET = {
     "cpu": 1024,
     "cuda": 16384,
 }  # padded tokens per batch; constant, so that batches are the same everywhere
+
+
+class Batch(NamedTuple):
+    """Rows of similar length, padded together."""
+
+    rows: np.ndarray  # int64 [B], their indices
+    ids: np.ndarray  # int32 [B, L]
+    mask: np.ndarray  # bool [B, L], false on padding
+
+
+def iter_batches(rows: Sequence[np.ndarray], budget: int) -> Iterator[Batch]:
+    """Yield all rows of token ids in padded batches of at most `budget` tokens (at least one row), shortest rows first.
+
+    Example:
+        >>> [batch.ids.shape for batch in iter_batches([np.arange(3), np.arange(9), np.arange(4)], budget=16)]
+        [(2, 4), (1, 9)]
+    """
+    for indices in token_batches(np.array([len(row) for row in rows], dtype=np.int64), budget):
+        yield Batch(indices, *pad_batch([rows[i] for i in indices]))
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _AFTER_PADDING = ("roberta", "mpnet", "camembert", "longformer", "xmod", "data2vec-text", "ibert", "luke", "esm")
 
 
-def truncate_layers(model: Any, kind: str) -> None:  # noqa: ANN401 - a transformers model
+def truncate_layers(model: Any, kind: str) -> None:
     """Reduce a transformer in place to the layers named by `kind`: `layers:n` or `layers:0,2,5`.
 
     Raises:
@@ -69,18 +69,18 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
-def needs_position_ids(model: Any) -> bool:  # noqa: ANN401 - a transformers model
+def needs_position_ids(model: Any) -> bool:
     """Return whether a model needs explicit position ids for input that is padded on the left."""
     if any(kind in model.config.model_type for kind in _AFTER_PADDING):
         return False  # these derive positions from the padding token
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def load_body(folder: Path, name: str, dtype: Any) -> Any:  # noqa: ANN401 - a transformers model
+def load_body(folder: Path, name: str, dtype: Any) -> Any:
     """Load a teacher's model; of an encoder-decoder model, the encoder.
 
     Raises:
-        BadInput: loading fails, or the checkpoint would leave parts of the model at random values.
+        InputError: loading fails, or the checkpoint would leave parts of the model at random values.
     """
     from transformers import AutoModel
 
@@ -113,7 +113,7 @@ def load_body(folder: Path, name: str, dtype: Any) -> Any:  # noqa: ANN401 - a t
     return model.eval()
 
 
-def max_positions(config: Any) -> int | None:  # noqa: ANN401 - a transformers config
+def max_positions(config: Any) -> int | None:
     """Return the maximum number of tokens that the position embeddings of a model support."""
     count = getattr(config, "max_position_embeddings", None)
     unused = (config.pad_token_id or 0) + 1 if any(kind in config.model_type for kind in _AFTER_PADDING) else 0

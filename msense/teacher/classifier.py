@@ -89,7 +89,7 @@ def load_classifier(folder: str | Path) -> Classifier:
     """Load the classifier of a teacher's folder in inference mode.
 
     Raises:
-        BadInput: there is none, or a file is corrupted, of another format, outside the folder or inconsistent.
+        InputError: there is none, or a file is corrupted, of another format, outside the folder or inconsistent.
     """
     inner = Path(folder, FOLDER)
     if not inner.is_dir():

@@ -41,7 +41,7 @@ def locate(name: str, revision: str | None = None) -> Path:
     """Return the local folder of a model: an existing folder, the demo teacher's, or one downloaded from the hub.
 
     Raises:
-        BadInput: no such folder, package or hub model.
+        InputError: no such folder, package or hub model.
     """
     shown = redact(name)
     try:
@@ -75,7 +75,7 @@ def locate(name: str, revision: str | None = None) -> Path:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Turn any error that a library raises on a teacher's files into `BadInput` with the requirements on a teacher."""
+    """Turn any error that a library raises on a teacher's files into `InputError` with the requirements on a teacher."""
     try:
         yield
     except InputError:
@@ -207,7 +207,7 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _read_json(file: Path) -> Any:  # noqa: ANN401 - JSON
+def _read_json(file: Path) -> Any:
     """Return the content of a JSON file; None if it does not exist."""
     try:
         if not os.path.lexists(file):

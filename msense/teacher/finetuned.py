@@ -29,7 +29,7 @@ _MODULES = [
 
 def save_teacher(
     folder: Path,
-    body: Any,  # noqa: ANN401 - a transformers model
+    body: Any,
     classifier: Classifier,
     source: Path,
     max_length: int,
@@ -69,7 +69,7 @@ def save_teacher(
     save_classifier(folder, classifier)
 
 
-def _save_body(folder: Path, body: Any) -> None:  # noqa: ANN401 - a transformers model
+def _save_body(folder: Path, body: Any) -> None:
     """Write config and weights; an encoder of an encoder-decoder model keeps its parameter names in that model."""
     from transformers import AutoModel
 

@@ -5,10 +5,12 @@ batch.
 """
 
 import os
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from msense.teacher.batching import Batch, iter_batches
 from msense.teacher.body import load_body, needs_position_ids
 from msense.teacher.files import body_folder
 
@@ -85,3 +87,13 @@ class Teacher:
             )
         hidden: torch.Tensor = output.last_hidden_state if last else output.hidden_states[self.layer]
         return hidden
+
+
+def embed_tokens(teacher: Teacher, rows: Sequence[np.ndarray], budget: int) -> "Iterator[tuple[Batch, torch.Tensor]]":
+    """Run rows of token ids through a teacher in batches of at most `budget` tokens.
+
+    Yields:
+        Each batch, and its hidden states [B, L, D].
+    """
+    for batch in iter_batches(rows, budget):
+        yield batch, teacher.embed(batch.ids, batch.mask)

@@ -12,7 +12,7 @@ Pooling = Literal["mean", "cls", "lasttoken"]
 
 
 def check_pooling(how: str) -> None:
-    """Raise `BadInput` for a pooling that is not one of `POOLINGS`."""
+    """Raise `InputError` for a pooling that is not one of `POOLINGS`."""
     if how not in POOLINGS:
         raise InputError(f"unsupported teacher pooling {how!r} (supported: {', '.join(POOLINGS)}): give --no-pooled")
 
@@ -30,7 +30,7 @@ def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool) -> Tensor:
         [B, D], float64 for float64 input, else float32.
 
     Raises:
-        BadInput: unsupported pooling.
+        InputError: unsupported pooling.
     """
     check_pooling(how)
     hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
@@ -57,7 +57,7 @@ def pool_rows(embeddings: Tensor, lengths: Tensor, how: str, *, normalize: bool)
         float32 [P, D].
 
     Raises:
-        BadInput: unsupported pooling.
+        InputError: unsupported pooling.
     """
     check_pooling(how)
     ends = lengths.cumsum(0)

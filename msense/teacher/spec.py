@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
-from msense.config.build import BuildConfig
-from msense.constants import MAX_DIM, MAX_TOKEN_NUMBERS, MAX_VOCABULARY
-from msense.corpus.passages import PassageSpec
+from msense.constants import MAX_DIM, MAX_VOCABULARY
 from msense.errors import InputError
 from msense.teacher.body import max_positions
 from msense.teacher.files import check_files, check_vocabulary, loading, locate, read_settings, weights_fingerprint
@@ -16,6 +15,26 @@ from msense.tokenizer import fingerprint, special_tokens_around
 
 LONGEST_BY_DEFAULT = 512
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # a tokenizer needs one of them
+
+
+class TeacherOptions(BaseModel):
+    """How a teacher is read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    revision: str | None = Field(None, description="branch, tag or commit of the teacher on the hub")
+    layer: int = Field(-1, description="hidden layer to read: 0 the embeddings, n the n-th layer, -1 the last")
+    max_length: int | None = Field(
+        None,
+        ge=4,
+        description="longest passage in tokens, special tokens included; default: the teacher's own, at most 512",
+    )
+    prompt: str | None = Field(
+        None, description="text before every passage; default: the teacher's default prompt, if it has one"
+    )
+    special_tokens: Literal["auto", "include", "exclude"] = Field(
+        "auto", description="whether [CLS], [SEP] and the like have senses; auto: as the teacher's pooling uses them"
+    )
 
 
 @dataclass(frozen=True)
@@ -40,44 +59,30 @@ class TeacherInfo:
     excluded: tuple[int, ...]
     decoder: bool = False  # a causal language model
 
-    def passage_spec(self, config: BuildConfig) -> PassageSpec:
-        """Return how to cut this teacher's passages."""
-        return PassageSpec(
-            max_length=self.max_length,
-            prefix=self.prefix,
-            suffix=self.suffix,
-            prompt=self.prompt_ids,
-            excluded=self.excluded,
-            stride=config.stride,
-            seed=config.seed,
-            dedup=config.dedup,
-            text_column=config.text_column,
-            sample=config.sample,
-        )
 
-
-def load_teacher_info(name: str, config: BuildConfig) -> tuple[TeacherInfo, Tokenizer]:
+def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, Tokenizer]:
     """Load a teacher's metadata and tokenizer, without its weights.
 
     Args:
         name: folder, hub name or the demo teacher.
-        config: its layer, prompt, maximum length and special-token rule are checked against the model.
+        options: layer, prompt, maximum length and special-token rule are checked against the model.
 
     Returns:
         The metadata, and the tokenizer without truncation and padding.
 
     Raises:
-        BadInput: the folder, model config, tokenizer or a setting is invalid.
+        InputError: the folder, model config, tokenizer or a setting is invalid.
     """
     from transformers import AutoConfig
 
-    folder = locate(name, config.revision)
+    folder = locate(name, options.revision)
     body, pooling, normalize, longest, prompt = read_settings(folder)
     check_files(name, body)
     with loading(repr(name)):
         text_config = AutoConfig.from_pretrained(body, trust_remote_code=False).get_text_config()
     layers, dim, vocab_size = _sizes(name, text_config)
-    _check_settings(config, layers, dim)
+    if not -layers - 1 <= options.layer <= layers:
+        raise InputError(f"layer {options.layer} does not exist: give --layer 0 (embeddings) to {layers}")
     tokenizer = _load_tokenizer(name, body)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
@@ -90,45 +95,33 @@ def load_teacher_info(name: str, config: BuildConfig) -> tuple[TeacherInfo, Toke
     check_vocabulary(name, body, vocab_size)
     with loading(f"{name!r} (tokenizer)"):
         prefix, suffix = special_tokens_around(backend)
-    prompt = config.prompt if config.prompt is not None else prompt
-    rule = config.special_tokens
+    prompt = options.prompt if options.prompt is not None else prompt
+    rule = options.special_tokens
     if rule == "auto":
         rule = "include" if pooling == "mean" else "exclude"
     info = TeacherInfo(
         name=name if not Path(name).is_dir() else folder.name,
-        revision=folder.name if folder.parent.name == "snapshots" else config.revision,  # a commit, not a branch
+        revision=folder.name if folder.parent.name == "snapshots" else options.revision,  # a commit, not a branch
         fingerprint=weights_fingerprint(body),
         tokenizer_fingerprint=fingerprint(backend),
         vocab_size=vocab_size,
         dim=dim,
-        layer=config.layer,
+        layer=options.layer,
         pooling=pooling,
         special_tokens=rule,
         normalize=normalize,
         prompt=prompt,
-        max_length=_max_length(config.max_length, longest, (tokenizer.model_max_length, max_positions(text_config))),
+        max_length=_max_length(options.max_length, longest, (tokenizer.model_max_length, max_positions(text_config))),
         prefix=prefix,
         suffix=suffix,
         prompt_ids=tuple(backend.encode(prompt, add_special_tokens=False).ids) if prompt else (),
-        excluded=excluded_tokens(tokenizer, rule, config.special_tokens == "auto"),
+        excluded=excluded_tokens(tokenizer, rule, options.special_tokens == "auto"),
         decoder=_is_decoder(text_config.model_type),
     )
-    info.passage_spec(config)  # raises for an invalid stride or prompt before anything is written
     return info, backend
 
 
-def _check_settings(config: BuildConfig, layers: int, dim: int) -> None:
-    """Raise for a layer or a number of senses that a teacher of this size does not support."""
-    if not -layers - 1 <= config.layer <= layers:
-        raise InputError(f"layer {config.layer} does not exist: give --layer 0 (embeddings) to {layers}")
-    if isinstance(config.senses, int) and config.senses * dim > MAX_TOKEN_NUMBERS:
-        raise InputError(
-            f"{config.senses} senses of {dim} dimensions exceed {MAX_TOKEN_NUMBERS} numbers per token: give --senses "
-            f"{MAX_TOKEN_NUMBERS // dim} or less"
-        )
-
-
-def _load_tokenizer(name: str, body: Path) -> Any:  # noqa: ANN401 - a transformers tokenizer
+def _load_tokenizer(name: str, body: Path) -> Any:
     """Load a teacher's tokenizer, which must provide character offsets."""
     from transformers import AutoTokenizer
 
@@ -154,7 +147,7 @@ def _is_decoder(model_type: str) -> bool:
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def _sizes(name: str, config: Any) -> tuple[int, int, int]:  # noqa: ANN401 - a transformers config
+def _sizes(name: str, config: Any) -> tuple[int, int, int]:
     """Return a model's number of layers, embedding size and vocabulary size."""
     sizes: list[Any] = [getattr(config, key, None) for key in ("num_hidden_layers", "hidden_size", "vocab_size")]
     layers, dim, vocab_size = sizes
@@ -171,7 +164,7 @@ def _sizes(name: str, config: Any) -> tuple[int, int, int]:  # noqa: ANN401 - a 
     return layers, dim, vocab_size
 
 
-def excluded_tokens(tokenizer: Any, rule: str, auto: bool) -> tuple[int, ...]:  # noqa: ANN401 - a transformers tokenizer
+def excluded_tokens(tokenizer: Any, rule: str, auto: bool) -> tuple[int, ...]:
     """Return the ids of tokens that are never sampled, labelled or replaced, in increasing order.
 
     Args:

@@ -92,7 +92,7 @@ def build_student(training: DistillationConfig, labels: LabelSet | None = None) 
             reduced to the tokens in the labels. None: build the student only to check the settings.
 
     Raises:
-        BadInput: the student cannot be built.
+        InputError: the student cannot be built.
     """
     dictionary = SenseDictionary.load(training.dictionary)
     trained, held_out = (None, None) if labels is None else labels.token_counts()
@@ -135,6 +135,11 @@ class Trainer:
                 device=training.device,
                 threads=training.threads,
             )
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The metrics of every finished epoch."""
+        return self.state.history
 
     def run(self, progress: Progress | None = None) -> Iterator[TrainState]:
         """Train from the current state on; yield it whenever a checkpoint is due, which includes the end of each epoch.
@@ -267,7 +272,7 @@ class Trainer:
             storage.write_json(str(folder / STATE_FILE), asdict(self.state) | {"workers": self.group.world})
 
     def restore(self, folder: Path) -> None:
-        """Load a checkpoint; raise BadInput if it is corrupted or sharded over another number of workers."""
+        """Load a checkpoint; raise InputError if it is corrupted or sharded over another number of workers."""
         try:
             stored = storage.read_json(str(folder / STATE_FILE))
             if stored is None:

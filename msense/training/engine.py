@@ -51,7 +51,7 @@ class Engine(Protocol):
         """Write weights and optimiser state."""
 
     def load(self, folder: Path) -> None:
-        """Load what `save` wrote; raise BadInput if it is corrupted or belongs to another student."""
+        """Load what `save` wrote; raise InputError if it is corrupted or belongs to another student."""
 
 
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

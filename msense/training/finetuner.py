@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from msense.config.build import BuildConfig
 from msense.config.finetune import FinetuneConfig
 from msense.corpus.glue import DEV, TRAIN, read_split
 from msense.errors import MsenseError
@@ -29,7 +28,7 @@ from msense.teacher.body import load_body
 from msense.teacher.classifier import Classifier, ClassifierConfig
 from msense.teacher.files import body_folder, locate
 from msense.teacher.finetuned import save_teacher
-from msense.teacher.spec import load_teacher_info
+from msense.teacher.spec import TeacherOptions, load_teacher_info
 from msense.training.distiller import STATE_FILE
 from msense.training.engine import DDPEngine, checkpoint_error
 from msense.training.group import ProcessGroup
@@ -103,7 +102,7 @@ class Finetuner:
         >>> tuner.save_teacher(Path("teacher"))
     """
 
-    def __init__(self, tuning: FinetuningConfig, group: ProcessGroup, wrap: Any = None) -> None:  # noqa: ANN401 - a function of Ray Train
+    def __init__(self, tuning: FinetuningConfig, group: ProcessGroup, wrap: Any = None) -> None:
         self.tuning, self.config, self.group = tuning, tuning.config, group
         self.model = TeacherWithClassifier(tuning).to(tuning.device)
         self.engine = DDPEngine(self.model, self.config.weight_decay, self.config.clip, wrap)
@@ -183,7 +182,7 @@ class Finetuner:
         (folder / STATE_FILE).write_text(json.dumps(self.history), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
-        """Load a checkpoint; raise `BadInput` if it is corrupted."""
+        """Load a checkpoint; raise `InputError` if it is corrupted."""
         self.engine.load(folder)
         try:
             self.history = list(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
@@ -224,7 +223,7 @@ def _read(tuning: FinetuningConfig, split: str) -> TokenizedSplit:
     config, classifier = tuning.config, tuning.classifier
     data = read_split(config.name, config.data, config.source, split, classifier.joiner)
     info, tokenizer = load_teacher_info(
-        config.teacher, BuildConfig(revision=config.revision, max_length=tuning.max_length)
+        config.teacher, TeacherOptions(revision=config.revision, max_length=tuning.max_length)
     )
     tokenizer.enable_truncation(tuning.max_length)
     encodings = tokenizer.encode_batch_fast([info.prompt + text for text in data.texts])

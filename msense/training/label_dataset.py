@@ -45,7 +45,7 @@ class LabelManifest(FrozenModel):
     """Settings that the labels were generated with, and their files."""
 
     format_version: Literal[1] = 1
-    inputs_hash: str
+    inputs_hash: str = Field(alias="made_of")
     dictionary: str = Field(description="fingerprint")
     teacher: TeacherName
     tokenizer_fingerprint: str
@@ -61,7 +61,7 @@ class LabelManifest(FrozenModel):
     pooled: bool
     pooling: str
     normalize: bool
-    partitions: tuple[LabelPartition, ...] = Field(min_length=1)
+    partitions: tuple[LabelPartition, ...] = Field(min_length=1, alias="units")
 
     @property
     def passages(self) -> int:
@@ -93,7 +93,7 @@ def label_columns(passages: int, tokens: int, dim: int, soft_targets: int) -> Co
     return columns | ({"pooled": ("F16", (passages, dim))} if dim else {})
 
 
-def label_size(passages: Any, tokens: Any, dim: int, soft_targets: int) -> Any:  # noqa: ANN401 - numbers or arrays
+def label_size(passages: Any, tokens: Any, dim: int, soft_targets: int) -> Any:
     """Return the size in bytes of labels for these counts; `dim` 0 means no pooled embeddings."""
     return tokens * (6 + 4 * soft_targets) + passages * (9 + 2 * dim)
 
@@ -137,7 +137,7 @@ class LabelSet:
         """Open the labels of a run folder or URI (copied to the user's cache); `verify` also checks all checksums.
 
         Raises:
-            BadInput: there are no labels, or a file is missing, truncated, foreign or inconsistent.
+            InputError: there are no labels, or a file is missing, truncated, foreign or inconsistent.
         """
         names = RunFolder(storage.absolute(run))
         stored = storage.read_json(names.label_manifest)
@@ -220,7 +220,7 @@ class LabelSet:
         """Read passages int64 [B], B >= 1, padded on the right to the longest.
 
         Raises:
-            BadInput: a number is not a passage, or a file has invalid content.
+            InputError: a number is not a passage, or a file has invalid content.
         """
         if not len(passages) or passages.min() < 0 or passages.max() >= len(self.lengths):
             raise InputError(
@@ -247,7 +247,7 @@ class LabelSet:
         return LabelBatch(torch.from_numpy(ids).long(), padded, senses, pooled, soft[0], soft[1])
 
     def _check(self, rows: dict[str, list[Any]], where: Path) -> None:
-        """Raise BadInput for out-of-range ids or senses, invalid weights, and values that are not finite."""
+        """Raise InputError for out-of-range ids or senses, invalid weights, and values that are not finite."""
         ids = np.concatenate(rows["ids"])
         _check_ids(ids, len(self._sizes), where)
         for name in ("senses", "soft_senses"):

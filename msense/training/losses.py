@@ -82,7 +82,7 @@ def compute_losses(
         sentence: the student's pooling of embeddings [B, L, D] and mask [B, L].
 
     Raises:
-        BadInput: a label is missing, or names a sense that does not exist.
+        InputError: a label is missing, or names a sense that does not exist.
     """
     mask = batch.mask
     names = mix.weights()
@@ -152,8 +152,8 @@ def frequent_sense_accuracy(ids: np.ndarray, labels: np.ndarray, dictionary: Sen
     return LossSum(torch.tensor(float((frequent[ids[rows]] == labels[rows]).sum())), len(rows))
 
 
-def _require(label: Any, name: str) -> Any:  # noqa: ANN401 - SenseLabels or Tensor
-    """Return the label of a loss; raise BadInput if the batch has none."""
+def _require(label: Any, name: str) -> Any:
+    """Return the label of a loss; raise InputError if the batch has none."""
     if label is None:
         raise InputError(
             f"cannot compute the loss {name!r}: the labels hold no {_LABEL_KINDS.get(name, 'hidden states')}; "

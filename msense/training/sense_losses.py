@@ -148,7 +148,7 @@ def sense_losses(
             embeddings of tokens without senses are returned unchanged.
 
     Raises:
-        BadInput: shapes do not match, or a label names a sense that its token does not have.
+        InputError: shapes do not match, or a label names a sense that its token does not have.
     """
     target = None if labels is None else _target(labels, ids, space.senses.offsets, embeddings.device)
     total, means = _SenseLosses.apply(embeddings, ids, space, target, replaced)
@@ -179,7 +179,7 @@ class _SenseLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 - autograd's
+        ctx: Any,
         embeddings: Tensor,
         ids: np.ndarray,
         space: SenseScorer,
@@ -208,7 +208,7 @@ class _SenseLosses(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any,  # noqa: ANN401 - autograd's
+        ctx: Any,
         of_total: Tensor | None,
         of_means: Tensor | None,
     ) -> tuple[Tensor | None, ...]:

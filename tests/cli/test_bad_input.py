@@ -390,7 +390,7 @@ def test_a_token_has_at_most_as_many_senses_as_different_embeddings(
     result = run("--corpus", corpus, *F32, "--senses", 50)
     assert result.code == 0
     dictionary = SenseDictionary.load(result.output)
-    cat, dog = (dictionary.find(word).tokens[0].token_id for word in ("cat", "dog"))
+    cat, dog = (dictionary.lookup(word).tokens[0].token_id for word in ("cat", "dog"))
     assert sorted(dictionary.senses(cat).counts.tolist()) == [1, 1, 2]  # "a cat" occurs twice
     assert dictionary.senses(dog).counts.tolist() == [1]
     shutil.rmtree(result.output)

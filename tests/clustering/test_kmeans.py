@@ -499,7 +499,7 @@ def test_blocked_tokens_are_seeded_by_key(monkeypatch: pytest.MonkeyPatch) -> No
     assert (result.assignment == nearest).all()
 
 
-def of_three_points(sizes: Sequence[int] = (2, 1), points: Matrix | None = None, **more: Any) -> Clusters:  # noqa: ANN401
+def of_three_points(sizes: Sequence[int] = (2, 1), points: Matrix | None = None, **more: Any) -> Clusters:
     x = np.zeros((3, 2), np.float16) if points is None else points
     return cluster_tokens(x, np.array(sizes), np.array([1, 2]), KMeansConfig(), **more)
 

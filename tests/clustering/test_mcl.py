@@ -237,7 +237,7 @@ def pairs(groups: int, members: int = 2) -> Matrix:
     return np.random.default_rng(groups).permutation(points).astype(np.float32)
 
 
-def senses(points: list[Matrix], config: MclConfig | None = None, **more: Any) -> list[int]:  # noqa: ANN401
+def senses(points: list[Matrix], config: MclConfig | None = None, **more: Any) -> list[int]:
     sizes = np.array([len(x) for x in points])
     return mcl_senses(np.concatenate(points), sizes, config or MclConfig(), **more).tolist()
 

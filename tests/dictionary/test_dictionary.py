@@ -61,13 +61,16 @@ def test_temperature_is_relative_to_the_unit_of_the_dictionary() -> None:
         (lambda d, i, x: d.replace(i, x, out=np.broadcast_to(np.float32(0), x.shape)), "read-only"),
         (lambda d, i, x: d.senses(3), "token 3 is not in the vocabulary"),
         (lambda d, i, x: d.senses(-1), "token -1 is not"),
-        (lambda d, i, x: d.find("bank"), "no tokenizer"),
+        (lambda d, i, x: d.lookup("bank"), "no tokenizer"),
         (lambda d, i, x: d.fingerprint, "no fingerprint: save and load"),
         (lambda d, i, x: d.save("s3://bucket/d"), "is not a local folder"),
         (lambda d, i, x: d.save("unused", dtype="int4"), "dtype is 'int4', but must be one of"),
-        (lambda d, i, x: d.fit(i, x, vocab_size=1), "from 0 to 2, but those of the vocabulary from 0 to 0"),
-        (lambda d, i, x: d.fit(i, x, k="auto"), "k is 'auto', but must be an integer, a SenseBudget or an MclConfig"),
-        (lambda d, i, x: d.fit(i, x, k=3.0), "k is 3.0, but must be an integer"),
+        (lambda d, i, x: d.from_embeddings(i, x, vocab_size=1), "from 0 to 2, but those of the vocabulary from 0 to 0"),
+        (
+            lambda d, i, x: d.from_embeddings(i, x, k="auto"),
+            "k is 'auto', but must be an integer, a SenseBudget or an MclConfig",
+        ),
+        (lambda d, i, x: d.from_embeddings(i, x, k=3.0), "k is 3.0, but must be an integer"),
     ],
 )
 def test_invalid_arguments_are_reported(call: Callable, message: str) -> None:
@@ -82,7 +85,9 @@ def test_fit_recovers_planted_senses_in_any_row_order(dtype: str) -> None:
     ids = np.repeat([2, 2, 5, 5, 5], 40)
     x = np.repeat(np.concatenate(list(planted.values())), 40, axis=0) + rng.normal(scale=0.1, size=(200, 2))
     order = rng.permutation(200)
-    d = SenseDictionary.fit(ids[order], x[order].astype(np.float32), k=np.int64(3), vocab_size=7, dtype=dtype)
+    d = SenseDictionary.from_embeddings(
+        ids[order], x[order].astype(np.float32), k=np.int64(3), vocab_size=7, dtype=dtype
+    )
     assert d.centroids.dtype == DTYPES[dtype]
     assert d.token_counts.tolist() == [0, 0, 80, 0, 0, 120, 0]
     assert np.diff(d.offsets).tolist() == [0, 0, 3, 0, 0, 3, 0]
@@ -98,11 +103,11 @@ def test_fit_recovers_planted_senses_in_any_row_order(dtype: str) -> None:
 def test_fit_limits_the_points_of_a_token_and_counts_all() -> None:
     x = torch.randn(50, 4)
     ids = torch.tensor([1] * 30 + [0] * 20)
-    a, b = (SenseDictionary.fit(ids, x, k=3, max_occurrences=12, seed=seed) for seed in (0, 1))
+    a, b = (SenseDictionary.from_embeddings(ids, x, k=3, max_occurrences=12, seed=seed) for seed in (0, 1))
     assert [a.counts[:3].sum(), a.counts[3:].sum()] == [12, 12]
     assert a.token_counts.tolist() == [20, 30]
     assert not torch.equal(a.centroids, b.centroids)
-    assert_same(a, SenseDictionary.fit(ids, x, k=3, max_occurrences=12, seed=0))
+    assert_same(a, SenseDictionary.from_embeddings(ids, x, k=3, max_occurrences=12, seed=0))
 
 
 @settings(max_examples=25, deadline=None)
@@ -149,7 +154,7 @@ def test_merge_rejects_too_many_senses() -> None:
 
 @pytest.mark.parametrize("k", [3, SenseBudget(average=5.0), MclConfig()])
 def test_fit_of_no_embeddings_is_an_empty_dictionary(k: int | SenseBudget | MclConfig) -> None:
-    d = SenseDictionary.fit(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), k=k, vocab_size=7)
+    d = SenseDictionary.from_embeddings(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), k=k, vocab_size=7)
     assert (len(d), d.vocab_size, d.dim) == (0, 7, 4)
 
 

@@ -45,7 +45,7 @@ TABLES: dict[str, tuple[Callable[[Path], None], dict, Callable[[SenseDictionary]
     "int8": (lambda f: small(f, "int8"), HOSTILE_INT8, len),
     "index": (in_two_files, HOSTILE_INDEX, len),
     "exemplars": (full, HOSTILE_EXEMPLARS, lambda d: d.exemplars(2)),
-    "tokenizer": (full, HOSTILE_TOKENIZERS, lambda d: d.find("bank")),
+    "tokenizer": (full, HOSTILE_TOKENIZERS, lambda d: d.lookup("bank")),
 }
 
 
@@ -96,7 +96,7 @@ def test_files_of_other_kinds_are_never_opened(tmp_path: Path) -> None:
         (tmp_path / "a" / name).unlink(missing_ok=True)
         os.mkfifo(tmp_path / "a" / name)  # opening it would block forever
     d = SenseDictionary.load(tmp_path / "a")
-    assert d.find("bank").found
+    assert d.lookup("bank").found
     assert len(d.exemplars(2)) == 2
     d.save(tmp_path / "b")
     assert {p.name for p in (tmp_path / "b").iterdir()} == {"README.md", CONFIG, DATA, EXEMPLARS, "tokenizer"}
@@ -143,7 +143,7 @@ def test_a_temperature_unit_beyond_float32_gives_finite_results(unit: float) -> 
 @pytest.mark.parametrize("token", [1 << 40, MANY])
 def test_fit_rejects_vast_token_ids(token: int) -> None:
     with pytest.raises(InputError, match="1 to 4194304 tokens"):
-        SenseDictionary.fit(np.array([token]), np.ones((1, 2), np.float32))
+        SenseDictionary.from_embeddings(np.array([token]), np.ones((1, 2), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def use_all(folder: Path) -> int:
     ids = np.arange(-1, d.vocab_size + 1)
     x = np.ones((len(ids), d.dim), np.float32)
     for use in (
-        lambda: d.find("bank").explain(),
+        lambda: d.lookup("bank").explain(),
         lambda: all(d.senses(t).centroids.shape[1] == d.dim for t in range(d.vocab_size)),
         lambda: all(len(e) == 7 for t in range(d.vocab_size) for e in d.exemplars(t)),
         lambda: d.assign(ids, x).shape == ids.shape,

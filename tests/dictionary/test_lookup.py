@@ -30,36 +30,36 @@ def sentence_piece() -> Tokenizer:
 
 def test_find_in_a_word_piece_vocabulary(tmp_path: Path) -> None:
     d = with_tokenizer(word_piece(), tmp_path, [2, 0, 3, 0, 1, 1, 1, 4])
-    assert d.find("bank").tokens == [(2, "bank", 3), (7, "Bank", 4)]
-    assert "'bank' (id 2, 3 senses), 'Bank' (id 7, 4 senses)" in d.find(" bank ").explain()
-    assert d.find("BANK").tokens == [(2, "bank", 3)]  # the tokenizer lowercases it
-    assert d.find("river").tokens == [(3, "river", 0)]
-    assert not d.find("river").found
-    assert "has no senses" in d.find("river").explain()
-    split = d.find("unbans")
+    assert d.lookup("bank").tokens == [(2, "bank", 3), (7, "Bank", 4)]
+    assert "'bank' (id 2, 3 senses), 'Bank' (id 7, 4 senses)" in d.lookup(" bank ").explain()
+    assert d.lookup("BANK").tokens == [(2, "bank", 3)]  # the tokenizer lowercases it
+    assert d.lookup("river").tokens == [(3, "river", 0)]
+    assert not d.lookup("river").found
+    assert "has no senses" in d.lookup("river").explain()
+    split = d.lookup("unbans")
     assert (split.tokens, split.pieces) == ([], ["un", "##ban", "##s"])
     assert "splits it into 3 tokens (un ##ban ##s)" in split.explain()
     for unknown in ("xyz", "", "  "):
-        assert (d.find(unknown).tokens, d.find(unknown).pieces) == ([], [])
-        assert "unknown to the tokenizer" in d.find(unknown).explain()
-    assert d.find("[UNK]").tokens == [(0, "[UNK]", 2)]
+        assert (d.lookup(unknown).tokens, d.lookup(unknown).pieces) == ([], [])
+        assert "unknown to the tokenizer" in d.lookup(unknown).explain()
+    assert d.lookup("[UNK]").tokens == [(0, "[UNK]", 2)]
 
 
 def test_find_in_a_byte_level_vocabulary(tmp_path: Path) -> None:
     tokenizer = byte_level()
     size = tokenizer.get_vocab_size()
     d = with_tokenizer(tokenizer, tmp_path, [1] * size)
-    assert [t.token for t in d.find("bank").tokens] == ["bank", "Ġbank", "Bank"]
-    assert [t.token for t in d.find("Bank").tokens] == ["Bank", "bank", "Ġbank"]
-    assert "Ã©" in [t.token for t in d.find("é").tokens]  # a byte-level vocabulary writes é as two characters
-    assert d.find("riv").pieces == ["r", "i", "v"]
+    assert [t.token for t in d.lookup("bank").tokens] == ["bank", "Ġbank", "Bank"]
+    assert [t.token for t in d.lookup("Bank").tokens] == ["Bank", "bank", "Ġbank"]
+    assert "Ã©" in [t.token for t in d.lookup("é").tokens]  # a byte-level vocabulary writes é as two characters
+    assert d.lookup("riv").pieces == ["r", "i", "v"]
 
 
 def test_find_in_a_sentence_piece_vocabulary(tmp_path: Path) -> None:
     d = with_tokenizer(sentence_piece(), tmp_path, [0, 5, 0, 0, 0, 2])
-    assert d.find("bank").tokens == [(5, "bank", 2), (1, "▁bank", 5)]
-    assert d.find("river").pieces == ["▁", "ri", "ver"]
-    assert d.find("xyz").pieces == []
+    assert d.lookup("bank").tokens == [(5, "bank", 2), (1, "▁bank", 5)]
+    assert d.lookup("river").pieces == ["▁", "ri", "ver"]
+    assert d.lookup("xyz").pieces == []
 
 
 @pytest.mark.parametrize("dropped", ["truncation", "version"])  # neither changes the tokenizer
@@ -69,7 +69,7 @@ def test_the_same_tokenizer_serialized_differently_is_accepted(tmp_path: Path, d
     definition = json.loads(path.read_text())
     del definition[dropped]
     path.write_text(json.dumps(definition, indent=2))
-    assert d.find("bank").tokens == [(2, "bank", 1), (7, "Bank", 1)]
+    assert d.lookup("bank").tokens == [(2, "bank", 1), (7, "Bank", 1)]
 
 
 def test_exemplars_are_saved_and_renumbered_by_merge(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def two_senses() -> SenseDictionary:
     rng = np.random.default_rng(0)
     sides = np.repeat([[10.0, 0, 0], [-10.0, 0, 0]], 50, axis=0)
     points = np.concatenate([sides, np.full((20, 3), 90.0)]) + rng.normal(0, 0.01, (120, 3))
-    return SenseDictionary.fit(np.full(120, 2), points.astype(np.float32), k=3, vocab_size=4)
+    return SenseDictionary.from_embeddings(np.full(120, 2), points.astype(np.float32), k=3, vocab_size=4)
 
 
 def write_contexts(folder: Path, word: str, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> None:

@@ -57,7 +57,7 @@ def test_hand_known_teacher_gives_its_embedding_table(tmp_path: Path, corpus: Pa
     summary = build(tmp_path / "run", corpus=(str(corpus),), teacher=str(teacher), layer=0, dtype="float32")
     dictionary = SenseDictionary.load(summary["dictionary"])
     table = AutoModel.from_pretrained(teacher).get_input_embeddings().weight.detach().numpy().astype(np.float16)
-    (match,) = {t.token_id for t in dictionary.find("bank").tokens}
+    (match,) = {t.token_id for t in dictionary.lookup("bank").tokens}
     senses = dictionary.senses(match)
     np.testing.assert_array_equal(senses.centroids, table[match : match + 1].astype(np.float32))
     assert senses.counts.tolist() == [10]  # twice in LINES, which is there five times
@@ -73,7 +73,7 @@ def test_exemplars_show_the_word_in_its_document(tmp_path: Path, corpus: Path, m
 
     build(tmp_path / "run", corpus=(str(corpus),), teacher=str(make_teacher("bert")), exemplars=2, senses=3)
     dictionary = SenseDictionary.load(tmp_path / "run" / "dictionary")
-    token = dictionary.find("river").tokens[0].token_id
+    token = dictionary.lookup("river").tokens[0].token_id
     rows = pq.read_table(tmp_path / "run" / "dictionary" / "exemplars.parquet").to_pylist()
     mine = [row for row in rows if row["token"] == token]
     assert {row["sense"] for row in mine} == set(range(len(dictionary.senses(token).counts)))
@@ -159,7 +159,7 @@ def test_dedup_reads_equal_passages_once(tmp_path: Path, corpus: Path, make_teac
     assert summary["stages"]["passages"]["passages"] == 20
     assert summary["stages"]["plan"]["passages"] == 4
     dictionary = SenseDictionary.load(tmp_path / "run" / "dictionary")
-    assert dictionary.token_counts[dictionary.find("bank").tokens[0].token_id] == 2
+    assert dictionary.token_counts[dictionary.lookup("bank").tokens[0].token_id] == 2
 
 
 @in_process
@@ -266,7 +266,7 @@ def test_job_end_to_end_with_the_real_teacher(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "80 documents" in done.stdout
     dictionary = SenseDictionary.load(tmp_path / "run")
-    token = dictionary.find("bank").tokens[0].token_id
+    token = dictionary.lookup("bank").tokens[0].token_id
     assert dictionary.senses(token).counts.sum() == dictionary.token_counts[token] >= 80
     shown = subprocess.run(
         [sys.executable, "-m", "msense", "show", str(tmp_path / "run"), "bank"],

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from msense.stages.finetune_worker import finetune_worker
 from safetensors.torch import save_file
 from test_evaluation import write_task
 
@@ -34,7 +35,6 @@ from msense.evaluation.spec import Spec
 from msense.evaluation.tasks import classifier as task
 from msense.pipelines import finetune
 from msense.runtime.resources import Resources
-from msense.stages.finetune_worker import finetune_worker
 from msense.student.tokenizer import pad_ids
 from msense.teacher.body import load_body
 from msense.teacher.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
@@ -311,7 +311,9 @@ def test_replacing_by_exact_senses_changes_no_prediction(learned: SimpleNamespac
     read = model.read(task.texts(learned.source, "toy", own(learned.teacher), Columns()))
     replaced = []
     for k in (500, 1):
-        fitted = SenseDictionary.fit(read.ids, read.hidden, k=k, vocab_size=model.info.vocab_size, dtype="float32")
+        fitted = SenseDictionary.from_embeddings(
+            read.ids, read.hidden, k=k, vocab_size=model.info.vocab_size, dtype="float32"
+        )
         fitted.save(tmp_path / str(k))
         spec = own(learned.teacher, kind="replaced", source=str(tmp_path / str(k)), replace="hard")
         replaced.append(make_model(spec, "cpu", 1))

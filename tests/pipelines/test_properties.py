@@ -75,7 +75,7 @@ def block_of(passages: list[Passage]) -> Passages:
     return Passages(np.array(keys, np.uint64), np.array(context, np.int32), flat, np.cumsum([0, *map(len, ids)]))
 
 
-def merged(things: list, combine: Callable, rng: random.Random, side_by_side: bool = False) -> Any:  # noqa: ANN401
+def merged(things: list, combine: Callable, rng: random.Random, side_by_side: bool = False) -> Any:
     """Combine two or three at a time in random order; only neighbours if their order matters."""
     while len(things) > 1:
         things = things if side_by_side else rng.sample(things, len(things))
@@ -264,7 +264,7 @@ def test_merge_keeps_exemplars_with_their_senses(sizes: list[list[int]]) -> None
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3)), min_size=1, max_size=30))
 def test_merging_an_empty_dictionary_changes_nothing(rows: list[tuple[int, int]]) -> None:
     ids, x = np.array(rows)[:, 0], np.array([[value, 1] for _, value in rows], np.float32)
-    some, none = (SenseDictionary.fit(ids[:n], x[:n], k=3, vocab_size=5) for n in (len(rows), 0))
+    some, none = (SenseDictionary.from_embeddings(ids[:n], x[:n], k=3, vocab_size=5) for n in (len(rows), 0))
     assert_same(some.merge(none), some)
     assert_same(none.merge(some), some)
 
@@ -307,7 +307,7 @@ def out_of_order(patch: pytest.MonkeyPatch, rng: random.Random) -> None:
     """Shuffle the order of finished work, and the order and grouping of merges."""
 
     def shuffled(function: Callable, place: int) -> Callable:
-        def call(*given: Any, **needs: Any) -> Iterator[dict]:  # noqa: ANN401 - passed through
+        def call(*given: Any, **needs: Any) -> Iterator[dict]:
             items = rng.sample(given[place], len(given[place]))
             done = function(*given[:place], items, *given[place + 1 :], **needs)
             yield from sorted(done, key=lambda _: rng.random())

@@ -28,7 +28,7 @@ NOT_REPLACED = "occurrences"  # this stage continues on the remaining node
 STEP = 12  # training step at which a node is lost
 
 
-def patiently(start: Callable[[], Any]) -> Any:  # noqa: ANN401 - a node of Ray's
+def patiently(start: Callable[[], Any]) -> Any:
     """Start a node, retrying after Ray's start-up timeout of 30 seconds."""
     for tries_left in (2, 1, 0):
         try:

@@ -72,7 +72,7 @@ def test_chunks_give_the_same_bytes_and_true_contexts(
     assert list((tmp_path / "parts" / "centroids").glob("token-*.safetensors"))
     assert artefact(tmp_path / "whole") == artefact(tmp_path / "parts")
     dictionary = SenseDictionary.load(tmp_path / "whole")
-    names = {token.token_id: word for word in WORDS for token in dictionary.find(word).tokens}
+    names = {token.token_id: word for word in WORDS for token in dictionary.lookup(word).tokens}
     for row in pq.read_table(tmp_path / "whole" / "dictionary" / "exemplars.parquet").to_pylist():
         name, line = row["document_id"].split(":")
         text = (corpus / name).read_text().splitlines()[int(line)]
@@ -87,7 +87,7 @@ def test_counts_are_those_of_the_corpus(tmp_path: Path, corpus: Path, make_teach
     dictionary = SenseDictionary.load(tmp_path / "run")
     words = " ".join(p.read_text() for p in corpus.iterdir()).split()
     for word in WORDS:
-        token = dictionary.find(word).tokens[0].token_id
+        token = dictionary.lookup(word).tokens[0].token_id
         assert dictionary.token_counts[token] == words.count(word)
         assert dictionary.senses(token).counts.tolist() == [words.count(word)]  # one embedding, so one sense
 

@@ -167,24 +167,24 @@ def test_budgets_are_parsed() -> None:
 def test_a_dictionary_in_memory_follows_its_budget() -> None:
     x = np.concatenate([mixture(900, 30), mixture(100, 2, seed=1), mixture(3, 1, seed=2)])
     ids = np.repeat([4, 2, 9], [900, 100, 3])
-    budgeted = SenseDictionary.fit(ids, x, k=SenseBudget(average=12.0))
+    budgeted = SenseDictionary.from_embeddings(ids, x, k=SenseBudget(average=12.0))
     sizes = {token: len(budgeted.senses(token).counts) for token in (2, 4, 9)}
     assert sum(sizes.values()) == 36
     assert sizes[4] > 20
     assert sizes[9] == 1
     assert budgeted.config.senses == "auto"
-    fixed = SenseDictionary.fit(ids, x, k=18)  # 18 + 18 + 3 senses: more of them, but worse
+    fixed = SenseDictionary.from_embeddings(ids, x, k=18)  # 18 + 18 + 3 senses: more of them, but worse
     error = [((d.replace(ids, x.astype(np.float32)) - x) ** 2).sum() for d in (budgeted, fixed)]
     assert error[0] < error[1]
     per_token = [corpus_distortion(d._arrays) for d in (budgeted, fixed)]  # all embeddings were clustered
     assert per_token == pytest.approx([e / len(ids) for e in error], rel=1e-3)
     room = SenseBudget(size=40 * (4 * x.shape[1] + 12))
-    assert len(SenseDictionary.fit(ids, x, k=room, dtype="float32")) == 40
+    assert len(SenseDictionary.from_embeddings(ids, x, k=room, dtype="float32")) == 40
 
 
 def test_a_dictionary_in_memory_follows_markov_clusters() -> None:
     x, ids = np.concatenate([mixture(100, 2, seed=1), mixture(300, 30)]), np.repeat([4, 2], [100, 300])
-    dictionary = SenseDictionary.fit(ids, x, k=MclConfig(inflation=2.0))
+    dictionary = SenseDictionary.from_embeddings(ids, x, k=MclConfig(inflation=2.0))
     assert dictionary.config.senses == "mcl"
     expected = mcl_senses(x[np.argsort(ids, kind="stable")], np.array([300, 100]), MclConfig(inflation=2.0))
     assert [len(dictionary.senses(token).counts) for token in (2, 4)] == expected.tolist()

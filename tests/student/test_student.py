@@ -34,7 +34,7 @@ from msense.teacher.pooling import pool
 from msense.teacher.spec import load_teacher_info
 
 MakeTeacher = Callable[..., Path]
-TINY = {"units": 6, "window": 3}
+TINY = {"units": 6, "kernel_size": 3}
 POOLINGS = st.sampled_from(["mean", "cls", "lasttoken"])
 IDS = torch.tensor([[2, 7, 5, 3], [2, 9, 3, 0]])
 MASK = torch.arange(4) < torch.tensor([[4], [3]])
@@ -42,7 +42,7 @@ MASK = torch.arange(4) < torch.tensor([[4], [3]])
 
 def static_student(pooling: str = "mean", heads: str = "two", seed: int = 0, **config: object) -> Student:
     given = {"kind": "static", "teacher": {"name": "t"}, "tokenizer_fingerprint": "", "dim": 4, "vocab_size": 9}
-    sizes = StaticSizes(units=6, window=5)
+    sizes = StaticSizes(units=6, kernel_size=5)
     student = learnt(Student(StudentConfig(**given, pooling=pooling, heads=heads, static=sizes, **config)), seed)
     generator = torch.Generator().manual_seed(seed)
     student.body.means.copy_(torch.randn(9, 4, generator=generator))
@@ -285,7 +285,7 @@ def saved(teacher: Path, tmp_path: Path) -> StudentFiles:
     return StudentFiles(tmp_path / "s")
 
 
-STATIC = {"static": {"units": 4, "window": 3}}
+STATIC = {"static": {"units": 4, "kernel_size": 3}}
 
 
 @pytest.mark.parametrize(

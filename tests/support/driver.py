@@ -22,7 +22,7 @@ def light_teacher() -> type:
         def __init__(self, name: str, **settings: object) -> None:
             pass
 
-        def embed(self, ids: Any, mask: Any) -> Any:  # noqa: ANN401 - arrays in, a tensor out
+        def embed(self, ids: Any, mask: Any) -> Any:
             import torch
 
             place = torch.arange(ids.shape[1]) / torch.from_numpy(mask).sum(dim=1, keepdim=True)
@@ -255,7 +255,7 @@ def lose_a_node_in_each_stage(flags: Path, step: int) -> None:
     worker = ChunkWorker
 
     class HeldWorker(worker):
-        def partial(self, part: object, state: Any) -> object:  # noqa: ANN401 - of k-means
+        def partial(self, part: object, state: Any) -> object:
             if state.rounds >= 1:
                 return held_once(super().partial, flags / "large tokens")(part, state)
             return super().partial(part, state)

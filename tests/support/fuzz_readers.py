@@ -42,7 +42,7 @@ TEXTS = ["the river bank", "", "a cat sat on the mat , running", "is near " * 9]
 PARQUET = {"text": [f"a text of {n % 7} words" for n in range(90)], "id": [f"d{n}" for n in range(90)]}
 
 
-def digest(*arrays: Any) -> list[object]:  # noqa: ANN401 - arrays and tensors
+def digest(*arrays: Any) -> list[object]:
     """Return the shape, dtype and hash of arrays."""
     values = [np.ascontiguousarray(a.detach().float().numpy() if isinstance(a, torch.Tensor) else a) for a in arrays]
     return [(a.shape, str(a.dtype), hashlib.sha256(a.tobytes()).hexdigest()) for a in values]
@@ -60,7 +60,7 @@ def dictionary(folder: Path) -> object:
     assert all(0 <= e.sense < len(s.counts) for es, s in zip(examples, senses, strict=True) for e in es)
     return (
         d.config.model_dump(),
-        d.find("bank").explain(),
+        d.lookup("bank").explain(),
         examples,
         digest(d.offsets, d.counts, d.rms_distance, d.token_counts, d.centroids),
     )

@@ -21,7 +21,7 @@ def rows_of(rows: int = 4, token: int = 2, sense: int = 0, text: str = "x", dist
     return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
 
 
-def parquet(rows: pa.Table, **options: Any) -> Corrupt:  # noqa: ANN401 - options of pyarrow
+def parquet(rows: pa.Table, **options: Any) -> Corrupt:
     return lambda folder: pq.write_table(rows, folder / EXEMPLARS, **{"row_group_size": 1 << 16, **options})
 
 

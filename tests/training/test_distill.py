@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from faulty import Corpus, MakeTeacher, Outcome, flip_a_byte
+from msense.stages.ray_train import _cause
 from safetensors.torch import load_file, save_file
 
 from msense import SenseEncoder
@@ -20,7 +21,6 @@ from msense.io import storage
 from msense.pipelines import distill as distill_module
 from msense.pipelines.distill import distill_student
 from msense.stages import train
-from msense.stages.ray_train import _cause
 from msense.student import StudentSettings, load_student, save_student
 from msense.student.pruning import restore_embeddings
 from msense.training import distiller

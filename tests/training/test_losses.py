@@ -242,7 +242,7 @@ def static(dim: int, vocab: int = 6) -> Student:
         tokenizer_fingerprint="",
         dim=dim,
         vocab_size=vocab,
-        static=StaticSizes(units=5, window=3),
+        static=StaticSizes(units=5, kernel_size=3),
     )
     torch.manual_seed(0)
     student = Student(config)

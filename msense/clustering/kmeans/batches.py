@@ -129,7 +129,7 @@ def cluster_tokens(  # noqa: PLR0913 - the package's main entry point
         threads: number of batches (or shares of a token's blocks) computed in parallel, each on one torch thread.
 
     Raises:
-        BadInput: the arrays' lengths do not match, or a K or `threads` is out of range.
+        InputError: the arrays' lengths do not match, or a K or `threads` is out of range.
         MsenseError: a value is NaN, infinite or above LARGEST_VALUE; names the token.
 
     Example:

@@ -42,7 +42,7 @@ class KMeansConfig:
         max_rounds: maximum number of assignment rounds.
 
     Raises:
-        BadInput: lists every setting out of range.
+        InputError: lists every setting out of range.
 
     Example:
         >>> KMeansConfig(k=8, metric="cosine").max_rounds
@@ -75,7 +75,7 @@ def as_points(points: Points) -> torch.Tensor:
     """View a matrix of points as a tensor [N, D] without a copy; it is never written to.
 
     Raises:
-        BadInput: it is not a matrix of float16, bfloat16 or float32.
+        InputError: it is not a matrix of float16, bfloat16 or float32.
     """
     dtype = str(points.dtype).removeprefix("torch.")
     if dtype not in ("float16", "bfloat16", "float32") or points.ndim != 2 or not points.shape[1]:

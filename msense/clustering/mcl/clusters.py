@@ -52,7 +52,7 @@ def markov_clusters(
         For each graph its clusters as ascending tuples of nodes, in ascending order.
 
     Raises:
-        BadInput: a matrix is not square, or has a weight that is negative, NaN or above LARGEST; names its position.
+        InputError: a matrix is not square, or has a weight that is negative, NaN or above LARGEST; names its position.
 
     Example:
         >>> markov_clusters([np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]])], MclConfig())

@@ -25,7 +25,7 @@ class MclConfig:
         least: minimum K; a token of fewer points keeps each point as a sense.
 
     Raises:
-        BadInput: lists every setting out of range.
+        InputError: lists every setting out of range.
 
     Example:
         >>> MclConfig(inflation=1.8).share

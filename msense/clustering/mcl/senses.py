@@ -43,7 +43,7 @@ def mcl_senses(
         int64 [T]; 0 for a token without points.
 
     Raises:
-        BadInput: the arrays' lengths do not match.
+        InputError: the arrays' lengths do not match.
         MsenseError: a value is NaN, infinite or above LARGEST_VALUE; names the token.
     """
     view = as_points(points)

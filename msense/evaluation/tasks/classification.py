@@ -59,7 +59,7 @@ def classify(
         protocol: how training texts are sampled.
 
     Raises:
-        BadInput: the training set has only one class, or shares no label with the test set.
+        InputError: the training set has only one class, or shares no label with the test set.
     """
     protocol = protocol or Protocol()
     classes = np.unique(labels["train"])

@@ -35,7 +35,7 @@ def measure(model: TokenModel, source: str, name: str, spec: Spec, columns: Colu
         columns: columns of a task outside GLUE.
 
     Raises:
-        BadInput: the classifier is missing, damaged or of another width, or the data are missing.
+        InputError: the classifier is missing, damaged or of another width, or the data are missing.
     """
     classifier = load_classifier(locate(spec.teacher, spec.revision))
     task, part = _test_part(classifier, source, name, columns)

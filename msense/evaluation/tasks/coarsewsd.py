@@ -66,7 +66,7 @@ def measure(model: TokenModel, source: str) -> Result:
         source: folder of words.
 
     Raises:
-        BadInput: the folder has no words, or a file is invalid.
+        InputError: the folder has no words, or a file is invalid.
     """
     names = words(source)
     scores: dict[str, list[float]] = {}
@@ -95,7 +95,7 @@ def measure(model: TokenModel, source: str) -> Result:
 
 
 def words(source: str) -> list[str]:
-    """Return the words of a folder, sorted; BadInput if it has none."""
+    """Return the words of a folder, sorted; InputError if it has none."""
     with read_errors(source, "a folder of words"):
         filesystem, path = filesystems.filesystem(source)
         listed = filesystem.ls(path, detail=True)
@@ -110,7 +110,7 @@ def words(source: str) -> list[str]:
 
 
 def read_contexts(source: str, word: str, part: str) -> Contexts:
-    """Read the contexts of a word; BadInput if a file is missing, too large or invalid, or their lengths differ."""
+    """Read the contexts of a word; InputError if a file is missing, too large or invalid, or their lengths differ."""
     lines, gold = (_lines(_file(source, word, part, kind)) for kind in ("data", "gold"))
     if len(lines) != len(gold):
         raise InputError(

@@ -59,7 +59,7 @@ class MtebEncoder:
         self.model = model
 
     @property
-    def mteb_model_meta(self) -> Any:  # noqa: ANN401 - a class of mteb
+    def mteb_model_meta(self) -> Any:
         """Empty metadata: nothing is submitted to mteb's leaderboard."""
         return _mteb().models.ModelMeta.create_empty()
 
@@ -70,11 +70,11 @@ class MtebEncoder:
         """
         return self.model.encode([text for batch in inputs for text in batch["text"]])
 
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:  # noqa: ANN401 - arrays or tensors
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Return the cosine of every pair of rows, float32 [n, m]."""
         return _unit(embeddings1) @ _unit(embeddings2).T
 
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:  # noqa: ANN401 - arrays or tensors
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Return the cosine of corresponding rows, float32 [n]."""
         return (_unit(embeddings1) * _unit(embeddings2)).sum(-1)
 
@@ -92,7 +92,7 @@ def measure(model: Model, name: str, source: str, columns: Columns, shots: int, 
         seed: seed of mteb's sampling; the texts of mteb's own tasks do not depend on it.
 
     Raises:
-        BadInput: mteb is not installed, has no such task, or the data are missing, damaged or of one class.
+        InputError: mteb is not installed, has no such task, or the data are missing, damaged or of one class.
     """
     task = local_task(name, source, columns) if source else _own_task(name)
     task.seed = seed
@@ -115,11 +115,11 @@ def measure(model: Model, name: str, source: str, columns: Columns, shots: int, 
     return _result(task, rows, predicted)
 
 
-def local_task(name: str, source: str, columns: Columns) -> Any:  # noqa: ANN401 - a class of mteb
+def local_task(name: str, source: str, columns: Columns) -> Any:
     """Return labelled texts with splits train and test as an mteb `AbsTaskClassification` with loaded data.
 
     Raises:
-        BadInput: mteb is not installed, or the data are missing, damaged or of one class.
+        InputError: mteb is not installed, or the data are missing, damaged or of one class.
     """
     _mteb()
     from datasets import Dataset, DatasetDict
@@ -160,8 +160,8 @@ def local_task(name: str, source: str, columns: Columns) -> Any:  # noqa: ANN401
     return task
 
 
-def task_class(name: str) -> Any:  # noqa: ANN401 - a class of mteb
-    """Return the class of one of mteb's own tasks without loading data; BadInput if it is no text classification."""
+def task_class(name: str) -> Any:
+    """Return the class of one of mteb's own tasks without loading data; InputError if it is no text classification."""
     _mteb()
     from mteb.abstasks.classification import AbsTaskClassification
     from mteb.get_tasks import TASK_LIST
@@ -182,7 +182,7 @@ def task_class(name: str) -> Any:  # noqa: ANN401 - a class of mteb
     return task
 
 
-def _own_task(name: str) -> Any:  # noqa: ANN401 - a class of mteb
+def _own_task(name: str) -> Any:
     """Return one of mteb's own tasks with its data loaded from the Hub."""
     task = task_class(name)()
     from datasets.exceptions import DatasetsError
@@ -202,7 +202,7 @@ def _own_task(name: str) -> Any:  # noqa: ANN401 - a class of mteb
     return task
 
 
-def _result(task: Any, rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) -> Result:  # noqa: ANN401 - of mteb
+def _result(task: Any, rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) -> Result:
     """Return the result of a task.
 
     Args:
@@ -245,11 +245,11 @@ def _near(name: str, known: Sequence[str]) -> list[str]:
     return [low[own] for own in dict.fromkeys([*containing, *close])][:5]
 
 
-def _unit(vectors: Any) -> torch.Tensor:  # noqa: ANN401 - an array or tensor
+def _unit(vectors: Any) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.as_tensor(vectors, dtype=torch.float32), dim=-1)
 
 
-def _mteb() -> Any:  # noqa: ANN401 - a module
+def _mteb() -> Any:
     """Import mteb without the cache folder that it would create in the user's home."""
     if "mteb" in sys.modules and hasattr(sys.modules["mteb"], "evaluate"):
         return sys.modules["mteb"]

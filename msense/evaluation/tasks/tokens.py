@@ -34,7 +34,7 @@ def measure(model: TokenModel, teacher: TokenModel, source: str, text_column: st
         text_column: column of the text.
 
     Raises:
-        BadInput: there is no text, or the tokenizations differ.
+        InputError: there is no text, or the tokenizations differ.
     """
     cosines, sizes = [], []
     right, total, frequent = 0, 0, 0.0
@@ -63,7 +63,7 @@ def measure(model: TokenModel, teacher: TokenModel, source: str, text_column: st
 
 
 def read_texts(source: str, text_column: str = "text", most: int = MAX_TEXTS) -> list[str]:
-    """Return the first texts of a corpus; BadInput if it is missing or has no text."""
+    """Return the first texts of a corpus; InputError if it is missing or has no text."""
     texts = list(itertools.islice(_documents(source, text_column), most))
     if not texts:
         raise InputError(f"{display_uri(source)} contains no text: use another corpus")

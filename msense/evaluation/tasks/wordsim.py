@@ -50,7 +50,7 @@ def measure(model: Model, source: str) -> Result:
         source: folder of sets.
 
     Raises:
-        BadInput: a set is missing or invalid, or no pair is in the dictionary.
+        InputError: a set is missing or invalid, or no pair is in the dictionary.
     """
     sets = read_sets(source)
     dictionary: SenseDictionary | None = getattr(model, "dictionary", None)
@@ -77,7 +77,7 @@ def measure(model: Model, source: str) -> Result:
 
 
 def read_sets(source: str) -> dict[str, list[Pair]]:
-    """Read the sets of a folder by name; BadInput if there is none, or a line is invalid."""
+    """Read the sets of a folder by name; InputError if there is none, or a line is invalid."""
     sets = {}
     for file in list_files((source,)):
         if file.format != "txt":
@@ -148,7 +148,7 @@ def _lookup_of(dictionary: SenseDictionary) -> Callable[[str], Word | None]:
     @lru_cache(4096)
     def look_up(word: str) -> Word | None:
         text = word.replace("_", " ")
-        match = dictionary.find(text)
+        match = dictionary.lookup(text)
         if match.found:  # a token: the senses of all its spellings
             parts = [dictionary.senses(token.token_id) for token in match.tokens if token.senses]
             senses = np.concatenate([np.asarray(part.centroids, np.float32) for part in parts])
