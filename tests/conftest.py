@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")  # a checkpoint costs as much, else two seconds
 # what tests hand to Ray's workers may stand in modules beside this one
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH"))))
 SEEN: dict[tuple[str, str], str] = {}  # what became of (fault, stage)
 TOLD: list[str] = []  # figures to be read at the end
 
@@ -92,9 +92,9 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator["Server"]:
 @pytest.fixture(scope="session")
 def ray() -> Iterator[None]:
     """The Ray that all tests share."""
-    from msense.runtime.ray_executor import connect
+    from msense.runtime.ray_executor import RayExecutor
 
-    connect(workers=3)
+    RayExecutor.connect(workers=3)
     import ray as ray_module
 
     yield

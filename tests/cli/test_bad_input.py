@@ -52,7 +52,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def job() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_dict_job", Path(__file__).parents[1] / "jobs/build_dict.py")
+    spec = importlib.util.spec_from_file_location("build_dict_job", Path(__file__).parents[2] / "jobs/build_dict.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

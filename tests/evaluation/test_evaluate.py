@@ -269,7 +269,7 @@ def test_command_line_on_ray(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job = str(Path(__file__).parents[1] / "jobs" / "evaluate.py")
+    job = str(Path(__file__).parents[2] / "jobs" / "evaluate.py")
     words = f"--model teacher s=student:{student} --task small={data}/task --teacher {teacher} --shots 2 full --draws 2"
     words += f" --no-cost --output {tmp_path}/e.json"
     monkeypatch.setattr(sys, "argv", [job, *words.split()])

@@ -14,7 +14,7 @@ import pytest
 
 from msense.errors import InputError
 
-JOBS = Path(__file__).parents[1] / "jobs"
+JOBS = Path(__file__).parents[2] / "jobs"
 pytestmark = pytest.mark.usefixtures("jobs")
 
 

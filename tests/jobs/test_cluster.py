@@ -11,7 +11,7 @@ import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
 LISTS = {"initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"}
 STARTS = ("head_start_ray_commands", "worker_start_ray_commands")

@@ -13,7 +13,7 @@ from msense.evaluation.config import EvaluateConfig
 from msense.evaluation.report import Evaluation, TaskReport
 from msense.evaluation.result import Result
 
-JOBS = Path(__file__).parents[1] / "jobs"
+JOBS = Path(__file__).parents[2] / "jobs"
 SCORES = {"teacher": 0.9, "replaced": 0.895, "replaced K 50": 0.88, "layers2": 0.86, "static": 0.89}
 
 

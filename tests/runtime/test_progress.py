@@ -97,7 +97,7 @@ def test_gauges_tell_how_far_a_stage_is(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_no_job_loads_ray_before_it_has_set_it_up() -> None:
     """A local Ray's token, and what Ray says, are set in variables that it reads when it is imported."""
-    jobs = Path(__file__).parents[1] / "jobs"
+    jobs = Path(__file__).parents[2] / "jobs"
     code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\nprint('ray' in sys.modules)"
     names = sorted(path.stem for path in jobs.glob("*.py"))
     assert len(names) >= 5

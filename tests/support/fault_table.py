@@ -7,7 +7,7 @@ fails on a cell of the README that no test has observed.
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 STAGES = ("passages", "plan", "occurrences", "senses", "clustering", "large tokens", "exemplars", "dictionary")
 STAGES += ("labels", "training")  # of a distillation
 
