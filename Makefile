@@ -8,7 +8,7 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 DATA ?= data
 
-.PHONY: install demo results test test-all check audit format
+.PHONY: install demo results test test-unit test-all check audit format
 
 install: $(STAMP)
 
@@ -27,6 +27,10 @@ demo: install
 results: install
 	$(BIN)/python jobs/results.py --data $(DATA) $(if $(MODEL2VEC_PYTHON),--model2vec-python $(MODEL2VEC_PYTHON))
 
+# without Ray
+test-unit: install
+	$(BIN)/python -m pytest -m "not slow and not ray"
+
 test: install
 	$(BIN)/python -m pytest
 
@@ -37,6 +41,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 audit:
 	$(PYTHON) -m venv .audit
