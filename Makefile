@@ -25,7 +25,7 @@ demo: install
 
 # make results DATA=DIR, with banking77/ tweet_emotion/ sst2/ coarsewsd/ wordsim/ wikitext2/; hours on two cores
 results: install
-	$(BIN)/python jobs/results.py --data $(DATA) $(if $(MODEL2VEC_PYTHON),--model2vec-python $(MODEL2VEC_PYTHON))
+	$(BIN)/python jobs/reproduce.py --data $(DATA) $(if $(MODEL2VEC_PYTHON),--model2vec-python $(MODEL2VEC_PYTHON))
 
 # without Ray
 test-unit: install

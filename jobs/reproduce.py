@@ -1,4 +1,4 @@
-"""Reproduce the README's results: `python jobs/results.py --data DATA [NAME ...]`.
+"""Reproduce the README's results: `python jobs/reproduce.py --data DATA [NAME ...]`.
 
 The jobs write dictionaries, teachers and students into --output, with evaluations next to them as NAME.json, NAME.md and
 plots; existing ones are reused. A final table compares every figure with its target, and the last line of the output is the
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.workshop import ArtifactCache
+from benchmarks.artifacts import ArtifactCache
 
 from msense.cli.console import run_job, show_table
-from msense.cli.reports import show
+from msense.cli.reports import show_evaluation
 from msense.config.base import validate_config
 from msense.config.finetune import FinetuneConfig
 from msense.constants import DEMO_TEACHER
@@ -52,8 +52,8 @@ class Figure(NamedTuple):
 
     what: str
     value: float
-    bar: str
-    is_met: bool | None  # None: no target
+    bar: str = ""
+    is_met: bool | None = None  # None: no target
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,16 @@ class Maker:
             raise InputError(f"{folder} does not exist: --data must be a folder that contains {name}/")
         return str(folder)
 
-    def shop(self, name: str, *corpus: str, teacher: str = DEMO_TEACHER) -> ArtifactCache:
-        """Return the builder of dictionaries and students of a corpus."""
+    def cache(self, name: str, *corpus: str, teacher: str = DEMO_TEACHER) -> ArtifactCache:
+        """Return the dictionaries and students of a corpus."""
         return ArtifactCache(self.output / name, corpus, self.workers, teacher)
 
     def evaluate(self, name: str, models: Sequence[str], tasks: Sequence[str], **more: Any) -> Evaluation:
-        """Evaluate and print the results."""
+        """Evaluate, by default without costs, and print the results."""
         given: dict[str, Any] = {"model": models, "task": tasks, "output": str(self.output / f"{name}.json")}
         given |= {"teacher": DEMO_TEACHER, "workers": self.workers, "model2vec_python": self.model2vec_python}
-        evaluation = evaluate(validate_config(EvaluateConfig, {**given, **more}))
-        show(evaluation)
+        evaluation = evaluate(validate_config(EvaluateConfig, {"cost": False, **given, **more}))
+        show_evaluation(evaluation)
         return evaluation
 
     def with_model2vec(self) -> tuple[str, ...]:
@@ -89,9 +89,14 @@ class Maker:
         return ("model2vec",) if self.model2vec_python else ()
 
 
-def students(shop: ArtifactCache, dictionary: Path, names: Sequence[str], **settings: Any) -> list[str]:
+def students(cache: ArtifactCache, dictionary: Path, names: Sequence[str], **settings: Any) -> list[str]:
     """Distil students and return them as models."""
-    return [f"{name}=student:{shop.student(dictionary, name, **STUDENTS[name], **settings).folder}" for name in names]
+    return [f"{name}=student:{cache.student(dictionary, name, **STUDENTS[name], **settings).folder}" for name in names]
+
+
+def replaced(models: Sequence[str], how: str) -> list[str]:
+    """Return students with every token replaced by senses, "soft" or "hard"."""
+    return [f"{model.replace('=', ', replaced=', 1)},{how}" for model in models]
 
 
 def banking77(make: Maker) -> list[Figure]:
@@ -107,30 +112,26 @@ def emotion(make: Maker) -> list[Figure]:
 def _own_text(make: Maker, name: str, folder: str, sizes: Sequence[int | str], bar: float) -> list[Figure]:
     """Evaluate a dictionary and students of a task's training texts on that task."""
     source = make.task(folder)
-    shop = make.shop(name, f"{source}/train.csv")
-    main = shop.dictionary(SENSES)
-    models = ["teacher", *(f"replaced K {k}=replaced:{shop.dictionary(k)}" for k in sizes)]
+    cache = make.cache(name, f"{source}/train.csv")
+    main = cache.dictionary(SENSES)
+    models = ["teacher", *(f"replaced K {k}=replaced:{cache.dictionary(k)}" for k in sizes)]
     models += [f"replaced K {SENSES}=replaced:{main}", f"replaced K {SENSES}, hard=replaced:{main},hard"]
-    own = students(shop, main, TWO_OUTPUTS, **OF_TASK)
-    models += [*own, *(f"{m.replace('=', ', replaced=', 1)},soft" for m in own)]
-    found = make.evaluate(
-        name, [*models, "truncated:2", *make.with_model2vec()], [f"{name}={source}"], cost=bool(sizes)
-    )
+    own = students(cache, main, TWO_OUTPUTS, **OF_TASK)
+    models += [*own, *replaced(own, "soft"), "truncated:2", *make.with_model2vec()]
+    results = make.evaluate(name, models, [f"{name}={source}"], cost=bool(sizes))
     title = f"{name}, 8 shots"
-    return [
-        _loss(found, title, f"replaced K {SENSES}", 2.5),
-        *(_loss(found, title, student, bar) for student in TWO_OUTPUTS),
-    ]
+    figures = [_loss(results, title, f"replaced K {SENSES}", 2.5)]
+    return figures + [_loss(results, title, student, bar) for student in TWO_OUTPUTS]
 
 
 def _by_mteb(make: Maker) -> list[Figure]:
     """Compare our protocol with that of the mteb package on the same models and data."""
-    source, shop = make.task("tweet_emotion"), make.output / "emotion"
-    models = ["teacher", f"layers2=student:{shop / 'layers2'}", f"static=student:{shop / 'static'}"]
-    found = make.evaluate("mteb", models, [f"emotion={source}", f"mteb:emotion={source}"], cost=False)
+    source, folder = make.task("tweet_emotion"), make.output / "emotion"
+    models = ["teacher", *(f"{name}=student:{folder / name}" for name in TWO_OUTPUTS)]
+    results = make.evaluate("mteb", models, [f"emotion={source}", f"mteb:emotion={source}"])
     figures = []
-    for model in ("teacher", "layers2", "static"):
-        ours, theirs = (_result(found, title, model) for title in ("emotion, 8 shots", "emotion (mteb), 8 shots"))
+    for model in ("teacher", *TWO_OUTPUTS):
+        ours, theirs = (_result(results, title, model) for title in ("emotion, 8 shots", "emotion (mteb), 8 shots"))
         gap = 100 * (ours.score - theirs.score)
         noise = 196 * sum((row.deviation or 0) ** 2 / len(row.values) for row in (ours, theirs)) ** 0.5
         what = f"emotion, {model}: our protocol minus mteb's, points"
@@ -140,26 +141,25 @@ def _by_mteb(make: Maker) -> list[Figure]:
 
 def general(make: Maker) -> list[Figure]:
     """Dictionary and students of general text on both classification tasks."""
-    shop = make.shop("general", make.task("wikitext2"), GENERAL_DOCS)
-    main = shop.dictionary("auto")
-    own = students(shop, main, tuple(STUDENTS), **OF_GENERAL)
+    cache = make.cache("general", make.task("wikitext2"), GENERAL_DOCS)
+    own = students(cache, cache.dictionary("auto"), tuple(STUDENTS), **OF_GENERAL)
     tasks = [f"banking77={make.task('banking77')}", f"emotion={make.task('tweet_emotion')}"]
-    found = make.evaluate("general", [*make.with_model2vec(), *own], tasks, cost=False)
+    results = make.evaluate("general", [*make.with_model2vec(), *own], tasks)
     figures = []
-    for task in found.tasks:
+    for task in results.tasks:
         rows = {name: row.score for name, row in task.rows.items() if isinstance(row, Result)}
-        figures += [Figure(f"{task.name}, general text: {name}", score, "", None) for name, score in rows.items()]
+        figures += [Figure(f"{task.name}, general text: {name}", score) for name, score in rows.items()]
     return figures
 
 
 def wordsim(make: Maker) -> list[Figure]:
     """Word similarity by the senses of the general dictionary."""
-    main = make.shop("general", make.task("wikitext2"), GENERAL_DOCS).dictionary("auto")
-    found = make.evaluate("wordsim", [f"replaced=replaced:{main}"], [f"wordsim={make.task('wordsim')}"], cost=False)
-    row = _result(found, "wordsim", "replaced")
+    main = make.cache("general", make.task("wikitext2"), GENERAL_DOCS).dictionary("auto")
+    results = make.evaluate("wordsim", [f"replaced=replaced:{main}"], [f"wordsim={make.task('wordsim')}"])
+    row = _result(results, "wordsim", "replaced")
     gap = row.score - row.more["one embedding"]
     return [
-        Figure("word similarity: best pair of senses", row.score, "", None),
+        Figure("word similarity: best pair of senses", row.score),
         Figure("word similarity: best pair over one embedding per word", gap, "above 0", gap > 0),
     ]
 
@@ -170,16 +170,15 @@ def coarsewsd(make: Maker) -> list[Figure]:
     corpus, test = (make.output / name for name in ("coarsewsd.txt", "coarsewsd-test.txt"))
     for path, part in ((corpus, "train"), (test, "test")):
         _write_once(path, "".join(f"{t}\n" for w in words(source) for t in read_contexts(source, w, part).texts))
-    shop = make.shop("coarsewsd", str(corpus))
-    main = shop.dictionary(OF_WORDS)
-    own = students(shop, main, tuple(STUDENTS), **OF_CONTEXTS)
-    replaced = [f"{model.replace('=', ', replaced=', 1)},hard" for model in own[: len(TWO_OUTPUTS)]]
-    models = [f"teacher=replaced:{main},hard", *own, *replaced]
-    found = make.evaluate("coarsewsd", models, [f"coarsewsd={source}", f"tokens:contexts={test}"], cost=False)
-    teacher, student = (_result(found, "coarsewsd", name) for name in ("teacher", "layers2"))
+    cache = make.cache("coarsewsd", str(corpus))
+    main = cache.dictionary(OF_WORDS)
+    own = students(cache, main, tuple(STUDENTS), **OF_CONTEXTS)
+    models = [f"teacher=replaced:{main},hard", *own, *replaced(own[: len(TWO_OUTPUTS)], "hard")]
+    results = make.evaluate("coarsewsd", models, [f"coarsewsd={source}", f"tokens:contexts={test}"])
+    teacher, student = (_result(results, "coarsewsd", name) for name in ("teacher", "layers2"))
     over, below = 100 * (teacher.score - teacher.more["gold centroids"]), 100 * (teacher.score - student.score)
     return [
-        Figure("CoarseWSD, teacher's senses: accuracy", teacher.score, "", None),
+        Figure("CoarseWSD, teacher's senses: accuracy", teacher.score),
         Figure("CoarseWSD, teacher's senses over a centroid per gold sense, points", over, "at least 3", over >= 3),
         Figure("CoarseWSD, layers2 below the teacher, points", below, "at most 3", below <= 3),
     ]
@@ -190,18 +189,15 @@ def sst2(make: Maker) -> list[Figure]:
     source = make.task("sst2")
     given = {"task": f"sst2={source}", "output": str(make.output / "sst2" / "finetuned"), "workers": make.workers}
     tuned = finetune(validate_config(FinetuneConfig, given))
-    shop = make.shop("sst2", tuned["corpus"], teacher=tuned["teacher"])
-    main = shop.dictionary(SENSES)
-    own = students(shop, main, TWO_OUTPUTS, **OF_CLASSIFIER)
+    cache = make.cache("sst2", tuned["corpus"], teacher=tuned["teacher"])
+    main = cache.dictionary(SENSES)
+    own = students(cache, main, TWO_OUTPUTS, **OF_CLASSIFIER)
     models = ["teacher", f"replaced=replaced:{main}", f"replaced, hard=replaced:{main},hard", *own]
-    models += [f"{model.replace('=', ', replaced=', 1)},soft" for model in own]
-    found = make.evaluate("sst2", models, [f"classifier:sst2={source}"], teacher=tuned["teacher"], cost=False)
+    models += replaced(own, "soft")
+    results = make.evaluate("sst2", models, [f"classifier:sst2={source}"], teacher=tuned["teacher"])
     title = "sst2 (classifier)"
-    return [
-        Figure("sst2, fine-tuned teacher: accuracy", _result(found, title, "teacher").score, "", None),
-        _loss(found, title, "replaced", 0.5),
-        _loss(found, title, "layers2", 3.0),
-    ]
+    accuracy = Figure("sst2, fine-tuned teacher: accuracy", _result(results, title, "teacher").score)
+    return [accuracy, _loss(results, title, "replaced", 0.5), _loss(results, title, "layers2", 3.0)]
 
 
 def _write_once(path: Path, text: str) -> None:
@@ -211,15 +207,16 @@ def _write_once(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def _result(found: Evaluation, title: str, model: str) -> Result:
-    row = next(task.rows[model] for task in found.tasks if task.name == title)
+def _result(results: Evaluation, title: str, model: str) -> Result:
+    row = next(task.rows[model] for task in results.tasks if task.name == title)
     assert isinstance(row, Result)
     return row
 
 
-def _loss(found: Evaluation, title: str, model: str, bar: float) -> Figure:
+def _loss(results: Evaluation, title: str, model: str, bar: float) -> Figure:
     """Return by how many points a model is below the teacher, with its confidence interval."""
-    gap = difference_to_baseline(found, next(task for task in found.tasks if task.name == title), model)
+    gap = difference_to_baseline(results, next(task for task in results.tasks if task.name == title), model)
+    assert gap is not None
     lost = -100 * gap.gain
     what = f"{title}: {model} below the teacher, points [{-100 * gap.high:.1f}, {-100 * gap.low:.1f}]"
     return Figure(what, lost, f"at most {bar:g}", lost <= bar)

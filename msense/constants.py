@@ -4,11 +4,11 @@ from typing import Literal
 
 VERSION = "0.1.0"
 DEMO_TEACHER = "all-MiniLM-L6-v2"
-MAX_SENSES, NO_SENSE = 65_534, 65_535  # labels are uint16; the second says "none"
-LARGEST_VALUE = 1e15  # of an embedding that k-means takes: float32 holds sums of such squares of any width
-MAX_VOCABULARY = 1 << 22  # the largest of today's is below 2^19
+MAX_SENSES, NO_SENSE = 65_534, 65_535  # labels are uint16; `NO_SENSE` marks tokens without a sense
+LARGEST_VALUE = 1e15  # of embeddings for k-means, so that sums of squares of any width fit into float32
+MAX_VOCABULARY = 1 << 22  # current models have less than 2^19
 MAX_DIM = 1 << 16
-MAX_TOKEN_NUMBERS = 1 << 28  # of one token's centroids, which are read at once: 1 GiB in float32
-MAX_EXEMPLARS = 1024  # of one sense
-MANY = 2**31 - 1  # more of anything fits no array of ours
+MAX_TOKEN_NUMBERS = 1 << 28  # of the centroids of a token, which are read at once: 1 GiB in float32
+MAX_EXEMPLARS = 1024  # of a sense
+MAX_INT32 = 2**31 - 1
 Metric = Literal["l2", "dot", "cosine"]

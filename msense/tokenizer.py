@@ -1,18 +1,19 @@
-"""Facts about a tokenizer that several packages need: its fingerprint and the special tokens around a text."""
+"""Properties of a tokenizer that several packages need: its fingerprint and the special tokens around a text."""
 
 import hashlib
 import json
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from msense.errors import InputError
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the hexadecimal sha256 of a tokenizer's definition, without truncation and padding."""
-    definition = json.loads(tokenizer.to_str())
-    definition.update(truncation=None, padding=None)
-    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+def fingerprint(tokenizer: Tokenizer | dict[str, Any]) -> str:
+    """Return the hexadecimal sha256 of a tokenizer or its parsed tokenizer.json, without truncation and padding."""
+    definition = tokenizer if isinstance(tokenizer, dict) else json.loads(tokenizer.to_str())
+    bare = {**definition, "truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 
 
 def special_tokens_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

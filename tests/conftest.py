@@ -1,12 +1,14 @@
-"""One Ray for the session, and teachers whose answers are known by hand."""
+"""One Ray for the session, small teachers and corpora, and stores that behave like S3."""
 
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import executors
 import fault_table
 import fsspec
 import pytest
@@ -19,18 +21,20 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")  # a checkpoint costs as much, else two seconds
 # what tests hand to Ray's workers may stand in modules beside this one
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH"))))
-SEEN: dict[tuple[str, str], str] = {}  # what became of (fault, stage)
-TOLD: list[str] = []  # figures to be read at the end
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH")))
+)
+OUTCOMES: dict[tuple[str, str], str] = {}  # of (fault, stage)
+FIGURES: list[str] = []  # printed at the end
 
 
 @pytest.fixture
 def outcome() -> Callable[[str, str, str], None]:
-    """Note what became of a fault in a stage, and hold it against the README."""
+    """Record the outcome of a fault in a stage and compare it with the README."""
 
-    def note(fault: str, stage: str, found: str) -> None:
-        SEEN[fault, stage] = found
-        assert fault_table.in_readme().get((fault, stage)) == found
+    def note(fault: str, stage: str, observed: str) -> None:
+        OUTCOMES[fault, stage] = observed
+        assert fault_table.in_readme().get((fault, stage)) == observed
 
     return note
 
@@ -38,24 +42,24 @@ def outcome() -> Callable[[str, str, str], None]:
 @pytest.fixture
 def tell() -> Callable[[str], None]:
     """Print a line at the end of all tests."""
-    return TOLD.append
+    return FIGURES.append
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if SEEN:
+    if OUTCOMES:
         terminalreporter.section("faults")
-        terminalreporter.write_line(fault_table.table(SEEN))
-    for line in TOLD:
+        terminalreporter.write_line(fault_table.table(OUTCOMES))
+    for line in FIGURES:
         terminalreporter.write_line(line)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """After a whole run of all tests, the README must not claim more than they have seen."""
+    """After a run of all tests, fail if the README has cells that none has observed."""
     chosen = session.config.option
     whole = not (chosen.markexpr or chosen.keyword or chosen.file_or_dir)
-    if whole and exitstatus == 0 and fault_table.in_readme() != SEEN:
+    if whole and exitstatus == 0 and fault_table.in_readme() != OUTCOMES:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        session.config.get_terminal_writer().line("the README's table of faults holds cells that no test has seen")
+        session.config.get_terminal_writer().line("the README's table of faults has cells that no test has observed")
 
 
 @pytest.fixture
@@ -178,82 +182,11 @@ def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     return make
 
 
-class Remote:
-    """Stands for what `ray.remote` returns: calls go straight through."""
-
-    def __init__(self, target: Callable) -> None:
-        self.target = target
-
-    def options(self, **_: object) -> "Remote":
-        return self
-
-    def remote(self, *arguments: object, **named: object) -> object:
-        result = self.target(*arguments, **named)
-        return Actor(result) if isinstance(self.target, type) else result
-
-
-class Actor:
-    """Stands for an actor's handle."""
-
-    def __init__(self, target: object) -> None:
-        self._target = target
-
-    def __getattr__(self, name: str) -> Remote:
-        return Remote(getattr(self._target, name))
-
-
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a build without Ray, in this process and in small pieces: many blocks, units and shards of a small corpus."""
-    import json as json_module
-
-    import ray as ray_module
-
-    from msense.corpus import chunking
-    from msense.pipelines import build, dry_run
-    from msense.pipelines import distill as distill_module
-    from msense.run import resume
-    from msense.runtime.executor import _merge, guard, unwrap
-    from msense.runtime.resources import Resources
-    from msense.stages import cluster, distributed_kmeans, embed, exemplars, label, passages, plan, sense_counts, train
-
-    def run(work: Callable, items: list) -> Iterator[dict]:
-        for item in items:
-            yield unwrap(guard(work, json_module.loads(json_module.dumps(item))))
-
-    def reduce(name: str, work: Callable, slices: list, resources: object, *common: object) -> object:
-        results = [work(item, *common) for item in slices]
-        return _merge(*results)
-
-    fakes = {
-        "connect": lambda workers=None, gpus_per_actor=1.0: Resources(
-            actors=workers or 2, tasks=workers or 2, device="cpu"
-        ),
-        "map_data": lambda name, work, items, resources: run(work, items),
-        "map_actors": lambda name, actor, arguments, items, resources: run(actor(**arguments), items) if items else (),
-        "map_tasks": lambda name, work, items, resources, *common, needs=None: run(
-            lambda item: work(item, *common), items
-        ),
-        "reduce_tasks": reduce,
-        "run_task": lambda work, *arguments, device="cpu": work(*arguments),
-        "submit": lambda work, *arguments: work(*arguments),
-        "get": lambda value: value,
-    }
-    from msense.evaluation import run as evaluation
-
-    stages = (cluster, evaluation, exemplars, label, distributed_kmeans, passages, plan, resume, sense_counts)
-    for module in (build, train, distill_module, dry_run, *stages):
-        for name, fake in fakes.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, fake)
-
-    monkeypatch.setattr(ray_module, "remote", Remote)
-    monkeypatch.setattr(ray_module, "put", lambda value: value)
-    monkeypatch.setattr(ray_module, "kill", lambda actor: None)
-    monkeypatch.setattr(chunking, "BLOCK_TOKENS", 1500)
-    monkeypatch.setattr(embed, "UNIT_BYTES", (60_000, 60_000))
-    monkeypatch.setattr(label, "UNIT_BYTES", (4_000, 4_000))
-    monkeypatch.setattr(embed, "SHARD_BYTES", (60_000, 60_000))
+def in_process() -> Iterator[None]:
+    """Cut a small corpus into many partitions, and run isolated work of a LocalExecutor in this process."""
+    with executors.small_partitions():
+        yield
 
 
 @pytest.fixture
@@ -265,20 +198,29 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture
 def made(tmp_path: Path, make_teacher: Callable[..., Path]) -> "Corpus":
-    """A corpus and a teacher to build from, again and again."""
+    """A corpus and a teacher to build from."""
     from faulty import Corpus
 
     return Corpus(tmp_path, make_teacher("bert"))
 
 
-@pytest.fixture
-def whole(made: "Corpus") -> "Corpus":
-    """With "whole", a finished run that keeps all; and "stopped", the same, stopped just before it dropped contexts."""
-    from faulty import ALL
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, make_teacher: Callable[..., Path]) -> "Corpus":
+    """The finished run "whole", which keeps all files, and "stopped": the same before its contexts were removed.
 
-    made.build("whole", keep=ALL)
-    made.stop_at("msense.pipelines.build._drop_intermediates", "stopped", keep=ALL)
-    return made
+    No test changes them.
+    """
+    from faulty import ALL, Corpus
+
+    corpus = Corpus(tmp_path_factory.mktemp("built"), make_teacher("bert"))
+    run, contexts = corpus.folder / "whole", corpus.folder / "contexts"
+    with executors.small_partitions():
+        corpus.build(
+            "whole", executors.before("assemble", lambda: shutil.copytree(run / "contexts", contexts)), keep=ALL
+        )
+    shutil.copytree(run, corpus.folder / "stopped")
+    contexts.rename(corpus.folder / "stopped" / "contexts")
+    return corpus
 
 
 @pytest.fixture(scope="session")

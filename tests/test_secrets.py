@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from faulty import ALL, Corpus
 from fsspec.implementations.local import LocalFileSystem
-from students import shipped
-from test_evaluation import write_task
+from task_data import write_task
 
 from msense.cli.console import run_job
 from msense.text import first_line, plain, redact
@@ -87,28 +86,27 @@ def broken_store(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_no_job_reveals_secrets(
-    made: Corpus, run: Run, monkeypatch: pytest.MonkeyPatch, broken_store: Callable[..., None]
-) -> None:
-    from msense.pipelines import distill
-
-    monkeypatch.setattr(distill, "train", lambda *_: {})
-    root = made.folder
-    small = ("--teacher", made.teacher, "--dtype", "float32")
+def test_no_job_reveals_secrets(made: Corpus, run: Run, broken_store: Callable[..., None]) -> None:
+    root, teacher = made.folder, ("--teacher", made.teacher)
+    small = (*teacher, "--dtype", "float32", "--local")
     corpus = root / "corpus"
     task = write_task(root / "task", {part: [("the river", "a"), ("the bank", "b")] * 4 for part in ("train", "test")})
     remote = f"s3://me:{IN_URI}@bucket/x?token={IN_URI}"
     build = ("--corpus", corpus, *small, "--max-occurrences", 40, "--keep", *ALL)
     assert run("build_dict", *build, "--output", root / "dict") == 0
-    assert run("distill", "--dictionary", root / "dict", "--teacher", made.teacher, "--output", root / "student") == 0
-    shipped(made.teacher, root / "shipped")
-    models = ("teacher", f"s=student:{root / 'shipped'}")
+    student = ("--student", "static", "--epochs", 1)
+    assert run("distill", "--dictionary", root / "dict", *small, *student, "--output", root / "student") == 0
+    models = ("teacher", f"s=student:{root / 'student'}")
     evaluated = ("--task", f"t={task}", "--shots", 2, "--draws", 2, "--no-cost", "--output", root / "e.json")
     assert run("evaluate", "--model", *models, *small, *evaluated) == 0
     assert run("build_dict", "--corpus", remote, *small, "--output", root / "b2") == 2
-    assert run("build_dict", "--corpus", corpus, "--teacher", remote, "--output", root / "b3") == 2
+    assert run("build_dict", "--corpus", corpus, "--teacher", remote, "--local", "--output", root / "b3") == 2
     assert run("distill", "--dictionary", remote, "--output", root / "d2") != 0
     assert run("evaluate", "--model", f"student:{remote}", "--task", f"t={remote}", "--output", root / "e2.json") != 0
+    tuned = (*teacher, "--local", "--output", root / "f")
+    assert run("finetune", "--task", f"sst2={remote}", *tuned) == 2
+    broken_store("train.csv")
+    assert run("finetune", "--task", f"sst2={task}", *tuned) == 2
     broken_store("a.txt")
     assert run("build_dict", "--corpus", corpus, *small, "--output", root / "b4") != 0
     shutil.rmtree(root / "b4", ignore_errors=True)
@@ -117,20 +115,9 @@ def test_no_job_reveals_secrets(
     assert run("build_dict", "--corpus", corpus, *small, "--output", root / "b5") != 0
 
 
-def test_fine_tuning_reveals_no_secrets(
-    run: Run, tmp_path: Path, teacher: Path, broken_store: Callable[..., None]
-) -> None:
-    remote = f"s3://me:{IN_URI}@bucket/x?token={IN_URI}"
-    named = ("--teacher", teacher, "--output", tmp_path / "f")
-    assert run("finetune", "--task", f"sst2={remote}", *named) == 2
-    write_task(tmp_path / "task", {part: [("the river", "0"), ("the bank", "1")] * 4 for part in ("train", "dev")})
-    broken_store("train.csv")
-    assert run("finetune", "--task", f"sst2={tmp_path / 'task'}", *named) == 2
-
-
 def test_a_traceback_reveals_no_secrets(secrets: None, tmp_path: Path) -> None:
     """Uncaught exceptions, in a process of its own."""
-    code = f"from msense.cli import run_job\ndef job():\n    raise RuntimeError({QUOTED!r})\nrun_job(job)"
+    code = f"from msense.cli.console import run_job\ndef job():\n    raise RuntimeError({QUOTED!r})\nrun_job(job)"
     (tmp_path / "job.py").write_text(code)
     path = {"PYTHONPATH": str(ROOT)}
     output = subprocess.run(

@@ -1,1 +1,1 @@
-"""The benchmarks of `jobs/bench.py`, one module per subject."""
+"""The benchmarks of `jobs/benchmark.py`, one module per subject."""

@@ -5,23 +5,24 @@ more in the other libraries' processes.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.peers import available, faiss_loop, faiss_settings, inertias, sklearn_loop, superkmeans_loop
+from benchmarks.libraries import available, faiss_loop, faiss_settings, inertias, sklearn_loop, superkmeans_loop
 from benchmarks.shared import Bench, Figures, Tokens
-from benchmarks.turns import Processes, Turns, in_turn
+from benchmarks.timing import Processes, Turns, in_turn
 from msense.clustering.kmeans import Clusters, KMeansConfig, cluster_tokens
 from msense.io import storage
 from msense.io.arrays import load_arrays
-from msense.runtime.ray_executor import connect
-from msense.stages import cluster
+from msense.runtime import open_executor
+from msense.runtime.executor import Row
+from msense.stages.cluster import ClusterStage
 
-logger = logging.getLogger("msense.bench")
+logger = logging.getLogger("msense.benchmark")
 GOOD_ENOUGH = 1.01  # FAISS is tuned to reach this multiple of scikit-learn's total inertia
 LARGE = 200  # least points per token in `over_limit`
 TURNS = 5
@@ -38,49 +39,46 @@ def kmeans(bench: Bench) -> Figures:
     figures = {"kmeans.tokens": float(len(arrays)), "kmeans.points": float(tokens.sizes.sum())}
     with Processes(bench.workers) as processes, Processes(bench.workers) as own:
         processes.give(arrays)
-        own.give(shared(tokens, bench.workers))
-        first, second = (
-            inertias(arrays, processes.run(partial(sklearn_loop, k=k, threads=1, state=state))) for state in (0, 1)
-        )
-        ways: Ways = {
-            "stage": _stage(bench),
-            "kernel.threads": kernel(tokens, k, bench.workers),
-            "kernel.one_thread_a_core": partial(own.run, partial(kernel_loop, k=k)),
-            "sklearn.default": partial(sklearn_loop, arrays, k),
-            "sklearn.one_thread": partial(sklearn_loop, arrays, k, 1),
-            "sklearn.one_thread_a_core": partial(processes.run, partial(sklearn_loop, k=k, threads=1)),
-        }
+        own.give([tokens.where(np.arange(len(arrays)) % bench.workers == n) for n in range(bench.workers)])
+        one_thread = partial(sklearn_loop, k=k, threads=1)
+        first, second = (inertias(arrays, processes.run(partial(one_thread, state=state))) for state in (0, 1))
+        ways: Ways = {"stage": _stage(bench), "kernel.threads": kernel(tokens, k, bench.workers)}
+        ways["kernel.one_thread_a_core"] = partial(own.run, partial(_kernel_loop, k=k))
+        ways |= _ways("sklearn", sklearn_loop, arrays, k, processes)
         if available("faiss"):
-            settings = faiss_settings(arrays, k, GOOD_ENOUGH * float(first.sum()), processes, seconds=60)
+            settings = faiss_settings(arrays, k, GOOD_ENOUGH * float(first.sum()), processes)
             figures |= {f"kmeans.faiss_{name}": float(value) for name, value in settings.items()}
-            ways |= {
-                "faiss.default": partial(faiss_loop, arrays, k, **settings),
-                "faiss.one_thread": partial(faiss_loop, arrays, k, 1, **settings),
-                "faiss.one_thread_a_core": partial(processes.run, partial(faiss_loop, k=k, threads=1, **settings)),
-            }
+            ways |= _ways("faiss", partial(faiss_loop, **settings), arrays, k, processes)
         ways["stage"]()  # untimed: Ray's workers import torch
         turns = in_turn(ways, TURNS)
-        figures |= _superkmeans(bench, tokens, arrays, first, processes) if available("superkmeans") else {}
+        if available("superkmeans"):
+            figures |= _superkmeans(bench, tokens, arrays, first, processes)
     ours: Clusters = turns.results["kernel.threads"]
-    figures |= _quality(ours.inertia, first, second) | _speedups(turns, arrays, first)
-    del arrays, turns
-    return figures | {"kmeans.over_limit": over_limit(tokens.where(tokens.sizes >= LARGE), k, TURNS + 2)}
+    figures |= _quality(ours.inertia, first, second) | _speedups(turns)
+    if available("faiss"):
+        figures |= _against("faiss", turns, arrays, first, turns.best("kernel"))
+    return figures | {"kmeans.over_limit": over_limit(tokens.where(tokens.sizes >= LARGE), k)}
 
 
-def _stage(bench: Bench) -> Callable[[], list[str]]:
-    settings, shards = bench.cluster_settings(), load_arrays(bench.run.thresholds)["shards"]
-    resources = connect(bench.workers)
+def _ways(name: str, loop: Callable[..., Any], arrays: list[np.ndarray], k: int, processes: Processes) -> Ways:
+    """Return the ways to run a library: its default threads, one thread, and one thread in each process."""
+    return {
+        f"{name}.default": partial(loop, arrays, k),
+        f"{name}.one_thread": partial(loop, arrays, k, 1),
+        f"{name}.one_thread_a_core": partial(processes.run, partial(loop, k=k, threads=1)),
+    }
 
-    def stage() -> list[str]:
+
+def _stage(bench: Bench) -> Callable[[], list[Row]]:
+    """Return a call of the clustering stage on Ray, which starts from no centroids."""
+    shards = load_arrays(bench.run.thresholds)["shards"]
+    stage, executor = ClusterStage(bench.cluster_settings(), shards), open_executor(workers=bench.workers)
+
+    def run() -> list[Row]:
         storage.remove(bench.run.centroids)
-        return cluster.cluster(settings, shards, resources)
+        return list(stage.process(executor, range(len(shards) - 1)))
 
-    return stage
-
-
-def shared(tokens: Tokens, count: int) -> list[Tokens]:
-    """Distribute tokens round-robin."""
-    return [tokens.where(np.arange(len(tokens.ids)) % count == number) for number in range(count)]
+    return run
 
 
 def kernel(tokens: Tokens, k: int, threads: int) -> Callable[[], Clusters]:
@@ -88,7 +86,7 @@ def kernel(tokens: Tokens, k: int, threads: int) -> Callable[[], Clusters]:
     return partial(cluster_tokens, tokens.points, tokens.sizes, tokens.ids, KMeansConfig(k=k), threads=threads)
 
 
-def kernel_loop(shares: list[Tokens], k: int) -> list[None]:
+def _kernel_loop(shares: list[Tokens], k: int) -> list[None]:
     """Run the kernel on one core and return nothing, like a worker, which writes its own results."""
     for tokens in shares:
         kernel(tokens, k, 1)()
@@ -105,10 +103,12 @@ def _quality(ours: np.ndarray, first: np.ndarray, second: np.ndarray) -> Figures
     }
 
 
-def _speedups(turns: Turns, arrays: list[np.ndarray], first: np.ndarray) -> Figures:
-    """Compare with the fastest way of each library, and FAISS's total inertia with scikit-learn's."""
-    ours, best = turns.best("kernel") or "", turns.best("sklearn") or ""
-    figures = {
+def _speedups(turns: Turns) -> Figures:
+    """Compare stage and kernel with scikit-learn's default and its fastest way."""
+    for name, seconds in turns.seconds.items():
+        logger.info("  %-30s %s s", name, " ".join(f"{s:.2f}" for s in seconds))
+    ours, best = turns.best("kernel"), turns.best("sklearn")
+    return {
         "kmeans.kernel_speedup": turns.ratio(best, ours),
         "kmeans.kernel_speedup_default": turns.ratio("sklearn.default", ours),
         "kmeans.kernel_s": turns.median(ours),
@@ -116,40 +116,28 @@ def _speedups(turns: Turns, arrays: list[np.ndarray], first: np.ndarray) -> Figu
         "kmeans.speedup_default": turns.ratio("sklearn.default", "stage"),
         "kmeans.stage_s": turns.median("stage"),
     }
-    if way := turns.best("faiss"):
-        total = inertias(arrays, turns.results[way]).sum()
-        figures |= {"kmeans.vs_faiss": turns.ratio(way, ours), "kmeans.faiss_inertia": float(total / first.sum())}
-    show(turns, ours, best, way)
-    return figures
 
 
-def show(turns: Turns, *counted: str | None) -> None:
-    """Log all timings, marking the ways that enter the figures with an asterisk."""
-    for name, seconds in turns.seconds.items():
-        logger.info("  %-30s %s s%s", name, " ".join(f"{s:.2f}" for s in seconds), " *" if name in counted else "")
+def _against(name: str, turns: Turns, arrays: Sequence[np.ndarray], first: np.ndarray, ours: str) -> Figures:
+    """Compare with the fastest way of a library, and its total inertia with scikit-learn's, float64 [T]."""
+    best = turns.best(name)
+    inertia = float(inertias(arrays, turns.results[best]).sum() / first.sum())
+    return {f"kmeans.vs_{name}": turns.ratio(best, ours), f"kmeans.{name}_inertia": inertia}
 
 
 def _superkmeans(
     bench: Bench, tokens: Tokens, arrays: list[np.ndarray], first: np.ndarray, processes: Processes
 ) -> Figures:
-    some, k = slice(None, None, SUPERKMEANS_EVERY), bench.senses
+    """Compare with SuperKMeans on some of the tokens."""
+    some = slice(None, None, SUPERKMEANS_EVERY)
     processes.give(arrays[some])
-    ways: Ways = {
-        "kernel": kernel(tokens.where(np.arange(len(arrays)) % SUPERKMEANS_EVERY == 0), k, bench.workers),
-        "superkmeans.default": partial(superkmeans_loop, arrays[some], k),
-        "superkmeans.one_thread_a_core": partial(processes.run, partial(superkmeans_loop, k=k, threads=1)),
-    }
-    turns = in_turn(ways, TURNS)
-    way = turns.best("superkmeans") or ""
-    show(turns, way)
-    total = inertias(arrays[some], turns.results[way]).sum()
-    return {
-        "kmeans.vs_superkmeans": turns.ratio(way, "kernel"),
-        "kmeans.superkmeans_inertia": float(total / first[some].sum()),
-    }
+    ways = _ways("superkmeans", superkmeans_loop, arrays[some], bench.senses, processes)
+    own = tokens.where(np.arange(len(arrays)) % SUPERKMEANS_EVERY == 0)
+    turns = in_turn(ways | {"kernel": kernel(own, bench.senses, bench.workers)}, TURNS)
+    return _against("superkmeans", turns, arrays[some], first[some], "kernel")
 
 
-def over_limit(tokens: Tokens, k: int, turns: int, budget: float = np.inf) -> float:
+def over_limit(tokens: Tokens, k: int) -> float:
     """Return the kernel's time over that of its rounds' bare products, [K, D] @ [D, n] in float32, on one thread."""
     arrays = [torch.from_numpy(p) for p in tokens.arrays()]
     ours = kernel(tokens, k, 1)
@@ -163,6 +151,6 @@ def over_limit(tokens: Tokens, k: int, turns: int, budget: float = np.inf) -> fl
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     products()
-    turns_taken = in_turn({"kernel": ours, "products": products}, turns, budget)
+    turns = in_turn({"kernel": ours, "products": products}, TURNS + 2)
     torch.set_num_threads(before)
-    return turns_taken.ratio("kernel", "products")
+    return turns.ratio("kernel", "products")

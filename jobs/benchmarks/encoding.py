@@ -7,6 +7,7 @@ those of `distill`, trained first where missing.
 import logging
 import os
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.distilling import STUDENTS, banking_shop, student
+from benchmarks.distilling import STUDENTS, banking_cache, student
 from benchmarks.senses import MORE, load_task
 from benchmarks.shared import Bench, Figures
-from benchmarks.turns import Turns, in_turn
+from benchmarks.timing import in_turn
 from msense import SenseEncoder
 from msense.constants import DEMO_TEACHER
-from msense.evaluation.model2vec import Peer
+from msense.evaluation.model2vec import Model2Vec
 from msense.teacher.files import body_folder
 
-logger = logging.getLogger("msense.bench")
+logger = logging.getLogger("msense.benchmark")
 BATCH, TURNS, SECONDS = 32, 5, 150  # no turn starts later
 REPLACING_TURNS = 15  # more, as these times are close to each other
 PEER_ROUNDS, PEER_TURNS = 3, 5  # model2vec runs in its own process: a few turns of each side, repeated
@@ -43,17 +44,19 @@ def encode(bench: Bench) -> Figures:
     """Encode the same texts with every model, in turn."""
     os.environ["RAYON_NUM_THREADS"] = str(bench.workers)  # tokenizers reads it at its first batch
     texts = load_task(bench.data("banking77")).texts["test"]
-    shop = banking_shop(bench)
-    dictionary = shop.dictionary(MORE)
-    folders = {name: student(shop, dictionary, name).folder for name in STUDENTS}
+    cache = banking_cache(bench)
+    dictionary = cache.dictionary(MORE)
+    folders = {name: student(cache, dictionary, name).folder for name in STUDENTS}
     before = torch.get_num_threads()
     torch.set_num_threads(bench.workers)
     ways = _ways(folders, texts)
     for way in ways.values():
         way()
-    figures = _figures(in_turn(ways, TURNS, SECONDS), len(texts))
-    near = in_turn({name: ways[name] for name in sum(REPLACING.values(), ())}, REPLACING_TURNS)
-    figures |= {f"encode.{key}": near.ratio(*names) for key, names in REPLACING.items()}
+    turns = in_turn(ways, TURNS, SECONDS)
+    figures = {f"encode.{key}": turns.ratio(*names) for key, names in RATIOS.items()}
+    figures |= {f"encode.texts_per_s_{name}": len(texts) / turns.median(name) for name in turns.seconds}
+    turns = in_turn({name: ways[name] for name in sum(REPLACING.values(), ())}, REPLACING_TURNS)
+    figures |= {f"encode.{key}": turns.ratio(*names) for key, names in REPLACING.items()}
     figures |= _against_model2vec(bench, ways["static"], texts)
     torch.set_num_threads(before)
     return figures
@@ -77,20 +80,13 @@ def _ways(folders: dict[str, Path], texts: list[str]) -> dict[str, Callable[[], 
     return {name: partial(way, texts, batch_size=BATCH) for name, way in every.items()}
 
 
-def _figures(turns: Turns, texts: int) -> Figures:
-    """Return the ratios, and texts per second of each way."""
-    figures = {f"encode.{key}": turns.ratio(*names) for key, names in RATIOS.items()}
-    return figures | {f"encode.texts_per_s_{name}": texts / turns.median(name) for name in turns.seconds}
-
-
 def _against_model2vec(bench: Bench, static: Callable[[], Any], texts: list[str]) -> Figures:
     """Time model2vec against the static student; return nothing without `--peer-python`."""
     if bench.peer_python is None:
         logger.info("no --peer-python: the figures against model2vec are omitted")
         return {}
     ratios, medians = [], []
-    peer = Peer(bench.peer_python, body_folder(DEMO_TEACHER, None), bench.workers)
-    try:
+    with closing(Model2Vec(bench.peer_python, body_folder(DEMO_TEACHER, None), bench.workers)) as peer:
         for _ in range(PEER_ROUNDS):
             ours, theirs = in_turn({"static": static}, PEER_TURNS).median("static"), []
             for _ in range(PEER_TURNS):
@@ -98,8 +94,6 @@ def _against_model2vec(bench: Bench, static: Callable[[], Any], texts: list[str]
                 theirs.append(peer.seconds)
             medians.append(float(np.median(theirs)))
             ratios.append(medians[-1] / ours)
-    finally:
-        peer.close()
     return {
         "encode.vs_model2vec": float(np.median(ratios)),
         "encode.texts_per_s_model2vec": len(texts) / float(np.median(medians)),

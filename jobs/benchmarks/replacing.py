@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from benchmarks.shared import Bench, Figures
-from benchmarks.turns import in_turn
+from benchmarks.shared import Bench, Figures, Tokens
+from benchmarks.timing import in_turn
 from msense import SenseDictionary
 from msense.stages.embedding_store import Duplicates, cut_partitions, partition_passages
 
@@ -15,7 +15,7 @@ def replace(bench: Bench) -> Figures:
     """Time hard and soft replacement over a product with 20 vectors, on one thread."""
     bench.build()
     dictionary = SenseDictionary.load(bench.run.dictionary)
-    ids, embeddings = _stream(bench, *bench.points())
+    ids, embeddings = _stream(bench, bench.tokens())
     torch.set_num_threads(1)
     other = torch.randn(embeddings.shape[1], 20)
     given, out = torch.from_numpy(embeddings), np.empty_like(embeddings)
@@ -33,12 +33,11 @@ def replace(bench: Bench) -> Figures:
     }
 
 
-def _stream(bench: Bench, tokens: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _stream(bench: Bench, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
     """Return the corpus's first tokens, each with the embedding of a random occurrence of that token."""
-    units = cut_partitions(bench.run.blocks, points.shape[1])
-    ids = np.concatenate([partition_passages(bench.run, unit, Duplicates(bench.run)).ids for unit in units])
-    token, start, number = np.unique(tokens, return_index=True, return_counts=True)
-    ids = np.resize(ids[np.isin(ids, token)], COUNT)
-    place = np.searchsorted(token, ids)
-    chosen = start[place] + np.random.default_rng(0).integers(0, 2**31, COUNT) % number[place]
-    return ids, points[chosen].astype(np.float32)
+    partitions = cut_partitions(bench.run.blocks, tokens.points.shape[1])
+    ids = np.concatenate([partition_passages(bench.run, own, Duplicates(bench.run)).ids for own in partitions])
+    ids = np.resize(ids[np.isin(ids, tokens.ids)], COUNT)
+    place, start = np.searchsorted(tokens.ids, ids), np.cumsum(tokens.sizes) - tokens.sizes
+    chosen = start[place] + np.random.default_rng(0).integers(0, 2**31, COUNT) % tokens.sizes[place]
+    return ids, tokens.points[chosen].astype(np.float32)

@@ -7,18 +7,19 @@ teacher and holds all token embeddings of one of them.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.artifacts import MAX_OCCURRENCES
 from benchmarks.shared import Bench, Figures
-from benchmarks.workshop import CAP
 from msense import SenseDictionary
 from msense.clustering.budget import DEFAULT_BUDGET, SenseBudget, sense_bytes
 from msense.constants import DEMO_TEACHER
 from msense.corpus.labelled import read_labelled
 from msense.dictionary.layout import Arrays, corpus_distortion
-from msense.evaluation.models import TeacherModel, iter_slabs
+from msense.evaluation.models import TeacherModel, TokenEmbeddings
 from msense.evaluation.result import Result, difference
 from msense.evaluation.spec import Spec
 from msense.evaluation.tasks import coarsewsd
@@ -26,10 +27,9 @@ from msense.evaluation.tasks.classification import PARTS, classify
 from msense.metrics import METRICS
 from msense.teacher.pooling import pool_rows
 
-logger = logging.getLogger("msense.bench")
+logger = logging.getLogger("msense.benchmark")
 FIXED, MORE = 20, 50
 TRIES = 5  # to reach equal sizes
-Dictionaries = dict[str, SenseDictionary]
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,6 @@ class Task:
 
     texts: dict[str, list[str]]
     labels: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Read:
-    """Token embeddings of P texts: ids int64 [N], offsets int64 [P + 1], embeddings float16 [N, D]."""
-
-    ids: np.ndarray
-    offsets: np.ndarray
-    embeddings: np.ndarray
-
-    def pooled(self, values: np.ndarray) -> np.ndarray:
-        """Return the normalised mean of each text's rows of `values`, float32 [P, D]."""
-        lengths = torch.from_numpy(np.diff(self.offsets))
-        return pool_rows(torch.from_numpy(values), lengths, "mean", normalize=True).numpy()
 
 
 def load_task(folder: Path) -> Task:
@@ -71,80 +57,61 @@ def load_teacher(workers: int) -> TeacherModel:
     return TeacherModel(Spec("teacher", "teacher", teacher=DEMO_TEACHER), "cpu", workers)
 
 
-def read(teacher: TeacherModel, texts: list[str]) -> Read:
-    """Return the token embeddings of texts."""
-    ids, lengths, embeddings = [], [], []
-    for slab in iter_slabs(texts):
-        own = teacher.read(slab)
-        ids.append(own.ids)
-        lengths.append(np.diff(own.offsets))
-        embeddings.append(own.hidden.astype(np.float16))
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return Read(np.concatenate(ids), offsets, np.concatenate(embeddings))
-
-
 def senses(bench: Bench) -> Figures:
     """Measure Banking77, then CoarseWSD."""
-    folders = bench.data("banking77"), bench.data("coarsewsd")
+    task, contexts = load_task(bench.data("banking77")), bench.data("coarsewsd")
     teacher = load_teacher(bench.workers)
-    task = load_task(folders[0])
-    parts = {part: read(teacher, texts) for part, texts in task.texts.items()}
-    return _banking(parts, task.labels, teacher.info.vocab_size) | _coarse(teacher, str(folders[1]))
+    parts = {part: teacher.read(texts) for part, texts in task.texts.items()}
+    return banking(parts, task.labels, teacher.info.vocab_size) | _coarse(teacher, str(contexts))
 
 
-def dictionaries(train: Read, vocab_size: int) -> Dictionaries:
+def _dictionaries(train: TokenEmbeddings, vocab_size: int) -> dict[str, SenseDictionary]:
     """Return the dictionaries to compare; `auto` has as many senses as `k20`, or as near as possible."""
 
     def fit(k: int | SenseBudget) -> SenseDictionary:
-        return SenseDictionary.from_embeddings(
-            train.ids, train.embeddings, k=k, vocab_size=vocab_size, max_occurrences=CAP
-        )
+        given: dict[str, Any] = {"vocab_size": vocab_size, "max_occurrences": MAX_OCCURRENCES}
+        return SenseDictionary.from_embeddings(train.ids, train.hidden, k=k, **given)
 
     fixed = fit(FIXED)
-    wanted = budget = len(fixed)
-    auto = fit(SenseBudget(size=budget * sense_bytes(fixed.dim)))
-    for _ in range(TRIES):  # a token of few distinct points may have fewer senses than its share
-        if len(auto) == wanted:
-            break
-        budget += wanted - len(auto)
+    budget = len(fixed)
+    for _ in range(1 + TRIES):  # a token of few distinct points may have fewer senses than its share
         auto = fit(SenseBudget(size=budget * sense_bytes(fixed.dim)))
+        if len(auto) == len(fixed):
+            break
+        budget += len(fixed) - len(auto)
     return {"k20": fixed, "auto": auto, "k50": fit(MORE), "default": fit(DEFAULT_BUDGET)}
 
 
-def distortion(dictionary: SenseDictionary, own: Read, replaced: np.ndarray) -> float:
-    """Return the mean squared distance of embeddings to their senses, over tokens that have senses."""
-    known = np.diff(dictionary.offsets)[own.ids] > 0
-    return float(np.square(own.embeddings[known] - replaced[known]).sum(1).mean(dtype=np.float64))
-
-
-def _banking(parts: dict[str, Read], labels: dict[str, np.ndarray], vocab_size: int) -> Figures:
+def banking(parts: dict[str, TokenEmbeddings], labels: dict[str, np.ndarray], vocab_size: int) -> Figures:
     """Compare distortion and few-shot accuracy."""
-    plain = {part: own.embeddings.astype(np.float32) for part, own in parts.items()}
 
     def accuracy_of(values: dict[str, np.ndarray]) -> Result:
-        return few_shot({part: own.pooled(values[part]) for part, own in parts.items()}, labels)
+        lengths = {part: torch.from_numpy(np.diff(own.offsets)) for part, own in parts.items()}
+        rows = {part: torch.from_numpy(values[part]) for part in parts}
+        return few_shot({p: pool_rows(rows[p], lengths[p], "mean", normalize=True).numpy() for p in parts}, labels)
 
-    accuracy = {"teacher": accuracy_of(plain)}
+    accuracy = {"teacher": accuracy_of({part: own.hidden for part, own in parts.items()})}
     figures: Figures = {}
-    for name, dictionary in dictionaries(parts["train"], vocab_size).items():
-        replaced = {part: np.asarray(dictionary.replace(own.ids, plain[part])) for part, own in parts.items()}
+    for name, dictionary in _dictionaries(parts["train"], vocab_size).items():
+        replaced = {part: np.asarray(dictionary.replace(own.ids, own.hidden)) for part, own in parts.items()}
+        arrays = Arrays(dictionary.offsets, dictionary.counts, dictionary.rms_distance, dictionary.token_counts)
         figures[f"senses.size_{name}"] = float(len(dictionary))
-        figures[f"senses.distortion_{name}"] = distortion(dictionary, parts["train"], replaced["train"])
-        figures[f"senses.test_distortion_{name}"] = distortion(dictionary, parts["test"], replaced["test"])
-        figures[f"senses.in_sample_distortion_{name}"] = corpus_distortion(
-            Arrays(dictionary.offsets, dictionary.counts, dictionary.rms_distance, dictionary.token_counts)
-        )
+        for part, kind in (("train", "distortion"), ("test", "test_distortion")):
+            figures[f"senses.{kind}_{name}"] = _distortion(dictionary, parts[part], replaced[part])
+        figures[f"senses.in_sample_distortion_{name}"] = corpus_distortion(arrays)
         accuracy[name] = accuracy_of(replaced)
         logger.info("banking77 %s: %d senses, accuracy %.4f", name, len(dictionary), accuracy[name].score)
     for kind in ("distortion", "test_distortion", "in_sample_distortion"):
         figures[f"senses.{kind}_ratio"] = figures[f"senses.{kind}_auto"] / figures[f"senses.{kind}_k20"]
     figures |= {f"senses.banking77_{name}": result.score for name, result in accuracy.items()}
-    gain, low, high = difference(accuracy["auto"], accuracy["k20"])
-    return figures | {
-        "senses.banking77_gain": gain,
-        "senses.banking77_gain_low": low,
-        "senses.banking77_gain_high": high,
-    }
+    gains = zip(("", "_low", "_high"), difference(accuracy["auto"], accuracy["k20"]), strict=True)
+    return figures | {f"senses.banking77_gain{end}": value for end, value in gains}
+
+
+def _distortion(dictionary: SenseDictionary, own: TokenEmbeddings, replaced: np.ndarray) -> float:
+    """Return the mean squared distance of embeddings to their senses, over tokens that have senses."""
+    known = np.diff(dictionary.offsets)[own.ids] > 0
+    return float(np.square(own.hidden[known] - replaced[known]).sum(1).mean(dtype=np.float64))
 
 
 def _coarse(teacher: TeacherModel, folder: str) -> Figures:
@@ -152,9 +119,8 @@ def _coarse(teacher: TeacherModel, folder: str) -> Figures:
     words = coarsewsd.words(folder)
     texts = [text for word in words for text in coarsewsd.read_contexts(folder, word, "train").texts]
     figures: Figures = {"senses.coarsewsd_words": float(len(words))}
-    for name, dictionary in dictionaries(read(teacher, texts), teacher.info.vocab_size).items():
+    for name, dictionary in _dictionaries(teacher.read(texts), teacher.info.vocab_size).items():
         teacher.dictionary = dictionary
         figures[f"senses.coarsewsd_{name}"] = coarsewsd.measure(teacher, folder).score
         figures[f"senses.coarsewsd_size_{name}"] = float(len(dictionary))
-        logger.info("coarsewsd %s: %d senses, %.4f", name, len(dictionary), figures[f"senses.coarsewsd_{name}"])
     return figures | {"senses.coarsewsd_gain": figures["senses.coarsewsd_auto"] - figures["senses.coarsewsd_k20"]}

@@ -1,13 +1,14 @@
 """The run shared by several benchmarks: its settings, files and clustered points."""
 
 import argparse
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from msense.clustering.nearest import sample
 from msense.config.base import validate_config
 from msense.config.build import DEMO_CORPUS, BuildConfig
 from msense.constants import DEMO_TEACHER
@@ -16,22 +17,15 @@ from msense.io import storage
 from msense.io.arrays import load_arrays
 from msense.pipelines.build import build_dictionary, cluster_settings
 from msense.run.folder import RunFolder
-from msense.stages.embedding_store import ClusterSettings, Range, read_ranges, sample
+from msense.stages.embedding_store import ClusterSettings, Range, read_ranges, stored
 from msense.teacher.spec import load_teacher_info
 
-logger = logging.getLogger("msense.bench")
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Points of T tokens, grouped by token.
-
-    Attributes:
-        ids: int64 [T].
-        sizes: int64 [T], points per token.
-        points: float16 [N, D].
-    """
+    """Points of T tokens, grouped by token: ids int64 [T], sizes int64 [T], points float16 [N, D]."""
 
     ids: np.ndarray
     sizes: np.ndarray
@@ -66,11 +60,6 @@ class Bench:
         """Run folder of a dry run on a sample of the corpus."""
         return RunFolder(storage.join(self.run.root, "estimate"))
 
-    @property
-    def dim(self) -> int:
-        """Width D of the teacher's embeddings."""
-        return load_teacher_info(DEMO_TEACHER, self.config)[0].dim
-
     def build(self, **changes: Any) -> dict[str, Any]:
         """Build the dictionary of the shared run, or resume it."""
         return build_dictionary(self.config.model_copy(update=changes))
@@ -80,41 +69,29 @@ class Bench:
         return self._sample or (default if self.config.corpus == (DEMO_CORPUS,) else 1.0)
 
     def start_afresh(self, name: str) -> None:
-        """Delete the shared run.
-
-        Raises:
-            InputError: its folder holds something else.
-        """
+        """Delete the shared run; raise InputError if its folder holds something else."""
         is_run = any(storage.exists(run.manifest) for run in (self.run, self.dry_run))
         if storage.names(self.run.root) and not is_run:
             raise InputError(f"{self.run.root} is not a run folder, and {name} would delete it: give another --output")
         storage.remove(self.run.root)
 
-    def points(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the clustered points, grouped by token: token ids int32 [N] and embeddings float16 [N, D]."""
+    def tokens(self) -> Tokens:
+        """Return the clustered points by token."""
         settings = self.cluster_settings()
         offsets = load_arrays(self.run.offsets)["offsets"]
         whole = [Range(partition, int(row[0]), int(row[-1])) for partition, row in enumerate(offsets)]
         records, _ = read_ranges(settings, whole)
         order, _ = sample(records["key"], records["token"], settings.max_occurrences)
-        return records["token"][order], records["embedding"][order].view(np.float16)
-
-    def tokens(self) -> Tokens:
-        """Return the clustered points by token."""
-        ids, points = self.points()
-        token, sizes = np.unique(ids, return_counts=True)
-        return Tokens(token.astype(np.int64), sizes, points)
+        ids, sizes = np.unique(records["token"][order], return_counts=True)
+        points = stored(records["embedding"][order], settings.store_dtype).to(torch.float16).numpy()
+        return Tokens(ids.astype(np.int64), sizes, points)
 
     def cluster_settings(self) -> ClusterSettings:
         """Return the settings of the clustering stage."""
         return cluster_settings(self.config, self.run, load_teacher_info(DEMO_TEACHER, self.config)[0])
 
     def data(self, name: str) -> Path:
-        """Return a folder of labelled data.
-
-        Raises:
-            InputError: `--data` is missing or lacks that folder.
-        """
+        """Return a folder of labelled data; raise InputError if `--data` is missing or lacks that folder."""
         if self._data is None:
             raise InputError(f"this benchmark reads {name}/: give --data, the folder that contains it")
         folder = Path(self._data, name)

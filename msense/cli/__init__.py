@@ -1,1 +1,1 @@
-"""The command line: flags, tables and exit codes."""
+"""Command line: flags, tables and exit codes."""

@@ -1,6 +1,6 @@
-"""What all jobs share: logging, exit codes, and the tables at the end.
+"""Logging, exit codes and tables of all jobs.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 130 Ctrl-C. Log lines go to stderr, results to stdout.
+Exit codes: 0 success, 1 failure, 2 wrong usage or bad input, 130 Ctrl-C. Log lines go to stderr, results to stdout.
 """
 
 import logging
@@ -15,77 +15,86 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from msense.corpus.chunking import LISTED_BAD_DOCUMENTS
 from msense.errors import InputError, MsenseError
-from msense.io.filesystems import s3_error_message, s3_errors
+from msense.io.filesystems import error_message, s3_errors
 from msense.text import clean, plain, size
 
 logger = logging.getLogger("msense")
-WIDE = 120  # columns of a file or pipe
+WIDTH = 120  # columns of a file or pipe
+_RESUME = "Finished work is kept: run the same command again to resume."
 
 
 def run_job(job: Callable[[], None]) -> int:
-    """Run a job and return its exit code; an error msense raises on purpose is told in its own words."""
+    """Run a job and return its exit code; expected errors are logged without a traceback."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_SafeFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("msense").setLevel(logging.INFO)
-    sys.excepthook = _tell_plainly
+    sys.excepthook = _print_traceback
     try:
         job()
     except InputError as error:
         logger.error("error: %s", error)
         return 2
-    except MsenseError as error:
-        logger.error("failed: %s\nWhat is finished is kept: the same command goes on from there.", error)
-        return 1
-    except OSError as error:
-        logger.error("failed: %s\nMend that and run the same command again: it goes on from what is finished.", error)
+    except (MsenseError, OSError) as error:
+        logger.error("failed: %s\n%s", error, _RESUME)
         return 1
     except s3_errors() as error:
-        logger.error("failed: %s", s3_error_message(error))
+        logger.error("failed: %s\n%s", error_message(error), _RESUME)
         return 1
     except KeyboardInterrupt:
-        logger.error("stopped; the same command goes on from what is finished")
+        logger.error("stopped. %s", _RESUME)
         return 130
     return 0
 
 
-def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Print two columns of text on stdout."""
-    table = Table(title=clean(title), title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(Text(clean(name)), Text(clean(value)))
+def show_table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = (), note: str = "") -> None:
+    """Print a table on stdout: names and values, or with `head` a column of names and right-aligned columns."""
+    table = Table(title=Text(clean(title)), title_justify="left", show_header=bool(head), box=None, pad_edge=False)
+    table.caption, table.caption_justify = Text(clean(note)) if note else None, "left"
+    table.collapse_padding = bool(head)  # fits the ten columns of costs into 100 characters
+    for number, name in enumerate(head or ("", "")):
+        table.add_column(Text(clean(name)), justify="right" if head and number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(clean(cell)) for cell in row))
     console().print(table)
 
 
 def console() -> Console:
-    """Return standard output for tables: as wide as the terminal, or `WIDE` where there is none and COLUMNS says nothing."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+    """Return a console on stdout; without a terminal and COLUMNS it has `WIDTH` columns."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH)
 
 
-def stage_rows(stages: Mapping[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return a row a stage for `show_table`: its seconds, counts and bytes."""
+def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return one row per stage for `show_table`: its seconds and stats; bad documents have a row of their own."""
     rows = []
     for name, stats in stages.items():
-        told = [
-            f"{value:,} {key}"
-            for key, value in stats.items()
-            if key not in ("seconds", "bytes") and not key.startswith("bad") and value
-        ]
-        told += [size(stats["bytes"])] if "bytes" in stats else []
-        rows.append((name, f"{stats['seconds']:,.1f} s  {', '.join(told)}"))
+        shown = {key: value for key, value in stats.items() if value and key not in ("seconds", "bad_documents")}
+        texts = [_stat(key, value) for key, value in shown.items()]
+        rows.append((name, f"{stats['seconds']:,.1f} s  {', '.join(texts)}".rstrip()))
+        if bad := stats.get("bad_documents"):
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in bad.items())
+            total = f"{sum(bad.values()):,} bad document{'s' * (sum(bad.values()) > 1)} ({reasons})"
+            rows.append(("skipped", f"{total}, the first {LISTED_BAD_DOCUMENTS} of each kind in bad_documents.jsonl"))
     return rows
 
 
-def _tell_plainly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Write the traceback of what nobody foresaw, without credentials that a library quotes."""
+def _stat(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{name.replace('_', ' ')}: " + ", ".join(f"{key} {figure:,.4g}" for key, figure in value.items())
+    if name.endswith("bytes"):
+        return f"{size(value)} {name.removesuffix('bytes').strip('_')}".rstrip()
+    return f"{value:,} {name.replace('_', ' ')}"
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of an unexpected error without the credentials that a library may quote."""
     sys.stderr.write(plain("".join(traceback.format_exception(kind, error, trace))))
 
 
-class _PlainFormatter(logging.Formatter):
-    """Log lines that carry no control characters and no credentials, whoever wrote them."""
+class _SafeFormatter(logging.Formatter):
+    """Removes control characters and credentials from log lines of any origin."""
 
     def format(self, record: logging.LogRecord) -> str:
         return plain(super().format(record))

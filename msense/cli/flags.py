@@ -1,100 +1,148 @@
-"""Flags and a YAML file in, a validated model of settings out: for every job, whatever its settings are.
+"""Settings from flags and the YAML file of `--config`: flags override the file, and the file overrides the defaults.
 
-Flags win over the file, the file over the defaults, and all errors are shown at once.
+cyclopts splits the command line and prints the help. It passes values on as text, so that pydantic converts them and reports
+all unknown flags and invalid values at once. Its shell completion is not used: it does not support scripts (`NAME.py`).
 """
 
-import argparse
-import types
+import inspect
+import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
+from cyclopts import App, CycloptsError, Group, Parameter, Token
+from pydantic import ByteSize
+from pydantic.fields import FieldInfo
 
-from msense.config.base import ConfigT, validate_config
+from msense.cli.console import console
+from msense.config.base import JobConfig, validate_config
 from msense.errors import InputError
-from msense.text import plain, redact
+from msense.text import redact
 
-_YAML_BYTES = 1 << 20
-_YAML_ERRORS = (  # what PyYAML raises on values that are not of their tag's kind
-    *(OSError, ValueError, RecursionError, yaml.YAMLError),
-    *(AttributeError, LookupError, TypeError, ArithmeticError),
+JobT = TypeVar("JobT", bound=JobConfig)
+COMMON = (  # flags that the help lists first
+    *("config", "dictionary", "model", "task", "corpus", "teacher", "student", "senses", "objective", "epochs", "lr"),
+    *("output", "workers", "local", "dry_run"),
 )
+_COMMON_GROUP, _EXPERT_GROUP = Group.create_ordered("Common options"), Group.create_ordered("Expert options")
+_CONFIG = FieldInfo(annotation=Path, default=None, description="YAML file of settings, which flags override")
+_MAX_YAML_BYTES = 1 << 20
+# PyYAML raises most of these for values that do not match their tag
+_YAML_ERRORS = (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError, ArithmeticError)
 
 
-def parse_flags(model: type[ConfigT], description: str, argv: Sequence[str] | None = None) -> ConfigT:
-    """Make a config from the command line and the YAML file of `--config`.
+def parse_flags(model: type[JobT], description: str | None, argv: Sequence[str] | None = None) -> JobT:
+    """Return the settings of the command line and of the YAML file of `--config`, and apply the log level.
 
     Args:
-        model: the pydantic model; each field becomes a flag with the field's description as help.
-        description: first lines of `--help`.
-        argv: arguments, without the program's name; default: those of the process.
+        model: the settings; each field becomes a flag.
+        description: text at the top of `--help`, which ends the process.
+        argv: arguments without the name of the program; default: those of this process.
 
     Raises:
-        InputError: a flag, key or value is wrong; the message lists every error.
+        InputError: flags, keys or values are invalid; the message lists every error.
+
+    Example:
+        >>> parse_flags(BuildConfig, "Build.", ["--corpus", "a.txt", "b.txt", "--no-dedup"]).corpus
+        ('a.txt', 'b.txt')
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="YAML file with any of the settings below; flags win over it"
+    given = _split_arguments(
+        {"config": _CONFIG, **model.model_fields}, description, sys.argv[1:] if argv is None else argv
     )
-    for name, field in model.model_fields.items():
-        told = _flag(field.annotation, None if field.is_required() else field.default, field.description)
-        parser.add_argument("--" + name.replace("_", "-"), dest=name, default=argparse.SUPPRESS, **told)
-    given = vars(parser.parse_args(argv))
-    file = given.pop("config", None)
-    return validate_config(model, {**({} if file is None else _read_yaml(file)), **given})
+    values = _read_yaml(given.pop("config")) if "config" in given else {}
+    config = validate_config(model, values | given)
+    logging.getLogger("msense").setLevel(config.log_level.upper())
+    return config
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that quotes the command line without its control characters."""
+def _split_arguments(fields: dict[str, FieldInfo], description: str | None, argv: Sequence[str]) -> dict[str, Any]:
+    """Return the text of every given flag by its field, and unknown arguments as quoted names, which are no settings."""
 
-    def _print_message(self, message: str, file: Any = None) -> None:
-        super()._print_message(plain(message), file)
+    def job(**_: Any) -> None:
+        """Stand for the job in the parser."""
+
+    keyword, names = inspect.Parameter.KEYWORD_ONLY, sorted(fields, key=_place)
+    flags = [inspect.Parameter(n, keyword, default=None, annotation=_flag(n, fields[n])) for n in names]
+    job.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+    app = App(help=description or "", help_format="plaintext", version_flags=(), group_commands=_COMMON_GROUP)
+    app.default(job)
+    try:
+        command, bound, unknown, _ = app.parse_known_args(argv, console=console())
+    except CycloptsError as error:  # such as --dedup=maybe
+        error.verbose = False
+        raise InputError(f"{error} (--help describes all flags)") from error
+    if command is not job:  # the command that prints the help
+        command(*bound.args, **bound.kwargs)
+        raise SystemExit(0)
+    given: dict[str, Any] = dict.fromkeys(repr(token.partition("=")[0]) for token in unknown)
+    for name, value in bound.arguments.items():
+        single = isinstance(value, list) and len(value) == 1 and not _is_list(fields[name])
+        given[name] = value[0] if single else value
+    return given
 
 
-def _flag(annotation: Any, default: object, description: str | None) -> dict[str, Any]:
-    """Return argparse's keywords for a field; values stay text, pydantic converts them."""
-    shown = " ".join(default) if isinstance(default, tuple) else default
+def _place(name: str) -> int:
+    return COMMON.index(name) if name in COMMON else len(COMMON)
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) in (tuple, dict)
+
+
+def _flag(name: str, field: FieldInfo) -> Any:
+    """Return the annotation of a flag: its type on the command line, and its help."""
+    default = field.default
     if isinstance(default, dict):
-        shown = " ".join(f"{name}={value:g}" for name, value in default.items())
-    text = (description or "").replace("%", "%%") + (f" (default: {shown})" if shown not in (None, "", False) else "")
-    if annotation is bool:
-        return {"action": argparse.BooleanOptionalAction, "help": text}
-    if get_origin(annotation) in (tuple, dict):
-        return {
-            "action": "extend",
-            "nargs": "*",
-            "help": text,
-            "metavar": "X" if get_origin(annotation) is tuple else "NAME=VALUE",
-        }
-    options = (
-        [a for a in get_args(annotation) if a is not type(None)]
-        if get_origin(annotation) in (Union, types.UnionType)
-        else [annotation]
-    )
-    shapes = [get_args(a) if get_origin(a) is Literal else [{int: "N", float: "F"}.get(a, "X")] for a in options]
-    return {"help": text, "metavar": "|".join(str(name) for shape in shapes for name in shape)}
+        default = [f"{key}={value:g}" for key, value in default.items()]
+    elif isinstance(default, float):
+        default = f"{default:g}"
+    text = " ".join(default) if isinstance(default, list | tuple) else str("" if default is None else default)
+    shared: dict[str, Any] = {
+        "help": ("(required) " if field.is_required() else "") + (field.description or ""),
+        "group": _COMMON_GROUP if name in COMMON else _EXPERT_GROUP,
+        "show_default": False if field.is_required() or default is False or not text else lambda _: text,
+    }
+    if field.annotation is bool:
+        return Annotated[bool | None, Parameter(**shared, allow_repeating=True)]
+    options: dict[str, Any] = {} if _is_list(field) else {"converter": _last_values}
+    options |= {"metavar": _metavar(field.annotation), "consume_multiple": True, "negative": ()}
+    return Annotated[list[str] | None, Parameter(**shared, **options)]
 
 
-def _text_of(path: Path) -> str:
-    """Read a file of settings: opening a pipe would wait for ever, and no such file is large."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no plain file")
-    if (size := path.stat().st_size) > _YAML_BYTES:
-        raise ValueError(f"it has {size} bytes, at most {_YAML_BYTES} are read")
-    return path.read_text(encoding="utf-8")
+def _last_values(_: Any, tokens: Sequence[Token]) -> list[str]:
+    """Return the values of a flag's last occurrence, of which validation accepts exactly one."""
+    start = max(number for number, token in enumerate(tokens) if token.index == 0)
+    return [token.value for token in tokens[start:]]
+
+
+def _metavar(annotation: Any) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "|".join(parts)
+    if origin in (Union, UnionType):
+        return "|".join(_metavar(part) for part in parts if part is not NoneType)
+    if origin is dict:
+        return "NAME=VALUE ..."
+    if origin is tuple:
+        return f"{_metavar(parts[0])} ..."
+    return {int: "N", float: "F", ByteSize: "BYTES", Path: "FILE"}.get(annotation, "TEXT")
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
     """Read a YAML mapping; keys may be written with - or _."""
     try:
-        values = yaml.safe_load(_text_of(Path(file)))
-    except _YAML_ERRORS as error:
-        raise InputError(
-            f"cannot read the config file {file!r}: {redact(str(error))}\nIt must be UTF-8 text of `setting: value` lines."
-        ) from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"the config file {file!r} must hold `setting: value` lines, found a {type(values).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+        path = Path(file)
+        if path.exists() and not path.is_file():  # opening a pipe would block
+            raise ValueError("not a regular file")
+        if (size := path.stat().st_size) > _MAX_YAML_BYTES:
+            raise ValueError(f"{size} bytes, but the maximum is {_MAX_YAML_BYTES}")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict | None):
+            raise ValueError(f"a {type(values).__name__} instead of settings")
+    except (*_YAML_ERRORS, yaml.YAMLError) as error:
+        message = f"cannot read the config file {file!r}: {redact(str(error))}"
+        raise InputError(f"{message}\nIt must be UTF-8 text with lines `setting: value`.") from error
+    return {str(key).replace("-", "_"): value for key, value in (values or {}).items()}

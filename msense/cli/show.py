@@ -28,7 +28,7 @@ def show_words(source: str, words: Sequence[str], exemplars: int, senses: int) -
     dictionary = SenseDictionary.load(source)
     console = Console(highlight=False, emoji=False, markup=False)
     shown: set[int] = set()  # "Bank bank" matches the same tokens twice
-    for match in map(dictionary.find, words):
+    for match in map(dictionary.lookup, words):
         if not match.found:
             console.print(Text(clean(match.explain()[:_LONGEST])), soft_wrap=True)
         for token in match.tokens:

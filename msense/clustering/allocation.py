@@ -56,7 +56,7 @@ def allocate(curves: Curves, grid: NDArray[np.int64], budget: int, dim: int) -> 
         dim: width D, because one token's senses are read at once (`MAX_TOKEN_NUMBERS`).
 
     Returns:
-        int64 [T], K of each token, from 1 to max(1, points // POINTS_A_SENSE). Their sum is the budget, or less if no
+        int64 [T], K of each token, from 1 to max(1, points // POINTS_PER_SENSE). Their sum is the budget, or less if no
         token gains from another sense.
 
     Raises:
@@ -68,21 +68,17 @@ def allocate(curves: Curves, grid: NDArray[np.int64], budget: int, dim: int) -> 
     if not tokens:
         return np.zeros(0, np.int64)
     most = np.clip(curves.points // POINTS_PER_SENSE, 1, min(MAX_SENSES, MAX_TOKEN_NUMBERS // dim))
-    found = []
+    batches = []
     for at in range(0, tokens, BATCH_TOKENS):
         own = slice(at, at + BATCH_TOKENS)
         chunk = Curves(curves.points[own], curves.occurrences[own], curves.variance[own])
         steps = _hulls(*_distortions(chunk, grid, most[own]))
-        found.append(steps._replace(token=steps.token + at))
-    token, senses, gain = _concatenated(found)
+        batches.append(steps._replace(token=steps.token + at))
+    token, senses, gain = map(np.concatenate, zip(*batches, strict=True))
     order = np.lexsort((token, -gain))  # stable, so a token's steps of equal gain stay in order
     before = np.cumsum(senses[order]) - senses[order]
     taken = np.clip(budget - tokens - before, 0, senses[order])
     return 1 + np.bincount(token[order], weights=taken, minlength=tokens).astype(np.int64)
-
-
-def _concatenated(several: list[_Steps]) -> _Steps:
-    return _Steps(*(np.concatenate(columns) for columns in zip(*several, strict=True)))
 
 
 def _distortions(
@@ -116,7 +112,7 @@ def _distortions(
 def _hulls(senses: NDArray[np.int64], distortion: NDArray[np.float64]) -> _Steps:
     """Return the lower convex hulls of T curves, both [T, C], as steps of falling gain for each token."""
     token, at = np.arange(len(senses)), np.zeros(len(senses), np.int64)  # unfinished tokens, and their current corners
-    found = [_Steps(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
+    result = [_Steps(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
     while len(token):  # from each corner to the one of steepest descent
         rows = np.arange(len(token))
         more = senses - senses[rows, at][:, None]
@@ -124,5 +120,5 @@ def _hulls(senses: NDArray[np.int64], distortion: NDArray[np.float64]) -> _Steps
         corner = fall.argmax(1)
         goes = np.flatnonzero(fall[rows, corner] > 0)
         token, at, senses, distortion = token[goes], corner[goes], senses[goes], distortion[goes]
-        found.append(_Steps(token, more[goes, at], fall[goes, at]))
-    return _concatenated(found)
+        result.append(_Steps(token, more[goes, at], fall[goes, at]))
+    return _Steps(*map(np.concatenate, zip(*result, strict=True)))

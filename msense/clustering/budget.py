@@ -9,10 +9,10 @@ from msense.errors import InputError
 
 @dataclass(frozen=True)
 class SenseBudget:
-    """How many senses all tokens share: on average, or the bytes of all senses in a dictionary.
+    """Total number of senses: an average per token, or the bytes of all senses in a dictionary.
 
     Raises:
-        InputError: it is neither an average from 1 on nor a size.
+        InputError: it is neither an average of at least 1 nor a size.
     """
 
     average: float = 0.0
@@ -20,21 +20,19 @@ class SenseBudget:
 
     def __post_init__(self) -> None:
         if not ((1 <= self.average < math.inf and self.size == 0) or (self.size > 0 and self.average == 0)):
-            raise InputError("must be an average from 1 on, as every token needs a sense, or a size above 0")
+            raise InputError("must be an average of at least 1, as every token needs a sense, or a size above 0")
 
     @classmethod
     def parse(cls, text: str) -> "SenseBudget":
-        """Read `10`, `2.5`, `60MB` or `2GB`; InputError for anything else."""
-        found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(?:([kMGT]?)B)?", text.strip(), re.ASCII)
-        if not found:
+        """Parse `10`, `2.5`, `60MB` or `2GB`; raise InputError for anything else."""
+        match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(?:([kMGT]?)(B))?", text.strip(), re.ASCII)
+        if not match:
             raise InputError("must be an average number of senses, such as 10, or a size, such as 60MB")
-        amount = float(found[1])
-        if text.strip().endswith("B"):
-            return cls(size=int(amount * 1000 ** " kMGT".index(found[2] or " ")))
-        return cls(average=amount)
+        amount = float(match[1])
+        return cls(size=int(amount * 1000 ** " kMGT".index(match[2] or " "))) if match[3] else cls(average=amount)
 
     def senses(self, tokens: int, dim: int, value_bytes: int = 2) -> int:
-        """Return the senses in all for so many tokens; of a size as many as it has room for, be they too few."""
+        """Return the total number of senses of this many tokens; a size may allow fewer than one per token."""
         return int(self.average * tokens) if self.average else self.size // sense_bytes(dim, value_bytes)
 
 
@@ -42,5 +40,5 @@ DEFAULT_BUDGET = SenseBudget(average=5.0)
 
 
 def sense_bytes(dim: int, value_bytes: int = 2) -> int:
-    """Return the bytes that a sense takes in a dictionary: its centroid of D values, count and spread."""
+    """Return the bytes of a sense in a dictionary: its centroid of D values, count and RMS distance."""
     return value_bytes * dim + 12

@@ -1,11 +1,11 @@
-"""The points nearest to each centroid, which become the exemplars of its sense."""
+"""Selection of points: the first ones of each token by key, and the nearest ones to each centroid, its exemplars."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 Places = dict[str, np.ndarray]
-PLACE = ("token", "sense", "rank", "distance", "unit", "row", "position")
+PLACE = ("token", "sense", "rank", "distance", "unit", "row", "position")  # columns of exemplars, named `exemplar_...`
 
 
 def merge_exemplars(several: Sequence[Places], count: int) -> Places:
@@ -16,25 +16,18 @@ def merge_exemplars(several: Sequence[Places], count: int) -> Places:
 
 
 def exemplar_places(
-    found: tuple[np.ndarray, np.ndarray],
-    senses: np.ndarray,
-    points: np.ndarray,
-    places: dict[str, np.ndarray],
-    count: int,
-) -> dict[str, np.ndarray]:
-    """Find the points nearest to every sense.
+    assignment: np.ndarray, distance: np.ndarray, senses: np.ndarray, points: np.ndarray, places: Places, count: int
+) -> Places:
+    """Return the points nearest to every sense, as the columns of `PLACE`; distances stay squared.
 
     Args:
-        found: sense of each point inside its token, int32 [n], and the squared distance to it, float32 [n].
+        assignment: int32 [n], sense of each point inside its token.
+        distance: float32 [n], squared distance to it.
         senses: int64 [T], senses of each token.
         points: int64 [T], points of each token, sum n.
         places: token, unit, row and position of each point.
-        count: how many a sense.
-
-    Returns:
-        The columns of `exemplars.PLACE`, each named `exemplar_...`; distances stay squared.
+        count: limit per sense.
     """
-    assignment, distance = found
     sense = assignment + np.repeat(np.cumsum(senses) - senses, points)
     chosen, rank = nearest_points(sense, distance, count)
     columns = {name: column[chosen] for name, column in places.items()}
@@ -43,14 +36,31 @@ def exemplar_places(
 
 
 def nearest_points(sense: np.ndarray, distance: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices int64 [m] of the points nearest to each sense, sorted by sense, and their ranks int32 [m].
+    """Return indices int64 [m] of the `count` points nearest to each sense, sorted by sense, and their ranks int32 [m].
 
-    Args:
-        sense: int [n], sense of each point.
-        distance: float32 [n], its distance.
-        count: limit per sense; ties go to the earlier point.
+    `sense` int [n] and `distance` float32 [n] are those of the points; ties go to the earlier point.
     """
     order = np.lexsort((distance, sense))
     rank = np.arange(len(order)) - np.searchsorted(sense[order], sense[order])
     chosen = rank < count
     return order[chosen], rank[chosen].astype(np.int32)
+
+
+def sample(keys: np.ndarray, tokens: np.ndarray, max_occurrences: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the first `max_occurrences` points of every token by key (0 = all), ties in order of rows.
+
+    Args:
+        keys: [n] of the rows.
+        tokens: integers [n].
+        max_occurrences: limit per token.
+
+    Returns:
+        The chosen rows, int64 [m], sorted by token and row; and the rank of each by key within its token, int64 [m].
+    """
+    by_key = np.lexsort((keys, tokens))  # stable: equal keys stay in corpus order
+    starts = np.flatnonzero(np.r_[True, np.diff(tokens[by_key]) != 0]) if len(by_key) else np.zeros(0, dtype=np.int64)
+    rank = np.arange(len(by_key)) - np.repeat(starts, np.diff(np.r_[starts, len(by_key)]))
+    if max_occurrences:
+        by_key, rank = by_key[rank < max_occurrences], rank[rank < max_occurrences]
+    corpus_order = np.lexsort((by_key, tokens[by_key]))
+    return by_key[corpus_order], rank[corpus_order]

@@ -1,1 +1,1 @@
-"""The settings of the jobs: one frozen, validated model per command."""
+"""Settings of the jobs: one frozen, validated model per command."""

@@ -1,90 +1,108 @@
-"""What the settings of all jobs share: validation of texts and folders, and readable errors."""
+"""Settings that all jobs share, the checks of their values, and errors that list everything wrong at once."""
 
 import difflib
+import os.path
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from msense.errors import InputError
 from msense.text import is_utf8, redact
 
-_SHOWN_ERRORS = 20
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
-GpusPerActor = Annotated[float, Field(gt=0, le=1, description="GPUs of a teacher actor: with 0.5 two actors share one")]
+GpusPerActor = Annotated[float, Field(gt=0, le=1, description="GPUs per teacher actor; with 0.5, two actors share one")]
+BadDocumentRule = Annotated[
+    Literal["skip", "fail"], Field(description="skip and list bad documents, or fail at the first")
+]
+TimeTeacher = Annotated[bool, Field(description="with --dry-run: time the teacher briefly and estimate its total time")]
+TeacherDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Field(description="teacher's dtype; auto: bfloat16 if supported, otherwise float16 on a GPU and float32 on a CPU"),
+]
+_SHOWN_ERRORS = 20
 _TEXTS = ("corpus", "text_column", "teacher", "revision", "prompt", "output", "dictionary", "student")
 
 
 def validate_config(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """Check settings as a whole; InputError lists every error at once."""
+    """Return validated settings.
+
+    Raises:
+        InputError: settings are unknown, missing or invalid; the message lists every error.
+    """
     try:
         return model(**values)
     except ValidationError as error:
-        wrong = error.errors(include_url=False, include_context=False)
-        lines = [
-            f"  {_told(e['loc'], e['type'], e['msg'], e['input'], model.model_fields)}" for e in wrong[:_SHOWN_ERRORS]
-        ]
-        lines += [f"  and {len(wrong) - _SHOWN_ERRORS} more"] if len(wrong) > _SHOWN_ERRORS else []
-        raise InputError("these settings are wrong (--help tells all):\n" + "\n".join(lines)) from error
+        errors = error.errors(include_url=False, include_context=False)
+        lines = [f"  {_error_line(entry, model.model_fields)}" for entry in errors[:_SHOWN_ERRORS]]
+        lines += [f"  and {len(errors) - _SHOWN_ERRORS} more"] if len(errors) > _SHOWN_ERRORS else []
+        raise InputError("invalid settings (--help describes all settings):\n" + "\n".join(lines)) from error
 
 
-def _told(place: Sequence[int | str], kind: str, message: str, given: object, known: Iterable[str]) -> str:
-    """Say what is wrong with one setting."""
-    name = ".".join(str(part) for part in place)
-    if kind == "missing":
-        return f"{name}: must be given (--{name.replace('_', '-')})"
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(name, known, n=1)
-        message = "there is no such setting" + (f"; is it {near[0]}?" if near else "")
-    shown = reprlib.Repr()  # a YAML file of one line may stand for terabytes
-    shown.maxstring = shown.maxother = 120
-    return f"{name}: {message.removeprefix('Value error, ')} (given: {redact(shown.repr(given))})"
+def _error_line(error: Any, known: Iterable[str]) -> str:
+    """Return the setting, what is wrong with it, and its value."""
+    name = redact(".".join(str(part) for part in error["loc"]))
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{name}: required; give it with --{name.replace('_', '-')}"
+    if error["type"] == "extra_forbidden":
+        flag = name.startswith("'--")  # flags.py quotes arguments that it does not know
+        similar = difflib.get_close_matches(name.strip("'-").replace("-", "_"), known, n=1)
+        spelled = [f"--{key.replace('_', '-')}" if flag else key for key in similar]
+        kind = "flag" if flag else "argument" if name.startswith("'") else "setting"
+        return f"{name}: unknown {kind}" + "".join(f"; did you mean {key}?" for key in spelled)
+    short = reprlib.Repr()  # aliases let a small YAML file represent terabytes
+    short.maxstring = short.maxother = 120
+    return f"{name}: {message} (given: {redact(short.repr(error['input']))})"
+
+
+def parse_pairs(value: object, default: object = "") -> object:
+    """Return words `name=value` as a mapping, in which a name alone has the default; other values are returned as is."""
+    if not isinstance(value, str | list | tuple):
+        return value
+    pairs = [str(word).partition("=") for word in (value.split() if isinstance(value, str) else value)]
+    return {name: text if separator else default for name, separator, text in pairs}
 
 
 class JobConfig(BaseModel):
-    """What the settings of every job are checked for."""
+    """Settings of every job."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    local: bool = Field(
-        False, description="run without Ray: in this process, or in --workers processes of this machine"
+    workers: int | None = Field(
+        None, ge=1, description="parallel workers; default: one per GPU (or CPU), 1 with --local"
     )
+    local: bool = Field(False, description="run without Ray: in this process, or in N processes with --workers N")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log lines")
 
     @field_validator("corpus", "keep", mode="before", check_fields=False)
     @classmethod
-    def _one_is_a_list(cls, value: object) -> object:
+    def _as_list(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
     @field_validator(*_TEXTS, check_fields=False)
     @classmethod
-    def _usable_text(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
         for text in (value,) if isinstance(value, str) else value or ():
             if not text.strip() and info.field_name != "prompt":
-                raise ValueError("is empty; give a value, or leave the setting out")
+                raise ValueError("is empty; give a value, or omit the setting")
             if "\0" in text or not is_utf8(text):
-                raise ValueError("holds a NUL character or is not UTF-8; write it in other characters")
+                raise ValueError("contains a NUL character or is not UTF-8; use other characters")
         return value
 
     @field_validator("output", check_fields=False)
     @classmethod
-    def _usable_folder(cls, value: str) -> str:
-        scheme, mark, rest = value.rpartition("://")
-        if mark and "@" in rest.partition("/")[0]:
-            raise ValueError("takes no credentials in the URI; leave them out and give them to the store's own client")
+    def _check_output(cls, value: str) -> str:
+        scheme, separator, rest = value.rpartition("://")
+        if separator and "@" in rest.partition("/")[0]:
+            raise ValueError("contains credentials; remove them and configure them in the storage client")
         if scheme in ("hf", "http", "https"):
-            raise ValueError(f"nothing can be written to {scheme}://; give a local folder, s3:// or gs://")
+            raise ValueError(f"{scheme}:// is read-only; give a local folder, s3:// or gs://")
         if scheme in ("", "file"):
             folder = Path(rest).absolute()
-            there = next((p for p in (folder, *folder.parents) if _is_there(p)), folder)
-            if there.is_file():
-                raise ValueError(f"{there} is a file; name a folder, there already or not")
+            existing = next((path for path in (folder, *folder.parents) if os.path.exists(path)), folder)
+            if os.path.isfile(existing):
+                raise ValueError(f"{existing} is a file; give a new or existing folder")
         return value
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name too long, or a folder that may not be looked into
-        return False

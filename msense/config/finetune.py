@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning as one frozen, validated model; see `config.py`."""
+"""Settings of a fine-tuning."""
 
 from typing import Any, Literal
 
@@ -10,11 +10,11 @@ from msense.corpus.glue import GLUE, GlueTask, get_task
 from msense.corpus.labelled import Columns
 from msense.errors import InputError
 
-_FREE = ("local", "workers", "output", "log_level")  # without influence on the result
+_FREE = {"local", "workers", "output", "log_level"}  # without influence on the result
 
 
 class FinetuneConfig(JobConfig):
-    """All settings of `jobs/finetune.py`; each field is a command-line flag and a key of the YAML file.
+    """Settings of `jobs/finetune.py`; each field is a flag and a key of the YAML file.
 
     Example:
         >>> config = FinetuneConfig(task="sentiment=data/sentiment", epochs=2)
@@ -31,12 +31,8 @@ class FinetuneConfig(JobConfig):
     regression: bool = Field(False, description="labels are numbers (the default for GLUE's stsb)")
     text_column: str = Field("text", description="name of the text column")
     label_column: str = Field("label", description="name of the label column")
-    pooling: Literal["mean", "cls", "lasttoken"] | None = Field(
-        None, description="pooling of the classifier's input; default: the teacher's own"
-    )
-    max_length: int | None = Field(
-        None, ge=4, description="maximum text length in tokens; default: the teacher's own, at most 512"
-    )
+    pooling: Literal["mean", "cls", "lasttoken"] | None = Field(None, description="default: the pooling of the teacher")
+    max_length: int | None = Field(None, ge=4, description="tokens per text; default: the teacher's maximum, up to 512")
     epochs: int = Field(3, ge=1, le=1000, description="passes over the training texts")
     lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate, after warmup; decays linearly to 0")
     batch_size: int = Field(32, ge=1, le=1 << 16, description="texts per step, over all workers")
@@ -44,14 +40,8 @@ class FinetuneConfig(JobConfig):
     weight_decay: float = Field(0.01, ge=0, le=1, description="weight decay of AdamW")
     clip: float = Field(1.0, ge=0, le=1e6, description="maximum gradient norm; 0: no clipping")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the classifier")
-    train_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="dtype of the teacher's computation"
-    )
+    train_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the teacher in training")
     seed: int = Field(0, ge=0, lt=2**63, description="random seed")
-    workers: int | None = Field(
-        None, ge=1, description="maximum number of workers; default: one per GPU, or one per CPU without a GPU"
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum log level")
     output: str = Field(
         "runs/teacher", description="run folder on a disk shared by all workers; the teacher is its subfolder teacher/"
     )
@@ -66,7 +56,7 @@ class FinetuneConfig(JobConfig):
 
     @field_validator("output")
     @classmethod
-    def _check_output(cls, value: str) -> str:
+    def _check_local_output(cls, value: str) -> str:
         if "://" in value:
             raise ValueError("must be a local folder: teachers are only read from folders and from the hub")
         return value
@@ -91,4 +81,4 @@ class FinetuneConfig(JobConfig):
 
     def of_results(self) -> dict[str, Any]:
         """Return the settings that the result depends on."""
-        return self.model_dump(mode="json", exclude={*_FREE, "task"}) | {"name": self.name}
+        return self.model_dump(mode="json", exclude=_FREE | {"task"}) | {"name": self.name}

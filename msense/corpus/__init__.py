@@ -6,16 +6,6 @@ from msense.corpus.splits import WHOLE, InputSplit, count_rows, cut_splits, numb
 from msense.io.filesystems import display_uri
 
 __all__ = [
-    "WHOLE",
-    "BadDocument",
-    "Document",
-    "InputSplit",
-    "SourceFile",
-    "count_rows",
-    "current_fingerprint",
-    "cut_splits",
-    "display_uri",
-    "list_files",
-    "number_splits",
-    "read_documents",
-]
+    "WHOLE", "BadDocument", "Document", "InputSplit", "SourceFile", "count_rows", "current_fingerprint", "cut_splits",
+    "display_uri", "list_files", "number_splits", "read_documents",
+]  # fmt: skip

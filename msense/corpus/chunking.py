@@ -4,8 +4,9 @@ A document is tokenized and cut at word ends into passages of at most `max_lengt
 groups ("blocks") of about 32k tokens, the grain of partitions. Memory: one batch of documents and one block.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,16 +49,14 @@ def cut_points(encoding: Encoding, text: str, length: int, stride: int) -> list[
         stride: desired context tokens before the body of every passage but the first.
 
     Returns:
-        (context start, body start, end) of each passage, in tokens. Bodies are consecutive, without gap or overlap. A
-        passage starts after white space if possible, else outside a run of letters and digits, else (in a word longer
-        than a passage) between two characters.
+        (context start, body start, end) of each passage, in tokens. Bodies are consecutive. A passage starts after white
+        space if possible, else outside a run of letters and digits, else (in a long word) between two characters.
     """
     total = len(encoding)
     if total <= length:
         return [(0, 0, total)] if total else []
     offsets = encoding.offsets
-    cuts, begin = [], 0
-    context = 0
+    cuts, begin, context = [], 0, 0
     while begin < total:
         end = min(total, begin - context + length)
         if end < total:
@@ -91,11 +90,8 @@ def _context_start(offsets: _Offsets, text: str, first: int, last: int) -> int:
 
 def _after_space(offsets: _Offsets, text: str, token: int) -> bool:
     start, stop = offsets[token]
-    return (
-        start < stop
-        and start >= offsets[token - 1][1]
-        and (text[start].isspace() or (start > 0 and text[start - 1].isspace()))
-    )
+    is_border = start < stop and start >= offsets[token - 1][1]
+    return is_border and (text[start].isspace() or (start > 0 and text[start - 1].isspace()))
 
 
 def _between_words(offsets: _Offsets, text: str, token: int) -> bool:
@@ -132,18 +128,13 @@ class BlockWriter:
         """Write the buffered passages as one block."""
         if not self.rows:
             return
-        keys, documents, index, context, ids = zip(*self.rows, strict=True)
-        offsets = np.cumsum([0, *(len(i) for i in ids)], dtype=np.int32)
         columns = [
-            pa.array(np.array(keys, dtype=np.uint64)),
-            pa.array(documents, pa.string()),
-            pa.array(np.array(index, dtype=np.int32)),
-            pa.array(np.array(context, dtype=np.int32)),
-            pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(ids))),
+            pa.array(column, kind) for column, kind in zip(zip(*self.rows, strict=True), SCHEMA.types, strict=True)
         ]
-        self.writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), row_group_size=len(keys))
+        table = pa.Table.from_arrays(columns, schema=SCHEMA)
+        self.writer.write_table(table, row_group_size=len(self.rows))
         self.blocks.append(self.tokens)
-        self.passages += len(keys)
+        self.passages += len(self.rows)
         self.rows, self.tokens = [], 0
 
 
@@ -166,7 +157,7 @@ def write_passages(
     Raises:
         InputError: a bad document, when `fail_on_bad`.
     """
-    bad: dict[str, int] = {}
+    bad: Counter[str] = Counter()
     listed: list[dict[str, str]] = []
     documents = tokens = 0
     with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_statistics=False) as parquet:
@@ -179,21 +170,15 @@ def write_passages(
                 if fail_on_bad:
                     message = f"bad document {item.id}: {item.reason} {item.detail}".rstrip()
                     raise InputError(f"{message}; skip bad documents with --on-bad-document skip")
-                bad[item.reason] = bad.get(item.reason, 0) + 1
+                bad[item.reason] += 1
                 if bad[item.reason] <= LISTED_BAD_DOCUMENTS:
-                    listed.append({"id": item.id, "reason": item.reason, "detail": item.detail})
+                    listed.append(asdict(item))
             good = [item for item in batch if isinstance(item, Document)]
             documents += len(good)
             tokens += _add_documents(good, spec, tokenizer, blocks)
         blocks.flush()
-    return {
-        "documents": documents,
-        "passages": blocks.passages,
-        "tokens": tokens,
-        "blocks": blocks.blocks,
-        "bad": bad,
-        "listed": listed,
-    }
+    counts = {"documents": documents, "passages": blocks.passages, "tokens": tokens, "blocks": blocks.blocks}
+    return {**counts, "bad": dict(bad), "listed": listed}
 
 
 def _batches(items: Iterable[_ItemT], characters: Callable[[_ItemT], int]) -> Iterator[list[_ItemT]]:
@@ -214,11 +199,11 @@ def _slices(text: str) -> Iterator[str]:
     """Split a very long text at white space into slices that are tokenized separately."""
     start = 0
     while len(text) - start > SLICE_CHARACTERS:
-        window = text[start : start + SLICE_CHARACTERS]
-        spaces = max(window.rfind(" "), window.rfind("\n"), window.rfind("\t"))
-        stop = start + (spaces if spaces > 0 else SLICE_CHARACTERS)
-        yield text[start:stop]
-        start = stop
+        end = start + SLICE_CHARACTERS
+        space = max(text.rfind(c, start + 1, end) for c in " \n\t")
+        end = space if space > 0 else end
+        yield text[start:end]
+        start = end
     yield text[start:]
 
 

@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from msense.corpus.pydocs import choose_packages, package_version, source_files
 from msense.errors import InputError, MsenseError
 from msense.io import filesystems
-from msense.io.filesystems import display_uri, is_credentials_error, s3_error_message, s3_errors
+from msense.io.filesystems import display_uri, error_message, is_credentials_error, storage_error_types
 from msense.text import first_line, is_utf8
 
 FORMATS = ("txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "csv")
@@ -27,7 +27,7 @@ ACCEPTED = (
 )
 _CONTENT_KEYS = ("ETag", "etag", "md5Hash", "md5", "blob_id")
 _TIME_KEYS = ("mtime", "LastModified", "updated", "created")
-_LISTING = "a corpus"  # `form` passed to `reading` while files are only listed
+_LISTING = "a corpus"  # `form` of `read_errors` while files are only listed
 
 
 @dataclass(frozen=True)
@@ -64,25 +64,29 @@ def list_files(uris: Sequence[str]) -> list[SourceFile]:
         InputError: a URI is unsupported, missing, unreadable or without readable files; a package is not installed; two
             files have the same name.
     """
-    files: list[SourceFile] = []
+    by_name: dict[str, SourceFile] = {}
     for uri in uris:
         pydocs = uri == "pydocs" or uri.startswith("pydocs:")
         root, listed = (_list_pydocs if pydocs else _list_hub if uri.startswith("hf://") else _list_storage)(uri)
         prefix = f"{root}/" if len(uris) > 1 and root else ""
-        files += [replace(file, name=prefix + file.name) for file in listed]
-    by_name: dict[str, SourceFile] = {}
-    for file in files:
-        if not is_utf8(file.name):
-            raise InputError(f"{display_uri(file.uri)}: the name, part of document ids, is not UTF-8; rename it")
-        other = by_name.setdefault(file.name, file)
-        if other is not file and other.uri == file.uri:
-            raise InputError(f"{display_uri(file.uri)}: the corpus contains this file twice; list it once")
-        if other is not file:
-            raise InputError(
-                f"two files of the corpus have the name {file.name!r}, from which document ids are made: "
-                f"{display_uri(other.uri)} and {display_uri(file.uri)}; rename a folder, or use one common folder"
-            )
-    return sorted(files, key=lambda file: file.name)
+        for file in listed:
+            _add_file(by_name, replace(file, name=prefix + file.name))
+    return sorted(by_name.values(), key=lambda file: file.name)
+
+
+def _add_file(by_name: dict[str, SourceFile], file: SourceFile) -> None:
+    """Add a file, whose name must be unique and UTF-8, as document ids start with it."""
+    shown = display_uri(file.uri)
+    if not is_utf8(file.name):
+        raise InputError(f"{shown}: the name, part of document ids, is not UTF-8; rename it")
+    if (other := by_name.setdefault(file.name, file)) is file:
+        return
+    if other.uri == file.uri:
+        raise InputError(f"{shown}: the corpus contains this file twice; list it once")
+    raise InputError(
+        f"two files of the corpus have the name {file.name!r}, from which document ids are made: {display_uri(other.uri)} "
+        f"and {shown}; rename a folder, or use one common folder"
+    )
 
 
 def current_fingerprint(uri: str) -> str | None:
@@ -97,10 +101,8 @@ def current_fingerprint(uri: str) -> str | None:
 
 
 def corpus_filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
-    """Return the fsspec filesystem of a URI and the path on it; like `stores.filesystem`, plus the Hub."""
-    if uri.startswith("hf://"):
-        return hub_filesystem(), uri.removeprefix("hf://")
-    return filesystems.filesystem(uri)
+    """Return the fsspec filesystem of a URI and the path on it; like `filesystems.filesystem`, plus the Hub."""
+    return (hub_filesystem(), uri.removeprefix("hf://")) if uri.startswith("hf://") else filesystems.filesystem(uri)
 
 
 def hub_filesystem() -> AbstractFileSystem:
@@ -116,28 +118,28 @@ def read_errors(uri: str, form: str) -> Iterator[None]:
 
     Raises:
         InputError: the file is missing, not readable, or corrupted.
-        MsenseError: the connection was lost.
+        MsenseError: the connection was lost, or the store is unavailable.
     """
-    shown = display_uri(uri)
     try:
         yield
-    except FileNotFoundError as error:
-        raise InputError(f"{shown}: no such file or folder; check the path, and the scheme of a remote one") from error
-    except PermissionError as error:
-        raise InputError(
-            f"{shown}: no permission to read it ({first_line(error)}); grant access, or use other credentials"
-        ) from error
-    except (ConnectionError, TimeoutError) as error:
-        raise MsenseError(
-            f"{shown}: the connection was lost ({first_line(error)}); run the same command again"
-        ) from error
-    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        remedy = "check the path" if form == _LISTING else "it is corrupted or of another format: restore or exclude it"
-        raise InputError(f"{shown}: cannot be read as {form} ({first_line(error)}); {remedy}") from error
-    except s3_errors() as error:
-        raise (InputError if is_credentials_error(error) else MsenseError)(
-            f"{shown}: {s3_error_message(error)}"
-        ) from error
+    except storage_error_types(pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise _read_error(error, display_uri(uri), form) from error
+
+
+def _read_error(error: Exception, shown: str, form: str) -> MsenseError:
+    reason = first_line(error)
+    match error:
+        case FileNotFoundError():
+            return InputError(f"{shown}: no such file or folder; check the path, and the scheme of a remote one")
+        case PermissionError():
+            return InputError(f"{shown}: no permission to read it ({reason}); grant access, or use other credentials")
+        case ConnectionError() | TimeoutError():
+            return MsenseError(f"{shown}: the connection was lost ({reason}); run the same command again")
+        case OSError() | pa.ArrowInvalid() | pa.ArrowNotImplementedError():
+            corrupted = "it is corrupted or of another format: restore or exclude it"
+            remedy = "check the path" if form == _LISTING else corrupted
+            return InputError(f"{shown}: cannot be read as {form} ({reason}); {remedy}")
+    return (InputError if is_credentials_error(error) else MsenseError)(f"{shown}: {error_message(error)}")
 
 
 def _list_storage(uri: str) -> tuple[str, list[SourceFile]]:
@@ -159,28 +161,26 @@ def _list_storage(uri: str) -> tuple[str, list[SourceFile]]:
             return _one_file(uri, info)
         if info["type"] == "other":
             raise _special_file(uri)
+        root, infos, folders = uri.rstrip("/"), {}, [path]
         if info["type"] == "glob":
             root = _parent(re.split(r"[*?[]", uri)[0])
-            found = filesystem.glob(path, detail=True)
-            folders = [name for name, info in found.items() if info["type"] == "directory"]
-        else:
-            root = uri.rstrip("/")
-            found, folders = {}, [path]
+            infos = filesystem.glob(path, detail=True)
+            folders = [name for name, info in infos.items() if info["type"] == "directory"]
         for folder in folders:
-            found |= filesystem.find(folder, detail=True)
+            infos |= filesystem.find(folder, detail=True)
         for folder in ([root, *folders] if "**" in path else folders) if local else []:
             _check_listable(folder)
-        files = _readable(filesystem, root, found)
+        files = _readable(filesystem, root, infos)
     if not files:
         raise InputError(f"{display_uri(uri)}: no readable file there; accepted are {ACCEPTED}")
     return _base_name(display_uri(root)), files
 
 
-def _readable(filesystem: AbstractFileSystem, root: str, found: dict[str, dict[str, Any]]) -> list[SourceFile]:
+def _readable(filesystem: AbstractFileSystem, root: str, infos: dict[str, dict[str, Any]]) -> list[SourceFile]:
     """Return the files of a listing with a known suffix; raise if one of them is a pipe or similar."""
     files = []
     root_length = len(root) if isinstance(filesystem, LocalFileSystem) else len(corpus_filesystem(root)[1])
-    for name, info in found.items():
+    for name, info in infos.items():
         relative = name[root_length:].lstrip("/")
         form = _format_of(relative)
         if not form or info["type"] == "directory" or re.search(r"(^|/)\.", relative):
@@ -191,8 +191,12 @@ def _readable(filesystem: AbstractFileSystem, root: str, found: dict[str, dict[s
         if info["type"] == "other":
             raise _special_file(name)
         if info["type"] != "directory":
-            files.append(SourceFile(f"{root}/{relative}", relative, form, info["size"] or 0, _fingerprint(info)))
+            files.append(_source_file(f"{root}/{relative}", relative, form, info))
     return files
+
+
+def _source_file(uri: str, name: str, form: str, info: dict[str, Any]) -> SourceFile:
+    return SourceFile(uri, name, form, info["size"] or 0, _fingerprint(info))
 
 
 def _special_file(uri: str) -> InputError:
@@ -212,10 +216,9 @@ def _check_listable(folder: str) -> None:
 def _one_file(uri: str, info: dict[str, Any]) -> tuple[str, list[SourceFile]]:
     """Return the base name of the folder, and the file itself, of a file named directly."""
     name = _base_name(display_uri(uri) if uri.startswith(("http://", "https://")) else uri)
-    form = _format_of(name)
-    if not form:
+    if not (form := _format_of(name)):
         raise InputError(f"{display_uri(uri)}: unsupported file format; accepted are {ACCEPTED}")
-    return _base_name(display_uri(_parent(uri))), [SourceFile(uri, name, form, info["size"] or 0, _fingerprint(info))]
+    return _base_name(display_uri(_parent(uri))), [_source_file(uri, name, form, info)]
 
 
 def _list_pydocs(uri: str) -> tuple[str, list[SourceFile]]:
@@ -243,26 +246,25 @@ def _list_hub(uri: str) -> tuple[str, list[SourceFile]]:
         configs = _folders(filesystem, root)
         config = config or (configs[0] if len(configs) == 1 else "default")
         if config not in configs:
-            raise InputError(
-                f"{shown}: no config {config!r}; choose one of {', '.join(configs)}: hf://{dataset}:CONFIG"
-            )
+            names = ", ".join(configs)
+            raise InputError(f"{shown}: no config {config!r}; choose one of {names}: hf://{dataset}:CONFIG")
         splits = _folders(filesystem, f"{root}/{config}")
         split = split or "train"
         if split not in splits:
-            raise InputError(
-                f"{shown}: no split {split!r}; choose one of {', '.join(splits)}: hf://{dataset}:{config}:SPLIT"
-            )
+            names = ", ".join(splits)
+            raise InputError(f"{shown}: no split {split!r}; choose one of {names}: hf://{dataset}:{config}:SPLIT")
         infos = filesystem.ls(f"{root}/{config}/{split}", detail=True, expand_info=True)
+    except InputError:
+        raise
     except (OSError, ValueError, errors.HTTPError) as error:
         raise InputError(
             f"{shown}: the Hub provides no parquet files for it ({first_line(error)}); check owner/name and the network; "
             "log in to reach a private or gated dataset: hf auth login"
         ) from error
-    files = []
-    for info in infos:
-        name = f"{config}/{split}/{_base_name(info['name'])}"
-        if name.endswith(".parquet"):
-            files.append(SourceFile(f"hf://{root}/{name}", name, "parquet", info["size"], _fingerprint(info)))
+    named = [(f"{config}/{split}/{_base_name(info['name'])}", info) for info in infos]
+    files = [
+        _source_file(f"hf://{root}/{name}", name, "parquet", info) for name, info in named if name.endswith(".parquet")
+    ]
     if not files:
         raise InputError(f"{shown}: the Hub has no parquet files for it (yet); use its original files: {ACCEPTED}")
     return _base_name(dataset), files
@@ -276,9 +278,9 @@ def _folders(filesystem: AbstractFileSystem, path: str) -> list[str]:
 def _fingerprint(info: dict[str, Any]) -> str:
     """Return the content hash (and commit) in an fsspec listing if the store has one, else the modification time."""
     commit = getattr(info.get("last_commit"), "oid", None)
-    content = next((str(info[key]).strip('"') for key in _CONTENT_KEYS if info.get(key)), None)
-    changed = next((str(info[key]) for key in _TIME_KEYS if info.get(key)), None)
-    return " ".join(part for part in (commit, content or changed) if part) or "unknown"
+    version = next((str(info[key]).strip('"') for key in _CONTENT_KEYS if info.get(key)), None)
+    version = version or next((str(info[key]) for key in _TIME_KEYS if info.get(key)), None)
+    return " ".join(part for part in (commit, version) if part) or "unknown"
 
 
 def _format_of(name: str) -> str:

@@ -20,44 +20,37 @@ HUB = "hf://nyu-mll/glue"
 class GlueTask:
     """How a task is read and reported.
 
-    Attributes:
-        columns: of texts and label.
-        metrics: keys of `evaluation.result.METRICS`, the main one first.
-        test: split to test on; GLUE's test labels are not public.
-        regression: whether labels are numbers.
-        source: default source of the data.
-        further: additional split to report, if available.
-
     Example:
-        >>> task_of("sst2").metrics
+        >>> get_task("sst2").metrics
         ('accuracy', 'macro F1')
     """
 
     columns: Columns
-    metrics: tuple[str, ...]
-    test: str = TEST
-    regression: bool = False
-    source: str = ""
-    further: str = ""
+    metrics: tuple[str, ...]  # keys of `metrics.METRICS`, the main one first
+    test: str = TEST  # split to test on; GLUE's test labels are not public
+    regression: bool = False  # labels are numbers
+    source: str = ""  # default source of the data
+    further: str = ""  # additional split to report, if available
 
 
-def _glue(name: str, texts: tuple[str, ...], *metrics: str, test: str = "validation", further: str = "") -> GlueTask:
-    return GlueTask(Columns(texts, "label"), metrics, test, "Pearson" in metrics, f"{HUB}:{name}", further)
+def _glue(name: str, texts: str, *metrics: str, test: str = "validation", further: str = "") -> GlueTask:
+    columns = Columns(tuple(texts.split()), "label")
+    return GlueTask(columns, metrics, test, "Pearson" in metrics, f"{HUB}:{name}", further)
 
 
 GLUE = {  # Wang et al. 2019, table 1
-    "cola": _glue("cola", ("sentence",), "Matthews", "accuracy"),
-    "sst2": _glue("sst2", ("sentence",), "accuracy", "macro F1"),
-    "mrpc": _glue("mrpc", ("sentence1", "sentence2"), "F1", "accuracy"),
-    "stsb": _glue("stsb", ("sentence1", "sentence2"), "Pearson", "Spearman"),
-    "qqp": _glue("qqp", ("question1", "question2"), "F1", "accuracy"),
+    "cola": _glue("cola", "sentence", "Matthews", "accuracy"),
+    "sst2": _glue("sst2", "sentence", "accuracy", "macro F1"),
+    "mrpc": _glue("mrpc", "sentence1 sentence2", "F1", "accuracy"),
+    "stsb": _glue("stsb", "sentence1 sentence2", "Pearson", "Spearman"),
+    "qqp": _glue("qqp", "question1 question2", "F1", "accuracy"),
     "mnli": _glue(
-        *("mnli", ("premise", "hypothesis"), "accuracy", "macro F1"),
+        *("mnli", "premise hypothesis", "accuracy", "macro F1"),
         test="validation_matched",
         further="validation_mismatched",
     ),
-    "qnli": _glue("qnli", ("question", "sentence"), "accuracy", "macro F1"),
-    "rte": _glue("rte", ("sentence1", "sentence2"), "accuracy", "macro F1"),
+    "qnli": _glue("qnli", "question sentence", "accuracy", "macro F1"),
+    "rte": _glue("rte", "sentence1 sentence2", "accuracy", "macro F1"),
 }
 
 
@@ -71,17 +64,11 @@ def get_task(name: str, columns: Columns | None = None, *, regression: bool = Fa
 
 @dataclass(frozen=True)
 class Texts:
-    """One split of a task: P texts, pairs joined.
-
-    Attributes:
-        texts: input of the teacher.
-        labels: str [P], or float64 [P] for a regression.
-        fingerprints: of the files.
-    """
+    """One split of a task: P texts, pairs joined, for the teacher."""
 
     texts: list[str]
-    labels: np.ndarray
-    fingerprints: tuple[str, ...]
+    labels: np.ndarray  # str [P], or float64 [P] for a regression
+    fingerprints: tuple[str, ...]  # of the files
 
 
 def read_split(name: str, task: GlueTask, source: str, part: str, joiner: str) -> Texts:
@@ -99,7 +86,11 @@ def read_split(name: str, task: GlueTask, source: str, part: str, joiner: str) -
     Raises:
         InputError: the split is missing or corrupted, or a label of a regression is not a number.
     """
-    data = _read_split(task, source, part)
+    names = {TEST: (task.test,), DEV: ("validation", "dev")}.get(part, (part,))
+    candidates = [(own, task.columns) for own in names]
+    if task.source and not source.startswith("hf://"):
+        candidates.append((part, Columns()))
+    data = _first_readable(source, candidates)
     labels: np.ndarray = data.labels
     if task.regression:
         try:
@@ -113,16 +104,12 @@ def read_split(name: str, task: GlueTask, source: str, part: str, joiner: str) -
     return Texts([joiner.join(row) for row in data.texts], labels, data.fingerprints)
 
 
-def _read_split(task: GlueTask, source: str, part: str) -> Labelled:
-    """Read a split under the task's own names, else under the plain ones."""
-    own = {TEST: (task.test,), DEV: ("validation", "dev")}.get(part, (part,))
-    candidates: list[tuple[str, Columns]] = [(name, task.columns) for name in own]
-    if task.source and not source.startswith("hf://"):
-        candidates += [(part, Columns())]
+def _first_readable(source: str, candidates: list[tuple[str, Columns]]) -> Labelled:
+    """Read the first of several splits that can be read; else raise the error of the first."""
     errors = []
-    for name, columns in candidates:
+    for part, columns in candidates:
         try:
-            return read_labelled(source, name, columns)
+            return read_labelled(source, part, columns)
         except InputError as error:
             errors.append(error)
     raise errors[0]

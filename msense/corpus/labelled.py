@@ -24,6 +24,7 @@ from msense.io.untrusted import printable
 
 _MAX_BYTES = 1 << 30  # per file
 _FORMATS = ("csv", "jsonl", "parquet")
+_SCALARS = (tables.is_text, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 
 
 class Columns(NamedTuple):
@@ -35,12 +36,7 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class Labelled:
-    """P texts with a label each.
-
-    Attributes:
-        texts: P tuples with a text per column.
-        labels: str [P].
-        fingerprints: of the files, with their names; they change with the data.
+    """P texts (a tuple with a text per column) with a label each.
 
     Example:
         >>> data = read_labelled("data/sst2", "train", Columns(("sentence",), "label"))
@@ -48,8 +44,8 @@ class Labelled:
     """
 
     texts: list[tuple[str, ...]]
-    labels: np.ndarray
-    fingerprints: tuple[str, ...]
+    labels: np.ndarray  # str [P]
+    fingerprints: tuple[str, ...]  # of the files, with their names
 
     @property
     def first(self) -> list[str]:
@@ -77,24 +73,22 @@ def split_files(source: str, part: str) -> list[SourceFile]:
                 f"machine with access, and replace {source} by DIR{f'/{config}' if config else ''}, with files named "
                 f"{part}*.csv, .jsonl or .parquet"
             ) from error
+    shown = display_uri(source)
     # for example train.csv or train-00000-of-00002.parquet
     pattern = re.compile(rf"{re.escape(part)}([-_][0-9]+.*)?\.({'|'.join(_FORMATS)})")
     files = [file for file in list_files((source,)) if pattern.fullmatch(file.name.rpartition("/")[2])]
     if not files:
         raise InputError(
-            f"{display_uri(source)} has no {part}*.csv, .jsonl or .parquet: put the split {part!r} of the data set there "
-            "under such a name"
+            f"{shown} has no {part}*.csv, .jsonl or .parquet: put the split {part!r} of the data set there"
         )
     if len({(file.format, file.name.rpartition("/")[0]) for file in files}) > 1:
         names = ", ".join(file.name for file in files[:5])
-        raise InputError(
-            f"{display_uri(source)} has split {part!r} in several formats or folders ({names}): keep one of them"
-        )
+        raise InputError(f"{shown} has split {part!r} in several formats or folders ({names}): keep one of them")
     return files
 
 
 def read_labelled(source: str, part: str, columns: Columns | None = None) -> Labelled:
-    """Read columns (default: text and label) of one split of a data set; see `part_files` for `source` and `part`.
+    """Read columns (default: text and label) of one split of a data set; see `split_files` for `source` and `part`.
 
     Raises:
         InputError: the split is missing, corrupted or empty, lacks a column, or a text or label is missing.
@@ -105,93 +99,73 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
             f"column {columns.label!r} cannot be both text and label: choose with --text-column, --label-column"
         )
     files = split_files(source, part)
-    wanted = [*columns.texts, columns.label]
-    table = pd.concat([_table(file, wanted) for file in files], ignore_index=True)
+    names = [*columns.texts, columns.label]
+    table = pd.concat([_read_file(file, names) for file in files], ignore_index=True)
     where = f"{display_uri(source)}, split {part!r}"
     if not len(table):
         raise InputError(f"{where} is empty; provide labelled texts")
-    lacking = table[wanted].isna().any(axis=1) | (table[columns.label].astype(str).str.strip() == "")
+    lacking = table[names].isna().any(axis=1) | (table[columns.label].astype(str).str.strip() == "")
     if lacking.any():
         raise InputError(f"{where}: row {int(lacking.to_numpy().argmax())} lacks a text or label: fix or remove it")
-    for name in wanted:
+    for name in names:
         if not table[name].map(lambda value: isinstance(value, str | int | float)).all():
             raise InputError(f"{where}: column {name!r} has values other than texts and numbers: convert them")
-    texts, labels = [_as_text(table[name]) for name in columns.texts], np.array(_as_text(table[columns.label]))
+    *texts, labels = ([str(value) for value in table[name].tolist()] for name in names)
     fingerprints = tuple(f"{file.name} {file.size} {file.fingerprint}" for file in files)
-    return Labelled(list(zip(*texts, strict=True)), labels, fingerprints)
+    return Labelled(list(zip(*texts, strict=True)), np.array(labels), fingerprints)
 
 
-def _table(file: SourceFile, wanted: Sequence[str]) -> pd.DataFrame:
-    """Read the wanted columns of a file."""
-    shown_uri = display_uri(file.uri)
+def _read_file(file: SourceFile, names: Sequence[str]) -> pd.DataFrame:
+    """Read columns of a file."""
+    shown = display_uri(file.uri)
     if file.size > _MAX_BYTES:
-        raise InputError(f"{shown_uri} has {file.size} bytes, more than the limit of {_MAX_BYTES}: split it into parts")
-    with read_errors(file.uri, file.format):
-        filesystem, path = corpus_filesystem(file.uri)
-        with filesystem.open(path, "rb") as stream:
-            table = _parsed(file, stream)
-    if missing := [name for name in wanted if name not in table.columns]:
-        columns = ", ".join(map(repr, list(table.columns)[:50])) or "none"
+        raise InputError(f"{shown} has {file.size} bytes, more than the limit of {_MAX_BYTES}: split it")
+    filesystem, path = corpus_filesystem(file.uri)
+    with read_errors(file.uri, file.format), filesystem.open(path, "rb") as stream:
+        try:
+            table = {"csv": _csv, "jsonl": _json, "parquet": _parquet}[file.format](stream)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(f"{shown}: cannot be read as {file.format} ({printable(error)}): correct it") from error
+    if missing := [name for name in names if name not in table.columns]:
+        available = ", ".join(map(repr, list(table.columns)[:50])) or "none"
         raise InputError(
-            f"{shown_uri}: no column {missing[0]!r}; available: {columns}; choose with --text-column, --label-column"
+            f"{shown}: no column {missing[0]!r}; available: {available}; choose with --text-column, --label-column"
         )
-    return table[list(wanted)]
+    return table[list(names)]
 
 
-def _parsed(file: SourceFile, stream: Any) -> pd.DataFrame:
-    try:
-        if file.format == "csv":
-            return _csv(file, stream)
-        return pd.DataFrame(_json(stream) if file.format == "jsonl" else _parquet(stream), dtype=object)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(
-            f"{display_uri(file.uri)}: cannot be read as {file.format} ({printable(error)}): restore it"
-        ) from error
-
-
-def _json(stream: Any) -> list[dict[str, Any]]:
+def _json(stream: Any) -> pd.DataFrame:
     """Read the objects of a file, one per line."""
     rows = [json.loads(line.decode("utf-8-sig")) for line in stream if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line is not a JSON object")
-    return rows
+    return pd.DataFrame(rows, dtype=object)
 
 
-def _parquet(stream: Any) -> dict[str, list[Any]]:
+def _parquet(stream: Any) -> pd.DataFrame:
     """Read the columns of a parquet file that hold texts, numbers or booleans."""
-    names = tables.open_untrusted_parquet(stream).schema_arrow.names
+    table = tables.open_untrusted_parquet(stream, dictionaries=None)
+    names, kinds = table.schema_arrow.names, table.schema_arrow.types
     if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
-    table = tables.open_untrusted_parquet(stream, dictionaries=names)
     columns: dict[str, list[Any]] = {
-        name: [] for name, kind in zip(names, table.schema_arrow.types, strict=True) if _is_scalar(kind)
+        name: [] for name, kind in zip(names, kinds, strict=True) if any(check(kind) for check in _SCALARS)
     }
     for batch in table.iter_batches(1024, columns=list(columns), use_threads=False):
         for name, values in columns.items():
             raw = tables.iter_values(batch.column(name))
             values += [value.decode() if isinstance(value, bytes) else value for value in raw]
-    return columns
+    return pd.DataFrame(columns, dtype=object)
 
 
-def _is_scalar(kind: pa.DataType) -> bool:
-    of = pa.types
-    return bool(
-        tables.is_text(kind) or of.is_integer(kind) or of.is_floating(kind) or of.is_boolean(kind) or of.is_null(kind)
-    )
-
-
-def _csv(file: SourceFile, stream: Any) -> pd.DataFrame:
+def _csv(stream: Any) -> pd.DataFrame:
     """Read a csv file whose rows have exactly the fields of its header."""
     reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
-        raise InputError(f"{display_uri(file.uri)}: invalid csv in line {reader.line_num} ({error}): fix it") from error
+        raise ValueError(f"line {reader.line_num}: {error}") from error
     for number, row in enumerate(rows):
         if None in row or None in row.values():
-            raise InputError(f"{display_uri(file.uri)}: row {number} has not as many fields as the header: fix it")
+            raise ValueError(f"row {number} has not as many fields as the header")
     return pd.DataFrame(rows, columns=list(reader.fieldnames or []))
-
-
-def _as_text(column: pd.Series) -> list[str]:
-    return [str(value) for value in column.tolist()]

@@ -6,20 +6,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from msense.constants import MANY
+from msense.constants import MAX_INT32
 from msense.errors import InputError
 from msense.io.arrays import open_parquet
 
 BLOCK_TOKENS = 1 << 15
-SCHEMA = pa.schema(
-    [
-        ("key", pa.uint64()),
-        ("document_id", pa.string()),
-        ("index", pa.int32()),
-        ("context", pa.int32()),
-        ("input_ids", pa.list_(pa.int32())),
-    ]
-)
+_KINDS = {"key": pa.uint64(), "document_id": pa.string(), "index": pa.int32(), "context": pa.int32()}
+SCHEMA = pa.schema({**_KINDS, "input_ids": pa.list_(pa.int32())})
 
 
 class PassageOptions(BaseModel):
@@ -30,7 +23,7 @@ class PassageOptions(BaseModel):
     text_column: str = Field("text", description="column of the text in jsonl, parquet and csv files")
     dedup: bool = Field(False, description="read passages of the same content once (ids are then not compared)")
     stride: int = Field(
-        0, ge=0, le=MANY, description="context tokens repeated from the passage before; never sampled twice"
+        0, ge=0, le=MAX_INT32, description="context tokens repeated from the passage before; never sampled twice"
     )
     sample: float = Field(
         1.0, gt=0, le=1, description="share of the documents to read; with --dry-run the whole is estimated from it"

@@ -4,9 +4,11 @@ Sources are parsed with `ast` and never imported, so no package code runs. Memor
 """
 
 import ast
-import importlib.util
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from msense.errors import InputError
@@ -22,7 +24,7 @@ def choose_packages(names: Sequence[str]) -> list[str]:
     Raises:
         InputError: no name was given and no default package is installed.
     """
-    chosen = list(names) or [name for name in DEFAULT_PACKAGES if importlib.util.find_spec(name)]
+    chosen = list(names) or [name for name in DEFAULT_PACKAGES if find_spec(name)]
     if not chosen:
         raise InputError(f"pydocs: none of {', '.join(DEFAULT_PACKAGES)} is installed; name others, as in pydocs:pip")
     return chosen
@@ -35,18 +37,18 @@ def source_files(package: str) -> list[tuple[str, Path]]:
         InputError: no such top-level package is installed, or it has no Python source.
     """
     try:  # a dotted name would import the parent package
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        spec = find_spec(package) if package.isidentifier() else None
     except ValueError:  # `__main__` and some others have no spec
         spec = None
     if spec is None:
         raise InputError(
             f"pydocs: no package {package!r} is installed here; pip install it, or name top-level packages"
         )
-    roots = spec.submodule_search_locations
-    if roots is None:
+    if spec.submodule_search_locations is None:
         files = [(f"{package}.py", Path(spec.origin))] if spec.origin and spec.origin.endswith(".py") else []
     else:
-        paths = [(Path(root), path) for root in roots for path in Path(root).rglob("*.py") if path.is_file()]
+        roots = [Path(root) for root in spec.submodule_search_locations]
+        paths = [(root, path) for root in roots for path in root.rglob("*.py") if path.is_file()]
         files = [(f"{package}/{path.relative_to(root).as_posix()}", path) for root, path in paths]
     if not files:
         raise InputError(f"pydocs: package {package!r} has no Python source; name another package")
@@ -55,9 +57,8 @@ def source_files(package: str) -> list[tuple[str, Path]]:
 
 def package_version(package: str, files: Sequence[tuple[str, Path]]) -> str:
     """Return the version of a package's distribution; without one, the time of its latest change."""
-    distributions = importlib.metadata.packages_distributions().get(package)
-    if distributions:
-        return importlib.metadata.version(distributions[0])
+    if distributions := metadata.packages_distributions().get(package):
+        return metadata.version(distributions[0])
     return f"changed {max(path.stat().st_mtime_ns for _, path in files)}"
 
 
@@ -71,23 +72,17 @@ def docstrings(source: bytes) -> list[tuple[str, str]]:
     """
     with warnings.catch_warnings():  # invalid escapes in other people's source
         warnings.simplefilter("ignore")
-        module = ast.parse(source)
+        stack: list[tuple[str, ast.AST]] = [("", ast.parse(source))]
     result: list[tuple[str, str]] = []
-    seen: dict[str, int] = {}
-    stack: list[tuple[str, ast.AST]] = [("", module)]
+    seen: Counter[str] = Counter()
     while stack:
         name, node = stack.pop()
         if isinstance(node, ast.Module | _Definition) and (text := ast.get_docstring(node)) is not None:
-            seen[name] = seen.get(name, 0) + 1
+            seen[name] += 1
             result.append((name if seen[name] == 1 else f"{name}#{seen[name]}", text))
-        # Definitions occur in statements, never in expressions, which are skipped.
-        below = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt | ast.excepthandler | ast.match_case)]
-        stack.extend((_qualified(name, child), child) for child in reversed(below))
+        for child in reversed(list(ast.iter_child_nodes(node))):
+            if isinstance(child, _Definition):
+                stack.append((f"{name}.{child.name}" if name else child.name, child))
+            elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):  # expressions have no definitions
+                stack.append((name, child))
     return result
-
-
-def _qualified(parent: str, node: ast.AST) -> str:
-    """Return the qualified name of a definition below `parent`; other statements keep the parent's."""
-    if not isinstance(node, _Definition):
-        return parent
-    return f"{parent}.{node.name}" if parent else node.name

@@ -10,9 +10,9 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import xxhash
@@ -41,21 +41,15 @@ class Document:
 
 @dataclass(frozen=True)
 class BadDocument:
-    """A row without usable text.
+    """A row without usable text."""
 
-    Attributes:
-        id: "name:row", even if there is an `id` column.
-        reason: "empty", "not UTF-8", "too long", "no text", "bad JSON", "bad CSV row" or "unparsable source".
-        detail: description of the problem.
-    """
-
-    id: str
-    reason: str
+    id: str  # "name:row", even if there is an `id` column
+    reason: str  # "empty", "not UTF-8", "too long", "no text", "bad JSON", "bad CSV row" or "unparsable source"
     detail: str
 
 
 class _Fault(NamedTuple):
-    """Replaces the text of a row that has none."""
+    """Stands for the text of a row that has none."""
 
     reason: str
     detail: str
@@ -80,8 +74,12 @@ def read_documents(
         InputError: the file is missing, not readable, corrupted, or has no such column.
     """
     if split.first_row == UNKNOWN:
-        raise ValueError(f"{split.name}: the input split at byte {split.start} has no row number; call number_pieces")
-    keep = _sampler(sample, seed)
+        raise ValueError(f"{split.name}: the input split at byte {split.start} has no row number; call number_splits")
+    limit = int(sample * 2**64)
+
+    def keep(name: str) -> bool:
+        return xxhash.xxh3_64_intdigest(f"{seed} {name}".encode("utf-8", "surrogatepass")) < limit
+
     with read_errors(split.uri, split.format):
         if split.format == "pydocs":
             yield from _read_package(split, keep)
@@ -93,11 +91,6 @@ def read_documents(
                 yield _checked(automatic, name, text)
 
 
-def _sampler(sample: float, seed: int) -> _Keep:
-    limit = int(sample * 2**64)
-    return lambda name: xxhash.xxh3_64_intdigest(f"{seed} {name}".encode("utf-8", "surrogatepass")) < limit
-
-
 def _checked(automatic: str, name: str, text: object) -> Document | BadDocument:
     """Return the document of a row, or what is wrong with it."""
     if isinstance(text, _Fault):
@@ -106,11 +99,11 @@ def _checked(automatic: str, name: str, text: object) -> Document | BadDocument:
         return BadDocument(automatic, "no text", f"{type(text).__name__} instead of a string")
     try:
         name.encode()  # fails on lone surrogates
-        size = len(text.encode() if isinstance(text, str) else text)
-        text = text if isinstance(text, str) else text.decode()
+        raw = text.encode() if isinstance(text, str) else text
+        text = raw.decode()
     except UnicodeError as error:
         return BadDocument(automatic, "not UTF-8", str(error))
-    if size > MAX_DOCUMENT_BYTES:
+    if len(raw) > MAX_DOCUMENT_BYTES:
         return BadDocument(automatic, *_too_long())
     if not text.strip():
         return BadDocument(automatic, "empty", "nothing but white space")
@@ -128,11 +121,11 @@ def _read_package(split: InputSplit, keep: _Keep) -> Iterator[Document | BadDocu
         if not keep(prefix + name):
             continue
         try:
-            found = docstrings(path.read_bytes())
+            named = docstrings(path.read_bytes())
         except PARSE_ERRORS as error:
             yield BadDocument(prefix + name, "unparsable source", f"{type(error).__name__}: {error}")
             continue
-        for qualified, text in found:
+        for qualified, text in named:
             document_id = f"{prefix}{name}:{qualified}".rstrip(":")  # a module's docstring has the file name alone
             yield _checked(document_id, document_id, text)
 
@@ -141,40 +134,32 @@ def _read_rows(split: InputSplit, text_column: str) -> Iterator[_Row]:
     """Yield every row of a split, good or bad, so that the position in the stream is the row number."""
     kind, _, codec = split.format.partition(".")
     filesystem, path = corpus_filesystem(split.uri)
-    with filesystem.open(path, "rb") as raw:
+    with filesystem.open(path, "rb") as raw, ExitStack() as stack:
         if kind == "parquet":
             yield from _parquet_rows(raw, split, text_column)
             return
-        with _buffered(raw, codec) as stream:
-            if kind == "csv":
-                yield from _csv_rows(stream, split, text_column)
-            elif kind == "jsonl":
-                yield from _json_rows(_lines(stream, split.start, split.stop), split, text_column)
-            else:
-                yield from ((None, line) for line in _lines(stream, split.start, split.stop))
-
-
-@contextmanager
-def _buffered(raw: io.RawIOBase, codec: str) -> Iterator[io.BufferedReader]:
-    """Open a decompressing reader whose `readline` takes a limit, unlike those of fsspec and Arrow."""
-    if not codec:
-        yield io.BufferedReader(raw, CHUNK_BYTES)
-        return
-    with pa.CompressedInputStream(raw, _CODECS[codec]) as plain:
-        yield io.BufferedReader(_Unpacked(plain, raw), CHUNK_BYTES)
+        # Unlike those of fsspec and Arrow, the `readline` of a BufferedReader takes a limit.
+        unpacked = _Unpacked(stack.enter_context(pa.CompressedInputStream(raw, _CODECS[codec])), raw) if codec else raw
+        stream = io.BufferedReader(unpacked, CHUNK_BYTES)
+        if kind == "csv":
+            yield from _csv_rows(stream, split, text_column)
+        elif kind == "jsonl":
+            yield from _json_rows(_lines(stream, split.start, split.stop), split, text_column)
+        else:
+            yield from ((None, line) for line in _lines(stream, split.start, split.stop))
 
 
 class _Unpacked(io.RawIOBase):
-    """A decompressed stream that fails when it is far larger than text could be."""
+    """A decompressed stream that raises an error when it is far larger than text could be."""
 
-    def __init__(self, plain: Any, packed: io.RawIOBase) -> None:
-        self._plain, self._packed, self._size = plain, packed, 0
+    def __init__(self, stream: Any, packed: io.RawIOBase) -> None:
+        self._stream, self._packed, self._size = stream, packed, 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        chunk = self._plain.read(len(buffer))
+        chunk = self._stream.read(len(buffer))
         buffer[: len(chunk)] = chunk
         self._size += len(chunk)
         if self._size > _MIN_UNPACKED_BYTES + _MAX_RATIO * self._packed.tell():
@@ -216,9 +201,9 @@ def _json_rows(lines: Iterable[bytes | _Fault], split: InputSplit, text_column: 
         if not isinstance(record, dict):
             yield None, record
             continue
-        if unchecked and text_column not in record:
-            raise _missing_column(split, text_column, list(record))
-        unchecked = False
+        if unchecked:
+            _check_columns(split, text_column, list(record))
+            unchecked = False
         yield record.get("id"), record.get(text_column)
 
 
@@ -234,73 +219,57 @@ def _parsed(line: bytes) -> dict[str, object] | _Fault:
 
 
 class _RecordError(Exception):
-    """A csv record without usable text, which was skipped; the argument is its `_Fault`."""
-
-
-class _CsvLines:
-    """The lines of a csv file for `csv.reader`, which starts a new record after an exception of its source.
-
-    The reader requests another line within a record only while a quote is open. So a record that is too long can be
-    skipped without buffering it: it ends with the first line that makes the number of quotes even.
-    """
-
-    def __init__(self, stream: io.BufferedReader) -> None:
-        self.stream = stream
-        self.record_bytes = 0  # returned of the current record; reset by the caller
-
-    def __iter__(self) -> "_CsvLines":
-        return self
-
-    def __next__(self) -> str:
-        if self.record_bytes > MAX_DOCUMENT_BYTES:
-            self._skip_record(quotes=1)
-        line = self.stream.readline(MAX_DOCUMENT_BYTES + 2)
-        if not line and self.record_bytes:
-            raise _RecordError(_Fault("bad CSV row", "the file ends inside a quoted field"))
-        if not line:
-            raise StopIteration
-        if len(line) == MAX_DOCUMENT_BYTES + 2 and not line.endswith(b"\n"):
-            self._skip_record(quotes=(self.record_bytes > 0) + line.count(b'"'))
-        self.record_bytes += len(line)
-        return line.decode("utf-8", "surrogateescape")  # invalid bytes are reported when the text is checked
-
-    def _skip_record(self, quotes: int) -> NoReturn:
-        while chunk := self.stream.readline(CHUNK_BYTES):
-            quotes += chunk.count(b'"')
-            if chunk.endswith(b"\n") and quotes % 2 == 0:
-                break
-        raise _RecordError(_too_long())
+    """A skipped csv record; the argument is its `_Fault`."""
 
 
 def _csv_records(stream: io.BufferedReader) -> Iterator[list[str] | _Fault]:
     """Yield the records of a csv file, the header first."""
-    csv.field_size_limit(sys.maxsize)  # the module's limit is global to the process; _CsvLines has its own
+    csv.field_size_limit(sys.maxsize)  # the module's limit is global to the process; _record_lines has its own
     if stream.peek(3).startswith(_BOM):
         stream.read(3)
-    lines = _CsvLines(stream)
-    records = csv.reader(lines)
-    while True:
-        lines.record_bytes = 0
+    record: list[str] | _Fault | None = []
+    while record is not None:
         try:
-            yield next(records)
-        except StopIteration:
-            return
+            record = next(csv.reader(_record_lines(stream)), None)
         except _RecordError as error:
-            yield error.args[0]
+            record = error.args[0]
         except csv.Error as error:
-            yield _Fault("bad CSV row", str(error))
+            record = _Fault("bad CSV row", str(error))
+        if record is not None:
+            yield record
+
+
+def _record_lines(stream: io.BufferedReader) -> Iterator[str]:
+    """Yield the lines of one csv record to `csv.reader`, which requests another line only while a quote is open.
+
+    So a record that is too long can be skipped without buffering it: it ends with the first line that makes the number
+    of quotes even.
+    """
+    size = 0
+    while line := stream.readline(MAX_DOCUMENT_BYTES + 2):
+        is_cut = len(line) == MAX_DOCUMENT_BYTES + 2 and not line.endswith(b"\n")
+        if is_cut or size > MAX_DOCUMENT_BYTES:
+            quotes = (size > 0) + line.count(b'"')
+            while line and (quotes % 2 or not line.endswith(b"\n")):
+                line = stream.readline(CHUNK_BYTES)
+                quotes += line.count(b'"')
+            raise _RecordError(_too_long())
+        size += len(line)
+        yield line.decode("utf-8", "surrogateescape")  # invalid bytes are reported when the text is checked
+    if size:
+        raise _RecordError(_Fault("bad CSV row", "the file ends inside a quoted field"))
 
 
 def _csv_rows(stream: io.BufferedReader, split: InputSplit, text_column: str) -> Iterator[_Row]:
     records = _csv_records(stream)
-    first = next(records, [])
-    header = [] if isinstance(first, _Fault) else first
-    _check_columns(split, text_column, header)
-    for cells in records:
-        if isinstance(cells, _Fault) or not cells:  # csv returns an empty list for a blank line
-            yield None, cells or ""
+    header = next(records, [])
+    names = [] if isinstance(header, _Fault) else header
+    _check_columns(split, text_column, names)
+    for record in records:
+        if isinstance(record, _Fault) or not record:  # csv returns an empty list for a blank line
+            yield None, record or ""
         else:
-            row = dict(zip(header, cells, strict=False))
+            row = dict(zip(names, record, strict=False))
             yield row.get("id"), row.get(text_column)
 
 
@@ -312,8 +281,8 @@ def _parquet_rows(raw: io.RawIOBase, split: InputSplit, text_column: str) -> Ite
     for name in columns:
         kind = table.schema_arrow.types[names.index(name)]
         if not (tables.is_text(kind) or (name == "id" and (pa.types.is_integer(kind) or pa.types.is_null(kind)))):
-            wanted = "strings or integers" if name == "id" else "strings"
-            raise InputError(f"{display_uri(split.uri)}: column {name!r} holds {kind}, not {wanted}; cast it")
+            expected = "strings or integers" if name == "id" else "strings"
+            raise InputError(f"{display_uri(split.uri)}: column {name!r} holds {kind}, not {expected}; cast it")
     for number in range(split.start, split.stop):
         group = table.metadata.row_group(number)
         rows = min(1024, max(1, group.num_rows * _BATCH_BYTES // max(1, group.total_byte_size)))
@@ -326,15 +295,10 @@ def _parquet_rows(raw: io.RawIOBase, split: InputSplit, text_column: str) -> Ite
 
 def _check_columns(split: InputSplit, text_column: str, names: list[str]) -> None:
     """Raise if the text column is missing, or it or the `id` column is there twice."""
+    shown = display_uri(split.uri)
     if text_column not in names:
-        raise _missing_column(split, text_column, names)
+        columns = ", ".join(map(repr, names[:50])) or "none"
+        raise InputError(f"{shown}: no column {text_column!r}; available: {columns}; choose one with --text-column")
     for name in (text_column, "id"):
         if (count := names.count(name)) > 1:
-            raise InputError(f"{display_uri(split.uri)}: {count} columns are named {name!r}; rename or drop some")
-
-
-def _missing_column(split: InputSplit, text_column: str, names: list[str]) -> InputError:
-    columns = ", ".join(map(repr, names[:50])) or "none"
-    return InputError(
-        f"{display_uri(split.uri)}: no column {text_column!r}; available: {columns}; choose one with --text-column"
-    )
+            raise InputError(f"{shown}: {count} columns are named {name!r}; rename or drop some")

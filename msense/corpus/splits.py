@@ -10,33 +10,27 @@ from msense.corpus import tables
 from msense.corpus.files import SourceFile, corpus_filesystem, read_errors
 from msense.corpus.pydocs import source_files
 
-WHOLE = -1  # `Piece.stop` of a split that is a whole file
-UNKNOWN = -1  # `Piece.first_row` before `number_pieces`, and the count of a split that needs none
+WHOLE = -1  # `InputSplit.stop` of a split that is a whole file
+UNKNOWN = -1  # `InputSplit.first_row` before `number_splits`, and the count of a split that needs none
 PYDOCS_FILES = 200  # source files per split of `pydocs`
 CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class InputSplit:
-    """An input split: a corpus file, or a fixed range of it.
-
-    Attributes:
-        uri: see `SourceFile`, as for name and format. Document ids start with the name.
-        start: first byte (txt, jsonl), row group (parquet) or source file (pydocs).
-        stop: end of the range, exclusive; `WHOLE` for a whole file.
-        first_row: number of its first row in the file; `UNKNOWN` until `number_pieces`.
+    """A corpus file, or a fixed range of it; see `SourceFile` for uri, name and format.
 
     Example:
-        >>> pieces = cut_pieces(list_files(["data/"]))
-        >>> pieces = number_pieces(pieces, [count_rows(piece) for piece in pieces])
+        >>> splits = cut_splits(list_files(["data/"]))
+        >>> splits = number_splits(splits, [count_rows(split) for split in splits])
     """
 
     uri: str
     name: str
     format: str
-    start: int
-    stop: int
-    first_row: int
+    start: int  # first byte (txt, jsonl), row group (parquet) or source file (pydocs)
+    stop: int  # end of the range, exclusive; `WHOLE` for a whole file
+    first_row: int  # number of its first row in the file; `UNKNOWN` until `number_splits`
 
 
 def cut_splits(files: Sequence[SourceFile], split_bytes: int = 16 << 20) -> list[InputSplit]:
@@ -85,7 +79,7 @@ def count_rows(split: InputSplit) -> int:
 
 
 def number_splits(splits: Sequence[InputSplit], counts: Sequence[int]) -> list[InputSplit]:
-    """Fill in `first_row` from the `count_rows` of each split, in the order of `cut_pieces`."""
+    """Fill in `first_row` from the `count_rows` of each split, in the order of `cut_splits`."""
     numbered: list[InputSplit] = []
     row = 0
     for split, count in zip(splits, counts, strict=True):

@@ -16,12 +16,12 @@ _FOOTER_BYTES = 64 << 20
 _CHECKED_BYTES = 8 << 20  # longer footers are not parsed here, which takes a second per megabyte
 
 
-def open_untrusted_parquet(raw: Any, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
+def open_untrusted_parquet(raw: Any, dictionaries: Sequence[str] | None = ()) -> pq.ParquetFile:
     """Open an untrusted parquet file.
 
     Args:
         raw: seekable binary file.
-        dictionaries: text columns to read as dictionaries, which need memory for the distinct values only.
+        dictionaries: text columns (None: all) to read as dictionaries, which need memory for the distinct values only.
 
     Raises:
         OSError: the file is truncated, or its footer is corrupted, too long or inconsistent with the file.
@@ -43,9 +43,9 @@ def open_untrusted_parquet(raw: Any, dictionaries: Sequence[str] = ()) -> pq.Par
         raw.seek(0)
         file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)  # else it reads whole column chunks
         schema = file.schema_arrow
-        kinds = dict(zip(schema.names, schema.types, strict=True))
-        texts = [name for name in dictionaries if name in kinds and is_text(kinds[name])]
-        if not texts or len(kinds) < len(schema.names):  # the caller rejects duplicate names
+        texts = [name for name, kind in zip(schema.names, schema.types, strict=True) if is_text(kind)]
+        texts = [name for name in texts if dictionaries is None or name in dictionaries]
+        if not texts or len(set(schema.names)) < len(schema.names):  # the caller rejects duplicate names
             return file
         return pq.ParquetFile(raw, metadata=file.metadata, read_dictionary=texts, pre_buffer=False, buffer_size=1 << 20)
     except ValueError as error:  # includes names that are not UTF-8
@@ -64,15 +64,16 @@ def iter_values(column: pa.Array) -> Iterator[object]:
     Raises:
         ArrowInvalid: the column is corrupted.
     """
-    if not pa.types.is_dictionary(column.type):
-        texts = column.cast(pa.large_binary()) if is_text(column.type) else column
-        yield from (value.as_py() for value in texts)
+    encoded = pa.types.is_dictionary(column.type)
+    values = column.dictionary if encoded else column
+    values = values.cast(pa.large_binary()) if is_text(column.type) else values
+    if not encoded:
+        yield from (value.as_py() for value in values)
         return
-    words = column.dictionary.cast(pa.large_binary()) if is_text(column.type) else column.dictionary
-    known: dict[int, object] = {}
+    known: dict[int | None, object] = {None: None}
     for index in column.indices.to_pylist():
-        if index is not None and index not in known:
-            if not 0 <= index < len(words):  # Arrow does not check this
-                raise pa.ArrowInvalid(f"dictionary index {index} of {len(words)} values")
-            known[index] = words[index].as_py()
-        yield None if index is None else known[index]
+        if index not in known:
+            if not 0 <= index < len(values):  # Arrow does not check this
+                raise pa.ArrowInvalid(f"dictionary index {index} of {len(values)} values")
+            known[index] = values[index].as_py()
+        yield known[index]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msense.constants import Metric
-from msense.dictionary.quantised import dequantize
+from msense.dictionary.layout import dequantize
 from msense.errors import DictionaryError, InputError
 
 BATCH_ELEMENTS = {"cpu": 1 << 19}  # float32 numbers that fit the L2 cache of a core
@@ -22,14 +22,14 @@ _BATCH_ELEMENTS_ELSEWHERE = 1 << 24  # accelerators need few large kernels
 _OCCURRENCE_STEP, _SENSE_STEP = 2, 3  # tokens whose sizes are within this factor share a batch
 
 
+def batch_elements(device: torch.device) -> int:
+    """Return the approximate limit of numbers per batch on a device."""
+    return BATCH_ELEMENTS.get(device.type, _BATCH_ELEMENTS_ELSEWHERE)
+
+
 @dataclass(frozen=True)
 class RaggedSenses:
     """The senses of all tokens: rows offsets[t] to offsets[t + 1] of the concatenated parts belong to token t.
-
-    Attributes:
-        offsets: int64 [V+1], on the CPU.
-        parts: tensors [S_i, D] of one dtype, one per file.
-        scales: float32 [S], the factor of each row if the parts are int8.
 
     Example:
         >>> senses = RaggedSenses(np.array([0, 2]), (torch.tensor([[0.0, 0.0], [4.0, 4.0]]),))  # two senses of token 0
@@ -37,9 +37,9 @@ class RaggedSenses:
         tensor([1])
     """
 
-    offsets: np.ndarray
-    parts: tuple[Tensor, ...]
-    scales: Tensor | None = None
+    offsets: np.ndarray  # int64 [V+1], on the CPU
+    parts: tuple[Tensor, ...]  # [S_i, D] of one dtype, one per file
+    scales: Tensor | None = None  # float32 [S], the factor of each row if the parts are int8
 
     def rows(self, index: Tensor) -> Tensor:
         """Return rows [M, D] at an int64 index [M] on the parts' device, in the stored dtype (int8 as float32)."""
@@ -64,19 +64,12 @@ class RaggedSenses:
 
 
 class Batch(NamedTuple):
-    """T tokens with similar numbers of occurrences and senses, padded to the largest of each.
+    """T tokens with similar numbers of occurrences and senses, padded to the largest of each."""
 
-    Attributes:
-        rows: int64 [T, n], rows of the occurrences, padded with the token's last.
-        filled: bool [T, n], False on padding; None without padding.
-        senses: int64 [T, K], rows of the senses, padded with the token's last.
-        present: bool [T, K], False on padding; None without padding.
-    """
-
-    rows: Tensor
-    filled: Tensor | None
-    senses: Tensor
-    present: Tensor | None
+    rows: Tensor  # int64 [T, n], rows of the occurrences, padded with the token's last
+    filled: Tensor | None  # bool [T, n], False on padding; None without padding
+    senses: Tensor  # int64 [T, K], rows of the senses, padded with the token's last
+    present: Tensor | None  # bool [T, K], False on padding; None without padding
 
 
 def with_senses(token_ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -100,8 +93,8 @@ def ragged_batches(token_ids: np.ndarray, offsets: np.ndarray, dim: int, element
     """
     known = np.flatnonzero(with_senses(token_ids, offsets))
     ids = token_ids[known]
-    narrow = ids.astype(np.uint16) if len(offsets) <= 1 << 16 else ids  # NumPy has a radix sort for 16 bits
-    order = np.argsort(narrow, kind="stable")
+    # NumPy has a radix sort for 16 bits
+    order = np.argsort(ids.astype(np.uint16) if len(offsets) <= 1 << 16 else ids, kind="stable")
     ids, order = ids[order], known[order]
     start = np.flatnonzero(np.diff(ids, prepend=-1))
     n = np.diff(start, append=len(ids))
@@ -117,21 +110,16 @@ def ragged_batches(token_ids: np.ndarray, offsets: np.ndarray, dim: int, element
         yield from (Batch(chunk[None], None, senses, None) for chunk in rows.split(step))
 
     few = np.flatnonzero(~alone)
-    n_step, k_step = _steps(n[few], _OCCURRENCE_STEP), _steps(k[few], _SENSE_STEP)
+    n_step, k_step = (np.ceil(np.log(x[few]) / math.log(step)) for x, step in ((n, _OCCURRENCE_STEP), (k, _SENSE_STEP)))
     by_size = np.lexsort((k[few], n[few], k_step, n_step))
     few, n_step, k_step = few[by_size], n_step[by_size], k_step[by_size]
-    borders = np.flatnonzero(np.diff(n_step) | np.diff(k_step)) + 1
+    borders = np.flatnonzero((np.diff(n_step) != 0) | (np.diff(k_step) != 0)) + 1
     for group in np.split(few, borders) if len(few) else ():
         step = max(1, elements // (dim * int(n[group].max() + k[group].max())))
         for tokens in (group[i : i + step] for i in range(0, len(group), step)):
             row, filled = _padded(start[tokens], n[tokens])
             sense, present = _padded(first[tokens], k[tokens])
             yield Batch(torch.from_numpy(order[row]), filled, torch.from_numpy(sense), present)
-
-
-def _steps(sizes: np.ndarray, factor: float) -> np.ndarray:
-    """Return the index of each size on a geometric scale, int64."""
-    return np.ceil(np.log(sizes) / math.log(factor)).astype(np.int64)
 
 
 def _padded(start: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, Tensor | None]:
@@ -208,11 +196,8 @@ def replace(
 ) -> Tensor:
     """Return embeddings replaced by their nearest sense, or by a weighted mean of their token's senses.
 
-    Arguments and errors are those of `assign`. `scale` is None for the nearest sense; otherwise the weights are
-    softmax(scores / scale). `out` is an output [N, D] like the embeddings, and may be `embeddings` itself.
-
-    Returns:
-        [N, D] in the embeddings' dtype; those of tokens without senses are unchanged.
+    Arguments and errors are those of `assign`. With `scale`, the mean is weighted by softmax(scores / scale). The result is
+    written to `out` [N, D] if given, which may be `embeddings` itself; those of tokens without senses are unchanged.
     """
     out = _new_output(embeddings) if out is None else out
     if scale is None:
@@ -247,10 +232,8 @@ def top_k(
         own = torch.softmax((values - values[..., :1]) / scale, dim=2)
         order = order.masked_fill(values == -math.inf, -1)  # padding
         rows = drop_padding(batch.rows.to(embeddings.device), batch)
-        indices[rows, : order.shape[2]], weights[rows, : order.shape[2]] = (
-            drop_padding(order, batch),
-            drop_padding(own, batch),
-        )
+        indices[rows, : order.shape[2]] = drop_padding(order, batch)
+        weights[rows, : order.shape[2]] = drop_padding(own, batch)
     return indices, weights
 
 
@@ -282,11 +265,6 @@ def _write_nearest(nearest: Tensor, embeddings: Tensor, senses: RaggedSenses, ou
         kept = embeddings[start : start + step].index_select(0, missing)  # out may be the embeddings themselves
         block.copy_(senses.rows(rows.clamp(min=0)))
         block.index_copy_(0, missing, kept.to(block.dtype))
-
-
-def batch_elements(device: torch.device) -> int:
-    """Return the approximate limit of numbers per batch on a device."""
-    return BATCH_ELEMENTS.get(device.type, _BATCH_ELEMENTS_ELSEWHERE)
 
 
 def _scored(

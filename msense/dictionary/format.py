@@ -1,38 +1,43 @@
-"""On-disk format of a dictionary: file names, config, array layout and a streaming writer; `reader` loads it.
+"""Streaming writer and memory-mapping loader of a dictionary folder; see `layout` for its files.
 
-Each file is written to a temporary name and renamed, config.json last. The writer holds the small arrays, one chunk of
-centroids and, for int8, all scales.
+The writer renames each file from a temporary name, config.json last; it holds the small arrays, one chunk of centroids and,
+for int8, all scales. The loader trusts nothing: a file is mapped only after its header matches the config and its size
+matches the header; the small arrays are read.
 """
 
 import json
+import math
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import numpy as np
 import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from msense.dictionary.arguments import as_tensor
+from msense.constants import MAX_SENSES
+from msense.dictionary import layout
 from msense.dictionary.card import model_card
-from msense.dictionary.checks import check_arrays
-from msense.dictionary.layout import (
-    _STORED,
-    ARRAYS,
-    DTYPES,
-    SHARD_BYTES,
-    Arrays,
-    DictionaryConfig,
-    DictionaryFiles,
-    centroid_tensor_name,
-    file_layout,
-    weight_map,
-)
-from msense.dictionary.quantised import quantize
+from msense.dictionary.checks import as_tensor, check_arrays, check_floats
+from msense.dictionary.layout import ARRAYS, DICTIONARY, Arrays, DictionaryConfig, DictionaryFiles, file_layout
 from msense.errors import DictionaryError
 from msense.io.atomic import atomic_path
-from msense.io.untrusted import ITEM_BYTES, TensorSpecs
+from msense.io.untrusted import ITEM_BYTES, FrozenModel, TensorSpecs, printable
+
+SHARD_BYTES = 4_000_000_000  # larger centroids are split into several files
+_REMEDY = "copy or build the dictionary again"
+_Size = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
+class _Index(FrozenModel):
+    """The file of each tensor and the rows of each slice of the centroids."""
+
+    weight_map: dict[str, str]
+    row_ranges: dict[str, tuple[_Size, _Size]]
 
 
 def write_dictionary(
@@ -67,26 +72,30 @@ def write_dictionary(
     files.folder.mkdir(parents=True, exist_ok=True)
     files.config.unlink(missing_ok=True)
     borders = _borders(len(arrays.counts), config)
-    layout = file_layout(files, config, borders)
+    parts = file_layout(files, config, borders)
     chunks = (_stored(chunk, config) for chunk in centroid_chunks)
     held: deque[Tensor] = deque()
-    for i, (path, tensors) in enumerate(layout):
+    for i, (path, tensors) in enumerate(parts):
         senses = borders[i + 1] - borders[i]
         with atomic_path(path) as scratch, scratch.open("wb") as file:
             file.write(_header(tensors))
             for name in tensors:
                 if name in ARRAYS:
                     file.write(getattr(arrays, ARRAYS[name]).data)
+            rows = _take(chunks, held, senses)
             if config.dtype == "int8":
-                _write_quantised(file, _take(chunks, held, senses), senses)
+                _write_quantized(file, rows, senses)
             else:
-                _write_rows(file, _take(chunks, held, senses))
+                _write_rows(file, rows)
     if any(len(rows) for rows in (*held, *chunks)):
         raise DictionaryError(f"there are more centroids than the {len(arrays.counts)} senses of the offsets")
-    if len(layout) > 1:
-        ranges = {centroid_tensor_name(i): [borders[i], borders[i + 1]] for i in range(len(layout))}
-        _write_text(files.index, json.dumps({"weight_map": weight_map(layout), "row_ranges": ranges}, indent=1))
-    for path in files._arrays() - {path for path, _ in layout} - ({files.index} if len(layout) > 1 else set()):
+    current = {path for path, _ in parts}
+    if len(parts) > 1:
+        current.add(files.index)
+        ranges = {f"centroids.{i + 1:05d}": [borders[i], borders[i + 1]] for i in range(len(parts))}
+        index = {"weight_map": layout.weight_map(parts), "row_ranges": ranges}
+        _write_text(files.index, json.dumps(index, indent=1))
+    for path in files.array_files() - current:
         path.unlink(missing_ok=True)  # arrays of an older dictionary that was split differently
     _write_text(files.card, model_card(config, arrays))
     _write_text(files.config, config.model_dump_json(indent=1))
@@ -109,12 +118,12 @@ def _write_rows(file: BinaryIO, chunks: Iterable[Tensor]) -> None:
         file.write(rows.contiguous().view(torch.uint8).numpy().data)
 
 
-def _write_quantised(file: BinaryIO, chunks: Iterable[Tensor], senses: int) -> None:
+def _write_quantized(file: BinaryIO, chunks: Iterable[Tensor], senses: int) -> None:
     """Write int8 centroids, then their scales into the gap left before them."""
     gap, scales = file.tell(), []
     file.seek(gap + 4 * senses)
     for rows in chunks:
-        values, own = quantize(rows)
+        values, own = layout.quantize(rows)
         _write_rows(file, [values])
         scales.append(own)
     file.seek(gap)
@@ -123,15 +132,15 @@ def _write_quantised(file: BinaryIO, chunks: Iterable[Tensor], senses: int) -> N
 
 def _borders(senses: int, config: DictionaryConfig) -> list[int]:
     """Return the first row of each slice of the centroids, followed by S."""
-    rows = max(1, SHARD_BYTES // (config.dim * ITEM_BYTES[_STORED[config.dtype]]))
+    rows = max(1, SHARD_BYTES // (config.dim * ITEM_BYTES[layout.STORED[config.dtype]]))
     return [*range(0, max(senses, 1), rows), senses]
 
 
 def _header(tensors: TensorSpecs) -> bytes:
-    """Return a safetensors header: its length in 8 bytes, then JSON, padded to align the data."""
+    """Return a safetensors header (the library only writes whole files): its length in 8 bytes, then JSON, aligned."""
     entries, end = {}, 0
     for name, (dtype, shape) in tensors.items():
-        start, end = end, end + int(np.prod(shape, dtype=object)) * ITEM_BYTES[dtype]
+        start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -143,7 +152,7 @@ def _stored(chunk: np.ndarray | Tensor, config: DictionaryConfig) -> Tensor:
     rows = as_tensor(chunk)
     if rows.ndim != 2 or rows.shape[1] != config.dim:
         raise DictionaryError(f"centroids have shape {tuple(rows.shape)}, but the dictionary has width {config.dim}")
-    rows = rows.to("cpu", DTYPES.get(config.dtype, torch.float32))
+    rows = rows.to("cpu", layout.DTYPES.get(config.dtype, torch.float32))
     if not torch.isfinite(rows).all():
         raise DictionaryError(f"centroids are NaN, infinite or too large for {config.dtype}: use bfloat16 or float32")
     return rows
@@ -160,3 +169,74 @@ def _take(chunks: Iterator[Tensor], held: deque[Tensor], rows: int) -> Iterator[
             chunk = chunk[:rows]
         rows -= len(chunk)
         yield chunk
+
+
+def open_dictionary(folder: Path) -> tuple[DictionaryConfig, Arrays, tuple[Tensor, ...], Tensor | None]:
+    """Validate and memory-map a dictionary folder; whoever uses a centroid must check that it is finite.
+
+    Returns:
+        Config, small arrays, centroids [S_i, D] of each file, and scales float32 [S] of int8 centroids.
+
+    Raises:
+        DictionaryError: a file is missing, truncated, foreign, links out of the folder or contradicts another.
+    """
+    try:
+        return _open(DictionaryFiles(folder))
+    except OSError as error:
+        raise DictionaryError(f"cannot read {folder}: {error}; check its permissions, or copy it again") from error
+
+
+def _open(files: DictionaryFiles) -> tuple[DictionaryConfig, Arrays, tuple[Tensor, ...], Tensor | None]:
+    if not files.folder.is_dir():
+        raise DictionaryError(f"{files.folder} does not exist: give the folder of a dictionary or of a run")
+    if not files.config.is_file():
+        raise DictionaryError(f"{files.folder} has no config.json: it is not a dictionary, or its build did not finish")
+    config = DICTIONARY.read_config(files.inside(files.config), DictionaryConfig, layout.FORMAT_VERSION)
+    loaded: dict[str, Tensor] = {}
+    for path, tensors in _checked_layout(files, config):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                loaded |= {name: file.get_tensor(name) for name in tensors}
+        except (SafetensorError, RuntimeError, MemoryError) as error:  # RuntimeError: torch lacks address space
+            raise DictionaryError(f"cannot map {path}: {error}; {_REMEDY}") from error
+    arrays = Arrays(**{field: loaded.pop(name).numpy() for name, field in ARRAYS.items()})
+    check_arrays(arrays, config)
+    scales = [loaded.pop(name) for name in list(loaded) if name.startswith("scales")]
+    for own in scales:
+        check_floats("scales", own.numpy(), 1e-45)
+    return config, arrays, tuple(loaded.values()), torch.cat(scales) if scales else None
+
+
+def _checked_layout(files: DictionaryFiles, config: DictionaryConfig) -> list[tuple[Path, TensorSpecs]]:
+    """Return the layout of a folder after validating the header and the size of each file."""
+    borders = _read_borders(files, config) if os.path.lexists(files.index) else [0, _count_senses(files)]
+    if borders[-1] > config.vocab_size * MAX_SENSES:
+        most = f"{config.vocab_size} tokens have at most {MAX_SENSES} each"
+        raise DictionaryError(f"{files.folder} declares {borders[-1]} senses, but {most}: {_REMEDY}")
+    parts = file_layout(files, config, borders)
+    for path, expected in parts:
+        header = DICTIONARY.header(files.inside(path))[0]
+        for name in sorted(header.keys() | expected.keys()):
+            if header.get(name) != expected.get(name):
+                difference = f"{printable(name)} is {header.get(name)}, but should be {expected.get(name)}"
+                raise DictionaryError(f"{path}: {difference} according to config.json and counts: {_REMEDY}")
+    return parts
+
+
+def _count_senses(files: DictionaryFiles) -> int:
+    shape = DICTIONARY.header(files.inside(files.arrays))[0].get("counts", ("", ()))[1]
+    if len(shape) != 1:
+        raise DictionaryError(f"{files.arrays} has no one-dimensional counts: {_REMEDY}")
+    return shape[0]
+
+
+def _read_borders(files: DictionaryFiles, config: DictionaryConfig) -> list[int]:
+    """Return the first row of each slice of the centroids, followed by S, from the index file."""
+    index = DICTIONARY.valid(files.index, _Index, DICTIONARY.read_json(files.inside(files.index)))
+    ranges = [index.row_ranges.get(f"centroids.{i + 1:05d}", (-1, -1)) for i in range(len(index.row_ranges))]
+    borders = [0, *(end for _, end in ranges)]
+    contiguous = all(own == (start, max(start, own[1])) for own, start in zip(ranges, borders, strict=False))
+    # equal maps also mean that no name leads out of the folder
+    if len(ranges) < 2 or not contiguous or index.weight_map != layout.weight_map(file_layout(files, config, borders)):
+        raise DictionaryError(f"{files.index} does not list the files of contiguous slices of the centroids: {_REMEDY}")
+    return borders

@@ -1,8 +1,7 @@
-"""The files and arrays of a dictionary: names, dtypes, and the contents of config.json."""
+"""The files and arrays of a dictionary: names, dtypes, int8 quantization, and the contents of config.json."""
 
 import hashlib
 import json
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -10,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from msense.constants import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, Metric
 from msense.errors import DictionaryError
@@ -18,14 +18,12 @@ from msense.io.untrusted import Artefact, FrozenModel, TensorSpecs
 
 FORMAT_VERSION: Literal[1] = 1
 DICTIONARY = Artefact("dictionary", "copy or build it again", DictionaryError)
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}  # int8 is quantized from float32
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # int8: from float32
 Stored = Literal["float16", "bfloat16", "float32", "int8"]
-_STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}  # safetensors dtypes
-SHARD_BYTES = 4_000_000_000  # larger centroids are split into several files
+STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}  # safetensors dtypes
+_LARGEST = 127  # of int8 values
+_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32; also the scale of an all-zero row
+_DROPPED_BITS = 0x7F  # the last seven bits of a float32 mantissa
 _Name = Annotated[str, Field(max_length=4096)]
 _Text = Annotated[str, Field(max_length=1 << 16)]
 _Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
@@ -91,7 +89,6 @@ def corpus_distortion(arrays: Arrays) -> float:
     return float(occurrences @ (squares / np.maximum(points, 1)) / max(1, occurrences.sum()))
 
 
-@dataclass(frozen=True)
 class DictionaryFiles:
     """Paths of all files of a dictionary folder.
 
@@ -100,58 +97,34 @@ class DictionaryFiles:
         PosixPath('runs/mine/dictionary/config.json')
     """
 
-    folder: Path
-
-    @property
-    def config(self) -> Path:
-        """The config, written last: a folder without it is incomplete."""
-        return self.folder / "config.json"
-
-    @property
-    def arrays(self) -> Path:
-        """All arrays of an unsplit dictionary."""
-        return self.folder / "dictionary.safetensors"
-
-    @property
-    def index(self) -> Path:
-        """The rows of each file of a split dictionary."""
-        return self.folder / "dictionary.safetensors.index.json"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.json"  # written last: a folder without it is incomplete
+        self.arrays = folder / "dictionary.safetensors"  # all arrays of an unsplit dictionary
+        self.index = folder / "dictionary.safetensors.index.json"  # the rows of each file of a split one
+        self.exemplars = folder / "exemplars.parquet"  # contexts of the points nearest to each sense; optional
+        self.tokenizer = folder / "tokenizer" / "tokenizer.json"  # the teacher's; optional
+        self.card = folder / "README.md"
 
     def shard(self, number: int, of: int) -> Path:
         """Return the file of a slice of the centroids, counted from 1; the first also holds the small arrays."""
         return self.folder / f"dictionary-{number:05d}-of-{of:05d}.safetensors"
 
-    @property
-    def exemplars(self) -> Path:
-        """Contexts of the points nearest to each sense; optional."""
-        return self.folder / "exemplars.parquet"
-
-    @property
-    def tokenizer(self) -> Path:
-        """The teacher's tokenizer; optional."""
-        return self.folder / "tokenizer" / "tokenizer.json"
-
-    @property
-    def card(self) -> Path:
-        """The model card."""
-        return self.folder / "README.md"
-
     def present(self) -> list[Path]:
         """Return the existing files, sorted by name."""
-        return sorted(
-            p for p in (self.config, self.exemplars, self.tokenizer, self.card, *self._arrays()) if p.is_file()
-        )
+        every = (self.config, self.exemplars, self.tokenizer, self.card, *self.array_files())
+        return sorted(path for path in every if path.is_file())
 
     def fingerprint(self) -> str:
         """Return the hexadecimal SHA-256 of config and arrays."""
-        files = sorted(p for p in (self.config, *self._arrays()) if p.is_file())
+        files = sorted(p for p in (self.config, *self.array_files()) if p.is_file())
         return hashlib.sha256(json.dumps([(p.name, sha256_of(p)) for p in files]).encode()).hexdigest()
 
     def inside(self, path: Path) -> Path:
         """Return the path of a file; raise DictionaryError unless it is a regular file within the folder."""
         return DICTIONARY.inside(path, self.folder)
 
-    def _arrays(self) -> set[Path]:
+    def array_files(self) -> set[Path]:
         """Return the possible files of arrays, split or not."""
         return {self.arrays, self.index, *self.folder.glob("dictionary-*-of-*.safetensors")}
 
@@ -161,33 +134,42 @@ def file_layout(files: DictionaryFiles, config: DictionaryConfig, borders: list[
 
     `borders` are the first row of each slice of the centroids, followed by S.
     """
-    senses, vocabulary = borders[-1], config.vocab_size
-    small: TensorSpecs = {
+    senses, vocabulary, slices = borders[-1], config.vocab_size, len(borders) - 1
+    tensors: TensorSpecs = {
         "offsets": ("I64", (vocabulary + 1,)),
         "counts": ("I64", (senses,)),
         "token_counts": ("I64", (vocabulary,)),
         "spread": ("F32", (senses,)),
     }
-    slices = len(borders) - 1
-    if slices == 1:
-        return [(files.arrays, small | _slice(config, senses, ""))]
-    return [
-        (files.shard(i, slices), (small if i == 1 else {}) | _slice(config, end - start, f".{i:05d}"))
-        for i, (start, end) in enumerate(pairwise(borders), 1)
-    ]
-
-
-def _slice(config: DictionaryConfig, senses: int, suffix: str) -> TensorSpecs:
-    """Return the tensors of a slice of the centroids; the scales come first, which keeps them aligned."""
-    scales: TensorSpecs = {f"scales{suffix}": ("F32", (senses,))} if config.dtype == "int8" else {}
-    return {**scales, f"centroids{suffix}": (_STORED[config.dtype], (senses, config.dim))}
-
-
-def centroid_tensor_name(i: int) -> str:
-    """Return the tensor name of a slice of the centroids, counted from 0."""
-    return f"centroids.{i + 1:05d}"
+    layout = []
+    for i, (start, end) in enumerate(pairwise(borders), 1):
+        suffix = f".{i:05d}" if slices > 1 else ""
+        if config.dtype == "int8":  # before the centroids, which keeps the scales aligned
+            tensors[f"scales{suffix}"] = ("F32", (end - start,))
+        tensors[f"centroids{suffix}"] = (STORED[config.dtype], (end - start, config.dim))
+        layout.append((files.shard(i, slices) if slices > 1 else files.arrays, tensors))
+        tensors = {}
+    return layout
 
 
 def weight_map(layout: list[tuple[Path, TensorSpecs]]) -> dict[str, str]:
     """Return the file name of each tensor."""
     return {name: path.name for path, tensors in layout for name in tensors}
+
+
+def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 values [M, D] and float32 scales [M] of floating-point rows [M, D] that are finite in float32.
+
+    The absolute error of each number is at most half a scale. The scale is the row's absolute maximum over 127, rounded up to
+    17 significant bits: value times scale is then exact in float32, and quantizing a dequantized row again changes nothing.
+    """
+    rows = rows.float()
+    largest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(len(rows))
+    scales = (largest / _LARGEST).clamp(min=_SMALLEST_SCALE)
+    scales = ((scales.view(torch.int32) + _DROPPED_BITS) & ~_DROPPED_BITS).view(torch.float32)
+    return (rows / scales[:, None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8), scales
+
+
+def dequantize(values: Tensor, scales: Tensor) -> Tensor:
+    """Return float32 rows [M, D] of int8 values [M, D] and float32 scales [M]."""
+    return values.float().mul_(scales[:, None])

@@ -1,6 +1,5 @@
 """Look-up of words in the vocabulary of a dictionary, with an untrusted tokenizer.json."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 
 from msense.errors import DictionaryError, is_panic
 from msense.io.untrusted import printable
+from msense.tokenizer import fingerprint as fingerprint_of
 
 _BYTES, _BYTES_A_TOKEN, _MAX_BYTES = 1 << 20, 512, 64 << 20  # of tokenizer.json; the longest known has 130 per token
 _MAX_BRACKETS = 1 << 21  # parsing takes about a hundred bytes per bracket
@@ -35,19 +35,14 @@ class TokenMatch(NamedTuple):
 class Match:
     """Result of looking up a word.
 
-    Attributes:
-        word: the requested word.
-        tokens: vocabulary entries for the word: plain, after a space, and with the other case of the first letter.
-        pieces: if there is none, the subword tokens of the word; empty for an unknown word.
-
     Example:
         >>> print(dictionary.lookup("bank").explain())
         'bank' is in the dictionary as 'bank' (id 2, 3 senses).
     """
 
-    word: str
-    tokens: list[TokenMatch]
-    pieces: list[str]
+    word: str  # as requested
+    tokens: list[TokenMatch]  # plain, after a space, and with the other case of the first letter
+    pieces: list[str]  # if there is none, the subword tokens of the word; empty for an unknown word
 
     @property
     def found(self) -> bool:
@@ -61,49 +56,32 @@ class Match:
             return f"{self.word!r} is in the dictionary as {listed}."
         if self.tokens:
             listed = ", ".join(f"{t.token!r} (id {t.token_id})" for t in self.tokens)
-            return (
-                f"{self.word!r} is in the vocabulary as {listed}, but has no senses: it does not occur in the corpus, "
-                "or is excluded as a special token."
-            )
+            reason = "it does not occur in the corpus, or is excluded as a special token"
+            return f"{self.word!r} is in the vocabulary as {listed}, but has no senses: {reason}."
         if self.pieces:
-            return (
-                f"{self.word!r} is not a single token: the tokenizer splits it into {len(self.pieces)} tokens "
-                f"({' '.join(self.pieces)}); look up one of these or another word."
-            )
+            split = f"the tokenizer splits it into {len(self.pieces)} tokens ({' '.join(self.pieces)})"
+            return f"{self.word!r} is not a single token: {split}; look up one of these or another word."
         return f"{self.word!r} is unknown to the tokenizer: look up another word or spelling."
 
 
-def read_vocabulary(path: Path, vocab_size: int, fingerprint: str) -> "Vocabulary":
-    """Load a tokenizer.json whose size is plausible for the size of the vocabulary.
-
-    Raises:
-        DictionaryError: the file is too large or not the tokenizer with this fingerprint.
-    """
-    limit = min(_BYTES + _BYTES_A_TOKEN * vocab_size, _MAX_BYTES)
-    if (size := path.stat().st_size) > limit:
-        raise DictionaryError(f"{path} has {size} bytes, but the limit for {vocab_size} tokens is {limit}: {_REMEDY}")
-    return Vocabulary(path.read_bytes(), fingerprint)
-
-
 class Vocabulary:
-    """The teacher's tokenizer, used to look up words.
+    """The teacher's tokenizer, without truncation and padding, used to look up words."""
 
-    Attributes:
-        tokenizer: without truncation and padding.
-    """
-
-    def __init__(self, tokenizer_json: bytes, fingerprint: str = "") -> None:
-        """Load the contents of tokenizer.json; an empty fingerprint is not checked.
+    def __init__(self, path: Path, vocab_size: int, fingerprint: str) -> None:
+        """Load a tokenizer.json whose size is plausible for the vocabulary; an empty fingerprint is not checked.
 
         Raises:
-            DictionaryError: the contents are invalid, or those of another tokenizer.
+            DictionaryError: the file is too large, invalid, or that of another tokenizer.
         """
+        limit = min(_BYTES + _BYTES_A_TOKEN * vocab_size, _MAX_BYTES)
+        if (size := path.stat().st_size) > limit:
+            most = f"the limit for {vocab_size} tokens is {limit}"
+            raise DictionaryError(f"{path} has {size} bytes, but {most}: {_REMEDY}")
+        tokenizer_json = path.read_bytes()
         brackets = tokenizer_json.count(b"[") + tokenizer_json.count(b"{")
         if brackets > _MAX_BRACKETS:
-            raise DictionaryError(
-                f"tokenizer.json is not a tokenizer: it has {brackets} brackets, over the limit of {_MAX_BRACKETS}; "
-                f"{_REMEDY}"
-            )
+            excess = f"it has {brackets} brackets, over the limit of {_MAX_BRACKETS}"
+            raise DictionaryError(f"tokenizer.json is not a tokenizer: {excess}; {_REMEDY}")
         with tokenizer_errors("is not a tokenizer"):
             definition = json.loads(tokenizer_json)
             model = definition["model"]
@@ -115,15 +93,10 @@ class Vocabulary:
             unknown = model.get("unk_id")
             name = model.get("unk_token") if unknown is None else model["vocab"][unknown][0]
             self._unknown = self.tokenizer.token_to_id(name) if isinstance(name, str) else None
-        if fingerprint and _fingerprint(definition) != fingerprint:
-            # The same tokenizer may be serialized differently by another version of the library.
-            from msense.tokenizer import fingerprint as of_tokenizer
-
-            if (actual := of_tokenizer(self.tokenizer)) != fingerprint:
-                raise DictionaryError(
-                    f"tokenizer.json is not the dictionary's tokenizer: its fingerprint is {actual}, not "
-                    f"{fingerprint!r} as in config.json; {_REMEDY}"
-                )
+        # another version of the library may serialize the same tokenizer differently
+        if fingerprint and fingerprint_of(definition) != fingerprint != (own := fingerprint_of(self.tokenizer)):
+            difference = f"its fingerprint is {own}, not {fingerprint!r} as in config.json"
+            raise DictionaryError(f"tokenizer.json is not the dictionary's tokenizer: {difference}; {_REMEDY}")
 
     def lookup(self, word: str, sizes: np.ndarray) -> Match:
         """Return the vocabulary entries for a word in any case; `sizes` int64 [V] are the numbers of senses.
@@ -175,12 +148,6 @@ def tokenizer_errors(what: str) -> Iterator[None]:
         raise DictionaryError(f"tokenizer.json {what} ({reason}): {_REMEDY}") from error
 
 
-def _fingerprint(definition: dict[str, Any]) -> str:
-    """Return the same fingerprint as `msense.tokenizer.fingerprint`, from the parsed tokenizer.json."""
-    bare = {**definition, "truncation": None, "padding": None}
-    return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
-
-
 def _check_steps(definition: dict[str, Any]) -> None:
     """Raise DictionaryError if processing could expand a short text to gigabytes or match many patterns."""
     added = definition.get("added_tokens")
@@ -197,10 +164,8 @@ def _check_steps(definition: dict[str, Any]) -> None:
             searches += isinstance(pattern, dict) and "String" not in pattern
             growth *= _growth(step, pattern)
     if growth * letters > _MAX_LETTERS or searches > _MAX_SEARCHES:
-        raise DictionaryError(
-            f"tokenizer.json may make texts {growth:.3g} times longer and matches {searches} patterns, more than any "
-            f"known tokenizer: {_REMEDY}"
-        )
+        excess = f"may make texts {growth:.3g} times longer and matches {searches} patterns"
+        raise DictionaryError(f"tokenizer.json {excess}, more than any known tokenizer: {_REMEDY}")
 
 
 def _growth(step: dict[str, Any], pattern: object) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from msense.clustering.allocation import Curves, allocate
 from msense.clustering.budget import SenseBudget
 from msense.clustering.kmeans import CURVE_POINTS, GRID, KMeansConfig, cluster_tokens, variance_curves
 from msense.clustering.mcl import MCL_POINTS, MclConfig, mcl_senses
+from msense.clustering.nearest import sample
 from msense.constants import MAX_DIM, MAX_VOCABULARY
 from msense.dictionary.checks import check_arrays
 from msense.dictionary.layout import DTYPES, Arrays, DictionaryConfig, TeacherName
@@ -27,12 +28,12 @@ def cluster_in_memory(
     ids: np.ndarray,
     points: Tensor,
     settings: KMeansConfig,
-    rule: SenseBudget | MclConfig | None = None,
-    vocab_size: int | None = None,
-    max_occurrences: int = 0,
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    rule: SenseBudget | MclConfig | None,
+    vocab_size: int | None,
+    max_occurrences: int,
+    dtype: str,
 ) -> Content:
-    """Return the dictionary of embeddings `points` [N, D] clustered by token id [N]; arguments are those of `fit`.
+    """Return the dictionary of embeddings `points` [N, D] clustered by token id [N]; see `from_embeddings`.
 
     Raises:
         InputError: a token id is outside the vocabulary, or a size exceeds the limits of a dictionary.
@@ -43,12 +44,11 @@ def cluster_in_memory(
     if low < 0 or high >= size:
         raise InputError(f"token ids range from {low} to {high}, but those of the vocabulary from 0 to {size - 1}")
     if not 0 < size <= MAX_VOCABULARY or not 0 < points.shape[1] <= MAX_DIM:
-        raise InputError(
-            f"a vocabulary of {size} tokens with embeddings of width {points.shape[1]} exceeds the limits of a "
-            f"dictionary, 1 to {MAX_VOCABULARY} tokens of width 1 to {MAX_DIM}: number tokens from 0, and pass "
-            "embeddings [N, D]"
-        )
-    rows = _sample(ids, max_occurrences, settings.seed)
+        limits = f"1 to {MAX_VOCABULARY} tokens of width 1 to {MAX_DIM}"
+        given = f"a vocabulary of {size} tokens with embeddings of width {points.shape[1]}"
+        raise InputError(f"{given} exceeds the limits of a dictionary, {limits}: number the tokens from 0")
+    keys = np.random.default_rng(settings.seed).random(len(ids)) if max_occurrences else np.zeros(len(ids))
+    rows, _ = sample(keys, ids, max_occurrences)
     tokens, sizes = np.unique(ids[rows], return_counts=True)
     own = points[torch.from_numpy(rows)]
     own = own.float() if own.dtype == torch.float64 else own
@@ -56,9 +56,8 @@ def cluster_in_memory(
     known = Curves(sizes, counts[tokens], np.empty(0))
     senses = None if rule is None else _senses(own, known, tokens, settings, rule, DTYPES[dtype].itemsize)
     clusters = cluster_tokens(own, sizes, tokens, settings, senses=senses, threads=torch.get_num_threads())
-    starts = np.zeros(size + 1, np.int64)
-    starts[tokens + 1] = clusters.sizes
-    arrays = Arrays(np.cumsum(starts), clusters.counts, clusters.rms_distance, counts)
+    offsets = np.cumsum(np.bincount(tokens + 1, clusters.sizes, size + 1)).astype(np.int64)
+    arrays = Arrays(offsets, clusters.counts, clusters.rms_distance, counts)
     config = DictionaryConfig(
         teacher=TeacherName(name="in memory"),
         tokenizer_fingerprint="",
@@ -68,7 +67,7 @@ def cluster_in_memory(
         senses=settings.k if rule is None else "mcl" if isinstance(rule, MclConfig) else "auto",
         dtype=dtype,
         metric=settings.metric,
-        temperature_unit=_mean_squared_spread(arrays),
+        temperature_unit=_mean_square(arrays),
         max_occurrences=max_occurrences,
         seed=settings.seed,
     )
@@ -122,12 +121,12 @@ def merge_contents(contents: Sequence[Content]) -> Content:
         rows = torch.from_numpy(place).split([len(part) for part in parts])
         for part, own in zip(parts, rows, strict=True):
             centroids[own] = part.cpu()
-    update = {"temperature_unit": _mean_squared_spread(united), "quality": {}}
+    update = {"temperature_unit": _mean_square(united), "quality": {}}
     return first.model_copy(update=update), united, (centroids,)
 
 
 def merge_exemplars(tables: "Sequence[tuple[pa.Table, np.ndarray]]") -> "pa.Table":
-    """Return the exemplars of several dictionaries, given with their offsets, with senses numbered as by `unite`."""
+    """Return the exemplars of several dictionaries, given with their offsets, with senses numbered as by `merge_contents`."""
     import pyarrow as pa
 
     earlier = np.zeros(len(tables[0][1]) - 1, np.int64)
@@ -140,19 +139,9 @@ def merge_exemplars(tables: "Sequence[tuple[pa.Table, np.ndarray]]") -> "pa.Tabl
     return pa.concat_tables(moved).sort_by([(name, "ascending") for name in ("token", "sense", "rank")])
 
 
-def _mean_squared_spread(arrays: Arrays) -> float:
+def _mean_square(arrays: Arrays) -> float:
     """Return the squared RMS distance of the senses, weighted by their counts: the unit of temperatures."""
     return float(arrays.counts @ arrays.rms_distance.astype(np.float64) ** 2 / max(1, arrays.counts.sum()))
-
-
-def _sample(ids: np.ndarray, cap: int, seed: int) -> np.ndarray:
-    """Return the rows to cluster, sorted by token and row; at most `cap` per token, 0 = all."""
-    if not cap:
-        return np.argsort(ids, kind="stable")
-    order = np.lexsort((np.random.default_rng(seed).random(len(ids)), ids))
-    rank = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
-    chosen = np.sort(order[rank < cap])
-    return chosen[np.argsort(ids[chosen], kind="stable")]
 
 
 def _check_compatible(a: DictionaryConfig, b: DictionaryConfig) -> None:

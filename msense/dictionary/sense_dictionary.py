@@ -1,7 +1,7 @@
 """The sense dictionary: centroids of the contextual embeddings of every token in a vocabulary.
 
-A loaded dictionary memory-maps its centroids and holds the small arrays (20 bytes per sense, 16 per token); `fit` and
-`merge` hold everything in memory.
+A loaded dictionary memory-maps its centroids and holds the small arrays (20 bytes per sense, 16 per token);
+`from_embeddings` and `merge` hold everything in memory.
 """
 
 import os
@@ -19,14 +19,13 @@ from msense.clustering.kmeans import KMeansConfig
 from msense.clustering.mcl import MclConfig
 from msense.constants import Metric
 from msense.dictionary import assignment
-from msense.dictionary.arguments import as_integer, output_tensor, validate_inputs
 from msense.dictionary.assignment import RaggedSenses
+from msense.dictionary.checks import output_tensor, validate_inputs
 from msense.dictionary.contexts import Exemplar, exemplar_schema, read_exemplars
-from msense.dictionary.format import write_dictionary
+from msense.dictionary.format import open_dictionary, write_dictionary
 from msense.dictionary.layout import Arrays, DictionaryConfig, DictionaryFiles, Stored
-from msense.dictionary.lookup import Match, Vocabulary, read_vocabulary
+from msense.dictionary.lookup import Match, Vocabulary
 from msense.dictionary.making import cluster_in_memory, merge_contents, merge_exemplars
-from msense.dictionary.reader import open_dictionary
 from msense.errors import DictionaryError, InputError
 from msense.io.atomic import atomic_path, copy_file
 
@@ -47,10 +46,12 @@ class Senses(NamedTuple):
 
 
 class SenseDictionary:
-    """The senses of a teacher's vocabulary, created by `load`, `fit` or `merge`; its length is their number S.
+    """The senses of a teacher's vocabulary, created by `load`, `from_embeddings` or `merge`; its length is their number S.
 
     Attributes:
         config: settings and provenance.
+        dim: width D of embeddings and senses.
+        vocab_size: number V of tokens, with and without senses.
         ragged: the senses in the form required by `msense.dictionary.assignment`.
         offsets: int64 [V+1]; senses offsets[t] to offsets[t + 1] belong to token t.
         counts: int64 [S], points clustered into each sense.
@@ -78,6 +79,7 @@ class SenseDictionary:
         `files` is the folder of the tokenizer and, unless given as a table, of the exemplars.
         """
         self.config = config
+        self.dim, self.vocab_size = config.dim, config.vocab_size
         self._arrays = arrays
         self.offsets, self.counts, self.rms_distance, self.token_counts = arrays
         self.ragged = RaggedSenses(self.offsets, centroids, scales)
@@ -91,16 +93,6 @@ class SenseDictionary:
         c = self.config
         of = f"{c.vocab_size:,} tokens, dim {c.dim}, {c.dtype}, {c.metric}, teacher {c.teacher.name!r}"
         return f"SenseDictionary({len(self):,} senses of {of})"
-
-    @property
-    def dim(self) -> int:
-        """Width D of embeddings and senses."""
-        return self.config.dim
-
-    @property
-    def vocab_size(self) -> int:
-        """Number V of tokens, with and without senses."""
-        return self.config.vocab_size
 
     @property
     def centroids(self) -> Tensor:
@@ -206,7 +198,7 @@ class SenseDictionary:
         Raises:
             InputError: a shape or dtype is invalid, or an embedding is NaN or infinite.
         """
-        ids, points = self._checked(token_ids, embeddings)
+        ids, points = validate_inputs(token_ids, embeddings, self.dim)
         nearest = assignment.assign(ids, points, self.ragged, metric or self.config.metric)
         return nearest if isinstance(embeddings, Tensor) else nearest.numpy()
 
@@ -233,7 +225,7 @@ class SenseDictionary:
         Raises:
             InputError: a shape, a dtype or the temperature is invalid, or an embedding is NaN or infinite.
         """
-        ids, points = self._checked(token_ids, embeddings)
+        ids, points = validate_inputs(token_ids, embeddings, self.dim)
         scale = None if temperature is None else self._scale(temperature)
         target = None if out is None else output_tensor(out, embeddings)
         replaced = assignment.replace(ids, points, self.ragged, metric or self.config.metric, scale or None, target)
@@ -243,7 +235,7 @@ class SenseDictionary:
         self, token_ids: Tensor, embeddings: Tensor, top: int, temperature: float, *, metric: Metric | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the `top` nearest senses of each embedding and their weights, as `assignment.top_k`."""
-        ids, points = self._checked(token_ids, embeddings)
+        ids, points = validate_inputs(token_ids, embeddings, self.dim)
         scale = max(self._scale(temperature), _SMALLEST)
         return assignment.top_k(ids, points, self.ragged, metric or self.config.metric, scale, top)
 
@@ -251,7 +243,7 @@ class SenseDictionary:
         """Return the divisor of scores; 0 selects the nearest sense, also where each sense is a single point."""
         if not 0 < temperature < float("inf"):
             raise InputError(
-                f"temperature is {temperature}, but must be finite and above 0, or None for the nearest sense"
+                f"temperature is {temperature}, but must be finite and positive, or None for the nearest sense"
             )
         scale = temperature * self.config.temperature_unit
         return min(scale, _LARGEST) if scale > _SMALLEST else 0.0  # beyond float32 the weights would be NaN
@@ -294,8 +286,10 @@ class SenseDictionary:
             MsenseError: an embedding is NaN or infinite.
         """
         ids, points = validate_inputs(token_ids, embeddings)
-        rule = k if isinstance(k, SenseBudget | MclConfig) else None
-        settings = KMeansConfig(k=1 if rule else as_integer(k), metric=metric, seed=seed)
+        if not isinstance(k, int | np.integer | SenseBudget | MclConfig):
+            raise InputError(f"k is {k!r}, but must be an integer, a SenseBudget or an MclConfig")
+        settings = KMeansConfig(k=int(k) if isinstance(k, int | np.integer) else 1, metric=metric, seed=seed)
+        rule = None if isinstance(k, int | np.integer) else k
         return cls(*cluster_in_memory(ids, points, settings, rule, vocab_size, max_occurrences, dtype))
 
     fit = from_embeddings  # former name
@@ -324,7 +318,7 @@ class SenseDictionary:
         path = self.tokenizer_file
         if path is None:
             raise InputError("this dictionary has no tokenizer to look up words: use senses(token) with a token id")
-        return read_vocabulary(path, self.vocab_size, self.config.tokenizer_fingerprint)
+        return Vocabulary(path, self.vocab_size, self.config.tokenizer_fingerprint)
 
     def _optional(self, name: str) -> Path | None:
         """Return the validated path of an optional file, or None if absent."""
@@ -339,15 +333,6 @@ class SenseDictionary:
             files = self._files if known and self._optional("exemplars") else None
             return read_exemplars(files, self.offsets, token) if files else exemplar_schema().empty_table()
         return self._exemplars if token is None else self._exemplars.filter(pc.equal(self._exemplars["token"], token))
-
-    def _checked(self, token_ids: np.ndarray | Tensor, embeddings: np.ndarray | Tensor) -> tuple[np.ndarray, Tensor]:
-        """Return token ids as NumPy and embeddings as torch after validating shapes, dtypes and width."""
-        ids, points = validate_inputs(token_ids, embeddings)
-        if points.shape[1] != self.dim:
-            raise InputError(
-                f"embeddings have width {points.shape[1]}, but the dictionary {self.dim}: use the same teacher"
-            )
-        return ids, points
 
 
 def _chunks(senses: RaggedSenses) -> Iterator[Tensor]:

@@ -27,9 +27,9 @@ from msense.teacher.spec import TeacherOptions, load_teacher_info
 PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
 
 
-def digest(told: Any) -> str:
+def digest(values: Any) -> str:
     """Return a hash of JSON values, 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @cache

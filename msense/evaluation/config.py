@@ -1,19 +1,20 @@
-"""Settings of an evaluation: one frozen, validated model for command line and YAML."""
+"""Settings of an evaluation, validated alike from the command line and YAML."""
 
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
 from msense.config.base import JobConfig
-from msense.constants import MANY
+from msense.constants import MAX_INT32
 from msense.corpus.labelled import Columns
 from msense.evaluation.spec import MODELS, TASKS, Spec, TaskSpec, check_names, parse_model, parse_task
 from msense.evaluation.tasks.mteb import PAPER_TASKS
 
 ALL_OF_PAPER = "mteb:paper"
+Shots = Annotated[str, Field(pattern="^(full|[1-9][0-9]{0,8})$", coerce_numbers_to_str=True)]
 
 
 def _listed(known: dict[str, str]) -> str:
@@ -30,17 +31,20 @@ class EvaluateConfig(JobConfig):
     """
 
     model: tuple[str, ...] = Field(
+        min_length=1,
         description=f"models to compare; the first is the baseline. {_listed(MODELS)}. LABEL=MODEL sets its name in tables",
     )
-    task: tuple[str, ...] = Field(description=f"tasks. {_listed(TASKS)}")
+    task: tuple[str, ...] = Field(min_length=1, description=f"tasks. {_listed(TASKS)}")
     teacher: str | None = Field(
         None,
         description="teacher, by name or folder; default: that of the first dictionary or student, or the demo's",
     )
     revision: str | None = Field(None, description="branch, tag or commit of the teacher on the Hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="teacher's dtype")
-    shots: tuple[str, ...] = Field(
-        ("8",), description="training texts per class for classification: numbers, or `full` for all texts in one draw"
+    shots: tuple[Shots, ...] = Field(
+        ("8",),
+        min_length=1,
+        description="training texts per class for classification: numbers, or `full` for all texts in one draw",
     )
     draws: int = Field(10, ge=2, le=1000, description="random draws of the training texts")
     text_column: str = Field("text", description="column of the text")
@@ -54,9 +58,8 @@ class EvaluateConfig(JobConfig):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of draws and bootstrap")
     workers: int | None = Field(
-        None, ge=1, le=MANY, description="models evaluated concurrently; default: one per GPU or CPU"
+        None, ge=1, le=MAX_INT32, description="models evaluated concurrently; default: one per GPU or CPU"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum log level")
     output: str = Field(
         "runs/evaluation.json",
         description="results file; FILE.md and plots (FILE-*.png) are written next to it. Existing results of the same models "
@@ -65,32 +68,15 @@ class EvaluateConfig(JobConfig):
 
     @field_validator("model", "task", "shots", mode="before")
     @classmethod
-    def _as_list(cls, value: object, info: ValidationInfo) -> object:
-        if info.field_name == "shots" and isinstance(value, list | tuple):
-            return [str(word) for word in value]
-        return (str(value),) if isinstance(value, str | int) else value
-
-    @field_validator("shots")
-    @classmethod
-    def _known_shots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for word in value:
-            if word != "full" and not (word.isascii() and word.isdecimal() and 0 < int(word) < MANY):
-                raise ValueError(f"{word!r} is neither a positive number of texts nor `full`")
-        return value
-
-    @field_validator("model", "task", "shots")
-    @classmethod
-    def _not_empty(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if not value:
-            raise ValueError(f"is empty: give at least one --{info.field_name}")
-        return value
+    def _as_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, str | int) else value
 
     @field_validator("output")
     @classmethod
-    def _usable_folder(cls, value: str) -> str:  # overrides the check of other jobs, whose output is a folder
+    def _check_output(cls, value: str) -> str:  # overrides the check of other jobs, whose output is a folder
         if not value.endswith(".json") or Path(value).is_dir():
             raise ValueError("must be a file name ending in .json")
-        JobConfig._usable_folder(value.rpartition("/")[0] or ".")
+        JobConfig._check_output(value.rpartition("/")[0] or ".")
         return value
 
     @property

@@ -20,7 +20,7 @@ import numpy as np
 
 from msense.dictionary import SenseDictionary
 from msense.errors import MsenseError
-from msense.evaluation.models import Model, open_model
+from msense.evaluation.models import open_model
 from msense.evaluation.spec import Spec
 from msense.runtime.executor import peak_memory
 from msense.text import plain
@@ -61,7 +61,7 @@ def measure(specs: Sequence[Spec], texts: Sequence[str], device: str, threads: i
 
     Args:
         specs: models; speed-ups are relative to the first.
-        texts: at least some hundreds, or start-up dominates; only the first `MOST_TEXTS` are used.
+        texts: at least some hundreds, or start-up dominates; only the first `MAX_TEXTS` are used.
         device: cuda or cpu.
         threads: threads of every model.
     """
@@ -70,29 +70,23 @@ def measure(specs: Sequence[Spec], texts: Sequence[str], device: str, threads: i
     peaks = {spec.name: _peak(spec, texts, device, threads) for spec in own}
     with ExitStack() as stack:
         models = {spec.name: stack.enter_context(open_model(spec, device, threads)) for spec in specs}
-        return _costs(models, peaks, texts)
-
-
-def _costs(models: dict[str, Model], peaks: dict[str, int], texts: Sequence[str]) -> dict[str, Cost]:
-    seconds = _time_in_turn(models, texts)
-    first = seconds[next(iter(models))]
-    costs = {}
-    for name, model in models.items():
-        median = float(np.median(seconds[name]))
-        tokens = getattr(model, "tokens", None)
-        costs[name] = Cost(
-            parameters=model.parameters(),
-            disk_bytes=sum(path.stat().st_size for path in model.files()),
-            texts_per_s=len(texts) / median,
-            tokens_per_s=None if tokens is None else tokens(texts) / median,
-            peak_memory=peaks[name] if name in peaks else int(getattr(model, "peak_memory", 0)),
-            speedup=float(np.median(first / seconds[name])),
-            **_of_dictionary(getattr(model, "dictionary", None)),
-        )
+        seconds = _time_interleaved(models, texts)
+        first, costs = seconds[specs[0].name], {}
+        for name, model in models.items():
+            median = float(np.median(seconds[name]))
+            costs[name] = Cost(
+                parameters=model.parameters(),
+                disk_bytes=sum(path.stat().st_size for path in model.files()),
+                texts_per_s=len(texts) / median,
+                tokens_per_s=model.tokens(texts) / median if hasattr(model, "tokens") else None,
+                peak_memory=peaks.get(name) or model.peak_memory,
+                speedup=float(np.median(first / seconds[name])),
+                **_of_dictionary(getattr(model, "dictionary", None)),
+            )
     return costs
 
 
-def _time_in_turn(models: dict[str, Model], texts: Sequence[str]) -> dict[str, np.ndarray]:
+def _time_interleaved(models: dict[str, Any], texts: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the seconds of each model, float64 [rounds]; models alternate within a round."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
@@ -104,7 +98,7 @@ def _time_in_turn(models: dict[str, Model], texts: Sequence[str]) -> dict[str, n
             start = time.perf_counter()
             model.encode(texts)
             own = time.perf_counter() - start
-            seconds[name].append(getattr(model, "seconds", None) or own)
+            seconds[name].append(getattr(model, "seconds", own))
         if time.perf_counter() - began > MAX_SECONDS:
             break
     return {name: np.array(values) for name, values in seconds.items()}
@@ -144,13 +138,8 @@ def _peak(spec: Spec, texts: Sequence[str], device: str, threads: int) -> int:
     return int(words[-1])
 
 
-def _load_and_encode() -> None:
-    """Run the request on standard input and write this process's peak memory to standard output."""
+if __name__ == "__main__":  # run a request of `_peak`
     request = json.load(sys.stdin)
     with open_model(Spec(**request["spec"]), request["device"], request["threads"]) as model:
         model.encode(request["texts"])
     sys.stdout.write(f"\n{peak_memory()}\n")
-
-
-if __name__ == "__main__":
-    _load_and_encode()

@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from msense.corpus.labelled import Columns, read_labelled
 from msense.errors import MsenseError
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.models import Model, TeacherModel, TokenModel, open_model
+from msense.evaluation.models import TeacherModel, open_model
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec, TaskSpec
 from msense.evaluation.tasks import classification, classifier, coarsewsd, mteb, tokens, wordsim
 from msense.evaluation.tasks.classification import Protocol
 from msense.runtime.resources import Resources
 
-READ_TOKENS = ("teacher", "replaced", "student", "truncated")  # model kinds with token embeddings
+WITH_TOKENS = ("teacher", "replaced", "student", "truncated")  # model kinds with token embeddings
 OF_TOKENS = ("classifier", "coarsewsd", "tokens")  # task kinds that need them
 DRAWN = ("classification", "mteb")
 DESCRIPTIONS = {
@@ -50,14 +50,14 @@ class EvaluationJob:
     threads: int
 
     @property
-    def place(self) -> str:
+    def key(self) -> str:
         """Key of its result: table and model."""
         return f"{self.title} | {self.spec.name}"
 
     @property
-    def fits(self) -> bool:
+    def is_possible(self) -> bool:
         """Whether the model provides the embeddings that the task needs."""
-        return self.spec.kind in READ_TOKENS or self.task.kind not in OF_TOKENS
+        return self.spec.kind in WITH_TOKENS or self.task.kind not in OF_TOKENS
 
     @property
     def is_against_teacher(self) -> bool:
@@ -71,7 +71,7 @@ class EvaluationJob:
         return {"kind": self.task.kind, "name": self.task.name, "columns": list(self.columns), **drawn}
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         """One-line description of the measurement."""
         shots = f"{self.protocol.shots} training texts per class" if self.protocol.shots else "all training texts"
         draws = f"{self.protocol.draws} draws" if self.protocol.shots else "one draw"
@@ -82,57 +82,56 @@ def make_jobs(
     config: EvaluateConfig, specs: Sequence[Spec], tasks: Sequence[TaskSpec], resources: Resources
 ) -> list[EvaluationJob]:
     """Return all combinations of models and tasks; classification once per number of shots."""
-    works = []
+    jobs = []
     concurrent = resources.actors if resources.device == "cuda" else resources.tasks
     threads = max(1, config.cores // concurrent)
     for task in tasks:
-        for shot in config.shots if task.kind in DRAWN else ("",):
-            protocol = Protocol(int(shot) if shot.isdecimal() else 0, config.draws, config.seed)
-            title = task.title + (f", {shot} shots" if shot.isdecimal() else f", {shot}" if shot else "")
-            works += [
-                EvaluationJob(spec, task, title, protocol, config.columns, resources.device, threads) for spec in specs
-            ]
-    return works
+        for shots in config.shots if task.kind in DRAWN else ("",):
+            protocol = Protocol(int(shots) if shots.isdecimal() else 0, config.draws, config.seed)
+            title = task.title + (f", {shots} shots" if shots.isdecimal() else f", {shots}" if shots else "")
+            common = (task, title, protocol, config.columns, resources.device, threads)
+            jobs += [EvaluationJob(spec, *common) for spec in specs]
+    return jobs
 
 
-def measure(number: int, works: Sequence[EvaluationJob]) -> dict[str, Any]:
+def measure(number: int, jobs: Sequence[EvaluationJob]) -> dict[str, Any]:
     """Evaluate one model on one task; runs on a worker and returns title, model and result as JSON values."""
-    work = works[number]
+    job = jobs[number]
     try:
-        with open_model(work.spec, work.device, work.threads) as model:
-            result = _result(work, model)
+        with open_model(job.spec, job.device, job.threads) as model:
+            result = _measure(job, model)
     except MsenseError as error:
-        raise type(error)(f"{work.spec.name} on {work.title}: {error}") from error
-    return {"title": work.title, "model": work.spec.name, "result": result.to_json()}
+        raise type(error)(f"{job.spec.name} on {job.title}: {error}") from error
+    return {"title": job.title, "model": job.spec.name, "result": result.to_json()}
 
 
-def _result(work: EvaluationJob, model: Model) -> Result:
-    task, source = work.task, work.task.source
-    if task.kind == "classification":
-        return classification.measure(model, source, work.columns, work.protocol)
-    if task.kind == "mteb":
-        return mteb.measure(model, task.name, source, work.columns, *work.protocol)
-    if task.kind == "wordsim":
+def _measure(job: EvaluationJob, model: Any) -> Result:
+    """Return the result of a loaded model; `is_possible` guarantees that it has token embeddings where needed."""
+    name, kind, source = job.task.name, job.task.kind, job.task.source
+    if kind == "classification":
+        return classification.measure(model, source, job.columns, job.protocol)
+    if kind == "mteb":
+        return mteb.measure(model, name, source, job.columns, job.protocol)
+    if kind == "wordsim":
         return wordsim.measure(model, source)
-    reader = cast(TokenModel, model)  # guaranteed by `fits`
-    if task.kind == "classifier":
-        return classifier.measure(reader, source, task.name, work.spec, work.columns)
-    if task.kind == "coarsewsd":
-        return coarsewsd.measure(reader, source)
-    spec = replace(work.spec, kind="teacher", replace=None)
-    teacher = TeacherModel(spec, work.device, work.threads, like=reader.dictionary)
-    return tokens.measure(reader, teacher, source, work.columns.texts[0])
-
-
-def load_texts(work: EvaluationJob) -> list[str]:
-    """Return the texts of a task, on which speed is measured."""
-    kind, source = work.task.kind, work.task.source
     if kind == "classifier":
-        return classifier.texts(source, work.task.name, work.spec, work.columns)
+        return classifier.measure(model, source, name, job.spec, job.columns)
+    if kind == "coarsewsd":
+        return coarsewsd.measure(model, source)
+    spec = replace(job.spec, kind="teacher", replace=None)
+    teacher = TeacherModel(spec, job.device, job.threads, like=model.dictionary)
+    return tokens.measure(model, teacher, source, job.columns.texts[0])
+
+
+def load_texts(job: EvaluationJob) -> list[str]:
+    """Return the texts of a task, on which speed is measured."""
+    kind, source = job.task.kind, job.task.source
+    if kind == "classifier":
+        return classifier.texts(source, job.task.name, job.spec, job.columns)
     if kind in ("classification", "mteb"):
-        return read_labelled(source, "test", work.columns).first
+        return read_labelled(source, "test", job.columns).first
     if kind == "wordsim":
         return [word for pairs in wordsim.read_sets(source).values() for pair in pairs for word in pair[:2]]
     if kind == "coarsewsd":
         return [t for word in coarsewsd.words(source) for t in coarsewsd.read_contexts(source, word, "test").texts]
-    return tokens.read_texts(source, work.columns.texts[0])
+    return tokens.read_texts(source, job.columns.texts[0])

@@ -6,7 +6,6 @@ This file is also the program that runs there, so it imports msense only inside 
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,14 +17,17 @@ from typing import Any, NoReturn
 import numpy as np
 
 
-class Peer:
+class Model2Vec:
     """A process that distils model2vec and encodes texts.
 
     Attributes:
-        parameters: weights of the model.
-        files: files of the model.
         seconds: duration of the last encoding by the process's own clock, without transfers.
         peak_memory: peak memory of the process while encoding, in bytes, distillation excluded.
+
+    Example:
+        >>> model = Model2Vec("m2v/bin/python", body_folder("all-MiniLM-L6-v2", None), threads=1)  # doctest: +SKIP
+        >>> model.encode(["a text"]).shape  # doctest: +SKIP
+        (1, 256)
     """
 
     def __init__(self, python: str | None, teacher: Path, threads: int) -> None:
@@ -45,15 +47,42 @@ class Peer:
         self._folder = tempfile.TemporaryDirectory(prefix="msense-")
         self._log = Path(self._folder.name, "log.txt")  # stderr of the last process
         self._python, self._threads = python or sys.executable, threads
-        process = self._start("distil", str(teacher))
-        process.communicate()
-        if process.returncode:
-            self._fail(process)
+        self._process = self._start("distil", str(teacher))
+        self._process.communicate()
+        if self._process.returncode:
+            self._fail()
         self._process = self._start("serve")
-        info = self._answer()
-        self.parameters = int(info["parameters"])
-        self.files = [Path(name) for name in info["files"]]
+        self._info = self._answer()
         self.seconds, self.peak_memory = 0.0, 0
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Return sentence vectors, float32 [n, D]; MsenseError if the process exited."""
+        folder = Path(self._folder.name)
+        (folder / "texts.json").write_text(json.dumps(list(texts)), encoding="utf-8")
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("encode\n")
+            self._process.stdin.flush()
+        except OSError:
+            self._fail()
+        answer = self._answer()
+        self.seconds, self.peak_memory = float(answer["seconds"]), int(answer["peak_memory"])
+        return np.asarray(np.load(folder / "vectors.npy", allow_pickle=False), np.float32)
+
+    def parameters(self) -> int:
+        """Return the number of weights."""
+        return int(self._info["parameters"])
+
+    def files(self) -> list[Path]:
+        """Return the files of the model."""
+        return [Path(name) for name in self._info["files"]]
+
+    def close(self) -> None:
+        """End the process and remove its files."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait()
+        self._folder.cleanup()
 
     def _start(self, *words: str) -> "subprocess.Popen[str]":
         from msense.errors import InputError
@@ -75,44 +104,19 @@ class Peer:
                 f"cannot run --model2vec-python {self._python} ({error}): give the path of a Python executable"
             ) from error
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return sentence vectors, float32 [n, D].
-
-        Raises:
-            MsenseError: the process exited.
-        """
-        folder = Path(self._folder.name)
-        (folder / "texts.json").write_text(json.dumps(list(texts)), encoding="utf-8")
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write("encode\n")
-            self._process.stdin.flush()
-        except OSError:
-            self._fail(self._process)
-        info = self._answer()
-        self.seconds, self.peak_memory = float(info["seconds"]), int(info["peak_memory"])
-        return np.asarray(np.load(folder / "vectors.npy", allow_pickle=False), np.float32)
-
-    def close(self) -> None:
-        """End the process and remove its files."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._process.wait()
-        self._folder.cleanup()
-
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._fail(self._process)
+            self._fail()
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _fail(self, process: "subprocess.Popen[str]") -> NoReturn:
+    def _fail(self) -> NoReturn:
         from msense.errors import MsenseError
         from msense.text import plain
 
-        code = process.wait()
+        code = self._process.wait()
         message = (self._log.read_text("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
         raise MsenseError(
             f"model2vec exited with code {code} in {self._python} ({plain(message)}): check that this Python has "
@@ -141,8 +145,8 @@ def _serve(folder: Path) -> None:
 def _peak() -> int:
     """Return the peak memory of this process in bytes; `getrusage` would include the parent's before the fork."""
     status = Path("/proc/self/status")
-    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(match[1]) * 1024 if match else 0
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _distil(folder: Path, teacher: str) -> None:
@@ -153,6 +157,7 @@ def _distil(folder: Path, teacher: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.path = [path for path in sys.path if path != str(Path(__file__).parent)]  # this file would shadow the package
     if sys.argv[2] == "serve":
         _serve(Path(sys.argv[1]))
     else:

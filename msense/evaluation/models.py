@@ -4,6 +4,7 @@ Every model returns sentence vectors; teachers and students also return token em
 embeddings of one slab of texts.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,18 +15,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from tokenizers import Encoding
+from torch import Tensor
 
 from msense.dictionary import SenseDictionary
 from msense.errors import InputError
-from msense.evaluation import model2vec
+from msense.evaluation.model2vec import Model2Vec
 from msense.evaluation.spec import Spec
 from msense.io import storage
 from msense.student import load_student
-from msense.student.config import StudentFiles
+from msense.student.config import StudentFiles, dictionary_mismatch
 from msense.student.encoder import SenseEncoder
 from msense.student.hub import student_folder
-from msense.student.tokenizer import StudentTokenizer, pad_ids
-from msense.teacher.batching import TOKEN_BUDGET, pad_batch, token_batches
+from msense.student.tokenizer import StudentTokenizer
+from msense.teacher.batching import TOKEN_BUDGET, Batch, iter_batches
 from msense.teacher.body import resolve_dtype
 from msense.teacher.files import body_folder, loading
 from msense.teacher.model import Teacher
@@ -42,7 +44,7 @@ class TokenEmbeddings:
     Attributes:
         ids: int64 [N].
         offsets: int64 [P + 1], first token of each text.
-        spans: int64 [N, 2], character span of each token in its text; (0, 0) for special tokens.
+        spans: int64 [N, 2], character span of each token in its text; (0, 0) for special tokens and those of a prompt.
         hidden: float32 [N, D], pooled into the sentence vector: replaced by senses if the model replaces.
         senses: float32 [N, D], compared with the senses of each token: never replaced. May be the same array.
     """
@@ -52,6 +54,11 @@ class TokenEmbeddings:
     spans: np.ndarray
     hidden: np.ndarray
     senses: np.ndarray
+
+    @property
+    def texts(self) -> np.ndarray:
+        """Index of each token's text, int64 [N]."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
 
 class Model(Protocol):
@@ -67,6 +74,18 @@ class Model(Protocol):
         """Return the files needed to use the model, without a dictionary's."""
 
 
+def make_model(spec: Spec, device: str, threads: int) -> Model:
+    """Load a model; InputError if it cannot be loaded, or dictionary and teacher do not match."""
+    torch.set_num_threads(threads)
+    if spec.kind == "student":
+        return StudentModel(spec, device)
+    if spec.kind in ("teacher", "replaced", "truncated"):
+        return TeacherModel(spec, device, threads)
+    if spec.kind == "model2vec":
+        return Model2Vec(spec.python, body_folder(spec.teacher, spec.revision), threads)
+    return SentenceModel(spec, device)
+
+
 @contextmanager
 def open_model(spec: Spec, device: str, threads: int) -> Iterator[Any]:
     """Load a model as `make_model` does, and end its process, if any, on exit."""
@@ -76,34 +95,6 @@ def open_model(spec: Spec, device: str, threads: int) -> Iterator[Any]:
     finally:
         if isinstance(model, Model2Vec):
             model.close()
-
-
-class TokenModel(Model, Protocol):
-    """A model with token embeddings and, optionally, a dictionary of their senses."""
-
-    spec: Spec
-
-    @property
-    def dictionary(self) -> SenseDictionary | None:
-        """Senses of the model's tokens."""
-
-    def read(self, texts: Sequence[str]) -> TokenEmbeddings:
-        """Return the embeddings of all tokens; 8·N·D bytes."""
-
-    def tokens(self, texts: Sequence[str]) -> int:
-        """Return the number of tokens of the texts."""
-
-
-def make_model(spec: Spec, device: str, threads: int) -> Model:
-    """Load a model; InputError if it cannot be loaded, or dictionary and teacher do not match."""
-    torch.set_num_threads(threads)
-    if spec.kind == "student":
-        return StudentModel(spec, device)
-    if spec.kind in ("teacher", "replaced", "truncated"):
-        return TeacherModel(spec, device, threads)
-    if spec.kind == "model2vec":
-        return Model2Vec(spec, threads)
-    return SentenceModel(spec, device)
 
 
 def iter_slabs(texts: Sequence[str], size: int = TEXTS_PER_SLAB) -> Iterator[Sequence[str]]:
@@ -117,7 +108,60 @@ def folder_of_student(source: str) -> Path:
     return student_folder(inside if storage.exists(storage.join(inside, "config.json")) else source)
 
 
-class TeacherModel:
+class TokenModel(ABC):
+    """A model with token embeddings and, optionally, a dictionary of their senses.
+
+    Attributes:
+        spec: the model's specification.
+        dictionary: senses of its tokens.
+        dim: width D of the embeddings.
+        prompt: text before every text.
+        budget: padded tokens per batch.
+    """
+
+    spec: Spec
+    dictionary: SenseDictionary | None
+    dim: int
+    prompt: str
+    budget: int
+
+    @abstractmethod
+    def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
+        """Return the tokens of prompt + text for each text."""
+
+    @abstractmethod
+    def _embed(self, batch: Batch) -> Sequence[Tensor]:
+        """Return the hidden states [B, L, D] of a batch, and the sense embeddings if they differ."""
+
+    def read(self, texts: Sequence[str]) -> TokenEmbeddings:
+        """Return the embeddings of all tokens; 8·N·D bytes."""
+        encodings = self._encodings(texts)
+        rows = [np.array(encoding.ids, np.int64) for encoding in encodings]
+        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        outputs: list[np.ndarray] = []
+        for batch in iter_batches(rows, self.budget):
+            if not batch.mask.any():
+                continue
+            places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch.rows])
+            tensors = self._embed(batch)
+            outputs = outputs or [np.empty((offsets[-1], self.dim), np.float32) for _ in tensors]
+            for output, tensor in zip(outputs, tensors, strict=True):
+                output[places] = tensor.float().cpu().numpy()[batch.mask]
+        outputs = outputs or [np.empty((0, self.dim), np.float32)]
+        ids = np.concatenate([*rows, np.empty(0, np.int64)])
+        hidden, senses = outputs[0], outputs[-1]
+        if self.spec.replace is not None and self.dictionary is not None:
+            temperature = self.spec.temperature if self.spec.replace == "soft" else None
+            hidden = self.dictionary.replace(ids, senses, temperature, metric=self.spec.metric)
+        spans = np.array([span for encoding in encodings for span in encoding.offsets], np.int64).reshape(-1, 2)
+        return TokenEmbeddings(ids, offsets, np.maximum(spans - len(self.prompt), 0), hidden, senses)
+
+    def tokens(self, texts: Sequence[str]) -> int:
+        """Return the number of tokens of the texts."""
+        return sum(len(encoding.ids) for encoding in self._encodings(texts))
+
+
+class TeacherModel(TokenModel):
     """The teacher: plain, with every embedding replaced by senses of a dictionary, or truncated to its first layers.
 
     Example:
@@ -128,19 +172,20 @@ class TeacherModel:
 
     def __init__(self, spec: Spec, device: str, threads: int, like: SenseDictionary | None = None) -> None:
         """Load a teacher with the layer, prompt and maximum length of its dictionary, or of the dictionary `like`."""
-        self.spec = spec
+        self.spec, self.budget = spec, TOKEN_BUDGET[device]
         self.dictionary = SenseDictionary.load(spec.source) if spec.kind == "replaced" else None
         settings: dict[str, Any] = {"revision": spec.revision}
         if (given := self.dictionary or like) is not None:
             own = given.config
             settings |= {"layer": own.layer, "prompt": own.prompt, "max_length": own.max_length or None}
         self.info, self.tokenizer = load_teacher_info(spec.teacher, TeacherOptions(**settings))
+        self.dim, self.prompt = self.info.dim, self.info.prompt
         if self.dictionary is not None:
-            wanted = self.dictionary.config.teacher
-            if wanted.fingerprint not in ("", self.info.fingerprint):
+            values = (self.info.tokenizer_fingerprint, self.info.fingerprint, self.dim, self.info.vocab_size)
+            if mismatch := dictionary_mismatch(self.dictionary.config, *values):
                 raise InputError(
-                    f"{spec.name}: the weights of teacher {self.info.name!r} differ from those of the dictionary's teacher, "
-                    f"{wanted.name!r}: pass that one as --teacher"
+                    f"{spec.name}: teacher {self.info.name!r} is not the dictionary's, which has {mismatch}: pass "
+                    f"{self.dictionary.config.teacher.name!r} as --teacher"
                 )
         self.tokenizer.enable_truncation(self.info.max_length)
         self._teacher = Teacher(
@@ -152,33 +197,21 @@ class TeacherModel:
             threads=threads,
             keep=f"layers:{spec.layers}" if spec.layers else None,
         )
-        self._budget = TOKEN_BUDGET[device]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return sentence vectors, float32 [n, D], with the teacher's own pooling."""
-        vectors = [np.empty((0, self.info.dim), np.float32)]
+        vectors = [np.empty((0, self.dim), np.float32)]
         for slab in iter_slabs(texts):
             read = self.read(slab)
             hidden, lengths = torch.from_numpy(read.hidden), torch.from_numpy(np.diff(read.offsets))
             vectors.append(pool_rows(hidden, lengths, self.info.pooling, normalize=self.info.normalize).numpy())
         return np.concatenate(vectors)
 
-    def read(self, texts: Sequence[str]) -> TokenEmbeddings:
-        """Return the embeddings of all tokens."""
-        encodings = self._encoded(texts)
-        rows, offsets = _rows(encodings)
-        plain = np.empty((offsets[-1], self.info.dim), np.float32)
-        for batch, places in _batches(offsets, self._budget):
-            ids, mask = pad_batch([rows[i] for i in batch])
-            if mask.any():
-                plain[places] = self._teacher.embed(ids, mask).float().cpu().numpy()[mask]
-        ids = np.concatenate([*rows, np.empty(0, np.int64)])
-        hidden = plain if self.dictionary is None else _replaced(self.dictionary, ids, plain, self.spec)
-        return TokenEmbeddings(ids, offsets, _spans(encodings, len(self.info.prompt)), hidden, plain)
+    def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
+        return self.tokenizer.encode_batch([self.prompt + text for text in texts])
 
-    def tokens(self, texts: Sequence[str]) -> int:
-        """Return the number of tokens of the texts."""
-        return sum(len(encoding.ids) for encoding in self._encoded(texts))
+    def _embed(self, batch: Batch) -> Sequence[Tensor]:
+        return [self._teacher.embed(batch.ids, batch.mask)]
 
     def parameters(self) -> int:
         """Return the number of weights."""
@@ -189,24 +222,22 @@ class TeacherModel:
         folder = body_folder(self.spec.teacher, self.spec.revision)
         return [*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer.json")]
 
-    def _encoded(self, texts: Sequence[str]) -> list[Encoding]:
-        return self.tokenizer.encode_batch([self.info.prompt + text for text in texts])
 
-
-class StudentModel:
+class StudentModel(TokenModel):
     """A student, plain or with every token embedding replaced by senses."""
 
     def __init__(self, spec: Spec, device: str) -> None:
-        self.spec = spec
+        self.spec, self.budget = spec, TOKEN_BUDGET[device]
         self._folder = folder_of_student(spec.source)
         self._encoder = SenseEncoder.from_pretrained(self._folder, device=device)
-        self._reader = StudentTokenizer(StudentFiles(self._folder).tokenizer, self._encoder.config)
-        self._budget = TOKEN_BUDGET[device]
+        self.dim, self.prompt = self._encoder.config.dim, self._encoder.config.prompt
+        self._tokenizer = StudentTokenizer(StudentFiles(self._folder).tokenizer, self._encoder.config)
 
     @cached_property
-    def dictionary(self) -> SenseDictionary | None:
-        """Senses of the student, if its folder includes them."""
-        return self._encoder.dictionary if StudentFiles(self._folder).dictionary.is_dir() else None
+    def dictionary(self) -> SenseDictionary | None:  # type: ignore[override]
+        """Senses of the student, if its folder includes them; StudentError if it must replace and they are missing."""
+        wanted = self.spec.replace is not None or StudentFiles(self._folder).dictionary.is_dir()
+        return self._encoder.dictionary if wanted else None
 
     @cached_property
     def _student(self) -> torch.nn.Module:
@@ -216,27 +247,13 @@ class StudentModel:
         """Return sentence vectors, float32 [n, D]."""
         return np.asarray(self._encoder.encode(texts, replace=self.spec.replace, temperature=self.spec.temperature))
 
-    @torch.no_grad()
-    def read(self, texts: Sequence[str]) -> TokenEmbeddings:
-        """Return the embeddings of all tokens from both outputs; `hidden` is replaced if the spec says so."""
-        prompt = self._encoder.config.prompt
-        encodings = [self._reader.encoding(text, prompt) for text in texts]
-        rows, offsets = _rows(encodings)
-        hidden = np.empty((offsets[-1], self._encoder.config.dim), np.float32)
-        senses = np.empty_like(hidden)
-        for batch, places in _batches(offsets, self._budget):
-            ids, mask = (tensor.to(self._encoder.device) for tensor in pad_ids([rows[i] for i in batch]))
-            output = self._student(ids, mask)
-            hidden[places] = output.hidden[mask].float().cpu().numpy()
-            senses[places] = output.senses[mask].float().cpu().numpy()
-        every = np.concatenate([*rows, np.empty(0, np.int64)])
-        if self.spec.replace is not None:
-            hidden = _replaced(self._encoder.dictionary, every, senses, self.spec)
-        return TokenEmbeddings(every, offsets, _spans(encodings, len(prompt)), hidden, senses)
+    def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
+        return [self._tokenizer.encoding(text, self.prompt) for text in texts]
 
-    def tokens(self, texts: Sequence[str]) -> int:
-        """Return the number of tokens of the texts."""
-        return sum(map(len, self._reader.ids(texts, self._encoder.config.prompt)))
+    @torch.no_grad()
+    def _embed(self, batch: Batch) -> Sequence[Tensor]:
+        ids, mask = (torch.from_numpy(array).to(self._encoder.device) for array in (batch.ids, batch.mask))
+        return list(self._student(ids.long(), mask))
 
     def parameters(self) -> int:
         """Return the number of weights."""
@@ -280,52 +297,3 @@ class SentenceModel:
         """Return the files of a local folder; none for a Hub model, whose cache consists of links."""
         folder = Path(self.spec.source)
         return [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
-
-
-class Model2Vec:
-    """model2vec, distilled on the fly from the teacher in a Python that has it."""
-
-    def __init__(self, spec: Spec, threads: int) -> None:
-        self._peer = model2vec.Peer(spec.python, body_folder(spec.teacher, spec.revision), threads)
-        self.encode, self.close = self._peer.encode, self._peer.close
-
-    def parameters(self) -> int:
-        """Return the number of weights."""
-        return self._peer.parameters
-
-    def files(self) -> list[Path]:
-        """Return weights, tokenizer and config."""
-        return self._peer.files
-
-    @property
-    def seconds(self) -> float:
-        """Duration of the last encoding, by the process's own clock."""
-        return self._peer.seconds
-
-    @property
-    def peak_memory(self) -> int:
-        """Peak memory of the process in bytes."""
-        return self._peer.peak_memory
-
-
-def _rows(encodings: Sequence[Encoding]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the token ids of each text and their offsets, int64 [P + 1]."""
-    rows = [np.array(encoding.ids, np.int64) for encoding in encodings]
-    return rows, np.cumsum([0, *map(len, rows)], dtype=np.int64)
-
-
-def _batches(offsets: np.ndarray, budget: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield batches of texts of similar length, and the positions of their tokens."""
-    for batch in token_batches(np.maximum(np.diff(offsets), 1), budget):
-        yield batch, np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
-
-
-def _replaced(dictionary: SenseDictionary, ids: np.ndarray, points: np.ndarray, spec: Spec) -> np.ndarray:
-    temperature = spec.temperature if spec.replace == "soft" else None
-    return dictionary.replace(ids, points, temperature, metric=spec.metric)
-
-
-def _spans(encodings: Sequence[Encoding], prompt: int) -> np.ndarray:
-    """Return the character span of each token in its text; (0, 0) for special tokens and those of the prompt."""
-    spans = np.array([span for encoding in encodings for span in encoding.offsets], np.int64).reshape(-1, 2)
-    return np.maximum(spans - prompt, 0)

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import fill
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from msense.errors import InputError
 from msense.text import clean
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")  # Okabe and Ito 2008
 MARKERS = "osD^vPXh"
-SIZE, DPI = (9.6, 5.0), 150
 TITLE = 90  # characters per line of a title
 
 
@@ -24,30 +23,59 @@ class Point(NamedTuple):
     deviation: float
 
 
-class Line(NamedTuple):
-    """A horizontal reference line."""
+def draw(
+    file: Path,
+    *,
+    title: str,
+    axes: tuple[str, str],
+    points: Sequence[Point],
+    connected: bool = False,
+    baseline: tuple[str, float] | None = None,
+) -> None:
+    """Draw one marker per model on a logarithmic x axis into a PNG.
 
-    name: str
-    y: float
+    Args:
+        file: the PNG.
+        title: title of the plot.
+        axes: labels of x and y.
+        points: the models.
+        connected: connect the points by a line, in the order of x; else the legend is sorted by y.
+        baseline: name and y of a horizontal line.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
 
-
-def draw_points(file: Path, title: str, axes: tuple[str, str], points: Sequence[Point]) -> None:
-    """Draw one marker per model on a logarithmic x axis into a PNG; the legend is sorted by y."""
-    figure, plot = _figure(title, axes)
-    _markers(plot, sorted(points, key=lambda p: -p.y))
-    _finish(figure, plot, file, rms_distance=any(point.deviation for point in points))
-
-
-def draw_lines(file: Path, title: str, axes: tuple[str, str], points: Sequence[Point], level: Line | None) -> None:
-    """Draw models of one kind connected by a line on a logarithmic x axis into a PNG, with an optional reference line."""
-    figure, plot = _figure(title, axes)
-    row = sorted(points, key=lambda p: p.x)
-    plot.plot([p.x for p in row], [p.y for p in row], color=COLOURS[0], linewidth=1, zorder=1)
-    _markers(plot, row)
-    if level is not None:
-        label = f"{_short(level.name)}  {level.y:.3f}"
-        plot.axhline(level.y, linestyle="--", color="#555555", linewidth=1, label=label)
-    _finish(figure, plot, file, rms_distance=any(point.deviation for point in points))
+    figure = Figure(figsize=(9.6, 5.0), dpi=150, layout="constrained")  # without pyplot: no window, no global state
+    plot = figure.add_subplot()
+    plot.set_title(fill(clean(title), TITLE).replace("$", r"\$"), loc="left")
+    deviation = " (± standard deviation over draws)" if any(point.deviation for point in points) else ""
+    plot.set(xscale="log", xlabel=axes[0], ylabel=axes[1] + deviation, axisbelow=True)
+    plot.grid(True, which="major", color="#dddddd", linewidth=0.8)
+    points = sorted(points, key=lambda p: p.x if connected else -p.y)
+    if connected:
+        plot.plot([p.x for p in points], [p.y for p in points], color=COLOURS[0], linewidth=1, zorder=1)
+    for number, point in enumerate(points):
+        plot.errorbar(
+            point.x,
+            point.y,
+            yerr=point.deviation or None,
+            fmt=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],  # unique pairs of marker and colour
+            color=COLOURS[number % len(COLOURS)],
+            markersize=8,
+            capsize=3,
+            elinewidth=1,
+            label=_label(point.name, point.y),
+        )
+    if baseline is not None:
+        plot.axhline(baseline[1], linestyle="--", color="#555555", linewidth=1, label=_label(*baseline))
+    low, high = plot.get_xlim()
+    digits = "25" if high > 4 * low else "23456789"  # all labels of a decade would overlap
+    plot.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
+    plot.xaxis.set_minor_formatter(lambda x, _: f"{x:,g}" if f"{x:e}"[0] in digits else "")
+    plot.spines[["top", "right"]].set_visible(False)
+    # next to the plot and below its title, which may be as wide as both
+    plot.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False, fontsize=9)
+    figure.savefig(file, format="png")
 
 
 def check_matplotlib() -> None:
@@ -56,55 +84,6 @@ def check_matplotlib() -> None:
         raise InputError("plots need matplotlib, which is not installed: pip install msense[evaluation]")
 
 
-def _figure(title: str, axes: tuple[str, str]) -> tuple[Any, Any]:
-    check_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")  # without pyplot: no window, no global state
-    plot = figure.add_subplot()
-    plot.set_title(fill(clean(title), TITLE).replace("$", r"\$"), loc="left")
-    plot.set_xlabel(axes[0])
-    plot.set_ylabel(axes[1])
-    plot.grid(True, which="major", color="#dddddd", linewidth=0.8)
-    plot.set_axisbelow(True)
-    return figure, plot
-
-
-def _markers(plot: Any, points: Sequence[Point]) -> None:
-    for number, point in enumerate(points):
-        bar = {"yerr": point.deviation} if point.deviation else {}
-        plot.errorbar(
-            point.x,
-            point.y,
-            **bar,
-            fmt=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],  # unique pairs of marker and colour
-            color=COLOURS[number % len(COLOURS)],
-            markersize=8,
-            capsize=3,
-            elinewidth=1,
-            label=f"{_short(point.name)}  {point.y:.3f}",
-        )
-
-
-def _finish(figure: Any, plot: Any, file: Path, *, rms_distance: bool) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    plot.set_xscale("log")
-    plain = FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
-    some = FuncFormatter(lambda x, _: plain(x) if f"{x:e}"[0] in "25" else "")  # all nine labels would overlap
-    plot.xaxis.set_major_formatter(plain)
-    low, high = plot.get_xlim()
-    few = some if high > 4 * low else plain
-    plot.xaxis.set_minor_formatter(few if high < 100 * low else NullFormatter())
-    if rms_distance:
-        plot.set_ylabel(f"{plot.get_ylabel()} (± standard deviation over draws)")
-    for side in ("top", "right"):
-        plot.spines[side].set_visible(False)
-    # next to the plot and below its title, which may be as wide as both
-    plot.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False, fontsize=9)
-    figure.savefig(file, format="png")
-
-
-def _short(name: str) -> str:
+def _label(name: str, y: float) -> str:
     text = clean(name).replace("$", r"\$")
-    return text if len(text) <= 44 else "…" + text[-43:]
+    return f"{text if len(text) <= 44 else '…' + text[-43:]}  {y:.3f}"

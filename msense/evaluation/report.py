@@ -1,7 +1,7 @@
 """Reports of an evaluation: tables on the terminal, `FILE.json` with everything, `FILE.md` with the tables, plots."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from msense.errors import InputError
 from msense.evaluation.cost import Cost
-from msense.evaluation.plots import Line, Point, draw_lines, draw_points
-from msense.evaluation.result import Result, comparable, difference
+from msense.evaluation.plots import Point, draw
+from msense.evaluation.result import Difference, Result, comparable, difference
 from msense.io import storage
 from msense.io.scratch import scratch_folder
 from msense.io.untrusted import format_errors, reject_duplicate_keys
@@ -55,7 +55,7 @@ class Evaluation:
     Example:
         >>> rows = {"a": Result("accuracy", "draws", [0.5, 0.6]), "b": Result("accuracy", "draws", [0.6, 0.7])}
         >>> evaluation = Evaluation(["a", "b"], [TaskReport("t", "classification", "accuracy", rows)])
-        >>> round(gain(evaluation, evaluation.tasks[0], "b").gain, 3)
+        >>> round(difference_to_baseline(evaluation, evaluation.tasks[0], "b").gain, 3)
         0.1
     """
 
@@ -64,6 +64,10 @@ class Evaluation:
     costs: dict[str, Cost] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
     gains: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def rows(self, title: str) -> dict[str, Result | str]:
+        """Return the rows of a table."""
+        return next(task.rows for task in self.tasks if task.name == title)
 
 
 class TextTable(NamedTuple):
@@ -75,25 +79,18 @@ class TextTable(NamedTuple):
     rows: list[list[str]]
 
 
-def tables(found: Evaluation) -> list[TextTable]:
-    """Return all tables."""
-    return [_task_sheet(found, task) for task in found.tasks] + ([_cost_sheet(found)] if found.costs else [])
-
-
-def write_report(found: Evaluation, output: str, *, plots: bool) -> list[str]:
+def write_report(evaluation: Evaluation, output: str, *, plots: bool) -> list[str]:
     """Write the JSON file `output` (name or URI) and, next to it, Markdown and optionally plots; return all file names."""
     stem = output.removesuffix(".json")
     storage.make_folder(output.rpartition("/")[0] or ".")
-    storage.write_json(output, to_json(found))
-    storage.write_text(f"{stem}.md", markdown(found))
+    storage.write_json(output, to_json(evaluation))
+    storage.write_text(f"{stem}.md", markdown(evaluation))
     written = [output, f"{stem}.md"]
-    if plots:
-        with scratch_folder() as scratch:
-            for name, draw in _drawings(found):
-                file = scratch / f"{name}.png"
-                draw(file)
-                storage.upload(file, f"{stem}-{name}.png")
-                written.append(f"{stem}-{name}.png")
+    with scratch_folder() as scratch:
+        for name, draw_plot in _plots(evaluation) if plots else []:
+            draw_plot(scratch / f"{name}.png")
+            storage.upload(scratch / f"{name}.png", f"{stem}-{name}.png")
+            written.append(f"{stem}-{name}.png")
     return written
 
 
@@ -101,7 +98,7 @@ def load_report(output: str) -> Evaluation | None:
     """Load the JSON file of `write_report`; None if it does not exist.
 
     Raises:
-        InputError: the file is damaged or no report.
+        InputError: the file is corrupted or not a report.
     """
     if not storage.exists(output):
         return None
@@ -122,81 +119,102 @@ def load_report(output: str) -> Evaluation | None:
         ) from error
 
 
-def to_json(found: Evaluation) -> dict[str, Any]:
+def to_json(evaluation: Evaluation) -> dict[str, Any]:
     """Return everything, including differences to the first model, as JSON values."""
-    tasks = [
-        {
-            **asdict(task),
-            "rows": {name: row if isinstance(row, str) else row.to_json() for name, row in task.rows.items()},
-            "differences": {
-                name: gap._asdict()
-                for name in task.rows
-                if (gap := difference_to_baseline(found, task, name)) is not None
-            },
-        }
-        for task in found.tasks
-    ]
-    costs = {name: asdict(cost) for name, cost in found.costs.items()}
-    return {"format_version": VERSION, "models": found.models, "tasks": tasks, "costs": costs, "made": found.made}
+    report = {"format_version": VERSION, **asdict(evaluation)}
+    del report["gains"]
+    for task, values in zip(evaluation.tasks, report["tasks"], strict=True):
+        gaps = {name: difference_to_baseline(evaluation, task, name) for name in task.rows}
+        values["rows"] = {n: row if isinstance(row, str) else row.to_json() for n, row in task.rows.items()}
+        values["differences"] = {name: gap._asdict() for name, gap in gaps.items() if gap is not None}
+    return report
 
 
-def difference_to_baseline(found: Evaluation, task: TaskReport, model: str) -> Any:
-    """Return the Difference of a model to the first model on a task; None if they cannot be compared."""
-    first, own = task.rows.get(found.models[0]), task.rows.get(model)
-    if model == found.models[0] or not isinstance(first, Result) or not isinstance(own, Result):
+def difference_to_baseline(evaluation: Evaluation, task: TaskReport, model: str) -> Difference | None:
+    """Return the difference of a model to the first model on a task; None if they cannot be compared."""
+    first, own = task.rows.get(evaluation.models[0]), task.rows.get(model)
+    if model == evaluation.models[0] or not isinstance(first, Result) or not isinstance(own, Result):
         return None
     if (own.gold is None and len(own.values) < 2) or not comparable(own, first):  # such as words that one model lacks
         return None
-    place = (task.name, model)
-    if place not in found.gains:
-        found.gains[place] = difference(own, first, int(found.made.get("settings", {}).get("seed", 0)))
-    return found.gains[place]
+    key = (task.name, model)
+    if key not in evaluation.gains:
+        seed = int(evaluation.made.get("settings", {}).get("seed", 0))
+        evaluation.gains[key] = difference(own, first, seed)
+    gap: Difference = evaluation.gains[key]
+    return gap
 
 
-def markdown(found: Evaluation) -> str:
+def markdown(evaluation: Evaluation) -> str:
     """Return all tables as Markdown."""
     parts = []
-    for sheet in tables(found):
-        rows = [sheet.head, ["---", *["---:"] * (len(sheet.head) - 1)], *sheet.rows]
+    for table in tables(evaluation):
+        rows = [table.head, ["---", *["---:"] * (len(table.head) - 1)], *table.rows]
         lines = ["| " + " | ".join(clean(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
-        parts.append("\n".join([f"### {clean(sheet.title)}", "", clean(sheet.what), "", *lines]))
+        parts.append("\n".join([f"### {clean(table.title)}", "", clean(table.what), "", *lines]))
     return "\n\n".join(parts) + "\n"
 
 
-def _task_sheet(found: Evaluation, task: TaskReport) -> TextTable:
+def tables(evaluation: Evaluation) -> list[TextTable]:
+    """Return a table per task, and one of costs."""
+    result = [_task_table(evaluation, task) for task in evaluation.tasks]
+    if evaluation.costs:
+        threads = evaluation.made.get("settings", {}).get("threads")
+        what = (
+            f"all models in turn on the same texts, medians{f'; {threads} threads' if threads else ''}; compression: bytes "
+            "of the embeddings of the dictionary's corpus over the dictionary's; memory: peak of a process that loads the "
+            "model and encodes"
+        )
+        costs = {name: evaluation.costs[name] for name in evaluation.models if name in evaluation.costs}
+        columns = {head: {name: cell(cost) for name, cost in costs.items()} for head, cell in _COSTS.items()}
+        result.append(_table("costs", what, columns, dict.fromkeys(costs)))
+    return result
+
+
+def _task_table(evaluation: Evaluation, task: TaskReport) -> TextTable:
     """Return a task's table: main metrics, difference to the first model, secondary figures."""
-    results = [row for row in task.rows.values() if isinstance(row, Result)]
-    metrics = list(dict.fromkeys(row.metric for row in results))
-    more = list(dict.fromkeys(name for row in results for name in row.more if name not in metrics))[:MORE_COLUMNS]
-    gains = {name: difference_to_baseline(found, task, name) for name in found.models}
-    compared = any(gap is not None for gap in gains.values())
-    head = ["model", *metrics, *([f"over {found.models[0]} [95 %]"] if compared else []), *more]
+    results = {name: row for name, row in task.rows.items() if isinstance(row, Result)}
+    metrics = list(dict.fromkeys(row.metric for row in results.values()))
+    more = list(dict.fromkeys(name for row in results.values() for name in row.more if name not in metrics))
+    columns = {metric: {name: _main(row, metric) for name, row in results.items()} for metric in metrics}
+    gaps = {name: difference_to_baseline(evaluation, task, name) for name in results}
+    if any(gap is not None for gap in gaps.values()):
+        columns[f"over {evaluation.models[0]} [95 %]"] = {name: _gap(gap) for name, gap in gaps.items()}
+    for figure in more[:MORE_COLUMNS]:
+        columns[figure] = {name: _more(row, figure) for name, row in results.items()}
+    drawn = any(row.deviation is not None for row in results.values())
+    what = task.what + ("; ± standard deviation over draws" if drawn else "")
+    reasons = {name: None if name in results else str(task.rows.get(name, NONE)) for name in evaluation.models}
+    return _table(task.name, what, columns or {"result": {}}, reasons)
+
+
+def _table(
+    title: str, what: str, columns: Mapping[str, Mapping[str, str]], models: Mapping[str, str | None]
+) -> TextTable:
+    """Return a table with a row per model: the cells of its columns, or the reason why it has none."""
     rows = []
-    for model in found.models:
-        row = task.rows.get(model, NONE)
-        if isinstance(row, str):
-            rows.append([model, row, *[""] * (len(head) - 2)])
-            continue
-        cells = [_main(row, metric) for metric in metrics]
-        if compared:
-            gap = gains[model]
-            cells.append(NONE if gap is None else f"{gap.gain:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]")
-        rows.append([model, *cells, *(_number(row.more.get(name)) for name in more)])
-    drawn = any(row.deviation is not None for row in results)
-    return TextTable(task.name, task.what + ("; ± standard deviation over draws" if drawn else ""), head, rows)
+    for name, reason in models.items():
+        cells = [reason, *[""] * (len(columns) - 1)] if reason else [column[name] for column in columns.values()]
+        rows.append([name, *cells])
+    return TextTable(title, what, ["model", *columns], rows)
 
 
 def _main(row: Result, metric: str) -> str:
     """Return a result's cell in the column of a metric, its main or a secondary one."""
     if row.metric != metric:
-        return _number(row.more.get(metric))
-    return _number(row.score) + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
+        return _more(row, metric)
+    return f"{row.score:.3f}" + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
 
 
-def _number(value: float | None) -> str:
+def _more(row: Result, name: str) -> str:
+    value = row.more.get(name)
     if value is None:
         return NONE
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.3f}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) > 1 else f"{value:.3f}"
+
+
+def _gap(gap: Difference | None) -> str:
+    return NONE if gap is None else f"{gap.gain:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 _COSTS: dict[str, Callable[[Cost], str]] = {  # heading: cell
@@ -212,38 +230,24 @@ _COSTS: dict[str, Callable[[Cost], str]] = {  # heading: cell
 }
 
 
-def _cost_sheet(found: Evaluation) -> TextTable:
-    models = [name for name in found.models if name in found.costs]
-    rows = [[name, *(cell(found.costs[name]) for cell in _COSTS.values())] for name in models]
-    settings = found.made.get("settings", {})
-    threads = f"; {settings['threads']} threads" if settings.get("threads") else ""
-    what = (
-        f"all models in turn on the same texts, medians{threads}; compression: bytes of the embeddings of the dictionary's "
-        "corpus over the dictionary's; memory: peak of a process that loads the model and encodes"
-    )
-    return TextTable("costs", what, ["model", *_COSTS], rows)
-
-
-def _drawings(found: Evaluation) -> list[tuple[str, Callable[[Path], None]]]:
+def _plots(evaluation: Evaluation) -> list[tuple[str, Callable[[Path], None]]]:
     """Return the name of each plot and a function that draws it into a file."""
-    drawings: list[tuple[str, Callable[[Path], None]]] = []
-    for task in found.tasks:
-        rows = {name: row for name, row in task.rows.items() if isinstance(row, Result) and name in found.costs}
+    plots: list[tuple[str, Callable[[Path], None]]] = []
+    costs, first = evaluation.costs, evaluation.models[0]
+    for task in evaluation.tasks:
+        rows = {name: row for name, row in task.rows.items() if isinstance(row, Result) and name in costs}
         if task.kind not in ("classification", "classifier", "mteb") or len(rows) < 2:
             continue
         metric = next(iter(rows.values())).metric
         slug = "".join(c if c.isalnum() else "-" for c in task.name)
-        points = [Point(n, found.costs[n].texts_per_s, r.score, r.deviation or 0.0) for n, r in rows.items()]
+        points = [Point(n, costs[n].texts_per_s, r.score, r.deviation or 0.0) for n, r in rows.items()]
         title, axes = f"{task.name}: {metric} against speed", ("texts per second", metric)
-        drawings.append((f"{slug}-speed", partial(draw_points, title=title, axes=axes, points=points)))
-        sized = [
-            p._replace(x=found.costs[p.name].dictionary_bytes / 1e6)
-            for p in points
-            if p.name in found.made.get("sizes", ())
-        ]
-        if len({found.costs[point.name].senses for point in sized}) > 1:
-            first = task.rows[found.models[0]]
-            level = Line(found.models[0], first.score) if isinstance(first, Result) else None
+        plots.append((f"{slug}-speed", partial(draw, title=title, axes=axes, points=points)))
+        sizes = evaluation.made.get("sizes", ())
+        sized = [p._replace(x=costs[p.name].dictionary_bytes / 1e6) for p in points if p.name in sizes]
+        if len({costs[point.name].senses for point in sized}) > 1:
+            level = (first, rows[first].score) if first in rows else None
             title, axes = f"{task.name}: {metric} against dictionary size", ("dictionary in MB", metric)
-            drawings.append((f"{slug}-size", partial(draw_lines, title=title, axes=axes, points=sized, level=level)))
-    return drawings
+            sized_plot = partial(draw, title=title, axes=axes, points=sized, connected=True, baseline=level)
+            plots.append((f"{slug}-size", sized_plot))
+    return plots

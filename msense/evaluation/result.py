@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import TypeAdapter
 from scipy import stats
 
-from msense.metrics import _OF_LABELS, METRICS
+from msense.metrics import LABEL_METRICS, METRICS
 
 RESAMPLES = 2000  # bootstrap samples
 _BATCH = 1 << 22  # indices held at once while resampling
@@ -72,9 +72,9 @@ class Result:
         return asdict(self) | {"score": self.score, "deviation": self.deviation}
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> "Result":
+    def from_json(cls, values: Mapping[str, Any]) -> "Result":
         """Load the output of `to_json`; ValueError if a field is invalid."""
-        return TypeAdapter(cls).validate_json(json.dumps(told), strict=True)
+        return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
 
 
 class Difference(NamedTuple):
@@ -85,27 +85,27 @@ class Difference(NamedTuple):
     high: float
 
 
-def comparable(ours: Result, theirs: Result) -> bool:
+def comparable(a: Result, b: Result) -> bool:
     """Return whether two results have the same metric and the same draws, texts, words or sets with the same weights."""
     same = ("metric", "over", "weights", "names", "gold")
-    return len(ours.values) == len(theirs.values) and all(getattr(ours, n) == getattr(theirs, n) for n in same)
+    return len(a.values) == len(b.values) and all(getattr(a, name) == getattr(b, name) for name in same)
 
 
-def difference(ours: Result, theirs: Result, seed: int = 0) -> Difference:
+def difference(a: Result, b: Result, seed: int = 0) -> Difference:
     """Compare two models by a paired percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
 
     Args:
-        ours: result of one model.
-        theirs: result of the other on the same task.
+        a: result of one model.
+        b: result of the other on the same task, subtracted.
         seed: seed of the resampling, which does not depend on the models.
 
     Raises:
         ValueError: the results are of different tasks.
     """
-    if not comparable(ours, theirs):
+    if not comparable(a, b):
         raise ValueError("the two results are not of the same task")
-    gain = ours.score - theirs.score
-    data, statistic = _of_values(ours, theirs) if ours.gold is None else _of_texts(ours, theirs)
+    gain = a.score - b.score
+    data, statistic = _of_values(a, b) if a.gold is None else _of_texts(a, b)
     if len(data[0]) < 2:  # every resample is the sample itself
         return Difference(gain, gain, gain)
     interval = stats.bootstrap(
@@ -120,28 +120,28 @@ def difference(ours: Result, theirs: Result, seed: int = 0) -> Difference:
     return Difference(gain, float(interval.low), float(interval.high))
 
 
-def _of_values(ours: Result, theirs: Result) -> tuple[tuple[np.ndarray, ...], Callable[..., Any]]:
+def _of_values(a: Result, b: Result) -> tuple[tuple[np.ndarray, ...], Callable[..., Any]]:
     """Return gaps and weights to resample, and their weighted mean."""
-    gaps = np.array(ours.values) - np.array(theirs.values)
-    weights = np.ones(len(gaps)) if ours.weights is None else np.array(ours.weights)
+    gaps = np.array(a.values) - np.array(b.values)
+    weights = np.ones(len(gaps)) if a.weights is None else np.array(a.weights)
     weighted = weights > 0  # a resample of zero weights would have no mean
     return (gaps[weighted], weights[weighted]), lambda g, w, axis: np.average(g, axis=axis, weights=w)
 
 
-def _of_texts(ours: Result, theirs: Result) -> tuple[tuple[np.ndarray, ...], Callable[..., Any]]:
+def _of_texts(a: Result, b: Result) -> tuple[tuple[np.ndarray, ...], Callable[..., Any]]:
     """Return codes of the texts to resample, and the difference of the metric on a sample of them."""
-    gold, a, b = (np.array(values) for values in (ours.gold, ours.found, theirs.found))
-    of = METRICS[ours.metric]
-    if ours.metric not in _OF_LABELS:
-        return (np.arange(len(gold)),), lambda rows: of(gold[rows], a[rows]) - of(gold[rows], b[rows])
+    gold, left, right = (np.array(values) for values in (a.gold, a.found, b.found))
+    metric = METRICS[a.metric]
+    if a.metric not in LABEL_METRICS:
+        return (np.arange(len(gold)),), lambda rows: metric(gold[rows], left[rows]) - metric(gold[rows], right[rows])
     # texts with the same three labels are interchangeable: count each triple instead of scoring every text
-    codes = np.stack([np.unique(labels, return_inverse=True)[1] for labels in (gold, a, b)])
+    codes = np.stack([np.unique(labels, return_inverse=True)[1] for labels in (gold, left, right)])
     _, first, kinds = np.unique(codes, axis=1, return_index=True, return_inverse=True)
 
     def statistic(sample: np.ndarray) -> float:
         counts = np.bincount(sample)
         present = np.flatnonzero(counts)
         rows, counts = first[present], counts[present]
-        return of(gold[rows], a[rows], counts) - of(gold[rows], b[rows], counts)
+        return metric(gold[rows], left[rows], counts) - metric(gold[rows], right[rows], counts)
 
     return (kinds.reshape(-1),), statistic

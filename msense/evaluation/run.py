@@ -1,4 +1,4 @@
-"""Driver of an evaluation: every model on every task as a Ray task, one table per task.
+"""Driver of an evaluation: every model on every task through an executor, one table per task.
 
 Each result is written to the JSON file as soon as it is available. Rerunning the same command resumes: a stored result is
 reused if its key (weights, dictionary, data, settings, versions) is unchanged. The driver holds names and results only.
@@ -6,8 +6,7 @@ reused if its key (weights, dictionary, data, settings, versions) is unchanged. 
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from msense.constants import DEMO_TEACHER
 from msense.dictionary import SenseDictionary
@@ -23,7 +22,6 @@ from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
 from msense.run.folder import resolve_output
 from msense.runtime import Executor, open_executor
-from msense.runtime.resources import Resources
 from msense.student.files import load_student
 from msense.teacher.body import resolve_dtype
 from msense.text import redact
@@ -31,23 +29,6 @@ from msense.text import redact
 logger = logging.getLogger(__name__)
 PENDING = "not evaluated yet"
 UNFIT = "no token embeddings"
-
-
-@dataclass
-class _Store:
-    """Results so far, and their file."""
-
-    report: Evaluation
-    output: str
-
-    def rows(self, title: str) -> dict[str, Result | str]:
-        """Return a table's rows."""
-        return next(table.rows for table in self.report.tasks if table.name == title)
-
-    def add(self, title: str, model: str, result: Result) -> None:
-        """Add a result and write it to the file."""
-        self.rows(title)[model] = result
-        write_report(self.report, self.output, plots=False)
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -60,39 +41,31 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     check_matplotlib()  # fail now rather than after hours
     resolve_output(config.output)
     specs, tasks = config.specs(config.teacher or _teacher_of(config)), config.tasks()
-    data = {task.title: data_key(task) for task in tasks}  # finds missing data before anything is loaded
+    data = {task.title: data_key(task) for task in tasks}  # raises for missing data before anything is loaded
     executor = open_executor(local=config.local, workers=config.workers)
-    resources = executor.resources
-    dtype: str = config.dtype
+    device, dtype = executor.resources.device, str(config.dtype)
     if dtype == "auto":
-        dtype = executor.run(resolve_dtype, dtype, resources.device, device=resources.device)
+        dtype = executor.run(resolve_dtype, dtype, device, device=device)
     specs = [replace(spec, dtype=dtype) for spec in specs]
     models = {spec.name: model_key(spec) for spec in specs}
-    works = make_jobs(config, specs, tasks, resources)
+    jobs = make_jobs(config, specs, tasks, executor.resources)
     teacher = digest([teacher_key(specs[0].teacher, specs[0].revision), dtype])
-    keys = {
-        work.place: digest(
-            [
-                models[work.spec.name],
-                data[work.task.title],
-                work.settings,
-                teacher if work.is_against_teacher else "",
-                versions(),
-            ]
-        )
-        for work in works
-    }
-    store = _Store(_empty(config, specs, works, resources, keys), config.output)
-    _reuse(store)
-    todo = [n for n, work in enumerate(works) if store.rows(work.title)[work.spec.name] == PENDING]
-    logger.info("reusing %d of %d results", len(works) - len(todo), len(works))
-    needs = {"num_gpus": 1.0} if resources.device == "cuda" else None
-    for row in executor.map("evaluation", measure, todo, works, needs=needs):
-        store.add(row["title"], row["model"], Result.from_json(row["result"]))
+    keys = {}
+    for job in jobs:
+        against = teacher if job.is_against_teacher else ""
+        keys[job.key] = digest([models[job.spec.name], data[job.task.title], job.settings, against, versions()])
+    report = _empty_report(config, specs, jobs, device, keys)
+    _reuse(report, config.output)
+    todo = [number for number, job in enumerate(jobs) if report.rows(job.title)[job.spec.name] == PENDING]
+    logger.info("reusing %d of %d results", len(jobs) - len(todo), len(jobs))
+    needs = {"num_gpus": 1.0} if device == "cuda" else None
+    for row in executor.map("evaluation", measure, todo, jobs, needs=needs):
+        report.rows(row["title"])[row["model"]] = Result.from_json(row["result"])
+        write_report(report, config.output, plots=False)
     if config.cost:
-        _add_costs(store.report, config, works, executor, models)
-    write_report(store.report, config.output, plots=True)
-    return store.report
+        _add_costs(report, config, jobs, executor, models)
+    write_report(report, config.output, plots=True)
+    return report
 
 
 def _teacher_of(config: EvaluateConfig) -> str:
@@ -105,25 +78,21 @@ def _teacher_of(config: EvaluateConfig) -> str:
     return DEMO_TEACHER
 
 
-def _empty(
-    config: EvaluateConfig,
-    specs: Sequence[Spec],
-    works: Sequence[EvaluationJob],
-    resources: Resources,
-    keys: dict[str, str],
+def _empty_report(
+    config: EvaluateConfig, specs: Sequence[Spec], jobs: Sequence[EvaluationJob], device: str, keys: dict[str, str]
 ) -> Evaluation:
     """Return a report without results."""
     tables: dict[str, TaskReport] = {}
-    for work in works:
-        table = tables.setdefault(work.title, TaskReport(work.title, work.task.kind, work.what, {}))
-        table.rows[work.spec.name] = PENDING if work.fits else UNFIT
+    for job in jobs:
+        table = tables.setdefault(job.title, TaskReport(job.title, job.task.kind, job.description, {}))
+        table.rows[job.spec.name] = PENDING if job.is_possible else UNFIT
     settings = config.model_dump(mode="json", exclude={"output", "local", "workers", "log_level"})
     settings |= {name: [redact(word) for word in settings[name]] for name in ("model", "task")}
     made = {
         "settings": settings,
         "teacher": redact(specs[0].teacher),
         "dtype": specs[0].dtype,
-        "device": resources.device,
+        "device": device,
         "versions": versions(),
         "sizes": _of_other_sizes(specs),
         "keys": keys,
@@ -133,60 +102,51 @@ def _empty(
 
 def _of_other_sizes(specs: Sequence[Spec]) -> list[str]:
     """Return the largest group of replaced teachers that differ only in their dictionary."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[Spec, list[str]] = {}
     for spec in specs:
         if spec.kind == "replaced":
-            groups.setdefault((spec.replace, spec.metric, spec.temperature), []).append(spec.name)
+            groups.setdefault(replace(spec, name="", source=""), []).append(spec.name)
     return max(groups.values(), key=len, default=[])
 
 
-def _reuse(store: _Store) -> None:
+def _reuse(report: Evaluation, output: str) -> None:
     """Copy the results of an earlier run whose keys are unchanged."""
-    earlier, made = load_report(store.output), store.report.made
+    earlier = load_report(output)
     if earlier is None:
         return
     known = earlier.made.get("keys", {})
     for table in earlier.tasks:
         for model, row in table.rows.items():
-            place = f"{table.name} | {model}"
-            if isinstance(row, Result) and place in known and made["keys"].get(place) == known[place]:
-                store.rows(table.name)[model] = row
-    if made["settings"]["cost"] and "cost_key" in earlier.made:
-        store.report.costs.update(earlier.costs)
-        made["cost_key"] = earlier.made["cost_key"]
+            key = f"{table.name} | {model}"
+            if isinstance(row, Result) and key in known and report.made["keys"].get(key) == known[key]:
+                report.rows(table.name)[model] = row
+    if report.made["settings"]["cost"] and "cost_key" in earlier.made:
+        report.costs.update(earlier.costs)
+        report.made["cost_key"] = earlier.made["cost_key"]
 
 
 def _add_costs(
     report: Evaluation,
     config: EvaluateConfig,
-    works: Sequence[EvaluationJob],
+    jobs: Sequence[EvaluationJob],
     executor: Executor,
     models: dict[str, str],
 ) -> None:
     """Measure the costs of all models side by side, unless an earlier run measured the same models."""
-    first = next((work for work in works if work.task.source or work.task.kind == "classifier"), None)
+    first = next((job for job in jobs if job.task.source or job.task.kind == "classifier"), None)
     if first is None:
         logger.info("skipping costs: they need a task with its own texts, which mteb's own tasks do not provide")
         return
-    key = digest(
-        [
-            list(models.items()),
-            data_key(first.task),
-            first.settings,
-            executor.resources.device,
-            config.cores,
-            versions(),
-        ]
-    )
+    device = executor.resources.device
+    key = digest([list(models.items()), data_key(first.task), first.settings, device, config.cores, versions()])
     if report.made.get("cost_key") == key:
         return
     logger.info("measuring costs of all models in turn")
-    specs = [work.spec for work in works if work.title == first.title]
-    costs: dict[str, Cost] = executor.run(_cost, specs, first, config.cores, device=executor.resources.device)
-    report.costs = costs
+    specs = [job.spec for job in jobs if job.title == first.title]
+    report.costs = executor.run(_cost, specs, first, config.cores, device=device)
     report.made["cost_key"] = key
 
 
-def _cost(specs: list[Spec], work: EvaluationJob, threads: int) -> dict[str, Cost]:
+def _cost(specs: list[Spec], job: EvaluationJob, threads: int) -> dict[str, Cost]:
     """Measure costs; runs on a worker."""
-    return cost.measure(specs, load_texts(work), work.device, threads)
+    return cost.measure(specs, load_texts(job), job.device, threads)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from msense.constants import Metric
 from msense.corpus.glue import GLUE
@@ -105,11 +105,9 @@ def parse_model(word: str) -> Spec:
         return Spec(name or text, "teacher" if text == "teacher" else "model2vec")
     if kind == "truncated":
         if not re.fullmatch("[1-9][0-9]{0,3}", rest):
-            raise InputError(
-                f"--model {redact(word)}: the number of layers is missing or invalid, use e.g. truncated:2"
-            )
+            raise InputError(f"--model {redact(word)}: invalid number of layers, use e.g. truncated:2")
         return Spec(name or text, "truncated", layers=int(rest))
-    if kind in ("replaced", "student") and mark:
+    if mark and kind in ("replaced", "student"):
         return _with_options(word, name, "replaced" if kind == "replaced" else "student", rest)
     if "=" in text or text.strip() != text or not text:
         raise InputError(f"--model {redact(word)}: cannot parse this, use one of {', '.join(MODELS)}, or LABEL=MODEL")
@@ -117,29 +115,27 @@ def parse_model(word: str) -> Spec:
     return Spec(name or _short(text), "encoder", storage.absolute(text) if local else text)
 
 
-def _with_options(word: str, name: str, kind: Literal["replaced", "student"], rest: str) -> Spec:
+def _with_options(word: str, name: str, kind: ModelKind, rest: str) -> Spec:
     """Parse `DIR,soft,l2,temperature=F`."""
     source, *options = rest.split(",")
     if not source:
         raise InputError(f"--model {redact(word)}: the folder is missing, use {kind}:DIR")
-    replace: Replace | None = "soft" if kind == "replaced" else None
-    metric: Metric | None = None
-    temperature = DEFAULT_TEMPERATURE
+    settings: dict[str, Any] = {"replace": "soft"} if kind == "replaced" else {}
     for option in options:
         key, _, value = option.partition("=")
         if option in get_args(Replace):
-            replace = "soft" if option == "soft" else "hard"
+            settings["replace"] = option
         elif option in get_args(Metric):
-            metric = next(m for m in get_args(Metric) if m == option)
+            settings["metric"] = option
         elif key == "temperature" and re.fullmatch(r"[0-9]*\.?[0-9]+", value) and float(value) > 0:
-            temperature = float(value)
+            settings["temperature"] = float(value)
         else:
             known = ", ".join([*get_args(Replace), *get_args(Metric), "temperature=F"])
             raise InputError(f"--model {redact(word)}: unknown option {redact(option)!r}, use {known}")
     shown = ",".join([f"{kind}:{_short(source)}", *options])
     on_hub = kind == "student" and not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     source = source if on_hub else storage.absolute(source)
-    return Spec(name or shown, kind, source, replace=replace, metric=metric, temperature=temperature)
+    return Spec(name or shown, kind, source, **settings)
 
 
 def parse_task(word: str) -> TaskSpec:

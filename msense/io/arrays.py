@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from msense.io import filesystems, storage
-from msense.io.filesystems import filesystem, is_local, store_errors
+from msense.io.filesystems import filesystem, is_local, open_file, storage_errors
 from msense.io.scratch import scratch_folder
 from msense.io.storage import absolute
 
@@ -16,13 +15,11 @@ _CHUNK = 1 << 16  # numbers checked at a time
 
 def open_parquet(uri: str) -> pq.ParquetFile:
     """Open a parquet file on any storage, memory-mapped if local."""
-    if filesystems.is_local(uri):
-        return pq.ParquetFile(storage.absolute(uri), memory_map=True)
-    return pq.ParquetFile(filesystems.open_file(uri))
+    return pq.ParquetFile(absolute(uri), memory_map=True) if is_local(uri) else pq.ParquetFile(open_file(uri))
 
 
 def row_blocks(array: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
-    """Yield chunks of a memory-mapped array, so that a fault near its start is detected before the rest is read."""
+    """Yield blocks of a memory-mapped array, so that a fault near its start is detected before the rest is read."""
     for start in range(0, len(array) - overlap, _CHUNK):
         yield array[start : start + _CHUNK + overlap]
 
@@ -41,7 +38,7 @@ def load_arrays(uri: str, names: tuple[str, ...] | None = None) -> dict[str, np.
     if not is_local(uri):
         with scratch_folder() as scratch:
             fs, path = filesystem(uri)
-            with store_errors(uri):
+            with storage_errors(uri):
                 fs.get_file(path, f"{scratch}/file")
             return load_arrays(f"{scratch}/file", names)
     with safe_open(absolute(uri), framework="numpy") as file:

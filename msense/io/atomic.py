@@ -3,24 +3,30 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from msense.io.scratch import scratch_name
 
+_UMASK = os.umask(0)  # at import only, as reading it changes it for all threads
+os.umask(_UMASK)
+
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder that replaces `path` on exit, unless an exception is raised."""
     scratch = scratch_name(path)
     scratch.unlink(missing_ok=True)  # a symbolic link left there would redirect the bytes
     try:
         yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
+        scratch.chmod(0o666 & ~_UMASK)  # safetensors files are readable by their owner only; workers may be other users
+        if sync:
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
         scratch.replace(path)
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may have become read-only; a later run removes temporary files
+            scratch.unlink(missing_ok=True)
 
 
 def copy_file(source: Path | None, target: Path) -> None:

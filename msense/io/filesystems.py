@@ -12,15 +12,18 @@ from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem
+from safetensors import SafetensorError
 
 from msense.errors import InputError, MsenseError
-from msense.text import first_line, redact
+from msense.text import first_line
 
 S3_CREDENTIALS = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an IAM role"
 S3_ATTEMPTS = 6
-S3 = ("s3", "s3a")
+_S3 = ("s3", "s3a")
 _BUCKET = re.compile(r"(?:^|::)(s3|s3a|gs|gcs)://([^/]*)")
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+STORE_PACKAGES = {  # of object stores
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs",
+}  # fmt: skip
 
 
 def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
@@ -29,23 +32,23 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     Raises:
         InputError: unknown scheme, missing package, or invalid bucket.
     """
-    check_buckets(uri)
+    _check_buckets(uri)
     scheme = uri.partition("://")[0]
     try:
         fs, path = fsspec.core.url_to_fs(uri, **_options(scheme))
     except ImportError as error:
-        remedy = f"pip install {_PACKAGES[scheme]}" if scheme in _PACKAGES else str(error)
+        remedy = f"pip install {STORE_PACKAGES[scheme]}" if scheme in STORE_PACKAGES else str(error)
         raise InputError(f"{display_uri(uri)}: {scheme}:// needs a package that is not installed: {remedy}") from error
     except ValueError as error:
         raise InputError(f"{display_uri(uri)}: {error}; use a local path, or s3://, gs:// or hf://") from error
     return fs, path
 
 
-def check_buckets(uri: str) -> None:
+def _check_buckets(uri: str) -> None:
     """Raise for an invalid bucket, before a storage client quotes the password in it or fails without a reason."""
     for scheme, bucket in _BUCKET.findall(uri):
         if "@" in bucket:
-            variables = S3_CREDENTIALS if scheme in S3 else "GOOGLE_APPLICATION_CREDENTIALS"
+            variables = S3_CREDENTIALS if scheme in _S3 else "GOOGLE_APPLICATION_CREDENTIALS"
             raise InputError(
                 f"{display_uri(uri)}: {scheme}:// takes no credentials in the URI; remove them and use {variables}"
             )
@@ -59,9 +62,9 @@ def _options(scheme: str) -> dict[str, Any]:
     botocore waits up to 20 seconds before each attempt; AWS_MAX_ATTEMPTS and AWS_RETRY_MODE override the retries.
     """
     options: dict[str, Any] = {"use_listings_cache": False}
-    if scheme in S3:
+    if scheme in _S3:
         options["max_concurrency"] = 1  # s3fs resumes an interrupted download only when it is sequential
-    if scheme in S3 and not os.environ.keys() & {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}:
+    if scheme in _S3 and not os.environ.keys() & {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}:
         options["config_kwargs"] = {"retries": {"mode": "standard", "max_attempts": S3_ATTEMPTS}}
     return options
 
@@ -78,14 +81,9 @@ def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith("file://")
 
 
-def has_folders(uri: str) -> bool:
-    """Return whether the storage has folders; the client of an object store would create a bucket instead."""
-    return uri.partition("://")[0] not in _PACKAGES
-
-
 def is_s3(uri: str) -> bool:
     """Return whether a URI is on storage with the S3 API."""
-    return uri.partition("://")[0] in S3
+    return uri.partition("://")[0] in _S3
 
 
 def s3_errors() -> tuple[type[Exception], ...]:
@@ -94,77 +92,63 @@ def s3_errors() -> tuple[type[Exception], ...]:
     return tuple(getattr(sys.modules[module], name) for module, name in types.items() if module in sys.modules)
 
 
-def is_credentials_error(error: Exception) -> bool:
-    """Return whether an error of the S3 client is about credentials, not about the store or the network."""
-    return "Credentials" in type(error).__name__ or "Profile" in type(error).__name__
-
-
-def s3_error_message(error: Exception) -> str:
-    """Return the cause and remedy of an error of the S3 client."""
-    if is_credentials_error(error):
-        return f"S3 denied access ({redact(str(error))}): set credentials: {S3_CREDENTIALS}"
-    return f"S3 is unavailable after all retries ({redact(str(error))}): run the same command again later"
-
-
 def storage_error_types(*more: type[Exception]) -> tuple[type[Exception], ...]:
     """Return the errors that a disk or storage client may raise, and `more`."""
     return (OSError, *s3_errors(), *more)
 
 
 @contextmanager
-def store_errors(uri: str, doing: str = "read") -> Iterator[None]:
-    """Convert errors of a storage client into a MsenseError that names the file.
+def storage_errors(uri: str, doing: str = "read", *, staged: bool = False) -> Iterator[None]:
+    """Convert errors of a disk or storage client into a MsenseError that names the file, the cause and the remedy.
 
-    FileNotFoundError, IsADirectoryError and errors of the local disk are passed through.
+    Passed through, unless `doing` is "write", are FileNotFoundError, IsADirectoryError and errors of the local disk.
+
+    Args:
+        uri: the file.
+        doing: "read", "write" or "remove".
+        staged: the file is on the local disk, before its upload.
     """
     try:
         yield
-    except storage_error_types() as error:
-        if is_local(uri) or isinstance(error, FileNotFoundError | IsADirectoryError):
+    except storage_error_types(SafetensorError) as error:
+        local = staged or is_local(uri)
+        if doing != "write" and (local or isinstance(error, FileNotFoundError | IsADirectoryError)):
             raise
-        raise MsenseError(f"cannot {doing} {display_uri(uri)}: {error_message(error)}") from error
+        raise MsenseError(f"cannot {doing} {display_uri(uri)}: {error_message(error, local=local)}") from error
 
 
-def error_message(error: Exception) -> str:
+def is_credentials_error(error: Exception) -> bool:
+    """Return whether an error of the S3 client is about credentials, not about the store or the network."""
+    return "Credentials" in type(error).__name__ or "Profile" in type(error).__name__
+
+
+def error_message(error: Exception, *, local: bool = False) -> str:
     """Return the cause and remedy of a failed storage request, which the client has already retried where that helps."""
     message = first_line(error)
+    code = re.search(r"os error (\d+)", message)  # safetensors has it in the message only
+    number = int(code[1]) if code else getattr(error, "errno", None)
     if isinstance(error, s3_errors()):
-        return s3_error_message(error)
-    if isinstance(error, PermissionError):
-        return f"no permission ({message}); grant access, or use other credentials: {S3_CREDENTIALS}"
+        if is_credentials_error(error):
+            return f"S3 denied access ({message}): set credentials: {S3_CREDENTIALS}"
+        return f"S3 is unavailable after all retries ({message}): run the same command again later"
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no space left ({message}); free some space, or choose an --output with more"
+    if isinstance(error, PermissionError) or number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "allow this user to write there" if local else f"grant access, or use others: {S3_CREDENTIALS}"
+        return f"no permission ({message}); {remedy}"
+    if local:
+        return message
     if isinstance(error, FileNotFoundError):
         return f"{message}; check the bucket's name, or create it"
-    if isinstance(error, OSError) and error.errno == errno.EBUSY:
+    if number == errno.EBUSY:
         return f"the store is busy ({message}); run the same command again later"
     return f"the store failed ({message}); run the same command again when it works"
 
 
 def open_file(uri: str) -> io.BufferedIOBase:
-    """Open a file on any storage for reading; errors of a remote one name it."""
-    return Path(uri.removeprefix("file://")).open("rb") if is_local(uri) else io.BufferedReader(_Remote(uri), 1 << 20)
-
-
-class _Remote(io.RawIOBase):
-    """A remote file, read in blocks."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-        fs, path = filesystem(uri)
-        with store_errors(uri):
-            self._file = fs.open(path, "rb")
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def readinto(self, buffer: Any) -> int:
-        with store_errors(self._uri):
-            return int(self._file.readinto(buffer))
+    """Open a file on any storage for reading."""
+    if is_local(uri):
+        return Path(uri.removeprefix("file://")).open("rb")
+    fs, path = filesystem(uri)
+    with storage_errors(uri):
+        return fs.open(path, "rb")

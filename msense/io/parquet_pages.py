@@ -1,8 +1,8 @@
 """Checks of untrusted parquet footers and column chunks, before a library opens or decompresses anything.
 
-Page headers state the decompressed size; the sizes in the footer may differ, and some encodings repeat a text without
-limit. Both are Thrift structs in the compact protocol, https://github.com/apache/thrift/blob/master/doc/specs. Errors
-are phrases for the middle of a sentence.
+Only page headers state the real decompressed size, and some encodings repeat a text without limit. Headers and footers
+are Thrift structs in the compact protocol, https://github.com/apache/thrift/blob/master/doc/specs. Errors are phrases for
+the middle of a sentence.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from operator import index
 from typing import Any, NamedTuple
 
 MAX_CHUNK_BYTES = 64 << 20  # decompressed, per column chunk
+_INVALID = "it has an invalid header"
 _MAX_PAGES = 1000
 _MAX_DEPTH = 10
 _PLAIN_OR_DICTIONARY = {0, 2, 8}  # PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY
@@ -89,7 +90,7 @@ def check_pages(chunk: memoryview) -> None:
             struct, field = _DETAILS[index(header[1])]
             encoding = index(header[struct][field])
         except (LookupError, TypeError) as error:
-            raise ValueError("it has an invalid header") from error
+            raise ValueError(_INVALID) from error
         if encoding not in _PLAIN_OR_DICTIONARY:
             raise ValueError(f"a page has the unsupported encoding {encoding}")
         pages, total = pages + 1, total + size
@@ -109,7 +110,7 @@ def _struct(data: memoryview, position: int, depth: int) -> tuple[dict[int, Any]
         position += 1
         number += step
         if step == 0:  # the long form, which would allow duplicate fields
-            raise ValueError("it has an invalid header")
+            raise ValueError(_INVALID)
         if kind in (_TRUE, _FALSE):
             fields[number] = kind == _TRUE
         else:
@@ -120,7 +121,7 @@ def _struct(data: memoryview, position: int, depth: int) -> tuple[dict[int, Any]
 def _value(data: memoryview, position: int, kind: int, depth: int) -> tuple[Any, int]:
     """Read an integer, bytes, a list, a struct, or a boolean in a list, and its end."""
     if depth > _MAX_DEPTH:
-        raise ValueError("it has an invalid header")
+        raise ValueError(_INVALID)
     if kind == _STRUCT:
         return _struct(data, position, depth + 1)
     if kind in (_TRUE, _FALSE):
@@ -130,9 +131,7 @@ def _value(data: memoryview, position: int, kind: int, depth: int) -> tuple[Any,
         return data[position : position + length], position + length
     if kind == _LIST:
         length, kind = data[position] >> 4, data[position] & 15
-        position += 1
-        if length == 15:
-            length, position = _varint(data, position)
+        length, position = _varint(data, position + 1) if length == 15 else (length, position + 1)
         items = []
         for _ in range(length):  # each takes at least one byte
             item, position = _value(data, position, kind, depth + 1)
@@ -141,16 +140,15 @@ def _value(data: memoryview, position: int, kind: int, depth: int) -> tuple[Any,
     if _BYTE < kind <= _I64:
         value, position = _varint(data, position)
         return (value >> 1) ^ -(value & 1), position
-    raise ValueError("it has an invalid header")
+    raise ValueError(_INVALID)
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
     """Read an unsigned integer of seven bits per byte, and its end."""
     value = 0
-    for shift in range(0, 70, 7):
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
+    for length in range(10):
+        byte = data[position + length]
+        value |= (byte & 127) << 7 * length
         if byte < 128:
-            return value, position
-    raise ValueError("it has an invalid header")
+            return value, position + length + 1
+    raise ValueError(_INVALID)

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,26 +22,21 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     parent = parent or Path(tempfile.gettempdir())
     for lock in parent.glob(f"{_PREFIX}*.lock"):
         if re.fullmatch(rf"{_PREFIX}[0-9a-f]{{8}}", lock.stem):
-            _remove_unlocked(lock)
+            with suppress(Timeout, OSError), FileLock(lock, timeout=0):  # else in use, or another user's
+                _remove(lock)
     lock = parent / f"{_PREFIX}{_unique()}.lock"  # short, because Ray creates sockets in such folders
-    folder = lock.with_suffix("")
     with FileLock(lock):
-        folder.mkdir(mode=0o700)
+        lock.with_suffix("").mkdir(mode=0o700)
         try:
-            yield folder
+            yield lock.with_suffix("")
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+            _remove(lock)
 
 
-def _remove_unlocked(lock: Path) -> None:
-    """Remove a temporary folder whose process has ended."""
-    try:
-        with FileLock(lock, timeout=0):
-            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-            lock.unlink(missing_ok=True)
-    except (Timeout, OSError):  # in use, or another user's
-        return
+def _remove(lock: Path) -> None:
+    """Remove a temporary folder and its lock."""
+    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+    lock.unlink(missing_ok=True)
 
 
 def _unique() -> str:

@@ -9,27 +9,15 @@ import errno
 import hashlib
 import json
 import os
-import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from msense.errors import InputError, MsenseError
-from msense.io.filesystems import (
-    display_uri,
-    error_message,
-    filesystem,
-    has_folders,
-    is_local,
-    open_file,
-    storage_error_types,
-    store_errors,
-)
-from msense.io.scratch import scratch_folder, scratch_name
+from msense.errors import InputError
+from msense.io.atomic import atomic_path
+from msense.io.filesystems import STORE_PACKAGES, display_uri, filesystem, is_local, open_file, storage_errors
+from msense.io.scratch import scratch_folder
 from msense.io.untrusted import reject_duplicate_keys
 
 MARKER = ".done"
@@ -51,22 +39,22 @@ def join(root: str, *names: str) -> str:
 def exists(uri: str) -> bool:
     """Return whether a file or folder exists."""
     fs, path = filesystem(uri)
-    with store_errors(uri):
+    with storage_errors(uri):
         return bool(fs.exists(path))
 
 
 def remove(uri: str) -> None:
     """Delete a file, or a folder and its contents, if it exists."""
     fs, path = filesystem(uri)
-    with store_errors(uri, "remove"):
+    with storage_errors(uri, "remove"):
         if fs.exists(path):
             fs.rm(path, recursive=True)
 
 
 def make_folder(uri: str) -> None:
-    """Create a folder and its parents, on storage that has folders."""
+    """Create a folder and its parents; object stores have no folders, and their client would create a bucket."""
     fs, path = filesystem(uri)
-    if has_folders(uri):
+    if uri.partition("://")[0] not in STORE_PACKAGES:
         fs.makedirs(path, exist_ok=True)
 
 
@@ -75,7 +63,7 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     if not length:
         return b""  # S3 returns the whole file for an empty range
     fs, path = filesystem(uri)
-    with store_errors(uri):
+    with storage_errors(uri):
         return bytes(fs.cat_file(path, start=start, end=start + length))
 
 
@@ -92,7 +80,7 @@ def read_bytes(uri: str, most: int, ask_store: bool = True) -> bytes:
         InputError: the file is too large.
     """
     fs, path = filesystem(uri)
-    with store_errors(uri):
+    with storage_errors(uri):
         if is_local(uri):
             info = os.stat(path)
             if not stat.S_ISREG(info.st_mode):
@@ -120,18 +108,17 @@ def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, An
         shape: required keys and the types of their values; a mismatch counts as corruption.
     """
     try:
-        value = json.loads(read_bytes(uri, _MAX_BYTES, ask_store=False), object_pairs_hook=reject_duplicate_keys)
-    except (ValueError, RecursionError):
-        return None
+        raw = read_bytes(uri, _MAX_BYTES, ask_store=False)
     except OSError as error:
         if _is_no_file(error):
             return None
         raise
-    if not isinstance(value, dict) or value.pop(CHECKSUM, None) != checksum(value):
+    try:
+        value = json.loads(raw, object_pairs_hook=reject_duplicate_keys)
+    except (ValueError, RecursionError):
         return None
-    if any(not isinstance(value.get(name), kind) for name, kind in (shape or {}).items()):
-        return None
-    return value
+    valid = isinstance(value, dict) and value.pop(CHECKSUM, None) == checksum(value)
+    return value if valid and all(isinstance(value.get(name), kind) for name, kind in (shape or {}).items()) else None
 
 
 def write_json(uri: str, value: dict[str, Any]) -> None:
@@ -158,24 +145,22 @@ def publish(
     Args:
         uri: destination.
         write: writes the file to a local path; if it returns a dict, that is added to the stats.
-        stats: stats to record with the file (JSON values).
-        inputs_hash: inputs hash, of everything that the file depends on.
+        stats: JSON values to record with the file.
+        inputs_hash: hash of everything that the file depends on.
 
     Returns:
         The stats as recorded in the marker.
     """
-    stats: dict[str, Any] = dict(stats or {})
-    digest: dict[str, Any] = {}
+    marker: dict[str, Any] = {}
+    stats = dict(stats or {})
 
     def write_and_hash(path: Path) -> None:
         more = write(path)
-        if isinstance(more, dict):
-            stats.update(more)
-        digest["size"] = path.stat().st_size
-        digest["sha256"] = sha256_of(path)
+        stats.update(more if isinstance(more, dict) else {})
+        marker.update(size=path.stat().st_size, sha256=sha256_of(path))
 
     _place(uri, write_and_hash)
-    write_json(uri + MARKER, {**digest, "made_of": inputs_hash, "facts": stats})
+    write_json(uri + MARKER, {**marker, "made_of": inputs_hash, "facts": stats})
     return stats
 
 
@@ -187,7 +172,7 @@ def markers(folder: str) -> set[str]:
 def names(folder: str) -> list[str]:
     """Return the names in a folder; none if it does not exist."""
     fs, path = filesystem(folder)
-    with store_errors(folder):
+    with storage_errors(folder):
         return [name.rpartition("/")[2] for name in fs.ls(path, detail=False, refresh=True)] if fs.exists(path) else []
 
 
@@ -210,9 +195,8 @@ def is_intact(uri: str, written: dict[str, Any], *, verify: bool) -> bool:
     """Return whether a file has the `size` in bytes and, if `verify`, the `sha256` that were recorded."""
     fs, path = filesystem(uri)
     try:
-        with store_errors(uri):  # an unavailable store is not corruption
-            size = fs.size(path)
-        return size == written["size"] and not (verify and sha256_of_uri(uri) != written["sha256"])
+        with storage_errors(uri):  # an unavailable store is not corruption
+            return fs.size(path) == written["size"] and not (verify and sha256_of(uri) != written["sha256"])
     except OSError as error:
         if _is_no_file(error) or error.errno == errno.EIO:  # EIO: a bad disk
             return False
@@ -224,22 +208,16 @@ def _is_no_file(error: OSError) -> bool:
     return isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or error.errno == errno.ELOOP
 
 
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal sha256 of a local file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_of_uri(uri: str) -> str:
+def sha256_of(file: Path | str) -> str:
     """Return the hexadecimal sha256 of a file on any storage."""
-    with open_file(uri) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with storage_errors(str(file)), open_file(str(file)) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def upload(file: Path, uri: str) -> None:
     """Copy a local file to a URI."""
     fs, path = filesystem(uri)
-    with write_errors(uri):
+    with storage_errors(uri, "write"):
         fs.put_file(str(file), path)
 
 
@@ -263,74 +241,34 @@ def local_copy(uri: str) -> Path:
     fs, path = filesystem(uri)
     if not exists(uri):
         raise InputError(f"nothing at {display_uri(uri)}: check the name and the credentials of the store")
-    with store_errors(uri):
+    with storage_errors(uri):
         infos = fs.find(path, detail=True)
-    tags = {name: str(i.get("ETag") or i.get("etag") or i.get("mtime")) for name, i in infos.items()}
-    identity = json.dumps([(name, i.get("size"), tags[name]) for name, i in sorted(infos.items())])
+    tags = {name: str(info.get("ETag") or info.get("etag") or info.get("mtime")) for name, info in infos.items()}
+    identity = json.dumps([(name, info.get("size"), tags[name]) for name, info in sorted(infos.items())])
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "msense"
     target = base / hashlib.sha256((uri + identity).encode()).hexdigest()[:32]
     if not target.exists():
         base.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(base) as scratch, store_errors(uri):
+        with scratch_folder(base) as scratch, storage_errors(uri):
             copy = scratch / "copy"
             fs.get(path, str(copy), recursive=fs.isdir(path))
             copy.replace(target)
     return target
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_MODE = 0o666 & ~_umask()  # at import only: reading the umask changes it for all threads
-
-
 def _place(uri: str, write: Callable[[Path], Any]) -> None:
     """Write a file atomically: it appears complete or not at all."""
     if is_local(uri):
-        with write_errors(uri):
+        with storage_errors(uri, "write"):
             _rename_into(Path(absolute(uri)), write)
         return
     with scratch_folder() as folder:
-        with write_errors(uri, on_its_way=True):
+        with storage_errors(uri, "write", staged=True):
             write(folder / "file")
         upload(folder / "file", uri)
 
 
-@contextmanager
-def write_errors(uri: str, on_its_way: bool = False) -> Iterator[None]:
-    """Convert write errors into a MsenseError that names the file, the cause and the remedy.
-
-    `on_its_way` marks errors of the local disk, to which the file is written before its upload.
-    """
-    try:
-        yield
-    except storage_error_types(SafetensorError) as error:
-        reason = _reason(error) if on_its_way or is_local(uri) else error_message(error)
-        raise MsenseError(f"cannot write {display_uri(uri)}: {reason}") from error
-
-
 def _rename_into(target: Path, write: Callable[[Path], Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = scratch_name(target)
-    try:
+    with atomic_path(target, sync=False) as scratch:
         write(scratch)
-        scratch.chmod(_MODE)  # safetensors files are readable by their owner only; workers may be other users
-        scratch.replace(target)
-    finally:
-        with suppress(OSError):  # if the folder became read-only, the next driver removes temporary files
-            scratch.unlink(missing_ok=True)
-
-
-def _reason(error: Exception) -> str:
-    """Return the cause and remedy of a failed local write; safetensors has the error number in its message only."""
-    message = str(error)
-    match = re.search(r"os error (\d+)", message)
-    number = int(match[1]) if match else getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"no space left ({message}); free some space, or choose an --output with more"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission ({message}); allow this user to write there"
-    return message or type(error).__name__

@@ -1,13 +1,12 @@
-"""Checks of untrusted model folders, shared by dictionaries, students, classifiers and labels.
+"""Checks of untrusted folders: dictionaries, students, classifiers and labels.
 
-Nothing is read before its size is checked, pipes are never opened, and nothing is unpickled. Memory: one JSON file or
-safetensors header.
+Sizes are checked before reading, pipes are never opened, and nothing is unpickled. Memory: one JSON file or safetensors
+header.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -80,27 +79,22 @@ class Artefact:
     def read_config(self, path: Path, model: type[ModelT], version: int = 1) -> ModelT:
         """Read a config of a format version, strictly: no duplicate keys, no type conversion."""
         raw = self.read_json(path)
-        given = self.parsed(path, lambda: json.loads(raw, object_pairs_hook=reject_duplicate_keys))
-        found = given.get("format_version") if isinstance(given, dict) else None
-        if found is None:
-            self.refuse(f"{path} is not the config of a {self.name}: it has no format_version; use another folder")
-        if found != version or type(found) is not int:  # True and 1.0 equal 1
-            self.refuse(
-                f"{path} has format version {printable(repr(found))}, this msense reads {version}: update msense"
-            )
-        return self.valid(path, lambda: model.model_validate_json(raw, strict=True))
-
-    def parsed(self, path: Path, parse: Callable[[], Any]) -> Any:
-        """Return the result of a JSON parser, or raise the artefact's error."""
         try:
-            return parse()
+            config = json.loads(raw, object_pairs_hook=reject_duplicate_keys)
         except (ValueError, RecursionError) as error:
             raise self.error(f"{path} is not JSON ({printable(error)}): {self.remedy}") from error
+        actual = config.get("format_version") if isinstance(config, dict) else None
+        if actual is None:
+            self.refuse(f"{path} is not the config of a {self.name}: it has no format_version; use another folder")
+        if actual != version or type(actual) is not int:  # True and 1.0 equal 1
+            shown = printable(repr(actual))
+            self.refuse(f"{path} has format version {shown}, this msense reads {version}: update msense")
+        return self.valid(path, model, raw)
 
-    def valid(self, path: Path, validate: Callable[[], ModelT]) -> ModelT:
-        """Return the result of a pydantic validation, or raise the artefact's error with its first errors."""
+    def valid(self, path: Path, model: type[ModelT], raw: bytes) -> ModelT:
+        """Validate JSON strictly, or raise the artefact's error with its first errors."""
         try:
-            return validate()
+            return model.model_validate_json(raw, strict=True)
         except ValidationError as error:
             raise self.error(f"{path} is invalid: {format_errors(error)}; {self.remedy}") from error
 
@@ -120,13 +114,12 @@ class Artefact:
             raise self.error(f"{path} has an invalid header: {reason}; {self.remedy}") from error
         end, starts = 0, {}
         for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
-            needed = ITEM_BYTES.get(entry.dtype, 0) * math.prod(entry.shape)
+            starts[name], needed = 8 + length + end, ITEM_BYTES.get(entry.dtype, 0) * math.prod(entry.shape)
             if entry.dtype not in ITEM_BYTES or entry.data_offsets != (end, end + needed):
-                what = f"{printable(name)} ({printable(entry.dtype)} {entry.shape})"
-                self.refuse(f"{path}: tensor {what} has an invalid dtype or data offsets: {self.remedy}")
-            starts[name] = 8 + len(raw) + end
+                tensor = f"{printable(name)} ({printable(entry.dtype)} {entry.shape})"
+                self.refuse(f"{path}: tensor {tensor} has an invalid dtype or data offsets: {self.remedy}")
             end += needed
-        if (expected := 8 + len(raw) + end) != size:
+        if (expected := 8 + length + end) != size:
             self.refuse(f"{path} is truncated: it has {size} bytes, its header {expected}; {self.remedy}")
         return {name: (entry.dtype, entry.shape) for name, entry in header.items()}, starts
 
@@ -143,7 +136,7 @@ def check_model_settings(settings: Any, tensors: int) -> str | None:
         tensors: number of tensors in its weights, an upper bound of its layers.
 
     Returns:
-        The problem, as a phrase for the middle of a sentence; None if there is none.
+        The problem, as a phrase for the middle of a sentence, or None.
     """
     stack: list[tuple[str, Any]] = [("", settings)]
     while stack:
@@ -165,14 +158,12 @@ def check_model_settings(settings: Any, tensors: int) -> str | None:
 
 def links_outside(path: Path, folder: Path) -> bool:
     """Return whether a link leads out of a folder; links from a Hub cache's snapshot to its own blobs do not."""
-    target = path.resolve()
-    for snapshot in (folder.absolute(), *folder.absolute().parents):
-        repository = snapshot.parent.parent
-        if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
-            if target.is_relative_to((repository / "blobs").resolve()):
-                return False
+    allowed = [folder]
+    for snapshots in folder.absolute().parents:
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+            allowed.append(snapshots.parent / "blobs")
             break
-    return not target.is_relative_to(folder.resolve())
+    return not any(path.resolve().is_relative_to(root.resolve()) for root in allowed)
 
 
 def printable(value: object) -> str:

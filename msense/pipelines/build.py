@@ -1,12 +1,11 @@
 """Build a sense dictionary: the stages from a corpus to a dictionary folder.
 
-Runs on the driver, which lists files and passes on paths; it never holds text, embeddings or centroids. Every stage keeps
-what an earlier run finished, so that the same command resumes after any interruption.
+The driver passes on paths, and never holds text, embeddings or centroids.
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -22,12 +21,11 @@ from msense.errors import InputError
 from msense.io import storage
 from msense.io.arrays import load_arrays
 from msense.pipelines.dry_run import TeacherTimer, estimate_run, time_teacher
+from msense.pipelines.job import THREADS, run_job
 from msense.pipelines.manifest import describe_run
-from msense.run.folder import RunFolder, locked, remove_temp_files, resolve_output
-from msense.run.journal import Journal
-from msense.run.manifest import check_manifest, inputs_hash
-from msense.runtime import open_executor
-from msense.runtime.executor import Row, peak_memory
+from msense.run.folder import RunFolder, resolve_output
+from msense.runtime import Executor
+from msense.runtime.executor import Row
 from msense.stages.assemble import AssembleStage, changed_files
 from msense.stages.base import StageContext, run_stage
 from msense.stages.cluster import ClusterStage, clustering_memory
@@ -38,13 +36,11 @@ from msense.stages.exemplars import ExemplarStage
 from msense.stages.passages import PassageStage, PassageStats, passage_spec
 from msense.stages.plan import PlanInput, PlanStage, PlanStats
 from msense.stages.sense_counts import SenseCountStage, SenseSettings
-from msense.teacher.body import resolve_dtype
 from msense.teacher.spec import TeacherInfo, load_teacher_info
 
 logger = logging.getLogger(__name__)
 
 REFERENCE_SENSES = 20  # of an encoder, in the paper
-THREADS = 1  # of every teacher actor and clustering task
 
 
 @dataclass
@@ -60,11 +56,6 @@ class Build:
     scale: float  # share of the corpus that a dry run reads
     context: StageContext
 
-    @property
-    def run(self) -> RunFolder:
-        """The run folder."""
-        return self.context.run
-
 
 def with_demo(config: BuildConfig) -> BuildConfig:
     """Fill in the embedded demo where neither corpus nor teacher is given."""
@@ -79,11 +70,12 @@ def with_demo(config: BuildConfig) -> BuildConfig:
     return config.model_copy(update={"corpus": (DEMO_CORPUS,), **cut})
 
 
-def build_dictionary(config: BuildConfig) -> dict[str, Any]:
+def build_dictionary(config: BuildConfig, executor: Executor | None = None) -> dict[str, Any]:
     """Build a sense dictionary, or resume an interrupted build.
 
     Args:
         config: all settings; `output` names the run folder.
+        executor: where the work runs; by default what the settings select.
 
     Returns:
         The run's summary: `stages`, the stats of every stage; `driver_peak`, the driver's peak memory in bytes; and either
@@ -112,30 +104,16 @@ def build_dictionary(config: BuildConfig) -> dict[str, Any]:
         )
     if config.reference and "senses" not in config.model_fields_set:
         config = config.model_copy(update={"senses": "mcl" if info.decoder else REFERENCE_SENSES})
-    with locked(RunFolder(root)):
-        executor = open_executor(local=config.local, workers=config.workers, gpus_per_actor=config.gpus_per_actor)
-        device = executor.resources.device
-        dtype = config.dtype
-        if dtype == "auto":
-            dtype = executor.run(resolve_dtype, dtype, device, device=device)
-        manifest = describe_run(config, files, info, dtype, device, THREADS)
-        run = RunFolder(root, inputs_hash(manifest))
-        check_manifest(run, manifest)
-        remove_temp_files(run)
-        journal = Journal.begin(run, executor.resources.tasks)
-        build = Build(config, info, tokenizer, spec, dtype, files, scale, StageContext(run, executor, journal))
-        with journal.ending_with_errors():
-            summary = _run_stages(build)
-        summary["driver_peak"] = peak_memory()
-        storage.write_json(run.summary, summary)
-        journal.end("dry run" if config.dry_run else "finished")
-        remove_temp_files(run)
-    return summary
+
+    def stages(context: StageContext, dtype: str) -> dict[str, Any]:
+        return _run_stages(Build(config, info, tokenizer, spec, dtype, files, scale, context))
+
+    return run_job(config, root, executor, partial(describe_run, config, files, info), stages)
 
 
 def _run_stages(build: Build) -> dict[str, Any]:
     """Run the stages that are not finished; return the summary."""
-    config, run, context, info = build.config, build.run, build.context, build.info
+    config, context, info, run = build.config, build.context, build.info, build.context.run
     if not config.dry_run and (done := _finished_before(build)):
         return done
     storage.write_text(run.tokenizer, build.tokenizer.to_str())
@@ -164,9 +142,7 @@ def _run_stages(build: Build) -> dict[str, Any]:
     clustering = ClusterStage(settings, shards)
     large = run_stage(clustering, context)
     centroid_files = clustering.outputs() + (run_stage(LargeTokenStage(settings, large), context) if large else [])
-    contexts: Sequence[str] = ()
-    if config.exemplars:
-        contexts = run_stage(ExemplarStage(run, centroid_files, partitions), context)
+    contexts = run_stage(ExemplarStage(run, centroid_files, partitions), context) if config.exemplars else []
     assembling = AssembleStage(run, info, config, centroid_files, contexts)
     run_stage(assembling, context)
     summary = {"stages": context.summary, "dictionary": run.dictionary}
@@ -176,7 +152,7 @@ def _run_stages(build: Build) -> dict[str, Any]:
 
 
 def _budget(config: BuildConfig, tokens: int, dim: int) -> int:
-    """Return the total number of senses of so many tokens with `--senses auto`."""
+    """Return the total number of senses with `--senses auto`."""
     budget = SenseBudget.parse(config.sense_budget).senses(tokens, dim)
     if config.senses == "auto" and budget < tokens:
         raise InputError(
@@ -188,7 +164,7 @@ def _budget(config: BuildConfig, tokens: int, dim: int) -> int:
 
 def _finished_before(build: Build) -> dict[str, Any] | None:
     """Return the summary of an earlier driver if its dictionary is complete and unchanged."""
-    run, context = build.run, build.context
+    context, run = build.context, build.context.run
     done = storage.read_json(run.finished)
     if done is None or done.pop("made_of") != run.inputs_hash:
         return None
@@ -211,15 +187,12 @@ def embed_settings(build: Build) -> EmbedSettings:
     """Return the settings of the teacher actors."""
     return EmbedSettings(
         teacher=build.config.teacher or DEMO_TEACHER,
-        revision=build.info.revision,
-        fingerprint=build.info.fingerprint,
-        layer=build.config.layer,
+        info=build.info,
         dtype=build.dtype,
         device=build.context.executor.resources.device,
         store_dtype=build.config.store_dtype,
         per_passage=build.config.per_passage,
         spec=build.spec,
-        dim=build.info.dim,
         threads=THREADS,
     )
 
@@ -227,13 +200,13 @@ def embed_settings(build: Build) -> EmbedSettings:
 def _estimate(build: Build, passages: PassageStats, plan: PlanStats, partitions: list[Partition]) -> Row:
     """Return the result of a dry run."""
     executor = build.context.executor
-    estimate = estimate_run(build.run, build.info, build.config, passages, plan, build.scale)
+    estimate = estimate_run(build.context.run, build.info, build.config, passages, plan, build.scale)
     estimate |= {"workers": executor.resources.actors, "device": executor.resources.device, "units": len(partitions)}
     estimate |= executor.resources.described()
     largest = max((partition.stored for partition in partitions), default=0)
     estimate["unit_memory"] = largest * record_type(build.info.dim).itemsize
     if build.config.time_teacher:
-        arguments = {"run": build.run, "settings": embed_settings(build)}
+        arguments = {"run": build.context.run, "settings": embed_settings(build)}
         estimate["tokens_per_second"] = time_teacher(TeacherTimer, arguments, partitions, executor)
     return estimate
 
@@ -243,12 +216,9 @@ def cluster_settings(config: BuildConfig, run: RunFolder, info: TeacherInfo, dev
     fixed = config.senses if isinstance(config.senses, int) else None
     settings = KMeansConfig(k=fixed or 1, metric=config.metric, seed=config.seed, n_init=config.n_init)
     return ClusterSettings(
+        **config.model_dump(include={"store_dtype", "max_occurrences", "max_points_per_part", "exemplars"}),
         run=run,
         dim=info.dim,
-        store_dtype=config.store_dtype,
-        max_occurrences=config.max_occurrences,
-        max_points_per_part=config.max_points_per_part,
-        exemplars=config.exemplars,
         kmeans=replace(settings, tol=1e-4, max_rounds=300) if config.reference else settings,
         senses_by_token=fixed is None,
         device=device,
@@ -257,14 +227,9 @@ def cluster_settings(config: BuildConfig, run: RunFolder, info: TeacherInfo, dev
 
 def _remove_intermediates(build: Build) -> None:
     """Remove the intermediate files that `--keep` does not name."""
-    run = build.run
-    folders = {
-        run.occurrences: "occurrences",
-        run.senses_folder: "centroids",
-        run.centroids: "centroids",
-        run.passages: "passages",
-    }
-    for folder, name in folders.items():
+    run = build.context.run
+    folders = {run.occurrences: "occurrences", run.passages: "passages"}
+    for folder, name in (folders | dict.fromkeys((run.senses_folder, run.centroids), "centroids")).items():
         if name not in build.config.keep:
             storage.remove(folder)
     storage.remove(run.contexts)

@@ -1,7 +1,4 @@
-"""The inputs of labelling: the dictionary, its teacher and the text, each checked against the others.
-
-Manifests, the dictionary's small arrays and the teacher's files are read, but no text; Ray is not needed.
-"""
+"""The inputs of labelling: the dictionary, its teacher and the text, each checked against the others."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +16,7 @@ from msense.io import storage
 from msense.io.storage import join
 from msense.run.folder import RunFolder
 from msense.stages.passages import passage_spec
+from msense.student.config import dictionary_mismatch
 from msense.teacher.pooling import check_pooling
 from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
 
@@ -128,12 +126,8 @@ def _options(
         values = {"text_column": config.text_column, "dedup": config.dedup, "seed": config.seed}
         values |= {"max_occurrences": of.max_occurrences, "special_tokens": of.special_tokens}
     text = {name: value for name, value in values.items() if name in PlanOptions.model_fields}
-    teacher = {
-        "layer": of.layer,
-        "max_length": of.max_length or None,
-        "prompt": of.prompt,
-        "revision": of.teacher.revision,
-    }
+    teacher = {"layer": of.layer, "max_length": of.max_length or None, "prompt": of.prompt}
+    teacher |= {"revision": of.teacher.revision}
     teacher |= {"special_tokens": values["special_tokens"]} if "special_tokens" in values else {}
     return validate_config(PlanOptions, text), validate_config(TeacherOptions, teacher)
 
@@ -150,19 +144,10 @@ def _teacher(
         if config.teacher:
             raise
         raise InputError(f"{error}\nThe dictionary names this teacher: give its location with --teacher") from error
-    wrong = [
-        f"its {what} {str(actual)[:12]}, the dictionary's {str(expected)[:12]}"
-        for what, expected, actual in (
-            ("weights have the fingerprint", of.teacher.fingerprint, info.fingerprint),
-            ("tokenizer has the fingerprint", of.tokenizer_fingerprint, info.tokenizer_fingerprint),
-            ("width is", of.dim, info.dim),
-            ("vocabulary is", of.vocab_size, info.vocab_size),
-        )
-        if expected not in ("", actual)
-    ]
-    if wrong:
+    given = (info.tokenizer_fingerprint, info.fingerprint, info.dim, info.vocab_size)
+    if mismatch := dictionary_mismatch(of, *given):
         raise InputError(
-            f"teacher {name!r} is not the one that the dictionary was built with: {'; '.join(wrong)}. Give the original "
-            "with --teacher"
+            f"teacher {name!r} is not the one that the dictionary was built with: the dictionary has {mismatch}; give the "
+            "original with --teacher"
         )
     return replace(info, name=of.teacher.name, excluded=of.excluded_token_ids), tokenizer

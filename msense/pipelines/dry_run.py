@@ -35,16 +35,7 @@ TIMED_SECONDS = 10.0
 def estimate_run(
     run: RunFolder, info: TeacherInfo, config: BuildConfig, passages: PassageStats, plan: PlanStats, share: float
 ) -> Row:
-    """Return what a whole run would read, write and need, in counts and bytes.
-
-    Args:
-        run: the run folder, with a finished plan.
-        info: the teacher.
-        config: the build's settings.
-        passages: result of the passages stage.
-        plan: result of the plan stage.
-        share: share of the documents that was read.
-    """
+    """Return what a whole run would read, write and need, in counts and bytes, from a plan of a share of it."""
     scale = 1 / share
     stored = load_arrays(run.thresholds, ("stored",))["stored"] * scale
     points = clustered_points(stored, config)
@@ -124,11 +115,7 @@ class LabelTimer(LabelActor):
 def time_teacher(timer: type, arguments: Row, partitions: list[Partition], executor: Executor) -> float:
     """Return the tokens per second of all actors together; 0.0 if the corpus is too small to time.
 
-    Args:
-        timer: `TeacherTimer` or `LabelTimer`.
-        arguments: of its constructor.
-        partitions: the largest are read, one per actor.
-        executor: where the actors run.
+    Each actor, `timer(**arguments)`, reads one of the largest partitions.
     """
     actors = executor.resources.actors
     items = [asdict(partition) for partition in sorted(partitions, key=lambda p: -p.stored)[:actors]]

@@ -19,24 +19,27 @@ from msense.corpus.glue import DEV, TRAIN, Texts, pair_separator, read_split
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.storage import join
+from msense.pipelines.job import training_dtype
 from msense.run.folder import RunFolder, locked, resolve_output
 from msense.run.progress import display_progress
 from msense.runtime import Executor, open_executor
 from msense.runtime.executor import Checkpoint
-from msense.teacher.body import resolve_dtype
 from msense.teacher.classifier import LONGEST_LABEL, MAX_LABELS, ClassifierConfig
 from msense.teacher.pooling import Pooling
 from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
-from msense.training.finetuner import TEACHER, FinetuningConfig
-from msense.training.group import Session
+from msense.training.finetuner import TEACHER, FinetuneSettings, train_teacher
 
 logger = logging.getLogger(__name__)
 CORPUS = "corpus.jsonl"  # the training texts, as a corpus for build_dict.py
 DONE = "training.json"
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
+def finetune(config: FinetuneConfig, executor: Executor | None = None) -> dict[str, Any]:
     """Fine-tune a teacher, or resume an interrupted fine-tuning.
+
+    Args:
+        config: all settings; `output` names the run folder.
+        executor: where the training runs; by default what the settings select.
 
     Returns:
         A summary: `teacher`, its folder; `corpus`, the training texts; `epochs`, the metrics of each; `seconds`.
@@ -50,8 +53,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         >>> summary["epochs"][-1]["train_loss"]
     """
     run = RunFolder(resolve_output(config.output))
-    build = TeacherOptions(revision=config.revision, max_length=config.max_length)
-    info, tokenizer = load_teacher_info(config.teacher, build)
+    options = TeacherOptions(revision=config.revision, max_length=config.max_length)
+    info, tokenizer = load_teacher_info(config.teacher, options)
     joiner = pair_separator(tokenizer) if len(config.data.columns.texts) > 1 else ""
     texts = read_split(config.name, config.data, config.source, TRAIN, joiner)
     classifier = ClassifierConfig(
@@ -59,9 +62,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     )
     dev = _dev_split(config, joiner)
     with locked(run):
-        executor = open_executor(local=config.local, workers=config.workers)
-        tuning = _tuning(config, run, info, classifier, executor, has_dev=dev is not None)
-        name = _name(config, info, texts, dev, tuning)
+        executor = executor or open_executor(config.local, config.workers)
+        settings = _settings(config, run, info, classifier, executor, has_dev=dev is not None)
+        name = _name(config, info, texts, dev, settings)
         done = storage.read_json(join(run.root, DONE))
         summary = {"teacher": join(run.root, TEACHER), "corpus": join(run.root, CORPUS)}
         _check_folder(config, run, summary["teacher"])
@@ -71,7 +74,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             return summary | {"epochs": done["epochs"], "seconds": done["seconds"]}
         began = time.monotonic()
         with display_progress(run):
-            result = executor.train(name, worker, tuning, run.training)
+            result = executor.train(name, train_teacher, settings, run.training)
         storage.remove(join(run.root, DONE))  # not earlier: a training that fails keeps the previous result valid
         _write_corpus(texts, summary["corpus"])
         executor.run(publish_teacher, result.checkpoint, summary["teacher"])
@@ -79,13 +82,6 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         storage.write_json(join(run.root, DONE), {"name": name, **outcome})
         storage.remove(join(run.training, name))
     return summary | outcome
-
-
-def worker(settings: FinetuningConfig, session: Session) -> list[dict[str, float]]:
-    """Fine-tune on one worker; the trainer is imported there only."""
-    from msense.training.worker import finetune
-
-    return finetune(settings, session)
 
 
 def publish_teacher(checkpoint: Checkpoint, uri: str) -> None:
@@ -135,7 +131,7 @@ def _dev_split(config: FinetuneConfig, joiner: str) -> Texts | None:
         return None
 
 
-def _tuning(
+def _settings(
     config: FinetuneConfig,
     run: RunFolder,
     info: TeacherInfo,
@@ -143,34 +139,32 @@ def _tuning(
     executor: Executor,
     *,
     has_dev: bool,
-) -> FinetuningConfig:
+) -> FinetuneSettings:
     """Return the settings of the workers."""
-    dtype = config.train_dtype
-    if dtype == "auto":
-        device = executor.resources.device
-        native = executor.run(resolve_dtype, "auto", device, device=device)
-        dtype = "bfloat16" if native == "bfloat16" else "float32"
     resolved = {
         "teacher": storage.absolute(config.teacher) if Path(config.teacher).is_dir() else config.teacher,
         "revision": info.revision,
         "task": f"{config.name}={config.source if '://' in config.source else storage.absolute(config.source)}",
-        "train_dtype": dtype,
     }
-    return FinetuningConfig(
+    return FinetuneSettings(
+        **config.model_dump(include={"epochs", "lr", "warmup", "weight_decay", "clip", "seed"}),
         config=config.model_copy(update=resolved),
         run=run.root,
         classifier=classifier,
         max_length=info.max_length,
         has_dev=has_dev,
+        dtype=training_dtype(config.train_dtype, executor),
         device=executor.resources.device,
         threads=max(1, (os.cpu_count() or 1) // executor.resources.trainers),
     )
 
 
-def _name(config: FinetuneConfig, info: TeacherInfo, texts: Texts, dev: Texts | None, tuning: FinetuningConfig) -> str:
+def _name(
+    config: FinetuneConfig, info: TeacherInfo, texts: Texts, dev: Texts | None, settings: FinetuneSettings
+) -> str:
     """Return a hash of everything that the result depends on."""
     inputs: dict[str, Any] = config.of_results() | {
-        "dtype": tuning.config.train_dtype,
+        "dtype": settings.dtype,
         "max_length": info.max_length,
         "weights": info.fingerprint,
         "tokenizer": info.tokenizer_fingerprint,
@@ -180,7 +174,7 @@ def _name(config: FinetuneConfig, info: TeacherInfo, texts: Texts, dev: Texts | 
         "dev": list(dev.fingerprints) if dev else [],
         "columns": config.data.columns,
         "metrics": config.data.metrics,  # test splits have no influence
-        "classifier": tuning.classifier.model_dump(mode="json"),  # includes the teacher's own pooling
+        "classifier": settings.classifier.model_dump(mode="json"),  # includes the teacher's own pooling
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=list).encode()).hexdigest()[:16]
 

@@ -22,12 +22,12 @@ PINNED_PACKAGES = (
 def describe_run(
     config: BuildConfig, files: list[SourceFile], info: TeacherInfo, dtype: str, device: str, threads: int
 ) -> dict[str, Any]:
-    """Return the manifest of a run: JSON values only.
+    """Return the manifest of a build: JSON values only.
 
     Args:
         config: all settings; those that cannot change the results are left out.
-        files: the corpus, fingerprinted.
-        info: the teacher, its weights and tokenizer fingerprinted.
+        files: the corpus.
+        info: the teacher.
         dtype: the teacher's resolved dtype.
         device: "cpu" or "cuda".
         threads: of an actor or task.
@@ -45,15 +45,7 @@ def describe_run(
 def describe_distillation(
     config: DistillConfig, source: DistillInputs, dtype: str, device: str, threads: int
 ) -> dict[str, Any]:
-    """Return the manifest of a distillation: as that of a build, and `training`, on which no label depends.
-
-    Args:
-        config: all settings.
-        source: dictionary, teacher and text.
-        dtype: the teacher's resolved dtype.
-        device: "cpu" or "cuda".
-        threads: of an actor or task.
-    """
+    """Return the manifest of a distillation: like that of a build, plus `training`, on which no label depends."""
     return {
         "format": FORMAT,
         "config": {**config.of_labels(), **{f"text.{name}": value for name, value in source.of_text().items()}},
@@ -67,7 +59,7 @@ def describe_distillation(
 
 
 def pins(dtype: str, device: str, threads: int) -> dict[str, Any]:
-    """Return what else numbers depend on: dtype, device, sizes of batches, versions."""
+    """Return what else results depend on: dtype, device, batch sizes and versions."""
     return {
         "dtype": dtype,
         "device": device,

@@ -1,11 +1,9 @@
 """A run folder: the names of all its files, and the lock that keeps a second driver out.
 
-Holds nothing but strings. On a local disk the lock is the system's own (flock), so that of a driver that died is free at
-once; on S3 it is a lease.
+On a local disk the lock is the operating system's (flock), which is released when its driver dies; on S3 it is a lease.
 """
 
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,237 +14,117 @@ from filelock import FileLock, Timeout
 
 from msense.errors import InputError
 from msense.io import filesystems, storage
-from msense.io.filesystems import is_s3
 from msense.io.scratch import is_scratch
 from msense.io.storage import join
-from msense.run.lease import leased
+from msense.run.lease import driver_name, leased
 
-SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray gives it to the driver of a submitted job, and to nobody else
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job only
 _MANIFEST = {"config": dict, "corpus": list, "inputs": dict, "teacher": dict, "pins": dict}
+
+
+class _Path:
+    """Attribute of a run folder: the URI of a file or folder at a fixed place below its root."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __get__(self, run: "RunFolder", owner: type) -> str:
+        return join(run.root, self.place)
+
+
+class _Numbered:
+    """Attribute of a run folder: a function from a number to the URI of a file."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+
+    def __get__(self, run: "RunFolder", owner: type) -> Callable[[int], str]:
+        return lambda number: join(run.root, self.pattern.format(number))
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of all files in a run folder; nobody else joins strings."""
+    """The URIs of all files of a run.
+
+    Attributes:
+        root: URI of the folder.
+        inputs_hash: hash of the manifest; files with another one are invalid.
+
+    Example:
+        >>> RunFolder("s3://bucket/run").passages_file(7)
+        's3://bucket/run/passages/000007.parquet'
+    """
 
     root: str
-    inputs_hash: str = ""  # hash of the manifest: files of a run made of other things do not count
+    inputs_hash: str = ""
+
+    manifest = _Path("manifest.json")  # settings and fingerprints of everything that the results depend on
+    lock = _Path(".lock")  # held by the driver at work
+    holder = _Path(".driver")  # who holds the lock on a local disk
+    journal = _Path("journal.json")  # what each driver kept, regenerated and wrote, by stage
+    summary = _Path("summary.json")  # stats and seconds of each stage, and peak memory, of the last driver
+    tokenizer = _Path("tokenizer.json")
+    bad_documents = _Path("bad_documents.jsonl")  # the first of each reason
+    passages = _Path("passages")
+    plan = _Path("plan")
+    thresholds = _Path("plan/plan.safetensors")  # per token: threshold key, count in the corpus, stored occurrences
+    blocks = _Path("plan/blocks.parquet")  # per row group of the passages files: what the teacher has to read
+    duplicates = _Path("plan/duplicates.safetensors")  # passages that `--dedup` drops: input split, block, row
+    partitions = _Path("plan/units.json")  # number of partitions and shards
+    occurrences = _Path("occurrences")
+    offsets = _Path("occurrences/index.safetensors")  # int64 [partitions, shards + 1], start of each shard's rows
+    senses_folder = _Path("senses")
+    senses = _Path("senses/senses.safetensors")  # int64 [V], number of senses of each token
+    centroids = _Path("centroids")
+    contexts = _Path("contexts")  # one file per partition, before they are merged
+    contexts_index = _Path("contexts/index.parquet")  # places of all exemplars, one row group per partition
+    dictionary = _Path("dictionary")
+    labels = _Path("labels")
+    label_blocks = _Path("labels/blocks.parquet")  # per row group of the passages files: what is labelled
+    label_senses = _Path("labels/senses.safetensors")  # int32 [V], number of senses of each token in the dictionary
+    label_manifest = _Path("labels/labels.json")  # written last: the inputs and the partitions of complete labels
+    training = _Path("training")  # checkpoints, one folder per training
+    progress = _Path("training/progress.json")  # of the current training
+    metrics = _Path("metrics.jsonl")  # one line per epoch
+    student = _Path("student")
+    finished = _Path("finished.json")  # written last: the stats of a complete dictionary
+
+    passages_file = _Numbered("passages/{:06d}.parquet")  # of an input split
+    bad_file = _Numbered("passages/{:06d}.bad.json")  # bad documents of an input split
+    partition_file = _Numbered("occurrences/{:06d}.records")  # of a partition
+    curves_file = _Numbered("senses/{:06d}.safetensors")  # variance curves (MCL: sense counts) of a shard of token ids
+    shard_file = _Numbered("centroids/{:06d}.safetensors")  # centroids of a shard
+    token_file = _Numbered("centroids/token-{:08d}.safetensors")  # centroids of a token that is clustered in chunks
+    round_file = _Numbered("centroids/token-{:08d}-round.safetensors")  # after its latest round, to resume from
+    contexts_file = _Numbered("contexts/{:06d}.parquet")  # of the exemplars of a partition
+    label_file = _Numbered("labels/{:06d}.safetensors")  # of a partition
 
     def publish(self, uri: str, write: Callable[[Path], Any], stats: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Write a file of this run and its done-marker, as `storage.publish`."""
+        """Write a file of this run and its done-marker; see `storage.publish`."""
         return storage.publish(uri, write, stats, self.inputs_hash)
 
     def read_manifest(self) -> dict[str, Any] | None:
-        """Return the manifest; None when it is missing or damaged, or lacks what every manifest has."""
+        """Return the manifest; None if it is missing, corrupted or incomplete."""
         return storage.read_json(self.manifest, _MANIFEST)
 
-    @property
-    def manifest(self) -> str:
-        """The config and the fingerprints of everything that the results depend on."""
-        return join(self.root, "manifest.json")
-
-    @property
-    def lock(self) -> str:
-        """Held by the driver while it works (local disks and S3)."""
-        return join(self.root, ".lock")
-
-    @property
-    def holder(self) -> str:
-        """Who holds the lock."""
-        return join(self.root, ".driver")
-
-    @property
-    def summary(self) -> str:
-        """What the last driver found: seconds and counts a stage, its peak memory."""
-        return join(self.root, "summary.json")
-
-    @property
-    def journal(self) -> str:
-        """What every driver did, stage by stage."""
-        return join(self.root, "journal.json")
-
-    @property
-    def bad_documents(self) -> str:
-        """The first hundred bad documents of each reason, one JSON object a line."""
-        return join(self.root, "bad_documents.jsonl")
-
-    @property
-    def tokenizer(self) -> str:
-        """The teacher's tokenizer, as one tokenizer.json."""
-        return join(self.root, "tokenizer.json")
-
-    @property
-    def passages(self) -> str:
-        """Folder of stage 1."""
-        return join(self.root, "passages")
-
-    @property
-    def plan(self) -> str:
-        """Folder of stage 2."""
-        return join(self.root, "plan")
-
-    @property
-    def thresholds(self) -> str:
-        """Per token: threshold key, count in the corpus, stored occurrences."""
-        return join(self.plan, "plan.safetensors")
-
-    @property
-    def blocks(self) -> str:
-        """Per row group of the passages files: what the teacher must read of it."""
-        return join(self.plan, "blocks.parquet")
-
-    @property
-    def duplicates(self) -> str:
-        """Passages that `--dedup` drops: piece, block, row."""
-        return join(self.plan, "duplicates.safetensors")
-
-    @property
-    def partitions(self) -> str:
-        """How many units and shards the plan was cut into."""
-        return join(self.plan, "units.json")
-
-    @property
-    def occurrences(self) -> str:
-        """Folder of stage 3."""
-        return join(self.root, "occurrences")
-
-    @property
-    def offsets(self) -> str:
-        """Where each shard's rows lie in each unit: int64 [units, shards + 1]."""
-        return join(self.occurrences, "index.safetensors")
-
-    @property
-    def senses_folder(self) -> str:
-        """Folder of stage 4, first half: how many senses each token gets."""
-        return join(self.root, "senses")
-
-    @property
-    def senses(self) -> str:
-        """Number of senses of every token: int64 [V]."""
-        return join(self.senses_folder, "senses.safetensors")
-
-    @property
-    def centroids(self) -> str:
-        """Folder of stage 4, second half."""
-        return join(self.root, "centroids")
-
-    @property
-    def contexts(self) -> str:
-        """Folder of the exemplars' contexts, a file a unit, before they are brought together."""
-        return join(self.root, "contexts")
-
-    @property
-    def dictionary(self) -> str:
-        """Folder of stage 5."""
-        return join(self.root, "dictionary")
-
-    @property
-    def contexts_index(self) -> str:
-        """Places of all exemplars, a row group a unit."""
-        return join(self.contexts, "index.parquet")
-
-    @property
-    def labels(self) -> str:
-        """Folder of stage 6."""
-        return join(self.root, "labels")
-
-    @property
-    def label_blocks(self) -> str:
-        """Per row group of the passages files: what is labelled of it."""
-        return join(self.labels, "blocks.parquet")
-
-    @property
-    def label_senses(self) -> str:
-        """How many senses each token has in the dictionary: int32 [V]."""
-        return join(self.labels, "senses.safetensors")
-
-    @property
-    def label_manifest(self) -> str:
-        """There once the labels are whole: what they are of, and every unit."""
-        return join(self.labels, "labels.json")
-
-    @property
-    def training(self) -> str:
-        """Folder of checkpoints, a training by its settings each."""
-        return join(self.root, "training")
-
-    @property
-    def progress(self) -> str:
-        """How far the training under way is."""
-        return join(self.training, "progress.json")
-
-    @property
-    def metrics(self) -> str:
-        """Metrics of every epoch, a JSON object a line."""
-        return join(self.root, "metrics.jsonl")
-
-    @property
-    def student(self) -> str:
-        """Folder of stage 7."""
-        return join(self.root, "student")
-
-    @property
-    def finished(self) -> str:
-        """There once the dictionary is whole; the facts of the whole run."""
-        return join(self.root, "finished.json")
-
     def outputs(self) -> tuple[str, ...]:
-        """All that the stages write, in their order."""
+        """Return all outputs of the stages, in their order."""
         folders = (self.passages, self.plan, self.occurrences, self.senses_folder, self.centroids)
         return (*folders, self.contexts, self.dictionary, self.labels, self.student, self.finished)
 
-    def passages_file(self, split: int) -> str:
-        """Passages of one piece of the corpus."""
-        return join(self.passages, f"{split:06d}.parquet")
-
-    def bad_file(self, split: int) -> str:
-        """The first bad documents of one piece."""
-        return join(self.passages, f"{split:06d}.bad.json")
-
-    def partition_file(self, partition: int) -> str:
-        """Occurrences of one unit."""
-        return join(self.occurrences, f"{partition:06d}.records")
-
-    def label_file(self, partition: int) -> str:
-        """Labels of one unit."""
-        return join(self.labels, f"{partition:06d}.safetensors")
-
-    def curves_file(self, shard: int) -> str:
-        """What is known of the tokens of one shard: variance curves, or with mcl numbers of senses."""
-        return join(self.senses_folder, f"{shard:06d}.safetensors")
-
-    def shard_file(self, shard: int) -> str:
-        """Centroids of one shard of token ids."""
-        return join(self.centroids, f"{shard:06d}.safetensors")
-
-    def token_file(self, token: int) -> str:
-        """Centroids of one token that was cut into parts."""
-        return join(self.centroids, f"token-{token:08d}.safetensors")
-
-    def round_file(self, token: int) -> str:
-        """Centroids of such a token after its latest round: the resume point."""
-        return join(self.centroids, f"token-{token:08d}-round.safetensors")
-
     def is_round(self, name: str) -> bool:
-        """Tell whether a file of the centroids' folder is a `round_file`, or its marker."""
+        """Return whether a name in the folder of centroids is a `round_file` or its marker."""
         return "-round.safetensors" in name
-
-    def contexts_file(self, partition: int) -> str:
-        """Contexts of the exemplars that lie in one unit."""
-        return join(self.contexts, f"{partition:06d}.parquet")
 
 
 def resolve_output(output: str) -> str:
     """Return an output as an absolute URI.
 
     Raises:
-        InputError: it would go with the job: one of `ray job submit` runs in a copy of its working directory that Ray removes.
+        InputError: the path is relative in a submitted job, whose working directory Ray removes.
     """
-    if (
-        SUBMITTED in os.environ
-        and filesystems.is_local(output)
-        and not Path(output.removeprefix("file://")).is_absolute()
-    ):
+    local = filesystems.is_local(output)
+    if local and SUBMITTED in os.environ and not Path(output.removeprefix("file://")).is_absolute():
         raise InputError(
             f"--output {output} is relative, and a submitted job runs in a copy of its working directory that Ray removes: "
             "give an absolute path or a URI that every node can reach"
@@ -256,27 +134,27 @@ def resolve_output(output: str) -> str:
 
 @contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
-    """Hold a run folder on a local disk or on S3 against a second driver.
+    """Lock a run folder on a local disk or on S3 against a second driver.
 
     Raises:
-        InputError: another driver holds it.
+        InputError: another driver holds the lock.
     """
     if not filesystems.is_local(run.root):
-        with leased(run.lock) if is_s3(run.root) else nullcontext():
+        with leased(run.lock) if filesystems.is_s3(run.root) else nullcontext():
             yield
         return
-    with storage.write_errors(run.root):
+    with filesystems.storage_errors(run.root, "write"):
         storage.make_folder(run.root)
     holder = Path(run.holder)
     try:
         lock = FileLock(run.lock, timeout=0).acquire()
     except Timeout as error:
-        told = holder.read_text(encoding="utf-8") if holder.is_file() else "not known which"
+        driver = holder.read_text(encoding="utf-8") if holder.is_file() else "unknown process"
         raise InputError(
-            f"another driver works on {run.root} ({told}): wait for it, or give another --output"
+            f"another driver works on {run.root} ({driver}): wait for it, or give another --output"
         ) from error
     with lock:
-        holder.write_text(f"process {os.getpid()} on host {socket.gethostname()}", encoding="utf-8")
+        holder.write_text(driver_name(), encoding="utf-8")
         try:
             yield
         finally:
@@ -284,23 +162,11 @@ def locked(run: RunFolder) -> Iterator[None]:
 
 
 def remove_temp_files(run: RunFolder) -> None:
-    """Remove the temporary files of processes that were killed while they wrote into a run folder on a local disk."""
+    """Remove the temporary files that killed processes left in a run folder on a local disk."""
     if not filesystems.is_local(run.root):
         return
-    ours = {
-        Path(name).name
-        for name in (
-            run.manifest,
-            run.journal,
-            run.summary,
-            run.tokenizer,
-            run.bad_documents,
-            run.finished,
-            run.partitions,
-        )
-    }
-    found = [p for p in Path(run.root).glob(".*.part") if p.name[1:].rpartition(".")[0].rpartition(".")[0] in ours]
-    for folder in run.outputs()[:-1]:
-        found += Path(folder).rglob(".*.part")
-    for left in filter(is_scratch, found):
-        left.unlink(missing_ok=True)
+    files = (run.manifest, run.journal, run.summary, run.tokenizer, run.bad_documents, run.finished)
+    paths = [path for file in files for path in Path(run.root).glob(f".{Path(file).name}.*.part")]
+    paths += [path for folder in run.outputs()[:-1] for path in Path(folder).rglob(".*.part")]
+    for path in filter(is_scratch, paths):
+        path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,11 +24,16 @@ DRIVERS_KEPT = 100
 
 @dataclass
 class Journal:
-    """What the drivers of a run did, a record each; written whenever a count is known.
+    """The records of a run's drivers, written after every change.
 
-    A record holds `began` (UTC), `host`, `pid`, `workers`, `stages` (per stage: files `kept` of earlier drivers, found
-    `damaged`, and `made`; no `made` = the driver never got so far) and `outcome` ("" = none: killed
-    or at work).
+    A record has `began` (UTC), `host`, `pid`, `workers`, `stages` and `outcome` ("" if the driver is running or was
+    killed). A stage has the numbers of files that were `kept`, `damaged` and `made`; a stage without `made` was not
+    finished.
+
+    Example:
+        >>> journal = Journal.begin(RunFolder("run"), workers=2)
+        >>> journal.add("passages", kept=3, damaged=0)
+        >>> journal.end("finished")
     """
 
     uri: str
@@ -45,9 +51,10 @@ class Journal:
 
     def add(self, stage: str, **counts: int) -> None:
         """Add to the counts of a stage."""
-        found = self.drivers[-1]["stages"].setdefault(stage, {})
-        for name, count in counts.items():
-            found[name] = found.get(name, 0) + count
+        stages = self.drivers[-1]["stages"]
+        total = Counter(stages.get(stage))
+        total.update(counts)
+        stages[stage] = dict(total)
         self.write()
 
     def end(self, outcome: str) -> None:
@@ -57,23 +64,23 @@ class Journal:
 
     @contextmanager
     def ending_with_errors(self) -> Iterator[None]:
-        """End this driver's record with any error that passes through."""
+        """End this driver's record with any error that is raised in this context."""
         try:
             yield
         except BaseException as error:
             kind = "" if isinstance(error, MsenseError) else f"{type(error).__name__}: "
-            with suppress(MsenseError):  # the disk may be full: what is told is the first error
+            with suppress(MsenseError):  # the disk may be full; the first error is the one to report
                 self.end(plain(f"failed: {kind}{error}"))
             raise
 
     def write(self) -> None:
-        """Write the journal down."""
+        """Write the journal file."""
         storage.write_json(self.uri, {"drivers": self.drivers})
 
 
 @contextmanager
 def timed(stages: dict[str, dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """Time a stage; what is put into the yielded dict becomes its facts in `stages`."""
+    """Time a stage and log its stats: those put into the yielded dict, which is added to `stages`."""
     stats: dict[str, Any] = {}
     logger.info("%s ...", name)
     began, before = time.monotonic(), spilled_bytes()
@@ -82,10 +89,10 @@ def timed(stages: dict[str, dict[str, Any]], name: str) -> Iterator[dict[str, An
     if spilled := spilled_bytes() - before:
         stats["spilled_bytes"] = spilled
         logger.warning(
-            "%s: Ray moved %s of its object store to disk: give it more memory (`ray start --object-store-memory`)",
+            "%s: Ray spilled %s of its object store to disk; increase its memory: ray start --object-store-memory",
             name,
             size(spilled),
         )
     stages[name] = stats
-    told = (f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in stats.items())
-    logger.info("%s: %s", name, ", ".join(told))
+    shown = (f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in stats.items())
+    logger.info("%s: %s", name, ", ".join(shown))

@@ -1,8 +1,8 @@
 """A lease on a run folder on S3: an object that the driver at work renews, so that a second driver is kept out.
 
-It is written on a condition (If-None-Match, If-Match), of which the store lets one writer win; the store's own clock
-tells its age. A dead driver's lease ends `LEASE_SECONDS` after its last word. A driver that finds another's in place of
-its own, or cannot renew its own before it ends, stops.
+It is written conditionally (If-None-Match, If-Match), so that one of several writers wins; its age is measured by the
+clock of the store. The lease of a driver that died expires after `LEASE_SECONDS`. A driver that loses its lease, or
+cannot renew it in time, stops.
 """
 
 import errno
@@ -19,77 +19,86 @@ from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from msense.errors import InputError, MsenseError
-from msense.io.filesystems import display_uri, error_message, filesystem, storage_error_types
-from msense.io.storage import write_errors
+from msense.io.filesystems import display_uri, error_message, filesystem, storage_error_types, storage_errors
 
 logger = logging.getLogger(__name__)
 LEASE_SECONDS = 90.0
-RENEW_SECONDS = 10.0  # also that one request may take
+RENEW_SECONDS = 10.0  # also the timeout of a request
 POLL_SECONDS = 1.0
 
 
-class Word(NamedTuple):
-    """The last word of who holds a lease."""
+class LeaseState(NamedTuple):
+    """The stored object of a lease."""
 
     etag: str
     age: float  # seconds
-    driver: str
-    told: str  # for people: process and host
+    driver: str  # unique id
+    name: str  # process and host of the driver
+
+
+def driver_name() -> str:
+    """Return the process and host of this driver, for messages."""
+    return f"process {os.getpid()} on host {socket.gethostname()}"
 
 
 class Lease:
-    """The lease of this driver; `etag` is that of its last word."""
+    """The lease of this driver; `etag` is that of its last write.
+
+    Example:
+        >>> lease = Lease("s3://bucket/run/.lock")
+        >>> lease.acquire()
+        True
+    """
 
     def __init__(self, uri: str) -> None:
-        """Name it; nothing is taken yet."""
         self.fs, self.path = filesystem(uri)
         self.driver, self.etag = uuid.uuid4().hex, ""
 
-    def look(self) -> Word | None:
-        """Return the last word that is there, if any is."""
+    def read(self) -> LeaseState | None:
+        """Return the stored lease, if any."""
         bucket, key, _ = self.fs.split_path(self.path)
         try:
-            found = self.fs.call_s3("head_object", Bucket=bucket, Key=key, timeout=RENEW_SECONDS)
+            head = self.fs.call_s3("head_object", Bucket=bucket, Key=key, timeout=RENEW_SECONDS)
         except FileNotFoundError:
             return None
-        now, said = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"]), found["Metadata"]
-        age = (now - found["LastModified"]).total_seconds()
-        return Word(found["ETag"], age, said.get("driver", ""), said.get("told", "not known which"))
+        now, metadata = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"]), head["Metadata"]
+        age = (now - head["LastModified"]).total_seconds()
+        return LeaseState(head["ETag"], age, metadata.get("driver", ""), metadata.get("name", "unknown process"))
 
     def write(self, **condition: str) -> bool:
-        """Write a word on a condition; tell whether the lease is ours now, whatever became of the store's answers."""
-        said = {"driver": self.driver, "told": ascii(f"process {os.getpid()} on host {socket.gethostname()}")[1:-1]}
-        word = uuid.uuid4().bytes  # no two have the same ETag
+        """Write the lease on a condition; return whether this driver holds it now, even if a response was lost."""
+        metadata = {"driver": self.driver, "name": ascii(driver_name())[1:-1]}
+        content = uuid.uuid4().bytes  # so that each write has another ETag
         try:
-            put = self.fs.pipe_file(self.path, word, Metadata=said, timeout=RENEW_SECONDS, **condition)
-            self.etag = put["ETag"]
+            result = self.fs.pipe_file(self.path, content, Metadata=metadata, timeout=RENEW_SECONDS, **condition)
+            self.etag = result["ETag"]
         except storage_error_types():
-            found = self.look()
-            if found is None or found.etag == self.etag:  # nothing was written: no such bucket, no permission, ...
+            state = self.read()
+            if state is None or state.etag == self.etag:  # nothing was written: no such bucket, no permission, ...
                 raise
-            if found.driver != self.driver:
+            if state.driver != self.driver:
                 return False
-            self.etag = found.etag
+            self.etag = state.etag
         return True
 
-    def take(self) -> bool:
-        """Take it if nobody has it, or who has it does not renew it: that is waited for."""
-        first = found = self.look()
+    def acquire(self) -> bool:
+        """Take the lease if it is free, or wait until it expires; return False if its driver renews it."""
+        first = state = self.read()
         if first is not None:
-            logger.info("the last driver has not ended (%s): waiting %g s for a sign of it", first.told, LEASE_SECONDS)
-        while first is not None and found is not None:
-            if found.etag != first.etag:
+            logger.info("the last driver (%s) may be running: waiting %g s for its lease", first.name, LEASE_SECONDS)
+        while first is not None and state is not None:
+            if state.etag != first.etag:
                 return False
-            if found.age > LEASE_SECONDS:
-                return self.write(IfMatch=found.etag)
+            if state.age > LEASE_SECONDS:
+                return self.write(IfMatch=state.etag)
             time.sleep(POLL_SECONDS)
-            found = self.look()
+            state = self.read()
         return self.write(IfNoneMatch="*")
 
     def renew_until(self, ended: threading.Event, lost: list[str]) -> None:
-        """Renew it; when it is lost, say why and interrupt the driver, whatever it waits for.
+        """Renew the lease; if it is lost, append the reason to `lost` and interrupt the main thread.
 
-        Not by SIGINT: that of a command in the background is ignored, and Ray Train has its own handler.
+        SIGUSR1 is used because SIGINT is ignored in background processes and handled by Ray Train.
         """
         renewed = time.monotonic()
         while not ended.wait(RENEW_SECONDS) and not lost:
@@ -98,9 +107,9 @@ class Lease:
                 if self.write(IfMatch=self.etag):
                     renewed = began
                 else:
-                    lost.append("another driver has taken it over")
+                    lost.append("another driver has taken over")
             except storage_error_types() as error:
-                if time.monotonic() - renewed > LEASE_SECONDS - 3 * RENEW_SECONDS:  # the next try may come too late
+                if time.monotonic() - renewed > LEASE_SECONDS - 3 * RENEW_SECONDS:  # the next attempt may be too late
                     lost.append(f"its lease could not be renewed: {error_message(error)}")
         if lost and signal.getsignal(signal.SIGUSR1) is signal.default_int_handler:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -108,31 +117,31 @@ class Lease:
 
 @contextmanager
 def leased(uri: str) -> Iterator[None]:
-    """Hold a lease; interrupts the main thread if it is lost (by SIGUSR1), of which another thread is told at its end.
+    """Hold a lease; if it is lost, the main thread is interrupted, and another thread gets an error on exit only.
 
     Raises:
-        InputError: another driver holds it.
-        MsenseError: the store refused it, or it was lost.
+        InputError: another driver holds the lease.
+        MsenseError: the store failed, or the lease was lost.
     """
     lease, root = Lease(uri), display_uri(uri.rpartition("/")[0])
-    with write_errors(uri):
+    with storage_errors(uri, "write"):
         try:
-            taken = lease.take()
+            acquired = lease.acquire()
         except OSError as error:
             if error.errno != errno.ENOSYS:
                 raise
             logger.warning("%s: this store has no conditional writes, so a second driver is not kept out", root)
-            taken = True
-    if not taken:
-        who = found.told if (found := lease.look()) else "it has just ended"
-        raise InputError(f"another driver works on {root} ({who}): wait for it, or give another --output")
+            acquired = True
+    if not acquired:
+        driver = state.name if (state := lease.read()) else "it has just ended"
+        raise InputError(f"another driver works on {root} ({driver}): wait for it, or give another --output")
     if not lease.etag:
         yield
         return
     ended, lost = threading.Event(), list[str]()
     renewer = threading.Thread(target=lease.renew_until, args=(ended, lost), daemon=True)
-    listens = threading.current_thread() is threading.main_thread()  # others are told at their end only
-    before = signal.signal(signal.SIGUSR1, signal.default_int_handler) if listens else signal.SIG_IGN
+    in_main = threading.current_thread() is threading.main_thread()  # only it may set signal handlers
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler) if in_main else signal.SIG_IGN
     renewer.start()
     try:
         yield
@@ -142,10 +151,10 @@ def leased(uri: str) -> Iterator[None]:
     finally:
         ended.set()
         renewer.join()
-        with suppress(*storage_error_types()):  # else it ends by itself
-            if (found := lease.look()) and found.driver == lease.driver:
+        with suppress(*storage_error_types()):  # else it expires
+            if (state := lease.read()) and state.driver == lease.driver:
                 lease.fs.rm_file(lease.path)
-        if listens:
+        if in_main:
             signal.signal(signal.SIGUSR1, before)
     if lost:
-        raise MsenseError(f"this driver has left {root}: {lost[0]}")
+        raise MsenseError(f"this driver has stopped working on {root}: {lost[0]}")

@@ -1,6 +1,6 @@
 """Resuming: which files of earlier drivers are valid.
 
-Every byte is read and hashed in tasks; invalid files are removed. The driver holds the stats of the files only.
+Files are read and hashed in tasks, and invalid ones are removed. The driver holds only the stats of the files.
 """
 
 import logging
@@ -34,37 +34,28 @@ def finished(
         journal: records how many files are kept and how many were corrupted.
         repair: remove invalid files and their markers, so that they are regenerated.
     """
-    found: list[dict[str, Any] | None] = [None] * len(files)
-    there = _markers(files)
-    damaged = 0
-    slices = [there[i : i + FILES_PER_TASK] for i in range(0, len(there), FILES_PER_TASK)]
-    work = [{"numbers": numbers, "files": [files[n] for n in numbers]} for numbers in slices]
+    result: list[dict[str, Any] | None] = [None] * len(files)
+    marked = storage.markers(files[0].rpartition("/")[0]) if files else set()  # one listing
+    numbers = [n for n, file in enumerate(files) if file.rpartition("/")[2] in marked]
+    slices = [numbers[i : i + FILES_PER_TASK] for i in range(0, len(numbers), FILES_PER_TASK)]
+    work = [{"numbers": part, "files": [files[n] for n in part]} for part in slices]
     for row in executor.map(f"{stage}: checking finished files", _check, work, run.inputs_hash, repair):
-        for number, stats in zip(row["numbers"], row["facts"], strict=True):
-            found[number] = stats
+        for number, stats in zip(row["numbers"], row["stats"], strict=True):
+            result[number] = stats
             if stats is None:
-                damaged += 1
                 outcome = "; it is regenerated" if repair else ""
                 logger.warning("%s: %s is missing or corrupted%s", stage, files[number], outcome)
     if journal is not None:
-        journal.add(stage, kept=len(there) - damaged, damaged=damaged)
-    return found
-
-
-def _markers(files: Sequence[str]) -> list[int]:
-    """Return the numbers of the files that have a marker, with one listing of their folder."""
-    if not files:
-        return []
-    names = storage.markers(files[0].rpartition("/")[0])
-    return [n for n, file in enumerate(files) if file.rpartition("/")[2] in names]
+        kept = sum(stats is not None for stats in result)
+        journal.add(stage, kept=kept, damaged=len(numbers) - kept)
+    return result
 
 
 def _check(item: dict[str, Any], inputs_hash: str, repair: bool) -> dict[str, Any]:
     """Read and hash files; return their stats."""
-    stats = []
-    for file in item["files"]:
-        stats.append(storage.stats_of(file, verify=True, inputs_hash=inputs_hash))
-        if stats[-1] is None and repair:
+    result = [storage.stats_of(file, verify=True, inputs_hash=inputs_hash) for file in item["files"]]
+    for file, stats in zip(item["files"], result, strict=True):
+        if stats is None and repair:
             storage.remove(file)
             storage.remove(file + storage.MARKER)
-    return {"numbers": item["numbers"], "facts": stats}
+    return {"numbers": item["numbers"], "stats": result}

@@ -6,7 +6,7 @@ from msense.runtime.local_executor import LocalExecutor
 __all__ = ["Executor", "LocalExecutor", "open_executor"]
 
 
-def open_executor(*, local: bool = False, workers: int | None = None, gpus_per_actor: float = 1.0) -> Executor:
+def open_executor(local: bool = False, workers: int | None = None, gpus_per_actor: float = 1.0) -> Executor:
     """Return the executor of a job; the pipelines call this, stages only receive the result.
 
     Args:

@@ -18,6 +18,8 @@ from msense.runtime.resources import Resources
 
 MEMORY_HINT = "A common cause is a lack of memory: lower --workers, or use a machine with more memory"
 Row = dict[str, Any]
+Work = Callable[..., Any]  # a function of a module, as it may run in another process
+Needs = Mapping[str, float] | None
 
 
 class Worker(Protocol):
@@ -46,7 +48,8 @@ class Executor(Protocol):
     """Runs the work of a stage.
 
     Handles stand for results that may still be computed; `get` waits for them, and every method accepts them in place of
-    arguments. Errors that the work raises are raised again on the driver.
+    arguments. InputError, MsenseError and OSError that the work raises are raised again on the driver, and a MsenseError
+    where its process died repeatedly.
 
     Example:
         >>> executor = LocalExecutor()
@@ -57,66 +60,49 @@ class Executor(Protocol):
     resources: Resources
 
     def map(
-        self,
-        name: str,
-        work: Callable[..., Row],
-        items: Sequence[Any],
-        *common: Any,
-        isolated: bool = False,
-        needs: Mapping[str, float] | None = None,
+        self, name: str, work: Work, items: Sequence[Any], *common: Any, isolated: bool = False, needs: Needs = None
     ) -> Iterator[Row]:
         """Run `work(item, *common)` for every item; yield the rows it returns, in any order.
 
         Args:
             name: the stage, for progress and the dashboard.
-            work: a function of a module.
+            work: what to run.
             items: JSON values.
             common: arguments of every call.
             isolated: never run in the driver's process, as the work reads files that could crash it.
             needs: resources that Ray reserves for each call; half a CPU by default.
-
-        Raises:
-            InputError, MsenseError: raised by the work, or its process died repeatedly.
         """
 
-    def map_actors(self, name: str, actor: type, arguments: Row, items: Sequence[Any]) -> Iterator[Row]:
-        """Run the items through actors made by `actor(**arguments)`; yield the rows they return, in any order.
+    def map_actors(self, name: str, actor: Work, arguments: Row, items: Sequence[Any]) -> Iterator[Row]:
+        """Run the items through actors made by `actor(**arguments)`; yield the rows they return, in any order."""
 
-        Raises:
-            InputError, MsenseError: raised by an actor, or its process died repeatedly.
-        """
-
-    def reduce(self, name: str, work: Callable[..., Any], items: Sequence[Any], *common: Any) -> Any:
+    def reduce(self, name: str, work: Work, items: Sequence[Any], *common: Any) -> Any:
         """Run `work(item, *common)` for every item (at least one) and merge the results with their `merge(other)`.
 
         The order of merging is arbitrary. Returns a handle to the total.
         """
 
-    def run(self, work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> Any:
+    def run(self, work: Work, *arguments: Any, device: str = "cpu") -> Any:
         """Run one call, on a GPU if `device` is "cuda", and return its result."""
 
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def submit(self, work: Work, *arguments: Any) -> Any:
         """Start one call and return a handle to its result."""
 
     def put(self, value: Any) -> Any:
         """Return a handle to a value that several calls need."""
 
     def get(self, handle: Any) -> Any:
-        """Wait for the result of a handle, or of a list of handles.
+        """Wait for the result of a handle, or of a list of handles."""
 
-        Raises:
-            InputError, MsenseError, OSError: raised by the work, or its process died repeatedly.
-        """
-
-    def clustering_workers(self, actor: type, *arguments: Any) -> AbstractContextManager[list[Worker]]:
+    def clustering_workers(self, actor: Work, *arguments: Any) -> AbstractContextManager[list[Worker]]:
         """Start as many workers made by `actor(*arguments)` as may cluster at a time; they end with the context."""
 
-    def train(self, name: str, worker: Callable[..., Any], settings: Any, folder: str) -> TrainingResult:
+    def train(self, name: str, worker: Work, settings: Any, folder: str) -> TrainingResult:
         """Run `worker(settings, session)` on every training worker, resumed from the last checkpoint of `name`.
 
         Args:
             name: identifies the training by everything that its result depends on.
-            worker: a function of a module; reports checkpoints to its session and returns the metrics of all epochs.
+            worker: reports checkpoints to its session and returns the metrics of all epochs.
             settings: its first argument.
             folder: URI of the folder for checkpoints.
 
@@ -132,14 +118,37 @@ def peak_memory() -> int:
     return int(peak[1]) * 1024 if peak else 0
 
 
-def name_of(work: Callable[..., Any]) -> str:
+def name_of(work: Work) -> str:
     """Return the name of a task on the dashboard."""
     return getattr(work, "__name__", type(work).__name__).strip("_").replace("_", " ")
 
 
-def expected_errors() -> tuple[type[Exception], ...]:
-    """Return the types of errors that `reportable` looks at; those of S3 clients once one is loaded."""
-    return (MsenseError, OSError, MemoryError, RuntimeError, *filesystems.s3_errors())
+def reported(work: Work, *arguments: Any, **options: Any) -> Any:
+    """Call `work`; convert errors of stores and a lack of memory into MsenseError."""
+    try:
+        return work(*arguments, **options)
+    except filesystems.storage_error_types(MsenseError, MemoryError, RuntimeError) as error:
+        if (failure := reportable(error)) is None or failure is error:
+            raise
+        raise failure from error
+
+
+class LazyActor:
+    """Makes an object at the first call of a method, which then raises the errors of its construction.
+
+    Example:
+        >>> LazyActor(partial(EmbedActor, run, settings)).call("__call__", item)
+    """
+
+    def __init__(self, make: Work) -> None:
+        self.make = make
+        self.made: Any = None
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the object."""
+        if self.made is None:
+            self.made = reported(self.make)
+        return reported(getattr(self.made, method), *arguments)
 
 
 def reportable(error: BaseException | None) -> Exception | None:
@@ -147,7 +156,7 @@ def reportable(error: BaseException | None) -> Exception | None:
     if isinstance(error, MsenseError | OSError):
         return error
     if isinstance(error, filesystems.s3_errors()):
-        return MsenseError(filesystems.s3_error_message(error))
+        return MsenseError(filesystems.error_message(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the second is torch's
         return MsenseError(f"out of memory ({type(error).__name__}: {error}). {MEMORY_HINT}")
     return None

@@ -4,33 +4,39 @@ For small corpora, tests and debugging. The results are those of Ray, byte for b
 are made, so that a handle is the result itself; calls in other processes return futures.
 """
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from msense.runtime.executor import (
     Executor,
+    LazyActor,
+    Needs,
     Row,
     TrainingResult,
+    Work,
     Worker,
     died,
-    expected_errors,
     merged,
-    reportable,
+    reported,
     shown_item,
 )
 from msense.runtime.local_training import train
-from msense.runtime.processes import process_pool
+from msense.runtime.processes import SpawnedPool
 from msense.runtime.progress import track
 from msense.runtime.resources import Resources
 
 logger = logging.getLogger(__name__)
 
 TRIES = 3  # of work whose process died
-_actor: Any = None  # of a spawned process
+SPAWN_ISOLATED = True  # tests of other things run isolated work in this process, which is faster
+_actor: tuple[int, LazyActor] | None = None  # of a spawned process, with its number
+_numbers = itertools.count()
 
 
 class LocalExecutor(Executor):
@@ -43,53 +49,46 @@ class LocalExecutor(Executor):
     """
 
     def __init__(self, workers: int = 1, device: str | None = None) -> None:
+        import torch
+
         self.workers = workers
-        device = device or _device()
+        self._pool: SpawnedPool | None = None
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.resources = Resources(actors=1 if device == "cuda" else workers, tasks=workers, device=device)
 
     def map(
-        self,
-        name: str,
-        work: Callable[..., Row],
-        items: Sequence[Any],
-        *common: Any,
-        isolated: bool = False,
-        needs: Mapping[str, float] | None = None,
+        self, name: str, work: Work, items: Sequence[Any], *common: Any, isolated: bool = False, needs: Needs = None
     ) -> Iterator[Row]:
         """Run `work(item, *common)` for every item, see `Executor.map`."""
-        if self.workers == 1 and not isolated:
-            rows: Iterator[Row] = (_reported(work, item, *common) for item in items)
+        if self.workers == 1 and not (isolated and SPAWN_ISOLATED):
+            rows: Iterator[Row] = (reported(work, item, *common) for item in items)
         else:
-            rows = self._pooled(items, lambda pool, item: pool.submit(_reported, work, item, *common), {})
+            rows = self._spawned(items, partial(_call, work, common))
         yield from track(name, rows, len(items))
 
-    def map_actors(self, name: str, actor: type, arguments: Row, items: Sequence[Any]) -> Iterator[Row]:
+    def map_actors(self, name: str, actor: Work, arguments: Row, items: Sequence[Any]) -> Iterator[Row]:
         """Run the items through actors, see `Executor.map_actors`."""
         if not items:
             return
         if self.resources.actors == 1:
-            made = _reported(actor, **arguments)
-            rows: Iterator[Row] = (_reported(made, item) for item in items)
+            own = LazyActor(partial(actor, **arguments))
+            rows: Iterator[Row] = (own.call("__call__", item) for item in items)
         else:
-            rows = self._pooled(
-                items,
-                lambda pool, item: pool.submit(_call_actor, None, item),
-                {"initializer": _make_actor, "initargs": (actor, arguments)},
-            )
+            rows = self._spawned(items, partial(_call_actor, next(_numbers), partial(actor, **arguments), "__call__"))
         yield from track(name, rows, len(items))
 
-    def reduce(self, name: str, work: Callable[..., Any], items: Sequence[Any], *common: Any) -> Any:
+    def reduce(self, name: str, work: Work, items: Sequence[Any], *common: Any) -> Any:
         """Run `work(item, *common)` for every item and merge the results, see `Executor.reduce`."""
         total = None
         for result in self.map(name, work, items, *map(self.get, common)):
             total = result if total is None else merged(total, result)
         return total
 
-    def run(self, work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> Any:
+    def run(self, work: Work, *arguments: Any, device: str = "cpu") -> Any:
         """Run one call in this process."""
-        return _reported(work, *map(self.get, arguments))
+        return reported(work, *map(self.get, arguments))
 
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def submit(self, work: Work, *arguments: Any) -> Any:
         """Run one call in this process; the handle is its result."""
         return self.run(work, *arguments)
 
@@ -107,97 +106,73 @@ class LocalExecutor(Executor):
             raise died("while clustering", error) from error
 
     @contextmanager
-    def clustering_workers(self, actor: type, *arguments: Any) -> Iterator[list[Worker]]:
+    def clustering_workers(self, actor: Work, *arguments: Any) -> Iterator[list[Worker]]:
         """Start the workers of distributed k-means, each in a process of its own if there are several."""
         if self.workers == 1:
-            yield [_InProcess(actor(*arguments))]
+            yield [LazyActor(partial(actor, *arguments))]
             return
+        call = partial(_call_actor, next(_numbers), partial(actor, *arguments))
         with ExitStack() as stack:
-            pools = [stack.enter_context(process_pool(1, _make_actor, (actor, arguments))) for _ in range(self.workers)]
-            yield [_Spawned(pool, self) for pool in pools]
+            yield [_Spawned(stack.enter_context(SpawnedPool(1)), call, self) for _ in range(self.workers)]
 
-    def train(self, name: str, worker: Callable[..., Any], settings: Any, folder: str) -> TrainingResult:
+    def train(self, name: str, worker: Work, settings: Any, folder: str) -> TrainingResult:
         """Train in this process, or in `workers` processes that talk through torch.distributed."""
         return train(name, worker, settings, folder, self.resources.trainers)
 
-    def _pooled(
-        self, items: Sequence[Any], submit: Callable[[ProcessPoolExecutor, Any], Future], options: Row
-    ) -> Iterator[Row]:
-        """Yield the results of items in spawned processes; items whose process died are tried again, one at a time."""
+    def _spawned(self, items: Sequence[Any], work: Work) -> Iterator[Row]:
+        """Yield the results of items in spawned processes; those whose process died are retried one at a time."""
         left = dict(enumerate(items))
+        pool = self._pool = self._pool or SpawnedPool(self.workers)
+        running: dict[Future[Row], int] = {}
         try:
-            with process_pool(min(self.workers, len(items)), **options) as pool:
-                running = {submit(pool, item): number for number, item in left.items()}
-                for future in as_completed(running):
-                    row = future.result()
-                    del left[running[future]]
-                    yield row
+            running |= {pool.submit(work, item): number for number, item in left.items()}
+            for future in as_completed(running):
+                row = future.result()
+                del left[running[future]]
+                yield row
             return
         except BrokenProcessPool:
-            logger.warning("a worker process died; %d items are tried again, one at a time", len(left))
-        for item in left.values():
-            yield self._retried(item, submit, options)
-
-    def _retried(self, item: Any, submit: Callable[[ProcessPoolExecutor, Any], Future], options: Row) -> Row:
-        """Return the result of one item, each try in a new process."""
-        cause: Exception | None = None
-        for _ in range(TRIES):
-            try:
-                with process_pool(1, **options) as pool:
-                    row: Row = submit(pool, item).result()
-                    return row
-            except BrokenProcessPool as error:
-                cause = error
-        raise died(f"at {shown_item(item)}", cause)
+            self._pool = None
+            logger.warning("a worker process died; %d items are retried, one at a time", len(left))
+        finally:
+            for future in running:
+                future.cancel()
+        yield from (_retried(work, item) for item in left.values())
 
 
-class _InProcess:
-    """A worker in this process."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return _reported(getattr(self.actor, method), *arguments)
+def _retried(work: Work, item: Any) -> Row:
+    """Return the result of one item, each try in a new process."""
+    for attempt in range(TRIES):
+        try:
+            with SpawnedPool(1) as pool:
+                row: Row = pool.submit(work, item).result()
+                return row
+        except BrokenProcessPool as error:
+            if attempt == TRIES - 1:
+                raise died(f"at {shown_item(item)}", error) from error
+    raise AssertionError
 
 
 class _Spawned:
     """A worker in a process of its own."""
 
-    def __init__(self, pool: ProcessPoolExecutor, executor: LocalExecutor) -> None:
-        self.pool, self.executor = pool, executor
+    def __init__(self, pool: SpawnedPool, made: Work, executor: LocalExecutor) -> None:
+        self.pool, self.made, self.executor = pool, made, executor
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return self.pool.submit(_call_actor, method, *map(self.executor.get, arguments))
+        return self.pool.submit(self.made, method, *map(self.executor.get, arguments))
 
 
-def _make_actor(actor: type, arguments: Any) -> None:
-    """Make the actor of this process; an error is raised by its first call, as an initializer's would be lost."""
+def _call(work: Work, common: tuple[Any, ...], item: Any) -> Any:
+    """Run work in a spawned process; frees the actor of an earlier stage."""
     global _actor
-    try:
-        _actor = actor(**arguments) if isinstance(arguments, dict) else actor(*arguments)
-    except expected_errors() as error:
-        _actor = error
+    _actor = None
+    return reported(work, item, *common)
 
 
-def _call_actor(method: str | None, *arguments: Any) -> Any:
-    if isinstance(_actor, Exception):
-        raise reportable(_actor) or _actor
-    return _reported(_actor if method is None else getattr(_actor, method), *arguments)
-
-
-def _reported(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call `work`; errors are those that a run on Ray would raise."""
-    try:
-        return work(*arguments, **options)
-    except expected_errors() as error:
-        if (failure := reportable(error)) is None or failure is error:
-            raise
-        raise failure from error
-
-
-def _device() -> str:
-    """Return "cuda" where torch can use a GPU, else "cpu"."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _call_actor(number: int, make: Work, method: str, *arguments: Any) -> Any:
+    """Call a method of an actor of this process, which replaces that of an earlier stage."""
+    global _actor
+    if _actor is None or _actor[0] != number:
+        _actor = number, LazyActor(make)
+    return _actor[1].call(method, *arguments)

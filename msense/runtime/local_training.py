@@ -3,9 +3,8 @@
 Checkpoints go to `<folder>/<name>/<checkpoint>/`; `latest.json` beside them names the last complete one.
 """
 
-import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 from msense.errors import MsenseError
 from msense.io import filesystems, storage
 from msense.io.scratch import scratch_folder
-from msense.runtime.executor import TrainingResult
-from msense.runtime.processes import process_pool
+from msense.runtime.executor import TrainingResult, Work
+from msense.runtime.processes import SpawnedPool, environment
 
 CHECKPOINTS_KEPT = 2
 _LATEST = "latest.json"
@@ -44,7 +43,7 @@ class LocalSession:
 
     def __init__(self, rank: int, world: int, folder: str) -> None:
         self.rank, self.world, self._folder = rank, world, folder
-        self._kept: list[str] = (storage.read_json(storage.join(folder, _LATEST)) or {}).get("checkpoints", [])
+        self._kept = _checkpoints(folder)
 
     def wrap(self, model: Any, **options: Any) -> Any:
         """Wrap a model so that gradients are averaged over all workers."""
@@ -67,58 +66,52 @@ class LocalSession:
         """Store a checkpoint; it counts once all workers have stored their files."""
         import torch.distributed as dist
 
-        target = storage.join(self._folder, name)
         if folder is not None:
-            storage.upload_folder(folder, target)
+            storage.upload_folder(folder, storage.join(self._folder, name))
         dist.barrier()
-        if name not in self._kept:
-            self._kept = [*self._kept, name]
+        kept = [*(old for old in self._kept if old != name), name]
+        self._kept = kept[-CHECKPOINTS_KEPT:]
         if self.rank == 0:
-            storage.write_json(
-                storage.join(self._folder, _LATEST), {"checkpoints": self._kept[-CHECKPOINTS_KEPT:], **metrics}
-            )
-            for old in self._kept[:-CHECKPOINTS_KEPT]:
+            storage.write_json(storage.join(self._folder, _LATEST), {"checkpoints": self._kept, **metrics})
+            for old in kept[:-CHECKPOINTS_KEPT]:
                 storage.remove(storage.join(self._folder, old))
-        self._kept = self._kept[-CHECKPOINTS_KEPT:]
 
 
-def train(name: str, worker: Callable[..., Any], settings: Any, folder: str, workers: int) -> TrainingResult:
+def train(name: str, worker: Work, settings: Any, folder: str, workers: int) -> TrainingResult:
     """Train without Ray, see `Executor.train`."""
     target = storage.join(folder, name)
+    arguments = (workers, _free_port(), worker, settings, target)
     try:
-        with scratch_folder() as scratch:
-            group = (workers, f"file://{scratch}/group", _free_port())
-            if workers == 1:
-                histories = [_run_rank(0, group, worker, settings, target)]
-            else:
-                with process_pool(workers) as pool:
-                    running = [pool.submit(_run_rank, rank, group, worker, settings, target) for rank in range(workers)]
-                    histories = [future.result() for future in running]
+        if workers == 1:
+            histories = [_run_rank(0, *arguments)]
+        else:
+            with SpawnedPool(workers) as pool:
+                running = [pool.submit(_run_rank, rank, *arguments) for rank in range(workers)]
+                histories = [future.result() for future in running]
     except Exception as error:  # reported in the words of a training on Ray
         message = str(error).strip() or type(error).__name__
         raise MsenseError(f"training failed: {message.splitlines()[-1]}") from error
-    latest = storage.read_json(storage.join(target, _LATEST)) or {}
-    return TrainingResult(histories[0], LocalCheckpoint(storage.join(target, latest["checkpoints"][-1])))
+    return TrainingResult(histories[0], LocalCheckpoint(storage.join(target, _checkpoints(target)[-1])))
 
 
-def _run_rank(
-    rank: int, group: tuple[int, str, int], worker: Callable[..., Any], settings: Any, folder: str
-) -> list[dict[str, float]]:
+def _run_rank(rank: int, world: int, port: int, worker: Work, settings: Any, folder: str) -> list[dict[str, float]]:
     """Run one worker as a member of the process group."""
     import torch.distributed as dist
 
-    world, init_method, port = group
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    before = dict(os.environ)
-    os.environ.update({name: str(value) for name, value in variables.items()})  # DeepSpeed reads them
-    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world)
-    try:
-        history: list[dict[str, float]] = worker(settings, LocalSession(rank, world, folder))
-        return history
-    finally:
-        dist.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(before)
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with environment({name: str(value) for name, value in group.items()}):  # also read by DeepSpeed
+        dist.init_process_group("gloo")
+        try:
+            history: list[dict[str, float]] = worker(settings, LocalSession(rank, world, folder))
+            return history
+        finally:
+            dist.destroy_process_group()
+
+
+def _checkpoints(folder: str) -> list[str]:
+    """Return the names of the complete checkpoints, oldest first."""
+    latest = storage.read_json(storage.join(folder, _LATEST)) or {}
+    return list(latest.get("checkpoints", []))
 
 
 def _free_port() -> int:

@@ -1,35 +1,35 @@
-"""Pools of spawned processes, for runs without Ray."""
+"""Spawned processes, for runs without Ray."""
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-SINGLE_THREADED = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "LOCAL_SIZE": "1",
-}
+SINGLE_THREADED = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOCAL_SIZE"), "1")
+SINGLE_THREADED["TOKENIZERS_PARALLELISM"] = "false"
 
 
 @contextmanager
-def process_pool(
-    workers: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
-) -> Iterator[ProcessPoolExecutor]:
-    """Open a pool of spawned processes with one thread each for linear algebra, as Ray's workers have."""
-    before = {name: os.environ.get(name) for name in SINGLE_THREADED}
-    os.environ.update(SINGLE_THREADED)  # read by libraries when a process loads them
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables; restore all of them on exit."""
+    before = dict(os.environ)
+    os.environ.update(variables)
     try:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer, initargs) as pool:
-            yield pool
+        yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class SpawnedPool(ProcessPoolExecutor):
+    """Processes that start when there is work, with one thread each for linear algebra, as Ray's workers have."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers, multiprocessing.get_context("spawn"))
+
+    def submit(self, work: Any, /, *arguments: Any, **options: Any) -> Future[Any]:
+        """Run a call in one of the processes."""
+        with environment(SINGLE_THREADED):  # read by libraries when a new process loads them
+            return super().submit(work, *arguments, **options)

@@ -9,30 +9,34 @@ import atexit
 import json
 import logging
 import os
+import pickle
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from msense.errors import InputError, MsenseError
+from msense.errors import MsenseError
 from msense.io.scratch import scratch_folder
-from msense.runtime import ray_training
 from msense.runtime.executor import (
     Executor,
+    LazyActor,
+    Needs,
     Row,
     TrainingResult,
+    Work,
     Worker,
     died,
-    expected_errors,
     merged,
     name_of,
     reportable,
 )
+from msense.runtime.processes import SINGLE_THREADED
 from msense.runtime.progress import track, warn_of_skew
 from msense.runtime.resources import TASK_CPUS, Node, Resources, plan_workers
 
@@ -42,6 +46,13 @@ RETRIES = 3  # of a task whose worker died: enough to survive crashes, bounded f
 RESTARTS = 10  # of an actor: nodes may come and go
 MERGED_AT_ONCE = 4
 _RESOURCES = ("CPU", "GPU", "memory")
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_task_oom_retries": str(RETRIES),  # the default is without limit
+    "RAY_AUTH_MODE": "token",  # a local Ray is closed to other users of the machine
+    "RAY_DATA_LOG_LEVEL": "ERROR",  # `track` reports its progress
+}
+_LOCAL_SETTINGS = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # Ray Data's own actors warn without cause
 MAX_WORKERS = 1 << 20  # more than any cluster has
 MAX_TEMP_PATH = 26  # characters of the temporary folder: paths of Ray's sockets in it must not exceed 107
 
@@ -76,19 +87,13 @@ class RayExecutor(Executor):
         return cls(replace(resources, most=(workers or MAX_WORKERS) if os.environ.get("RAY_ADDRESS") else 0))
 
     def map(
-        self,
-        name: str,
-        work: Callable[..., Row],
-        items: Sequence[Any],
-        *common: Any,
-        isolated: bool = False,
-        needs: Mapping[str, float] | None = None,
+        self, name: str, work: Work, items: Sequence[Any], *common: Any, isolated: bool = False, needs: Needs = None
     ) -> Iterator[Row]:
         """Run `work(item, *common)` in plain Ray tasks, see `Executor.map`."""
         for reference in track(name, self._window(name, work, items, common, needs), len(items)):
             yield self.get(reference)
 
-    def map_actors(self, name: str, actor: type, arguments: Row, items: Sequence[Any]) -> Iterator[Row]:
+    def map_actors(self, name: str, actor: Work, arguments: Row, items: Sequence[Any]) -> Iterator[Row]:
         """Run the items through a pool of actors fed by Ray Data, see `Executor.map_actors`."""
         if not items:
             return
@@ -99,48 +104,42 @@ class RayExecutor(Executor):
         most = min(max(self.resources.actors, self.resources.most), len(items))
         grows = {"min_size": 1, "initial_size": now, "max_size": most}  # onto nodes that join later
         pool = ActorPoolStrategy(**(grows if most > now else {"size": now}), max_tasks_in_flight_per_actor=2)
-        options: Row = {**self.resources.teacher, "fn_constructor_args": (actor, arguments)}
+        options: Row = {**self.resources.teacher, "fn_constructor_args": (partial(actor, **arguments),)}
         # unlimited task retries: until Ray knows that a node is gone, calls of its actors fail every second and are counted
         options |= {"max_restarts": RESTARTS, "max_task_retries": -1}
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = [{"item": json.dumps(item)} for item in items]
         with warnings.catch_warnings():  # until Ray 2.64 there is no other way to bound retries
             warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-            dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                _GuardedActor, compute=pool, **options
-            )
+            dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_RowActor, compute=pool, **options)
         dataset.set_name(name.replace(" ", "_"))
         seconds = []
         with _plain_errors():
             for row in track(name, dataset.iter_rows(), len(rows)):
                 seconds.append(row["seconds"])
-                yield _unwrap(row)
+                result = pickle.loads(row["result"])  # noqa: S301 - of an own actor
+                if isinstance(result, Exception):
+                    raise result
+                yield result
         warn_of_skew(name, seconds)
 
-    def reduce(self, name: str, work: Callable[..., Any], items: Sequence[Any], *common: Any) -> Any:
+    def reduce(self, name: str, work: Work, items: Sequence[Any], *common: Any) -> Any:
         """Run `work(item, *common)` in tasks and merge the results a few at a time, see `Executor.reduce`."""
-        import ray
-
-        merge = ray.remote(merged).options(name=f"{name}: merge", num_cpus=TASK_CPUS)
+        merge = _task(f"{name}: merge").remote
         done: list[Any] = []
         for reference in track(name, self._window(name, work, items, common, None), len(items)):
             done.append(reference)
             if len(done) == MERGED_AT_ONCE:
-                done = [merge.remote(*done)]
-        return merge.remote(*done) if len(done) > 1 else done[0]
+                done = [merge(merged, *done)]
+        return merge(merged, *done) if len(done) > 1 else done[0]
 
-    def run(self, work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> Any:
+    def run(self, work: Work, *arguments: Any, device: str = "cpu") -> Any:
         """Run one task away from the driver, see `Executor.run`."""
-        import ray
+        return self.get(_task(name_of(work), num_gpus=int(device == "cuda")).remote(work, *arguments))
 
-        needs = {"num_cpus": TASK_CPUS, "num_gpus": int(device == "cuda"), "name": name_of(work)}
-        return self.get(ray.remote(work).options(**needs).remote(*arguments))
-
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def submit(self, work: Work, *arguments: Any) -> Any:
         """Start one task and return a reference to its result."""
-        import ray
-
-        return ray.remote(work).options(num_cpus=TASK_CPUS, name=name_of(work)).remote(*arguments)
+        return _task(name_of(work)).remote(work, *arguments)
 
     def put(self, value: Any) -> Any:
         """Put a value into the object store and return a reference to it."""
@@ -156,36 +155,33 @@ class RayExecutor(Executor):
             return ray.get(handle)
 
     @contextmanager
-    def clustering_workers(self, actor: type, *arguments: Any) -> Iterator[list[Worker]]:
+    def clustering_workers(self, actor: Work, *arguments: Any) -> Iterator[list[Worker]]:
         """Start actors that share the points of large tokens, see `Executor.clustering_workers`."""
         import ray
 
         needs = {**self.resources.clustering, "max_restarts": 3, "scheduling_strategy": "SPREAD"}
         needs |= {"max_task_retries": -1}  # see `map_actors`
         count = replace(self.resources, nodes=nodes()).clusterers
-        workers = [ray.remote(actor).options(**needs).remote(*arguments) for _ in range(count)]
+        workers = [ray.remote(LazyActor).options(**needs).remote(partial(actor, *arguments)) for _ in range(count)]
         try:
             yield [_RayWorker(worker) for worker in workers]
         finally:
             for worker in workers:
                 ray.kill(worker)
 
-    def train(self, name: str, worker: Callable[..., Any], settings: Any, folder: str) -> TrainingResult:
+    def train(self, name: str, worker: Work, settings: Any, folder: str) -> TrainingResult:
         """Train with Ray Train, see `Executor.train`."""
+        from msense.runtime import ray_training
+
         return ray_training.train(name, worker, settings, folder, self.resources)
 
     def _window(
-        self,
-        name: str,
-        work: Callable[..., Any],
-        items: Sequence[Any],
-        common: tuple[Any, ...],
-        needs: Mapping[str, float] | None,
+        self, name: str, work: Work, items: Sequence[Any], common: tuple[Any, ...], needs: Needs
     ) -> Iterator[Any]:
         """Keep as many tasks running as there are workers; yield the object reference of each when it is done."""
         import ray
 
-        task = ray.remote(work).options(name=name, scheduling_strategy="SPREAD", **(needs or {"num_cpus": TASK_CPUS}))
+        task = _task(name, scheduling_strategy="SPREAD", **(needs or {}))
         running: dict[Any, float] = {}
         seconds: list[float] = []
 
@@ -197,7 +193,7 @@ class RayExecutor(Executor):
         for item in items:
             if len(running) >= self._tasks_now():
                 yield first_done()
-            running[task.remote(item, *common)] = time.monotonic()
+            running[task.remote(work, item, *common)] = time.monotonic()
         while running:
             yield first_done()
         warn_of_skew(name, seconds)
@@ -218,28 +214,30 @@ class _RayWorker:
         self.actor = actor
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self.actor, method).remote(*arguments)
+        return self.actor.call.remote(method, *arguments)
+
+
+def _call(work: Work, *arguments: Any) -> Any:
+    return work(*arguments)
+
+
+def _task(name: str, **options: Any) -> Any:
+    """Return a Ray task that calls its first argument with the others; Ray itself makes tasks of plain functions only."""
+    import ray
+
+    return ray.remote(_call).options(**{"num_cpus": TASK_CPUS, "name": name, **options})
 
 
 def _initialize(workers: int | None) -> None:
     """Connect to Ray unless this process is connected already."""
     if "ray" not in sys.modules:  # Ray reads these when it is imported
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # the default is without limit
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a local Ray is closed to other users of the machine
-        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # `track` reports its progress
-        if not os.environ.get("RAY_ADDRESS"):
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data's own actors warn without cause
+        local = {} if os.environ.get("RAY_ADDRESS") else _LOCAL_SETTINGS
+        os.environ |= {name: value for name, value in (_SETTINGS | local).items() if name not in os.environ}
     import ray
 
     if ray.is_initialized():
         return
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "LOCAL_SIZE": "1",
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    }
+    environment = {**SINGLE_THREADED, "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
     options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "logging_level": logging.WARNING}
     if not os.environ.get("RAY_ADDRESS"):
         cpus = max(os.cpu_count() or 1, workers or 1)
@@ -281,62 +279,29 @@ def _plain_errors() -> Iterator[None]:
     """Turn Ray's errors into what the work raised, or into an error about its death."""
     import ray
 
-    deaths = (
-        ray.exceptions.WorkerCrashedError,
-        ray.exceptions.RayActorError,
-        ray.exceptions.OutOfMemoryError,
-        ray.exceptions.NodeDiedError,
-    )
+    errors = ray.exceptions
+    deaths = (errors.WorkerCrashedError, errors.RayActorError, errors.OutOfMemoryError, errors.NodeDiedError)
     try:
         yield
-    except ray.exceptions.RayTaskError as error:
-        if failure := reportable(error.cause):
+    except (errors.RayTaskError, *deaths) as error:
+        cause = error.cause if isinstance(error, errors.RayTaskError) else error
+        if isinstance(cause, deaths):  # of the work, or of what computes its arguments
+            first = next(iter(str(cause).strip().splitlines()), "")
+            failure = died("at the same work", f"{type(cause).__name__}: {first}")
+            logs = "Ray's logs have more (those of a local Ray are kept if RAY_TMPDIR names a folder)"
+            raise MsenseError(f"{failure}; {logs}") from error
+        if failure := reportable(cause):
             raise failure from None
-        if isinstance(error.cause, deaths):  # an argument of the work was never computed
-            raise _died(error.cause) from error
         raise
-    except deaths as error:
-        raise _died(error) from error
 
 
-def _died(error: Exception) -> MsenseError:
-    """Return the error for work that Ray gave up on."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    logs = "Ray's logs have more (those of a local Ray are kept if RAY_TMPDIR names a folder)"
-    return MsenseError(f"{died('at the same work', f'{type(error).__name__}: {first}')}; {logs}")
-
-
-def _unwrap(row: Row) -> Row:
-    """Return what the work returned, or raise what it raised."""
-    if row["error"]:
-        raise (InputError if row["usage"] else MsenseError)(row["error"])
-    value: Row = json.loads(row["result"])
-    return value
-
-
-def _guard(work: Callable[[Any], Row], item: Any) -> Row:
-    """Run work so that an expected error travels as a row, not as a traceback through Ray Data."""
-    began = time.monotonic()
-    try:
-        result = json.dumps(work(item))
-        return {"result": result, "error": "", "usage": False, "seconds": time.monotonic() - began}
-    except expected_errors() as error:
-        failure = reportable(error)
-        if failure is None:
-            raise
-        return {"result": "", "error": str(failure), "usage": isinstance(failure, InputError), "seconds": 0.0}
-
-
-class _GuardedActor:
-    """An actor of Ray Data; an error of its construction is reported with the first item."""
-
-    def __init__(self, actor: type, arguments: Row) -> None:
-        def make(arguments: Row) -> Row:
-            self.actor = actor(**arguments)
-            return {}
-
-        made = _guard(make, arguments)
-        self.failure = made if made["error"] else None
+class _RowActor(LazyActor):
+    """An actor of Ray Data: expected errors are results, as Ray Data would wrap them."""
 
     def __call__(self, row: Row) -> Row:
-        return self.failure or _guard(self.actor, json.loads(row["item"]))
+        began = time.monotonic()
+        try:
+            result: Any = self.call("__call__", json.loads(row["item"]))
+        except (MsenseError, OSError) as error:
+            result = error
+        return {"result": pickle.dumps(result), "seconds": time.monotonic() - began}

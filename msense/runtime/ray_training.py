@@ -1,13 +1,19 @@
 """Training on Ray Train: run workers, resumed from the last checkpoint, until the training is complete."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray.train
+import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import CheckpointConsistencyMode
+from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
+
 from msense.errors import MsenseError
 from msense.io import filesystems
-from msense.runtime.executor import TrainingResult
+from msense.runtime.executor import TrainingResult, Work
 from msense.runtime.resources import TASK_CPUS, Resources
 
 TIMEOUT_SECONDS = 1800  # of collective operations
@@ -18,22 +24,16 @@ class RaySession:
     """The place of one worker in a training: its rank, its checkpoints, and how its model is wrapped."""
 
     def __init__(self) -> None:
-        import ray.train
-
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
 
     def wrap(self, model: Any, **options: Any) -> Any:
         """Wrap a model so that gradients are averaged over all workers."""
-        from ray.train.torch import prepare_model
-
         return prepare_model(model, parallel_strategy_kwargs=options)
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
         """Yield the folder of the last complete checkpoint; None at the start of a training."""
-        import ray.train
-
         if (latest := ray.train.get_checkpoint()) is None:
             yield None
             return
@@ -42,20 +42,14 @@ class RaySession:
 
     def report(self, metrics: dict[str, float], folder: Path | None, name: str) -> None:
         """Report a checkpoint and wait until it is committed."""
-        import ray.train
-        from ray.train import CheckpointConsistencyMode
-
         checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
         # `report` may return before the checkpoint can be resumed from
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
 
-def train(name: str, worker: Callable[..., Any], settings: Any, folder: str, resources: Resources) -> TrainingResult:
+def train(name: str, worker: Work, settings: Any, folder: str, resources: Resources) -> TrainingResult:
     """Train on Ray, see `Executor.train`."""
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     on_gpu = resources.device == "cuda"
     trainer = TorchTrainer(
         _run_worker,
@@ -82,9 +76,6 @@ def train(name: str, worker: Callable[..., Any], settings: Any, folder: str, res
 
 def _run_worker(given: dict[str, Any]) -> Any:
     """Run a worker in a process of Ray Train."""
-    import torch
-    from ray.train.torch import get_device
-
     if torch.cuda.is_available():
         torch.cuda.set_device(get_device())
     return given["worker"](given["settings"], RaySession())
@@ -94,8 +85,6 @@ def _storage(uri: str) -> dict[str, Any]:
     """Return Ray Train's storage options; remote stores use msense's client, with its retries and credentials."""
     if filesystems.is_local(uri):
         return {"storage_path": uri}
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
     filesystem, path = filesystems.filesystem(uri)
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 

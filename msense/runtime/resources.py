@@ -4,7 +4,7 @@ A job that no node could ever run, now or started by the autoscaler, is refused.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from msense.errors import InputError
@@ -28,11 +28,10 @@ class Node:
 
     def holds(self, needs: Mapping[str, float]) -> int:
         """Return how many tasks with these needs fit on one node; unknown memory does not limit them."""
-        wanted = [(_RAY_NAMES[name], amount) for name, amount in needs.items() if amount]
-        return int(min((self.offers.get(name, 0) / amount for name, amount in wanted if self._known(name)), default=0))
-
-    def _known(self, name: str) -> bool:
-        return name != "memory" or name in self.offers
+        wanted = {_RAY_NAMES[name]: amount for name, amount in needs.items() if amount}
+        if "memory" not in self.offers:
+            wanted.pop("memory", None)
+        return int(min((self.offers.get(name, 0) / amount for name, amount in wanted.items()), default=0))
 
     def __str__(self) -> str:
         offers = [f"{self.offers.get(name, 0):g} {name}s" for name in ("CPU", "GPU") if self.offers.get(name)]
@@ -104,12 +103,11 @@ class Resources:
 
     def described(self) -> dict[str, str]:
         """Return what the cluster offers and what the job reserves, for a dry run."""
-        wanted = [
-            f"{self.actors} teacher actors of {shown_needs(self.teacher)}",
-            f"{self.tasks} tasks of {shown_needs(_TASK)}",
-        ]
-        wanted.append(f"{self.clusterers} of them clustering, of {shown_needs(self.clustering)}")
-        return {"offered": shown_nodes(self.nodes), "asked": ", ".join(wanted)}
+        wanted = (
+            f"{self.actors} teacher actors of {shown_needs(self.teacher)}, {self.tasks} tasks of {shown_needs(_TASK)}, "
+            f"{self.clusterers} of them clustering, of {shown_needs(self.clustering)}"
+        )
+        return {"offered": shown_nodes(self.nodes), "asked": wanted}
 
     def check(self) -> None:
         """Raise InputError if some task needs more than any node has, including those that the autoscaler may start."""
@@ -117,14 +115,11 @@ class Resources:
         kinds = {"a task": _TASK, "a teacher actor": self.teacher, "a clustering task": self.clustering}
         for what, needs in {**kinds, "a training worker": training}.items():
             if self.nodes and not any(node.most and node.holds(needs) for node in self.nodes):
+                how = " with --task-memory or a smaller --max-points-per-part" if "memory" in needs else ""
                 raise InputError(
                     f"{what} needs {shown_needs(needs)}, but this cluster offers {shown_nodes(self.nodes)}: no node can ever run "
-                    f"it. Add larger nodes, or reduce the need{_remedy(needs)}"
+                    f"it. Add larger nodes, or reduce the need{how}"
                 )
-
-
-def _remedy(needs: Mapping[str, float]) -> str:
-    return " with --task-memory or a smaller --max-points-per-part" if "memory" in needs else ""
 
 
 def shown_needs(needs: Mapping[str, float]) -> str:
@@ -152,9 +147,8 @@ def plan_workers(nodes: Sequence[Node], workers: int | None = None, gpus_per_act
     Raises:
         InputError: no node has a CPU.
     """
-    share = {"num_gpus": gpus_per_actor}
-    actors = _total(nodes, lambda node: node.holds(share) if node.offers.get("GPU") else 0)
-    cpus = _total(nodes, lambda node: int(node.offers.get("CPU", 0)))
+    actors = _total(nodes, {"num_gpus": gpus_per_actor})
+    cpus = _total(nodes, {"num_cpus": 1})
     if not any(node.most and node.offers.get("CPU", 0) >= TASK_CPUS for node in nodes):
         raise InputError(
             f"this cluster offers {shown_nodes(nodes)}, which has no CPU: add a node with CPUs (`ray start --address=...`)"
@@ -166,6 +160,6 @@ def plan_workers(nodes: Sequence[Node], workers: int | None = None, gpus_per_act
     return resources
 
 
-def _total(nodes: Sequence[Node], of: Callable[[Node], int]) -> int:
-    """Return the total of the current nodes, or of all that the autoscaler may start of one kind if that is more."""
-    return max([sum(node.count * of(node) for node in nodes), *(node.most * of(node) for node in nodes)])
+def _total(nodes: Sequence[Node], needs: Mapping[str, float]) -> int:
+    """Return how many tasks fit on the current nodes, or on those of one kind that the autoscaler may start if more."""
+    return max([sum(n.count * n.holds(needs) for n in nodes), *(n.most * n.holds(needs) for n in nodes)])

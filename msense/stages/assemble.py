@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +27,7 @@ from msense.stages.exemplars import collect_contexts
 from msense.teacher.spec import TeacherInfo
 
 
-@dataclass(frozen=True)
-class _Order:
+class _Order(NamedTuple):
     """Location of the senses of T tokens, sorted by token; all int64 [T]."""
 
     tokens: np.ndarray
@@ -49,14 +49,7 @@ class DictionaryStats:
 def assemble(
     run: RunFolder, info: TeacherInfo, config: BuildConfig, centroid_files: Sequence[str], context_files: Sequence[str]
 ) -> Row:
-    """Write the dictionary of a run.
-
-    Args:
-        run: the run folder.
-        info: the teacher.
-        config: settings of the build.
-        centroid_files: output of stage 4.
-        context_files: contexts of exemplars, one file per partition; none without exemplars.
+    """Write the dictionary of a run from the files of centroids and contexts (none without exemplars).
 
     Returns:
         `stats`, a `DictionaryStats`; `files`, the size and sha256 of each file.
@@ -69,9 +62,9 @@ def assemble(
         for name in ("counts", "spread")
     )
     token_counts = load_arrays(run.thresholds)["token_counts"]
-    offsets = np.zeros(info.vocab_size + 1, dtype=np.int64)
-    offsets[order.tokens + 1] = order.sizes
-    offsets = np.cumsum(offsets)
+    offsets = np.cumsum(np.bincount(order.tokens + 1, weights=order.sizes, minlength=info.vocab_size + 1)).astype(
+        np.int64
+    )
     points = int(counts.sum())
     mean_square = math.fsum(x for arrays in small for x in arrays["inertia"].tolist()) / max(1, points)
     quality = {
@@ -79,14 +72,14 @@ def assemble(
         "mean_squared_spread": mean_square,
         "corpus_distortion": corpus_distortion(Arrays(offsets, counts, rms_distance, token_counts)),
     }
-    with storage.write_errors(run.dictionary), _target(run) as folder:
+    with filesystems.storage_errors(run.dictionary, "write"), _target(run) as folder:
         files = DictionaryFiles(folder)
         write_tokenizer(folder, storage.read_text(run.tokenizer))
         if context_files:
             collect_contexts(list(context_files), files.exemplars)
         chunks = _chunks(list(centroid_files), order, config.store_dtype)
         write_dictionary(folder, _config(info, config, quality), offsets, counts, rms_distance, token_counts, chunks)
-        written = {
+        written: Row = {
             path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": storage.sha256_of(path)}
             for path in files.present()
         }
@@ -163,8 +156,7 @@ def _config(info: TeacherInfo, config: BuildConfig, quality: dict[str, float]) -
 
 
 def _order(small: list[dict[str, np.ndarray]]) -> _Order:
-    tokens = np.concatenate([a["tokens"] for a in small]).astype(np.int64)
-    sizes = np.concatenate([a["sizes"] for a in small])
+    tokens, sizes = (np.concatenate([a[name] for a in small]).astype(np.int64) for name in ("tokens", "sizes"))
     file = np.repeat(np.arange(len(small)), [len(a["tokens"]) for a in small])
     start = np.concatenate([np.cumsum(a["sizes"]) - a["sizes"] for a in small])
     order = np.argsort(tokens)
@@ -191,6 +183,5 @@ def _target(run: RunFolder) -> Iterator[Path]:
         return
     with scratch_folder() as folder:
         yield folder
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        for name in sorted(names, key=lambda n: n == "config.json"):
-            storage.upload(folder / name, storage.join(run.dictionary, name))
+        for path in sorted(filter(Path.is_file, folder.rglob("*")), key=lambda path: path.name == "config.json"):
+            storage.upload(path, storage.join(run.dictionary, path.relative_to(folder).as_posix()))

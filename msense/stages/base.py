@@ -76,5 +76,5 @@ def run_stage(stage: Stage[ResultT], context: StageContext) -> ResultT:
         context.journal.add(stage.name, made=len(missing))
         result = stage.reduce(context.executor, [stats or {} for stats in done])
         if is_dataclass(result):
-            shown.update(asdict(result))  # type: ignore[call-overload]
+            shown.update(asdict(result))  # type: ignore[arg-type]
     return result

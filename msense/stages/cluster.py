@@ -10,7 +10,7 @@ import numpy as np
 
 from msense.clustering import kmeans
 from msense.clustering.mcl import MCL_POINTS
-from msense.clustering.nearest import exemplar_places
+from msense.clustering.nearest import exemplar_places, sample
 from msense.config.build import BuildConfig
 from msense.io.arrays import load_arrays, save_arrays
 from msense.run.folder import RunFolder
@@ -24,7 +24,6 @@ from msense.stages.embedding_store import (
     as_stored,
     read_ranges,
     record_type,
-    sample,
     sense_counts,
     shard_items,
     shard_ranges,
@@ -48,13 +47,8 @@ class ClusterStage(Stage[dict[int, list[Range]]]):
 
     def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
         """Cluster the missing shards."""
-        yield from executor.map(
-            self.name,
-            cluster_shard,
-            shard_items(self.shards, missing),
-            self.settings,
-            needs=executor.resources.clustering,
-        )
+        items, needs = shard_items(self.shards, missing), executor.resources.clustering
+        yield from executor.map(self.name, cluster_shard, items, self.settings, needs=needs)
 
     def reduce(self, executor: Executor, stats: list[Row]) -> dict[int, list[Range]]:
         """Return the rows of every large token in all partitions, by token id."""
@@ -80,7 +74,7 @@ def cluster_shard(item: Row, settings: ClusterSettings) -> Row:
             if start < stop:
                 large.setdefault(str(number), []).append((r.partition, r.start + start, r.start + stop))
     kept = ~np.isin(records["token"], large_tokens)
-    records, partition = records[kept], partition[kept]
+    records, partition = records[kept], partition[kept]  # releases the rows of large tokens
     arrays = _clustered(records, partition, settings)
     stats = {"number": shard, "large": large}
     return run.publish(run.shard_file(shard), lambda path: save_arrays(path, arrays), stats)
@@ -90,17 +84,11 @@ def _clustered(records: np.ndarray, partition: np.ndarray, settings: ClusterSett
     """Cluster the tokens of records [n] from partitions int32 [n]; return the arrays of a centroids file."""
     order, key_order = sample(records["key"], records["token"], settings.max_occurrences)
     tokens, sizes = np.unique(records["token"][order], return_counts=True)
+    points, senses = stored(records["embedding"][order], settings.store_dtype), sense_counts(settings, tokens)
     clusters = kmeans.cluster_tokens(
-        stored(records["embedding"][order], settings.store_dtype),
-        sizes,
-        tokens,
-        settings.kmeans,
-        senses=sense_counts(settings, tokens),
-        device=settings.device,
-        key_order=key_order,
+        points, sizes, tokens, settings.kmeans, senses=senses, device=settings.device, key_order=key_order
     )
     places = {name: records[name][order] for name in ("token", "row", "position")} | {"unit": partition[order]}
-    assigned = (clusters.assignment, clusters.distance)
     return {
         "tokens": tokens.astype(np.int64),
         "sizes": clusters.sizes,
@@ -108,23 +96,19 @@ def _clustered(records: np.ndarray, partition: np.ndarray, settings: ClusterSett
         "counts": clusters.counts,
         "spread": clusters.rms_distance,
         "inertia": clusters.inertia,
-        **exemplar_places(assigned, clusters.sizes, sizes, places, settings.exemplars),
+        **exemplar_places(clusters.assignment, clusters.distance, clusters.sizes, sizes, places, settings.exemplars),
     }
 
 
 def _are_large(counts: np.ndarray, settings: ClusterSettings) -> np.ndarray:
-    """Return which tokens of so many rows have more points than a chunk may have."""
-    return np.minimum(counts, settings.max_occurrences or counts) > settings.max_points_per_part
+    """Return which tokens with these numbers of rows have more points than a chunk may have."""
+    return clustered_points(counts, settings) > settings.max_points_per_part
 
 
 def clustering_memory(run: RunFolder, config: BuildConfig, dim: int, scale: float = 1.0) -> float:
     """Return the peak bytes of a clustering task: a shard twice and a graph of mcl, or the chunks of a large token.
 
-    Args:
-        run: run folder with a finished plan.
-        config: the build's settings.
-        dim: D of the teacher.
-        scale: size of the corpus relative to the text in the plan.
+    `run` has a finished plan; `dim` is the D of the teacher, `scale` the size of the corpus relative to the plan's text.
     """
     arrays = load_arrays(run.thresholds, ("stored", "shards"))
     stored = arrays["stored"] * scale
@@ -137,6 +121,6 @@ def clustering_memory(run: RunFolder, config: BuildConfig, dim: int, scale: floa
     return float(max(shard + graph, chunks * (2 * dim + 16)))
 
 
-def clustered_points(stored: np.ndarray, config: BuildConfig) -> np.ndarray:
+def clustered_points(stored: np.ndarray, config: BuildConfig | ClusterSettings) -> np.ndarray:
     """Return the number of points of each token that are clustered."""
     return np.minimum(stored, config.max_occurrences) if config.max_occurrences else stored

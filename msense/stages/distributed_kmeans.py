@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from msense.clustering import kmeans
+from msense.clustering.kmeans import blocks, seeding
 from msense.clustering.nearest import Places, merge_exemplars
 from msense.io import storage
 from msense.io.arrays import load_arrays, save_arrays
@@ -26,18 +26,11 @@ from msense.runtime import Executor
 from msense.runtime.executor import Row, Worker
 from msense.runtime.progress import track
 from msense.stages.base import Stage
-from msense.stages.distributed_kmeans_worker import (
-    CHUNKS_HELD,
-    Chunk,
-    ChunkWorker,
-    read_blocks,
-    slice_ranges,
-    sum_partials,
-)
+from msense.stages.distributed_kmeans_worker import CHUNKS_HELD, Chunk, ChunkWorker, read_blocks, slice_ranges
 from msense.stages.embedding_store import ClusterSettings, Range, as_stored, read_ranges, sense_counts, stored
 
 logger = logging.getLogger(__name__)
-WINDOW = 64  # rows on each side of the expected slice_ranges, in addition to four standard deviations, in which it is searched
+WINDOW = 64  # rows on each side of the expected cut, in addition to four standard deviations, in which it is searched
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Prepared:
     """A token split into chunks, with its initial centroids."""
 
     chunks: tuple[Chunk, ...]
-    state: kmeans.BlockedState
+    state: blocks.BlockedState
 
 
 class LargeTokenStage(Stage[list[str]]):
@@ -118,12 +111,12 @@ def _prepared(executor: Executor, waiting: dict[int, list[Range]], workers: Sequ
 def prepare(token: int, ranges: list[Range], settings: ClusterSettings) -> Prepared:
     """Select a token's points (the first `max_occurrences` by key), split them into chunks and choose the seeds."""
     chosen = first_by_key(settings, ranges, settings.max_occurrences) if settings.max_occurrences else ranges
-    records, _ = read_ranges(settings, first_by_key(settings, chosen, kmeans.SEED_POINTS))
+    records, _ = read_ranges(settings, first_by_key(settings, chosen, seeding.SEED_POINTS))
     embeddings = records["embedding"][np.argsort(records["key"], kind="stable")]
     del records
     config = replace(settings.kmeans, k=int(sense_counts(settings, np.array([token]))[0]))
-    state = kmeans.seed_centroids(stored(embeddings, settings.store_dtype), token, config, device=settings.device)
-    rows = max(1, settings.max_points_per_part // kmeans.BLOCK_ROWS) * kmeans.BLOCK_ROWS
+    state = blocks.seed_centroids(stored(embeddings, settings.store_dtype), token, config, device=settings.device)
+    rows = max(1, settings.max_points_per_part // seeding.BLOCK_ROWS) * seeding.BLOCK_ROWS
     total = sum(r.stop - r.start for r in chosen)
     chunks = [Chunk(token, first, tuple(slice_ranges(chosen, first, first + rows))) for first in range(0, total, rows)]
     return Prepared(tuple(chunks), state)
@@ -149,21 +142,16 @@ def first_by_key(settings: ClusterSettings, ranges: list[Range], count: int) -> 
         taken = np.bincount(np.repeat(np.arange(len(ranges)), high - low)[by_key], minlength=len(ranges))
         width, below, above = high - low, (taken == 0) & (low > 0), (taken == high - low) & (high < rows)
         if not (below | above).any():
-            return _prefixes(ranges, low + taken)
+            counts = zip(ranges, (low + taken).tolist(), strict=True)
+            return [Range(r.partition, r.start, r.start + count) for r, count in counts if count]
         low, high = low - np.minimum(width, low) * below, high + np.minimum(width, rows - high) * above
-
-
-def _prefixes(ranges: list[Range], counts: np.ndarray) -> list[Range]:
-    """Shorten every range to its number of rows; empty ones are dropped."""
-    cut = zip(ranges, counts.tolist(), strict=True)
-    return [Range(r.partition, r.start, r.start + count) for r, count in cut if count]
 
 
 @dataclass
 class _Token:
     """The driver's view of a token whose rounds are in progress."""
 
-    state: kmeans.BlockedState
+    state: blocks.BlockedState
     homes: list[tuple[int, Any, int]]  # worker's number, handle to its chunks in order, their number
     executor: Executor
     workers: Sequence[Worker]
@@ -177,11 +165,11 @@ class _Token:
 
     def close_round(self, settings: ClusterSettings) -> bool:
         """Add up the results, then begin the next round or write the token's file; return whether it continues."""
-        total = sum_partials(self.executor.get(self.pending.popleft()) for _ in self.homes)
+        total = blocks.combine(self.executor.get(self.pending.popleft()) for _ in self.homes)
         far = None
         if empty := int((total.counts == 0).sum()):
-            far = kmeans.combine_farthest(self.executor.get(self._call("farthest", empty)), empty)
-        self.state = state = kmeans.update(self.state, total, settings.kmeans, far)
+            far = blocks.combine_farthest(self.executor.get(self._call("farthest", empty)), empty)
+        self.state = state = blocks.update(self.state, total, settings.kmeans, far)
         logger.debug("token %d: round %d, inertia %.9g", state.token_id, state.rounds, state.inertia)
         if state.final is None:
             self.begin_round()
@@ -205,37 +193,34 @@ def _start(
         load[load.index(min(load))] += 1
     counts = [after - had for after, had in zip(load, before, strict=True)]
     stops = np.cumsum(counts).tolist()
-    homes = [
-        (worker, executor.put(prepared.chunks[stop - count : stop]), count)
-        for worker, (count, stop) in enumerate(zip(counts, stops, strict=True))
-        if count
-    ]
+    slices = enumerate(zip(counts, stops, strict=True))
+    homes = [(n, executor.put(prepared.chunks[stop - count : stop]), count) for n, (count, stop) in slices if count]
     token = _Token(_resume(settings, prepared.state.token_id) or prepared.state, homes, executor, workers)
     token.begin_round()
     return token
 
 
-def _write_round(settings: ClusterSettings, state: kmeans.BlockedState) -> None:
+def _write_round(settings: ClusterSettings, state: blocks.BlockedState) -> None:
     """Write a token's state, for `_resume`."""
     arrays = {name: np.asarray(value) for name, value in asdict(state).items() if value is not None}
     settings.run.publish(settings.run.round_file(state.token_id), lambda path: save_arrays(path, arrays))
 
 
-def _resume(settings: ClusterSettings, token: int) -> kmeans.BlockedState | None:
+def _resume(settings: ClusterSettings, token: int) -> blocks.BlockedState | None:
     """Return a token's state at the end of an earlier run, if any."""
     file = settings.run.round_file(token)
     if storage.stats_of(file, verify=True, inputs_hash=settings.run.inputs_hash) is None:
         return None
     values: dict[str, Any] = load_arrays(file)
-    return kmeans.BlockedState(**{name: value if value.ndim else value.item() for name, value in values.items()})
+    return blocks.BlockedState(**{name: value if value.ndim else value.item() for name, value in values.items()})
 
 
 def _write_token(
-    settings: ClusterSettings, state: kmeans.BlockedState, chunks: list[tuple[kmeans.Finished, Places]]
+    settings: ClusterSettings, state: blocks.BlockedState, chunks: list[tuple[blocks.Finished, Places]]
 ) -> None:
     """Write the centroids file of a finished token and remove its state file."""
     assert state.final is not None
-    counts, rms_distance, inertia = kmeans.summary(state, [done for done, _ in chunks])
+    counts, rms_distance, inertia = blocks.summary(state, [done for done, _ in chunks])
     arrays = {
         "tokens": np.array([state.token_id]),
         "sizes": np.array([len(counts)]),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from msense.clustering import kmeans
+from msense.clustering.kmeans import blocks, seeding
 from msense.clustering.nearest import Places, exemplar_places, merge_exemplars
 from msense.runtime.executor import Row
 from msense.stages.embedding_store import ClusterSettings, Range, read_rows, stored
@@ -27,7 +27,7 @@ class Chunk:
     """A chunk of one token's points, in corpus order."""
 
     token: int
-    first_row: int  # inside the token, a multiple of kmeans.BLOCK_ROWS
+    first_row: int  # inside the token, a multiple of seeding.BLOCK_ROWS
     ranges: tuple[Range, ...]
 
 
@@ -48,7 +48,7 @@ def slice_ranges(ranges: Sequence[Range], first: int, last: int) -> Iterator[Ran
 
 def read_blocks(settings: ClusterSettings, ranges: Sequence[Range]) -> Iterator[np.ndarray]:
     """Read ranges in order, at most BLOCKS_AT_A_TIME blocks of rows at a time."""
-    step = BLOCKS_AT_A_TIME * kmeans.BLOCK_ROWS
+    step = BLOCKS_AT_A_TIME * seeding.BLOCK_ROWS
     for r in ranges:
         for start in range(r.start, r.stop, step):
             yield read_rows(settings.run.partition_file(r.partition), settings.dim, start, min(start + step, r.stop))
@@ -68,33 +68,33 @@ class ChunkWorker:
         """Call a function with this worker's settings as the last argument."""
         return work(*arguments, self.settings)
 
-    def partial(self, chunks: Sequence[Chunk], state: kmeans.BlockedState) -> kmeans.Partial:
+    def partial(self, chunks: Sequence[Chunk], state: blocks.BlockedState) -> blocks.Partial:
         """Return sums, counts and inertia of one round."""
         state, config, device = _writable(state), self.settings.kmeans, self.settings.device
-        total = sum_partials(
-            kmeans.partial(points, state, config, device=device) for _, points, _ in self._points(chunks)
+        total = blocks.combine(
+            blocks.partial(points, state, config, device=device) for _, points, _ in self._points(chunks)
         )
         return replace(total, inertia=_exact(total.inertia))
 
-    def farthest(self, chunks: Sequence[Chunk], state: kmeans.BlockedState, count: int) -> kmeans.Farthest:
+    def farthest(self, chunks: Sequence[Chunk], state: blocks.BlockedState, count: int) -> blocks.Farthest:
         """Return the points farthest from their centroids."""
         state, config, device = _writable(state), self.settings.kmeans, self.settings.device
-        found = (
-            kmeans.farthest(points, state, count, config, first_row=row, device=device)
+        results = (
+            blocks.farthest(points, state, count, config, first_row=row, device=device)
             for row, points, _ in self._points(chunks)
         )
-        return reduce(lambda first, second: kmeans.combine_farthest([first, second], count), found)
+        return reduce(lambda first, second: blocks.combine_farthest([first, second], count), results)
 
-    def finish(self, chunks: Sequence[Chunk], state: kmeans.BlockedState) -> tuple[kmeans.Finished, Places]:
+    def finish(self, chunks: Sequence[Chunk], state: blocks.BlockedState) -> tuple[blocks.Finished, Places]:
         """Return sums of squared distances per sense and the places of the exemplars; release the chunks."""
         state, config, count = _writable(state), self.settings.kmeans, self.settings.exemplars
         squares: list[np.ndarray] = []
         exemplars: list[Places] = []
         for _, points, places in self._points(chunks):
-            done = kmeans.finish(points, state, config, device=self.settings.device)
+            done = blocks.finish(points, state, config, device=self.settings.device)
             senses, rows = np.array([done.squares.shape[1]]), np.array([len(done.assignment)])
-            found = exemplar_places((done.assignment, done.distance), senses, rows, places, count)
-            exemplars = [merge_exemplars([*exemplars, found], count)]
+            nearest = exemplar_places(done.assignment, done.distance, senses, rows, places, count)
+            exemplars = [merge_exemplars([*exemplars, nearest], count)]
             squares.append(done.squares)
         columns = [_exact(column) for column in np.concatenate(squares).T]
         exact = np.zeros((max(map(len, columns)), len(columns)))
@@ -106,7 +106,7 @@ class ChunkWorker:
 
     def _points(self, chunks: Sequence[Chunk]) -> Iterator[tuple[int, Any, Places]]:
         """Yield the first row within the token, the points and their places, a few blocks at a time."""
-        step = BLOCKS_AT_A_TIME * kmeans.BLOCK_ROWS
+        step = BLOCKS_AT_A_TIME * seeding.BLOCK_ROWS
         for chunk in chunks:
             if chunk not in self.held and len(self.held) < CHUNKS_HELD:
                 points, places = self._read(chunk.ranges)
@@ -116,10 +116,10 @@ class ChunkWorker:
                 stop = min(start + step, rows)
                 if chunk in self.held:
                     points, places = self.held[chunk]
-                    found = points[start:stop], {name: column[start:stop] for name, column in places.items()}
+                    block = points[start:stop], {name: column[start:stop] for name, column in places.items()}
                 else:
-                    found = self._read(tuple(slice_ranges(chunk.ranges, start, stop)))
-                yield chunk.first_row + start, *found
+                    block = self._read(tuple(slice_ranges(chunk.ranges, start, stop)))
+                yield chunk.first_row + start, *block
 
     def _read(self, ranges: Sequence[Range]) -> tuple[Any, Places]:
         """Read points [n, D] as stored, and their places."""
@@ -144,21 +144,10 @@ class ChunkWorker:
         return points.to(self.settings.device)
 
 
-def _writable(state: kmeans.BlockedState) -> kmeans.BlockedState:
+def _writable(state: blocks.BlockedState) -> blocks.BlockedState:
     """Copy a state's arrays: torch warns about read-only ones, which those in Ray's object store are."""
     arrays: Row = {name: value.copy() for name, value in vars(state).items() if isinstance(value, np.ndarray)}
     return replace(state, **arrays)
-
-
-def sum_partials(found: Iterator[kmeans.Partial]) -> kmeans.Partial:
-    """Add up results in row order, as `kmeans.combine`, but with only two in memory."""
-    first = next(found)
-    sums, counts, inertia = first.sums.copy(), first.counts.copy(), [first.inertia]
-    for other in found:
-        sums += other.sums
-        counts += other.counts
-        inertia.append(other.inertia)
-    return kmeans.Partial(sums, counts, np.concatenate(inertia))
 
 
 def _exact(values: np.ndarray) -> np.ndarray:

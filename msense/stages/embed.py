@@ -1,8 +1,7 @@
 """Stage 3: run the teacher over the needed passages and store the embeddings of the sampled occurrences.
 
-A partition is a fixed sequence of passage blocks that one teacher actor processes at a time. Its file is a plain array of
-records sorted by (token, key, passage, position), so that the rows of any shard or token are one contiguous read without
-decoding. Memory of an actor: the teacher, one partition's token ids and its records (about `PARTITION_BYTES` at most).
+The file of a partition is an array of records sorted by (token, key, passage, position), so that the rows of any shard or
+token are contiguous. Memory of an actor: the teacher, one partition's token ids and its records (about `PARTITION_BYTES`).
 """
 
 import math
@@ -12,13 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from msense.constants import LARGEST_VALUE
 from msense.corpus.passages import Passages, PassageSpec
 from msense.errors import MsenseError
-from msense.io import storage
 from msense.io.arrays import load_arrays, save_arrays
 from msense.run.folder import RunFolder
 from msense.runtime import Executor
@@ -29,6 +29,7 @@ from msense.stages.sampling import select
 from msense.teacher.batching import TOKEN_BUDGET
 from msense.teacher.files import body_folder, weights_fingerprint
 from msense.teacher.model import Teacher, embed_tokens
+from msense.teacher.spec import TeacherInfo
 
 
 @dataclass(frozen=True)
@@ -63,32 +64,24 @@ def select_occurrences(passages: Passages, threshold: np.ndarray, spec: PassageS
 class EmbedSettings:
     """Settings of the teacher actors."""
 
-    teacher: str
-    revision: str | None
-    fingerprint: str
-    layer: int
+    teacher: str  # name or folder
+    info: TeacherInfo
     dtype: str
     device: str
     store_dtype: str
     per_passage: int
     spec: PassageSpec
-    dim: int
     threads: int = 1  # constant: sums over another number of threads may round differently
 
 
 def load_teacher(settings: EmbedSettings) -> Teacher:
     """Load the teacher; raise MsenseError if its weights are not those that the run was started with."""
-    teacher = Teacher(
-        settings.teacher,
-        revision=settings.revision,
-        layer=settings.layer,
-        dtype=settings.dtype,
-        device=settings.device,
-        threads=settings.threads,
-    )
-    if weights_fingerprint(body_folder(settings.teacher, settings.revision)) != settings.fingerprint:
+    name, info = settings.teacher, settings.info
+    given: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "threads": settings.threads}
+    teacher = Teacher(name, revision=info.revision, layer=info.layer, **given)
+    if weights_fingerprint(body_folder(name, info.revision)) != info.fingerprint:
         raise MsenseError(
-            f"the weights of teacher {settings.teacher!r} changed during the run, or differ on this node: restore them, or "
+            f"the weights of teacher {name!r} changed during the run, or differ on this node: restore them, or "
             "start over with another --output"
         )
     return teacher
@@ -135,9 +128,7 @@ class EmbedActor:
 
     def _records(self, passages: Passages, selection: Selection, partition: Partition) -> np.ndarray:
         """Return the records of a partition with the embeddings of the teacher."""
-        import torch
-
-        records = np.empty(len(selection.rows), dtype=record_type(self.settings.dim))
+        records = np.empty(len(selection.rows), dtype=record_type(self.settings.info.dim))
         records["key"], records["token"] = selection.keys, selection.tokens
         records["row"], records["position"] = selection.rows, selection.positions
         by_row = np.argsort(selection.rows, kind="stable")
@@ -151,12 +142,12 @@ class EmbedActor:
             chosen = hidden.flatten(0, 1).index_select(0, flat)
             as_stored = chosen.to(getattr(torch, self.settings.store_dtype))
             if not float(as_stored.abs().max()) <= LARGEST_VALUE:  # also false for NaN
-                raise MsenseError(f"partition {partition.number}: {_unfit(float(chosen.abs().max()), self.settings)}")
+                raise MsenseError(f"partition {partition.number}: {_problem(float(chosen.abs().max()), self.settings)}")
             records["embedding"][target] = as_stored.view(torch.uint16).cpu().numpy()
         return records
 
 
-def _unfit(largest: float, settings: EmbedSettings) -> str:
+def _problem(largest: float, settings: EmbedSettings) -> str:
     """Return the error message for embeddings whose largest absolute value is this, or NaN."""
     if largest <= LARGEST_VALUE:
         return (
@@ -189,18 +180,10 @@ class EmbedStage(Stage[EmbedStats]):
 
     def reduce(self, executor: Executor, stats: list[Row]) -> EmbedStats:
         """Write the index and add up the counts."""
-        result: EmbedStats = executor.run(_write_index, self.run, len(stats))
-        return result
+        executor.run(_write_index, self.run, [row["offsets"] for row in stats])
+        return EmbedStats(sum(row["tokens"] for row in stats), sum(row["occurrences"] for row in stats))
 
 
-def _write_index(run: RunFolder, partitions: int) -> EmbedStats:
-    """Write the offset of every shard in every partition, and return the totals."""
-    offsets, tokens, occurrences = [], 0, 0
-    for partition in range(partitions):
-        stats = storage.stats_of(run.partition_file(partition))
-        if stats is None:
-            raise MsenseError(f"{run.partition_file(partition)} disappeared during the run: run the same command again")
-        offsets.append(np.array(stats["offsets"], dtype=np.int64))
-        tokens, occurrences = tokens + stats["tokens"], occurrences + stats["occurrences"]
-    run.publish(run.offsets, lambda path: save_arrays(path, {"offsets": np.stack(offsets)}))
-    return EmbedStats(tokens, occurrences)
+def _write_index(run: RunFolder, offsets: list[list[int]]) -> None:
+    """Write the offset of every shard in every partition, int64 [partitions, shards + 1]."""
+    run.publish(run.offsets, lambda path: save_arrays(path, {"offsets": np.array(offsets, dtype=np.int64)}))

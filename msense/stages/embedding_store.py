@@ -69,28 +69,7 @@ def sense_counts(settings: ClusterSettings, tokens: np.ndarray) -> np.ndarray:
     """Return the number of senses to compute for each token, int64 [T], given token ids int64 [T]."""
     if not settings.senses_by_token:
         return np.full(len(tokens), settings.kmeans.k)
-    numbers: np.ndarray = load_arrays(settings.run.senses, ("senses",))["senses"][tokens]
-    return numbers
-
-
-def sample(keys: np.ndarray, tokens: np.ndarray, max_occurrences: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the points of every token: the first `max_occurrences` by key, ties in corpus order.
-
-    Args:
-        keys: uint64 [n] of the rows of a shard, in the order of the partitions.
-        tokens: int32 [n].
-        max_occurrences: 0 = all.
-
-    Returns:
-        The chosen rows, int64 [m], by token and corpus order; and the rank of each by key within its token, int64 [m].
-    """
-    by_key = np.lexsort((keys, tokens))  # stable: equal keys stay in corpus order
-    starts = np.flatnonzero(np.r_[True, np.diff(tokens[by_key]) != 0]) if len(by_key) else np.zeros(0, dtype=np.int64)
-    rank = np.arange(len(by_key)) - np.repeat(starts, np.diff(np.r_[starts, len(by_key)]))
-    if max_occurrences:
-        by_key, rank = by_key[rank < max_occurrences], rank[rank < max_occurrences]
-    corpus_order = np.lexsort((by_key, tokens[by_key]))
-    return by_key[corpus_order], rank[corpus_order]
+    return load_arrays(settings.run.senses, ("senses",))["senses"][tokens]
 
 
 def stored(embeddings: np.ndarray, dtype: str) -> torch.Tensor:
@@ -109,9 +88,8 @@ def record_type(dim: int) -> np.dtype:
     `row` is the index of the passage in its partition, `position` that of the token in the passage, `embedding` the bits
     of a float16 or bfloat16 vector.
     """
-    return np.dtype(
-        [("key", "<u8"), ("token", "<i4"), ("row", "<i4"), ("position", "<i4"), ("embedding", "<u2", (dim,))]
-    )
+    fields = [("key", "<u8"), ("token", "<i4"), ("row", "<i4"), ("position", "<i4"), ("embedding", "<u2", (dim,))]
+    return np.dtype(fields)
 
 
 @dataclass(frozen=True)
@@ -126,12 +104,7 @@ class Partition:
 
 
 def cut_partitions(blocks_file: str, dim: int) -> list[Partition]:
-    """Cut the plan's blocks into partitions of similar expected size; the result depends on data and config only.
-
-    Args:
-        blocks_file: the plan's table of blocks (piece, block, stored, ...).
-        dim: D.
-    """
+    """Cut the plan's table of blocks into partitions of similar expected size, which depend on data and config only."""
     table = read_columns(blocks_file, ["piece", "block", "stored", "needed_tokens"])
     split, block, stored, tokens = (table[name] for name in ("piece", "block", "stored", "needed_tokens"))
     size = record_type(dim).itemsize
@@ -145,10 +118,10 @@ def group_blocks(
     """Group consecutive blocks into partitions of similar amounts.
 
     Args:
-        split: int64 [n], the passages file of each block.
+        split: int64 [n], the input split of each block.
         block: int64 [n], its number there.
-        amount: int64 [n], what it adds to its partition.
-        tokens: int64 [n], tokens of it that the teacher reads.
+        amount: int64 [n], its contribution to the size of the partition.
+        tokens: int64 [n], its tokens that the teacher reads.
         target: amount per partition.
     """
     number = (np.cumsum(amount) - amount) // max(1, target)
@@ -169,14 +142,9 @@ def longest_first(partitions: list[Partition]) -> list[Partition]:
 
 
 def cut_shards(stored: np.ndarray, dim: int) -> np.ndarray:
-    """Cut the vocabulary into shards of similar size; a token larger than half a shard gets its own.
+    """Cut the vocabulary into shards of similar size, given the stored occurrences int64 [V] of each token.
 
-    Args:
-        stored: int64 [V], occurrences stored of each token (from the plan).
-        dim: D.
-
-    Returns:
-        int64 [shards + 1], the first token of each shard, and V.
+    A token larger than half a shard gets its own. Returns int64 [shards + 1], the first token of each shard, and V.
     """
     size = record_type(dim).itemsize
     target = max(1, int(np.clip(stored.sum() * size // TARGET_SHARDS, *SHARD_BYTES)) // size)

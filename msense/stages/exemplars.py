@@ -1,7 +1,6 @@
-"""Exemplars: select the points nearest to each centroid and decode their contexts.
+"""Decode the contexts of the exemplars, the points nearest to each centroid, which clustering keeps as positions.
 
-Clustering keeps (partition, row, position) of the nearest points. Their passages are read again here, one partition per task;
-the final merge holds all exemplars (about 300 bytes each).
+Their passages are read again, one partition per task; the final merge holds all exemplars (about 300 bytes each).
 """
 
 from collections.abc import Iterator, Sequence
@@ -134,5 +133,5 @@ def _context(tokenizer: Tokenizer, ids: list[int], position: int) -> tuple[str, 
 def collect_contexts(files: list[str], target: Path) -> None:
     """Merge the contexts of all partitions into one local file, sorted by token, sense and rank."""
     table = pa.concat_tables([open_parquet(file).read() for file in files])
-    table = table.sort_by([("token", "ascending"), ("sense", "ascending"), ("rank", "ascending")])
+    table = table.sort_by([(name, "ascending") for name in ("token", "sense", "rank")])
     pq.write_table(table, target, compression="zstd", row_group_size=ROW_GROUP, write_statistics=["token"])

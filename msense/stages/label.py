@@ -1,8 +1,7 @@
 """Stage 6: label every token of the chosen passages with the sense that the teacher assigns to it.
 
-The passages are those that the plan needs, or the first by key up to a number of tokens. Partitions are cut, processed by
-teacher actors and published like those of the embed stage. Memory of an actor: the teacher, the dictionary, one partition
-(about `PARTITION_BYTES` at most) and one batch of hidden states.
+The passages are those that the plan needs, or the first by key up to a number of tokens. Memory of an actor: the teacher,
+the dictionary, one partition (about `PARTITION_BYTES`) and one batch of hidden states.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import xxhash
 from torch import Tensor
@@ -30,7 +27,7 @@ from msense.runtime.executor import Row
 from msense.stages.base import Stage, StageContext
 from msense.stages.embed import EmbedSettings, load_teacher
 from msense.stages.embedding_store import TARGET_PARTITIONS, Duplicates, Partition, group_blocks
-from msense.stages.plan import sliced
+from msense.stages.plan import Selected, iter_blocks, sliced, write_blocks
 from msense.stages.sampling import select
 from msense.teacher.batching import TOKEN_BUDGET
 from msense.teacher.model import embed_tokens
@@ -118,7 +115,7 @@ class SelectionStage(Stage[SelectionStats]):
             by_key = executor.get(executor.reduce("labels: keys", _count_keys, slices, self.settings))
             self.settings = replace(self.settings, last_key=by_key.last(self.settings.train_tokens))
         counted = executor.reduce("labels: passages", _count_passages, slices, self.settings)
-        yield {"number": 0, **executor.run(_write_blocks, counted, self.settings)}
+        yield {"number": 0, **executor.run(_write_blocks, counted, self.run)}
 
     def reduce(self, executor: Executor, stats: list[Row]) -> SelectionStats:
         """Return the numbers of passages and tokens.
@@ -151,40 +148,26 @@ class _Tokens:
         return (bins << (64 - KEY_BINS_BITS)) - 1
 
 
-@dataclass
-class _Blocks:
-    """Mergeable numbers of chosen passages and tokens of each block."""
-
-    rows: np.ndarray  # int64 [n, 4], the columns of _ROW
-
-    def merge(self, other: "_Blocks") -> None:
-        self.rows = np.concatenate([self.rows, other.rows])
-
-
 def _count_keys(splits: list[tuple[int, int]], settings: LabelSettings) -> _Tokens:
-    counts, dropped = np.zeros(1 << KEY_BINS_BITS, np.int64), Duplicates(settings.text)
-    for split, count in splits:
-        for block in range(count):
-            passages = read_block(settings.text.passages_file(split), block).without(dropped.of(split, block))
-            bins = (passages.keys >> np.uint64(64 - KEY_BINS_BITS)).astype(np.int64)
-            counts += np.bincount(bins, passages.lengths, len(counts)).astype(np.int64)
+    counts = np.zeros(1 << KEY_BINS_BITS, np.int64)
+    for _, _, passages in iter_blocks(settings.text, splits):
+        bins = (passages.keys >> np.uint64(64 - KEY_BINS_BITS)).astype(np.int64)
+        counts += np.bincount(bins, passages.lengths, len(counts)).astype(np.int64)
     return _Tokens(counts)
 
 
-def _count_passages(splits: list[tuple[int, int]], settings: LabelSettings) -> _Blocks:
-    chooser, rows = PassageSelector(settings), []
-    for split, count in splits:
-        for block in range(count):
-            passages, chosen = chooser(split, block)
-            rows.append((split, block, len(chosen), passages.lengths[chosen].sum()))
-    return _Blocks(np.array(rows, dtype=np.int64))
+def _count_passages(splits: list[tuple[int, int]], settings: LabelSettings) -> Selected:
+    selector, rows = PassageSelector(settings), []
+    for split, block in ((split, block) for split, count in splits for block in range(count)):
+        passages, chosen = selector(split, block)
+        rows.append((split, block, len(chosen), passages.lengths[chosen].sum()))
+    return Selected(np.zeros(0, np.int64), np.array(rows, dtype=np.int64))
 
 
-def _write_blocks(counted: _Blocks, settings: LabelSettings) -> Row:
-    rows = counted.rows[np.lexsort((counted.rows[:, 1], counted.rows[:, 0]))]
-    table = pa.table({name: rows[:, i] for i, name in enumerate(_ROW)})
-    stats = {"passages": int(rows[:, 2].sum()), "tokens": int(rows[:, 3].sum())}
-    return settings.run.publish(settings.run.label_blocks, partial(pq.write_table, table), stats)
+def _write_blocks(counted: Selected, run: RunFolder) -> Row:
+    passages, tokens = counted.blocks[:, 2:].sum(axis=0).tolist()
+    write = partial(write_blocks, counted.blocks, _ROW)
+    return run.publish(run.label_blocks, write, {"passages": passages, "tokens": tokens})
 
 
 class PassageSelector:
@@ -229,7 +212,7 @@ def _held_out(uri: str, block: int, share: float) -> np.ndarray:
 def cut_label_partitions(settings: LabelSettings) -> list[Partition]:
     """Cut the chosen passages into partitions of similar size in bytes; depends on data and config only."""
     table = read_columns(settings.run.label_blocks, list(_ROW))
-    dim = settings.embed.dim if settings.pooled else 0
+    dim = settings.embed.info.dim if settings.pooled else 0
     size = label_size(table["passages"], table["tokens"], dim, settings.soft_targets)
     some = size > 0
     target = int(np.clip(size.sum() // TARGET_PARTITIONS, *PARTITION_BYTES))
@@ -274,7 +257,7 @@ class LabelActor:
     def _label(self, passages: Passages, partition: int) -> dict[str, np.ndarray]:
         """Embed passages and return the columns of their label file except `held_out`."""
         settings = self.settings
-        dim = settings.embed.dim if settings.pooled else 0
+        dim = settings.embed.info.dim if settings.pooled else 0
         columns = label_columns(len(passages.keys), len(passages.ids), dim, settings.soft_targets)
         arrays = {
             name: np.full(shape, NO_SENSE if name in ("senses", "soft_senses") else 0, _TYPES[kind])
@@ -288,23 +271,19 @@ class LabelActor:
         for batch, hidden in embed_tokens(self.teacher, rows, TOKEN_BUDGET[settings.embed.device]):
             mask = torch.from_numpy(batch.mask).to(hidden.device)
             if settings.pooled:
-                arrays["pooled"][batch.rows] = self._pool(hidden, mask, partition)
+                vectors = pool(hidden, mask, settings.pooling, normalize=settings.normalize).half()
+                self._check_finite(vectors, partition)
+                arrays["pooled"][batch.rows] = vectors.cpu().numpy()
             flat = np.concatenate([np.arange(passages.offsets[r], passages.offsets[r + 1]) for r in batch.rows])
             wanted = eligible[flat]
             places.append(flat[wanted])
             points.append(hidden[mask][torch.from_numpy(wanted).to(hidden.device)])
-            if sum(len(p) for p in places) * settings.embed.dim >= ASSIGN_NUMBERS:
+            if sum(len(p) for p in places) * settings.embed.info.dim >= ASSIGN_NUMBERS:
                 self._assign(passages, np.concatenate(places), torch.cat(points), arrays, partition)
                 places, points = [], []
         if places:
             self._assign(passages, np.concatenate(places), torch.cat(points), arrays, partition)
         return {**arrays, "offsets": passages.offsets, "ids": passages.ids.astype(np.int32)}
-
-    def _pool(self, hidden: Tensor, mask: Tensor, partition: int) -> np.ndarray:
-        """Return the pooled embeddings of passages, float16 [B, D]."""
-        vectors = pool(hidden, mask, self.settings.pooling, normalize=self.settings.normalize).half()
-        self._check_finite(vectors, partition)
-        return np.asarray(vectors.cpu().numpy())
 
     def _assign(
         self, passages: Passages, places: np.ndarray, points: Tensor, arrays: dict[str, np.ndarray], partition: int
@@ -365,21 +344,15 @@ class LabelStage(Stage[LabelStats]):
 
     def reduce(self, executor: Executor, stats: list[Row]) -> LabelStats:
         """Write the manifest and return its totals."""
-        result: LabelStats = executor.run(_write_manifest, self.settings, len(stats))
+        result: LabelStats = executor.run(_write_manifest, self.settings, stats)
         return result
 
 
-def _write_manifest(settings: LabelSettings, partitions: int) -> LabelStats:
+def _write_manifest(settings: LabelSettings, stats: list[Row]) -> LabelStats:
     """Write the number of senses of every token, and the manifest with the stats of all partitions."""
     run, dictionary = settings.run, SenseDictionary.load(settings.dictionary)
     sizes = np.diff(dictionary.offsets).astype(np.int32)
     run.publish(run.label_senses, lambda path: save_arrays(path, {"senses": sizes}))
-    files = []
-    for number in range(partitions):
-        stats = storage.stats_of(run.label_file(number), inputs_hash=run.inputs_hash)
-        if stats is None:
-            raise MsenseError(f"{run.label_file(number)} disappeared during the run: run the same command again")
-        files.append(LabelPartition(**{name: stats[name] for name in LabelPartition.model_fields}))
     config = dictionary.config
     manifest = LabelManifest(
         inputs_hash=run.inputs_hash,
@@ -398,7 +371,7 @@ def _write_manifest(settings: LabelSettings, partitions: int) -> LabelStats:
         pooled=settings.pooled,
         pooling=settings.pooling,
         normalize=settings.normalize,
-        partitions=tuple(files),
+        partitions=tuple(LabelPartition(**{name: row[name] for name in LabelPartition.model_fields}) for row in stats),
     )
     storage.write_json(run.label_manifest, manifest.model_dump(mode="json", by_alias=True))
     return label_stats(manifest)
@@ -406,12 +379,5 @@ def _write_manifest(settings: LabelSettings, partitions: int) -> LabelStats:
 
 def label_stats(manifest: LabelManifest) -> LabelStats:
     """Return the totals of finished labels."""
-    partitions = manifest.partitions
-    return LabelStats(
-        partitions=len(partitions),
-        passages=manifest.passages,
-        tokens=manifest.tokens,
-        labelled=sum(partition.labelled for partition in partitions),
-        held_out=sum(partition.held_out_passages for partition in partitions),
-        bytes=sum(partition.size for partition in partitions),
-    )
+    counts = ("passages", "tokens", "labelled", "held_out_passages", "size")
+    return LabelStats(len(manifest.partitions), *map(manifest.total, counts))

@@ -1,7 +1,6 @@
-"""Stage 1: cut the documents of a corpus into passages, one task per input split.
+"""Stage 1: cut the documents of a corpus into passages, one task per input split, and list its bad documents.
 
-The list of bad documents is written as well. Corpus files are always read in a process of their own, so that a file which
-crashes its reader does not end the run. A task needs the memory of `chunking.write_passages`.
+Corpus files are always read in a process of their own, so that a file which crashes its reader does not end the run.
 """
 
 import json
@@ -111,8 +110,8 @@ class PassageStage(Stage[PassageStats]):
         """Write the passages of the missing splits."""
         splits = ((number, self.splits[number]) for number in missing)
         items = [{"number": n, "known": self.known[split.uri], **asdict(split)} for n, split in splits]
-        work = partial(_write_split, run=self.run, spec=self.spec, fail_on_bad=self.on_bad_document == "fail")
-        yield from executor.map(self.name, work, items, isolated=True)
+        fail_on_bad = self.on_bad_document == "fail"
+        yield from executor.map(self.name, _write_split, items, self.run, self.spec, fail_on_bad, isolated=True)
 
     def reduce(self, executor: Executor, stats: list[Row]) -> PassageStats:
         """Add up the splits and write the list of bad documents.

@@ -1,19 +1,20 @@
 """Stage 2: decide which passages the teacher must read.
 
-Two passes over the passages (count, then select), each in a few tasks whose results are merged as they arrive, so that
-neither the driver's memory nor the result depends on the number of tasks. A task holds one histogram and one block; a
-merge holds five histograms.
+Two passes over the passages (count, then select), each in a few tasks whose results are merged as they arrive. A task
+holds one histogram and one block, a merge five histograms.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from msense.config.build import PlanOptions
-from msense.corpus.passages import PassageSpec, read_block
+from msense.corpus.passages import Passages, PassageSpec, read_block
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.arrays import open_parquet, save_arrays
@@ -102,18 +103,29 @@ class PlanStage(Stage[PlanStats]):
 
 
 def sliced(splits: Sequence[tuple[int, int]], tasks: int) -> list[Sequence[tuple[int, int]]]:
-    """Deal the passages files out to at most so many tasks."""
+    """Distribute the passages files over at most `tasks` tasks."""
     return [some for first in range(tasks) if (some := splits[first::tasks])]
+
+
+def iter_blocks(run: RunFolder, splits: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Passages]]:
+    """Yield the blocks of passages files without duplicates: file, block number, passages."""
+    dropped = Duplicates(run)
+    for split, count in splits:
+        for block in range(count):
+            yield split, block, read_block(run.passages_file(split), block).without(dropped.of(split, block))
+
+
+def write_blocks(rows: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """Write int64 rows [n, len(names)], sorted by the first two columns, as a parquet table."""
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    pq.write_table(pa.table({name: rows[:, i] for i, name in enumerate(names)}), path)
 
 
 def _count(splits: list[tuple[int, int]], given: PlanInput) -> Histogram:
     """Count a slice of the passages files."""
     histogram = Histogram.empty(given.vocab_size)
-    spec, dropped = given.spec, Duplicates(given.run)
-    for split, count in splits:
-        for block in range(count):
-            passages = read_block(given.run.passages_file(split), block).without(dropped.of(split, block))
-            histogram.add(passages, spec, given.options.per_passage)
+    for _, _, passages in iter_blocks(given.run, splits):
+        histogram.add(passages, given.spec, given.options.per_passage)
     return histogram
 
 
@@ -125,30 +137,23 @@ def _thresholds(histogram: Histogram, given: PlanInput) -> np.ndarray:
 
 def _select(splits: list[tuple[int, int]], given: PlanInput, threshold: np.ndarray) -> Selected:
     """Return what the teacher must read in a slice of the passages files."""
-    spec, dropped = given.spec, Duplicates(given.run)
     stored = np.zeros(len(threshold), dtype=np.int64)
     rows = []
-    for split, count in splits:
-        for block in range(count):
-            passages = read_block(given.run.passages_file(split), block).without(dropped.of(split, block))
-            flat = select(passages, threshold, spec, given.options.per_passage)
-            stored += np.bincount(passages.ids[flat], minlength=len(stored))
-            needed = np.unique(passages.rows()[flat])
-            needed_tokens = passages.lengths[needed].sum()
-            counts = (len(passages.keys), len(passages.ids), len(needed), needed_tokens, len(flat))
-            rows.append((split, block, *counts))
+    for split, block, passages in iter_blocks(given.run, splits):
+        flat = select(passages, threshold, given.spec, given.options.per_passage)
+        stored += np.bincount(passages.ids[flat], minlength=len(stored))
+        needed = np.unique(passages.rows()[flat])
+        needed_tokens = passages.lengths[needed].sum()
+        rows.append((split, block, len(passages.keys), len(passages.ids), len(needed), needed_tokens, len(flat)))
     return Selected(stored, np.array(rows, dtype=np.int64))
 
 
 def _write(selected: Selected, histogram: Histogram, threshold: np.ndarray, given: PlanInput) -> Row:
     """Write the plan's files and return its stats."""
-    blocks = selected.blocks[np.lexsort((selected.blocks[:, 1], selected.blocks[:, 0]))]
-    table = pa.table({name: blocks[:, i] for i, name in enumerate(_ROW)})
-    given.run.publish(given.run.blocks, lambda path: pq.write_table(table, path))
+    given.run.publish(given.run.blocks, partial(write_blocks, selected.blocks, _ROW))
     cap = given.options.max_occurrences
     points = np.minimum(selected.stored, cap) if cap else selected.stored
-    total = dict(zip(_ROW, blocks.sum(axis=0).tolist(), strict=True))
-    stats = {name: total[name] for name in ("passages", "tokens", "needed", "needed_tokens", "stored")}
+    stats = dict(zip(_ROW[2:], selected.blocks[:, 2:].sum(axis=0).tolist(), strict=True))
     stats |= {"points": int(points.sum()), "kinds": int((points > 0).sum())}
     arrays = {
         "threshold": threshold,
@@ -168,14 +173,12 @@ def _find_duplicates(given: PlanInput, splits: list[tuple[int, int]], executor: 
     passages = sum(storage.stats_of(run.passages_file(split))["passages"] for split, _ in splits)  # type: ignore[index]
     ranges = max(1, -(-passages // KEYS_AT_A_TIME))
     work = [(n, ranges) for n in range(ranges)]
-    found = executor.get(executor.reduce("plan: duplicates", _duplicates, work, splits, given))
+    result = executor.get(executor.reduce("plan: duplicates", _duplicates, work, splits, given))
     if not given.options.dedup:
-        if found.repeated:
-            raise InputError(
-                f"document id {found.repeated!r} occurs twice: make the ids unique, or remove the id column"
-            )
+        if result.repeated:
+            raise InputError(f"document id {result.repeated!r} occurs twice: make ids unique, or remove the id column")
         return
-    places = found.places[np.lexsort(found.places.T[::-1])]
+    places = result.places[np.lexsort(result.places.T[::-1])]
     arrays = {name: places[:, i].astype(np.int32) for i, name in enumerate(("piece", "block", "row"))}
     run.publish(run.duplicates, lambda path: save_arrays(path, arrays))
 
@@ -202,19 +205,17 @@ def _duplicates(key_range: tuple[int, int], splits: list[tuple[int, int]], given
             column = file.read_row_group(block, columns=["key"]).column("key").to_numpy()
             mine = np.flatnonzero(column % np.uint64(ranges) == number)
             keys.append(column[mine])
-            places.append(
-                np.stack([np.full(len(mine), split), np.full(len(mine), block), mine], axis=1).astype(np.int32)
-            )
+            places.append(np.stack(np.broadcast_arrays(split, block, mine), axis=1).astype(np.int32))
     all_keys, all_places = np.concatenate(keys), np.concatenate(places)
     later = duplicate_rows(all_keys)
-    found = _Duplicates(all_places[later].astype(np.int64))
+    result = _Duplicates(all_places[later].astype(np.int64))
     if not given.options.dedup:
         for place in later.tolist():
             first = int(np.flatnonzero(all_keys == all_keys[place])[0])
             if (name := _identity(given.run, all_places[place])) == _identity(given.run, all_places[first]):
-                found.repeated = name[0]
+                result.repeated = name[0]
                 break
-    return found
+    return result
 
 
 def _identity(run: RunFolder, place: np.ndarray) -> tuple[str, int]:

@@ -1,8 +1,8 @@
-"""Stage 2, the plan: which passages must the teacher read, and which of their occurrences are stored?
+"""Sampling of the plan: choose the passages that the teacher reads and the occurrences that are stored.
 
-In the random order of the passages' keys, each token needs the first `max_occurrences` of its occurrences. One additive
-histogram a token over 160 key bins (V x 160 x 4 bytes: 80 MB at V = 128k) gives a threshold key a token; a passage is
-needed if it holds a token at or under that token's threshold. Holds one histogram and one block of passages.
+Passages are visited in the random order of their keys until every token has `max_occurrences` occurrences. An additive
+histogram per token over 160 key bins (V x 160 x 4 bytes: 80 MB at V = 128k) gives a threshold key per token; a passage is
+needed if it has a token at or below that token's threshold. Memory: one histogram and one block of passages.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,7 @@ ALL_KEYS = np.uint64(2**64 - 1)
 
 
 def key_bins(keys: np.ndarray) -> np.ndarray:
-    """Return the log-spaced bin of each key: four to an octave, the lowest bin takes all that is smaller.
-
-    Args:
-        keys: uint64 [P].
-
-    Returns:
-        int64 [P] in [0, BINS).
-    """
+    """Return the log-spaced bin of each key, int64 [P] in [0, BINS), given uint64 [P]; bin 0 takes all smaller keys."""
     fraction, exponent = np.frexp((keys >> np.uint64(11)).astype(np.float64))  # 53 bits are exact in a float64
     quarter = ((fraction - 0.5) * (2 * BINS_PER_OCTAVE)).astype(np.int64)
     return np.maximum((exponent.astype(np.int64) - 1 - _LOWEST_EXPONENT) * BINS_PER_OCTAVE + quarter, 0)
@@ -36,32 +29,25 @@ def bin_tops() -> np.ndarray:
     """Return the largest key of each bin, uint64 [BINS]."""
     bins = np.arange(1, BINS + 1)
     octave, quarter = np.divmod(bins, BINS_PER_OCTAVE)
-    next_start = [
-        (BINS_PER_OCTAVE + int(q)) << (int(o) + _LOWEST_EXPONENT - 2) for o, q in zip(octave, quarter, strict=True)
-    ]
+    pairs = zip(octave.tolist(), quarter.tolist(), strict=True)
+    next_start = [(BINS_PER_OCTAVE + q) << (o + _LOWEST_EXPONENT - 2) for o, q in pairs]
     return np.array([((start << 11) - 1) & (2**64 - 1) for start in next_start], dtype=np.uint64)
 
 
 @dataclass
 class Histogram:
-    """What a part of the corpus holds; adding two is associative and in any order the same."""
+    """Counts of a part of the corpus; merging is associative and commutative."""
 
-    counts: np.ndarray  # uint32 [V, BINS], occurrences wanted at most (per-passage limit applied), saturating
+    counts: np.ndarray  # uint32 [V, BINS], eligible occurrences after the per-passage limit; saturating
     token_counts: np.ndarray  # int64 [V], all eligible occurrences
 
     @classmethod
     def empty(cls, vocab_size: int) -> "Histogram":
-        """Start counting."""
+        """Return a histogram of nothing."""
         return cls(np.zeros((vocab_size, BINS), dtype=np.uint32), np.zeros(vocab_size, dtype=np.int64))
 
     def add(self, passages: Passages, spec: PassageSpec, per_passage: int) -> None:
-        """Count the eligible occurrences of a block.
-
-        Args:
-            passages: the block.
-            spec: how passages are laid out.
-            per_passage: most occurrences of one token that count in one passage, 0 = no limit.
-        """
+        """Count the eligible occurrences of a block, at most `per_passage` per token and passage (0 = no limit)."""
         vocab = len(self.token_counts)
         flat = np.flatnonzero(passages.eligible(spec))
         ids = passages.ids[flat]
@@ -71,41 +57,31 @@ class Histogram:
             ids = passages.ids[flat]
         cells = ids.astype(np.int64) * BINS + np.repeat(key_bins(passages.keys), passages.lengths)[flat]
         cell, count = np.unique(cells, return_counts=True)
-        self._add_cells(cell, count)
+        flat_counts = self.counts.reshape(-1)
+        flat_counts[cell] = _saturating_add(flat_counts[cell], np.minimum(count, int(_FULL)).astype(np.uint32))
 
     def merge(self, other: "Histogram") -> None:
-        """Add another part of the corpus."""
+        """Add the counts of another part of the corpus."""
         self.counts = _saturating_add(self.counts, other.counts)
         self.token_counts = self.token_counts + other.token_counts
 
-    def _add_cells(self, cell: np.ndarray, count: np.ndarray) -> None:
-        flat = self.counts.reshape(-1)
-        flat[cell] = _saturating_add(flat[cell], np.minimum(count, int(_FULL)).astype(np.uint32))
-
 
 def _saturating_add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Add uint32 counts; sums past the largest value stay there (still associative)."""
+    """Return the sum of uint32 counts, limited to the largest value, which keeps it associative."""
     total = a + b
     total[total < a] = _FULL
     return total
 
 
 def first_in_passage(passages: Passages, flat: np.ndarray, limit: int) -> np.ndarray:
-    """Tell which tokens are among the first `limit` of their kind in their passage.
+    """Return which tokens are among the first `limit` of their kind in their passage, bool [n].
 
-    Args:
-        passages: a block.
-        flat: int64 [n], increasing places in `passages.ids`.
-        limit: at least 1.
-
-    Returns:
-        bool [n].
+    `flat` int64 [n] are increasing places in `passages.ids`; `limit` is at least 1.
     """
     row, position, token = passages.rows()[flat], passages.positions()[flat], passages.ids[flat].astype(np.int64)
     bits_token, bits_position = int(token.max(initial=1)).bit_length(), int(position.max(initial=1)).bit_length()
-    code = np.sort(
-        ((row << bits_token) | token) << bits_position | position
-    )  # one sort of plain integers beats argsort
+    # sorting plain integers is faster than argsort
+    code = np.sort(((row << bits_token) | token) << bits_position | position)
     group = code >> bits_position
     starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]) if len(group) else np.zeros(0, dtype=np.int64)
     rank = np.arange(len(group)) - np.repeat(starts, np.diff(np.r_[starts, len(group)]))
@@ -123,9 +99,9 @@ def thresholds(histogram: Histogram, max_occurrences: float, coverage: float = 1
     does), but no higher than the smallest bin top whose keys together reach `coverage` of the wanted occurrences.
 
     Args:
-        histogram: the whole corpus.
-        max_occurrences: cap a token; 0 = all occurrences. A fraction is allowed (estimates from a sample).
-        coverage: share of sum(min(cap, n)) to reach, in (0, 1].
+        histogram: of the whole corpus.
+        max_occurrences: limit per token; 0 = all. A fraction is allowed (estimates from a sample).
+        coverage: fraction of sum(min(limit, n)) to reach, in (0, 1].
     """
     tops = bin_tops()
     cap = max_occurrences or float(np.iinfo(np.int64).max)
@@ -143,13 +119,8 @@ def thresholds(histogram: Histogram, max_occurrences: float, coverage: float = 1
 def select(passages: Passages, threshold: np.ndarray, spec: PassageSpec, per_passage: int) -> np.ndarray:
     """Return the places in `passages.ids` of the occurrences to store, increasing int64 [n].
 
-    A passage is needed if one of these lies in it.
-
-    Args:
-        passages: a block.
-        threshold: uint64 [V].
-        spec: how passages are laid out.
-        per_passage: most occurrences of one token to take from one passage, 0 = no limit.
+    A passage is needed if it has one. `threshold` is uint64 [V]; `per_passage` limits the occurrences of a token in a
+    passage, 0 = no limit.
     """
     wanted = np.repeat(passages.keys, passages.lengths) <= threshold[passages.ids]
     flat = np.flatnonzero(wanted & passages.eligible(spec))
@@ -157,6 +128,6 @@ def select(passages: Passages, threshold: np.ndarray, spec: PassageSpec, per_pas
 
 
 def duplicate_rows(keys: np.ndarray) -> np.ndarray:
-    """Return the places of keys that an earlier place already holds, increasing int64 [n]."""
+    """Return the places of keys that repeat an earlier one, increasing int64 [n]."""
     order = np.argsort(keys, kind="stable")
     return np.sort(order[1:][keys[order][1:] == keys[order][:-1]])

@@ -13,12 +13,13 @@ import numpy as np
 from msense.clustering.allocation import Curves, allocate
 from msense.clustering.kmeans import CURVE_POINTS, GRID, variance_curves
 from msense.clustering.mcl import MCL_POINTS, MclConfig, mcl_senses
+from msense.clustering.nearest import sample
 from msense.io.arrays import load_arrays, save_arrays
 from msense.runtime import Executor
 from msense.runtime.executor import Row
 from msense.stages.base import Stage
 from msense.stages.distributed_kmeans import first_by_key
-from msense.stages.embedding_store import ClusterSettings, read_ranges, sample, shard_items, shard_ranges, stored
+from msense.stages.embedding_store import ClusterSettings, read_ranges, shard_items, shard_ranges, stored
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,8 @@ class SenseCountStage(Stage[SenseCountStats]):
         if not missing:
             return
         items = shard_items(self.shards, [number for number in missing if number < len(self.curves)])
-        yield from executor.map(
-            self.name, shard_sense_counts, items, self.settings, needs=executor.resources.clustering
-        )
+        needs = executor.resources.clustering
+        yield from executor.map(self.name, shard_sense_counts, items, self.settings, needs=needs)
         yield {"number": len(self.curves), **executor.run(_merge_shards, self.curves, self.settings)}
 
     def reduce(self, executor: Executor, stats: list[Row]) -> SenseCountStats:

@@ -1,7 +1,6 @@
 """Stage 7: train a student on the labels, and write its folder.
 
-Runs on the driver, which holds settings and metrics only. Each training has a folder named after its settings, so that one
-set of labels serves several trainings, and an interrupted training resumes from its last checkpoint.
+Each training has a folder named after its settings, so that one set of labels serves several trainings.
 """
 
 import hashlib
@@ -22,8 +21,7 @@ from msense.runtime.executor import Checkpoint, Row
 from msense.stages.base import Stage, StageContext
 from msense.student import load_student, save_pretrained
 from msense.student.shipping import StoredSenses
-from msense.training.distiller import DistillationConfig, build_student
-from msense.training.group import Session
+from msense.training.distiller import STUDENT, DistillationConfig, build_student, train_student
 from msense.training.label_dataset import LabelSet
 
 logger = logging.getLogger(__name__)
@@ -76,7 +74,7 @@ class TrainStage(Stage[TrainStats]):
         if not missing:
             return
         with display_progress(self.run):
-            result = executor.train(self.training_name, train_worker, self.training, self.run.training)
+            result = executor.train(self.training_name, train_student, self.training, self.run.training)
         epochs = result.history
         executor.run(save_student_folder, result.checkpoint, self.training, self.run.student, self.senses, epochs[-1])
         storage.write_json(self.outputs()[0], {"name": self.training_name, "epochs": epochs})
@@ -91,23 +89,10 @@ class TrainStage(Stage[TrainStats]):
         return TrainStats(len(epochs), int(last["step"]), held_out)
 
 
-def train_worker(training: DistillationConfig, session: Session) -> list[dict[str, float]]:
-    """Train on one worker; the trainer is imported there only."""
-    from msense.training.worker import distill
-
-    return distill(training, session)
-
-
 def save_student_folder(
-    checkpoint: Checkpoint,
-    training: DistillationConfig,
-    uri: str,
-    senses: StoredSenses,
-    metrics: dict[str, float],
+    checkpoint: Checkpoint, training: DistillationConfig, uri: str, senses: StoredSenses, metrics: dict[str, float]
 ) -> None:
     """Write the self-contained folder of the student in a checkpoint to `uri`; the model card shows `metrics`."""
-    from msense.training.worker import STUDENT
-
     dictionary = SenseDictionary.load(training.dictionary)
     if training.mix.metric is not None:
         dictionary.config = dictionary.config.model_copy(update={"metric": training.mix.metric})

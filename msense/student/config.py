@@ -18,31 +18,19 @@ Heads = Literal["two", "one"]
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """How to create a student.
-
-    Attributes:
-        kind: `layers:n` (first n teacher layers), `layers:0,2,5` (these teacher layers, from 0), `static`, or the name
-            or folder of another encoder.
-        heads: "two": a separate linear head, initialized to identity, for senses; "one": senses share the hidden state.
-        units: hidden units of a static student's MLP.
-        kernel_size: kernel size of a static student's convolution, in tokens; odd.
-        prior_count: prior count of a static student: a token seen n times is trained with weight n / (n + prior_count).
-        seed: of the random initialization.
-
-    Raises:
-        StudentError: a setting is out of range.
+    """How to create a student; raises StudentError for a setting out of range.
 
     Example:
         >>> StudentSettings(kind="layers:2").heads
         'two'
     """
 
-    kind: str = "layers:2"
-    heads: Heads = "two"
-    units: int = 512
-    kernel_size: int = 9
-    prior_count: float = 5.0
-    seed: int = 0
+    kind: str = "layers:2"  # n teacher layers, `layers:0,2,5` for these, `static`, or the name or folder of an encoder
+    heads: Heads = "two"  # a linear head for senses, initialized to identity; "one": senses share the hidden state
+    units: int = 512  # hidden units of a static student's MLP
+    kernel_size: int = 9  # of a static student's convolution, in tokens; odd
+    prior_count: float = 5.0  # a static student's token seen n times is trained with weight n / (n + prior_count)
+    seed: int = 0  # of the random initialization
 
     def __post_init__(self) -> None:
         if self.heads not in get_args(Heads):

@@ -1,16 +1,16 @@
 """Encode texts with a saved student: sentence vectors, and a sense for every token.
 
 The interface follows sentence-transformers' `encode`. Memory: the student, all token ids and vectors, and the
-embeddings of one batch, or with replacement up to 12 · `_REPLACED` bytes of them. The dictionary is memory-mapped on
+embeddings of one batch, or with replacement up to 16 · `_REPLACED` bytes of them. The dictionary is memory-mapped on
 first use. Never imports Ray.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from msense.teacher.pooling import pool, pool_rows
 from msense.text import clean
 
 DEFAULT_TEMPERATURE = 1 / 3  # in units of the dictionary's mean squared distance
-_WEIGHTS = 1 << 22  # sense weights held at a time
 _STATIC_TOKENS = 1 << 16  # tokens per step of a static student's progress bar
 _REPLACED = 1 << 23  # numbers replaced at once: replacement is faster with more occurrences of each token
 Replace = Literal["hard", "soft"]
@@ -43,33 +42,19 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class TokenSense:
-    """A token of a text and its sense.
+    """A token of a text and its sense."""
 
-    Attributes:
-        token: as written in the vocabulary.
-        token_id: its id.
-        start: start offset in the text, in characters.
-        end: end offset, exclusive.
-        sense: index of its nearest sense; -1 for a token without senses.
-        probability: softmax(score / (temperature · unit)) of that sense among the token's senses; 0 without senses.
-        exemplar: nearest corpus context of that sense, the token in brackets, if the dictionary has one.
-    """
-
-    token: str
+    token: str  # as written in the vocabulary
     token_id: int
-    start: int
-    end: int
-    sense: int
-    probability: float
-    exemplar: str | None
+    start: int  # offset in the text, in characters
+    end: int  # exclusive
+    sense: int  # index of its nearest sense; -1 for a token without senses
+    probability: float  # softmax(score / (temperature · unit)) among the token's senses; 0 without senses
+    exemplar: str | None  # nearest corpus context of that sense, the token in brackets, if the dictionary has one
 
 
 class SenseEncoder:
-    """A student with its tokenizer and dictionary; create it with `from_pretrained`.
-
-    Attributes:
-        config: the student's config.
-        device: the device it runs on.
+    """A student (`config`) with its tokenizer and dictionary on a `device`; create it with `from_pretrained`.
 
     Example:
         >>> encoder = SenseEncoder.from_pretrained("runs/student/student")  # doctest: +SKIP
@@ -176,15 +161,19 @@ class SenseEncoder:
             raise InputError(f"invalid replace {replace!r}: use None, 'hard' or 'soft'")
         if batch_size < 1:
             raise InputError(f"invalid batch_size {batch_size}: use 1 or more")
-        rows = self._reader.ids([texts] if isinstance(texts, str) else texts, self._prompt(prompt))
+        rows = self._reader.ids(
+            [texts] if isinstance(texts, str) else texts, self.config.prompt if prompt is None else prompt
+        )
         soft = temperature if replace == "soft" else None
         vectors = torch.empty(len(rows), self.config.dim, device=self.device)
-        with torch.no_grad(), self._autocast(), _progress(len(rows), show_progress_bar) as advance:
+        bar = _progress_bar(len(rows)) if show_progress_bar else None
+        with torch.no_grad(), self._autocast(), bar or nullcontext():
             batches = self._batches(rows, batch_size, plain=replace is None)
             steps = self._plain(rows, batches) if replace is None else self._replaced(rows, batches, soft)
             for places, batch in steps:
                 vectors[torch.from_numpy(places).to(self.device)] = batch
-                advance(len(places))
+                if bar is not None:
+                    bar.update(bar.task_ids[0], advance=len(places))
             if normalize_embeddings:
                 vectors = torch.nn.functional.normalize(vectors, dim=1)
         result = vectors[0] if isinstance(texts, str) else vectors
@@ -203,17 +192,13 @@ class SenseEncoder:
             DictionaryError: the dictionary is damaged.
         """
         dictionary = self.dictionary
-        prompt = self._prompt(prompt)
+        prompt = self.config.prompt if prompt is None else prompt
         encoding = self._reader.encoding(text, prompt)
         every = np.array(encoding.ids, np.int64)
-        embeddings = torch.empty(len(every), self.config.dim, device=self.device)
         with torch.no_grad(), self._autocast():
-            self._write_senses([every], embeddings)
-        kept = [
-            i
-            for i, (start, end) in enumerate(encoding.offsets)
-            if not encoding.special_tokens_mask[i] and end > max(start, len(prompt))
-        ]
+            embeddings = self._senses([every])
+        places = zip(encoding.special_tokens_mask, encoding.offsets, strict=True)
+        kept = [i for i, (special, (a, b)) in enumerate(places) if not special and b > max(a, len(prompt))]
         ids = every[kept]
         senses, shares = _nearest(dictionary, ids, embeddings[kept])
         examples = _examples(dictionary, ids, senses) if exemplars else {}
@@ -231,7 +216,7 @@ class SenseEncoder:
         ]
 
     def save(self, folder: str | Path, *, exemplars: bool = True) -> None:
-        """Copy the student's files into a local folder, with or without the exemplars, which quote the corpus.
+        """Copy the student into a local folder, with or without the exemplars, which quote the corpus.
 
         Raises:
             InputError: the folder is the student's own.
@@ -253,9 +238,6 @@ class SenseEncoder:
         """Upload the student's folder; see `msense.student.hub.push_student`."""
         return push_student(self._files.folder, repo_id, private=private, exemplars=exemplars, token=token)
 
-    def _prompt(self, prompt: str | None) -> str:
-        return self.config.prompt if prompt is None else prompt
-
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
@@ -267,7 +249,7 @@ class SenseEncoder:
             ends = np.flatnonzero(np.diff(np.cumsum(lengths) // step)) + 1
             yield from (places for places in np.split(np.arange(len(rows)), ends) if len(places))
             return
-        for places in token_batches(np.maximum(lengths, 1), TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])):
+        for places in token_batches(lengths, TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])):
             yield from np.split(places, range(batch_size, len(places), batch_size))
 
     def _plain(self, rows: list[np.ndarray], batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -286,25 +268,20 @@ class SenseEncoder:
         """Yield indices of texts, int64 [B], and vectors pooled from embeddings that are replaced many at once."""
         for group in _grouped(batches, rows, _REPLACED // self.config.dim):
             places = np.concatenate(group)
-            ids = np.concatenate([rows[i] for i in places])
-            embeddings, done = torch.empty(len(ids), self.config.dim, device=self.device), 0
-            for part in group:
-                batch = [rows[i] for i in part]
-                size = sum(map(len, batch))
-                self._write_senses(batch, embeddings[done : done + size])
-                done += size
+            ids = torch.from_numpy(np.concatenate([rows[i] for i in places]))
+            parts = [self._senses([rows[i] for i in batch]) for batch in group]
+            embeddings = parts[0] if len(parts) == 1 else torch.cat(parts)
             with torch.autocast(self.device.type, enabled=False):
-                self.dictionary.replace(torch.from_numpy(ids), embeddings, temperature, out=embeddings)
+                self.dictionary.replace(ids, embeddings, temperature, out=embeddings)
             lengths = torch.tensor([len(rows[i]) for i in places], device=self.device)
             yield places, pool_rows(embeddings, lengths, self.config.pooling, normalize=self.config.normalize)
 
-    def _write_senses(self, rows: list[np.ndarray], out: Tensor) -> None:
-        """Write the sense embeddings of all tokens of some texts to `out`, float32 [N, D]."""
+    def _senses(self, rows: list[np.ndarray]) -> Tensor:
+        """Return the sense embeddings of all tokens of some texts, float32 [N, D]."""
         if isinstance(self._model, StaticEncoder):
-            out.copy_(torch.from_numpy(self._model.tokens(rows)[1]))
-        else:
-            _, senses, mask = self._forward(self._model, rows)
-            torch.index_select(senses.flatten(0, 1), 0, mask.flatten().nonzero()[:, 0], out=out)
+            return torch.from_numpy(self._model.tokens(rows)[1])
+        _, senses, mask = self._forward(self._model, rows)
+        return senses[mask]
 
     def _forward(self, model: Student, rows: list[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         """Return hidden states and sense embeddings, float32 [B, L, D] each, and the mask [B, L]."""
@@ -327,18 +304,14 @@ def _grouped(batches: Iterable[np.ndarray], rows: list[np.ndarray], tokens: int)
         yield group
 
 
-@contextmanager
-def _progress(total: int, shown: bool | None) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances a progress bar by a number of texts, or does nothing."""
-    if not shown:
-        yield lambda _: None
-        return
+def _progress_bar(total: int) -> Any:
+    """Return a progress bar on stderr with one task."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("encode", total=total)
-        yield lambda texts: bar.advance(task, texts)
+    bar = Progress(console=Console(stderr=True))
+    bar.add_task("encode", total=total)
+    return bar
 
 
 def _uses_bfloat16(dtype: str, device: torch.device) -> bool:
@@ -356,14 +329,8 @@ def _uses_bfloat16(dtype: str, device: torch.device) -> bool:
 def _nearest(dictionary: SenseDictionary, ids: np.ndarray, embeddings: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return each token's nearest sense, int64 [N], -1 without senses, and its probability, float32 [N]."""
     most = int(np.diff(dictionary.offsets)[ids].max(initial=1))
-    senses, shares = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-    step = max(1, _WEIGHTS // most)
-    for start in range(0, len(ids), step):
-        own = torch.from_numpy(ids[start : start + step])
-        numbers, weights = dictionary.top_k(own, embeddings[start : start + step], most, DEFAULT_TEMPERATURE)
-        senses.append(numbers[:, 0].cpu().numpy())
-        shares.append(weights[:, 0].cpu().numpy())
-    return np.concatenate(senses), np.concatenate(shares)
+    numbers, weights = dictionary.top_k(torch.from_numpy(ids), embeddings, most, DEFAULT_TEMPERATURE)
+    return numbers[:, 0].cpu().numpy(), weights[:, 0].cpu().numpy()
 
 
 def _examples(dictionary: SenseDictionary, ids: np.ndarray, senses: np.ndarray) -> dict[tuple[int, int], str]:

@@ -1,7 +1,6 @@
 """Read and write a student's config.json and model.safetensors; nothing in a folder is trusted or executed.
 
-Loading builds the student on the meta device first and compares its shapes with the file's header, so that memory is
-bounded by about twice the size of the file.
+Shapes are compared with a student on the meta device first: memory is about twice the size of the file.
 """
 
 from pathlib import Path
@@ -61,7 +60,9 @@ def _read_weights(path: Path, config: StudentConfig) -> Student:
                 raise StudentError(f"{path.parent}: in config.json, {problem}: copy or train it again")
             with torch.device("meta"):
                 empty = _build(path, config)
-            _check_buffers(path, empty)
+            size = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())  # not in the file
+            if size > _BUFFER_BYTES + 2 * path.stat().st_size:
+                raise StudentError(f"{path.parent}: config.json requires {size} bytes of buffers: train it again")
             _check_header(path, slices, {name: tuple(tensor.shape) for name, tensor in empty.weights().items()})
             weights = {name: file.get_tensor(name).float() for name in slices}
     except SafetensorError as error:
@@ -90,13 +91,6 @@ def _check_header(path: Path, slices: dict, expected: dict[str, tuple[int, ...]]
         )
     if foreign := sorted({part.get_dtype() for part in slices.values()} - set(_DTYPES)):
         raise StudentError(f"{path} has tensors of dtype {printable(foreign[0])}, expected {_DTYPES}: train it again")
-
-
-def _check_buffers(path: Path, student: Student) -> None:
-    """Refuse a config whose buffers, which are not in the file, would take far more memory than the file."""
-    size = sum(buffer.numel() * buffer.element_size() for buffer in student.buffers())
-    if size > _BUFFER_BYTES + 2 * path.stat().st_size:
-        raise StudentError(f"{path.parent}: config.json requires {size} bytes of buffers: train it again")
 
 
 def _build(path: Path, config: StudentConfig) -> Student:

@@ -1,7 +1,4 @@
-"""Initialize students from a teacher, another encoder or a dictionary's token means.
-
-The teacher's weights are held in memory once beside the student's.
-"""
+"""Initialize students from a teacher, another encoder or a dictionary's token means. Memory: both models' weights."""
 
 from typing import Any, get_args
 
@@ -64,11 +61,7 @@ def init_student(
 
 
 def _config(
-    settings: StudentSettings,
-    info: TeacherInfo,
-    dictionary: SenseDictionary,
-    longest: int | None,
-    **body: Any,
+    settings: StudentSettings, info: TeacherInfo, dictionary: SenseDictionary, longest: int | None, **body: Any
 ) -> StudentConfig:
     """Return the student's config; maximum length and prompt are those that the dictionary was built with."""
     length = dictionary.config.max_length or info.max_length

@@ -6,7 +6,6 @@ The whole table stays in memory, but gradients and optimizer state cover the red
 import torch
 from torch import Tensor, nn
 
-from msense.student.static import StaticBody
 from msense.student.student import Student
 
 
@@ -15,6 +14,7 @@ class PrunedEmbedding(nn.Module):
 
     places: Tensor  # int64 [V], row of each token id in `weight`
     whole: Tensor  # [V, D], initial values
+    tokens: Tensor  # int64 [T]
 
     def __init__(self, weight: Tensor, tokens: Tensor) -> None:
         """Copy the rows `tokens`, int64 [T], of a table [V, D]."""
@@ -30,34 +30,17 @@ class PrunedEmbedding(nn.Module):
         """Return embeddings [..., D] of int64 [...]."""
         return nn.functional.embedding(self.places[ids], self.weight)
 
-    def widened(self) -> nn.Embedding:
-        """Return the whole table with the trained rows."""
-        whole = self.whole.clone()
-        whole[self.tokens] = self.weight.detach()
-        return nn.Embedding.from_pretrained(whole, freeze=False)
-
 
 def prune_embeddings(student: Student, tokens: Tensor) -> None:
     """Replace a student's nn.Embedding in place by one of `tokens`, int64 [T]; other embeddings are left unchanged."""
-    table = _table(student)
+    table = student.body.get_input_embeddings()
     if type(table) is nn.Embedding and len(tokens):
-        _set_table(student, PrunedEmbedding(table.weight, tokens.to(table.weight.device)))
+        student.body.set_input_embeddings(PrunedEmbedding(table.weight, tokens.to(table.weight.device)))
 
 
 def restore_embeddings(student: Student) -> None:
-    """Undo `narrow` in place, keeping the trained rows."""
-    table = _table(student)
-    if isinstance(table, PrunedEmbedding):
-        _set_table(student, table.widened())
-
-
-def _table(student: Student) -> nn.Module:
-    body = student.body
-    return body.shift if isinstance(body, StaticBody) else body.model.get_input_embeddings()
-
-
-def _set_table(student: Student, table: nn.Module) -> None:
-    if isinstance(student.body, StaticBody):
-        student.body.shift = table
-    else:
-        student.body.model.set_input_embeddings(table)
+    """Undo `prune_embeddings` in place, keeping the trained rows."""
+    if isinstance(table := student.body.get_input_embeddings(), PrunedEmbedding):
+        whole = table.whole.clone()
+        whole[table.tokens] = table.weight.detach()
+        student.body.set_input_embeddings(nn.Embedding.from_pretrained(whole, freeze=False))

@@ -126,11 +126,8 @@ class SenseModule(InputModule):
         """
         options = {name: kwargs.get(name) for name in ("token", "cache_folder", "revision")}
         options |= {"subfolder": subfolder, "local_files_only": bool(kwargs.get("local_files_only"))}
-        names = StudentFiles(Path())
-        config, *_ = [
-            cls.load_file_path(model_name_or_path, path.name, **options)
-            for path in (names.config, names.weights, names.tokenizer)
-        ]
+        names = ("config.json", "model.safetensors", "tokenizer.json")
+        config, *_ = [cls.load_file_path(model_name_or_path, name, **options) for name in names]
         if config is None:
             raise StudentError(f"{model_name_or_path} has no config.json: give the folder or hub name of a student")
         files = StudentFiles(Path(config).parent)

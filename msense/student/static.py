@@ -43,6 +43,14 @@ class StaticBody(nn.Module):
         nn.init.zeros_(self.back.bias)
         self.width = dim
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the trained embedding table."""
+        return self.shift
+
+    def set_input_embeddings(self, table: nn.Module) -> None:
+        """Replace the trained embedding table."""
+        self.shift = table
+
     def table(self) -> Tensor:
         """Return the token embeddings before the MLP, [V, D]."""
         return self.means + self.confidence[:, None] * self.shift.weight
@@ -54,10 +62,10 @@ class StaticBody(nn.Module):
         tokens = nn.functional.embedding(ids, self.means) + confidence * self.shift(ids)
         tokens = tokens * inside
         mean = tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        window, length = len(self.taps), ids.shape[1]
-        padded = nn.functional.pad(self.project(tokens), (0, 0, window // 2, window // 2))
+        kernel_size, length = len(self.taps), ids.shape[1]
+        padded = nn.functional.pad(self.project(tokens), (0, 0, kernel_size // 2, kernel_size // 2))
         units = self.passage(mean)[:, None]
-        for place in range(window):
+        for place in range(kernel_size):
             units = units + padded[:, place : place + length] * self.taps[place]
         return tokens + confidence * self.back(torch.relu(units))
 

@@ -19,7 +19,7 @@ class StudentOutput(NamedTuple):
 
 
 class Student(nn.Module):
-    """A student with a random body and an identity sense head; see `make_student` for a better initialization.
+    """A student with a random body and an identity sense head; see `init_student` for a better initialization.
 
     Example:
         >>> config = StudentConfig(
@@ -63,11 +63,7 @@ class Student(nn.Module):
         return state
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Load the tensors returned by `weights`.
-
-        Raises:
-            RuntimeError: names or shapes differ.
-        """
+        """Load the tensors returned by `weights`; raise RuntimeError if names or shapes differ."""
         if isinstance(self.body, StaticBody):
             weights = {**weights, "body.shift.weight": torch.zeros_like(self.body.means)}
         self.load_state_dict(weights)

@@ -8,13 +8,13 @@ import torch
 from tokenizers import Encoding
 from torch import Tensor
 
-from msense.dictionary.lookup import read_vocabulary, tokenizer_errors
+from msense.dictionary.lookup import Vocabulary, tokenizer_errors
 from msense.errors import DictionaryError, InputError, StudentError
 from msense.student.config import StudentConfig
 from msense.teacher.batching import pad_batch
 from msense.text import is_utf8
 
-_SLAB = 256  # texts tokenized at a time
+_TEXTS_AT_A_TIME = 256
 
 
 class StudentTokenizer:
@@ -27,22 +27,19 @@ class StudentTokenizer:
             StudentError: the file is damaged or not this student's, or its special tokens leave no room for text.
         """
         try:
-            vocabulary = read_vocabulary(path, config.vocab_size, config.tokenizer_fingerprint)
+            vocabulary = Vocabulary(path, config.vocab_size, config.tokenizer_fingerprint)
         except (OSError, DictionaryError) as error:
             raise StudentError(f"{path} is not the student's tokenizer ({error})") from error
         self.tokenizer = vocabulary.tokenizer
         largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-        if largest >= config.vocab_size:
-            raise StudentError(
-                f"{path} has token id {largest}, but the student has {config.vocab_size} tokens: they do not belong "
-                "together; copy or train the student again"
-            )
         special = self.tokenizer.num_special_tokens_to_add(is_pair=False)
-        if special >= config.max_length:
-            raise StudentError(
-                f"{path} adds {special} special tokens to a text, but max_length is {config.max_length}: "
-                "copy or train the student again"
-            )
+        problem = ""
+        if largest >= config.vocab_size:
+            problem = f"has token id {largest}, but the student has {config.vocab_size} tokens"
+        elif special >= config.max_length:
+            problem = f"adds {special} special tokens to a text, but max_length is {config.max_length}"
+        if problem:
+            raise StudentError(f"{path} {problem}: copy or train the student again")
         self.tokenizer.enable_truncation(config.max_length)
 
     def ids(self, texts: Sequence[str], prompt: str = "") -> list[np.ndarray]:
@@ -53,11 +50,10 @@ class StudentTokenizer:
         """
         _check(texts, prompt)
         rows: list[np.ndarray] = []
-        for start in range(0, len(texts), _SLAB):
-            slab = texts[start : start + _SLAB]
+        for start in range(0, len(texts), _TEXTS_AT_A_TIME):
+            some = [prompt + text for text in texts[start : start + _TEXTS_AT_A_TIME]]
             with tokenizer_errors("fails at a text"):
-                encodings = self.tokenizer.encode_batch_fast([prompt + text for text in slab] if prompt else list(slab))
-            rows += [np.array(encoding.ids, np.int64) for encoding in encodings]
+                rows += [np.array(encoding.ids, np.int64) for encoding in self.tokenizer.encode_batch_fast(some)]
         return rows
 
     def encoding(self, text: str, prompt: str = "") -> Encoding:
@@ -72,7 +68,7 @@ class StudentTokenizer:
 
 
 def _check(texts: Sequence[str], prompt: str) -> None:
-    """Refuse values that the tokenizer cannot read."""
+    """Raise InputError for values that the tokenizer cannot read."""
     for number, text in enumerate((prompt, *texts), -1):
         name = f"text {number}" if number >= 0 else "the prompt"
         if not isinstance(text, str):
@@ -83,7 +79,5 @@ def _check(texts: Sequence[str], prompt: str) -> None:
 
 def pad_ids(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Pad token ids on the right: int64 [B, L] and mask bool [B, L], L at least 1."""
-    if not any(len(row) for row in rows):
-        return torch.zeros(len(rows), 1, dtype=torch.int64), torch.zeros(len(rows), 1, dtype=torch.bool)
-    ids, mask = pad_batch(list(rows))
+    ids, mask = pad_batch(rows)
     return torch.from_numpy(ids).long(), torch.from_numpy(mask)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from msense.errors import StudentError
-from msense.teacher.body import needs_position_ids
+from msense.teacher.body import is_encoder_decoder, needs_position_ids
 from msense.teacher.files import loading
 
 _NOT_SAVED = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
@@ -30,6 +30,15 @@ class TransformerBody(nn.Module):
         self.width = int(self.model.config.get_text_config().hidden_size)
         self.pad = getattr(config, "pad_token_id", None) or 0
         self.takes_positions = needs_position_ids(self.model)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding table."""
+        table: nn.Module = self.model.get_input_embeddings()
+        return table
+
+    def set_input_embeddings(self, table: nn.Module) -> None:
+        """Replace the embedding table."""
+        self.model.set_input_embeddings(table)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return embeddings [B, L, width], undefined on padding, of token ids int64 [B, L] with a mask bool [B, L]."""
@@ -83,7 +92,7 @@ def _empty_model(config: Any) -> Any:
 
     config.use_cache = False
     model = AutoModel.from_config(config, trust_remote_code=False)
-    if hasattr(model, "encoder") and hasattr(model, "decoder"):  # like teachers, encoder-decoders lose their decoder
+    if is_encoder_decoder(model):
         model = model.encoder
     return _drop_pooler(model).to(torch.float32)
 

@@ -1,14 +1,11 @@
-"""Batches of similar length: how rows of token ids are grouped and padded, for every forward pass of the project."""
+"""Batches of similar length: how rows of token ids are grouped and padded, for every forward pass."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-TOKEN_BUDGET = {
-    "cpu": 1024,
-    "cuda": 16384,
-}  # padded tokens per batch; constant, so that batches are the same everywhere
+TOKEN_BUDGET = {"cpu": 1024, "cuda": 16384}  # padded tokens per batch; constant, as results depend on it
 
 
 class Batch(NamedTuple):
@@ -31,30 +28,23 @@ def iter_batches(rows: Sequence[np.ndarray], budget: int) -> Iterator[Batch]:
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-    """Group passages of similar length into padded batches of at most `budget` tokens (at least one passage).
-
-    Args:
-        lengths: int64 [P].
-        budget: padded tokens per batch.
-
-    Yields:
-        int64 [B], indices into `lengths`, shortest passages first.
-    """
+    """Yield indices, int64 [B], of rows with these lengths, int64 [P], in batches as `iter_batches` makes them."""
     order = np.argsort(lengths, kind="stable")
     start = 0
     while start < len(order):
         candidates = order[start : start + budget]
-        padded_tokens = lengths[candidates] * np.arange(1, len(candidates) + 1)
+        padded_tokens = np.maximum(lengths[candidates], 1) * np.arange(1, len(candidates) + 1)
         stop = start + max(1, int(np.searchsorted(padded_tokens, budget, side="right")))
         yield order[start:stop]
         start = stop
 
 
-def pad_batch(rows: list[np.ndarray], pad: int = 0, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
-    """Return passages padded on the right (or left): token ids int32 [B, L] and mask bool [B, L]."""
-    lengths = np.array([len(r) for r in rows])[:, None]
-    columns = np.arange(lengths.max())
-    mask = columns < lengths if side == "right" else columns >= lengths.max() - lengths
+def pad_batch(rows: Sequence[np.ndarray], pad: int = 0, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+    """Return rows padded on the right (or left): token ids int32 [B, L] and mask bool [B, L], L at least 1."""
+    lengths = np.array([len(r) for r in rows], dtype=np.int64)[:, None]
+    longest = max(1, lengths.max(initial=0))
+    columns = np.arange(longest)
+    mask = columns < lengths if side == "right" else columns >= longest - lengths
     ids = np.full(mask.shape, pad, dtype=np.int32)
-    ids[mask] = np.concatenate(rows)
+    ids[mask] = np.concatenate([np.empty(0, np.int32), *rows])
     return ids, mask

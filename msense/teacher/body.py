@@ -5,15 +5,13 @@ import inspect
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
 
 from msense.errors import InputError, StudentError
 from msense.teacher.files import loading
-
-if TYPE_CHECKING:
-    pass
 
 # model types whose position ids start after the padding token's id, as RoBERTa's do
 _AFTER_PADDING = ("roberta", "mpnet", "camembert", "longformer", "xmod", "data2vec-text", "ibert", "luke", "esm")
@@ -28,16 +26,15 @@ def truncate_layers(model: Any, kind: str) -> None:
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     count = text.num_hidden_layers
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise StudentError(
             f"student {kind!r}: a {config.model_type} model has no list of its {count} layers (some models share one "
             "layer): give a smaller encoder by name, or static"
         )
     kept = _parse(kind, count)
-    name, layers = lists[0]  # the outermost
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, nn.ModuleList(layers[i] for i in kept))
+    layers = model.get_submodule(lists[0])  # the outermost list
+    model.set_submodule(lists[0], nn.ModuleList(layers[i] for i in kept))
     text.num_hidden_layers = len(kept)
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[i] for i in kept]
@@ -60,8 +57,6 @@ def _parse(kind: str, count: int) -> list[int]:
 
 def resolve_dtype(dtype: str, device: str) -> str:
     """Return the dtype that `auto` stands for: bfloat16 where the device supports it natively."""
-    import torch
-
     if dtype != "auto":
         return dtype
     if device == "cuda":
@@ -76,6 +71,11 @@ def needs_position_ids(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+def is_encoder_decoder(model: Any) -> bool:
+    """Return whether a model has both parts; only the encoder is used."""
+    return hasattr(model, "encoder") and hasattr(model, "decoder")
+
+
 def load_body(folder: Path, name: str, dtype: Any) -> Any:
     """Load a teacher's model; of an encoder-decoder model, the encoder.
 
@@ -84,31 +84,24 @@ def load_body(folder: Path, name: str, dtype: Any) -> Any:
     """
     from transformers import AutoModel
 
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with loading(repr(name)):
-        model, report = AutoModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below
-        )
+        model, report = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
     mismatched = sorted(item for item in report["mismatched_keys"] if "pooler" not in item[0])
-    if mismatched:
-        key, actual, expected = mismatched[0]
-        raise InputError(
-            f"teacher {name!r}: {len(mismatched)} tensors differ in shape from config.json, first {key} ({list(actual)} "
-            f"instead of {list(expected)}): give a folder whose weights and config.json belong together"
-        )
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
-    if hasattr(model, "encoder") and hasattr(model, "decoder"):
+    if is_encoder_decoder(model):
         missing = [key for key in missing if not key.startswith("decoder.")]
         model = model.encoder
-    if missing:
-        raise InputError(
-            f"teacher {name!r}: the weights lack {len(missing)} tensors of the model, first {missing[0]}: give a folder "
-            "whose weights and config.json belong together"
-        )
+    if mismatched or missing:
+        if mismatched:
+            key, actual, expected = mismatched[0]
+            problem = (
+                f"{len(mismatched)} tensors differ in shape from config.json, first {key} ({list(actual)} instead "
+            )
+            problem += f"of {list(expected)})"
+        else:
+            problem = f"the weights lack {len(missing)} tensors of the model, first {missing[0]}"
+        raise InputError(f"teacher {name!r}: {problem}: give a folder whose weights and config.json belong together")
     model.config.use_cache = False
     return model.eval()
 

@@ -1,7 +1,4 @@
-"""A classifier on token embeddings, stored as `classifier/` in the teacher's folder.
-
-The folder holds config.json and classifier.safetensors; both are validated on loading.
-"""
+"""A classifier on token embeddings, stored in the teacher's folder as `classifier/` and validated on loading."""
 
 from pathlib import Path
 from typing import Annotated, Literal

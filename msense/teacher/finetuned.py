@@ -1,7 +1,4 @@
-"""Writing a fine-tuned teacher's folder: body, tokenizer, sentence-transformers settings, classifier, model card.
-
-`teacher.describe` and `teacher.load_body` read the result like any other teacher. Memory: a copy of the weights.
-"""
+"""Write the folder of a fine-tuned teacher, which is read like any other teacher. Memory: a copy of the weights."""
 
 import json
 import shutil
@@ -13,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from msense.io.untrusted import links_outside
+from msense.teacher.body import is_encoder_decoder
 from msense.teacher.classifier import Classifier, save_classifier
 from msense.teacher.files import POOLING_KEYS, read_settings
 from msense.text import one_line, redact
@@ -28,12 +26,7 @@ _MODULES = [
 
 
 def save_teacher(
-    folder: Path,
-    body: Any,
-    classifier: Classifier,
-    source: Path,
-    max_length: int,
-    figures: Mapping[str, float],
+    folder: Path, body: Any, classifier: Classifier, source: Path, max_length: int, figures: Mapping[str, float]
 ) -> None:
     """Write a fine-tuned teacher into a new folder.
 
@@ -41,7 +34,7 @@ def save_teacher(
         folder: created here.
         body: float32, without a pooler.
         classifier: on the body's embeddings; its pooling becomes the teacher's own.
-        source: folder of the teacher that was fine-tuned, for its tokenizer, prompt and name.
+        source: folder of the original teacher, for its tokenizer, prompt and name.
         max_length: longest text in tokens.
         figures: metrics for the model card.
     """
@@ -75,7 +68,7 @@ def _save_body(folder: Path, body: Any) -> None:
 
     with torch.device("meta"):
         whole = AutoModel.from_config(body.config, trust_remote_code=False)
-    if not (hasattr(whole, "encoder") and hasattr(whole, "decoder")):
+    if not is_encoder_decoder(whole):
         body.save_pretrained(folder)
         return
     weights = {f"encoder.{name}": tensor for name, tensor in body.state_dict().items()}
@@ -112,8 +105,8 @@ tags: [sentence-transformers, msense, feature-extraction, text-classification]
 |---|---|
 {rows}
 
-The body and its tokenizer load as those of any encoder; `classifier/` holds what makes scores of its token embeddings. Senses of
-this teacher, and students of them, are measured under that classifier:
+The body and its tokenizer load like those of any encoder; `classifier/` computes scores from its token embeddings. Senses of
+this teacher, and students trained on them, are evaluated with that classifier:
 
 ```
 python jobs/build_dict.py --teacher THIS_FOLDER --corpus corpus.jsonl --output runs/senses
@@ -122,6 +115,6 @@ python jobs/evaluate.py --teacher THIS_FOLDER --model teacher --model replaced:r
 
 ## Licence
 
-The weights are derived from those of {one_line(stats["fine-tuned from"])}: its licence holds for them too, and that of the
-texts it was fine-tuned on; read both before sharing this folder.
+The weights are derived from those of {one_line(stats["fine-tuned from"])} and are subject to its licence, and to that of the
+texts used for fine-tuning; read both before sharing this folder.
 """

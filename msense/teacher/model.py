@@ -1,21 +1,18 @@
-"""The teacher: any Hugging Face encoder or decoder body, run with DeepSpeed inference.
+"""A loaded teacher in inference mode, on DeepSpeed's inference engine.
 
-Only safetensors weights are loaded, and remote code is never executed. Memory: the model and the hidden states of one
-batch.
+Memory: the weights, and the activations of one batch.
 """
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from msense.teacher.batching import Batch, iter_batches
-from msense.teacher.body import load_body, needs_position_ids
+from msense.teacher.body import load_body, needs_position_ids, truncate_layers
 from msense.teacher.files import body_folder
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Teacher:
@@ -40,29 +37,21 @@ class Teacher:
         keep: str | None = None,
     ) -> None:
         """Load a teacher; `keep` truncates it, for example `layers:2` to its first two layers."""
-        os.environ.setdefault("DS_ACCELERATOR", device)  # read once, when DeepSpeed is first imported in this process
-        import torch
-
-        torch.set_num_threads(threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        os.environ.setdefault("DS_ACCELERATOR", device)  # read when DeepSpeed is first imported
         import deepspeed
         from transformers.utils import logging as transformers_logging
 
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         transformers_logging.disable_progress_bar()
-        body = body_folder(name, revision)
-        model = load_body(body, name, getattr(torch, dtype))
+        model = load_body(body_folder(name, revision), name, getattr(torch, dtype)).to(device)
         if keep is not None:
-            from msense.teacher.body import truncate_layers
-
             truncate_layers(model, keep)
-        self.layer = layer
-        self.device = device
-        if device == "cuda":
-            model = model.to(device)
+        self.layer, self.device = layer, device
         self.takes_positions = needs_position_ids(model)
         self.engine = deepspeed.init_inference(model, dtype=getattr(torch, dtype), replace_with_kernel_inject=False)
 
-    def embed(self, ids: np.ndarray, mask: np.ndarray) -> "torch.Tensor":
+    def embed(self, ids: np.ndarray, mask: np.ndarray) -> Tensor:
         """Compute the hidden states of one batch.
 
         Args:
@@ -72,8 +61,6 @@ class Teacher:
         Returns:
             [B, L, D] in the teacher's dtype, on its device; rows of padding are meaningless.
         """
-        import torch
-
         last = self.layer in (-1, int(self.engine.module.config.get_text_config().num_hidden_layers))
         optional = {}
         if not mask[:, 0].all() and self.takes_positions:  # left padding must not shift the positions
@@ -85,11 +72,11 @@ class Teacher:
                 output_hidden_states=not last,
                 **optional,
             )
-        hidden: torch.Tensor = output.last_hidden_state if last else output.hidden_states[self.layer]
+        hidden: Tensor = output.last_hidden_state if last else output.hidden_states[self.layer]
         return hidden
 
 
-def embed_tokens(teacher: Teacher, rows: Sequence[np.ndarray], budget: int) -> "Iterator[tuple[Batch, torch.Tensor]]":
+def embed_tokens(teacher: Teacher, rows: Sequence[np.ndarray], budget: int) -> Iterator[tuple[Batch, Tensor]]:
     """Run rows of token ids through a teacher in batches of at most `budget` tokens.
 
     Yields:

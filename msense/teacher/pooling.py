@@ -1,14 +1,14 @@
-"""Pooling of token embeddings into one vector per passage: mean, first or last token; padding on either side is ignored."""
+"""Pooling of token embeddings into one vector per passage; padding on either side is ignored."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from msense.errors import InputError
 
-POOLINGS = ("mean", "cls", "lasttoken")
 Pooling = Literal["mean", "cls", "lasttoken"]
+POOLINGS = get_args(Pooling)
 
 
 def check_pooling(how: str) -> None:
@@ -45,19 +45,13 @@ def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool) -> Tensor:
 
 
 def pool_rows(embeddings: Tensor, lengths: Tensor, how: str, *, normalize: bool) -> Tensor:
-    """Return the vector of every passage, like `pool`, from embeddings without padding.
+    """Return the vector of every passage, float32 [P, D], like `pool`, from embeddings without padding.
 
     Args:
         embeddings: float32 [N, D], passages concatenated.
         lengths: int64 [P], tokens of each; one of 0 gives zeros.
         how: see `pool`.
         normalize: scale vectors to unit length.
-
-    Returns:
-        float32 [P, D].
-
-    Raises:
-        InputError: unsupported pooling.
     """
     check_pooling(how)
     ends = lengths.cumsum(0)

@@ -1,4 +1,4 @@
-"""What the stages need to know about a teacher without loading its weights."""
+"""Metadata of a teacher, read without loading its weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,17 +61,10 @@ class TeacherInfo:
 
 
 def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, Tokenizer]:
-    """Load a teacher's metadata and tokenizer, without its weights.
-
-    Args:
-        name: folder, hub name or the demo teacher.
-        options: layer, prompt, maximum length and special-token rule are checked against the model.
-
-    Returns:
-        The metadata, and the tokenizer without truncation and padding.
+    """Load a teacher's metadata, and its tokenizer without truncation and padding, but not its weights.
 
     Raises:
-        InputError: the folder, model config, tokenizer or a setting is invalid.
+        InputError: the folder, model config, tokenizer or an option is invalid.
     """
     from transformers import AutoConfig
 
@@ -96,9 +89,8 @@ def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, 
     with loading(f"{name!r} (tokenizer)"):
         prefix, suffix = special_tokens_around(backend)
     prompt = options.prompt if options.prompt is not None else prompt
-    rule = options.special_tokens
-    if rule == "auto":
-        rule = "include" if pooling == "mean" else "exclude"
+    is_auto = options.special_tokens == "auto"
+    rule = ("include" if pooling == "mean" else "exclude") if is_auto else options.special_tokens
     info = TeacherInfo(
         name=name if not Path(name).is_dir() else folder.name,
         revision=folder.name if folder.parent.name == "snapshots" else options.revision,  # a commit, not a branch
@@ -115,7 +107,7 @@ def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, 
         prefix=prefix,
         suffix=suffix,
         prompt_ids=tuple(backend.encode(prompt, add_special_tokens=False).ids) if prompt else (),
-        excluded=excluded_tokens(tokenizer, rule, options.special_tokens == "auto"),
+        excluded=excluded_tokens(tokenizer, rule, is_auto),
         decoder=_is_decoder(text_config.model_type),
     )
     return info, backend
@@ -139,12 +131,9 @@ def _load_tokenizer(name: str, body: Path) -> Any:
 
 def _is_decoder(model_type: str) -> bool:
     """Return whether a model type is a causal language model only."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers.models.auto import modeling_auto as auto
 
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
 
 
 def _sizes(name: str, config: Any) -> tuple[int, int, int]:

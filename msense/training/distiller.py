@@ -1,15 +1,13 @@
-"""Training loop of one distillation worker: labels and a student in, a trained student and checkpoints out.
+"""Distill a student from labels: its losses, and the evaluation on held-out passages.
 
-Every worker derives the global batches from the label manifest and reads its share of each; `train_engine` averages
-the gradients. The random state of a step depends on (seed, epoch, step, rank) only. Never imports Ray. Memory: four
-times the student, the dictionary's senses (plus up to `sense_losses.KEPT_BYTES`), one batch slice, and the teacher for
-hidden-state losses.
+Every worker derives the global batches from the label manifest and reads its share of each; the engine averages the
+gradients. Memory: four times the student, the dictionary's senses (plus up to `sense_losses.MAX_CACHE_BYTES`), one batch
+slice, and the teacher for hidden-state losses.
 """
 
-import math
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +16,15 @@ from torch import Tensor, nn
 
 from msense.constants import NO_SENSE
 from msense.dictionary import SenseDictionary
-from msense.errors import InputError, MsenseError
-from msense.io import storage
-from msense.run.progress import Progress
-from msense.student import Student, StudentSettings, init_student
-from msense.student.pruning import prune_embeddings
+from msense.student import Student, StudentSettings, init_student, save_student
+from msense.student.pruning import prune_embeddings, restore_embeddings
 from msense.student.static import StaticBody
 from msense.student.student import StudentOutput
 from msense.teacher.model import Teacher
-from msense.training.engine import Engine, checkpoint_error
-from msense.training.group import ProcessGroup
+from msense.training.engine import DDPEngine, DeepSpeedEngine, Engine, prepare_process
+from msense.training.group import ProcessGroup, Session
 from msense.training.label_dataset import LabelBatch, LabelSet
+from msense.training.loop import TrainingLoop, TrainingSettings, run_worker
 from msense.training.losses import (
     LabeledBatch,
     LossWeights,
@@ -37,17 +33,15 @@ from msense.training.losses import (
     frequent_sense_accuracy,
     sense_accuracy,
 )
-from msense.training.schedule import lr_factor
 from msense.training.sense_losses import LossSum, SenseLabels
 
-STATE_FILE = "state.json"  # of a checkpoint
+STUDENT = "student"  # folder of the last checkpoint
 
 
-@dataclass(frozen=True)
-class DistillationConfig:
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig(TrainingSettings):
     """Settings of a training worker; those without a comment are as in `DistillConfig`."""
 
-    run: str  # run folder with the labels
     dictionary: str  # folder
     teacher: str  # name or folder
     revision: str | None  # of the teacher
@@ -55,41 +49,28 @@ class DistillationConfig:
     student: StudentSettings
     mix: LossWeights
     train_embeddings: bool
-    epochs: int
     batch_tokens: int
     accumulate: int
-    lr: float
-    schedule: str
-    warmup: float
-    weight_decay: float
-    clip: float
-    dtype: str
-    seed: int
     deepspeed_stage: int
-    checkpoint_steps: int
-    device: str
-    threads: int  # torch threads per worker
 
 
-@dataclass
-class TrainState:
-    """Progress of a training; a checkpoint stores it as JSON."""
-
-    epoch: int = 0  # finished epochs
-    step: int = 0  # finished steps of the current epoch
-    tokens: int = 0  # read by these steps
-    seconds: float = 0.0  # taken by these steps
-    sums: dict[str, float] = field(default_factory=dict)  # losses of these steps, by name
-    history: list[dict[str, float]] = field(default_factory=list)  # metrics of each finished epoch
+def train_student(training: DistillationConfig, session: Session) -> list[dict[str, float]]:
+    """Train a student as one worker; return the metrics of all epochs."""
+    prepare_process(training.threads)
+    labels = LabelSet.open(training.run)
+    student, given = build_student(training, labels), (training.weight_decay, training.clip)
+    if training.deepspeed_stage:
+        engine: Engine = DeepSpeedEngine(student, *given, training.deepspeed_stage, training.device)
+    else:  # some objectives do not use the sense head
+        engine = DDPEngine(student, *given, partial(session.wrap, find_unused_parameters=True, broadcast_buffers=False))
+    return run_worker(Trainer(training, engine, labels, ProcessGroup(session.rank, session.world)), session)
 
 
 def build_student(training: DistillationConfig, labels: LabelSet | None = None) -> Student:
-    """Return the untrained student.
+    """Return the untrained student; without labels only to check the settings.
 
-    Args:
-        training: settings.
-        labels: token frequencies scale the steps of a static student's tokens, and trained embedding tables are
-            reduced to the tokens in the labels. None: build the student only to check the settings.
+    Token frequencies in the labels scale the steps of a static student's tokens, and trained embedding tables are reduced
+    to the tokens in the labels.
 
     Raises:
         InputError: the student cannot be built.
@@ -99,30 +80,29 @@ def build_student(training: DistillationConfig, labels: LabelSet | None = None) 
     student = init_student(training.student, dictionary, training.teacher, training.revision, trained)
     student = student.to(training.device)
     if not isinstance(student.body, StaticBody) and not training.train_embeddings:
-        student.body.model.get_input_embeddings().requires_grad_(False)
+        student.body.get_input_embeddings().requires_grad_(False)
     elif trained is not None:
         prune_embeddings(student, torch.from_numpy(np.flatnonzero(trained + held_out)))
     return student
 
 
-class Trainer:
-    """Training loop of one worker.
+class Trainer(TrainingLoop):
+    """Distillation of one worker.
 
     Example:
-        labels = LabelSet.open(training.run)
-        student = new_student(training, labels)
-        trainer = Trainer(training, Plain(student, training.weight_decay, training.clip), labels)
-        for state in trainer.run():
-            trainer.save(Path("checkpoint"))
+        >>> labels = LabelSet.open(training.run)
+        >>> student = build_student(training, labels)
+        >>> trainer = Trainer(training, DDPEngine(student, training.weight_decay, training.clip), labels)
+        >>> for state in trainer.run():
+        ...     trainer.save(Path("checkpoint"))
     """
 
     def __init__(
         self, training: DistillationConfig, engine: Engine, labels: LabelSet, group: ProcessGroup | None = None
     ) -> None:
         """Load the dictionary, and the teacher if a hidden-state loss needs it."""
-        self.training, self.engine, self.labels = training, engine, labels
-        self.group, self.state = group or ProcessGroup(), TrainState()
-        self.student = engine.student
+        super().__init__(training, engine, group, tuple(training.mix.weights()))
+        self.training, self.labels, self.student = training, labels, engine.student
         self.dictionary = SenseDictionary.load(training.dictionary).to(training.device)
         self.space = training.mix.space(self.dictionary)
         self.teacher: Teacher | None = None
@@ -136,84 +116,39 @@ class Trainer:
                 threads=training.threads,
             )
 
-    @property
-    def history(self) -> list[dict[str, float]]:
-        """The metrics of every finished epoch."""
-        return self.state.history
+    def batches(self, epoch: int) -> Iterator[np.ndarray]:
+        """Yield the passages of each step."""
+        return self.labels.batches(epoch, self.training.seed, self.training.batch_tokens)
 
-    def run(self, progress: Progress | None = None) -> Iterator[TrainState]:
-        """Train from the current state on; yield it whenever a checkpoint is due, which includes the end of each epoch.
+    def count_tokens(self, batch: np.ndarray) -> int:
+        """Return the number of tokens of passages."""
+        return int(self.labels.lengths[batch].sum())
 
-        Raises:
-            MsenseError: a loss or gradient is NaN or infinite.
-        """
-        training, state = self.training, self.state
-        order = (training.seed, training.batch_tokens)
-        lengths = [self.labels.steps(epoch, *order) for epoch in range(training.epochs)]
-        for epoch in range(state.epoch, training.epochs):
-            self.engine.model.train()
-            for passages in self.labels.batches(epoch, *order, first_step=state.step):
-                self._next_step(passages, sum(lengths[:epoch]) + state.step, sum(lengths), progress)
-                if state.step % training.checkpoint_steps == 0 and state.step < lengths[epoch]:
-                    yield state
-            metrics = {f"train_{name}": total / max(1, lengths[epoch]) for name, total in state.sums.items()}
-            metrics |= {"epoch": epoch + 1, "step": sum(lengths[: epoch + 1])}
-            metrics |= {"tokens_per_s": state.tokens / max(state.seconds, 1e-9)}
-            metrics |= self.evaluate()
-            state.history.append(metrics)
-            state.epoch, state.step, state.tokens, state.seconds, state.sums = epoch + 1, 0, 0, 0.0, {}
-            if progress is not None:
-                progress.epoch(state.history)
-            yield state
-
-    def _next_step(self, passages: np.ndarray, done: int, steps: int, progress: Progress | None) -> None:
-        """Take step number `done` of `steps`, update the state and report progress if that is due."""
-        training, state = self.training, self.state
-        began = time.monotonic()
-        numbers = (training.seed, state.epoch, state.step, self.group.rank)
-        torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
-        is_due = progress is not None and progress.is_due()
-        lr = training.lr * lr_factor(done, steps, training.warmup, training.schedule)
-        losses = self._step(passages, lr, is_due)
-        state.step += 1
-        state.tokens += int(self.labels.lengths[passages].sum())
-        state.seconds += time.monotonic() - began
-        for name in training.mix.weights():
-            state.sums[name] = state.sums.get(name, 0.0) + losses[name]
-        if progress is not None and is_due:
-            left = (steps - done - 1) * state.seconds / state.step
-            speed = {"tokens_per_s": state.tokens / state.seconds, "seconds_left": left}
-            progress.tell(done + 1, steps, state.epoch + 1, losses, speed)
-
-    def _step(self, passages: np.ndarray, lr: float, with_accuracy: bool) -> dict[str, float]:
-        """Take one step; return the global batch's mean losses and, if requested, this worker's sense accuracy."""
+    def backward(self, batch: np.ndarray, report: bool) -> dict[str, float]:
+        """Accumulate gradients; return mean losses and, if requested, this worker's sense accuracy."""
         training, group = self.training, self.group
-        share = passages[group.rank :: group.world]
-        slices = [part for part in np.array_split(share, training.accumulate) if len(part)]
+        share = batch[group.rank :: group.world]
+        slices = [some for some in np.array_split(share, training.accumulate) if len(some)]
         # a worker without passages takes part in the collective operations with a zero loss
-        batches = [self.labels.read(part) for part in slices] or [self.labels.read(passages[:1])]
-        own = [_counts(training.mix, batch) for batch in batches] if slices else []
+        read = [self.labels.read(some) for some in slices] or [self.labels.read(batch[:1])]
+        own = [_counts(training.mix, some) for some in read] if slices else []
         names = list(training.mix.weights())
-        counted = group.sum([sum(c[n] for c in own) for n in names], training.device)
+        counted = group.sum([sum(count[name] for count in own) for name in names], training.device)
         counts = {name: int(count) for name, count in zip(names, counted, strict=True)}
         totals, right = dict.fromkeys(names, 0.0), []
-        for number, batch in enumerate(batches):
-            with self.engine.slice_of_step(last=number == len(batches) - 1):
-                output, labelled = self._forward(batch, self.engine.model)
+        for number, some in enumerate(read):
+            with self.engine.slice_of_step(last=number == len(read) - 1):
+                output, labelled = self._forward(some, self.engine.model)
                 sums = compute_losses(training.mix, output, labelled, self.space, self.student.sentence)
                 loss = combine_losses(training.mix, sums, counts, group.world)
                 self.engine.backward(loss if slices else loss * 0)
             for name, part in sums.items() if slices else ():
                 totals[name] += float(part.total.detach())
-            if with_accuracy:
-                right.append(self._accuracy(output, batch))
+            if report:
+                right.append(self._accuracy(output, some))
         every = group.sum(list(totals.values()), training.device)
         losses = {name: total / max(1, counts[name]) for name, total in zip(names, every, strict=True)}
-        if not all(map(math.isfinite, losses.values())):
-            values = ", ".join(f"{name} {value}" for name, value in losses.items())
-            raise MsenseError(f"the loss is not finite ({values}): use a smaller --lr, or --student-dtype float32")
-        self.engine.step(lr)
-        if with_accuracy:
+        if report:
             losses["accuracy"] = float(sum(part.total for part in right)) / max(1, sum(part.count for part in right))
         return losses
 
@@ -263,32 +198,10 @@ class Trainer:
             metrics["pooled_cosine"] = LossSum(cosine, len(vectors))
         return metrics
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint; its JSON file is written last."""
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.group.rank == 0 or self.engine.every_rank:
-            self.engine.save(folder)
-        if self.group.rank == 0:
-            storage.write_json(str(folder / STATE_FILE), asdict(self.state) | {"workers": self.group.world})
-
-    def restore(self, folder: Path) -> None:
-        """Load a checkpoint; raise InputError if it is corrupted or sharded over another number of workers."""
-        try:
-            stored = storage.read_json(str(folder / STATE_FILE))
-            if stored is None:
-                raise ValueError(f"{STATE_FILE} is missing or fails its checksum")
-            epoch, step, tokens, workers = (int(stored[name]) for name in ("epoch", "step", "tokens", "workers"))
-            self.state = TrainState(
-                epoch, step, tokens, float(stored["seconds"]), dict(stored["sums"]), list(stored["history"])
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise checkpoint_error(folder, error) from error
-        if self.engine.every_rank and workers != self.group.world:
-            raise InputError(
-                f"the checkpoint {folder} was written by {workers} workers, and DeepSpeed resumes only with as many: "
-                f"use --workers {workers}, or delete the checkpoint"
-            )
-        self.engine.load(folder)
+    def export(self, folder: Path) -> None:
+        """Write the student, with its whole embedding table."""
+        restore_embeddings(self.student)
+        save_student(folder / STUDENT, self.student)
 
 
 def _counts(mix: LossWeights, batch: LabelBatch) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Optimisation engines: AdamW with optional DDP, and DeepSpeed ZeRO; both write and load checkpoints.
+"""Optimization engines: AdamW with optional DDP, and DeepSpeed ZeRO; both write and load checkpoints.
 
-AdamW checkpoints hold tensors only. DeepSpeed pickles its checkpoints, so they are loaded from the run's own folder
-only. Memory: four times the student; ZeRO shards the optimiser's half of it over the workers.
+AdamW checkpoints hold tensors only; DeepSpeed pickles its own, so they are loaded from the run's own folder only.
+Memory: four times the model; ZeRO shards the optimizer's half of it over the workers.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,32 +28,6 @@ CHECKSUM_FILE = "tensors.sha256"  # checksum of TENSORS: safetensors does not de
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
 
-class Engine(Protocol):
-    """Wraps a student for training and takes optimiser steps."""
-
-    student: Student  # the module itself, for forward passes without gradient
-    model: nn.Module  # the wrapped module, for training
-    every_rank: bool  # whether each worker writes a part of a checkpoint
-
-    def slice_of_step(self, last: bool) -> AbstractContextManager[Any]:
-        """Return a context for forward and backward of one slice of a step; gradients are reduced with the last."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of a loss."""
-
-    def step(self, lr: float) -> None:
-        """Clip the accumulated gradients, take a step and clear them; raise MsenseError if one is not finite."""
-
-    def whole(self) -> AbstractContextManager[Any]:
-        """Return a context in which the student's weights are complete; all workers must enter it."""
-
-    def save(self, folder: Path) -> None:
-        """Write weights and optimiser state."""
-
-    def load(self, folder: Path) -> None:
-        """Load what `save` wrote; raise InputError if it is corrupted or belongs to another student."""
-
-
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW's groups: matrices and a static student's shift decay; biases, norms and embeddings do not."""
     parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -63,30 +37,25 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 class DDPEngine:
-    """AdamW; `wrap` may add DDP.
+    """AdamW; `wrap` may add DDP. `student` is the module itself, `model` the wrapped one for training.
 
     Example:
-        engine = Plain(student, weight_decay=0.01, clip=1.0)
-        engine.backward(loss)
-        engine.step(lr=1e-3)
+        >>> engine = DDPEngine(student, weight_decay=0.01, clip=1.0)
+        >>> engine.backward(loss)
+        >>> engine.step(lr=1e-3)
     """
 
-    every_rank = False
+    every_rank = False  # whether each worker writes a part of a checkpoint
 
     def __init__(
-        self,
-        student: nn.Module,
-        weight_decay: float,
-        clip: float,
-        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        self, student: nn.Module, weight_decay: float, clip: float, wrap: Callable[[Any], Any] | None = None
     ) -> None:
         self.student: Any = student
-        self.model = wrap(student) if wrap else student
-        self.clip = clip
+        self.model, self.clip = wrap(student) if wrap else student, clip
         self.optimizer = torch.optim.AdamW(parameter_groups(student, weight_decay), fused=True)
 
     def slice_of_step(self, last: bool) -> AbstractContextManager[Any]:
-        """Postpone DDP's gradient reduction to the last slice."""
+        """Return a context for forward and backward of a slice of a step; gradients are reduced with the last."""
         no_sync: Callable[[], AbstractContextManager[Any]] = getattr(self.model, "no_sync", nullcontext)
         return nullcontext() if last else no_sync()
 
@@ -95,7 +64,7 @@ class DDPEngine:
         torch.autograd.backward(loss)
 
     def step(self, lr: float) -> None:
-        """Clip the gradients and take a step."""
+        """Clip the accumulated gradients, take a step and clear them; raise MsenseError if one is not finite."""
         if self.clip:
             norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.clip, foreach=True)
             _check_norm(float(norm))
@@ -105,11 +74,11 @@ class DDPEngine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def whole(self) -> AbstractContextManager[Any]:
-        """Do nothing: every worker has all weights."""
+        """Return a context in which the student's weights are complete; all workers must enter it."""
         return nullcontext()
 
     def save(self, folder: Path) -> None:
-        """Write trained weights and optimiser state to one file, and its checksum."""
+        """Write trained weights and optimizer state to one file, and its checksum."""
         frozen = _frozen(self.student)
         tensors = {f"student.{name}": value for name, value in self.student.state_dict().items() if name not in frozen}
         for number, state in self.optimizer.state_dict()["state"].items():
@@ -118,7 +87,7 @@ class DDPEngine:
         (folder / CHECKSUM_FILE).write_text(storage.sha256_of(folder / TENSORS), encoding="ascii")
 
     def load(self, folder: Path) -> None:
-        """Load that file after verifying its checksum."""
+        """Load what `save` wrote; raise InputError if it is corrupted or belongs to another student."""
         try:
             if storage.sha256_of(folder / TENSORS) != (folder / CHECKSUM_FILE).read_text(encoding="ascii"):
                 raise ValueError(f"checksum mismatch of {TENSORS}")
@@ -135,19 +104,19 @@ class DDPEngine:
 
 
 class DeepSpeedEngine:
-    """DeepSpeed engine; stage 1 shards the optimiser state over the workers, 2 also gradients, 3 also weights."""
+    """DeepSpeed engine; stage 1 shards the optimizer state over the workers, 2 also gradients, 3 also weights."""
 
     every_rank = True
 
     def __init__(self, student: Student, weight_decay: float, clip: float, stage: int, device: str) -> None:
-        """Initialise DeepSpeed; torch's process group must exist."""
-        os.environ.setdefault("DS_ACCELERATOR", device)  # read when DeepSpeed is first imported in this process
+        """Initialize DeepSpeed; torch's process group must exist."""
+        os.environ.setdefault("DS_ACCELERATOR", device)  # read when DeepSpeed is first imported
         os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")  # workers of this node
         import deepspeed
 
         self.stage, self.clip = stage, clip
         config = {
-            "train_micro_batch_size_per_gpu": 1,  # losses are normalised by `losses.weighted`, not by DeepSpeed
+            "train_micro_batch_size_per_gpu": 1,  # losses are normalized by `combine_losses`, not by DeepSpeed
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip,
             "zero_optimization": {"stage": stage, "overlap_comm": False},
@@ -192,11 +161,13 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """Load the shards; the number of workers must be the one that wrote them."""
         try:
-            path, _ = self.model.load_checkpoint(str(folder), tag=ZERO)
+            if self.model.load_checkpoint(str(folder), tag=ZERO)[0] is None:
+                raise FileNotFoundError(f"{ZERO}/ is missing")
         except (*_DAMAGE, AssertionError) as error:
             raise checkpoint_error(folder, error) from error
-        if path is None:
-            raise checkpoint_error(folder, FileNotFoundError(f"{ZERO}/ is missing"))
+
+
+Engine = DDPEngine | DeepSpeedEngine
 
 
 def _frozen(student: nn.Module) -> dict[str, Tensor]:
@@ -204,13 +175,15 @@ def _frozen(student: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in student.named_parameters() if not parameter.requires_grad}
 
 
-def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next step, which saves a fifth of a step on a CPU.
+def prepare_process(threads: int) -> None:
+    """Set the number of torch threads, and keep freed memory."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
 
-    Otherwise large tensors are returned to the system, and the kernel zeroes every page of the next ones.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory, which saves a fifth of a step: the kernel zeroes every page that it hands out."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, _NEVER)
 

@@ -18,13 +18,13 @@ from msense.dictionary.layout import TeacherName
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.arrays import row_blocks
-from msense.io.untrusted import Artefact, FrozenModel, format_errors, printable
+from msense.io.untrusted import Artefact, FrozenModel, TensorSpecs, format_errors, printable
 from msense.run.folder import RunFolder
 from msense.teacher.batching import pad_batch, token_batches
 
 POOL_BATCHES = 64  # batches whose passages are sorted by length together
 _LONGEST = 1 << 24  # tokens of a passage
-_TYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "F16": "<f2", "U8": "|u1"}
+_DTYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "F16": "<f2", "U8": "|u1"}
 _SUM_TOLERANCE = 0.01  # of the sum of weights stored in float16
 LABELS = Artefact("set of labels", "run jobs/distill.py again to regenerate it", InputError)
 _Count = Annotated[int, Field(ge=0, lt=1 << 60)]
@@ -63,26 +63,17 @@ class LabelManifest(FrozenModel):
     normalize: bool
     partitions: tuple[LabelPartition, ...] = Field(min_length=1, alias="units")
 
-    @property
-    def passages(self) -> int:
-        """Total number of passages."""
-        return sum(partition.passages for partition in self.partitions)
-
-    @property
-    def tokens(self) -> int:
-        """Total number of tokens."""
-        return sum(partition.tokens for partition in self.partitions)
+    def total(self, name: str) -> int:
+        """Return the sum of a count over all partitions."""
+        return sum(getattr(partition, name) for partition in self.partitions)
 
 
-Columns = dict[str, tuple[str, tuple[int, ...]]]  # name: (safetensors dtype, shape)
-
-
-def label_columns(passages: int, tokens: int, dim: int, soft_targets: int) -> Columns:
+def label_columns(passages: int, tokens: int, dim: int, soft_targets: int) -> TensorSpecs:
     """Return the tensors of a file of P passages and N tokens; `dim` 0 means no pooled embeddings.
 
     `offsets` [P + 1] delimits the passages in `ids`, `senses` (65535 = none), `soft_senses`, `soft_weights` [N, ...].
     """
-    columns: Columns = {
+    columns: TensorSpecs = {
         "offsets": ("I64", (passages + 1,)),
         "ids": ("I32", (tokens,)),
         "senses": ("U16", (tokens,)),
@@ -117,9 +108,9 @@ class LabelSet:
         lengths: int32 [P], tokens of each passage.
 
     Example:
-        labels = LabelSet.open("runs/student")
-        for passages in labels.batches(epoch=0, seed=0, tokens_per_batch=8192):
-            batch = labels.read(passages)  # ids, mask, senses, ...
+        >>> labels = LabelSet.open("runs/student")
+        >>> for passages in labels.batches(epoch=0, seed=0, tokens_per_batch=8192):
+        ...     batch = labels.read(passages)  # ids, mask, senses, ...
     """
 
     def __init__(self, manifest: LabelManifest, folder: Path, sizes: np.ndarray) -> None:
@@ -127,10 +118,10 @@ class LabelSet:
         self.manifest = manifest
         self._sizes = sizes
         self._files = [folder / Path(RunFolder("").label_file(n)).name for n in range(len(manifest.partitions))]
-        self._units = [_map_unit(f, u, manifest) for f, u in zip(self._files, manifest.partitions, strict=True)]
+        self._columns = [_map_partition(f, p, manifest) for f, p in zip(self._files, manifest.partitions, strict=True)]
         self._first = np.cumsum([0, *(partition.passages for partition in manifest.partitions)])
-        self.lengths = np.concatenate([np.diff(partition["offsets"]).astype(np.int32) for partition in self._units])
-        self._held_out = np.concatenate([partition["held_out"] for partition in self._units]).astype(bool)
+        self.lengths = np.concatenate([np.diff(columns["offsets"]).astype(np.int32) for columns in self._columns])
+        self._held_out = np.concatenate([columns["held_out"] for columns in self._columns]).astype(bool)
 
     @classmethod
     def open(cls, run: str, verify: bool = False) -> "LabelSet":
@@ -163,51 +154,28 @@ class LabelSet:
                 raise _corrupted(path, "checksum mismatch")
         return labels
 
-    def batches(
-        self, epoch: int, seed: int, tokens_per_batch: int, world: int = 1, rank: int = 0, first_step: int = 0
-    ) -> Iterator[np.ndarray]:
-        """Yield the passages of each step of an epoch; the global batches do not depend on `world`.
+    def batches(self, epoch: int, seed: int, tokens_per_batch: int) -> Iterator[np.ndarray]:
+        """Yield the passages of each step of an epoch, int64 [B]; the number of steps varies slightly between epochs.
 
         Every training passage occurs once, in an order determined by (seed, epoch): shuffled, sorted by length within
-        pools of `POOL_BATCHES` batches, then the batches of each pool are shuffled.
-
-        Args:
-            epoch: from 0.
-            seed: of the order.
-            tokens_per_batch: maximum padded tokens of a global batch; a longer passage forms a batch of its own.
-            world: number of workers.
-            rank: of this worker, which gets every world-th passage of a batch (possibly none).
-            first_step: number of steps to skip.
-
-        Yields:
-            int64 [B], passage numbers.
+        pools of `POOL_BATCHES` batches, then the batches of each pool are shuffled. A batch has at most
+        `tokens_per_batch` padded tokens; a longer passage forms a batch of its own.
         """
-        for step, batch in enumerate(self._global_batches(epoch, seed, tokens_per_batch)):
-            if step >= first_step:
-                yield batch[rank::world]
-
-    def steps(self, epoch: int, seed: int, tokens_per_batch: int) -> int:
-        """Return the number of batches of an epoch; it varies slightly between epochs."""
-        return sum(1 for _ in self._global_batches(epoch, seed, tokens_per_batch))
-
-    def _global_batches(self, epoch: int, seed: int, budget: int) -> Iterator[np.ndarray]:
-        """Yield the global batches of an epoch, int64 [B]."""
         rng = np.random.Generator(np.random.PCG64([seed, epoch]))
         order = np.flatnonzero(~self._held_out)
         rng.shuffle(order)
-        number = np.cumsum(self.lengths[order], dtype=np.int64) // (POOL_BATCHES * budget)
+        number = np.cumsum(self.lengths[order], dtype=np.int64) // (POOL_BATCHES * tokens_per_batch)
         for pool in np.split(order, np.flatnonzero(np.diff(number)) + 1) if len(order) else ():
-            batches = [pool[batch] for batch in token_batches(self.lengths[pool], budget)]
-            for number in rng.permutation(len(batches)):
-                yield batches[number]
+            batches = [pool[batch] for batch in token_batches(self.lengths[pool], tokens_per_batch)]
+            yield from (batches[number] for number in rng.permutation(len(batches)))
 
     def token_counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the counts of each token in the training and the held-out passages, int64 [V]; reads all ids."""
         counts = np.zeros((2, self.manifest.vocab_size), np.int64)
-        for file, partition in zip(self._files, self._units, strict=True):
-            ids = partition["ids"]
+        for file, columns in zip(self._files, self._columns, strict=True):
+            ids = columns["ids"]
             _check_ids(ids, counts.shape[1], file)
-            is_held_out = np.repeat(partition["held_out"], np.diff(partition["offsets"]))
+            is_held_out = np.repeat(columns["held_out"], np.diff(columns["offsets"]))
             for part in (0, 1):
                 counts[part] += np.bincount(ids[is_held_out == part], minlength=counts.shape[1])
         return counts[0], counts[1]
@@ -227,24 +195,19 @@ class LabelSet:
                 f"no passages, or a number outside 0 to {len(self.lengths) - 1}: pass valid passage numbers"
             )
         partition = np.searchsorted(self._first, passages, side="right") - 1
-        rows: dict[str, list[Any]] = {name: [None] * len(passages) for name in self._units[0]}
-        for place, (u, row) in enumerate(
-            zip(partition.tolist(), (passages - self._first[partition]).tolist(), strict=True)
-        ):
-            columns = self._units[u]
+        rows: dict[str, list[Any]] = {name: [None] * len(passages) for name in self._columns[0]}
+        places = zip(partition.tolist(), (passages - self._first[partition]).tolist(), strict=True)
+        for place, (number, row) in enumerate(places):
+            columns = self._columns[number]
             start, stop = columns["offsets"][row : row + 2].tolist()
             for name, values in columns.items():
                 per_passage = name in ("offsets", "held_out", "pooled")
                 rows[name][place] = values[row] if per_passage else values[start:stop]
-        ids, mask = pad_batch(rows["ids"])
-        self._check(
-            rows, self._files[int(partition[0])] if len(set(partition.tolist())) == 1 else self._files[0].parent
-        )
-        padded = torch.from_numpy(mask)
+        self._check(rows, self._files[int(partition[0])] if len(np.unique(partition)) == 1 else self._files[0].parent)
+        ids, mask = map(torch.from_numpy, pad_batch(rows["ids"]))
         pooled = torch.from_numpy(np.stack(rows["pooled"])).float() if "pooled" in rows else None
-        soft = [_padded(rows[name], padded) if name in rows else None for name in ("soft_senses", "soft_weights")]
-        senses = _padded(rows["senses"], padded)
-        return LabelBatch(torch.from_numpy(ids).long(), padded, senses, pooled, soft[0], soft[1])
+        soft = [_padded(rows[name], mask) if name in rows else None for name in ("soft_senses", "soft_weights")]
+        return LabelBatch(ids.long(), mask, _padded(rows["senses"], mask), pooled, soft[0], soft[1])
 
     def _check(self, rows: dict[str, list[Any]], where: Path) -> None:
         """Raise InputError for out-of-range ids or senses, invalid weights, and values that are not finite."""
@@ -274,23 +237,21 @@ def _check_ids(ids: np.ndarray, vocabulary: int, where: Path) -> None:
 
 def _padded(rows: list[np.ndarray], mask: Tensor) -> Tensor:
     """Pad senses (int64, -1) or weights (float32, 0) of passages according to the mask: [B, L, ...]."""
-    values = torch.from_numpy(np.concatenate(rows).astype(np.float32 if rows[0].dtype == np.float16 else np.int64))
-    weights = values.dtype == torch.float32
+    weights = rows[0].dtype == np.float16
+    values = torch.from_numpy(np.concatenate(rows).astype(np.float32 if weights else np.int64))
     out = torch.full((*mask.shape, *values.shape[1:]), 0 if weights else -1, dtype=values.dtype)
     out[mask] = values if weights else values.masked_fill(values == NO_SENSE, -1)
     return out
 
 
-def _map_unit(file: Path, partition: LabelPartition, manifest: LabelManifest) -> dict[str, np.ndarray]:
+def _map_partition(file: Path, partition: LabelPartition, manifest: LabelManifest) -> dict[str, np.ndarray]:
     """Map one label file and check its passage offsets and held-out flags."""
     dim = manifest.dim if manifest.pooled else 0
     columns = _map_columns(file, label_columns(partition.passages, partition.tokens, dim, manifest.soft_targets))
     offsets, held_out = columns["offsets"], columns["held_out"]
-    if (
-        offsets[0] != 0
-        or offsets[-1] != partition.tokens
-        or any((p[1:] <= p[:-1]).any() or np.diff(p).max(initial=0) > _LONGEST for p in row_blocks(offsets, 1))
-    ):  # read in pieces, so that a huge sparse file fails early
+    unequal = (offsets[0], offsets[-1]) != (0, partition.tokens)
+    # read in blocks, so that a huge sparse file fails early
+    if unequal or any((p[1:] <= p[:-1]).any() or np.diff(p).max(initial=0) > _LONGEST for p in row_blocks(offsets, 1)):
         raise _corrupted(file, "passage offsets do not increase from 0 to the number of tokens")
     flagged = int(held_out.sum(dtype=np.int64))
     if any(p.max(initial=0) > 1 for p in row_blocks(held_out)) or flagged != partition.held_out_passages:
@@ -298,25 +259,21 @@ def _map_unit(file: Path, partition: LabelPartition, manifest: LabelManifest) ->
     return columns
 
 
-def _map_columns(file: Path, expected: Columns) -> dict[str, np.ndarray]:
+def _map_columns(file: Path, expected: TensorSpecs) -> dict[str, np.ndarray]:
     """Map a safetensors file that has exactly the expected tensors and size."""
     try:
         header, starts = LABELS.header(LABELS.inside(file, file.parent))
-        if header.keys() != expected.keys():
-            raise _corrupted(file, "its tensors do not match the manifest")
-        for name, (dtype, shape) in expected.items():
-            if header[name] != (dtype, shape):
-                raise _corrupted(file, f"{name} is not {dtype} {list(shape)}")
-        return {name: _map_array(file, starts[name], *spec) for name, spec in expected.items()}
+        if wrong := [name for name in {**expected, **header} if header.get(name) != expected.get(name)]:
+            name = wrong[0]
+            raise _corrupted(file, f"tensor {printable(name)} is {header.get(name)}, not {expected.get(name)}")
+        return {
+            name: np.asarray(np.memmap(file, np.dtype(_DTYPES[dtype]), "r", starts[name], shape))
+            if all(shape)
+            else np.zeros(shape, _DTYPES[dtype])  # mmap rejects empty ranges
+            for name, (dtype, shape) in expected.items()
+        }
     except (OSError, OverflowError, MemoryError) as error:
         raise _corrupted(file, printable(error)) from error
-
-
-def _map_array(file: Path, start: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Map one array of a file; mmap rejects empty ranges, so empty arrays are allocated."""
-    if not all(shape):
-        return np.zeros(shape, _TYPES[dtype])
-    return np.asarray(np.memmap(file, np.dtype(_TYPES[dtype]), "r", start, shape))
 
 
 def _corrupted(path: Path, why: str) -> InputError:

@@ -5,7 +5,7 @@ differentiable in the student's embeddings only. For memory see `sense_losses`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class LossWeights:
     """Weights of the losses, each of which is a mean over tokens or passages.
 
     Example:
-        >>> Mix(sense=1.0, pooled=50.0).weights()
+        >>> LossWeights(sense=1.0, pooled=50.0).weights()
         {'sense': 1.0, 'pooled': 50.0}
     """
 
@@ -48,14 +48,12 @@ class LossWeights:
     mse: float = 0.0  # mean squared difference of the hidden states
     cosine: float = 0.0  # 1 - cosine of the hidden states
     metric: Metric | None = None  # of sense scores; None: the dictionary's
-    temperature: float | None = (
-        1 / 3
-    )  # divides sense scores, in units of the mean squared RMS distance; None: raw scores
+    temperature: float | None = 1 / 3  # divides sense scores, in units of the mean squared distance; None: raw scores
 
     def weights(self) -> dict[str, float]:
         """Return the non-zero weights by loss name."""
-        every = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("metric", "temperature")}
-        return {name: weight for name, weight in every.items() if weight}
+        weights = asdict(self)
+        return {name: weights[name] for name in ("sense", "pooled", "replaced", "mse", "cosine") if weights[name]}
 
     def space(self, dictionary: SenseDictionary) -> SenseScorer:
         """Return the dictionary's senses prepared for scoring many batches."""
@@ -72,7 +70,7 @@ def compute_losses(
     space: SenseScorer,
     sentence: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, LossSum]:
-    """Return the losses that have a weight in `mix` by name, unweighted; `weighted` combines them.
+    """Return the losses that have a weight in `mix` by name, unweighted; `combine_losses` combines them.
 
     Args:
         mix: the losses to compute.
@@ -107,7 +105,7 @@ def compute_losses(
 def combine_losses(
     mix: LossWeights, sums: Mapping[str, LossSum], counts: Mapping[str, int], workers: int = 1
 ) -> Tensor:
-    """Combine loss sums into one scalar; the only place where losses are normalised.
+    """Combine loss sums into one scalar; the only place where losses are normalized.
 
     `counts` are those of the whole global batch, so gradients of its slices add up to its gradient. Data-parallel
     training averages gradients over workers, hence the factor `workers`.
@@ -117,14 +115,14 @@ def combine_losses(
     return torch.stack(parts).sum()
 
 
-def cosine_loss(found: Tensor, wanted: Tensor) -> LossSum:
+def cosine_loss(outputs: Tensor, targets: Tensor) -> LossSum:
     """Return the sum of 1 - cosine over the rows of [M, D] and [M, D]."""
-    return LossSum((1 - cosine_similarity(found.float(), wanted.float(), dim=1)).sum(), len(found))
+    return LossSum((1 - cosine_similarity(outputs.float(), targets.float(), dim=1)).sum(), len(outputs))
 
 
-def mse_loss(found: Tensor, wanted: Tensor) -> LossSum:
+def mse_loss(outputs: Tensor, targets: Tensor) -> LossSum:
     """Return the sum over rows of the mean squared difference of [M, D] and [M, D]."""
-    return LossSum((found.float() - wanted.float()).square().mean(1).sum(), len(found))
+    return LossSum((outputs.float() - targets.float()).square().mean(1).sum(), len(outputs))
 
 
 def sense_accuracy(

@@ -1,4 +1,4 @@
-"""Learning rate schedules."""
+"""Learning-rate schedules."""
 
 import math
 
@@ -10,13 +10,10 @@ def lr_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
     """
     warm = warmup * steps
     if step < warm:
-        if schedule == "one-cycle":
-            return _cosine(1 / 25, 1.0, step / warm)
-        return (step + 1) / (warm + 1)
+        return _cosine(1 / 25, 1.0, step / warm) if schedule == "one-cycle" else (step + 1) / (warm + 1)
     done = (step - warm) / max(1.0, steps - warm)
-    if schedule == "constant":
-        return 1.0
-    return 1 - done if schedule == "linear" else _cosine(1.0, 1 / 250_000 if schedule == "one-cycle" else 0.0, done)
+    lowest = 1 / 250_000 if schedule == "one-cycle" else 0.0
+    return {"constant": 1.0, "linear": 1 - done}.get(schedule, _cosine(1.0, lowest, done))
 
 
 def _cosine(first: float, last: float, share: float) -> float:

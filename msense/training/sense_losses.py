@@ -1,6 +1,6 @@
 """Losses over the senses of tokens: cross-entropy with the teacher's sense, and differentiable soft replacement.
 
-Both use the same scores, computed once. Memory: N·D numbers, N·K probabilities and `HELD_NUMBERS` of senses kept for
+Both use the same scores, computed once. Memory: N·D numbers, N·K probabilities and `MAX_HELD_ELEMENTS` of senses kept for
 the backward pass, a few times `assignment.BATCH_ELEMENTS`, and optionally the senses in float32; never [N, K, D].
 """
 
@@ -34,7 +34,7 @@ class SenseLabels:
     """The teacher's senses of N tokens, hard or soft."""
 
     numbers: np.ndarray  # uint16 [N], or [N, m] for the m nearest; 65535 = none
-    weights: np.ndarray | None = None  # float [N, m], non-negative, normalised per token; None: all equal
+    weights: np.ndarray | None = None  # float [N, m], non-negative, normalized per token; None: all equal
 
 
 class SenseScorer:
@@ -45,14 +45,14 @@ class SenseScorer:
 
     Example:
         >>> senses = RaggedSenses(np.array([0, 2]), (torch.tensor([[0.0, 0], [2, 0]]),))
-        >>> space = SenseSpace(senses, "l2", scale=1.0)
+        >>> space = SenseScorer(senses, "l2", scale=1.0)
         >>> loss, _ = sense_losses(torch.zeros(1, 2), np.array([0]), SenseLabels(np.array([0])), space, replaced=False)
         >>> round(loss.total.item(), 4)  # log(1 + exp(-4))
         0.0181
     """
 
     def __init__(self, senses: RaggedSenses, metric: Metric, scale: float, *, kept: bool = False) -> None:
-        """Store the senses, best on the embeddings' device; `kept` caches them prepared, up to KEPT_BYTES."""
+        """Store the senses, best on the embeddings' device; `kept` caches them prepared, up to MAX_CACHE_BYTES."""
         self.senses, self.metric, self.scale = senses, metric, scale
         self._cache: tuple[Tensor, Tensor] | None = None
         if kept and sum(part.numel() for part in senses.parts) * 4 <= MAX_CACHE_BYTES:
@@ -94,16 +94,16 @@ class SenseScorer:
             ready, bias = (part.to(like.device) for part in self._prepare(rows, first, like.dtype))
         return ready.view(*shape, -1), bias.view(shape)
 
-    def mean(self, chances: Tensor, batch: Batch, ready: Tensor) -> Tensor:
+    def mean(self, shares: Tensor, batch: Batch, ready: Tensor) -> Tensor:
         """Return the mean of each token's senses [T, n, D], weighted by probabilities [T, n, K]."""
         if self.metric == "dot":
-            return torch.bmm(chances, ready)
+            return torch.bmm(shares, ready)
         if self.metric == "l2":
             origin = self.senses.rows(batch.senses[:, 0]).to(ready.device, ready.dtype)
-            return torch.baddbmm(origin[:, None], chances, ready)
-        return torch.bmm(chances, self._raw(batch, ready))
+            return torch.baddbmm(origin[:, None], shares, ready)
+        return torch.bmm(shares, self._raw(batch, ready))
 
-    def above(self, upstream: Tensor, batch: Batch, ready: Tensor) -> Tensor:
+    def products(self, upstream: Tensor, batch: Batch, ready: Tensor) -> Tensor:
         """Return products [T, n, K] of upstream gradients [T, n, D] with senses, up to a constant per embedding."""
         if self.metric == "cosine":
             ready = self._raw(batch, ready)
@@ -175,16 +175,11 @@ class _Target(NamedTuple):
 
 
 class _SenseLosses(torch.autograd.Function):
-    """Keep the sense probabilities for the backward pass, and up to `HELD_NUMBERS` of the senses themselves."""
+    """Keeps the sense probabilities for the backward pass, and up to `MAX_HELD_ELEMENTS` of the senses themselves."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        embeddings: Tensor,
-        ids: np.ndarray,
-        space: SenseScorer,
-        target: _Target | None,
-        replaced: bool,
+        ctx: Any, embeddings: Tensor, ids: np.ndarray, space: SenseScorer, target: _Target | None, replaced: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         total = torch.zeros((), dtype=torch.float64, device=embeddings.device)
@@ -192,40 +187,35 @@ class _SenseLosses(torch.autograd.Function):
         ctx.space, ctx.target, ctx.kept, held = space, target, [], 0
         with torch.autocast(embeddings.device.type, enabled=False):
             for batch, rows, ready, logits in space.batches(embeddings, ids):
-                chances = logits.log_softmax(2)
+                shares = logits.log_softmax(2)
                 if target is not None:
-                    wanted, weight = target.numbers[rows], target.weights[rows].to(logits.dtype)  # [T, n, m]
-                    total -= drop_padding((chances.gather(2, wanted) * weight).sum(2), batch).sum(dtype=torch.float64)
-                chances = chances.exp_()
+                    numbers, weight = target.numbers[rows], target.weights[rows].to(logits.dtype)  # [T, n, m]
+                    total -= drop_padding((shares.gather(2, numbers) * weight).sum(2), batch).sum(dtype=torch.float64)
+                shares = shares.exp_()
                 if replaced:
-                    _put(out, rows, space.mean(chances, batch, ready))
+                    _put(out, rows, space.mean(shares, batch, ready))
                 if ctx.needs_input_grad[0]:
                     held += ready.numel()
-                    ctx.kept.append((batch, rows, chances, ready if held <= MAX_HELD_ELEMENTS else None))
+                    ctx.kept.append((batch, rows, shares, ready if held <= MAX_HELD_ELEMENTS else None))
         ctx.save_for_backward(embeddings)
         return total.to(torch.promote_types(embeddings.dtype, torch.float32)), out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any,
-        of_total: Tensor | None,
-        of_means: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_total: Tensor | None, of_means: Tensor | None) -> tuple[Tensor | None, ...]:
         (embeddings,), space, target = ctx.saved_tensors, ctx.space, ctx.target
         gradient = torch.zeros_like(embeddings) if of_means is None else of_means.clone()
         with torch.autocast(embeddings.device.type, enabled=False):
-            for batch, rows, chances, ready in ctx.kept:
-                ready = space.ready(batch, chances)[0] if ready is None else ready
-                weights = torch.zeros_like(chances)
+            for batch, rows, shares, ready in ctx.kept:
+                ready = space.ready(batch, shares)[0] if ready is None else ready
+                weights = torch.zeros_like(shares)
                 if of_total is not None and target is not None:
-                    weights.addcmul_(chances, target.labelled[rows].to(chances.dtype)[..., None])
-                    weights.scatter_add_(2, target.numbers[rows], -target.weights[rows].to(chances.dtype)).mul_(
-                        of_total
-                    )
+                    weights.addcmul_(shares, target.labelled[rows].to(shares.dtype)[..., None])
+                    given = -target.weights[rows].to(shares.dtype)
+                    weights.scatter_add_(2, target.numbers[rows], given).mul_(of_total)
                 if of_means is not None:
-                    above = space.above(space.points(of_means, rows), batch, ready)
-                    weights.addcmul_(above.sub_((chances * above).sum(2, keepdim=True)), chances)
+                    products = space.products(space.points(of_means, rows), batch, ready)
+                    weights.addcmul_(products.sub_((shares * products).sum(2, keepdim=True)), shares)
                 _put(gradient, rows, space.pull(weights, embeddings, rows, ready))
         return gradient, None, None, None, None
 
@@ -236,7 +226,7 @@ def _put(out: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def _target(labels: SenseLabels, ids: np.ndarray, offsets: np.ndarray, device: torch.device) -> _Target:
-    """Check labels and normalise each token's weights to sum 1."""
+    """Check labels and normalize each token's weights to sum 1."""
     numbers = labels.numbers.astype(np.int64)
     numbers = numbers[:, None] if numbers.ndim == 1 else numbers
     weights = np.ones(numbers.shape) if labels.weights is None else labels.weights.astype(np.float64)

@@ -1,62 +1,85 @@
-"""Settings: flags over YAML over defaults, and every error at once."""
-
-from pathlib import Path
+"""Settings: validation, values that follow from others, and which settings the results depend on."""
 
 import pytest
 
-from msense.cli.flags import parse_flags
+from msense.config.base import validate_config
 from msense.config.build import BuildConfig
+from msense.config.distill import DistillConfig
 from msense.errors import InputError
 
 
-def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("senses: 7\nmax-occurrences: 50\nmetric: cosine\ncorpus: one.txt\nkeep: [centroids]\ndedup: true\n")
-    config = parse_flags(BuildConfig, "x", ["--metric", "dot", "--config", str(file), "--no-dedup", "--workers", "3"])
-    assert (config.senses, config.max_occurrences, config.metric, config.dedup) == (7, 50, "dot", False)
-    assert (config.corpus, config.keep, config.workers, config.coverage) == (("one.txt",), ("centroids",), 3, 1.0)
-    assert parse_flags(BuildConfig, "x", ["--corpus", "a", "b", "--keep"]).corpus == ("a", "b")
-    assert parse_flags(BuildConfig, "x", ["--corpus", "a", "--corpus", "b", "c"]).corpus == ("a", "b", "c")
+def distill(**settings: object) -> DistillConfig:
+    return validate_config(DistillConfig, {"dictionary": "d", **settings})
 
 
-def test_all_errors_are_shown_at_once(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("colour: red\nsenses: few\n")
-    with pytest.raises(InputError) as caught:
-        parse_flags(BuildConfig, "x", ["--config", str(file), "--coverage", "1.5", "--metric", "l3"])
-    for told in ("colour", "must be a number from 1 to 65534, auto or mcl", "coverage", "metric"):
-        assert told in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [("[1, 2]", "must hold `setting: value` lines"), ("a: [", "cannot read"), ("\udcff", "cannot read")],
-)
-def test_files_that_are_no_settings_are_refused(tmp_path: Path, text: str, told: str) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(InputError, match=told):
-        parse_flags(BuildConfig, "x", ["--config", str(file)])
-    with pytest.raises(InputError, match=r"cannot read the config file .*none.yaml"):
-        parse_flags(BuildConfig, "x", ["--config", str(tmp_path / "none.yaml")])
-
-
-def test_every_setting_has_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse_flags(BuildConfig, "x", ["--help"])
-    assert caught.value.code == 0
-    shown = capsys.readouterr().out
-    for name, field in BuildConfig.model_fields.items():
-        assert "--" + name.replace("_", "-") in shown
-        assert field.description
-
-
-def test_a_passage_gives_a_twentieth_of_the_cap_at_most() -> None:
+def test_occurrences_per_passage_are_a_twentieth_of_the_cap() -> None:
     assert [BuildConfig(max_occurrences=n).per_passage for n in (0, 5, 20, 1000)] == [0, 1, 1, 50]
 
 
-def test_what_does_not_change_results_is_left_out_of_the_manifest() -> None:
-    plain = BuildConfig()
-    other = BuildConfig(workers=7, output="elsewhere", keep=(), dry_run=True, max_points_per_part=2048)
-    assert plain.of_results() == other.of_results()
-    assert plain.of_results() != BuildConfig(seed=1).of_results()
+def test_settings_without_influence_on_the_results_are_not_in_the_manifest() -> None:
+    free = {
+        "workers": 7,
+        "output": "elsewhere",
+        "local": True,
+        "dry_run": True,
+        "gpus_per_actor": 0.5,
+        "log_level": "error",
+    }
+    build = BuildConfig().of_results()
+    assert build == BuildConfig(**free, keep=(), max_points_per_part=2048, task_memory="4GB").of_results()
+    assert build != BuildConfig(seed=1).of_results()
+    plain, other = distill(), distill(**free, teacher="t")
+    assert (plain.of_labels(), plain.of_training()) == (other.of_labels(), other.of_training())
+    assert distill(temperature=1).of_labels() == plain.of_labels()  # no weights are stored
+    assert distill(temperature=1, soft_targets=2).of_labels()["temperature"] == 1
+    assert not plain.of_labels().keys() & plain.of_training().keys() - {"temperature"}
+
+
+@pytest.mark.parametrize(
+    ("given", "objective"),
+    [
+        (["sense", "pooled=10"], {"sense": 1.0, "pooled": 10.0}),
+        ("pooled", {"pooled": 1.0}),
+        ({"replaced": 2}, {"replaced": 2.0}),
+    ],
+)
+def test_objectives_are_losses_with_weights(given: object, objective: dict[str, float]) -> None:
+    assert distill(objective=given).objective == objective
+
+
+def test_defaults_follow_from_other_settings() -> None:
+    assert (distill().heads, distill(objective="sense replaced").heads) == ("two", "one")
+    assert distill(pooled=False).objective == {"sense": 1.0}
+    paper = distill(reference=True)
+    assert (paper.objective, paper.heads, paper.pooled, paper.epochs) == ({"sense": 1.0}, "one", False, 5)
+    assert distill(reference=True, epochs=2).epochs == 2
+    assert BuildConfig(reference=True).metric == "dot"
+    assert BuildConfig(reference=True, metric="l2", special_tokens="auto").metric == "l2"
+
+
+def test_all_errors_are_reported_at_once() -> None:
+    wrong = {
+        "student": "layers:0",
+        "objective": ["sens"],
+        "lr": 0,
+        "held_out": 0.9,
+        "text_column": "t",
+        "reference": "yes",
+    }
+    with pytest.raises(InputError) as caught:
+        validate_config(DistillConfig, {**wrong, "output": "https://x/y"})
+    fields = (
+        "dictionary: ",
+        "student: must be layers:N",
+        "objective: unknown loss sens;",
+        "lr: ",
+        "held_out: ",
+        "reference: ",
+    )
+    for part in (*fields, "text_column: ", "--corpus", "output: ", "https://"):
+        assert part in str(caught.value)
+    with pytest.raises(InputError, match="--no-pooled"):
+        distill(pooled=False, objective="pooled")
+    for weights in (["sense=0"], ["sense=nan"], ["sense="], []):
+        with pytest.raises(InputError, match="objective"):
+            distill(objective=weights)

@@ -1,4 +1,4 @@
-"""Passages: cut at word ends without losing or repeating tokens, with keys that depend on the document only."""
+"""Passages: cut at word ends, with keys that depend on the document only (tests/pipelines/test_properties.py has more)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,17 +32,6 @@ def letters_tokenizer() -> Tokenizer:
 
 
 TOKENIZER = letters_tokenizer()
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(alphabet="abcdefgh ., ", max_size=120), st.integers(2, 12), st.integers(0, 6))
-def test_cuts_contain_every_token_once(text: str, length: int, stride: int) -> None:
-    encoding = TOKENIZER.encode(text, add_special_tokens=False)
-    cuts = cut_points(encoding, text, length, min(stride, length - 1))
-    bodies = [token for _, begin, end in cuts for token in range(begin, end)]
-    assert bodies == list(range(len(encoding)))
-    assert all(end - context <= length and context <= begin < end for context, begin, end in cuts)
-    assert all(begin - context <= stride for context, begin, _ in cuts)
 
 
 @settings(max_examples=100, deadline=None)
@@ -92,7 +81,7 @@ def test_keys_are_uniform_and_depend_on_document_and_seed_only() -> None:
     assert np.abs(shares - 0.1).max() < 0.012  # five standard deviations
 
 
-def test_special_frame_and_fingerprint() -> None:
+def test_special_tokens_and_fingerprint_of_a_tokenizer() -> None:
     assert special_tokens_around(TOKENIZER) == ((1,), (2,))
     other = letters_tokenizer()
     before = fingerprint(other)
@@ -105,9 +94,9 @@ def test_special_frame_and_fingerprint() -> None:
 
 def write(tmp_path: Path, text: str, spec: PassageSpec, name: str = "a.txt", **options: bool) -> tuple[Path, dict]:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    (piece,) = cut_splits(list_files([str(tmp_path / name)]))
+    (split,) = cut_splits(list_files([str(tmp_path / name)]))
     target = tmp_path / f"{name}.parquet"
-    return target, write_passages(piece, spec, TOKENIZER, target, **options)
+    return target, write_passages(split, spec, TOKENIZER, target, **options)
 
 
 def test_the_passages_file_contains_the_documents_in_order(tmp_path: Path) -> None:
@@ -142,26 +131,13 @@ def test_dedup_gives_equal_passages_equal_keys(tmp_path: Path) -> None:
     assert keys[0] == keys[2] != keys[1]
 
 
-def test_a_bad_document_is_an_error_if_requested(tmp_path: Path) -> None:
+def test_bad_documents_on_request_and_specs_without_room_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"bad document a.txt:1: empty.*--on-bad-document skip"):
         write(tmp_path, "ab\n \n", PassageSpec(max_length=9), fail_on_bad=True)
-
-
-def test_a_spec_without_room_for_text_is_rejected() -> None:
     with pytest.raises(InputError, match="max_length 4 leaves no room"):
         PassageSpec(max_length=4, prefix=(1, 2), suffix=(3,), prompt=(4,))
     with pytest.raises(InputError, match="stride 4 must be smaller than the 4 text tokens"):
         PassageSpec(max_length=4, stride=4)
-
-
-def test_long_documents_are_tokenized_in_slices_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "abc def " * 40 + "g" * 30
-    whole, _ = write(tmp_path, text, PassageSpec(max_length=500))
-    monkeypatch.setattr("msense.corpus.chunking.SLICE_CHARACTERS", 25)
-    sliced, stats = write(tmp_path, text, PassageSpec(max_length=500), name="b.txt")
-    assert stats["passages"] > 1
-    letters = [[TOKENIZER.id_to_token(i).lstrip("#") for i in read_block(str(f), 0).ids] for f in (whole, sliced)]
-    assert letters[0] == letters[1]
 
 
 def test_concatenate_and_without() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from documents import pairs, pieces_of, read, write_table, zstd
+from documents import pairs, read, splits_of, write_table, zstd
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
@@ -26,54 +26,48 @@ def two_members(raw: bytes) -> bytes:
     return gzip.compress(raw[:30]) + gzip.compress(raw[30:])
 
 
-# --- formats
-
-
-@pytest.mark.parametrize(("suffix", "pack"), [("txt", bytes), ("txt.gz", gzip.compress), ("txt.zst", zstd)])
-def test_txt_has_one_document_per_line(tmp_path: Path, suffix: str, pack: Pack) -> None:
-    path = tmp_path / f"a.{suffix}"
-    path.write_bytes(pack("\ufeffone\r\n\nthrée \x00 x\nlast".encode()))
-    texts = ["one", "empty", "thrée \x00 x", "last"]
-    assert pairs(read(path)) == [(f"a.{suffix}:{i}", text) for i, text in enumerate(texts)]
+# bytes of a file; its documents, with the number of a row without an id
+TXT = "\ufeffone\r\n\nthrée \x00 x\nlast".encode(), [(0, "one"), (1, "empty"), (2, "thrée \x00 x"), (3, "last")]
+JSONL = (
+    b'{"text": "one", "id": 7}\n{"text": "two"}\n{"text": "three", "id": "x"}\n{"text": "four", "id": null}\n',
+    [("7", "one"), (1, "two"), ("x", "three"), (3, "four")],
+)
+CSV = (
+    b'\xef\xbb\xbftext,id\r\n"a ""b"",\r\nc",7\r\nplain,\r\n\r\nx,y\r\n',
+    [("7", 'a "b",\r\nc'), (1, "plain"), (2, "empty"), ("y", "x")],
+)
 
 
 @pytest.mark.parametrize(
-    ("suffix", "pack"), [("jsonl", bytes), ("jsonl.gz", gzip.compress), ("JSONL.zst", zstd), ("jsonl.gz", two_members)]
+    ("name", "pack", "content"),
+    [
+        *[("a.txt", bytes, TXT), ("a.txt.gz", gzip.compress, TXT), ("a.txt.zst", zstd, TXT), ("a.csv", bytes, CSV)],
+        *[("a.jsonl", bytes, JSONL), ("a.jsonl.gz", gzip.compress, JSONL), ("a.JSONL.zst", zstd, JSONL)],
+        ("b.jsonl.gz", two_members, JSONL),
+    ],
 )
-def test_jsonl_text_and_id(tmp_path: Path, suffix: str, pack: Pack) -> None:
-    raw = b'{"text": "one", "id": 7}\n{"text": "two"}\n{"text": "three", "id": "x"}\n{"text": "four", "id": null}\n'
-    (tmp_path / f"a.{suffix}").write_bytes(pack(raw))
-    expected = [("7", "one"), (f"a.{suffix}:1", "two"), ("x", "three"), (f"a.{suffix}:3", "four")]
-    assert pairs(read(tmp_path / f"a.{suffix}")) == expected
-
-
-def test_csv_quotes_newlines_and_id(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext,id\r\n"a ""b"",\r\nc",7\r\nplain,\r\n\r\nx,y\r\n')
-    expected = [("7", 'a "b",\r\nc'), ("a.csv:1", "plain"), ("a.csv:2", "empty"), ("y", "x")]
-    assert pairs(read(tmp_path / "a.csv")) == expected
+def test_texts_and_ids_of_lines_and_records(tmp_path: Path, name: str, pack: Pack, content: tuple) -> None:
+    raw, rows = content
+    (tmp_path / name).write_bytes(pack(raw))
+    expected = [(own if isinstance(own, str) else f"{name}:{own}", text) for own, text in rows]
+    assert pairs(read(tmp_path / name)) == expected
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_parquet_text_types_row_groups_and_first_rows(tmp_path: Path, kind: pa.DataType) -> None:
+def test_parquet_text_types_row_groups_and_ids(tmp_path: Path, kind: pa.DataType) -> None:
     texts = [f"text {i}" for i in range(10)]
     path = write_table(tmp_path / "a.parquet", 3, body=pa.array(texts).cast(kind), other=list(range(10)))
-    pieces = pieces_of(path, piece_bytes=1)
-    assert [(p.start, p.stop, p.first_row) for p in pieces] == [(0, 1, 0), (1, 2, 3), (2, 3, 6), (3, 4, 9)]
+    splits = splits_of(path, split_bytes=1)
+    assert [(p.start, p.stop, p.first_row) for p in splits] == [(0, 1, 0), (1, 2, 3), (2, 3, 6), (3, 4, 9)]
     metadata = pq.ParquetFile(path).metadata
     two = max(metadata.row_group(i).total_byte_size for i in range(4)) * 2
-    assert [(p.start, p.stop, p.first_row) for p in pieces_of(path, piece_bytes=two)] == [(0, 2, 0), (2, 4, 6)]
+    assert [(p.start, p.stop, p.first_row) for p in splits_of(path, split_bytes=two)] == [(0, 2, 0), (2, 4, 6)]
     expected = [(f"a.parquet:{i}", text) for i, text in enumerate(texts)]
-    assert pairs(read(path, piece_bytes=1, text_column="body")) == expected
+    assert pairs(read(path, split_bytes=1, text_column="body")) == expected
     assert pairs(read(path, text_column="body")) == expected
-
-
-@pytest.mark.parametrize(("ids", "first"), [([5, None], "5"), (["x", None], "x")])
-def test_parquet_ids(tmp_path: Path, ids: list[object], first: str) -> None:
-    path = write_table(tmp_path / "a.parquet", text=["one", "two"], id=ids)
-    assert pairs(read(path)) == [(first, "one"), ("a.parquet:1", "two")]
-
-
-# --- listing
+    for ids, first in (([5, None], "5"), (["x", None], "x")):
+        write_table(path, text=["one", "two"], id=ids)
+        assert pairs(read(path)) == [(first, "one"), ("a.parquet:1", "two")]
 
 
 def test_folders_and_globs_are_recursive_sorted_and_selective(tmp_path: Path) -> None:
@@ -104,11 +98,14 @@ def test_names_of_several_corpora_start_with_the_base_name_of_their_root(tmp_pat
         list_files([f"{tmp_path}/old/news", f"{tmp_path}/new/news/*.txt"])
 
 
-def test_memory_storage_folder_file_and_glob(memory: AbstractFileSystem) -> None:
+def test_remote_folder_file_glob_and_fingerprint(memory: AbstractFileSystem, monkeypatch: Patch) -> None:
     memory.pipe({"/d/b.txt": b"two\n", "/d/sub/a.txt": b"one\n"})
     expected = [("b.txt:0", "two"), ("sub/a.txt:0", "one")]
     assert pairs(read("memory://d")) == pairs(read("memory://d/**/*.txt")) == expected
     assert pairs(read("memory://d/b.txt")) == [("b.txt:0", "two")]
+    info = type(memory).info
+    monkeypatch.setattr(type(memory), "info", lambda self, path, **kw: info(self, path, **kw) | {"ETag": '"abc"'})
+    assert list_files(["memory://d/b.txt"])[0].fingerprint == "abc"
 
 
 def test_fingerprints_change_with_the_content_and_contain_no_path(tmp_path: Path) -> None:
@@ -126,16 +123,6 @@ def test_fingerprints_change_with_the_content_and_contain_no_path(tmp_path: Path
     path.unlink()
     with pytest.raises(InputError, match=r"links/b.txt: no such file"):
         list_files([f"{tmp_path}/links"])
-
-
-def test_fingerprints_prefer_a_content_hash(memory: AbstractFileSystem, monkeypatch: Patch) -> None:
-    memory.pipe("/d/a.txt", b"x\n")
-    info = type(memory).info
-    monkeypatch.setattr(type(memory), "info", lambda self, path, **kw: info(self, path, **kw) | {"ETag": '"abc"'})
-    assert list_files(["memory://d/a.txt"])[0].fingerprint == "abc"
-
-
-# --- errors
 
 
 def test_a_missing_storage_package_is_named(monkeypatch: Patch) -> None:
@@ -159,7 +146,7 @@ def test_missing_s3_credentials_are_reported(monkeypatch: Patch, tmp_path: Path)
 
 def test_storage_errors_name_the_file(tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "a.txt").write_text("x\n")
-    (piece,) = pieces_of(f"{tmp_path}/a.txt")
+    (split,) = splits_of(f"{tmp_path}/a.txt")
     for error, kind, message in [
         (PermissionError("no"), InputError, r"a.txt: no permission to read it \(no\); grant access"),
         (ConnectionResetError("gone"), MsenseError, r"a.txt: the connection was lost \(gone\); run the same command"),
@@ -167,7 +154,7 @@ def test_storage_errors_name_the_file(tmp_path: Path, monkeypatch: Patch) -> Non
     ]:
         monkeypatch.setattr(LocalFileSystem, "_open", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         with pytest.raises(kind, match=message):
-            list(read_documents(piece))
+            list(read_documents(split))
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -194,35 +181,27 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
         ("a.jsonl.gz", b"not gzip", "jsonl.gz .*inflate failed"),
         ("a.txt.zst", zstd(b"some text\n")[:-3], "txt.zst .*Truncated"),
         ("a.parquet", b"PAR1 nothing of the kind PAR1", "parquet"),
+        ("a.parquet", b"", "parquet"),  # corrupted pages
     ],
-    ids=["cut gz", "not gz", "cut zst", "parquet"],
+    ids=["cut gz", "not gz", "cut zst", "parquet", "pages"],
 )
 def test_corrupted_files_are_rejected(tmp_path: Path, name: str, raw: bytes, form: str) -> None:
+    if not raw:
+        whole = write_table(tmp_path / name, text=[f"text number {i}" for i in range(999)]).read_bytes()
+        raw = whole[:40] + b"\xff" * 1960 + whole[2000:]
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(InputError, match=rf"{name}: cannot be read as {form}.*corrupted .* restore or exclude it"):
         read(tmp_path / name)
 
 
-def test_corrupted_parquet_pages_are_rejected(tmp_path: Path) -> None:
-    path = write_table(tmp_path / "a.parquet", text=[f"text number {i}" for i in range(999)])
-    raw = bytearray(path.read_bytes())
-    raw[40:2000] = b"\xff" * 1960
-    path.write_bytes(raw)
-    with pytest.raises(InputError, match=r"a.parquet: cannot be read as parquet"):
-        read(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "raw", "columns"),
-    [("a.jsonl", b'broken\n{"body": "x", "n": 1}\n', "'body', 'n'"), ("a.csv", b"", "none")],
-)
-def test_a_missing_column_error_lists_the_available_ones(tmp_path: Path, name: str, raw: bytes, columns: str) -> None:
-    (tmp_path / name).write_bytes(raw)
-    with pytest.raises(InputError, match=rf"{name}: no column 'text'; available: {columns}; .*--text-column"):
-        read(tmp_path / name)
-
-
-def test_unsuitable_parquet_columns_are_rejected(tmp_path: Path) -> None:
+def test_missing_and_unsuitable_columns_are_rejected(tmp_path: Path) -> None:
+    for name, raw, columns in (
+        ("a.jsonl", b'broken\n{"body": "x", "n": 1}\n', "'body', 'n'"),
+        ("a.csv", b"", "none"),
+    ):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(InputError, match=rf"{name}: no column 'text'; available: {columns}; .*--text-column"):
+            read(tmp_path / name)
     path = write_table(tmp_path / "a.parquet", body=["x"], blob=[b"x"], id=[1.5])
     for column, message in [
         ("text", r"no column 'text'; available: 'body', 'blob', 'id'"),
@@ -238,6 +217,6 @@ def test_unsuitable_parquet_columns_are_rejected(tmp_path: Path) -> None:
 
 def test_reading_a_corpus_does_not_import_torch() -> None:
     """It would cost every task of the passages stage two seconds and 180 MB."""
-    code = "import sys, msense.corpus, msense.passages; print('torch' in sys.modules)"
+    code = "import sys, msense.corpus.passages; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

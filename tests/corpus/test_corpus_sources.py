@@ -7,57 +7,43 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from documents import pairs, pieces_of, read, write_table
+from documents import pairs, read, splits_of, write_table
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from msense.corpus import files, list_files, read_documents
-from msense.corpus import splits as splits_module
 from msense.corpus.pydocs import docstrings
 from msense.errors import InputError
 
 Patch = pytest.MonkeyPatch
-
-# --- pydocs
-
 PACKAGE = {
     "__init__.py": '"""The package."""\nraise RuntimeError("imported")\n',
     "broken.py": "def f(:\n",
     "nul.py": '"""x"""\0',
-    "sub/deep.py": '''
-class Outer:
+    "sub/deep.py": '''class Outer:
     """Outer   text.
 
         Indented.
     Last.
     """
-
     class Inner:
         """Inner."""
-
         async def method(self):
             """Method."""
-
             def local():
                 "Local."
-
     @property
     def size(self):
         """Get."""
-
     @size.setter
     def size(self, value):
         """Set."""
-
     def silent(self):
         pass
-
-
 if True:
     try:
         pass
     except ValueError:
-
         def fallback():
             """   """
 ''',
@@ -92,13 +78,10 @@ def test_pydocs_reads_docstrings_without_importing(tiny_package: None) -> None:
 
 
 def test_pydocs_splits_names_and_samples(tiny_package: None, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(splits_module, "PYDOCS_FILES", 3)
-    splits = [p for p in pieces_of("pydocs:tinydocs", "pydocs:tinymodule,fsspec") if p.name != "pydocs/fsspec"]
-    assert [(p.name, p.start, p.stop) for p in splits] == [
-        ("pydocs/tinydocs", 0, 3),
-        ("pydocs/tinydocs", 3, 4),
-        ("pydocs/tinymodule", 0, 1),
-    ]
+    monkeypatch.setattr("msense.corpus.splits.PYDOCS_FILES", 3)
+    splits = [p for p in splits_of("pydocs:tinydocs", "pydocs:tinymodule,fsspec") if p.name != "pydocs/fsspec"]
+    expected = [("pydocs/tinydocs", 0, 3), ("pydocs/tinydocs", 3, 4), ("pydocs/tinymodule", 0, 1)]
+    assert [(p.name, p.start, p.stop) for p in splits] == expected
     assert pairs(list(read_documents(splits[2]))) == [("pydocs/tinymodule.py", "A module.")]
     samples = [
         [row.id.split(":")[0] for split in splits[:2] for row in read_documents(split, sample=0.5, seed=seed)]
@@ -116,14 +99,11 @@ def test_pydocs_fingerprint_is_the_version(tiny_package: None) -> None:
     assert listed[1].size == sum(len(source) for source in PACKAGE.values())
 
 
-@pytest.mark.parametrize("name", ["nosuchpackage", "numpy.linalg", "specless"])
-def test_pydocs_of_a_missing_package_is_rejected(name: str, monkeypatch: Patch) -> None:
-    monkeypatch.setitem(sys.modules, "specless", ModuleType("specless"))
-    with pytest.raises(InputError, match=rf"no package '{name}' is installed here; pip install it"):
-        list_files([f"pydocs:filelock,{name}"])
-
-
 def test_pydocs_default_packages_and_packages_without_source(monkeypatch: Patch) -> None:
+    monkeypatch.setitem(sys.modules, "specless", ModuleType("specless"))
+    for name in ("nosuchpackage", "numpy.linalg", "specless"):
+        with pytest.raises(InputError, match=rf"no package '{name}' is installed here; pip install it"):
+            list_files([f"pydocs:filelock,{name}"])
     with pytest.raises(InputError, match="'sys' has no Python source"):
         list_files(["pydocs:sys"])
     monkeypatch.setattr("msense.corpus.pydocs.DEFAULT_PACKAGES", ("nosuchpackage", "filelock"))
@@ -136,9 +116,6 @@ def test_pydocs_default_packages_and_packages_without_source(monkeypatch: Patch)
 def test_docstrings_ignore_warnings_and_number_repeated_names() -> None:
     source = b'"""\\d"""\ndef f():\n    "1"\ndef f():\n    "2"\ndef f():\n    "3"\n'
     assert docstrings(source) == [("", "\\d"), ("f", "1"), ("f#2", "2"), ("f#3", "3")]
-
-
-# --- hf://
 
 
 class FakeHub(DirFileSystem):
@@ -165,10 +142,8 @@ def test_hub_dataset_with_one_config(hub: Callable[..., None]) -> None:
     hub("plain/train/0001.parquet", "two")
     hub("plain/train/0000.parquet", "one")
     hub("plain/test/0000.parquet", "test")
-    assert pairs(read("hf://org/name")) == [
-        ("plain/train/0000.parquet:0", "one"),
-        ("plain/train/0001.parquet:0", "two"),
-    ]
+    expected = [("plain/train/0000.parquet:0", "one"), ("plain/train/0001.parquet:0", "two")]
+    assert pairs(read("hf://org/name")) == expected
     assert pairs(read("hf://org/name::test")) == [("plain/test/0000.parquet:0", "test")]
     (file,) = list_files(["hf://org/name:plain:test"])
     assert file.fingerprint.startswith("c0ffee ")

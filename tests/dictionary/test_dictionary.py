@@ -60,17 +60,13 @@ def test_temperature_is_relative_to_the_unit_of_the_dictionary() -> None:
         (lambda d, i, x: d.replace(i, x, out=x[:2]), "must match the embeddings"),
         (lambda d, i, x: d.replace(i, x, out=np.broadcast_to(np.float32(0), x.shape)), "read-only"),
         (lambda d, i, x: d.senses(3), "token 3 is not in the vocabulary"),
-        (lambda d, i, x: d.senses(-1), "token -1 is not"),
+        (lambda d, i, x: d.from_embeddings(i + 2**22, x), "1 to 4194304 tokens"),
         (lambda d, i, x: d.lookup("bank"), "no tokenizer"),
         (lambda d, i, x: d.fingerprint, "no fingerprint: save and load"),
         (lambda d, i, x: d.save("s3://bucket/d"), "is not a local folder"),
         (lambda d, i, x: d.save("unused", dtype="int4"), "dtype is 'int4', but must be one of"),
         (lambda d, i, x: d.from_embeddings(i, x, vocab_size=1), "from 0 to 2, but those of the vocabulary from 0 to 0"),
-        (
-            lambda d, i, x: d.from_embeddings(i, x, k="auto"),
-            "k is 'auto', but must be an integer, a SenseBudget or an MclConfig",
-        ),
-        (lambda d, i, x: d.from_embeddings(i, x, k=3.0), "k is 3.0, but must be an integer"),
+        (lambda d, i, x: d.from_embeddings(i, x, k=3.0), "k is 3.0, but must be an integer, a SenseBudget or an MclC"),
     ],
 )
 def test_invalid_arguments_are_reported(call: Callable, message: str) -> None:
@@ -148,7 +144,7 @@ def test_merge_rejects_too_many_senses() -> None:
     d = make([32_767], dim=1)
     both = d.merge(d)
     assert len(both) == 65_534
-    with pytest.raises(DictionaryError, match="token 0 has 98301 senses, but the maximum is 65534"):
+    with pytest.raises(DictionaryError, match="token 0 has 98301 senses of width 1, but the maximum is 65534"):
         both.merge(d)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from msense.errors import DictionaryError
 any_sizes = st.lists(st.integers(0, 5), min_size=1, max_size=9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     sizes=any_sizes, dim=st.integers(1, 5), dtype=st.sampled_from(list(DTYPES)), shard=st.sampled_from([1, 64, 10**9])
 )
@@ -29,21 +30,24 @@ def test_round_trip(
 ) -> None:
     folder = tmp_path_factory.mktemp("round")
     saved = make(sizes, dim, dtype, quality={"inertia": 0.25})
+    chunks = [rows if i % 2 else rows.float().numpy() for i, rows in enumerate(saved.centroids.split(3))]
+    arrays = (saved.offsets, saved.counts, saved.rms_distance, saved.token_counts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dictionary_format, "SHARD_BYTES", shard)
-        saved.save(folder)
-    loaded = SenseDictionary.load(folder)
+        saved.save(folder / "a")
+        write_dictionary(folder / "b", saved.config, *arrays, chunks)
+    loaded = SenseDictionary.load(folder / "a")
+    assert loaded.fingerprint == SenseDictionary.load(folder / "b").fingerprint
     assert_same(saved, loaded)
     assert len(loaded) == sum(sizes)
     ids, x = np.arange(len(sizes)), np.ones((len(sizes), dim), np.float32)
     np.testing.assert_array_equal(saved.assign(ids, x), loaded.assign(ids, x))
     np.testing.assert_array_equal(saved.replace(ids, x, 1.0), loaded.replace(ids, x, 1.0))
-    for token, size in enumerate(sizes):
-        start = sum(sizes[:token])
+    for token, (start, stop) in enumerate(pairwise(saved.offsets)):
         own = loaded.senses(token)
         assert own.centroids.dtype == torch.float32
-        assert torch.equal(own.centroids, saved.centroids[start : start + size].float())
-        np.testing.assert_array_equal(own.counts, saved.counts[start : start + size])
+        assert torch.equal(own.centroids, saved.centroids[start:stop].float())
+        np.testing.assert_array_equal(own.counts, saved.counts[start:stop])
 
 
 def test_a_large_dictionary_is_split_into_files_that_safetensors_loads(
@@ -67,15 +71,6 @@ def test_a_large_dictionary_is_split_into_files_that_safetensors_loads(
     SenseDictionary.load(tmp_path).save(tmp_path)  # in place, into a single file again
     assert [p.name for p in tmp_path.glob("dictionary*")] == ["dictionary.safetensors"]
     assert_same(saved, SenseDictionary.load(tmp_path))
-
-
-def test_writer_accepts_chunks_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    d = make([3, 4, 0, 2], dtype="bfloat16")
-    monkeypatch.setattr(dictionary_format, "SHARD_BYTES", 4 * 3 * 2)
-    rows = d.centroids.float()
-    chunks = (rows[a:b] if a % 2 else rows[a:b].numpy() for a, b in ((0, 1), (1, 1), (1, 6), (6, 9)))
-    write_dictionary(tmp_path, d.config, d.offsets, d.counts, d.rms_distance, d.token_counts, chunks)
-    assert_same(d, SenseDictionary.load(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -103,12 +98,12 @@ def resident() -> int:
 
 
 def test_centroids_are_memory_mapped(tmp_path: Path) -> None:
-    make([1 << 15] * 2, dim=512).save(tmp_path)  # 64 MB
+    make([1 << 15] * 2, dim=256).save(tmp_path)  # 32 MB
     SenseDictionary.load(tmp_path)  # imports everything
     before = resident()
     d = SenseDictionary.load(tmp_path)
-    assert d.centroids.shape == (1 << 16, 512)
-    assert resident() - before < 32 << 20
+    assert d.centroids.shape == (1 << 16, 256)
+    assert resident() - before < 16 << 20
 
 
 def test_run_folders_and_file_uris_are_accepted(tmp_path: Path) -> None:
@@ -131,7 +126,7 @@ def test_values_cannot_break_out_of_the_card(tmp_path: Path) -> None:
     assert ModelCard.load(tmp_path / "hub" / "README.md").data.base_model == "owner/model"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(sizes=any_sizes, dim=st.integers(1, 5), shard=st.sampled_from([1, 7, 10**9]), power=st.integers(-30, 30))
 def test_int8_has_a_bounded_error_and_saving_again_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], dim: int, shard: int, power: int

@@ -1,7 +1,6 @@
 """Untrusted dictionary folders: each corruption raises its own error, at once and with little memory."""
 
 import os
-import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hostile_folders import CONFIG, DATA, HOSTILE, HOSTILE_INDEX, HOSTILE_INT8, MANY, SIZES, edit_array, move_out
-from hostile_parts import EXEMPLARS, HOSTILE_EXEMPLARS, HOSTILE_TOKENIZERS, TOKENIZER, parquet, rows_of
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hostile_folders import CONFIG, DATA, HOSTILE, HOSTILE_INDEX, HOSTILE_INT8, SIZES, edit_array, move_out
+from hostile_parts import EXEMPLARS, HOSTILE_EXEMPLARS, HOSTILE_TOKENIZERS, parquet, rows_of
 from tiny import exemplars, make, with_tokenizer, word_piece
 
 from msense.__main__ import main
 from msense.dictionary import SenseDictionary
 from msense.dictionary import format as dictionary_format
-from msense.errors import DictionaryError, InputError
+from msense.errors import DictionaryError
 from msense.io import scratch
 from msense.io.parquet_pages import check_pages
 
@@ -140,21 +137,12 @@ def test_a_temperature_unit_beyond_float32_gives_finite_results(unit: float) -> 
     np.testing.assert_allclose(replaced, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("token", [1 << 40, MANY])
-def test_fit_rejects_vast_token_ids(token: int) -> None:
-    with pytest.raises(InputError, match="1 to 4194304 tokens"):
-        SenseDictionary.from_embeddings(np.array([token]), np.ones((1, 2), np.float32))
-
-
 @pytest.mark.parametrize(
     "page",
     [
         b"\x15",
-        b"\x00",
         b"\x18\x01x\x15\x00\x15\x00\x00",  # text in place of a number
         b"\x19\xf5" + b"\xff" * 4 + b"\x0f",  # an unbounded list
-        b"\x15\x00\x15\x00\x00",
-        b"\x15" + b"\xff" * 20,
         b"\x05\x02\x00\x15\x00\x00",  # a field in long form, which allows duplicates
         b"\x17" + bytes(9),  # a floating-point number
         b"\x1c" * 60,
@@ -167,76 +155,6 @@ def test_corrupted_page_headers_are_rejected(page: bytes) -> None:
     check_pages(memoryview(b"\x15\x00\x15\x00\x15\x00\x2c\x15\x02\x15\x00\x00\x00" * 3))
     with pytest.raises(ValueError, match=r"it has an invalid header|a page is truncated"):
         check_pages(memoryview(page))
-
-
-edits = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "overwrite", "truncate", "insert"]), st.floats(0, 1), st.binary(min_size=1, max_size=9)
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
-def damage(raw: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
-    for kind, where, data in changes:
-        place = int(where * len(raw))
-        before, after = raw[:place], raw[place:]
-        if kind == "flip":
-            raw = before + bytes(b ^ (1 << data[0] % 8) for b in after[:1]) + after[1:]
-        elif kind == "truncate":
-            raw = before
-        else:
-            raw = before + data + (after[len(data) :] if kind == "overwrite" else after)
-    return raw
-
-
-def use_all(folder: Path) -> int:
-    """Return how many uses of a dictionary work; each must return a valid result or raise DictionaryError."""
-    try:
-        d = SenseDictionary.load(folder)
-    except DictionaryError:
-        return 0
-    worked = 1
-    ids = np.arange(-1, d.vocab_size + 1)
-    x = np.ones((len(ids), d.dim), np.float32)
-    for use in (
-        lambda: d.lookup("bank").explain(),
-        lambda: all(d.senses(t).centroids.shape[1] == d.dim for t in range(d.vocab_size)),
-        lambda: all(len(e) == 7 for t in range(d.vocab_size) for e in d.exemplars(t)),
-        lambda: d.assign(ids, x).shape == ids.shape,
-        lambda: d.replace(ids, x, 0.5).shape == x.shape,
-        lambda: len(d.merge(d)) == 2 * len(d),
-    ):
-        try:
-            assert use()
-        except DictionaryError:
-            continue
-        except InputError as error:
-            if "overflow float32" not in str(error):  # centroids may be as large as their dtype allows
-                raise
-        worked += 1
-    return worked
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a complete valid dictionary."""
-    folder = tmp_path_factory.mktemp("whole") / "dictionary"
-    full(folder)
-    assert use_all(folder) == 7
-    return folder
-
-
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(name=st.sampled_from((CONFIG, DATA, EXEMPLARS, TOKENIZER)), changes=edits)
-def test_random_damage_is_rejected_or_harmless(
-    whole: Path, tmp_path_factory: pytest.TempPathFactory, name: str, changes: list[tuple[str, float, bytes]]
-) -> None:
-    folder = tmp_path_factory.mktemp("fuzz") / "dictionary"
-    shutil.copytree(whole, folder)
-    (folder / name).write_bytes(damage((folder / name).read_bytes(), changes))
-    assert use_all(folder) <= 7
 
 
 def test_centroids_are_checked_for_finite_values_on_use(tmp_path: Path) -> None:

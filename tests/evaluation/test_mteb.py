@@ -14,6 +14,7 @@ import pytest
 from msense.corpus.labelled import Columns
 from msense.errors import InputError
 from msense.evaluation.tasks import mteb
+from msense.evaluation.tasks.classification import Protocol
 from msense.evaluation.tasks.mteb import PAPER_TASKS, MtebEncoder, measure
 from msense.metrics import METRICS
 
@@ -29,12 +30,6 @@ class Known:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         self.encoded.append(list(texts))
         return np.stack([self.vector(text) for text in texts]).astype(np.float32)
-
-    def parameters(self) -> int:
-        return 0
-
-    def files(self) -> list[Path]:
-        return []
 
 
 def by_class(text: str) -> np.ndarray:
@@ -71,41 +66,41 @@ def test_every_experiment_draws_its_shots_per_class(data: str, monkeypatch: pyte
         return call(self, train, test)
 
     monkeypatch.setattr(SklearnEvaluator, "__call__", spy)
-    measure(Known(noise), "own", data, Columns(), 3, 4, 0)
+    measure(Known(noise), "own", data, Columns(), Protocol(3, 4, 0))
     assert [counts for counts, _ in drawn] == [[3] * CLASSES] * 4
     assert len({vectors for _, vectors in drawn}) == 4
     model = Known(by_class)
-    found = measure(model, "own", data, Columns(), 3, 4, 0)
-    assert (found.metric, found.over, found.values) == ("accuracy", "draws", [1.0] * 4)
-    assert found.more == {"macro F1": 1.0}
+    result = measure(model, "own", data, Columns(), Protocol(3, 4, 0))
+    assert (result.metric, result.over, result.values) == ("accuracy", "draws", [1.0] * 4)
+    assert result.more == {"macro F1": 1.0}
     assert len(model.encoded[1]) == len(set(model.encoded[1])) == CLASSES * TEST
 
 
 def test_noise_is_near_chance_and_repeats_with_its_seed(data: str) -> None:
-    found = [measure(Known(noise), "own", data, Columns(), 8, 6, seed) for seed in (0, 0, 1)]
-    assert len(found[0].values) == 6
-    assert found[0].score == pytest.approx(1 / CLASSES, abs=0.08)
-    assert found[0].deviation
-    assert found[0] == found[1]
-    assert found[0].values != found[2].values
+    results = [measure(Known(noise), "own", data, Columns(), Protocol(8, 6, seed)) for seed in (0, 0, 1)]
+    assert len(results[0].values) == 6
+    assert results[0].score == pytest.approx(1 / CLASSES, abs=0.08)
+    assert results[0].deviation
+    assert results[0] == results[1]
+    assert results[0].values != results[2].values
 
 
 def test_all_texts_are_one_experiment_with_predictions(data: str) -> None:
     model = Known(noise)
-    found = measure(model, "own", data, Columns(), 0, 6, 0)
-    assert (found.over, found.values) == ("texts", [])
+    result = measure(model, "own", data, Columns(), Protocol(0, 6, 0))
+    assert (result.over, result.values) == ("texts", [])
     assert sorted(map(len, model.encoded)) == [CLASSES * TRAIN, CLASSES * TEST]
-    assert found.gold == [c for _ in range(TEST) for c in range(CLASSES)]
-    assert 0.1 < found.score < 0.4
-    f1 = METRICS["macro F1"](np.array(found.gold), np.array(found.found))
-    assert found.more["macro F1"] == pytest.approx(f1)
+    assert result.gold == [c for _ in range(TEST) for c in range(CLASSES)]
+    assert 0.1 < result.score < 0.4
+    f1 = METRICS["macro F1"](np.array(result.gold), np.array(result.found))
+    assert result.more["macro F1"] == pytest.approx(f1)
 
 
 @pytest.mark.parametrize("name", ["../own", "x" * 300, "own: a|b"])
 def test_a_name_is_not_a_path(name: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    assert measure(Known(by_class), name, data, Columns(), 0, 1, 0).score == 1.0
+    assert measure(Known(by_class), name, data, Columns(), Protocol(0, 1, 0)).score == 1.0
     assert list(tmp_path.rglob("*.json")) == []  # predictions are removed with their folder
 
 
@@ -113,16 +108,16 @@ def test_missing_test_classes_and_other_columns(tmp_path: Path) -> None:
     source = write(tmp_path, ["no", "perhaps", "yes"], ("line", "tag"))
     test = tmp_path / "test.csv"
     test.write_text("".join(row for row in test.read_text().splitlines(True) if "perhaps" not in row))
-    assert measure(Known(by_class), "own", source, Columns(("line",), "tag"), 3, 2, 0).values == [1.0, 1.0]
+    assert measure(Known(by_class), "own", source, Columns(("line",), "tag"), Protocol(3, 2, 0)).values == [1.0, 1.0]
 
 
 def test_unusable_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has 1 class\(es\).*--label-column"):
-        measure(Known(noise), "own", write(tmp_path / "one", ["a"]), Columns(), 3, 2, 0)
+        measure(Known(noise), "own", write(tmp_path / "one", ["a"]), Columns(), Protocol(3, 2, 0))
     source = write(tmp_path / "none", ["a", "b"])
     (tmp_path / "none" / "test.csv").write_text("text,label\n0 x,c\n")
     with pytest.raises(InputError, match="share no label"):
-        measure(Known(noise), "own", source, Columns(), 3, 2, 0)
+        measure(Known(noise), "own", source, Columns(), Protocol(3, 2, 0))
 
 
 def test_the_encoder_follows_the_protocol_of_mteb() -> None:
@@ -156,7 +151,7 @@ def test_the_tasks_of_the_paper_exist_in_mteb() -> None:
 )
 def test_unknown_and_other_tasks_are_refused(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        measure(Known(noise), name, "", Columns(), 3, 2, 0)
+        measure(Known(noise), name, "", Columns(), Protocol(3, 2, 0))
 
 
 @pytest.mark.parametrize("error", [ConnectionError, FileNotFoundError, ValueError, RuntimeError])
@@ -170,7 +165,7 @@ def test_an_unreachable_hub_names_the_download(error: type[Exception], monkeypat
         r"mteb/banking77 --revision \w+ --local-dir DIR`; .*train\*\.csv.* --task mteb:Banking77Classification=DIR$"
     )
     with pytest.raises(InputError, match=message):
-        measure(Known(noise), "Banking77Classification", "", Columns(), 3, 2, 0)
+        measure(Known(noise), "Banking77Classification", "", Columns(), Protocol(3, 2, 0))
 
 
 def test_a_task_of_mteb_is_scored_on_its_test_split_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,32 +183,32 @@ def test_a_task_of_mteb_is_scored_on_its_test_split_only(monkeypatch: pytest.Mon
     model = Known(by_class)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*superseded")  # as all tasks of the paper are
-        found = measure(model, "PoemSentimentClassification", "", Columns(), 2, 3, 7)
-    assert found.values == [1.0] * 3  # the labels of the validation split are all wrong
+        result = measure(model, "PoemSentimentClassification", "", Columns(), Protocol(2, 3, 7))
+    assert result.values == [1.0] * 3  # the labels of the validation split are all wrong
     assert not [text for texts in model.encoded for text in texts if "validation" in text]
-    full = measure(model, "PoemSentimentClassification", "", Columns(), 0, 3, 7)
+    full = measure(model, "PoemSentimentClassification", "", Columns(), Protocol(0, 3, 7))
     assert (full.over, full.score, full.gold) == ("texts", 1.0, [0, 1, 2] * 9)
 
 
 def test_missing_mteb_names_the_extra(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mteb", None)
     with pytest.raises(InputError, match=r"pip install msense\[evaluation\]"):
-        measure(Known(noise), "own", data, Columns(), 3, 2, 0)
+        measure(Known(noise), "own", data, Columns(), Protocol(3, 2, 0))
 
 
 def test_nothing_is_written_to_the_home_folder(data: str, tmp_path: Path) -> None:
     code = f"""
 import os, sys
 import numpy as np
-from msense.evaluation import mteb_tasks
-from msense.labelled import Columns
+from msense.corpus.labelled import Columns
+from msense.evaluation.tasks.mteb import Protocol, measure
 assert not {{"mteb", "datasets"}} & set(sys.modules)
 
 class Model:
     def encode(self, texts):
         return np.eye({CLASSES}, dtype=np.float32)[[int(text.split()[0]) for text in texts]]
 
-assert mteb_tasks.measure(Model(), "own", {data!r}, Columns(), 3, 2, 0).values == [1.0, 1.0]
+assert measure(Model(), "own", {data!r}, Columns(), Protocol(3, 2, 0)).values == [1.0, 1.0]
 assert "MTEB_CACHE" not in os.environ
 """
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("MTEB", "HF_", "XDG"))}

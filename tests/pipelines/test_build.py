@@ -1,4 +1,4 @@
-"""The whole build on Ray: hand-known dictionaries, the same bytes however the work is cut, and a real teacher."""
+"""Whole builds: hand-known dictionaries, and the same bytes however and wherever the work runs."""
 
 import json
 import subprocess
@@ -7,19 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from faulty import Corpus
 
 from msense import SenseDictionary
 from msense.config.build import BuildConfig
-from msense.errors import InputError
+from msense.errors import InputError, MsenseError
 from msense.io.arrays import save_arrays
 from msense.pipelines.build import build_dictionary
 from msense.run.folder import RunFolder
 from msense.run.manifest import differences
+from msense.stages import embedding_store
 from msense.stages.cluster import clustering_memory
 
 MakeTeacher = Callable[..., Path]
-on_ray = pytest.mark.usefixtures("ray")
 in_process = pytest.mark.usefixtures("in_process")
 
 LINES = [
@@ -28,7 +30,6 @@ LINES = [
     "a cat sat on the mat, a dog sat near",
     "the river runs full !",
 ]
-FILES = ("dictionary.safetensors", "config.json", "exemplars.parquet", "tokenizer/tokenizer.json", "README.md")
 
 
 @pytest.fixture
@@ -41,14 +42,22 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def build(output: Path, **settings: object) -> dict:
-    return build_dictionary(BuildConfig(output=str(output), **settings))
+    return build_dictionary(BuildConfig(output=str(output), **{"local": True, **settings}))
 
 
-def dictionary_bytes(output: Path) -> dict[str, bytes]:
-    return {name: (output / "dictionary" / name).read_bytes() for name in FILES}
+def test_ray_and_local_processes_give_the_bytes_of_one_process(
+    ray: None, made: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several partitions and two tokens that are clustered in chunks, by one local process, two, and two on Ray."""
+    monkeypatch.setattr(embedding_store, "PARTITION_BYTES", (150_000, 150_000))
+    for name, settings in {"one": {}, "two": {"workers": 2}, "ray": {"workers": 2, "local": False}}.items():
+        made.build(name, **settings, exemplars=2, keep=("occurrences", "centroids"))
+        assert len(list((made.folder / name / "occurrences").glob("*.records"))) > 1
+        assert len(list((made.folder / name / "centroids").glob("token-*.safetensors"))) >= 2
+        assert made.files(name) == made.files("one")
 
 
-@on_ray
+@in_process
 def test_hand_known_teacher_gives_its_embedding_table(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
     """Layer 0 of the llama double is its embedding table: one sense a token, the token's row, counted exactly."""
     from transformers import AutoModel
@@ -69,8 +78,6 @@ def test_hand_known_teacher_gives_its_embedding_table(tmp_path: Path, corpus: Pa
 
 @in_process
 def test_exemplars_show_the_word_in_its_document(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
-    import pyarrow.parquet as pq
-
     build(tmp_path / "run", corpus=(str(corpus),), teacher=str(make_teacher("bert")), exemplars=2, senses=3)
     dictionary = SenseDictionary.load(tmp_path / "run" / "dictionary")
     token = dictionary.lookup("river").tokens[0].token_id
@@ -119,37 +126,21 @@ def test_prompt_and_context_are_read_but_never_counted(tmp_path: Path, corpus: P
     assert changed["stages"]["passages"]["tokens"] > plain["stages"]["passages"]["tokens"]
 
 
-@pytest.fixture(scope="module")
-def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough of some tokens that they are clustered in blocks and parts."""
-    rng = np.random.default_rng(0)
-    words = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
-    folder = tmp_path_factory.mktemp("long")
-    for name in "ab":
-        lines = [" ".join(rng.choice(words, 24, p=np.array([12, 6] + [1] * 13) / 31)) for _ in range(260)]
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 @in_process
-def test_finished_run_is_taken_as_it_is_and_changes_are_refused(
+def test_a_finished_run_is_kept_and_changes_are_refused(
     tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
 ) -> None:
     settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
     first = build(tmp_path / "run", **settings)
-    again = build(tmp_path / "run", workers=1, **settings)
+    again = build(tmp_path / "run", **settings)
     assert again["stages"] == first["stages"]
-    with pytest.raises(InputError, match=r"config.senses: 'auto' then, 7 now[\s\S]*another --output"):
+    with pytest.raises(InputError, match=r"config.senses: 'auto' before, 7 now[\s\S]*another --output"):
         build(tmp_path / "run", senses=7, **settings)
     with pytest.raises(InputError, match=r"teacher\.fingerprint"):
-        build(
-            tmp_path / "run",
-            **{**settings, "teacher": str(make_teacher("bert", pooling="cls_token"))}
-            | {"teacher": str(make_teacher("llama"))},
-        )
+        build(tmp_path / "run", **settings | {"teacher": str(make_teacher("llama"))})
     with (corpus / "a.txt").open("a") as file:
         file.write("more\n")
-    with pytest.raises(InputError, match=r"inputs.a.txt: '\d+ .* then"):
+    with pytest.raises(InputError, match=r"inputs.a.txt: '\d+ .* before"):
         build(tmp_path / "run", **settings)
 
 
@@ -168,7 +159,7 @@ def test_repeated_id_is_refused(tmp_path: Path, make_teacher: MakeTeacher) -> No
     file.write_text(
         "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in (("p", "the bank"), ("q", "a cat"), ("p", "a dog")))
     )
-    with pytest.raises(InputError, match="document id 'p' is there twice"):
+    with pytest.raises(InputError, match="document id 'p' occurs twice"):
         build(tmp_path / "run", corpus=(str(file),), teacher=str(make_teacher("bert")))
 
 
@@ -179,8 +170,6 @@ def test_corpus_without_text_and_embeddings_that_are_not_finite(
     import torch
     from safetensors.torch import load_file, save_file
 
-    from msense.errors import MsenseError
-
     (tmp_path / "empty.txt").write_text("\n \n")
     teacher = make_teacher("bert")
     with pytest.raises(InputError, match=r"the corpus .*empty.txt has no text \(2 empty\)"):
@@ -188,29 +177,29 @@ def test_corpus_without_text_and_embeddings_that_are_not_finite(
     weights = load_file(teacher / "model.safetensors")
     weights["encoder.layer.1.output.LayerNorm.bias"] = torch.full((16,), 1e10)
     save_file(weights, teacher / "model.safetensors")
-    with pytest.raises(MsenseError, match=r"too large for float16: give --store-dtype bfloat16"):
+    with pytest.raises(MsenseError, match=r"too large for float16: use --store-dtype bfloat16"):
         build(tmp_path / "run2", corpus=(str(corpus),), teacher=str(teacher), dtype="float32")
     weights["encoder.layer.1.output.LayerNorm.bias"] = torch.full((16,), torch.nan)
     save_file(weights, teacher / "model.safetensors")
-    with pytest.raises(MsenseError, match=r"NaN or infinite embeddings in float32: .*check its weights"):
+    with pytest.raises(MsenseError, match=r"float32 embeddings are NaN or infinite: .*check its weights"):
         build(tmp_path / "run3", corpus=(str(corpus),), teacher=str(teacher), dtype="float32")
 
 
 @in_process
-def test_dry_run_tells_what_the_build_then_does(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
+def test_a_dry_run_estimates_what_the_build_does(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
     settings = {"corpus": (str(corpus),), "teacher": str(make_teacher("bert")), "max_occurrences": 5}
-    told = build(tmp_path / "run", dry_run=True, **settings)["estimate"]
+    estimate = build(tmp_path / "run", dry_run=True, **settings)["estimate"]
     assert not (tmp_path / "run" / "occurrences").exists()
     summary = build(tmp_path / "run", **settings)
     plan = summary["stages"]["plan"]
-    assert (told["documents"], told["passages"], told["tokens"]) == (20, 20, plan["tokens"])
-    assert (told["needed"], told["stored"]) == (plan["needed"], plan["stored"])
-    assert told["senses"] >= summary["stages"]["dictionary"]["senses"]
-    assert summary["stages"]["occurrences"]["occurrences"] == told["stored"]
+    assert (estimate["documents"], estimate["passages"], estimate["tokens"]) == (20, 20, plan["tokens"])
+    assert (estimate["needed"], estimate["stored"]) == (plan["needed"], plan["stored"])
+    assert estimate["senses"] >= summary["stages"]["dictionary"]["senses"]
+    assert summary["stages"]["embed"]["occurrences"] == estimate["stored"]
 
 
-def test_the_memory_of_what_clusters(tmp_path: Path) -> None:
-    """Shards twice, but of a token that is cut into parts only those that a worker holds; with mcl a graph as well."""
+def test_memory_of_clustering(tmp_path: Path) -> None:
+    """A shard twice, or the chunks of a large token that a worker holds; with mcl a graph as well."""
     run = RunFolder(str(tmp_path))
     (tmp_path / "plan").mkdir()
     arrays = {"stored": np.array([10, 20, 9000, 40]), "shards": np.array([0, 2, 3, 4])}
@@ -224,11 +213,11 @@ def test_the_memory_of_what_clusters(tmp_path: Path) -> None:
         assert clustering_memory(run, BuildConfig(max_occurrences=0, **given), dim=4) == expected
 
 
-@on_ray
-def test_sampled_dry_run_estimates_the_whole(tmp_path: Path, long_corpus: Path, make_teacher: MakeTeacher) -> None:
-    settings = {"corpus": (str(long_corpus),), "teacher": str(make_teacher("bert")), "max_occurrences": 200}
-    whole = build(tmp_path / "whole", dry_run=True, time_teacher=True, **settings)["estimate"]
-    part = build(tmp_path / "part", dry_run=True, sample=0.25, **settings)["estimate"]
+@in_process
+def test_a_sampled_dry_run_estimates_the_whole(made: Corpus) -> None:
+    settings = {"dry_run": True, "max_occurrences": 200, "dedup": False}
+    whole = made.build("all", time_teacher=True, **settings)["estimate"]
+    part = made.build("part", sample=0.25, **settings)["estimate"]
     for name in ("documents", "tokens", "needed_tokens", "stored"):
         assert part[name] == pytest.approx(whole[name], rel=0.35), name
     assert whole["tokens_per_second"] > 0
@@ -236,71 +225,39 @@ def test_sampled_dry_run_estimates_the_whole(tmp_path: Path, long_corpus: Path, 
 
 def test_differences_names_every_change() -> None:
     before, now = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5}, "e": 6}
-    assert differences("m", before, now) == ["m.b.c: 2 then, 5 now", "m.b.d: 3 then, None now", "m.e: None then, 6 now"]
+    assert differences("m", before, now) == [
+        "m.b.c: 2 before, 5 now",
+        "m.b.d: 3 before, None now",
+        "m.e: None before, 6 now",
+    ]
 
 
-def test_job_end_to_end_with_the_real_teacher(tmp_path: Path) -> None:
-    """The command a user types: a small folder of English, MiniLM, its own Ray; then a look at the result."""
-    rng = np.random.default_rng(0)
+def run(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_commands_with_the_real_teacher(tmp_path: Path) -> None:
+    """Build from a few English sentences with MiniLM, without Ray, and show the result."""
     money = [
         "she paid money into the bank account",
         "the bank raised its interest rate",
         "he robbed a bank and its cash",
     ]
     river = ["they sat on the bank of the river", "the muddy bank of the stream", "fish swim near the river bank"]
-    lines = [f"{rng.choice(money)} {number}" for number in range(40)] + [
-        f"{rng.choice(river)} {number}" for number in range(40)
-    ]
+    rng = np.random.default_rng(0)
+    lines = [f"{rng.choice(topic)} {number}" for topic in (money, river) for number in range(40)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
-    command = [
-        sys.executable,
-        "jobs/build_dict.py",
-        "--corpus",
-        str(tmp_path / "text.txt"),
-        "--output",
-        str(tmp_path / "run"),
-    ]
-    done = subprocess.run(
-        [*command, "--senses", "2", "--workers", "1"], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "80 documents" in done.stdout
+    output = ["--output", str(tmp_path / "run"), "--senses", "2", "--local"]
+    assert "80 documents" in run("jobs/build_dict.py", "--corpus", str(tmp_path / "text.txt"), *output)
     dictionary = SenseDictionary.load(tmp_path / "run")
     token = dictionary.lookup("bank").tokens[0].token_id
     assert dictionary.senses(token).counts.sum() == dictionary.token_counts[token] >= 80
-    shown = subprocess.run(
-        [sys.executable, "-m", "msense", "show", str(tmp_path / "run"), "bank"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert shown.returncode == 0, shown.stderr
-    senses = shown.stdout.split("[bank]")
-    assert len(senses) == 7  # two senses with three exemplars each
-    by_sense = {"river": set(), "money": set()}
-    import pyarrow.parquet as pq
-
+    shown = run("-m", "msense", "show", str(tmp_path / "run"), "bank")
+    assert len(shown.split("[bank]")) == 7  # two senses with three exemplars each
+    senses: dict[bool, set[int]] = {True: set(), False: set()}
     for row in pq.read_table(tmp_path / "run" / "dictionary" / "exemplars.parquet").to_pylist():
         if row["token"] == token:
-            line = int(row["document_id"].split(":")[1])
-            by_sense["money" if line < 40 else "river"].add(row["sense"])
-    assert not by_sense["money"] & by_sense["river"]  # each sense's nearest occurrences are of one kind
-
-
-def test_wrong_usage_exits_with_2() -> None:
-    done = subprocess.run(
-        [sys.executable, "jobs/build_dict.py", "--senses", "few", "--corpus", "x"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "senses: must be a number from 1" in done.stderr
-    done = subprocess.run(
-        [sys.executable, "jobs/build_dict.py", "--corpus", "/no/such/text.txt"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "/no/such/text.txt" in done.stderr
+            senses[int(row["document_id"].split(":")[1]) < 40].add(row["sense"])
+    assert not senses[True] & senses[False]  # the nearest occurrences of each sense are of one topic

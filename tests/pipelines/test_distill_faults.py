@@ -1,178 +1,124 @@
-"""Faults of a distillation, by stage: labels without Ray, and a Ray training whose disk is full."""
+"""Faults of a distillation: full disks, lost permissions, interruptions, second drivers and changed inputs."""
 
 import os
-import pkgutil
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from faulty import Corpus, MakeTeacher, Outcome, StoppedError, full_disk, metrics, same_metrics
+from executors import INSIDE, DisturbedTraining, StoppedError, before, disturbed, killed, small_partitions, stopped
+from faulty import Corpus, MakeTeacher, Outcome, full_disk, metrics, read_only, same_metrics, unprivileged
 
-from msense.config.distill import DistillConfig
 from msense.errors import InputError, MsenseError
-from msense.io import storage
-from msense.pipelines import distill as distill_module
-from msense.pipelines.distill import distill_student
-from msense.stages import train
 
-PLACE = "labels/000001.safetensors"
-INSIDE = {"labels": "msense.pipelines.distill.make_labels", "training": "msense.pipelines.distill.train"}
-CAUSES = {"disk full": "File too large|No space left", "rights lost": "Permission denied"}
+pytestmark = pytest.mark.usefixtures("in_process")
+TRAINING = {"student": "static", "epochs": 2, "batch_tokens": 256, "lr": 5e-3, "held_out": 0.2, "checkpoint_steps": 3}
+CAUSES = {"disk full": "no space left .*File too large", "permission lost": "no permission .*Permission denied"}
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory, make_teacher: MakeTeacher) -> Corpus:
-    return Corpus(tmp_path_factory.mktemp("faults"), make_teacher("bert"))
-
-
-@pytest.fixture
-def prepared(corpus: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch) -> Corpus:
-    """Two dictionaries and the labels "whole", which the first test builds for all; no student is trained."""
-    monkeypatch.setattr(distill_module, "train", lambda *_: {})
-    if not (corpus.folder / "whole").exists():
+def corpus(make_teacher: MakeTeacher) -> Iterator[Corpus]:
+    """Two dictionaries, and the run "whole" with labels and a student."""
+    corpus = Corpus(Path(tempfile.mkdtemp()), make_teacher("bert"))
+    with small_partitions():
         corpus.build("dict", max_occurrences=60)
         corpus.build("other", max_occurrences=50)
-        run(corpus, "whole")
-    return corpus
+        corpus.distill("whole", **TRAINING)
+    yield corpus
+    shutil.rmtree(corpus.folder)
 
 
-def run(made: Corpus, name: str, **more: object) -> dict:
-    given = {"dictionary": str(made.folder / "dict"), "teacher": str(made.teacher), "output": str(made.folder / name)}
-    return distill_student(DistillConfig(**{**given, **more}))
+def copy_labels(corpus: Corpus, name: str) -> Path:
+    """Return a new run that has the labels of "whole" and nothing else."""
+    ignored = shutil.ignore_patterns("training", "student", "metrics*", ".*")
+    return Path(shutil.copytree(corpus.folder / "whole", corpus.folder / name, ignore=ignored))
 
 
-def labels(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted((folder / "labels").iterdir()) if p.suffix != ".done"}
-
-
-def full(function: Callable) -> Callable:
-    """Limit the size of a file while it is written."""
-
-    def call(*arguments: object) -> object:
-        if not str(arguments[0]).endswith(PLACE):
-            return function(*arguments)
-        with full_disk():
-            return function(*arguments)
-
-    return call
-
-
-def forbidden(function: Callable) -> Callable:
-    """Revoke the permission to write a file."""
-
-    def call(*arguments: object) -> object:
-        if not str(arguments[0]).endswith(PLACE):
-            return function(*arguments)
-        folder, user = Path(str(arguments[0])).parent, os.geteuid()
-        folder.chmod(0o555)
-        if user == 0:  # root may write anywhere
-            os.seteuid(65534)
-        try:
-            return function(*arguments)
-        finally:
-            os.seteuid(user)
-            folder.chmod(0o755)
-
-    return call
-
-
-@pytest.mark.parametrize(
-    ("fault", "spoil", "cause"),
-    [
-        ("disk full", full, r"no space left \(.*File too large.*\)"),
-        ("rights lost", forbidden, r"no permission \(.*\)"),
-    ],
-)
+@pytest.mark.parametrize("fault", CAUSES)
 def test_labels_that_cannot_be_written_are_reported_and_the_next_run_resumes(
-    prepared: Corpus, patch: pytest.MonkeyPatch, outcome: Outcome, fault: str, spoil: Callable, cause: str
+    corpus: Corpus, outcome: Outcome, fault: str
 ) -> None:
-    folder = prepared.folder / fault
-    patch.setattr(storage, "_rename_into", spoil(storage._rename_into))
-    with pytest.raises(MsenseError, match=rf"cannot write .*{cause}"):
-        run(prepared, fault)
-    patch.undo()
-    done = {path: path.stat().st_mtime_ns for path in (folder / "labels").glob("0*.done")}
-    assert done
-    run(prepared, fault)
-    assert labels(folder) == labels(prepared.folder / "whole")
-    assert {path: path.stat().st_mtime_ns for path in done} == done
+    with unprivileged(corpus.folder):
+        folder = corpus.folder / fault
+        context = full_disk if fault == "disk full" else partial(read_only, folder / "labels")
+        with pytest.raises(MsenseError, match=rf"cannot write .*labels/.*{CAUSES[fault]}"):
+            corpus.distill(fault, disturbed(*INSIDE["labels"][:1], context, INSIDE["labels"][1]), **TRAINING)
+        finished = {path: path.stat().st_mtime_ns for path in (folder / "labels").glob("0*.done")}
+        assert finished
+        corpus.label(fault, **TRAINING)
+    assert corpus.files(fault, "labels", markers=False) == corpus.files("whole", "labels", markers=False)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert not list(folder.rglob(".*.part"))
-    outcome(fault, "labels", "told; next run goes on")
+    outcome(fault, "labels", "reported; next run resumes")
 
 
-@pytest.mark.parametrize("stage", INSIDE)
-def test_a_second_driver_and_changed_input_are_refused(
-    prepared: Corpus, patch: pytest.MonkeyPatch, outcome: Outcome, stage: str
-) -> None:
-    name, stopped = f"second-{stage}", f"stopped-{stage}"
-    function, refused = pkgutil.resolve_name(INSIDE[stage]), []
-
-    def meanwhile(*arguments: object) -> object:
-        with pytest.raises(InputError, match=rf"another driver .*{name} \(process {os.getpid()} on host "):
-            run(prepared, name)
-        refused.append(stage)
-        return function(*arguments)
-
-    def stop(*_: object) -> None:
-        raise StoppedError
-
-    patch.setattr(INSIDE[stage], meanwhile)
-    run(prepared, name)
-    assert refused == [stage]
-    outcome("second driver", stage, "refused")
-    patch.setattr(INSIDE[stage], stop)
-    with pytest.raises(StoppedError):
-        run(prepared, stopped)
-    with pytest.raises(InputError, match=r"config\.soft_targets: 0 .*2 [\s\S]*another --output"):
-        run(prepared, stopped, soft_targets=2)
-    with pytest.raises(InputError, match=r"dictionary.*: [\s\S]*another --output"):
-        run(prepared, stopped, dictionary=str(prepared.folder / "other"))
-    outcome("input changed", stage, "refused")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", CAUSES)
 def test_a_training_that_cannot_write_is_reported_and_the_next_run_resumes(
-    ray: None, made: Corpus, in_process: None, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch,
-    outcome: Outcome, fault: str,
-) -> None:  # fmt: skip
-    from test_training_kills import SETTINGS, copy_labels
+    corpus: Corpus, outcome: Outcome, fault: str
+) -> None:
+    run = copy_labels(corpus, f"{fault}-training")
+    run.chmod(0o777)
+    for path in run.rglob("*"):
+        path.chmod(path.stat().st_mode | 0o022)
+    with unprivileged(corpus.folder):
+        executor = DisturbedTraining(lambda: full_disk() if fault == "disk full" else read_only(checkpoints(run)), 3)
+        with pytest.raises(MsenseError, match=rf"training failed: .*{CAUSES[fault].split(' .*')[1]}"):
+            corpus.distill(run.name, executor, **TRAINING)
+        assert not (run / "student").exists()
+        corpus.distill(run.name, **TRAINING)
+    same_metrics(run, corpus.folder / "whole")
+    outcome(fault, "training", "reported; next run resumes")
 
-    made.build("dict", senses=3)
-    monkeypatch.undo()
-    run(made, "whole", **SETTINGS)
-    folder = copy_labels(made, "run")
-    training = folder / "training"
 
-    def worker(given: dict) -> list:
-        import resource
+def checkpoints(run: Path) -> Path:
+    """Return the folder with the checkpoints of the only training of a run."""
+    (folder,) = (path for path in (run / "training").iterdir() if (path / "latest.json").exists())
+    return folder
 
-        from msense.stages import train_worker
-        from msense.training import distiller
 
-        original = distiller.Trainer._step
+def test_an_interrupted_local_training_resumes_from_its_last_checkpoint(corpus: Corpus) -> None:
+    run = copy_labels(corpus, "interrupted")
+    first, second = DisturbedTraining(stopped, 4), DisturbedTraining()
+    with pytest.raises(StoppedError):
+        corpus.distill(run.name, first, **TRAINING)
+    corpus.distill(run.name, second, **TRAINING)
+    assert second.reports[0] == first.reports[-1]  # the report that was interrupted
+    assert len(set(first.reports + second.reports)) == len(first.reports + second.reports) - 1
+    assert metrics(run) == metrics(corpus.folder / "whole")
+    student = corpus.files(run.name, "student")
+    assert student.pop("training.json")
+    assert student == {k: v for k, v in corpus.files("whole", "student").items() if k != "training.json"}
 
-        def limited(self: distiller.Trainer, *arguments: object) -> dict:
-            at = self.state.epoch == 1 and self.state.step == 7
-            if at and fault == "disk full":  # from now on the system refuses larger files
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-            elif at:
-                for path in [training, *(path for path in training.rglob("*") if path.is_dir())]:
-                    path.chmod(0o555)
-                os.seteuid(65534)  # root may write anywhere
-            return original(self, *arguments)
 
-        distiller.Trainer._step = limited
-        return train_worker.train_worker(given)
+def test_two_local_workers_train_and_resume_after_one_is_killed(corpus: Corpus) -> None:
+    run = copy_labels(corpus, "two")
+    with pytest.raises(MsenseError, match=r"training failed: .*terminated abruptly"):
+        corpus.distill(run.name, DisturbedTraining(killed, 4, trainers=2), **TRAINING)
+    assert len(list(checkpoints(run).glob("epoch_*"))) >= 2
+    corpus.distill(run.name, DisturbedTraining(trainers=2), **TRAINING)
+    for two, one in zip(metrics(run), metrics(corpus.folder / "whole"), strict=True):
+        assert two["step"] == one["step"]
+        assert two["held_out_sense"] == pytest.approx(one["held_out_sense"], rel=0.05)  # other order of summation
 
-    patch.setattr(train, "worker", worker)
-    with pytest.raises(MsenseError, match=rf"training failed: .*({CAUSES[fault]})"):
-        run(made, "run", **SETTINGS)
-    patch.undo()
-    for path in [training, *(path for path in training.rglob("*") if path.is_dir())]:
-        path.chmod(0o755)
-    assert not (folder / "student").exists()
-    assert len(metrics(folder)) == 1
-    run(made, "run", **SETTINGS)
-    same_metrics(folder, made.folder / "whole")
-    outcome(fault, "training", "told; next run goes on")
+
+@pytest.mark.parametrize("stage", ["labels", "training"])
+def test_a_second_driver_and_changed_input_are_refused(corpus: Corpus, outcome: Outcome, stage: str) -> None:
+    name, refused = f"second-{stage}", []
+
+    def meanwhile() -> None:
+        with pytest.raises(InputError, match=rf"another driver .*{name} \(process {os.getpid()} on host "):
+            corpus.distill(name, **TRAINING)
+        refused.append(stage)
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        corpus.distill(name, before(INSIDE[stage][0], meanwhile), **TRAINING)
+    assert refused == [stage]
+    outcome("second driver", stage, "refused")
+    with pytest.raises(InputError, match=r"config\.soft_targets: 0 .*2 [\s\S]*another --output"):
+        corpus.distill(name, **TRAINING, soft_targets=2)
+    with pytest.raises(InputError, match=r"dictionary.*: [\s\S]*another --output"):
+        corpus.distill(name, **TRAINING, dictionary=str(corpus.folder / "other"))
+    outcome("input changed", stage, "refused")

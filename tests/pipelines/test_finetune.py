@@ -4,8 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -15,9 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from msense.stages.finetune_worker import finetune_worker
+from executors import DisturbedTraining, StoppedError, stopping
 from safetensors.torch import save_file
-from test_evaluation import write_task
+from task_data import write_task
 
 from msense import SenseDictionary
 from msense.config.base import validate_config
@@ -28,18 +27,20 @@ from msense.corpus.chunking import write_passages
 from msense.corpus.glue import DEV, GLUE, TEST, TRAIN, get_task, pair_separator, read_split
 from msense.corpus.labelled import Columns
 from msense.corpus.passages import read_block
-from msense.errors import InputError, MsenseError
+from msense.errors import InputError
 from msense.evaluation.models import TokenModel, make_model
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
 from msense.evaluation.tasks import classifier as task
-from msense.pipelines import finetune
-from msense.runtime.resources import Resources
+from msense.pipelines import finetune as pipeline
+from msense.pipelines.finetune import finetune
+from msense.runtime import Executor
+from msense.stages.passages import passage_spec
 from msense.student.tokenizer import pad_ids
 from msense.teacher.body import load_body
 from msense.teacher.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
 from msense.teacher.spec import load_teacher_info
-from msense.training.finetuner import Finetuner, _read, batches
+from msense.training.finetuner import Finetuner, batches, read_tokenized
 from msense.training.group import ProcessGroup
 
 MakeTeacher = Callable[..., Path]
@@ -89,11 +90,6 @@ def weights_of(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tenso
     return lambda folder: save_file(change(dict(known_classifier().state_dict())), folder / "classifier.safetensors")
 
 
-def pipe(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    os.mkfifo(folder / "config.json")
-
-
 def link(folder: Path) -> None:
     path = folder / "classifier.safetensors"
     path.rename(folder.parents[1] / "outside")
@@ -103,14 +99,9 @@ def link(folder: Path) -> None:
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "has no classifier.*jobs/finetune.py"),
     "no weights": (lambda f: (f / "classifier.safetensors").unlink(), "is missing"),
-    "pipe": (pipe, r"config\.json is no"),
     "link": (link, "outside the classifier"),
-    "invalid JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
-    "other version": (config_of(format_version=2), "format version 2"),
-    "one label": (config_of(labels=["a"]), "labels"),
     "duplicate label": (config_of(labels=["a", "a"]), "labels.*twice"),
     "more labels": (config_of(labels=["a", "b", "c"]), "does not match"),
-    "other width": (config_of(dim=3), "does not match"),
     "huge": (config_of(dim=1 << 16), "does not match"),
     "other pooling": (config_of(pooling="max"), "pooling"),
     "cut off": (lambda f: os.truncate(f / "classifier.safetensors", 40), r"classifier\.safetensors \(40 bytes\)"),
@@ -153,8 +144,8 @@ def test_pair_is_one_text_that_reads_as_two(teacher: Path, tmp_path: Path) -> No
     tokens = ["[CLS]", "the", "cat", "[SEP]", "a", "dog", "[SEP]"]
     assert tokenizer.encode(texts.texts[0]).tokens == tokens
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": texts.texts[0]}) + "\n")
-    (piece,) = cut_splits(list_files((str(tmp_path / "corpus.jsonl"),)))
-    write_passages(piece, info.passage_spec(BuildConfig()), tokenizer, tmp_path / "p.parquet")
+    (split,) = cut_splits(list_files((str(tmp_path / "corpus.jsonl"),)))
+    write_passages(split, passage_spec(info, BuildConfig()), tokenizer, tmp_path / "p.parquet")
     ids = read_block(str(tmp_path / "p.parquet"), 0).ids.tolist()
     assert [tokenizer.id_to_token(i) for i in ids] == tokens  # the same in a dictionary's corpus
 
@@ -202,46 +193,40 @@ def toy(folder: Path, train: int = 24, test: int = 12, shuffled: bool = False, v
     return write_task(folder, {"train": rows(train), "dev": rows(test), "test": rows(test)})
 
 
-@contextmanager
-def tuning_here(teacher: Path, tmp_path: Path) -> Iterator[Tune]:
-    """Fine-tune in this process instead of on Ray Train."""
-    tuners: list[Finetuner] = []
+class Kept(DisturbedTraining):
+    """Trains in this process, and keeps the settings and the number of trainings."""
 
-    def fit(name: str, worker: object, given: dict, run: object, resources: object) -> SimpleNamespace:
-        Path(given["tuning"].run, "training").mkdir(exist_ok=True)  # where Ray Train keeps checkpoints
-        tuner, folder = Finetuner(given["tuning"], ProcessGroup()), tmp_path / f"checkpoint{len(tuners)}"
-        list(tuner.run())
-        tuner.save_teacher(folder / "teacher")
-        tuners.append(tuner)
-        checkpoint = SimpleNamespace(as_directory=lambda: nullcontext(folder))
-        return SimpleNamespace(return_value=tuner.history, checkpoint=checkpoint)
+    runs, settings = 0, None
 
-    def tune(source: str, **changes: object) -> SimpleNamespace:
+    def train(self, name: str, worker: Callable, settings: object, folder: str) -> object:
+        result = super().train(name, worker, settings, folder)
+        self.runs, self.settings = self.runs + 1, settings
+        return result
+
+
+def tuning_in(folder: Path, teacher: Path) -> Tune:
+    """Return a function that fine-tunes in this process."""
+    kept = Kept()
+
+    def tune(source: str, executor: Executor = kept, **changes: object) -> SimpleNamespace:
         given = {"task": f"toy={source}", "teacher": str(teacher), "epochs": 1, "dropout": 0.0, **SETTINGS}
-        summary = finetune.finetune(
-            validate_config(FinetuneConfig, given | {"output": str(tmp_path / "out")} | changes)
-        )
-        return SimpleNamespace(**summary, source=source, tuner=tuners[-1], runs=len(tuners))
+        given |= {"output": str(folder / "out"), **changes}
+        summary = finetune(validate_config(FinetuneConfig, given), executor)
+        return SimpleNamespace(**summary, source=source, settings=kept.settings, runs=kept.runs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "fit", fit)
-        patch.setattr(finetune, "connect", lambda workers: Resources(actors=1, tasks=1, device="cpu"))
-        patch.setattr(finetune, "run_task", lambda work, *arguments, device="cpu": work(*arguments))
-        yield tune
+    return tune
 
 
 @pytest.fixture
-def tune(teacher: Path, tmp_path: Path) -> Iterator[Tune]:
-    with tuning_here(teacher, tmp_path) as call:
-        yield call
+def tune(teacher: Path, tmp_path: Path) -> Tune:
+    return tuning_in(tmp_path, teacher)
 
 
 @pytest.fixture(scope="module")
 def learned(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A teacher that has learned the toy task; tests must not change it."""
     folder = tmp_path_factory.mktemp("learned")
-    with tuning_here(teacher, folder) as call:
-        return call(toy(folder / "toy", **LEARN), epochs=10)
+    return tuning_in(folder, teacher)(toy(folder / "toy", **LEARN), epochs=10)
 
 
 def own(folder: object, **changes: object) -> Spec:
@@ -265,8 +250,9 @@ def test_tuned_teacher_is_a_teacher_with_a_classifier(learned: SimpleNamespace) 
     ids = torch.tensor([tokenizer.encode("the river is deep").ids])
     with torch.no_grad():
         body = load_body(Path(learned.teacher), "tuned", torch.float32)
-        hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        torch.testing.assert_close(hidden, learned.tuner.model.eval().body(ids, torch.ones_like(ids).bool()))
+        read = make_model(own(learned.teacher), "cpu", 1).read(["the river is deep"])
+        hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+        torch.testing.assert_close(hidden, torch.from_numpy(read.hidden), rtol=1e-4, atol=1e-5)
     corpus = [json.loads(line)["text"] for line in Path(learned.corpus).read_text().splitlines()]
     assert corpus == read_split("toy", get_task("toy"), learned.source, TRAIN, "").texts
     model = make_model(own(learned.teacher), "cpu", 1)
@@ -291,18 +277,25 @@ def test_tuned_teacher_of_any_kind_reads_as_trained(
     tune: Tune, make_teacher: MakeTeacher, tmp_path: Path, kind: str, pooling: str, prompt: str, changes: dict
 ) -> None:
     result = tune(toy(tmp_path / "toy"), teacher=str(make_teacher(kind, pooling, prompt)), **changes)
-    split = _read(result.tuner.tuning, TEST)
-    ids, mask = pad_ids(split.rows)
-    with torch.no_grad():
-        hidden = result.tuner.model.eval().body(ids, mask)[mask]
-        scores = result.tuner.model(ids, mask)
+    test, dev = (read_tokenized(result.settings, split) for split in (TEST, DEV))
     model = make_model(own(result.teacher), "cpu", 1)
     read = model.read(task.texts(result.source, "toy", own(result.teacher), Columns()))
-    assert read.ids.tolist() == np.concatenate(split.rows).tolist()  # including the prompt
-    torch.testing.assert_close(torch.from_numpy(read.hidden), hidden, rtol=1e-4, atol=1e-4)
-    config = load_classifier(result.teacher).config
-    assert config.pooling == changes.get("pooling", "lasttoken" if kind == "llama" else "mean")
-    assert measure(model, result.source).found == [config.labels[i] for i in scores.argmax(1).tolist()]
+    assert read.ids.tolist() == np.concatenate(test.rows).tolist()  # including the prompt
+    body, classifier = load_body(Path(result.teacher), "tuned", torch.float32), load_classifier(result.teacher)
+    labels = classifier.config.labels
+    assert classifier.config.pooling == changes.get("pooling", "lasttoken" if kind == "llama" else "mean")
+
+    def embed(rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        ids, mask = pad_ids(rows)
+        with torch.no_grad():
+            hidden = body(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            return hidden, mask, [labels[i] for i in classifier(hidden, mask).argmax(1).tolist()]
+
+    hidden, mask, predicted = embed(test.rows)
+    torch.testing.assert_close(torch.from_numpy(read.hidden), hidden[mask], rtol=1e-4, atol=1e-4)
+    assert measure(model, result.source).found == predicted
+    accuracy = np.mean(dev.gold == np.array(embed(dev.rows)[2]))
+    assert accuracy == pytest.approx(result.epochs[-1]["dev_accuracy"])  # as trained
     assert "| task | toy |" in (Path(result.teacher) / "README.md").read_text()
 
 
@@ -356,10 +349,9 @@ def test_gradients_of_two_workers_average_to_those_of_one(learned: SimpleNamespa
     patch.setattr(ProcessGroup, "sum", lambda self, values, device: values)
 
     def gradients(group: ProcessGroup) -> list[torch.Tensor]:
-        tuner = Finetuner(learned.tuner.tuning, group)
+        tuner = Finetuner(learned.settings, group)
         tuner.model.eval()  # the body's own dropout is random
-        tuner.engine.step = lambda lr: None  # type: ignore[method-assign]
-        tuner._step(np.arange(7), 0.0)
+        tuner.backward(np.arange(7))
         return [p.grad.clone() for p in tuner.model.parameters() if p.grad is not None]
 
     for whole, first, second in zip(
@@ -380,28 +372,25 @@ def test_only_a_changed_command_trains_again(tune: Tune, tmp_path: Path) -> None
     assert tune(source, lr=1e-3).runs == 3
 
 
-def test_failed_command_keeps_the_previous_result_until_it_writes(
-    tune: Tune, patch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def failing(*_: object) -> None:
-        raise MsenseError("stopped")
-
+def test_failed_command_keeps_the_previous_result_until_it_writes(tune: Tune, tmp_path: Path) -> None:
     source, other = toy(tmp_path / "toy"), toy(tmp_path / "other", shuffled=True)
     first = tune(source)
     corpus = Path(first.corpus).read_text()
-    for name in ("fit", "keep_teacher"):
+    for place in ("training", "publish teacher"):
         assert tune(source).runs == 1
         assert Path(first.corpus).read_text() == corpus
-        with patch.context() as inner:
-            inner.setattr(finetune, name, failing)
-            with pytest.raises(MsenseError, match="stopped"):
-                tune(other)
+        with pytest.raises(StoppedError):
+            tune(other, stopping(place))
     again = tune(source)
-    assert again.runs == 3  # the second failure left the other command's corpus
-    assert again.epochs == first.epochs
+    assert again.runs == 2  # the second failure left the other command's corpus
+    assert without_speed(again.epochs) == without_speed(first.epochs)
     assert Path(again.corpus).read_text() == corpus
     shutil.rmtree(again.teacher)
-    assert tune(source).runs == 4
+    assert tune(source).runs == 3
+
+
+def without_speed(epochs: list[dict]) -> list[dict]:
+    return [epoch | {"tokens_per_s": 0} for epoch in epochs]
 
 
 def test_nothing_of_a_previous_teacher_remains(tune: Tune, make_teacher: MakeTeacher, tmp_path: Path) -> None:
@@ -426,18 +415,18 @@ def test_input_and_foreign_folders_are_not_replaced(tune: Tune, teacher: Path, t
 
 
 def test_resuming_from_a_checkpoint_gives_the_same_metrics(learned: SimpleNamespace, tmp_path: Path) -> None:
-    tuning = learned.tuner.tuning
-    tuning = replace(tuning, config=tuning.config.model_copy(update={"epochs": 2, "dropout": 0.1}))
-    whole, half, resumed = (Finetuner(tuning, ProcessGroup()) for _ in range(3))
+    config = learned.settings.config.model_copy(update={"dropout": 0.1})
+    settings = replace(learned.settings, epochs=2, config=config)
+    whole, half, resumed = (Finetuner(settings) for _ in range(3))
     list(whole.run())
     next(half.run())
     half.save(tmp_path)
     resumed.restore(tmp_path)
     list(resumed.run())
-    assert resumed.history == whole.history
-    assert len(resumed.history) == 2
+    assert without_speed(resumed.state.history) == without_speed(whole.state.history)
+    assert len(resumed.state.history) == 2
     (tmp_path / "state.json").write_text("[")
-    with pytest.raises(InputError, match=r"checkpoint.*(damaged|corrupted)"):
+    with pytest.raises(InputError, match=r"checkpoint.*corrupted"):
         resumed.restore(tmp_path)
 
 
@@ -458,7 +447,7 @@ def test_invalid_command_is_refused(changes: dict, message: str, teacher: Path, 
     given = {"task": "toy={data}", "teacher": str(teacher), "output": str(tmp_path / "o"), **changes}
     given["task"] = given["task"].replace("{data}", source)
     with pytest.raises(InputError, match=message):
-        finetune.finetune(validate_config(FinetuneConfig, given))
+        finetune(validate_config(FinetuneConfig, given))
 
 
 def test_classifier_of_another_width_or_kind_is_refused(teacher: Path, tmp_path: Path) -> None:
@@ -477,41 +466,30 @@ def test_classifier_of_another_width_or_kind_is_refused(teacher: Path, tmp_path:
             measure(model, data, name)
 
 
-@pytest.fixture
-def on_ray(ray: None, teacher: Path, tmp_path: Path) -> Callable[..., dict]:
-    source = toy(tmp_path / "toy", train=96)
-
-    def call(output: str = "out", **changes: object) -> dict:
-        given = {"task": f"toy={source}", "teacher": str(teacher), "workers": 1, "epochs": 2, **SETTINGS}
-        return finetune.finetune(validate_config(FinetuneConfig, given | {"output": str(tmp_path / output)} | changes))
-
-    return call
-
-
-def test_ray_train_produces_a_teacher(on_ray: Callable[..., dict], teacher: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.chdir(teacher.parent)  # Ray's workers run in another folder
-    summary = on_ray(teacher=teacher.name)
-    assert len(summary["epochs"]) == 2
-    assert summary["epochs"][1]["train_loss"] < summary["epochs"][0]["train_loss"]
-    assert load_classifier(summary["teacher"]).config.labels == ("coin", "water")
-
-
 @pytest.mark.slow
-def test_kills_change_no_metric_and_repeat_no_step(
-    on_ray: Callable[..., dict], patch: pytest.MonkeyPatch, tmp_path: Path
+def test_kills_on_ray_change_no_metric_and_repeat_no_step(
+    ray: None, teacher: Path, patch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One worker dies in the second epoch, then the driver before it publishes the teacher; the rerun only publishes."""
-    whole = on_ray("whole", workers=2, epochs=3)
-    patch.setattr(finetune, "worker", killed_once(9, tmp_path / "first"))  # an epoch has 6 steps
+    source = toy(tmp_path / "toy", train=96)
+    patch.chdir(teacher.parent)  # Ray's workers run in another folder
+
+    def call(output: str) -> dict:
+        given = {"task": f"toy={source}", "teacher": teacher.name, "workers": 2, "epochs": 3, **SETTINGS}
+        return finetune(validate_config(FinetuneConfig, given | {"output": str(tmp_path / output)}))
+
+    whole = call("whole")
+    assert whole["epochs"][1]["train_loss"] < whole["epochs"][0]["train_loss"]
+    patch.setattr(pipeline, "train_teacher", killed_once(9, tmp_path / "first"))  # an epoch has 6 steps
     with patch.context() as inner:
-        inner.setattr(finetune, "keep_teacher", lambda checkpoint, uri: 1 / 0)
+        inner.setattr(pipeline, "publish_teacher", lambda checkpoint, uri: 1 / 0)
         with pytest.raises(Exception, match="division by zero"):
-            on_ray("killed", workers=2, epochs=3)
+            call("killed")
     assert (tmp_path / "first").exists()
-    patch.setattr(finetune, "worker", killed_once(1, tmp_path / "second"))
-    killed = on_ray("killed", workers=2, epochs=3)
+    patch.setattr(pipeline, "train_teacher", killed_once(1, tmp_path / "second"))
+    killed = call("killed")
     assert not (tmp_path / "second").exists()
-    for actual, expected in zip(killed["epochs"], whole["epochs"], strict=True):
+    for actual, expected in zip(*map(without_speed, (killed["epochs"], whole["epochs"])), strict=True):
         assert actual == pytest.approx(expected, rel=1e-3, abs=1e-3)
     actual, expected = (load_classifier(summary["teacher"]).state_dict() for summary in (killed, whole))
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
@@ -520,16 +498,18 @@ def test_kills_change_no_metric_and_repeat_no_step(
 def killed_once(step: int, flag: Path) -> Callable:
     """Return a worker of which the first to reach a step creates a file and dies; a closure, as Ray pickles it by value."""
 
-    def worker(given: dict) -> list:
+    def worker(settings: object, session: object) -> list:
+        from msense.training.finetuner import Finetuner, train_teacher
+
         original, steps = Finetuner._step, count(1)
 
-        def counted(self: Finetuner, *arguments: object) -> float:
+        def counted(self: Finetuner, *arguments: object) -> dict:
             if next(steps) == step and not flag.exists():
                 flag.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *arguments)
 
         Finetuner._step = counted
-        return finetune_worker(given)
+        return train_teacher(settings, session)
 
     return worker

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from executors import ShuffledExecutor, merged_randomly
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -24,8 +24,8 @@ from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
 from transformers import BertModel
 
 from msense import SenseDictionary
-from msense.clustering import kmeans
-from msense.clustering.kmeans import batches, blocks, seeding
+from msense.clustering.kmeans import KMeansConfig, blocks, seeding
+from msense.clustering.nearest import sample
 from msense.config.build import BuildConfig
 from msense.corpus import chunking, cut_splits, list_files
 from msense.corpus.chunking import passage_keys, write_passages
@@ -34,10 +34,11 @@ from msense.dictionary.assignment import RaggedSenses, assign, replace
 from msense.io.arrays import open_parquet
 from msense.pipelines.build import build_dictionary
 from msense.run.folder import RunFolder
-from msense.runtime.executor import _merge
-from msense.stages import distributed_kmeans_worker, embed
+from msense.runtime import LocalExecutor
+from msense.runtime.executor import merged
+from msense.stages import distributed_kmeans_worker, embedding_store
 from msense.stages.embed import select_occurrences
-from msense.stages.embedding_store import cut_partitions, record_type, sample
+from msense.stages.embedding_store import cut_partitions, record_type
 from msense.stages.sampling import Histogram, thresholds
 
 often = settings(max_examples=60, deadline=None, derandomize=True)
@@ -73,15 +74,6 @@ def block_of(passages: list[Passage]) -> Passages:
     keys, context, ids = zip(*passages, strict=True)
     flat = np.array([i for own in ids for i in own], np.int32)
     return Passages(np.array(keys, np.uint64), np.array(context, np.int32), flat, np.cumsum([0, *map(len, ids)]))
-
-
-def merged(things: list, combine: Callable, rng: random.Random, side_by_side: bool = False) -> Any:
-    """Combine two or three at a time in random order; only neighbours if their order matters."""
-    while len(things) > 1:
-        things = things if side_by_side else rng.sample(things, len(things))
-        at = rng.randrange(len(things) - 1)
-        things = [*things[:at], combine(*things[at : at + 3]), *things[at + 3 :]]
-    return things[0]
 
 
 def edges_of(n: int, rng: random.Random, step: int = 1) -> list[tuple[int, int]]:
@@ -126,16 +118,16 @@ def test_the_sample_equals_a_walk_in_key_order(
     groups = [Histogram.empty(VOCAB) for _ in range(rng.randint(1, 5))]
     for block in rng.sample(cut, len(cut)):
         rng.choice(groups).add(block, spec, per_passage)
-    histogram = merged(groups, _merge, rng)
+    histogram = merged_randomly(groups, merged, rng)
     threshold = thresholds(histogram, cap)
     records, first = [], 0  # of all partitions in order: token, key, passage, position
     for a, b in edges_of(len(cut), rng):
-        unit = Passages.concatenate(cut[a:b])
-        chosen = select_occurrences(unit, threshold, spec, per_passage)
+        partition = Passages.concatenate(cut[a:b])
+        chosen = select_occurrences(partition, threshold, spec, per_passage)
         records += zip(
             chosen.tokens, chosen.keys, (chosen.rows + first).tolist(), chosen.positions.tolist(), strict=True
         )
-        first += len(unit.keys)
+        first += len(partition.keys)
     columns = [np.array([row[i] for row in records], t) for i, t in ((1, np.uint64), (0, np.int32))]
     got: Taken = defaultdict(list)
     for place in sample(*columns, cap)[0].tolist():
@@ -218,18 +210,18 @@ def test_chunks_add_up_to_the_exact_total_in_any_grouping(
 ) -> None:
     """Sums are exact, counts and farthest points equal a loop's, with the same bits for every cut and order of merging."""
     x = np.array([[a, b * 2.0**e] for a, b, e in rows], np.float16)
-    k, config = len(seeds), kmeans.KMeansConfig(k=len(seeds))
+    k, config = len(seeds), KMeansConfig(k=len(seeds))
     centroids = np.array([[s, 0] for s in seeds], np.float32)  # all equal in the second column
-    state = kmeans.BlockedState(3, centroids, np.zeros(2, np.float32), np.zeros(k, np.int64))
+    state = blocks.BlockedState(3, centroids, np.zeros(2, np.float32), np.zeros(k, np.int64))
     flat = x * np.array([1, 0], np.float16)  # integer distances with many ties
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_ROWS", 4)
-        whole = kmeans.partial(x, state, config)
+        patch.setattr(seeding, "BLOCK_ROWS", 4)
+        whole = blocks.partial(x, state, config)
         cut = edges_of(len(x), rng, step=4)
-        sums = [kmeans.partial(x[a:b], state, config) for a, b in cut]
-        far = [kmeans.farthest(flat[a:b], state, m, config, first_row=a) for a, b in cut]
-    total = merged(sums, lambda *some: kmeans.combine(some), rng, side_by_side=True)
-    farthest = merged(far, lambda *some: kmeans.combine_farthest(some, m), rng)
+        sums = [blocks.partial(x[a:b], state, config) for a, b in cut]
+        far = [blocks.farthest(flat[a:b], state, m, config, first_row=a) for a, b in cut]
+    total = merged_randomly(sums, lambda *some: blocks.combine(some), rng, side_by_side=True)
+    farthest = merged_randomly(far, lambda *some: blocks.combine_farthest(some, m), rng)
     assert [getattr(total, name).tobytes() for name in vars(whole)] == [a.tobytes() for a in vars(whole).values()]
     own = [min(range(k), key=lambda c: abs(seeds[c] - a)) for a, _, _ in rows]  # the first of ties
     exact = np.zeros((k, 2), np.int64)
@@ -251,7 +243,7 @@ def test_merge_keeps_exemplars_with_their_senses(sizes: list[list[int]]) -> None
         rows = [(t, s, r) for t, size in enumerate(sizes[n]) for s in range(size) for r in range((n + s + t) % 3)]
         d._exemplars = exemplars(rows)
     together = every[0].merge(*every[1:])
-    one_by_one = merged(every, SenseDictionary.merge, random.Random(len(sizes)), side_by_side=True)
+    one_by_one = merged_randomly(every, SenseDictionary.merge, random.Random(len(sizes)), side_by_side=True)
     for token in range(len(sizes[0])):
         expected, shift = [], 0
         for d in every:
@@ -281,64 +273,43 @@ def test_cosine_ties_go_to_the_lowest_sense(senses: list[list[tuple[int, int]]],
         row[axis] = np.sign(size) * 2.0 ** abs(size)
     ragged = RaggedSenses(np.cumsum([0, *map(len, senses)]), (torch.from_numpy(table),))
     ids, x = np.array([r[0] for r in rows]), torch.tensor([r[1:] for r in rows], dtype=torch.float32)
-    found, replaced = assign(ids, x, ragged, "cosine").tolist(), replace(ids, x, ragged, "cosine").tolist()
-    for (token, *point), number, value in zip(rows, found, replaced, strict=True):
+    numbers, replaced = assign(ids, x, ragged, "cosine").tolist(), replace(ids, x, ragged, "cosine").tolist()
+    for (token, *point), number, value in zip(rows, numbers, replaced, strict=True):
         scores = [np.sign(size) * point[axis] for axis, size in (senses[token] if 0 <= token < len(senses) else [])]
         assert number == (scores.index(max(scores)) if scores else -1)
         assert value == (table[ragged.offsets[token] + number].tolist() if scores else point)
 
 
-PIECES = {word: (word,) for word in ["the", "bank", "river", "of", "deep", "cat", "sat", "on"]}
-PIECES |= {"running": ("run", "##ning"), "mats": ("mat", "##s"), "Money": ("money",), "zebra": ("[UNK]",)}
-PIECES |= {"a,dog!": ("a", ",", "dog", "!"), "is...": ("is", ".", ".", ".")}
+WORD_PIECES = {word: (word,) for word in ["the", "bank", "river", "of", "deep", "cat", "sat", "on"]}
+WORD_PIECES |= {"running": ("run", "##ning"), "mats": ("mat", "##s"), "Money": ("money",), "zebra": ("[UNK]",)}
+WORD_PIECES |= {"a,dog!": ("a", ",", "dog", "!"), "is...": ("is", ".", ".", ".")}
 Corpus = dict[str, list[list[str]]]  # file: lines of words
 
 
 def random_corpus(seed: int, files: int, lines: int, words: int) -> Corpus:
     rng, corpus = random.Random(seed), {}
     for n in range(files):
-        chances = [1 / (rank + 1) for rank in range(len(PIECES))]
-        own = [rng.choices(list(PIECES), chances, k=rng.randint(1, words)) for _ in range(lines)]
+        chances = [1 / (rank + 1) for rank in range(len(WORD_PIECES))]
+        own = [rng.choices(list(WORD_PIECES), chances, k=rng.randint(1, words)) for _ in range(lines)]
         corpus[f"{n}.txt"] = [*own, [], *rng.choices(own, k=3)]  # a blank line and duplicate documents
     return corpus
-
-
-def out_of_order(patch: pytest.MonkeyPatch, rng: random.Random) -> None:
-    """Shuffle the order of finished work, and the order and grouping of merges."""
-
-    def shuffled(function: Callable, place: int) -> Callable:
-        def call(*given: Any, **needs: Any) -> Iterator[dict]:
-            items = rng.sample(given[place], len(given[place]))
-            done = function(*given[:place], items, *given[place + 1 :], **needs)
-            yield from sorted(done, key=lambda _: rng.random())
-
-        return call
-
-    def reduce(_: str, work: Callable, slices: list, __: object, *common: object) -> object:
-        return merged([work(item, *common) for item in slices], _merge, rng)
-
-    for module in [module for name, module in sys.modules.items() if name.startswith("msense.")]:
-        for name, place in (("map_data", 2), ("map_actors", 3), ("map_tasks", 2)):
-            if hasattr(module, name):
-                patch.setattr(module, name, shuffled(getattr(module, name), place))
-        patch.setattr(module, "reduce_tasks", reduce, raising=False)
 
 
 def read_run(run: RunFolder, files: int, dedup: bool) -> tuple[dict[str, list[int]], list[Passage], list[list[int]]]:
     """Return the text tokens of every document, the distinct passages in corpus order, and their numbers per partition."""
     text, passages, at, seen = defaultdict(list), [], defaultdict(list), set()
-    for piece in range(files):
-        file = open_parquet(run.passages_file(piece))
+    for split in range(files):
+        file = open_parquet(run.passages_file(split))
         for block in range(file.num_row_groups):
             for row in file.read_row_group(block).to_pylist():
                 ids = row["input_ids"]
                 text[row["document_id"]] += ids[1 + row["context"] : -1]
                 if not dedup or tuple(ids) not in seen:
-                    at[piece, block].append(len(passages))
+                    at[split, block].append(len(passages))
                     passages.append(Passage(row["key"], row["context"], ids))
                 seen.add(tuple(ids))
-    units = cut_partitions(run.blocks, 16)
-    return text, passages, [[n for p in zip(u.pieces, u.blocks, strict=True) for n in at[p]] for u in units]
+    partitions = cut_partitions(run.blocks, 16)
+    return text, passages, [[n for b in zip(p.splits, p.blocks, strict=True) for n in at[b]] for p in partitions]
 
 
 def check_run(root: Path, corpus: Corpus, config: BuildConfig, teacher: Path) -> None:
@@ -346,15 +317,15 @@ def check_run(root: Path, corpus: Corpus, config: BuildConfig, teacher: Path) ->
     run, vocabulary = RunFolder(str(root)), Tokenizer.from_file(str(teacher / "tokenizer.json"))
     cap, excluded = config.max_occurrences, (0, 2, 3) if config.special_tokens == "exclude" else (0,)
     spec = PassageSpec(64, (2,), (3,), excluded=excluded)
-    text, passages, units = read_run(run, len(corpus), config.dedup)
+    text, passages, partitions = read_run(run, len(corpus), config.dedup)
     lines = {f"{name}:{n}": line for name, own in corpus.items() for n, line in enumerate(own) if line}
-    assert text == {n: [vocabulary.token_to_id(p) for w in line for p in PIECES[w]] for n, line in lines.items()}
+    assert text == {n: [vocabulary.token_to_id(p) for w in line for p in WORD_PIECES[w]] for n, line in lines.items()}
     model = BertModel.from_pretrained(teacher).eval()
     with torch.inference_mode():
         hidden = [model(torch.tensor([p.ids])).last_hidden_state[0].numpy() for p in passages]
     stored: Taken = defaultdict(list)
-    for unit, own in enumerate(units):
-        for record in np.fromfile(run.partition_file(unit), record_type(16)):
+    for partition, own in enumerate(partitions):
+        for record in np.fromfile(run.partition_file(partition), record_type(16)):
             number, position, token = own[record["row"]], int(record["position"]), int(record["token"])
             assert (passages[number].key, passages[number].ids[position]) == (record["key"], token)
             np.testing.assert_allclose(record["embedding"].view(np.float16), hidden[number][position], atol=0.02)
@@ -375,8 +346,8 @@ CHOICES = {"max_occurrences": [0, 7, 60], "dedup": [True, False], "stride": [0, 
 CHOICES |= {"metric": ["l2", "dot", "cosine"], "special_tokens": ["include", "exclude"], "seed": [0, 1]}
 SETTINGS = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in CHOICES.items()})
 SMALL = [(chunking, "BLOCK_TOKENS", 100), (distributed_kmeans_worker, "BLOCKS_AT_A_TIME", 2)]
-SMALL += [(embed, name, (3000, 3000)) for name in ("UNIT_BYTES", "SHARD_BYTES")]
-SMALL += [(module, "BLOCK_ROWS", 16) for module in (kmeans, blocks, batches, seeding)]
+SMALL += [(embedding_store, name, (3000, 3000)) for name in ("PARTITION_BYTES", "SHARD_BYTES")]
+SMALL += [(seeding, "BLOCK_ROWS", 16)]
 FIXED = {"dtype": "float32", "senses": 3, "keep": ("passages", "occurrences")}
 
 
@@ -386,22 +357,21 @@ FIXED = {"dtype": "float32", "senses": 3, "keep": ("passages", "occurrences")}
 def test_a_build_contains_every_token_once_and_its_bytes_depend_on_the_text_only(
     make_teacher: Callable[..., Path], corpus: Corpus, chosen: dict[str, Any], rng: random.Random
 ) -> None:
-    """Number of workers, order of finished work, chunk size and location of the corpus do not change the bytes."""
+    """Number of clustering workers, order of work, chunk size and location of the corpus do not change the bytes."""
     teacher, artefacts = make_teacher("bert"), []
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for module, name, value in SMALL:
             patch.setattr(module, name, value)
-        for workers, points in ((2, 1 << 17), (1, 1 << 17), (3, 32)):
-            source, output = Path(folder, f"place{workers}"), Path(folder, f"run{workers}")
+        for number, points in enumerate((1 << 17, 1 << 17, 32)):
+            source, output = Path(folder, f"place{number}"), Path(folder, f"run{number}")
             source.mkdir()
             for name, lines in corpus.items():
                 (source / name).write_text("".join(" ".join(line) + "\n" for line in lines))
-            given = {"corpus": (str(source),), "teacher": str(teacher), "output": str(output), "workers": workers}
-            config = BuildConfig(**given, **FIXED, **chosen)
-            build_dictionary(config.model_copy(update={"max_points_per_part": points}))
-            if not artefacts:
+            given = {"corpus": (str(source),), "teacher": str(teacher), "output": str(output)}
+            config = BuildConfig(**given, **FIXED, **chosen).model_copy(update={"max_points_per_part": points})
+            build_dictionary(config, ShuffledExecutor(rng, number + 1) if number else LocalExecutor(device="cpu"))
+            if not number:
                 check_run(output, corpus, config, teacher)
-                out_of_order(patch, rng)
             files = [path for path in (output / "dictionary").rglob("*") if path.is_file()]
             artefacts.append({str(path.relative_to(output)): path.read_bytes() for path in files})
             shutil.rmtree(source)

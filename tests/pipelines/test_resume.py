@@ -1,7 +1,6 @@
 """Resumed runs: changes that are refused, changes that do not matter, files left behind, and `status`."""
 
 import os
-import pkgutil
 import re
 import shutil
 import tempfile
@@ -11,28 +10,16 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from faulty import ALL, Corpus, Outcome, flip_a_byte
+from executors import INSIDE, StoppedError, before
+from faulty import ALL, PLACES, Corpus, Outcome, flip_a_byte
 
 from msense.cli.status import show_status
 from msense.errors import InputError, MsenseError
 from msense.io import storage
-from msense.pipelines import build as build_module
 from msense.pipelines.manifest import PINNED_PACKAGES
 from msense.run.folder import RunFolder
-from msense.teacher.spec import load_teacher_info
 
 pytestmark = pytest.mark.usefixtures("in_process")
-
-INSIDE = {
-    "passages": "msense.stages.passages.write_passages",
-    "plan": "msense.stages.plan._select",
-    "occurrences": "msense.stages.embed.select_occurrences",
-    "senses": "msense.stages.sense_counts.sample",
-    "clustering": "msense.stages.cluster.read_ranges",
-    "large tokens": "msense.stages.distributed_kmeans.prepare",
-    "exemplars": "msense.stages.exemplars._context",
-    "dictionary": "msense.stages.assemble.write_dictionary",
-}
 
 
 @contextmanager
@@ -46,99 +33,77 @@ def restored(text: Path) -> Iterator[None]:
         os.utime(text, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def test_changed_inputs_are_refused_by_name(made: Corpus, patch: pytest.MonkeyPatch, outcome: Outcome) -> None:
+AFRESH = r"[\s\S]*another --output"
+
+
+def test_changed_inputs_are_refused_by_name(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     made.build("run")
-    before = made.files("run")
-    afresh = r"[\s\S]*start afresh, give another --output or delete"
+    finished = made.files("run")
     for setting, value in (("senses", 5), ("metric", "cosine"), ("seed", 1), ("max_occurrences", 7), ("stride", 1)):
-        with pytest.raises(InputError, match=rf"config\.{setting}: .* then, {value!r} now{afresh}"):
+        with pytest.raises(InputError, match=rf"config\.{setting}: .* before, {value!r} now{AFRESH}"):
             made.build("run", **{setting: value})
     version = metadata.version
     for package in PINNED_PACKAGES:
-        patch.setattr(
-            "msense.run.manifest.metadata.version",
-            lambda name, other=package: "0.9" if name == other else version(name),
-        )
-        with pytest.raises(InputError, match=rf"pins\.{package}: '.*' then, '0\.9' now{afresh}"):
+        with monkeypatch.context() as patch:
+            patch.setattr(metadata, "version", lambda name, own=package: "0.9" if name == own else version(name))
+            with pytest.raises(InputError, match=rf"pins\.{package}: '.*' before, '0\.9' now{AFRESH}"):
+                made.build("run")
+    text, more = made.folder / "corpus" / "a.txt", made.folder / "corpus" / "c.txt"
+    with restored(made.teacher / "model.safetensors"):
+        flip_a_byte(made.teacher / "model.safetensors")
+        with pytest.raises(InputError, match=rf"teacher\.fingerprint: .* before, .* now{AFRESH}"):
             made.build("run")
-    patch.undo()
-    weights = made.teacher / "model.safetensors"
-    data = weights.read_bytes()
-    flip_a_byte(weights)
-    with pytest.raises(InputError, match=rf"teacher\.fingerprint: .* then, .* now{afresh}"):
-        made.build("run")
-    weights.write_bytes(data)
-    text = made.folder / "corpus" / "a.txt"
-    refused = pytest.raises(InputError, match=rf"inputs\.a\.txt: .* then, .* now{afresh}")
-    with restored(text), refused:
+    with restored(text):
         text.write_bytes(text.read_bytes() + b"one more\n")
+        with pytest.raises(InputError, match=rf"inputs\.a\.txt: .* before, .* now{AFRESH}"):
+            made.build("run")
+    more.write_text("the bank\n")
+    with pytest.raises(InputError, match=rf"inputs\.c\.txt: None before, .* now{AFRESH}"):
         made.build("run")
-    (made.folder / "corpus" / "c.txt").write_text("the bank\n")
-    with pytest.raises(InputError, match=rf"inputs\.c\.txt: None then, .* now{afresh}"):
-        made.build("run")
-    (made.folder / "corpus" / "c.txt").unlink()
-    made.build("run", workers=3, log_level="warning", max_points_per_part=2048, keep=("passages",))
-    assert made.files("run") == before
-    for stage, function in INSIDE.items():
-        made.stop_at(function, stage, calls=2 if stage == "passages" else 1)  # the second of two files
-        with pytest.raises(InputError, match=rf"config\.senses: 'auto' then, 5 now{afresh}"):
-            made.build(stage, senses=5)
+    more.unlink()
+    made.build("run", log_level="warning", max_points_per_part=2048, keep=("passages",))
+    assert made.files("run") == finished
+
+
+def test_a_second_driver_and_changed_settings_are_refused_in_each_stage(made: Corpus, outcome: Outcome) -> None:
+    """A build is interrupted by a second driver, then stops, in one stage after the other."""
+    for stage in PLACES:
+
+        def meanwhile() -> None:
+            with pytest.raises(InputError, match=rf"another driver .*run.* \(process {os.getpid()} on host .*\): wait"):
+                made.build("run")
+            raise StoppedError
+
+        with pytest.raises(StoppedError):
+            made.build("run", before(INSIDE[stage][0], meanwhile, INSIDE[stage][1]))
+        outcome("second driver", stage, "refused")
+        with pytest.raises(InputError, match=rf"config\.senses: 'auto' before, 5 now{AFRESH}"):
+            made.build("run", senses=5)
         outcome("input changed", stage, "refused")
+    assert len(made.journal()) == len(PLACES)
 
 
-def test_a_corpus_that_changes_while_it_is_read_is_refused(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    from msense.corpus.chunking import write_passages
-    from msense.stages import passages
-
-    write, text = write_passages, made.folder / "corpus" / "b.txt"
-
-    def meddling(*arguments: object) -> dict:
-        text.write_text("the cat\n")
-        return write(*arguments)
-
+def test_inputs_that_change_while_they_are_read_are_refused(made: Corpus) -> None:
+    text, weights = made.folder / "corpus" / "b.txt", made.teacher / "model.safetensors"
     made.build("whole")
-    monkeypatch.setattr(passages, "write_passages", meddling)
-    refused = pytest.raises(InputError, match=r"the corpus changed while it was read: b\.txt was .*, is ")
-    with restored(text), refused:
-        made.build("run")
-    monkeypatch.setattr(passages, "write_passages", write)
-    made.build("run")  # uses nothing of the changed file
+    with restored(text), pytest.raises(InputError, match=r"the corpus changed while it was read: b\.txt was .*, is "):
+        made.build("run", before("passages", lambda: text.write_text("the cat\n"), 2))
+    with restored(weights), pytest.raises(MsenseError, match=r"the weights of teacher .* changed"):
+        made.build("run", before("write", lambda: flip_a_byte(weights)))
+    made.build("run")  # uses nothing of the changed files
     assert made.files("run") == made.files("whole")
 
 
-def test_weights_that_change_before_they_are_loaded_are_refused(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    describe = load_teacher_info
-
-    def then_change(*arguments: object) -> object:
-        found = describe(*arguments)
-        flip_a_byte(made.teacher / "model.safetensors")
-        return found
-
-    monkeypatch.setattr(build_module, "describe", then_change)
-    with pytest.raises(MsenseError, match=r"the weights of teacher .* changed, or this node has others"):
-        made.build("run")
-
-
-def test_files_made_from_other_inputs_do_not_count(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_made_from_other_inputs_do_not_count(made: Corpus) -> None:
     """A worker of a killed driver may write late, after the folder was reused with other settings."""
     made.build("whole", keep=ALL)
     made.build("other", seed=1, keep=ALL)
-
-    def late(run: RunFolder) -> None:
-        for name in ("passages", "plan", "occurrences", "centroids"):
-            if not (made.folder / "run" / name).exists():
-                shutil.copytree(made.folder / "other" / name, made.folder / "run" / name)
-
-    monkeypatch.setattr(build_module, "sweep", late)
+    made.stop_at("passages")
+    for name in ("passages", "plan", "occurrences", "centroids"):
+        shutil.copytree(made.folder / "other" / name, made.folder / "run" / name, dirs_exist_ok=True)
     made.build("run", keep=ALL)
     assert made.files("run") == made.files("whole")
-    assert made.journal()[-1]["stages"]["occurrences"]["kept"] == 0
-
-
-def test_a_strict_run_refuses_what_a_finished_run_skipped(made: Corpus) -> None:
-    made.build("run")
-    with pytest.raises(InputError, match=r"bad documents \(2 empty\)"):
-        made.build("run", on_bad_document="fail")
+    assert made.journal()[-1]["stages"]["embed"]["kept"] == 0
 
 
 def test_a_finished_run_may_be_moved(made: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,35 +114,13 @@ def test_a_finished_run_may_be_moved(made: Corpus, capsys: pytest.CaptureFixture
     assert "run/dictionary" not in capsys.readouterr().out.replace("\n", "")
 
 
-@pytest.mark.parametrize("stage", INSIDE)
-def test_a_second_driver_is_refused_in_each_stage(
-    made: Corpus, stage: str, monkeypatch: pytest.MonkeyPatch, outcome: Outcome
-) -> None:
-    function = pkgutil.resolve_name(INSIDE[stage])
-    refused = []
-
-    def meanwhile(*arguments: object) -> object:
-        with pytest.raises(
-            InputError, match=rf"another driver works on .*run \(process {os.getpid()} on host .*\): wait"
-        ):
-            made.build("run")
-        refused.append(stage)
-        return function(*arguments)
-
-    monkeypatch.setattr(INSIDE[stage], meanwhile)
-    made.build("run")
-    assert refused
-    assert len(made.journal()) == 1
-    outcome("second driver", stage, "refused")
-
-
 def test_same_bytes_after_the_corpus_moved_and_in_another_order_of_roots(made: Corpus) -> None:
     second = made.folder / "more"
     second.mkdir()
     (second / "z.txt").write_text("the deep river is near\n")
     here = (str(made.folder / "corpus"), str(second))
     made.build("whole", corpus=here)
-    made.stop_at("msense.stages.cluster.cluster", corpus=here)
+    made.stop_at("clustering", corpus=here)
     moved = made.folder / "elsewhere"
     moved.mkdir()
     for name in ("corpus", "more"):
@@ -196,7 +139,7 @@ def test_only_what_keep_names_is_left(made: Corpus, keep: tuple[str, ...], monke
     scratch = made.folder / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    made.stop_at("msense.stages.exemplars._context", keep=keep)
+    made.stop_at("exemplars", keep=keep)
     tokenizer = made.folder / "run" / "dictionary" / "tokenizer"
     tokenizer.mkdir(parents=True)
     for temporary in ("../../plan/.plan.safetensors.0123abcd.part", ".tokenizer.json.89ef0123.part"):
@@ -220,31 +163,31 @@ def test_foreign_files_are_not_removed(made: Corpus) -> None:
     made.build("run", keep=())
     assert [path.read_text() for path in mine] == ["mine"] * 3
     (made.folder / "other" / "passages").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"passages is there, but no manifest\.json"):
+    with pytest.raises(InputError, match=r"passages exists without manifest\.json"):
         made.build("other")
     assert (made.folder / "other" / "passages").exists()
 
 
 def test_status_reports_what_each_driver_kept_and_made(
-    whole: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    made: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (whole.folder / "stopped" / "finished.json").unlink()
-    unit = whole.folder / "stopped" / "occurrences" / "000001.records"
-    flip_a_byte(unit)
-    (whole.folder / "stopped" / "occurrences" / "000002.records.done").unlink()
-    units = len(list(unit.parent.glob("*.records")))
-    whole.build("stopped", keep=ALL)
+    made.stop_at("assemble", keep=ALL)
+    file = made.folder / "run" / "occurrences" / "000001.records"
+    flip_a_byte(file)
+    (made.folder / "run" / "occurrences" / "000002.records.done").unlink()
+    partitions = len(list(file.parent.glob("*.records")))
+    made.build(keep=ALL)
     monkeypatch.setenv("COLUMNS", "400")
-    show_status(str(whole.folder / "stopped"))
+    run = RunFolder(str(made.folder / "run"))
+    show_status(run.root)
     shown = capsys.readouterr().out
     assert re.search(r" points, at most [0-9]+ senses per token *\n", shown)
     first, second = [line for line in shown.splitlines() if line.startswith("driver")]
-    assert f"occurrences {units} made" in first
+    assert f"embed {partitions} made" in first
     assert "failed: StoppedError" in first
-    assert f"occurrences {units - 2} kept + 1 damaged + 2 made" in second
+    assert f"embed {partitions - 2} kept + 1 damaged + 2 made" in second
     assert second.rstrip().endswith("finished")
-    run = RunFolder(str(whole.folder / "stopped"))
-    drivers = storage.read_json(run.journal)["drivers"]
+    drivers = made.journal()
     storage.write_json(run.journal, {"drivers": [*drivers, {**drivers[0], "stages": {"plan": {}}, "outcome": ""}]})
     show_status(run.root)
     assert "plan started. no outcome recorded: running or killed (process" in capsys.readouterr().out

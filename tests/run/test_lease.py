@@ -33,7 +33,7 @@ def _ctrl_c() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds instead of minutes; the store's clock has whole seconds."""
-    for name, value in {"LEASE_SECONDS": 6.0, "RENEW_SECONDS": 1.0, "LOOK_SECONDS": 0.1}.items():
+    for name, value in {"LEASE_SECONDS": 6.0, "RENEW_SECONDS": 1.0, "POLL_SECONDS": 0.1}.items():
         monkeypatch.setattr(lease, name, value)
 
 
@@ -86,14 +86,18 @@ def at_work(disturb: Callable[[], object]) -> None:
 
 def test_a_driver_that_lost_its_lease_stops(s3: Server) -> None:
     other = Lease(RUN.lock)
-    with pytest.raises(MsenseError, match="this driver has left s3://bucket/run: another driver has taken it over"):
+    with pytest.raises(
+        MsenseError, match="this driver has stopped working on s3://bucket/run: another driver has taken over"
+    ):
         at_work(other.write)
-    assert other.look().driver == other.driver
+    assert other.read().driver == other.driver
 
 
 @pytest.mark.parametrize("requests", ["bucket/run/.lock", "^PUT bucket/run/.lock"])
 def test_a_driver_that_cannot_renew_its_lease_stops_before_it_expires(s3: Server, requests: str) -> None:
-    with pytest.raises(MsenseError, match="left s3://bucket/run: its lease could not be renewed: the store"):
+    with pytest.raises(
+        MsenseError, match="stopped working on s3://bucket/run: its lease could not be renewed: the store"
+    ):
         at_work(lambda: s3.spoil(requests, throttled, 10**6))
     s3.heal()
 
@@ -108,9 +112,9 @@ def test_ctrl_c_stays_ctrl_c(s3: Server) -> None:
 def test_a_lost_answer_is_not_a_lost_lease(s3: Server) -> None:
     s3.spoil("^PUT bucket/run/.lock", unheard, 2)
     with locked(RUN):
-        first = Lease(RUN.lock).look()
+        first = Lease(RUN.lock).read()
         s3.spoil("^PUT bucket/run/.lock", unheard, 2)
-        until(lambda: Lease(RUN.lock).look().etag != first.etag)
+        until(lambda: Lease(RUN.lock).read().etag != first.etag)
     assert not storage.exists(RUN.lock)
 
 
@@ -141,11 +145,11 @@ def test_a_job_killed_on_s3_resumes(made: Corpus, s3: Server, tmp_path: Path) ->
     assert not storage.exists(RUN.finished)
     second = subprocess.run([*command, RUN.root], env=environment, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
-    assert "waiting 90 s for a sign of it" in second.stderr
+    assert "waiting 90 s for its lease" in second.stderr
     subprocess.run([*command, str(made.folder / "whole")], env=environment, capture_output=True, check=True)
     for below in ("dictionary", *ALL):
         assert files(f"{RUN.root}/{below}") == files(str(made.folder / "whole" / below)), below
     drivers = storage.read_json(RUN.journal)["drivers"]
     assert [driver["outcome"] for driver in drivers] == ["", "finished"]
-    assert drivers[1]["stages"]["occurrences"]["made"] == 0
+    assert drivers[1]["stages"]["embed"]["made"] == 0
     assert json.dumps(drivers).count('"damaged": 0')

@@ -15,7 +15,6 @@ from fuzzing import KINDS, Child, Edit
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from students import shipped
-from test_dictionary_hostile import full
 
 COUNT = int(os.environ.get("MSENSE_FUZZ", 10_000))
 SEALED = ("labels", "labels, verified", "run folder", "results")  # whose JSON files have a checksum
@@ -31,11 +30,10 @@ def child(tmp_path_factory: pytest.TempPathFactory, make_teacher: Callable[..., 
     root = tmp_path_factory.mktemp("whole")
     teacher = make_teacher("bert", pooling="mean_tokens")
     folders = {"teacher": teacher, **{name: root / name for name in READERS if name != "teacher"}}
-    full(folders["dictionary"])
     for kind in ("static", "layers:1"):
         shipped(teacher, folders[f"student {kind}"], kind)
     for name, write in WHOLE.items():
-        folders[name].mkdir()
+        folders[name].mkdir(exist_ok=True)
         write(folders[name])
     own = Child("fuzz_readers", {name: str(folder) for name, folder in folders.items()})
     yield own

@@ -1,8 +1,6 @@
 """SIGKILL to workers and drivers in every stage of a build on Ray: the same bytes, and almost no item run twice."""
 
-import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,40 +11,30 @@ from pathlib import Path
 import driver
 import numpy as np
 import pytest
-from faulty import Corpus, MakeTeacher, Outcome, records
-from tiny import WORDS
+from driver import Deadly, LastFirst, Options
+from faulty import ALL, Corpus, MakeTeacher, Outcome, records, write_corpus
 
-from msense.config.build import BuildConfig
 from msense.errors import MsenseError
-from msense.io import storage
-from msense.pipelines import build
-from msense.pipelines.build import build_dictionary
 from msense.runtime import ray_executor
+from msense.runtime.executor import Row
+from msense.runtime.ray_executor import RayExecutor
 from msense.runtime.resources import Resources
-from msense.stages import assemble, cluster, distributed_kmeans, exemplars, passages, plan, sense_counts
-from msense.stages.distributed_kmeans_worker import ChunkWorker
-from msense.stages.embed import EmbedActor
 
 pytestmark = pytest.mark.usefixtures("ray")
-KEPT = ("passages", "occurrences", "centroids")
+FOLDERS = {"passages": "passages", "occurrences": "embed", "senses": "senses", "centroids": "clustering"}
+FOLDERS |= {"contexts": "exemplars"}  # their stages
 
 
 class Runs(Corpus):
     """Builds of one corpus, compared with an undisturbed one named "whole"."""
 
     def __init__(self, folder: Path, teacher: Path) -> None:
-        self.folder = folder
-        rng = np.random.default_rng(0)
-        (folder / "corpus").mkdir()
-        chances = np.array([12, 6] + [1] * 13) / 31
-        for name in "abcdef":
-            lines = [" ".join(rng.choice(WORDS, 24, p=chances)) for _ in range(80)]
-            (folder / "corpus" / f"{name}.txt").write_text("\n".join(lines) + "\n")
-        self.teacher = teacher
+        self.folder, self.teacher = folder, teacher
+        write_corpus(folder / "corpus", "abcdef", lines=80, repeated=0)
 
     def settings(self, name: str, **more: object) -> dict:
         given = {"corpus": (str(self.folder / "corpus"),), "teacher": str(self.teacher), "dtype": "float32"}
-        given |= {"max_occurrences": 4000, "max_points_per_part": 1024, "keep": KEPT, "workers": 2}
+        given |= {"max_occurrences": 4000, "max_points_per_part": 1024, "keep": ALL, "workers": 2}
         return {**given, "output": str(self.folder / name), **more}
 
     def log(self, name: str) -> Path:
@@ -61,16 +49,19 @@ class Runs(Corpus):
         folders = ("dictionary", "occurrences", "centroids")
         return {f"{below}/{k}": v for below in folders for k, v in self.files(name, below, markers=False).items()}
 
-    def records(self, name: str) -> tuple[int, int]:
-        """Return the number of stored occurrences and of distinct ones."""
-        return records(self, name)
-
     def same(self, name: str) -> None:
         """Compare a finished run with the undisturbed one."""
         assert self.bytes(name) == self.bytes("whole")
-        assert self.records(name) == self.records("whole")
+        assert records(self, name) == records(self, "whole")
         assert not list((self.folder / name).rglob(".*.part"))
         assert not list((self.folder / name).rglob("*-round*"))
+
+    def finished(self, name: str) -> set[str]:
+        """Return the work items whose done marker exists."""
+        done = (
+            (stage, path) for folder, stage in FOLDERS.items() for path in (self.folder / name / folder).glob("0*.done")
+        )
+        return {f"{stage} {int(path.name.partition('.')[0])}" for stage, path in done}
 
     def wait_quiet(self, name: str) -> None:
         """Wait until the workers of a killed driver are gone."""
@@ -81,27 +72,12 @@ class Runs(Corpus):
                 seen, since = now, time.monotonic()
             time.sleep(0.1)
 
-    def finished(self, name: str) -> set[str]:
-        """Return the work items whose done marker exists."""
-        stages = {"passages": "passages", "occurrences": "occurrences", "senses": "senses"}
-        stages |= {"centroids": "clustering", "contexts": "exemplars"}
-        return {
-            f"{stage} {int(path.name.partition('.')[0])}"
-            for folder, stage in stages.items()
-            for path in (self.folder / name / folder).glob("0*.done")
-        }
-
 
 @pytest.fixture(scope="module")
 def runs(ray: None, tmp_path_factory: pytest.TempPathFactory, make_teacher: MakeTeacher) -> Runs:
-    from ray.cloudpickle import register_pickle_by_value
-
-    register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     made = Runs(tmp_path_factory.mktemp("kills"), make_teacher("bert"))
-    with pytest.MonkeyPatch.context() as patch:
-        driver.in_small_pieces(made.log("whole"), patch.setattr)
-        build_dictionary(BuildConfig(**made.settings("whole")))
-    stored, different = made.records("whole")
+    driver.run(made.settings("whole"), Options(made.log("whole")))
+    stored, different = records(made, "whole")
     assert stored == different > 10_000
     begun = made.begun("whole")
     assert max(begun.values()) == 1
@@ -110,137 +86,73 @@ def runs(ray: None, tmp_path_factory: pytest.TempPathFactory, make_teacher: Make
     return made
 
 
-def killed_once(function: Callable, flag: Path, at: str = "", calls: int = 1) -> Callable:
-    """Return the function, whose first worker dies: at once, or at its call number `calls` of `storage.at`."""
-
-    def call(*arguments: object, **named: object) -> object:
-        from msense.dictionary import format as dictionary_format
-
-        left = [calls]
-
-        def die(*given: object) -> object:
-            left[0] -= 1
-            if not flag.exists() and not left[0]:
-                if given and isinstance(given[0], Path):  # in the middle of a write
-                    given[0].with_name(f".{given[0].name}.0123abcd.part").write_bytes(b"half")
-                flag.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*given)
-
-        if not at:
-            original = function
-            return die(*arguments)
-        original = getattr(storage, at)
-        if not flag.exists() and getattr(original, "__name__", "") != "die":
-            setattr(storage, at, die)
-            if hasattr(dictionary_format, at):
-                setattr(dictionary_format, at, die)
-        return function(*arguments, **named)
-
-    return call
-
-
-def test_a_worker_killed_in_each_stage_changes_nothing(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch, outcome: Outcome
-) -> None:
-    """Every stage loses a worker, where possible between writing a file and its done marker."""
-    driver.in_small_pieces(runs.log("run"), monkeypatch.setattr)
-    flags = runs.folder / "flags"
-    flags.mkdir()
-    places = [(passages, "_write_piece", "write_json"), (plan, "_count", ""), (plan, "_select", "")]
-    places += [(plan, "_duplicates", ""), (plan, "_write", "write_json"), (build, "write_index", "write_json")]
-    places += [(sense_counts, "look_at_shard", "write_json"), (sense_counts, "_merge_shards", "write_json")]
-    places += [(cluster, "cluster_shard", "write_json"), (exemplars, "_resolve_unit", "write_json")]
-    for module, name, at in places:
-        monkeypatch.setattr(module, name, killed_once(getattr(module, name), flags / name, at))
-    monkeypatch.setattr(build, "assemble", killed_once(assemble.assemble, flags / "assemble", "scratch_name", 4))
-    actor, worker = EmbedActor, ChunkWorker
-
-    class DyingActor(actor):
-        def __call__(self, item: dict) -> dict:
-            return killed_once(super().__call__, flags / "actor", "write_json")(item)
-
-    class DyingWorker(worker):
-        def partial(self, part: object, state: object) -> object:
-            if state.rounds >= 1:
-                return killed_once(super().partial, flags / "worker")(part, state)
-            return super().partial(part, state)
-
-    monkeypatch.setattr(build, "OccurrenceActor", DyingActor)
-    monkeypatch.setattr(distributed_kmeans, "PartWorker", DyingWorker)
-    build_dictionary(BuildConfig(**runs.settings("run")))
-    runs.same("run")
-    assert {path.name for path in flags.iterdir()} == {name for _, name, _ in places} | {"assemble", "actor", "worker"}
-    begun = runs.begun("run")
-    assert begun.keys() == runs.begun("whole").keys()
-    again = Counter(key.split()[0] for key, count in begun.items() for _ in range(count - 1))
-    assert again == {"passages": 1, "occurrences": 1, "senses": 1, "clustering": 1, "exemplars": 1}
-    build_dictionary(BuildConfig(**runs.settings("run")))
-    last = runs.journal("run")[-1]
-    assert last["stages"] == {"dictionary": {"kept": 1}}  # no file of a dead worker counts as finished
-    for stage in KILLS:
-        outcome("worker killed", stage, "same run goes on")
-
-
-KILLS = {
+KILLED_WORKERS = {  # place: function of `storage` at whose call the worker dies; "" = before the work
+    "passages": "write_json", "plan: count": "", "plan: select": "", "plan: duplicates": "", "write": "write_json",
+    "embed": "write_json", "write index": "write_json", "senses": "write_json", "merge shards": "write_json",
+    "clustering": "write_json", "exemplars": "write_json", "assemble": "sha256_of", "large tokens": "",
+}  # fmt: skip
+KILLED_DRIVERS = {  # stage: place, and the number of finished items there
     "passages": ("passages", 2),
     "plan": ("plan: select", 1),
-    "occurrences": ("occurrences", 2),
+    "embed": ("embed", 2),
     "senses": ("senses", 2),
     "clustering": ("clustering", 2),
-    "large tokens": ("clustering: large tokens", 1),
+    "large tokens": ("large tokens: finish", 1),
     "exemplars": ("exemplars", 2),
-    "dictionary": ("finished.json", 1),
+    "dictionary": ("after assemble", 1),
 }
+
+
+def test_a_worker_killed_in_each_stage_changes_nothing(runs: Runs, outcome: Outcome) -> None:
+    """Every stage loses a worker, where possible between writing a file and its done marker."""
+    flags = runs.folder / "flags"
+    flags.mkdir()
+    faults: dict[str, Row] = {place: {"flag": flags / place, "at": at} for place, at in KILLED_WORKERS.items()}
+    driver.run(runs.settings("run"), Options(runs.log("run"), faults))
+    runs.same("run")
+    assert {path.name for path in flags.iterdir()} == set(KILLED_WORKERS)
+    begun = runs.begun("run")
+    assert begun.keys() == runs.begun("whole").keys()
+    repeated = Counter(key.split()[0] for key, count in begun.items() for _ in range(count - 1))
+    assert repeated == dict.fromkeys(FOLDERS.values(), 1)
+    driver.run(runs.settings("run"), Options(runs.log("again")))
+    assert runs.journal("run")[-1]["stages"] == {"dictionary": {"kept": 1}}  # no file of a dead worker counts
+    for stage in KILLED_DRIVERS:
+        outcome("worker killed", stage, "run continues")
 
 
 @pytest.mark.slow
 def test_drivers_killed_in_each_stage_one_after_the_other(runs: Runs, outcome: Outcome) -> None:
-    settings = runs.settings("chain")
-    for stage, kill_at in KILLS.items():
-        process = driver.start(settings, runs.log("chain"), kill_at)
+    settings, finished = runs.settings("chain"), {}
+    for number, (stage, kill_at) in enumerate(KILLED_DRIVERS.items(), 1):
+        process = driver.start(settings, Options(runs.log("chain"), kill_driver_at=kill_at))
         process.join()
         assert process.exitcode == -signal.SIGKILL, stage
         runs.wait_quiet("chain")
         done, before = runs.finished("chain"), runs.begun("chain")
-        assert sum(before.values()) <= len(done) + (list(KILLS).index(stage) + 1) * settings["workers"]
-        if stage in ("passages", "occurrences", "senses", "clustering", "exemplars"):
-            assert sum(key.startswith(stage) for key in done) >= 2
-        outcome("driver killed", stage, "next run goes on")
-        (runs.folder / f"done-{stage}").write_text("\n".join(f"{key} {before[key]}" for key in done))
-    last = driver.start(settings, runs.log("chain"))
+        assert sum(before.values()) <= len(done) + number * settings["workers"]
+        assert stage not in FOLDERS.values() or sum(key.startswith(stage) for key in done) >= 2
+        finished |= {key: before[key] for key in done}
+        outcome("driver killed", stage, "next run resumes")
+    last = driver.start(settings, Options(runs.log("chain")))
     last.join()
     assert last.exitcode == 0
     runs.same("chain")
     assert not (runs.folder / "chain" / "contexts").exists()
     begun = runs.begun("chain")
-    for stage in KILLS:
-        for line in (runs.folder / f"done-{stage}").read_text().splitlines():
-            key, count = line.rsplit(" ", 1)
-            assert begun[key] == int(count), (stage, key)  # items finished before the driver died are not repeated
+    assert {key: begun[key] for key in finished} == finished  # items finished before a driver died are not repeated
     journal = runs.journal("chain")
-    assert [record["outcome"] for record in journal] == [""] * len(KILLS) + ["finished"]
-    units = len(list((runs.folder / "whole" / "occurrences").glob("*.records")))
-    assert journal[-1]["stages"]["occurrences"] == {"kept": units, "damaged": 0, "made": 0}
-    assert journal[-1]["stages"]["plan"] == {"kept": 2, "damaged": 0}
-
-
-def last_first(function: Callable) -> Callable:
-    """Return the function, slower for the first items than for the last."""
-
-    def call(item: dict, *more: object, **named: object) -> object:
-        time.sleep(0.6 / (1 + item.get("number", item.get("shard", 0))))
-        return function(item, *more, **named)
-
-    return call
+    assert [record["outcome"] for record in journal] == [""] * len(KILLED_DRIVERS) + ["finished"]
+    partitions = len(list((runs.folder / "whole" / "occurrences").glob("*.records")))
+    assert journal[-1]["stages"]["embed"] == {"kept": partitions, "damaged": 0, "made": 0}
 
 
 @pytest.mark.parametrize(
-    ("workers", "block_bytes", "parts_of"),
+    ("workers", "block_bytes", "chunk_points"),
     [pytest.param(1, 1 << 30, 131072, id="one"), pytest.param(3, 1, 2048, id="three", marks=pytest.mark.slow)],
 )
-def test_workers_ray_blocks_parts_and_finish_order_do_not_matter(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch, workers: int, block_bytes: int, parts_of: int
+def test_workers_ray_blocks_chunks_and_finish_order_do_not_matter(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, workers: int, block_bytes: int, chunk_points: int
 ) -> None:
     import ray.data
 
@@ -248,19 +160,8 @@ def test_workers_ray_blocks_parts_and_finish_order_do_not_matter(
     monkeypatch.setattr(context, "target_max_block_size", block_bytes)
     monkeypatch.setattr(context, "target_min_block_size", block_bytes)
     name = f"workers-{workers}"
-    driver.in_small_pieces(runs.log(name), monkeypatch.setattr)
-    if workers > 1:
-        works = [(passages, "_write_piece"), (sense_counts, "look_at_shard")]
-        for module, work in (*works, (cluster, "cluster_shard"), (exemplars, "_resolve_unit")):
-            monkeypatch.setattr(module, work, last_first(getattr(module, work)))
-        actor = EmbedActor
-
-        class SlowActor(actor):
-            def __call__(self, item: dict) -> dict:
-                return last_first(super().__call__)(item)
-
-        monkeypatch.setattr(build, "OccurrenceActor", SlowActor)
-    build_dictionary(BuildConfig(**runs.settings(name, workers=workers, max_points_per_part=parts_of)))
+    options = Options(runs.log(name), delay=LastFirst if workers > 1 else None)
+    driver.run(runs.settings(name, workers=workers, max_points_per_part=chunk_points), options)
     own, whole = (  # the centroids' files depend on the chunks of large tokens
         {key: data for key, data in runs.bytes(run).items() if not key.startswith("centroids")}
         for run in (name, "whole")
@@ -271,32 +172,15 @@ def test_workers_ray_blocks_parts_and_finish_order_do_not_matter(
 @pytest.mark.slow
 def test_work_that_always_kills_its_worker_is_given_up(tmp_path: Path) -> None:
     tried = tmp_path / "tried"
-
-    def deadly(item: int) -> dict:
-        with tried.open("a") as file:
-            file.write(f"{item}\n")
-        if item == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return {"item": item}
-
-    class Deadly:
-        def __call__(self, item: int) -> dict:
-            return deadly(item)
-
-    class Stillborn:
-        def __init__(self) -> None:
-            deadly(1)
-
-    resources = Resources(actors=2, tasks=2, device="cpu")
-    for run, times in (
-        (lambda: list(ray_executor.map_tasks("x", deadly, [0, 1, 2], resources)), ray_executor.RETRIES + 1),
-        (lambda: list(ray_executor.map_data("x", deadly, [0, 1, 2], resources)), ray_executor.RETRIES + 1),
-        (lambda: list(ray_executor.map_actors("x", Deadly, {}, [0, 1, 2], resources)), ray_executor.RESTARTS + 1),
-        (lambda: list(ray_executor.map_actors("x", Stillborn, {}, [0], resources)), ray_executor.RESTARTS + 1),
+    executor = RayExecutor(Resources(actors=2, tasks=2, device="cpu"))
+    for rows, times in (
+        (lambda: executor.map("x", Deadly(tried), [0, 1, 2]), ray_executor.RETRIES + 1),
+        (lambda: executor.map_actors("x", Deadly, {"tried": tried}, [0, 1, 2]), ray_executor.RESTARTS + 1),
+        (lambda: executor.map_actors("x", Deadly, {"tried": tried, "first": 1}, [0]), ray_executor.RESTARTS + 1),
     ):
         tried.write_text("")
-        with pytest.raises(MsenseError, match=r"a worker died .*ran out of memory"):
-            run()
+        with pytest.raises(MsenseError, match=r"a worker process died repeatedly .*lack of memory"):
+            list(rows())
         assert tried.read_text().count("1\n") == times
 
 
@@ -306,13 +190,13 @@ def test_twenty_kills_at_random_moments(runs: Runs, tell: Callable[[str], None])
 
     def run(name: str) -> BaseProcess:
         settings = runs.settings(name, workers=1, max_points_per_part=131072)
-        return driver.start(settings, runs.log(name), light=True)
+        return driver.start(settings, Options(runs.log(name), light=True))
 
     run("first").join()  # imports the modules shared by all drivers
     began = time.monotonic()
     run("once").join()
     whole, took = runs.bytes("once"), time.monotonic() - began
-    assert runs.records("once") == runs.records("whole")
+    assert records(runs, "once") == records(runs, "whole")
 
     def kill_and_resume(number: int) -> int:
         rng = np.random.default_rng(number)
@@ -330,12 +214,12 @@ def test_twenty_kills_at_random_moments(runs: Runs, tell: Callable[[str], None])
         process.join()
         assert process.exitcode == 0
         assert runs.bytes(name) == whole
-        assert runs.records(name) == runs.records("whole")
-        again = sum(count - 1 for count in runs.begun(name).values())
-        assert again <= 1
-        return again
+        assert records(runs, name) == records(runs, "whole")
+        repeated = sum(count - 1 for count in runs.begun(name).values())
+        assert repeated <= 1
+        return repeated
 
     with ThreadPoolExecutor(2) as lanes:
-        again = list(lanes.map(kill_and_resume, range(20)))
-    assert len(again) == 20
-    tell(f"20 drivers killed at random moments: 20 times the same bytes, {sum(again)} work items started twice")
+        repeated = list(lanes.map(kill_and_resume, range(20)))
+    assert len(repeated) == 20
+    tell(f"20 drivers killed at random moments: 20 times the same bytes, {sum(repeated)} work items started twice")

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import driver
 import pytest
+from driver import Options
 from faulty import Corpus, Outcome, metrics, same_metrics
 
-from msense.config.distill import DistillConfig
-from msense.pipelines.distill import distill_student
-from msense.stages import train
 from msense.student import load_student
 
 pytestmark = pytest.mark.slow
@@ -23,44 +21,50 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def copy_labels(made: Corpus, name: str) -> Path:
-    """Return a new run that has the labels of the run "whole" and nothing else."""
-    ignored = shutil.ignore_patterns("training", "student", "metrics*")
-    return Path(shutil.copytree(made.folder / "whole", made.folder / name, ignore=ignored))
+class Trainings:
+    """Trainings by two workers on Ray, compared with an undisturbed one in the folder "whole"."""
+
+    def __init__(self, made: Corpus) -> None:
+        made.build("dict", senses=3)
+        self.folder = made.folder
+        self.given = {"dictionary": str(made.folder / "dict"), "teacher": str(made.teacher), **SETTINGS}
+        self.train("whole")
+        assert len(metrics(self.folder / "whole")) == 3
+
+    def train(self, name: str, options: Options | None = None, **more: object) -> dict:
+        options = options or Options(self.folder / "log")
+        return driver.run({**self.given, **more, "output": str(self.folder / name)}, options)
+
+    def copy_labels(self, name: str) -> Path:
+        """Return a new run that has the labels of the run "whole" and nothing else."""
+        ignored = shutil.ignore_patterns("training", "student", "metrics*")
+        return Path(shutil.copytree(self.folder / "whole", self.folder / name, ignore=ignored))
+
+    def faulty(self, name: str, hold: bool = False) -> tuple[Options, Path]:
+        """Return options by which a worker dies, or waits, in the second epoch, and the file that records it."""
+        flag = self.folder / f"{name}.flag"
+        return Options(self.folder / "log", {"training": {"flag": flag, "hold": hold}}, step=KILLED_AT), flag
+
+    def kill_a_worker(self, name: str, **more: object) -> Path:
+        """Train again and kill a worker; return the run."""
+        run = self.copy_labels(name)
+        options, flag = self.faulty(name)
+        assert self.train(name, options, **more)["stages"]["training"]["epochs"] == 3
+        assert flag.exists()
+        return run
 
 
 @pytest.fixture
-def whole(
-    ray: None, made: Corpus, in_process: None, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Corpus, dict]:
-    """An undisturbed training by two workers, and its settings."""
-    made.build("dict", senses=3)
-    monkeypatch.undo()
-    given = {"dictionary": str(made.folder / "dict"), "teacher": str(made.teacher), **SETTINGS}
-    distill_student(DistillConfig(**given, output=str(made.folder / "whole")))
-    assert len(metrics(made.folder / "whole")) == 3
-    return made, given
+def trainings(ray: None, made: Corpus, in_process: None) -> Trainings:
+    return Trainings(made)
 
 
-def kill_a_worker(whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, name: str, **more: object) -> Path:
-    """Train again and kill a worker in the second epoch; return the run."""
-    made, given = whole
-    run, flag = copy_labels(made, name), made.folder / f"{name}.flag"
-    with patch.context() as patched:
-        patched.setattr(train, "worker", driver.disturbed(KILLED_AT, flag, kill=True))
-        summary = distill_student(DistillConfig(**given, **more, output=str(run)))
-    assert flag.exists()
-    assert summary["stages"]["training"]["epochs"] == 3
-    return run
-
-
-def test_a_worker_and_a_driver_killed_within_an_epoch(
-    whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, outcome: Outcome
-) -> None:
-    made, given = whole
-    same_metrics(kill_a_worker(whole, patch, "worker"), made.folder / "whole")
-    run, flag = copy_labels(made, "driver"), made.folder / "driver.flag"
-    process = driver.start_process(driver.drive_training, {**given, "output": str(run)}, KILLED_AT, str(flag))
+def test_a_worker_and_a_driver_killed_within_an_epoch(trainings: Trainings, outcome: Outcome) -> None:
+    whole = trainings.folder / "whole"
+    same_metrics(trainings.kill_a_worker("worker"), whole)
+    run = trainings.copy_labels("driver")
+    options, flag = trainings.faulty("driver", hold=True)
+    process = driver.start({**trainings.given, "output": str(run)}, options)
     until = time.monotonic() + 600
     while not flag.exists() and time.monotonic() < until and process.is_alive():
         time.sleep(0.1)
@@ -70,21 +74,19 @@ def test_a_worker_and_a_driver_killed_within_an_epoch(
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert not (run / "student").exists()
-    distill_student(DistillConfig(**given, output=str(run)))
-    same_metrics(run, made.folder / "whole")
-    outcome("worker killed", "training", "same run goes on")
-    outcome("driver killed", "training", "next run goes on")
+    trainings.train("driver")
+    same_metrics(run, whole)
+    outcome("worker killed", "training", "run continues")
+    outcome("driver killed", "training", "next run resumes")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_with_two_workers_and_one_killed(
-    whole: tuple[Corpus, dict], patch: pytest.MonkeyPatch, stage: int
-) -> None:
-    undisturbed = copy_labels(whole[0], "undisturbed")
-    distill_student(DistillConfig(**whole[1], deepspeed_stage=stage, output=str(undisturbed)))
-    run = kill_a_worker(whole, patch, f"zero{stage}", deepspeed_stage=stage)
+def test_deepspeed_with_two_workers_and_one_killed(trainings: Trainings, stage: int) -> None:
+    undisturbed = trainings.copy_labels("undisturbed")
+    trainings.train("undisturbed", deepspeed_stage=stage)
+    run = trainings.kill_a_worker(f"zero{stage}", deepspeed_stage=stage)
     same_metrics(run, undisturbed)
-    for found, plain in zip(metrics(run), metrics(whole[0].folder / "whole"), strict=True):
+    for own, plain in zip(metrics(run), metrics(trainings.folder / "whole"), strict=True):
         for name in ("train_sense", "train_pooled", "held_out_sense"):
-            assert found[name] == pytest.approx(plain[name], rel=0.02)  # the order of summation differs
+            assert own[name] == pytest.approx(plain[name], rel=0.02)  # the order of summation differs
     assert load_student(run / "student").config.kind == "static"

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,58 +10,62 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from executors import ShuffledExecutor
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from msense.clustering import kmeans
-from msense.clustering.kmeans import KMeansConfig
+from msense.clustering.kmeans import KMeansConfig, blocks, seeding
 from msense.io import storage
 from msense.io.arrays import load_arrays, save_arrays
 from msense.run.folder import RunFolder
-from msense.runtime.resources import Resources
-from msense.stages import distributed_kmeans, distributed_kmeans_worker
+from msense.runtime import LocalExecutor
+from msense.stages import distributed_kmeans, distributed_kmeans_worker, embedding_store
 from msense.stages.cluster import cluster_shard
+from msense.stages.distributed_kmeans import LargeTokenStage
 from msense.stages.distributed_kmeans_worker import Chunk, ChunkWorker, _exact, slice_ranges
 from msense.stages.embedding_store import ClusterSettings, Range, read_rows, record_type
 
 DIM, TOKENS, ROWS = 8, (3, 5), 5000
 
 
-def write_run(folder: Path, rows: int = ROWS, units: int = 3) -> ClusterSettings:
+def write_run(folder: Path, rows: int = ROWS, partitions: int = 3) -> ClusterSettings:
     """Write a run folder with two large tokens in every partition, and a K of each in its file of senses."""
     run, rng = RunFolder(str(folder)), np.random.default_rng(0)
     settings = ClusterSettings(run, DIM, "float16", 0, 1024, 3, KMeansConfig(k=4, max_rounds=12), True, "cpu")
     centres = rng.normal(size=(12, DIM)) * 4
-    for unit in range(units):
-        records = np.zeros(rows // units * len(TOKENS), record_type(DIM))
-        records["token"] = np.repeat(TOKENS, rows // units)
+    for partition in range(partitions):
+        records = np.zeros(rows // partitions * len(TOKENS), record_type(DIM))
+        records["token"] = np.repeat(TOKENS, rows // partitions)
         records["key"] = rng.integers(0, 1 << 14, len(records))  # with ties
         records["row"], records["position"] = np.arange(len(records)), rng.integers(0, 99, len(records))
         values = centres[rng.integers(0, 12, len(records))] + rng.normal(size=(len(records), DIM))
         records["embedding"] = values.astype(np.float16).view(np.uint16)
         records[:] = records[np.lexsort((records["key"], records["token"]))]
-        run.publish(run.partition_file(unit), lambda path, records=records: path.write_bytes(records.data) and None)
+        run.publish(
+            run.partition_file(partition), lambda path, records=records: path.write_bytes(records.data) and None
+        )
     senses = np.zeros(9, np.int64)
     senses[list(TOKENS)] = 7, 11
-    borders = np.array([0, 0, 0, 0, *[rows // units] * 2, *[len(records)] * 4])
+    borders = np.array([0, 0, 0, 0, *[rows // partitions] * 2, *[len(records)] * 4])
     run.publish(run.senses, lambda path: save_arrays(path, {"senses": senses}))
-    run.publish(run.offsets, lambda path: save_arrays(path, {"offsets": np.stack([borders] * units)}))
+    run.publish(run.offsets, lambda path: save_arrays(path, {"offsets": np.stack([borders] * partitions)}))
     return settings
 
 
-def waiting(rows: int = ROWS, units: int = 3) -> dict[int, list[Range]]:
-    own = rows // units
+def waiting(rows: int = ROWS, partitions: int = 3) -> dict[int, list[Range]]:
+    own = rows // partitions
     return {
-        token: [Range(unit, number * own, (number + 1) * own) for unit in range(units)]
+        token: [Range(partition, number * own, (number + 1) * own) for partition in range(partitions)]
         for number, token in enumerate(TOKENS)
     }
 
 
 def clustered(settings: ClusterSettings, workers: int, points: int) -> dict[int, bytes]:
-    """Cluster the large tokens in chunks of so many points; return the contents of their files, and remove them."""
-    own = replace(settings, max_points_per_part=points)
-    distributed_kmeans.cluster_large(waiting(), own, Resources(actors=workers, tasks=workers, device="cpu"))
+    """Cluster the large tokens in chunks of this many points; return the contents of their files, and remove them."""
+    stage = LargeTokenStage(replace(settings, max_points_per_part=points), waiting())
+    executor = ShuffledExecutor(random.Random(0), workers)
+    assert stage.reduce(executor, list(stage.process(executor, range(len(TOKENS))))) == stage.outputs()
     files = {token: Path(settings.run.token_file(token)) for token in TOKENS}
     assert sorted(p.name for p in Path(settings.run.centroids).iterdir()) == sorted(
         name for path in files.values() for name in (path.name, path.name + storage.MARKER)
@@ -71,17 +76,6 @@ def clustered(settings: ClusterSettings, workers: int, points: int) -> dict[int,
     return data
 
 
-@pytest.mark.usefixtures("ray")
-def test_workers_and_chunks_do_not_matter_on_ray(tmp_path: Path) -> None:
-    settings = write_run(tmp_path)
-    one, two = clustered(settings, 1, 1024), clustered(settings, 2, 2048)  # five chunks per token, or three
-    assert one == two
-    for token, senses in zip(TOKENS, (7, 11), strict=True):
-        (tmp_path / "found").write_bytes(one[token])
-        assert load_arrays(str(tmp_path / "found"))["sizes"].tolist() == [senses]
-
-
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("cap", [0, 3000])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_chunks_give_the_result_of_the_whole_token(
@@ -89,24 +83,26 @@ def test_chunks_give_the_result_of_the_whole_token(
 ) -> None:
     settings = write_run(tmp_path)
     settings = replace(settings, kmeans=replace(settings.kmeans, metric=metric), max_occurrences=cap)
-    found = []
-    for workers, points, held in ((2, 1024, 1), (3, 2048, 4), (2, 4096, 2)):
-        monkeypatch.setattr(distributed_kmeans_worker, "PARTS_HELD", held)
-        monkeypatch.setattr(distributed_kmeans, "PARTS_HELD", held)
-        found.append(clustered(settings, workers, points))
-    assert all(files == found[0] for files in found)
+    results = []
+    for workers, points, held in ((1, 1024, 4), (2, 1024, 1), (3, 2048, 4), (2, 4096, 2)):
+        monkeypatch.setattr(distributed_kmeans_worker, "CHUNKS_HELD", held)
+        monkeypatch.setattr(distributed_kmeans, "CHUNKS_HELD", held)
+        results.append(clustered(settings, workers, points))
+    assert all(files == results[0] for files in results)
     whole = replace(settings, max_points_per_part=ROWS)
     for token in TOKENS:
-        cluster_shard({"shard": token, "first": token, "last": token + 1}, whole)
+        cluster_shard({"number": token, "first": token, "last": token + 1}, whole)
         expected = load_arrays(settings.run.shard_file(token))
-        (tmp_path / "found").write_bytes(found[0][token])
-        for name, array in load_arrays(str(tmp_path / "found")).items():
+        (tmp_path / "file").write_bytes(results[0][token])
+        actual = load_arrays(str(tmp_path / "file"))
+        assert actual["sizes"].tolist() == [{3: 7, 5: 11}[token]]
+        for name, array in actual.items():
             np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Rows read from partition files, by part_worker and by everything else."""
+    """Rows read from partition files: by chunk workers ("chunks"), and by everything else ("ranges")."""
     rows: Counter[str] = Counter()
 
     def count(name: str) -> Callable[..., np.ndarray]:
@@ -116,8 +112,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return read
 
-    monkeypatch.setattr(distributed_kmeans_worker, "read_rows", count("pieces"))
-    monkeypatch.setattr("msense.stages.embedding_store.read_rows", count("ranges"))
+    monkeypatch.setattr(distributed_kmeans_worker, "read_rows", count("chunks"))
+    monkeypatch.setattr(embedding_store, "read_rows", count("ranges"))
     return rows
 
 
@@ -125,27 +121,27 @@ def test_a_token_is_prepared_from_its_first_points_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counter[str]
 ) -> None:
     settings = write_run(tmp_path, 60_000)
-    monkeypatch.setattr(kmeans, "SEED_POINTS", 2000)
+    monkeypatch.setattr(seeding, "SEED_POINTS", 2000)
     prepared = distributed_kmeans.prepare(3, waiting(60_000)[3], settings)
     assert counted["ranges"] == 2000
-    assert counted["pieces"] < 4500  # of 60,000 rows, to locate the end of the first 2000
-    assert sum(r.stop - r.start for part in prepared.parts for r in part.ranges) == 60_000
+    assert counted["chunks"] < 4500  # of 60,000 rows, to locate the end of the first 2000
+    assert sum(r.stop - r.start for chunk in prepared.chunks for r in chunk.ranges) == 60_000
     assert len(prepared.state.centroids) == 7
 
 
 def test_rows_of_held_chunks_are_read_once(tmp_path: Path, counted: Counter[str]) -> None:
     settings = write_run(tmp_path, 6 * 1024)
     prepared = distributed_kmeans.prepare(3, waiting(6 * 1024)[3], settings)
-    worker, counted["pieces"] = ChunkWorker(settings), 0
-    assert len(prepared.parts) == distributed_kmeans_worker.CHUNKS_HELD + 2
+    worker, counted["chunks"] = ChunkWorker(settings), 0
+    assert len(prepared.chunks) == distributed_kmeans_worker.CHUNKS_HELD + 2
     for number in (1, 2, 3):
-        worker.partial(prepared.parts, prepared.state)
-        assert counted["pieces"] == (6 + 2 * (number - 1)) * 1024
-        assert list(worker.held) == list(prepared.parts[: distributed_kmeans_worker.CHUNKS_HELD])
-    far = worker.farthest(prepared.parts, prepared.state, 3)
+        worker.partial(prepared.chunks, prepared.state)
+        assert counted["chunks"] == (6 + 2 * (number - 1)) * 1024
+        assert list(worker.held) == list(prepared.chunks[: distributed_kmeans_worker.CHUNKS_HELD])
+    far = worker.farthest(prepared.chunks, prepared.state, 3)
     assert (np.diff(far.distance) <= 0).all()
-    state = kmeans.update(prepared.state, worker.partial(prepared.parts, prepared.state), KMeansConfig(max_rounds=1))
-    worker.finish(prepared.parts, state)
+    state = blocks.update(prepared.state, worker.partial(prepared.chunks, prepared.state), KMeansConfig(max_rounds=1))
+    worker.finish(prepared.chunks, state)
     assert not worker.held
 
 
@@ -155,9 +151,9 @@ def test_what_is_sent_does_not_grow_with_the_points(tmp_path: Path) -> None:
     for points in (2, 30):
         prepared = distributed_kmeans.prepare(3, list(slice_ranges(waiting(30 * 1024)[3], 0, points * 1024)), settings)
         worker = ChunkWorker(settings)
-        total = worker.partial(prepared.parts, prepared.state)
-        state = kmeans.update(prepared.state, total, replace(settings.kmeans, max_rounds=1))
-        done, places = worker.finish(prepared.parts, state)
+        total = worker.partial(prepared.chunks, prepared.state)
+        state = blocks.update(prepared.state, total, replace(settings.kmeans, max_rounds=1))
+        done, places = worker.finish(prepared.chunks, state)
         assert max(len(total.inertia), len(done.squares)) <= 4
         assert len(places["exemplar_rank"]) == 3 * 7
         sent.append(len(pickle.dumps(total, 5)))
@@ -175,37 +171,39 @@ def test_a_few_numbers_stand_for_an_exact_sum(first: list[float], second: list[f
     assert len(_exact(np.array(first * 50))) <= 40
 
 
-UNITS = st.lists(st.tuples(st.integers(1, 1500), st.integers(1, 2000), st.integers(0, 2000)), min_size=1, max_size=4)
+PARTITIONS = st.lists(
+    st.tuples(st.integers(1, 1500), st.integers(1, 2000), st.integers(0, 2000)), min_size=1, max_size=4
+)
 
 
 @hypothesis_settings(deadline=None, max_examples=60)
-@given(UNITS, st.floats(0, 1.1))
-def test_first_rows_by_key_are_located_in_windows(units: list[tuple[int, int, int]], share: float) -> None:
+@given(PARTITIONS, st.floats(0, 1.1))
+def test_first_rows_by_key_are_located_in_windows(partitions: list[tuple[int, int, int]], share: float) -> None:
     """Also for uneven keys, for which windows have to grow: the n keys of a partition lie in [low, low + width)."""
     rng = np.random.default_rng(0)
-    keys = [np.sort(rng.integers(low, low + width, n).astype(np.uint64)) for n, width, low in units]
+    keys = [np.sort(rng.integers(low, low + width, n).astype(np.uint64)) for n, width, low in partitions]
     count = int(share * sum(map(len, keys)))
 
     def read(_: object, ranges: list[Range]) -> list[np.ndarray]:
-        return [keys[r.unit][r.start : r.stop].view([("key", "<u8")]) for r in ranges]
+        return [keys[r.partition][r.start : r.stop].view([("key", "<u8")]) for r in ranges]
 
-    ranges = [Range(unit, 0, len(k)) for unit, k in enumerate(keys)]
+    ranges = [Range(partition, 0, len(k)) for partition, k in enumerate(keys)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed_kmeans, "pieces", read)
+        patch.setattr(distributed_kmeans, "read_blocks", read)
         patch.setattr(distributed_kmeans, "WINDOW", 1)
-        found = distributed_kmeans.first_by_key(None, ranges, count)
+        first = distributed_kmeans.first_by_key(None, ranges, count)
     chosen = np.argsort(np.concatenate(keys), kind="stable")[:count]
     number = np.repeat(np.arange(len(keys)), [len(k) for k in keys])[chosen]
-    assert {r.unit: (r.start, r.stop) for r in found} == {u: (0, n) for u, n in Counter(number.tolist()).items()}
+    assert {r.partition: (r.start, r.stop) for r in first} == {u: (0, n) for u, n in Counter(number.tolist()).items()}
 
 
 def test_chunks_go_to_the_workers_of_lowest_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.put", lambda value: value)
     monkeypatch.setattr(distributed_kmeans._Token, "begin_round", lambda self: None)
     settings, load = write_run(tmp_path), [2, 0, 1]
-    state = kmeans.BlockedState(3, *[np.zeros(1)] * 3)
-    made = [Chunk(3, 1024 * number, ()) for number in range(5)]
-    token = distributed_kmeans._start(distributed_kmeans.Prepared(tuple(made), state), settings, "abc", load)
-    homes = [(worker, [p.first_row // 1024 for p in own], count) for worker, own, count in token.homes]
+    state = blocks.BlockedState(3, *[np.zeros(1)] * 3)
+    chunks = tuple(Chunk(3, 1024 * number, ()) for number in range(5))
+    executor = LocalExecutor(device="cpu")
+    token = distributed_kmeans._start(distributed_kmeans.Prepared(chunks, state), settings, executor, "abc", load)
+    homes = [(worker, [chunk.first_row // 1024 for chunk in own], count) for worker, own, count in token.homes]
     assert homes == [(0, [0], 1), (1, [1, 2, 3], 3), (2, [4], 1)]
     assert load == [3, 3, 2]

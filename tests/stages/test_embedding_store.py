@@ -1,5 +1,6 @@
-"""How the work is cut: units, shards, the exact cap, exemplars, parts; and the run's status."""
+"""Partitions, shards, samples, exemplars and chunks against plain loops; and the status of a run."""
 
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,13 +13,9 @@ from hypothesis import strategies as st
 
 from msense.cli.status import show_status
 from msense.clustering.nearest import exemplar_places, nearest_points
-from msense.errors import InputError, MsenseError
+from msense.errors import InputError
 from msense.io import storage
 from msense.run.folder import RunFolder
-from msense.runtime.executor import guard, unwrap
-from msense.runtime.ray_executor import map_tasks, reduce_tasks
-from msense.runtime.resources import Resources
-from msense.stages.distributed_kmeans import _prefixes
 from msense.stages.distributed_kmeans_worker import slice_ranges
 from msense.stages.embedding_store import (
     PARTITION_BYTES,
@@ -31,24 +28,8 @@ from msense.stages.embedding_store import (
     longest_first,
     read_rows,
     record_type,
-    sample,
     stored,
 )
-
-ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=40)
-
-
-@settings(max_examples=150, deadline=None)
-@given(ROWS, st.integers(0, 6))
-def test_exact_cap_is_the_first_by_key_in_corpus_order(rows: list[tuple[int, int]], cap: int) -> None:
-    tokens, keys = (np.array([r[i] for r in rows], dtype=t) for i, t in ((0, np.int32), (1, np.uint64)))
-    order, rank = sample(keys, tokens, cap)
-    expected = []
-    for token in sorted(set(tokens.tolist())):
-        mine = [i for i in range(len(rows)) if rows[i][0] == token]
-        by_key = sorted(mine, key=lambda i: (rows[i][1], i))[: cap or None]
-        expected += [(i, by_key.index(i)) for i in mine if i in by_key]
-    assert list(zip(order.tolist(), rank.tolist(), strict=True)) == expected
 
 
 @settings(max_examples=100, deadline=None)
@@ -66,15 +47,15 @@ def test_nearest_equals_a_loop(points: list[tuple[int, int]], count: int) -> Non
     assert list(zip(chosen.tolist(), rank.tolist(), strict=True)) == expected
 
 
-def test_exemplar_places_are_told_by_token_and_sense() -> None:
+def test_exemplar_places_by_token_and_sense() -> None:
     found = np.array([0, 1, 1, 0], np.int32), np.array([4, 9, 1, 0.25], np.float32)
     places = {
         name: np.arange(4, dtype=np.int32) + 10 * i for i, name in enumerate(("token", "unit", "row", "position"))
     }
-    told = exemplar_places(found, np.array([2, 1]), np.array([3, 1]), places, 1)
-    assert told["exemplar_sense"].tolist() == [0, 1, 0]
-    assert told["exemplar_row"].tolist() == [20, 22, 23]
-    assert told["exemplar_distance"].tolist() == [4, 1, 0.25]
+    chosen = exemplar_places(*found, np.array([2, 1]), np.array([3, 1]), places, 1)
+    assert chosen["exemplar_sense"].tolist() == [0, 1, 0]
+    assert chosen["exemplar_row"].tolist() == [20, 22, 23]
+    assert chosen["exemplar_distance"].tolist() == [4, 1, 0.25]
 
 
 @settings(max_examples=100, deadline=None)
@@ -94,38 +75,26 @@ def test_shards_cover_the_vocabulary_and_large_tokens_stand_alone(stored_counts:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 40_000), min_size=1, max_size=50))
-def test_units_are_runs_of_blocks_of_about_equal_output(stored_counts: list[int]) -> None:
-    import tempfile
-
+def test_partitions_are_runs_of_blocks_of_about_equal_output(stored_counts: list[int]) -> None:
+    numbers = np.arange(len(stored_counts))
+    columns = {"piece": numbers // 7, "block": numbers % 7, "stored": np.array(stored_counts)}
+    columns["needed_tokens"] = 3 * (columns["stored"] % 1000)
     with tempfile.TemporaryDirectory() as folder:
-        blocks = len(stored_counts)
-        file = Path(folder, "blocks.parquet")
-        pq.write_table(
-            pa.table(
-                {
-                    "piece": [b // 7 for b in range(blocks)],
-                    "block": [b % 7 for b in range(blocks)],
-                    "stored": stored_counts,
-                    "needed_tokens": [3 * (n % 1000) for n in stored_counts],
-                }
-            ),
-            file,
-        )
-        units = cut_partitions(str(file), dim=384)
-    assert [(p, b) for u in units for p, b in zip(u.pieces, u.blocks, strict=True)] == [
-        (b // 7, b % 7) for b in range(blocks)
-    ]
-    assert [u.number for u in units] == list(range(len(units)))
+        pq.write_table(pa.table(columns), f"{folder}/blocks.parquet")
+        partitions = cut_partitions(f"{folder}/blocks.parquet", dim=384)
+    places = [place for p in partitions for place in zip(p.splits, p.blocks, strict=True)]
+    assert places == [divmod(number, 7) for number in numbers.tolist()]
+    assert [p.number for p in partitions] == list(range(len(partitions)))
     least = PARTITION_BYTES[0] // record_type(384).itemsize
-    assert all(u.stored <= least + 40_000 for u in units)
-    assert sum(u.stored for u in units) == sum(stored_counts)
-    assert sum(u.tokens for u in units) == sum(3 * (n % 1000) for n in stored_counts)
-    order = longest_first(units)
-    assert sorted(u.number for u in order) == list(range(len(units)))
+    assert all(p.stored <= least + 40_000 for p in partitions)
+    assert sum(p.stored for p in partitions) == sum(stored_counts)
+    assert sum(p.tokens for p in partitions) == columns["needed_tokens"].sum()
+    order = longest_first(partitions)
+    assert sorted(p.number for p in order) == list(range(len(partitions)))
     assert all(a.tokens >= b.tokens for a, b in pairwise(order))
 
 
-def test_rows_of_a_unit_are_one_range(tmp_path: Path) -> None:
+def test_rows_of_a_partition_are_one_range(tmp_path: Path) -> None:
     records = np.zeros(7, record_type(3))
     records["token"], records["embedding"] = np.arange(7), np.arange(21).reshape(7, 3)
     assert records.itemsize == 20 + 2 * 3
@@ -142,60 +111,10 @@ def test_stored_bits_round_trip() -> None:
         np.testing.assert_allclose(stored(bits, dtype).float().numpy(), values, rtol=0.01)
 
 
-def test_parts_cut_ranges_without_gap() -> None:
+def test_chunks_cut_ranges_without_gap() -> None:
     ranges = [Range(0, 10, 14), Range(2, 0, 3), Range(5, 7, 12)]
     assert list(slice_ranges(ranges, 0, 5)) == [Range(0, 10, 14), Range(2, 0, 1)]
     assert list(slice_ranges(ranges, 5, 12)) == [Range(2, 1, 3), Range(5, 7, 12)]
-    assert _prefixes(ranges, np.array([2, 0, 1])) == [Range(0, 10, 12), Range(5, 7, 8)]
-
-
-@pytest.mark.usefixtures("ray")
-def test_tasks_add_up_in_order_and_errors_come_back_as_themselves() -> None:
-    import ray
-
-    class Total:
-        def __init__(self, numbers: list[int]) -> None:
-            self.numbers = numbers
-
-        def merge(self, other: "Total") -> None:
-            self.numbers = self.numbers + other.numbers
-
-    def one_total(item: int, offset: int) -> Total:
-        return Total([item + offset])
-
-    def refuse(item: int) -> dict:
-        raise InputError(f"no {item}")
-
-    resources = Resources(actors=2, tasks=2, device="cpu")
-    total = ray.get(reduce_tasks("adding", one_total, list(range(20)), resources, 100))
-    assert sorted(total.numbers) == list(range(100, 120))
-    with pytest.raises(InputError, match=r"^no 3$"):
-        list(map_tasks("refusing", refuse, [3], resources))
-
-
-def refuse_it(item: int) -> dict:
-    raise InputError(f"no {item}")
-
-
-class OutOfMemoryError(RuntimeError):
-    """As torch names it."""
-
-
-def test_a_lack_of_memory_is_told_and_a_bug_is_not_hidden() -> None:
-    def fail(error: Exception) -> dict:
-        raise error
-
-    for error in (MemoryError("no room"), OutOfMemoryError("CUDA out of memory")):
-        with pytest.raises(MsenseError, match=r"out of memory \(\w+: .*\)\. Often .*--workers"):
-            unwrap(guard(fail, error))
-    with pytest.raises(RuntimeError, match="a bug"):
-        guard(fail, RuntimeError("a bug"))
-
-
-def test_guarded_work_hands_errors_over_as_rows() -> None:
-    assert unwrap(guard(lambda item: {"n": item}, 3)) == {"n": 3}
-    with pytest.raises(InputError, match="no 4"):
-        unwrap(guard(refuse_it, 4))
 
 
 def test_status_counts_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +125,7 @@ def test_status_counts_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFi
     storage.write_json(
         run.manifest, {"teacher": teacher, "pins": pins, "corpus": ["x.txt"], "config": {}, "inputs": {}}
     )
-    storage.write_json(run.units, {"units": 3, "shards": 2})
+    storage.write_json(run.partitions, {"units": 3, "shards": 2})
     for unit in (0, 1):
         storage.publish(run.partition_file(unit), lambda path: path.write_bytes(b"x") and None)
     Path(run.partition_file(1)).unlink()  # a marker without its file does not count

@@ -2,56 +2,42 @@
 
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import driver
 import numpy as np
 import pytest
+from executors import RayWithFaults, small_partitions, stop
 from faulty import WORDS, Corpus, MakeTeacher, Outcome, flip_a_byte
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_kills import killed_once
 
 from msense import SenseDictionary
 from msense.cli.status import show_status
 from msense.config.build import BuildConfig
-from msense.config.distill import DistillConfig
 from msense.dictionary import DictionaryConfig, TeacherName, write_dictionary
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.arrays import open_parquet
-from msense.pipelines import distill as distill_module
-from msense.pipelines.distill import distill_student
 from msense.run.folder import RunFolder
-from msense.stages import label as labels_module
+from msense.runtime.ray_executor import RayExecutor
+from msense.stages import label as label_module
 from msense.teacher.model import Teacher
 from msense.teacher.pooling import check_pooling, pool
 from msense.teacher.spec import load_teacher_info
 from msense.training.label_dataset import LabelSet
 
-without_ray = pytest.mark.usefixtures("in_process", "untrained")
+pytestmark = pytest.mark.usefixtures("in_process")
 LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on the mat"]
 
 
-@pytest.fixture
-def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the training."""
-    monkeypatch.setattr(distill_module, "train", lambda *_: {})
-
-
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory, make_teacher: MakeTeacher) -> Corpus:
-    return Corpus(tmp_path_factory.mktemp("labels"), make_teacher("bert"))
-
-
-@pytest.fixture
-def shared(corpus: Corpus, in_process: None, untrained: None) -> Corpus:
-    """A corpus with the dictionary "dict" and labels "run", which the first test builds for all, unchanged by any."""
-    if not (corpus.folder / "run").exists():
+def shared(tmp_path_factory: pytest.TempPathFactory, make_teacher: MakeTeacher) -> Corpus:
+    """A corpus with the dictionary "dict" and labels "run", unchanged by any test."""
+    corpus = Corpus(tmp_path_factory.mktemp("labels"), make_teacher("bert"))
+    with small_partitions():
         corpus.build("dict", max_occurrences=60)
-        distill(corpus.folder / "run", **of(corpus))
+        label(corpus, corpus.folder / "run")
     return corpus
 
 
@@ -61,13 +47,9 @@ def run(shared: Corpus, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shared.folder / "run", tmp_path / "run"))
 
 
-def of(made: Corpus, **more: object) -> dict:
-    given = {"dictionary": str(made.folder / "dict"), "teacher": str(made.teacher)}
-    return {**given, "soft_targets": 2, "held_out": 0.2, **more}
-
-
-def distill(output: Path, **given: object) -> LabelSet:
-    distill_student(DistillConfig(output=str(output), **given))
+def label(made: Corpus, output: Path, **settings: object) -> LabelSet:
+    """Distill until the training begins; return the labels."""
+    made.label(str(output), **{"soft_targets": 2, "held_out": 0.2, **settings})
     return LabelSet.open(str(output))
 
 
@@ -106,13 +88,14 @@ def planted(folder: Path, teacher: Path) -> tuple[dict[str, int], np.ndarray]:
     return ids, table
 
 
-@without_ray
-def test_planted_senses_weights_and_pooled_embeddings(tmp_path: Path, make_teacher: MakeTeacher) -> None:
+def test_planted_senses_weights_and_pooled_embeddings(
+    shared: Corpus, tmp_path: Path, make_teacher: MakeTeacher
+) -> None:
     teacher = make_teacher("llama")
     ids, table = planted(tmp_path / "dictionary", teacher)
     (tmp_path / "text.txt").write_text("\n".join(LINES))
-    given = {"dictionary": str(tmp_path / "dictionary"), "corpus": str(tmp_path / "text.txt"), "dtype": "float32"}
-    labels = distill(tmp_path / "run", **given, soft_targets=2, temperature=0.5, held_out=0)
+    given = {"dictionary": str(tmp_path / "dictionary"), "corpus": str(tmp_path / "text.txt"), "teacher": None}
+    labels = label(shared, tmp_path / "run", **given, temperature=0.5, held_out=0)
     batch = labels.read(np.arange(3))
     words = [["<s>", *line.split()] for line in LINES]
     assert batch.ids[batch.mask].tolist() == [ids.get(word, 1) for line in words for word in line]
@@ -128,7 +111,7 @@ def test_planted_senses_weights_and_pooled_embeddings(tmp_path: Path, make_teach
     assert batch.soft_weights[0, 1].tolist() == [0, 0]
     means = [table[[ids.get(word, 1) for word in line]].mean(axis=0) for line in words]
     np.testing.assert_allclose(batch.pooled.numpy(), means, atol=2e-3)
-    assert labels.manifest.units[0].labelled == 3
+    assert labels.manifest.partitions[0].labelled == 3
 
 
 def test_labels_are_what_the_dictionary_assigns(shared: Corpus) -> None:
@@ -139,7 +122,7 @@ def test_labels_are_what_the_dictionary_assigns(shared: Corpus) -> None:
     teacher = Teacher(str(shared.teacher), revision=None, layer=-1, dtype=dtype, device="cpu")
     plan = storage.stats_of(str(shared.folder / "dict" / "plan" / "plan.safetensors"))
     assert len(labels.lengths) == plan["needed"] < plan["passages"]
-    assert len(labels.manifest.units) >= 3
+    assert len(labels.manifest.partitions) >= 3
     wrong = 0
     for number in range(len(labels.lengths)):
         batch = labels.read(np.array([number]))
@@ -157,8 +140,8 @@ def test_whole_documents_are_held_out_and_train_tokens_limit_the_first_by_key(sh
     """Passages of a long document share its flag; fewer tokens are a subset of more."""
     rng = np.random.default_rng(1)
     (tmp_path / "long.txt").write_text("\n".join(" ".join(rng.choice(WORDS, 200)) for _ in range(40)))
-    given = of(shared, corpus=(str(tmp_path / "long.txt"),), held_out=0.3, soft_targets=0)
-    everything = distill(tmp_path / "all", **given, train_tokens=10**9)
+    given = {"corpus": (str(tmp_path / "long.txt"),), "held_out": 0.3, "soft_targets": 0}
+    everything = label(shared, tmp_path / "all", **given, train_tokens=10**9)
     column = open_parquet(str(tmp_path / "all" / "passages" / "000000.parquet")).read(columns=["document_id"])
     documents = np.array(column.column("document_id").to_pylist())
     held = np.zeros(len(documents), dtype=bool)
@@ -167,9 +150,9 @@ def test_whole_documents_are_held_out_and_train_tokens_limit_the_first_by_key(sh
     for document in set(documents):
         assert len(set(held[documents == document])) == 1
     assert 2 <= len(set(documents[held])) <= 25
-    some = distill(tmp_path / "some", **given, train_tokens=3000)
-    fewer = distill(tmp_path / "fewer", **given, train_tokens=1500)
-    assert 1200 < fewer.manifest.tokens <= 1500 < some.manifest.tokens <= 3000
+    some = label(shared, tmp_path / "some", **given, train_tokens=3000)
+    fewer = label(shared, tmp_path / "fewer", **given, train_tokens=1500)
+    assert 1200 < fewer.manifest.total("tokens") <= 1500 < some.manifest.total("tokens") <= 3000
     texts = [
         {tuple(labels.read(np.array([n])).ids[0].tolist()) for n in range(len(labels.lengths))}
         for labels in (fewer, some, everything)
@@ -178,7 +161,7 @@ def test_whole_documents_are_held_out_and_train_tokens_limit_the_first_by_key(sh
     with pytest.raises(
         InputError, match=r"--train-tokens 3 is too small for the first passages: set it to at least \d+"
     ):
-        distill(tmp_path / "none", **given, train_tokens=3)
+        label(shared, tmp_path / "none", **given, train_tokens=3)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -195,25 +178,14 @@ def label_set(lengths: list[int], held: list[bool]) -> LabelSet:
 @given(
     st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, max_size=300),
     st.integers(1, 400),
-    st.integers(1, 5),
     st.integers(0, 3),
 )
-def test_batches_hold_each_passage_once_and_are_the_same_for_any_world(
-    passages: list[tuple[int, bool]], budget: int, world: int, epoch: int
-) -> None:
+def test_batches_hold_each_passage_once(passages: list[tuple[int, bool]], budget: int, epoch: int) -> None:
     lengths, held = (list(column) for column in zip(*passages, strict=True))
     labels = label_set(lengths, held)
-    alone = list(labels.batches(epoch, 7, budget))
-    assert sorted(p for batch in alone for p in batch.tolist()) == [n for n, out in enumerate(held) if not out]
-    assert all(len(b) == 1 or len(b) * labels.lengths[b].max() <= budget for b in alone)
-    shares = [list(labels.batches(epoch, 7, budget, world, rank)) for rank in range(world)]
-    assert {len(share) for share in shares} == {len(alone)} == {labels.steps(epoch, 7, budget)}
-    for number, batch in enumerate(alone):
-        together = [share[number] for share in shares]
-        assert sorted(np.concatenate(together).tolist()) == sorted(batch.tolist())
-        assert max(map(len, together)) - min(map(len, together)) <= 1
-    again = list(labels.batches(epoch, 7, budget, first_step=2))
-    assert [b.tolist() for b in again] == [b.tolist() for b in alone[2:]]
+    batches = list(labels.batches(epoch, 7, budget))
+    assert sorted(p for batch in batches for p in batch.tolist()) == [n for n, out in enumerate(held) if not out]
+    assert all(len(b) == 1 or len(b) * labels.lengths[b].max() <= budget for b in batches)
 
 
 def test_batches_are_reshuffled_and_waste_little_padding() -> None:
@@ -231,58 +203,33 @@ def test_batches_are_reshuffled_and_waste_little_padding() -> None:
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_any_workers_and_a_killed_worker_or_driver_give_the_same_bytes(
-    ray: None, made: Corpus, in_process: None, monkeypatch: pytest.MonkeyPatch, outcome: Outcome
+def test_labels_made_on_ray_and_after_a_killed_worker_are_the_same(
+    ray: None, made: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On Ray, with a light teacher; the dictionary is built without Ray."""
-    made.build("dict", senses=3)
-    monkeypatch.undo()
-    logs = {name: made.folder / f"{name}.log" for name in ("whole", "killed", "worker")}
-
-    def given(name: str, workers: int = 2) -> dict:
-        return of(made, output=str(made.folder / name), dtype="float32", workers=workers)
-
-    monkeypatch.setattr(distill_module, "train", lambda *_: {})
-    driver.labels_in_small_pieces(logs["whole"], monkeypatch.setattr)
-    distill_student(DistillConfig(**given("whole", workers=1)))
-    whole = all_bytes(made.folder / "whole")
-    units = sum(name.endswith(".safetensors") and name[0] == "0" for name in whole)
-    assert units >= 5
-    with monkeypatch.context() as patch:
-        driver.labels_in_small_pieces(logs["worker"], patch.setattr)
-        actor, flag = labels_module.LabelActor, made.folder / "flag"
-
-        class DyingActor(actor):
-            def __call__(self, item: dict) -> dict:
-                return killed_once(super().__call__, flag, "write_json")(item)
-
-        patch.setattr(labels_module, "LabelActor", DyingActor)
-        distill_student(DistillConfig(**given("worker")))
+    """Two workers on Ray, one of which is killed while it writes a partition, against this process."""
+    made.build("dict", senses=3, max_occurrences=60)
+    monkeypatch.setattr(label_module, "PARTITION_BYTES", (1, 1))  # one block per partition
+    label(made, made.folder / "whole")
+    flag, log = made.folder / "flag", made.folder / "log"
+    faults = {"labels": {"flag": flag, "at": "write_json"}}
+    executor = RayWithFaults(RayExecutor.connect(workers=2), log, faults)
+    monkeypatch.setattr(executor, "train", stop)
+    made.label("run", executor, local=False, soft_targets=2, held_out=0.2)
     assert flag.exists()
-    assert all_bytes(made.folder / "worker") == whole
-    assert len(logs["worker"].read_text().splitlines()) == units + 1
-    outcome("worker killed", "labels", "same run goes on")
-    for kill_at, exit_code in ((("labels", 2), -signal.SIGKILL), (None, 0)):
-        process = driver.start(given("killed"), logs["killed"], kill_at)
-        process.join()
-        assert process.exitcode == exit_code
-    assert all_bytes(made.folder / "killed") == whole
-    begun = logs["killed"].read_text().splitlines()
-    assert set(begun) == {f"labels {number}" for number in range(units)}
-    assert len(begun) <= units + 2  # at most one partition per worker is repeated
-    journal = storage.read_json(RunFolder(str(made.folder / "killed")).journal)["drivers"]
-    assert journal[-1]["stages"]["labels"]["kept"] >= 1
-    outcome("driver killed", "labels", "next run goes on")
-    assert not list((made.folder / "killed").rglob(".*.part"))
+    assert all_bytes(made.folder / "run") == all_bytes(made.folder / "whole")
+    partitions = len(list((made.folder / "run" / "labels").glob("0*.safetensors")))
+    assert partitions >= 5
+    begun = log.read_text().splitlines()
+    assert sum(line.startswith("labels ") for line in begun) == partitions + 1
+    assert not list((made.folder / "run").rglob(".*.part"))
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "byte flipped": flip_a_byte,
-    "file cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "file gone": Path.unlink,
+    "file truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "file deleted": Path.unlink,
 }
 
 
@@ -296,9 +243,9 @@ def test_a_corrupted_file_is_refused_and_regenerated(
     if (fault, name) != ("byte flipped", "senses.safetensors"):  # its only checksum is in the marker
         with pytest.raises(InputError, match=r"jobs/distill\.py"):
             LabelSet.open(str(run), verify=True)
-    distill(run, **of(shared))
+    label(shared, run)
     assert all_bytes(run) == before
-    outcome(fault, "labels", "made again")
+    outcome(fault, "labels", "regenerated")
 
 
 def test_invalid_values_are_refused(run: Path) -> None:
@@ -329,8 +276,8 @@ def test_invalid_values_are_refused(run: Path) -> None:
         changed = good[name].copy()
         changed.reshape(-1)[1 if name == "offsets" else 0] = value
         refuses({**good, name: changed}, message)
-    refuses({**good, "more": good["ids"]}, "do not match the manifest")
-    refuses({**good, "ids": good["ids"].astype(np.int64)}, "ids is not I32")
+    refuses({**good, "more": good["ids"]}, "tensor more is .*, not None")
+    refuses({**good, "ids": good["ids"].astype(np.int64)}, r"tensor ids is \('I64', .*, not \('I32', ")
     save_file(good, path)
     labels = LabelSet.open(str(run))
     for numbers in ([], [-1], [len(labels.lengths)]):
@@ -344,27 +291,26 @@ def test_invalid_values_are_refused(run: Path) -> None:
 def test_changed_settings_are_refused_by_name_but_labels_serve_another_training(shared: Corpus, run: Path) -> None:
     for name, then, now in (("soft_targets", "2", 3), ("held_out", r"0\.2", 0.1), ("pooled", "True", False)):
         with pytest.raises(InputError, match=rf"config\.{name}: {then} .*{now} [\s\S]*another --output"):
-            distill(run, **of(shared, **{name: now}))
+            label(shared, run, **{name: now})
     before = times(run)
-    distill(run, **of(shared, lr=1e-3, workers=1))  # nothing has been trained yet
+    label(shared, run, lr=1e-3)  # nothing has been trained yet
     (run / "student").mkdir()
     with pytest.raises(InputError, match=r"training\.lr: 0\.001 .*0\.002 "):
-        distill(run, **of(shared, lr=2e-3))
+        label(shared, run, lr=2e-3)
     assert times(run) == before
     with pytest.raises(InputError, match=r"dict is the run folder of a dictionary: .*another --output"):
-        distill(shared.folder / "dict", **of(shared))
+        label(shared, shared.folder / "dict")
     with pytest.raises(InputError, match="is the run folder of a distillation"):
-        shared.build("run")
+        shared.build(str(run))
 
 
-@without_ray
 def test_the_text_is_read_again_if_the_run_does_not_keep_it(made: Corpus) -> None:
     """Labels are the same with and without the dictionary's own passages; a missing or changed text is refused."""
     made.build("dict", max_occurrences=60)
-    distill(made.folder / "kept", **of(made))
+    label(made, made.folder / "kept")
     assert not (made.folder / "kept" / "passages").exists()
     flip_a_byte(made.folder / "dict" / "passages" / "000000.parquet")
-    distill(made.folder / "again", **of(made))
+    label(made, made.folder / "again")
     assert (made.folder / "again" / "passages").exists()
     assert all_bytes(made.folder / "again") == all_bytes(made.folder / "kept")
     assert (made.folder / "dict" / "passages" / "000000.parquet").exists()  # nothing of another run is removed
@@ -372,10 +318,10 @@ def test_the_text_is_read_again_if_the_run_does_not_keep_it(made: Corpus) -> Non
     with (made.folder / "corpus" / "a.txt").open("a") as file:
         file.write("the bank\n")
     with pytest.raises(InputError, match=r"no passages, .* text .* changed[\s\S]*--corpus"):
-        distill(made.folder / "changed", **of(made))
+        label(made, made.folder / "changed")
     shutil.rmtree(made.folder / "corpus")
     with pytest.raises(InputError, match=r"no passages, .* text [\s\S]*--corpus"):
-        distill(made.folder / "gone", **of(made))
+        label(made, made.folder / "gone")
 
 
 def test_dictionary_and_teacher_that_do_not_fit_are_refused(
@@ -383,16 +329,14 @@ def test_dictionary_and_teacher_that_do_not_fit_are_refused(
 ) -> None:
     def refuses(message: str, **given: object) -> None:
         with pytest.raises(InputError, match=message):
-            distill(tmp_path / "run", **{**of(shared), **given})
+            label(shared, tmp_path / "run", **given)
 
     refuses(r"no dictionary at .*none", dictionary=str(tmp_path / "none"))
     refuses(r"teacher 'teacher'[\s\S]*--teacher", teacher=None)
-    refuses(
-        r"is not the one .*its weights have .*its tokenizer has .*vocabulary is 2\d", teacher=str(make_teacher("llama"))
-    )
+    refuses("is not the one .*the dictionary has tokenizer", teacher=str(make_teacher("llama")))
     alone = shutil.copytree(shared.folder / "dict" / "dictionary", tmp_path / "alone")
     refuses(r"no text: .*alone' .*--corpus", dictionary=str(alone))
-    beside = distill(tmp_path / "run", **of(shared, dictionary=str(shared.folder / "dict" / "dictionary")))
+    beside = label(shared, tmp_path / "run", dictionary=str(shared.folder / "dict" / "dictionary"))
     assert beside.manifest.dictionary == SenseDictionary.load(alone).fingerprint
     with pytest.raises(InputError, match=r"has no finished labels"):
         LabelSet.open(str(shared.folder / "dict"))
@@ -403,24 +347,19 @@ def test_dictionary_and_teacher_that_do_not_fit_are_refused(
 def test_dry_run_and_status(
     shared: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tmp_path / "run"
-    monkeypatch.setattr(
-        "msense.stages.label.PARTITION_BYTES", (60_000, 60_000)
-    )  # several batches per partition, to be timed
-    estimate = distill_student(DistillConfig(output=str(run), dry_run=True, time_teacher=True, **of(shared)))[
-        "estimate"
-    ]
+    monkeypatch.setattr(label_module, "PARTITION_BYTES", (60_000, 60_000))  # several batches per partition, to be timed
+    run, given = tmp_path / "run", {"soft_targets": 2, "held_out": 0.2}
+    estimate = shared.distill(str(run), dry_run=True, time_teacher=True, **given)["estimate"]
     assert not (run / "labels" / "000000.safetensors").exists()
-    manifest = distill(run, **of(shared)).manifest
-    size = sum(unit.size for unit in manifest.units)
+    manifest = label(shared, run).manifest
+    size = sum(partition.size for partition in manifest.partitions)
     assert estimate["total_bytes"] <= size <= estimate["total_bytes"] + 1000 * estimate["units"]  # headers
-    assert (estimate["passages"], estimate["tokens"]) == (manifest.passages, manifest.tokens)
+    assert (estimate["passages"], estimate["tokens"]) == (manifest.total("passages"), manifest.total("tokens"))
     assert estimate["pooled_bytes"] == 32 * estimate["passages"]
     assert estimate["tokens_per_second"] > 0
     monkeypatch.setenv("COLUMNS", "300")
     show_status(str(run))
     shown = capsys.readouterr().out
-    units = len(manifest.units)
-    assert f"{units} of {units} " in shown
-    assert f"{manifest.tokens:,} tokens" in shown
+    assert f"{len(manifest.partitions)} of {len(manifest.partitions)} " in shown
+    assert f"{manifest.total('tokens'):,} tokens" in shown
     assert "held out" in shown

@@ -1,53 +1,22 @@
-"""Builds of many blocks, partitions and shards in this process: the same bytes for any split, and after any interruption."""
+"""Builds of many blocks, partitions and shards: the same bytes for any split, and after any interruption."""
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from executors import StoppedError
+from faulty import ALL, Corpus, MakeTeacher
 from tiny import WORDS
 
 from msense import SenseDictionary
-from msense.config.build import BuildConfig
 from msense.corpus import cut_splits
 from msense.errors import InputError
 from msense.io import filesystems, storage
-from msense.pipelines.build import build_dictionary
+from msense.stages import passages
 
 pytestmark = pytest.mark.usefixtures("in_process")
-MakeTeacher = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = np.random.default_rng(0)
-    folder = tmp_path_factory.mktemp("files") / "corpus"
-    folder.mkdir()
-    chances = np.array([12, 6] + [1] * 13) / 31
-    for name in "ab":
-        lines = [" ".join(rng.choice(WORDS, 24, p=chances)) for _ in range(150)]
-        (folder / f"{name}.txt").write_text("\n".join([*lines, *lines[:5], ""]) + "\n")
-    return folder
-
-
-def build(output: Path, **settings: object) -> dict:
-    return build_dictionary(BuildConfig(output=str(output), dtype="float32", senses=4, **settings))
-
-
-def names(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-
-
-def artefact(output: Path) -> dict[str, bytes]:
-    folder = output / "dictionary"
-    return {name: (folder / name).read_bytes() for name in names(folder)}
-
-
-@pytest.fixture
-def inputs(corpus: Path, make_teacher: MakeTeacher) -> dict:
-    return {"corpus": (str(corpus),), "teacher": str(make_teacher("bert"))}
 
 
 @pytest.mark.parametrize(
@@ -60,48 +29,39 @@ def inputs(corpus: Path, make_teacher: MakeTeacher) -> dict:
     ],
     ids=["l2", "cosine-coverage", "all-stride", "dot-bf16-dedup"],
 )
-def test_chunks_give_the_same_bytes_and_true_contexts(
-    tmp_path: Path, corpus: Path, inputs: dict, settings: dict
-) -> None:
-    given = {**inputs, "keep": ("occurrences", "centroids"), **settings}
-    build(tmp_path / "whole", **given)
-    build(tmp_path / "parts", max_points_per_part=1024, workers=3, **given)
-    assert len(list((tmp_path / "whole" / "occurrences").glob("*.records"))) > 2
-    assert len(list((tmp_path / "whole" / "centroids").glob("0*.safetensors"))) > 2
-    assert not list((tmp_path / "whole" / "centroids").glob("token-*.safetensors"))
-    assert list((tmp_path / "parts" / "centroids").glob("token-*.safetensors"))
-    assert artefact(tmp_path / "whole") == artefact(tmp_path / "parts")
-    dictionary = SenseDictionary.load(tmp_path / "whole")
+def test_chunks_give_the_same_bytes_and_true_contexts(made: Corpus, settings: dict) -> None:
+    made.settings |= {"dedup": False, "senses": 4, "keep": ("occurrences", "centroids")} | settings
+    folder = made.folder
+    made.build("whole", max_points_per_part=1 << 17)
+    made.build("chunks")
+    assert len(list((folder / "whole" / "occurrences").glob("*.records"))) > 2
+    assert len(list((folder / "whole" / "centroids").glob("0*.safetensors"))) > 2
+    assert not list((folder / "whole" / "centroids").glob("token-*.safetensors"))
+    assert list((folder / "chunks" / "centroids").glob("token-*.safetensors"))
+    assert made.files("whole") == made.files("chunks")
+    dictionary = SenseDictionary.load(folder / "whole")
     names = {token.token_id: word for word in WORDS for token in dictionary.lookup(word).tokens}
-    for row in pq.read_table(tmp_path / "whole" / "dictionary" / "exemplars.parquet").to_pylist():
+    for row in pq.read_table(folder / "whole" / "dictionary" / "exemplars.parquet").to_pylist():
         name, line = row["document_id"].split(":")
-        text = (corpus / name).read_text().splitlines()[int(line)]
+        text = (folder / "corpus" / name).read_text().splitlines()[int(line)]
         context = (row["left"] + row["word"] + row["right"]).replace("[CLS]", "").replace("[SEP]", "").strip()
         assert context in text
         if row["token"] in names:
             assert row["word"].strip() == names[row["token"]]
 
 
-def test_counts_are_those_of_the_corpus(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
-    build(tmp_path / "run", corpus=(str(corpus),), teacher=str(make_teacher("llama")), layer=0, max_occurrences=0)
-    dictionary = SenseDictionary.load(tmp_path / "run")
-    words = " ".join(p.read_text() for p in corpus.iterdir()).split()
+def test_counts_are_those_of_the_corpus(made: Corpus, make_teacher: MakeTeacher) -> None:
+    made.build(teacher=str(make_teacher("llama")), layer=0, max_occurrences=0, dedup=False)
+    dictionary = SenseDictionary.load(made.folder / "run")
+    words = " ".join(path.read_text() for path in (made.folder / "corpus").iterdir()).split()
     for word in WORDS:
         token = dictionary.lookup(word).tokens[0].token_id
         assert dictionary.token_counts[token] == words.count(word)
         assert dictionary.senses(token).counts.tolist() == [words.count(word)]  # one embedding, so one sense
 
 
-class StoppedError(BaseException):
-    """Simulates the end of the process."""
-
-
 @pytest.mark.slow
-def test_the_same_command_resumes_after_a_stop_at_any_write(
-    tmp_path: Path, inputs: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = inputs | {"max_occurrences": 6000, "max_points_per_part": 1024, "dedup": True}
-    settings |= {"keep": ("passages", "occurrences", "centroids")}
+def test_the_same_command_resumes_after_a_stop_at_any_write(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     step = {"now": 0, "stop": -1}
 
     def counted(function: Callable) -> Callable:
@@ -115,92 +75,87 @@ def test_the_same_command_resumes_after_a_stop_at_any_write(
 
     monkeypatch.setattr(storage, "_place", counted(storage._place))
     monkeypatch.setattr(storage, "remove", counted(storage.remove))
-    build(tmp_path / "whole", **settings)
-    files = names(tmp_path / "whole")
-    steps = step["now"]
+    made.build("whole", keep=ALL)
+    names, steps = made.files("whole", "").keys(), step["now"]
     assert steps > 60
     for stop in range(1, steps + 1):
         step.update(now=0, stop=stop)
         with pytest.raises(StoppedError):
-            build(tmp_path / "cut", **settings)
+            made.build("cut", keep=ALL)
         step.update(stop=-1)
-        build(tmp_path / "cut", **settings)
-        assert artefact(tmp_path / "cut") == artefact(tmp_path / "whole"), stop
-        assert names(tmp_path / "cut") == files, stop
-        shutil.rmtree(tmp_path / "cut")
+        made.build("cut", keep=ALL)
+        assert made.files("cut") == made.files("whole"), stop
+        assert made.files("cut", "").keys() == names, stop
+        shutil.rmtree(made.folder / "cut")
 
 
-def test_input_splits_of_large_text_files_do_not_matter(
-    tmp_path: Path, inputs: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build(tmp_path / "whole", **inputs)
-    monkeypatch.setattr("msense.stages.passages.cut_splits", lambda files: cut_splits(files, piece_bytes=2000))
-    summary = build(tmp_path / "cut", **inputs)
-    assert len(list((tmp_path / "cut" / "passages").glob("*.parquet"))) > 5
+def test_input_splits_of_large_text_files_do_not_matter(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    made.build("whole")
+    monkeypatch.setattr(passages, "cut_splits", partial(cut_splits, split_bytes=2000))
+    summary = made.build("cut")
     assert summary["stages"]["passages"]["documents"] == 310
-    columns = ["document_id", "index", "key", "input_ids"]
-    whole, cut = (
-        [row for file in sorted((tmp_path / name / "passages").glob("*.parquet")) for row in rows_of(file, columns)]
+    rows = {
+        name: [
+            row
+            for file in sorted((made.folder / name / "passages").glob("*.parquet"))
+            for row in pq.read_table(file, columns=["document_id", "index", "key", "input_ids"]).to_pylist()
+        ]
         for name in ("whole", "cut")
-    )
-    assert whole == cut
+    }
+    assert len(list((made.folder / "cut" / "passages").glob("*.parquet"))) > 5
+    assert rows["whole"] == rows["cut"]
 
 
-def rows_of(file: Path, columns: list[str]) -> list[dict]:
-    return pq.read_table(file, columns=columns).to_pylist()
-
-
-def test_a_deleted_dictionary_is_regenerated(tmp_path: Path, inputs: dict) -> None:
-    build(tmp_path / "run", keep=("passages", "occurrences"), **inputs)
-    before = artefact(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "dictionary")
-    build(tmp_path / "run", keep=("passages",), **inputs)
-    assert artefact(tmp_path / "run") == before
-    assert not (tmp_path / "run" / "occurrences").exists()
+def test_a_deleted_dictionary_is_regenerated(made: Corpus) -> None:
+    made.build(keep=("passages", "occurrences"))
+    files = made.files("run")
+    shutil.rmtree(made.folder / "run" / "dictionary")
+    made.build(keep=("passages",))
+    assert made.files("run") == files
+    assert not (made.folder / "run" / "occurrences").exists()
 
 
 @pytest.mark.parametrize("senses", ["auto", "mcl"])
-def test_a_run_folder_on_an_object_store_gives_the_same_bytes_and_resumes(
-    tmp_path: Path, inputs: dict, senses: str
-) -> None:
+def test_a_run_folder_on_an_object_store_gives_the_same_bytes_and_resumes(made: Corpus, senses: str) -> None:
     """On fsspec's in-memory store, which has neither renames nor usable locks."""
-    given = inputs | {"dtype": "float32", "senses": senses}
-    given |= {"max_occurrences": 1500, "max_points_per_part": 1024, "keep": ("passages", "occurrences", "centroids")}
-    build_dictionary(BuildConfig(output=str(tmp_path / "here"), **given))
-    root = f"memory://{tmp_path.name}/there"
+    made.settings |= {"senses": senses, "max_occurrences": 1500, "keep": ALL}
+    made.build("here")
+    root = f"memory://{made.folder.name}/there"
     fs, path = filesystems.filesystem(root)
 
     def there() -> dict[str, bytes]:
         folder = f"{path}/dictionary/"
         return {str(name).removeprefix(folder): fs.cat_file(name) for name in fs.find(folder)}
 
-    build_dictionary(BuildConfig(output=root, **given))
-    assert there() == artefact(tmp_path / "here")
+    made.build(output=root)
+    assert there() == made.files("here")
     assert fs.glob(f"{path}/centroids/token-*.safetensors")
     assert not fs.glob(f"{path}/centroids/*-round*")
     fs.pipe_file(f"{path}/finished.json", b"{")
     fs.pipe_file(f"{path}/senses/senses.safetensors", b"cut short")
     fs.rm(f"{path}/dictionary/config.json")
-    build_dictionary(BuildConfig(output=root, **given))
-    assert there() == artefact(tmp_path / "here")
+    made.build(output=root)
+    assert there() == made.files("here")
     stages = storage.read_json(f"{root}/journal.json")["drivers"][-1]["stages"]
-    assert (stages["senses"]["damaged"], stages["senses"]["made"], stages["occurrences"]["made"]) == (1, 1, 0)
+    assert (stages["senses"]["damaged"], stages["senses"]["made"], stages["embed"]["made"]) == (1, 1, 0)
     fs.rm(path, recursive=True)
 
 
-def test_bad_documents_stop_a_strict_run_also_when_listed_earlier(tmp_path: Path, inputs: dict) -> None:
-    build(tmp_path / "run", dry_run=True, **inputs)
-    listed = (tmp_path / "run" / "bad_documents.jsonl").read_text().splitlines()
+def test_bad_documents_stop_a_strict_run_also_when_listed_earlier(made: Corpus) -> None:
+    made.build(dry_run=True)
+    listed = (made.folder / "run" / "bad_documents.jsonl").read_text().splitlines()
     assert len(listed) == 2
     assert '"a.txt:155"' in listed[0]
     with pytest.raises(InputError, match=r"bad documents \(2 empty\)"):
-        build(tmp_path / "run", on_bad_document="fail", **inputs)
+        made.build(on_bad_document="fail")
     with pytest.raises(InputError, match=r"bad document a\.txt:155: empty"):
-        build(tmp_path / "strict", on_bad_document="fail", **inputs)
+        made.build("strict", on_bad_document="fail")
+    made.build("finished")
+    with pytest.raises(InputError, match=r"bad documents \(2 empty\)"):
+        made.build("finished", on_bad_document="fail")
 
 
-def test_a_corpus_of_excluded_tokens_only_is_refused(tmp_path: Path, make_teacher: MakeTeacher) -> None:
-    (tmp_path / "x.txt").write_text("[PAD]\n")
-    teacher = str(make_teacher("bert", pooling="cls_token"))
+def test_a_corpus_of_excluded_tokens_only_is_refused(made: Corpus, make_teacher: MakeTeacher) -> None:
+    (made.folder / "x.txt").write_text("[PAD]\n")
     with pytest.raises(InputError, match="no token of this corpus may have senses"):
-        build(tmp_path / "run", corpus=(str(tmp_path / "x.txt"),), teacher=teacher)
+        made.build(corpus=(str(made.folder / "x.txt"),), teacher=str(make_teacher("bert", pooling="cls_token")))

@@ -1,9 +1,7 @@
-"""The plan: capped, uniform over passages, the same for any grouping, and never short of what it promised."""
+"""Key bins, thresholds and coverage of the plan; `tests/pipelines/test_properties.py` compares samples with a walk."""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from msense.corpus.passages import Passages, PassageSpec
 from msense.stages.sampling import (
@@ -29,9 +27,6 @@ def passages_of(rows: list[list[int]], seed: int = 0) -> Passages:
     return Passages(keys, np.zeros(len(rows), np.int32), ids, offsets)
 
 
-ROWS = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12), min_size=1, max_size=30)
-
-
 def test_bins_are_quarter_octaves_that_cover_all_keys() -> None:
     tops = bin_tops()
     assert len(tops) == BINS
@@ -50,44 +45,6 @@ def test_first_in_passage_by_hand() -> None:
     assert first_in_passage(passages, np.array([1, 3, 7]), 1).tolist() == [True, False, True]
 
 
-@settings(max_examples=100, deadline=None)
-@given(ROWS, st.integers(1, 4))
-def test_first_in_passage_equals_a_loop(rows: list[list[int]], limit: int) -> None:
-    expected = [row[:i].count(token) < limit for row in rows for i, token in enumerate(row)]
-    passages = passages_of(rows)
-    assert first_in_passage(passages, np.arange(len(passages.ids)), limit).tolist() == expected
-
-
-@settings(max_examples=100, deadline=None)
-@given(ROWS, st.integers(1, 25), st.data())
-def test_plan_is_the_same_for_any_grouping_and_never_short(
-    rows: list[list[int]], cap: int, data: st.DataObject
-) -> None:
-    passages = passages_of(rows)
-    per_passage = max(1, cap // 20)
-    whole = Histogram.empty(VOCAB)
-    whole.add(passages, SPEC, per_passage)
-    cut = data.draw(st.integers(0, len(rows)))
-    order = data.draw(st.permutations(range(2)))
-    parts = [passages.without(np.arange(cut)), passages.without(np.arange(cut, len(rows)))]
-    merged = Histogram.empty(VOCAB)
-    for i in order:
-        part = Histogram.empty(VOCAB)
-        if len(parts[i].keys):
-            part.add(parts[i], SPEC, per_passage)
-        merged.merge(part)
-    assert (merged.counts == whole.counts).all()
-    assert merged.token_counts.tolist() == np.bincount(passages.ids, minlength=VOCAB).tolist()
-
-    threshold = thresholds(whole, cap)
-    stored = np.bincount(passages.ids[select(passages, threshold, SPEC, per_passage)], minlength=VOCAB)
-    wanted = np.bincount(
-        passages.ids[first_in_passage(passages, np.arange(len(passages.ids)), per_passage)], minlength=VOCAB
-    )
-    assert (stored >= np.minimum(wanted, cap)).all()
-    assert (stored <= wanted).all()
-
-
 def test_selection_is_a_prefix_of_the_key_order() -> None:
     rng = np.random.default_rng(1)
     passages = passages_of(rng.integers(0, VOCAB, (4000, 5)).tolist(), seed=2)
@@ -101,28 +58,6 @@ def test_selection_is_a_prefix_of_the_key_order() -> None:
         chosen = np.sort(keys[flat][passages.ids[flat] == token])
         assert (chosen == all_keys[: len(chosen)]).all()
         assert 100 <= len(chosen) <= 160  # a bin is a quarter octave: at most 25 % over, plus chance
-
-
-def test_sample_is_uniform_over_passages() -> None:
-    """Each of 400 passages of one token is chosen about as often, over many seeds."""
-    hits = np.zeros(400)
-    for seed in range(300):
-        passages = passages_of([[1]] * 400, seed=seed)
-        histogram = Histogram.empty(VOCAB)
-        histogram.add(passages, SPEC, 1)
-        hits[select(passages, thresholds(histogram, 40), SPEC, 1)] += 1
-    share = hits.sum() / hits.size / 300
-    assert 0.1 <= share <= 0.13
-    assert np.abs(hits / 300 - share).max() < 5 * np.sqrt(share * (1 - share) / 300)
-    assert abs(hits[:200].mean() - hits[200:].mean()) / 300 < 5 * np.sqrt(2 * share * (1 - share) / 300 / 200)
-
-
-def test_no_cap_takes_everything() -> None:
-    passages = passages_of([[1, 1, 1], [2, 1]])
-    histogram = Histogram.empty(VOCAB)
-    histogram.add(passages, SPEC, 0)
-    assert (thresholds(histogram, 0) == ALL_KEYS).all()
-    assert select(passages, thresholds(histogram, 0), SPEC, 0).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("coverage", [0.3, 0.8, 0.95])

@@ -14,9 +14,10 @@ from tiny import WORDS
 from msense import SenseDictionary
 from msense.clustering.allocation import Curves, allocate
 from msense.clustering.budget import SenseBudget
-from msense.clustering.kmeans import CURVE_POINTS, GRID, KMeansConfig, Metric, cluster_tokens, variance_curves
+from msense.clustering.kmeans import CURVE_POINTS, GRID, KMeansConfig, cluster_tokens, variance_curves
 from msense.clustering.mcl import MclConfig, mcl_senses
 from msense.config.build import BuildConfig
+from msense.constants import Metric
 from msense.dictionary.layout import corpus_distortion
 from msense.errors import InputError, MsenseError
 from msense.io.arrays import load_arrays
@@ -24,6 +25,7 @@ from msense.pipelines.build import build_dictionary
 from msense.run.folder import RunFolder
 from msense.stages.embedding_store import record_type
 
+pytestmark = pytest.mark.usefixtures("in_process")
 MakeTeacher = Callable[..., Path]
 
 
@@ -202,7 +204,6 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "corpus.txt"
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("rule", ["auto", "mcl"])
 def test_a_build_chooses_the_senses_from_its_stored_points(
     tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, rule: str
@@ -217,6 +218,7 @@ def test_a_build_chooses_the_senses_from_its_stored_points(
         max_occurrences=100,
         keep=("occurrences", "centroids"),
         output=str(output),
+        local=True,
     )
     summary = build_dictionary(config)
     dictionary, run = SenseDictionary.load(output), RunFolder(str(output))
@@ -242,23 +244,23 @@ def test_a_build_chooses_the_senses_from_its_stored_points(
     assert numbers[tokens].tolist() == expected.tolist()
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_budget_below_one_sense_per_token_is_refused_before_the_teacher_runs(
     tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
 ) -> None:
     teacher = str(make_teacher("bert"))
-    config = BuildConfig(corpus=(str(corpus),), teacher=teacher, sense_budget="500B", output=str(tmp_path / "run"))
+    config = BuildConfig(
+        corpus=(str(corpus),), teacher=teacher, sense_budget="500B", output=str(tmp_path / "run"), local=True
+    )
     with pytest.raises(InputError, match=r"--sense-budget 500B .* 17 tokens"):
         build_dictionary(config)
     assert not (tmp_path / "run" / "occurrences").exists()
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(("kind", "senses"), [("bert", 20), ("llama", "mcl")])
 def test_the_reference_follows_the_paper(
     tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, kind: str, senses: object
 ) -> None:
-    given = {"corpus": (str(corpus),), "dtype": "float32", "reference": True, "keep": ("centroids",)}
+    given = {"corpus": (str(corpus),), "dtype": "float32", "reference": True, "keep": ("centroids",), "local": True}
     config = BuildConfig(teacher=str(make_teacher(kind)), output=str(tmp_path / "run"), **given)
     assert (config.metric, config.special_tokens, config.per_passage) == ("dot", "include", 0)
     build_dictionary(config)
@@ -266,11 +268,3 @@ def test_the_reference_follows_the_paper(
     assert (dictionary.config.senses, dictionary.config.metric) == (senses, "dot")
     assert dictionary.config.special_tokens == "include"
     assert (tmp_path / "run" / "senses").exists() == (senses == "mcl")
-
-
-def test_other_settings_override_the_reference() -> None:
-    values = ["y", "t", "ON", 1, 1.0]  # booleans of YAML files
-    assert [BuildConfig(reference=value).metric for value in values] == ["dot"] * 5
-    assert BuildConfig(reference="no").metric == "l2"
-    own = BuildConfig(corpus=("x",), reference=True, metric="l2", senses=7, special_tokens="auto")
-    assert (own.metric, own.senses, own.special_tokens) == ("l2", 7, "auto")

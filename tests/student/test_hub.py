@@ -59,17 +59,11 @@ def test_push_uploads_a_students_own_files_without_exemplars(
 
 
 def test_failed_push_names_the_cause_but_no_token(shipped_student: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.errors import HFValidationError
-
     monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
-    for error, match in (
-        (OSError("no route"), r"cannot push to 'me/student' \(no route\): check the connection"),
-        (HFValidationError("bad"), r"invalid hub name 'me/student' \(bad\)"),
-    ):
-        monkeypatch.setattr(FakeApi, "error", error)
-        with pytest.raises(MsenseError, match=match) as refusal:
-            shipped_student[0].push_to_hub("me/student", token="hf_secret")
-        assert "hf_secret" not in str(refusal.value)
+    monkeypatch.setattr(FakeApi, "error", OSError("no route"))
+    with pytest.raises(MsenseError, match=r"cannot push to 'me/student' \(no route\): check the name") as refusal:
+        shipped_student[0].push_to_hub("me/student", token="hf_secret")
+    assert "hf_secret" not in str(refusal.value)
 
 
 def test_student_loads_from_the_hub_and_saves_as_plain_files(

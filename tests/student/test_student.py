@@ -215,10 +215,10 @@ def test_static_student_starts_at_token_means_and_unseen_tokens_stay(teacher: Pa
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"window": 4}, "invalid window 4: use an odd number"),
+        ({"kernel_size": 4}, "invalid kernel_size 4: use an odd number"),
         ({"units": 0}, "invalid units 0"),
-        ({"stay": -1.0}, "invalid stay -1.0"),
-        ({"stay": float("nan")}, "invalid stay nan"),
+        ({"prior_count": -1.0}, "invalid prior_count -1.0"),
+        ({"prior_count": float("nan")}, "invalid prior_count nan"),
         ({"heads": "three"}, "invalid heads 'three'"),
     ],
 )

@@ -5,25 +5,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msense.corpus import (
-    BadDocument,
-    Document,
-    InputSplit,
-    count_rows,
-    cut_splits,
-    list_files,
-    number_splits,
-    read_documents,
-)
+from msense.corpus import BadDocument, Document, InputSplit, count_rows, cut_splits, list_files, number_splits
+from msense.corpus.readers import read_documents
 
 
-def pieces_of(*uris: object, piece_bytes: int = 16 << 20) -> list[InputSplit]:
-    pieces = cut_splits(list_files([str(uri) for uri in uris]), piece_bytes)
-    return number_splits(pieces, [count_rows(piece) for piece in pieces])
+def splits_of(*uris: object, split_bytes: int = 16 << 20) -> list[InputSplit]:
+    splits = cut_splits(list_files([str(uri) for uri in uris]), split_bytes)
+    return number_splits(splits, [count_rows(split) for split in splits])
 
 
-def read(*uris: object, piece_bytes: int = 16 << 20, **options: object) -> list[Document | BadDocument]:
-    return [row for piece in pieces_of(*uris, piece_bytes=piece_bytes) for row in read_documents(piece, **options)]
+def read(*uris: object, split_bytes: int = 16 << 20, **options: object) -> list[Document | BadDocument]:
+    return [row for split in splits_of(*uris, split_bytes=split_bytes) for row in read_documents(split, **options)]
 
 
 def pairs(rows: list[Document | BadDocument]) -> list[tuple[str, str]]:

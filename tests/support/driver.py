@@ -1,316 +1,211 @@
-"""Drivers in processes of their own, which tests kill or disturb, with a small corpus cut into many work items.
-
-Patched functions reach Ray's workers by value, so that each work item is logged where it runs.
-"""
+"""Drivers on Ray in processes of their own, which tests kill, with a small corpus cut into many work items."""
 
 import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+from executors import RayWithFaults, die_once, small_partitions
+
+from msense.runtime.executor import Row, TrainingResult, Work, Worker, name_of
+from msense.runtime.ray_executor import RayExecutor
+
 SMALL = (60_000, 60_000)
 
 
-def light_teacher() -> type:
-    """Return a class for a teacher that needs no loading: a function of token, position and length."""
+@dataclass(frozen=True)
+class Options:
+    """How a driver is disturbed; see `RayWithFaults`."""
 
-    class LightTeacher:
-        def __init__(self, name: str, **settings: object) -> None:
-            pass
-
-        def embed(self, ids: Any, mask: Any) -> Any:
-            import torch
-
-            place = torch.arange(ids.shape[1]) / torch.from_numpy(mask).sum(dim=1, keepdim=True)
-            return torch.sin((torch.from_numpy(ids) + place)[..., None] * torch.arange(1, 17))
-
-    return LightTeacher
+    log: Path
+    faults: dict[str, Row] = field(default_factory=dict)
+    kill_driver_at: tuple[str, int] | None = None
+    delay: Callable[[Work], Work] | None = None
+    light: bool = False  # use `LightTeacher`
+    meet: Path | None = None  # folder: items of two stages wait until nodes have had some on two nodes
+    step: int = 0  # training step of the fault "training"
 
 
-def logged(function: Callable, log: Path, stage: str, key: str) -> Callable:
-    """Return the function, which appends "stage number" to the log when it starts on an item."""
+class LightTeacher:
+    """A teacher that needs no loading: a function of token, position and length."""
 
-    def call(item: dict, *more: object, **named: object) -> object:
-        with log.open("a") as file:
-            file.write(f"{stage} {item[key]}\n")
-        return function(item, *more, **named)
+    def embed(self, ids: Any, mask: Any) -> Any:
+        import torch
 
-    return call
-
-
-def in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None], light: bool = False) -> None:
-    """Cut a small corpus into several partitions and shards, and log each work item when a worker starts on it.
-
-    Args:
-        log: file of lines "stage number".
-        patch: sets an attribute.
-        light: use `light_teacher`.
-    """
-    from msense.pipelines import build
-    from msense.stages import cluster, embed, exemplars, passages, plan, sense_counts
-
-    write_plan, teacher = plan._write, light_teacher()
-
-    def small_shards(*arguments: object) -> object:
-        from msense.stages import embed
-
-        embed.SHARD_BYTES = SMALL
-        return write_plan(*arguments)
-
-    class LoggedActor(embed.EmbedActor):
-        def __init__(self, **given: object) -> None:
-            if light:
-                from msense.stages import embed
-
-                embed.Teacher = teacher
-            super().__init__(**given)
-
-        def __call__(self, item: dict) -> dict:
-            return logged(super().__call__, log, "occurrences", "number")(item)
-
-    patch(embed, "UNIT_BYTES", SMALL)
-    patch(plan, "_write", small_shards)
-    patch(passages, "_write_piece", logged(passages._write_piece, log, "passages", "number"))
-    patch(sense_counts, "look_at_shard", logged(sense_counts.shard_sense_counts, log, "senses", "shard"))
-    patch(cluster, "cluster_shard", logged(cluster.cluster_shard, log, "clustering", "shard"))
-    patch(exemplars, "_resolve_unit", logged(exemplars._resolve_unit, log, "exemplars", "number"))
-    patch(build, "OccurrenceActor", LoggedActor)
+        place = torch.arange(ids.shape[1]) / torch.from_numpy(mask).sum(dim=1, keepdim=True)
+        return torch.sin((torch.from_numpy(ids) + place)[..., None] * torch.arange(1, 17))
 
 
-def labels_in_small_pieces(log: Path, patch: Callable[[Any, str, Any], None]) -> None:
-    """Label one block per partition with a light teacher, and log like `in_small_pieces`."""
-    from msense.stages import label
+class DrivenExecutor(RayWithFaults):
+    """Runs work on Ray with the faults of `Options`, in small shards."""
 
-    teacher = light_teacher()
+    def __init__(self, executor: RayExecutor, options: Options) -> None:
+        super().__init__(executor, options.log, options.faults, options.kill_driver_at, options.delay)
+        self.options = options
 
-    class LoggedLabelActor(label.LabelActor):
-        def __init__(self, **given: object) -> None:
-            from msense.stages import label
+    def _logged(self, place: str, work: Work) -> Work:
+        meet = self.options.meet
+        if meet and place in ("embed", "clustering"):
+            work = Meeting(work, meet / place, first=3 if place == "embed" else 0)
+        return super()._logged(place, SmallShards(work))
 
-            label.load_teacher = lambda settings: teacher(settings.teacher)
-            super().__init__(**given)
+    def map_actors(self, name: str, actor: Work, arguments: Row, items: Any) -> Any:
+        return super().map_actors(name, partial(light_actor, actor) if self.options.light else actor, arguments, items)
 
-        def __call__(self, item: dict) -> dict:
-            return logged(super().__call__, log, "labels", "number")(item)
+    def run(self, work: Work, *arguments: Any, device: str = "cpu") -> Any:
+        result = super().run(work, *arguments, device=device)
+        self._die_at(f"after {name_of(work)}", 1)
+        return result
 
-    patch(label, "UNIT_BYTES", (1, 1))
-    patch(label, "LabelActor", LoggedLabelActor)
+    @contextmanager
+    def clustering_workers(self, actor: Work, *arguments: Any) -> Iterator[list[Worker]]:
+        with super().clustering_workers(actor, *arguments) as workers:
+            yield [WatchedWorker(worker, self._die_at) for worker in workers]
+
+    def train(self, name: str, worker: Work, settings: Any, folder: str) -> TrainingResult:
+        self._die_at("training", 1)
+        if fault := self.faults.get("training"):
+            worker = partial(train_with_fault, worker, self.options.step, fault)
+        return super().train(name, worker, settings, folder)
 
 
-def connect_to(address: str, auth: str = "token") -> None:
-    """Set the cluster that Ray connects to when it is imported."""
-    os.environ |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": auth}
+class WatchedWorker:
+    """A clustering worker; the driver may die when it calls a method."""
+
+    def __init__(self, worker: Worker, die_at: Callable[[str, int], None]) -> None:
+        self.worker, self.die_at = worker, die_at
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        self.die_at(f"large tokens: {method}", 1)
+        return self.worker.call(method, *arguments)
 
 
-def drive(settings: dict, address: str, log: str, kill_at: tuple[str, int] | None, light: bool) -> None:
-    """Build, or distill without training, and die when stage `kill_at[0]` has finished `kill_at[1]` items."""
-    connect_to(address)
-    from msense.config.build import BuildConfig
-    from msense.config.distill import DistillConfig
-    from msense.io import storage
-    from msense.pipelines import distill as distill_module
-    from msense.pipelines.build import build_dictionary
-    from msense.runtime import ray_executor
-    from msense.runtime.progress import track
-    from msense.stages import distributed_kmeans
+class SmallShards:
+    """Work that cuts small shards on a worker."""
 
-    in_small_pieces(Path(log), setattr, light)
-    track, write_json = track, storage.write_json
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.__name__ = name_of(work)
 
-    def killing_track(name: str, rows: Iterator, total: int) -> Iterator:
-        for number, row in enumerate(track(name, rows, total), 1):
-            if (name, number) == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield row
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from msense.stages import embedding_store
 
-    def killing_write(uri: str, value: dict) -> None:
-        if kill_at and uri.endswith(kill_at[0]):
+        embedding_store.SHARD_BYTES = SMALL
+        return self.work(*arguments, **options)
+
+
+class LastFirst:
+    """Work that is slower for the first items than for the last."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def __call__(self, *arguments: object) -> object:
+        if arguments and isinstance(arguments[0], dict) and "number" in arguments[0]:
+            time.sleep(0.6 / (1 + arguments[0]["number"]))
+        return self.work(*arguments)
+
+
+class Deadly:
+    """Work, and an actor, that records each item and dies at item 1."""
+
+    def __init__(self, tried: Path, first: int | None = None) -> None:
+        self.tried = tried
+        if first is not None:
+            self(first)
+
+    def __call__(self, item: int) -> Row:
+        with self.tried.open("a") as file:
+            file.write(f"{item}\n")
+        if item == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        write_json(uri, value)
-
-    ray_executor.track = distributed_kmeans.track = killing_track
-    storage.write_json = killing_write
-    if "dictionary" in settings:
-        labels_in_small_pieces(Path(log), setattr)
-        distill_module.train = lambda *_: {}
-        distill_module.distill_student(DistillConfig(**settings))
-    else:
-        build_dictionary(BuildConfig(**settings))
+        return {"item": item}
 
 
-def disturbed(step: int, flag: Path, kill: bool) -> Callable:
-    """Return the function of a training worker; the first worker to reach a step dies there, or waits to be killed.
+class Meeting:
+    """Work that waits, from item `first` on, until it has been called on two nodes."""
 
-    Args:
-        step: step of the whole training, counted in each worker.
-        flag: file that gets the id of the worker's node; once it exists, nothing happens.
-        kill: die rather than wait.
-    """
+    def __init__(self, work: Work, folder: Path, first: int) -> None:
+        self.work, self.folder, self.first = work, folder, first
 
-    def worker(given: dict) -> list:
-        import time
-
-        from msense.stages import train_worker
-        from msense.training import distiller
-
-        original, steps = distiller.Trainer._step, [0]
-
-        def counted(self: object, *arguments: object) -> dict:
-            steps[0] += 1
-            if steps[0] == step and not flag.exists():
-                import ray
-
-                flag.write_text(ray.get_runtime_context().get_node_id())
-                if kill:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(600)
-            return original(self, *arguments)
-
-        distiller.Trainer._step = counted
-        return train_worker.train_worker(given)
-
-    return worker
-
-
-def drive_training(settings: dict, address: str, step: int, flag: str) -> None:
-    """Distill, with training; wait at a step until this process is killed."""
-    connect_to(address)
-    from msense.config.distill import DistillConfig
-    from msense.pipelines import distill as distill_module
-    from msense.stages import train
-
-    train.worker = disturbed(step, Path(flag), kill=False)
-    distill_module.distill_student(DistillConfig(**settings))
-
-
-def held_once(function: Callable, flag: Path) -> Callable:
-    """Return a function whose first call writes the id of its node to a file and waits until that node is killed."""
-
-    def call(*arguments: object, **named: object) -> object:
-        import time
-        from contextlib import suppress
-
+    def __call__(self, item: Row, *more: Any) -> Any:
         import ray
 
-        with suppress(FileExistsError), flag.open("x") as file:
-            file.write(ray.get_runtime_context().get_node_id())
-            file.flush()
-            time.sleep(600)
-        return function(*arguments, **named)
-
-    return call
-
-
-def met(function: Callable, folder: Path, first: int = 0) -> Callable:
-    """Return a function that waits, from item `first` on, until it has been called on two nodes."""
-
-    def call(item: dict, *more: object) -> object:
-        import time
-
-        import ray
-
-        (folder / ray.get_runtime_context().get_node_id()).touch()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / ray.get_runtime_context().get_node_id()).touch()
         until = time.monotonic() + 300
-        while item.get("number", item.get("shard")) >= first and len(list(folder.iterdir())) < 2:
+        while item["number"] >= self.first and len(list(self.folder.iterdir())) < 2:
             if time.monotonic() > until:
                 raise RuntimeError("no call from another node")
             time.sleep(0.05)
-        return function(item, *more)
-
-    return call
+        return self.work(item, *more)
 
 
-def lose_a_node_in_each_stage(flags: Path, step: int) -> None:
-    """Make one item of each stage, and a training worker at `step`, wait until its node is killed."""
-    from msense.pipelines import build
-    from msense.stages import (
-        assemble,
-        cluster,
-        distributed_kmeans,
-        exemplars,
-        label,
-        passages,
-        plan,
-        sense_counts,
-        train,
-    )
-    from msense.stages.distributed_kmeans_worker import ChunkWorker
+def light_actor(actor: Work, **arguments: Any) -> Any:
+    """Make an actor with a light teacher, on a worker."""
+    from msense.stages import embed, label
 
-    places = {
-        "passages": (passages, "_write_piece"),
-        "plan": (plan, "_select"),
-        "senses": (sense_counts, "look_at_shard"),
-    }
-    places |= {"clustering": (cluster, "cluster_shard"), "exemplars": (exemplars, "_resolve_unit")}
-    for stage, (module, name) in places.items():
-        setattr(module, name, held_once(getattr(module, name), flags / stage))
-    build.assemble = held_once(assemble.assemble, flags / "dictionary")
-    for stage, module, name in (("occurrences", build, "OccurrenceActor"), ("labels", label, "LabelActor")):
-        actor = getattr(module, name)
-        setattr(module, name, type(name, (actor,), {"__call__": held_once(actor.__call__, flags / stage)}))
-    worker = ChunkWorker
-
-    class HeldWorker(worker):
-        def partial(self, part: object, state: Any) -> object:
-            if state.rounds >= 1:
-                return held_once(super().partial, flags / "large tokens")(part, state)
-            return super().partial(part, state)
-
-    distributed_kmeans.ChunkWorker = HeldWorker
-    train.worker = disturbed(step, flags / "training", kill=False)
+    embed.load_teacher = label.load_teacher = lambda settings: LightTeacher()
+    return actor(**arguments)
 
 
-def meet_on_two_nodes(folder: Path) -> None:
-    """Make teacher actors, from the fourth partition on, and clustering tasks wait until they run on two nodes."""
-    from msense.pipelines import build
-    from msense.stages import cluster
-    from msense.stages.embed import EmbedActor
+def train_with_fault(worker: Work, step: int, fault: Row, settings: Any, session: Any) -> Any:
+    """Run a training worker; the first one to reach a step, counted in each worker, dies there or waits for that."""
+    from msense.training.distiller import Trainer
 
-    for name in ("occurrences", "clustering"):
-        (folder / name).mkdir(parents=True)
-    actor = EmbedActor
-    call = met(lambda item, self: actor.__call__(self, item), folder / "occurrences", first=3)
-    build.EmbedActor = type("MeetingActor", (actor,), {"__call__": lambda self, item: call(item, self)})
-    cluster.cluster_shard = met(cluster.cluster_shard, folder / "clustering")
+    original, steps = Trainer.backward, count(1)
+
+    def counted(self: Trainer, *arguments: Any) -> dict:
+        if next(steps) == step:
+            die_once(fault["flag"], fault.get("hold", False))
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "backward", counted)
+        return worker(settings, session)
 
 
-def drive_on_nodes(settings: dict, address: str, auth: str, log: str, change: tuple[Callable, tuple] | None) -> None:
-    """Build, or distill with training, with a light teacher, after calling `change` with its arguments."""
-    connect_to(address, auth)
+def run(settings: dict, options: Options) -> dict:
+    """Build, or distill if the settings name a dictionary, on the Ray of this process."""
     from msense.config.build import BuildConfig
     from msense.config.distill import DistillConfig
-    from msense.pipelines import distill as distill_module
     from msense.pipelines.build import build_dictionary
+    from msense.pipelines.distill import distill_student
 
-    in_small_pieces(Path(log), setattr, light=True)
-    labels_in_small_pieces(Path(log), setattr)
-    if change:
-        change[0](*change[1])
-    if "dictionary" in settings:
-        distill_module.distill_student(DistillConfig(**settings))
-    else:
-        build_dictionary(BuildConfig(**settings))
+    executor = DrivenExecutor(RayExecutor.connect(settings.get("workers")), options)
+    with small_partitions():
+        if "dictionary" in settings:
+            return distill_student(DistillConfig(**settings), executor)
+        return build_dictionary(BuildConfig(**settings), executor)
 
 
-def start(settings: dict, log: Path, kill_at: tuple[str, int] | None = None, light: bool = False) -> BaseProcess:
-    """Start a driver that builds or labels."""
-    return start_process(drive, settings, str(log), kill_at, light)
+def drive(settings: dict, options: Options, address: str, auth: str) -> None:
+    """Run a job on a cluster, to which Ray connects when it is imported."""
+    os.environ |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": auth}
+    run(settings, options)
 
 
-def start_process(target: Callable, settings: dict, *arguments: object, address: str | None = None) -> BaseProcess:
-    """Start a driver on the cluster at `address`, by default that of the test session; a fork server imports its modules."""
-    import ray
+def start(settings: dict, options: Options, address: str | None = None) -> BaseProcess:
+    """Start a driver on a cluster, by default that of the test session; a fork server imports its modules."""
+    if address is None:
+        import ray
 
+        address = ray.get_runtime_context().gcs_address
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["driver", "msense.pipelines.build", "msense.pipelines.distill", "ray.data", "torch", "transformers"]
     )
-    address = address or ray.get_runtime_context().gcs_address
-    plain = json.loads(json.dumps(settings))
-    process = context.Process(target=target, args=(plain, address, *arguments))
+    arguments = (json.loads(json.dumps(settings)), options, address, os.environ.get("RAY_AUTH_MODE", "token"))
+    process = context.Process(target=drive, args=arguments)
     process.start()
     return process

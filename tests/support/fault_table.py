@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 README = Path(__file__).parents[2] / "README.md"
-STAGES = ("passages", "plan", "occurrences", "senses", "clustering", "large tokens", "exemplars", "dictionary")
+STAGES = ("passages", "plan", "embed", "senses", "clustering", "large tokens", "exemplars", "dictionary")
 STAGES += ("labels", "training")  # of a distillation
 
 
@@ -24,10 +24,10 @@ def in_readme() -> dict[tuple[str, str], str]:
     """Return the README's table without empty cells."""
     lines = README.read_text(encoding="utf-8").splitlines()
     head = "| fault | " + " | ".join(STAGES) + " |"
-    found: dict[tuple[str, str], str] = {}
+    outcomes: dict[tuple[str, str], str] = {}
     for line in lines[lines.index(head) + 2 :] if head in lines else []:
         if not line.startswith("|"):
             break
         fault, *cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        found |= {(fault, stage): cell for stage, cell in zip(STAGES, cells, strict=True) if cell}
-    return found
+        outcomes |= {(fault, stage): cell for stage, cell in zip(STAGES, cells, strict=True) if cell}
+    return outcomes

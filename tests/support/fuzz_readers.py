@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import io
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from fuzzing import Reader
+from tiny import exemplars, with_tokenizer, word_piece
 
 from msense import SenseDictionary, SenseEncoder
 from msense.cli.flags import parse_flags
@@ -35,7 +37,7 @@ from msense.run.manifest import check_manifest
 from msense.student import load_student
 from msense.teacher.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
 from msense.teacher.model import Teacher
-from msense.teacher.spec import load_teacher_info
+from msense.teacher.spec import TeacherOptions, load_teacher_info
 from msense.training.label_dataset import LabelManifest, LabelPartition, LabelSet
 
 TEXTS = ["the river bank", "", "a cat sat on the mat , running", "is near " * 9]
@@ -53,17 +55,11 @@ def digest(*arrays: Any) -> list[object]:
 
 def dictionary(folder: Path) -> object:
     d = SenseDictionary.load(folder)
-    senses = [d.senses(token) for token in range(d.vocab_size)]
-    assert all(np.isfinite(np.asarray(s.centroids, np.float32)).all() for s in senses)
-    assert all((s.counts > 0).all() for s in senses)
-    examples = [d.exemplars(token) for token in range(d.vocab_size)]
+    senses, examples = ([read(token) for token in range(d.vocab_size)] for read in (d.senses, d.exemplars))
+    assert all(np.isfinite(np.asarray(s.centroids, np.float32)).all() and (s.counts > 0).all() for s in senses)
     assert all(0 <= e.sense < len(s.counts) for es, s in zip(examples, senses, strict=True) for e in es)
-    return (
-        d.config.model_dump(),
-        d.lookup("bank").explain(),
-        examples,
-        digest(d.offsets, d.counts, d.rms_distance, d.token_counts, d.centroids),
-    )
+    arrays = digest(d.offsets, d.counts, d.rms_distance, d.token_counts, d.centroids)
+    return d.config.model_dump(), d.lookup("bank").explain(), examples, arrays
 
 
 def student(folder: Path) -> object:
@@ -83,7 +79,7 @@ def classifier(folder: Path) -> object:
 
 
 def teacher(folder: Path) -> object:
-    info, tokenizer = load_teacher_info(str(folder), BuildConfig())
+    info, tokenizer = load_teacher_info(str(folder), TeacherOptions())
     own = Teacher(str(folder), revision=None, layer=-1, dtype="float32", device="cpu")
     ids = np.array([tokenizer.encode("the river bank").ids], np.int32)
     assert 0 <= ids.min() <= ids.max() < info.vocab_size
@@ -169,6 +165,11 @@ def results(folder: Path) -> object:
 # --- undamaged folders
 
 
+def write_dictionary(folder: Path) -> None:
+    with_tokenizer(word_piece(), folder, [2, 0, 3, 0, 1, 1, 1, 4])
+    pq.write_table(exemplars([(0, 0, 0), (2, 1, 0), (2, 1, 1), (7, 3, 0)]), folder / "exemplars.parquet")
+
+
 MANIFEST: dict[str, Any] = {
     "format": 1,
     "config": {"senses": 20, "layer": -1},
@@ -192,7 +193,7 @@ def write_labels(folder: Path) -> None:
     run = RunFolder(str(folder), "m")
     sizes = rng.integers(1, 4, 25).astype(np.int32)
     run.publish(run.label_senses, lambda path: save_arrays(path, {"senses": sizes}))
-    units = []
+    partitions = []
     for number in range(2):
         lengths = rng.integers(2, 9, 6)
         ids = rng.integers(0, 25, lengths.sum()).astype(np.int32)
@@ -205,20 +206,16 @@ def write_labels(folder: Path) -> None:
             "pooled": rng.normal(size=(6, 4)).astype(np.float16),
         }  # fmt: skip
 
-        run.publish(run.label_file(number), partial(_save, arrays))
+        run.publish(run.label_file(number), partial(save_arrays, arrays=arrays))
         file = Path(run.label_file(number))
         counts = {"passages": 6, "tokens": len(ids), "labelled": len(ids), "held_out_passages": 2}
-        units.append(LabelPartition(**counts, size=file.stat().st_size, sha256=storage.sha256_of(file)))
+        partitions.append(LabelPartition(**counts, size=file.stat().st_size, sha256=storage.sha256_of(file)))
     manifest = LabelManifest(
         inputs_hash="m", dictionary="d", teacher={"name": "t"}, tokenizer_fingerprint="t", vocab_size=25, dim=4, metric="l2",
         temperature_unit=1.0, temperature=0.5, train_tokens=None, held_out=0.3, held_out_salt=1, soft_targets=2,
-        pooled=True, pooling="mean", normalize=False, units=tuple(units),
+        pooled=True, pooling="mean", normalize=False, partitions=tuple(partitions),
     )  # fmt: skip
-    storage.write_json(run.label_manifest, manifest.model_dump(mode="json"))
-
-
-def _save(arrays: dict[str, np.ndarray], path: Path) -> None:
-    save_arrays(path, arrays)
+    storage.write_json(run.label_manifest, manifest.model_dump(mode="json", by_alias=True))
 
 
 def write_classifier(folder: Path) -> None:
@@ -236,17 +233,17 @@ def write_results(folder: Path) -> None:
     write_report(report, str(folder / "e.json"), plots=False)
 
 
-def _text(name: str, content: str | bytes) -> Callable[[Path], object]:
-    def write(folder: Path) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-    return write
+def write_contexts(folder: Path) -> None:
+    (folder / "bank").mkdir()
+    for part in ("train", "test"):
+        (folder / "bank" / f"{part}.data.txt").write_text("1\tthe bank is\n0\tbank of a river\n" * 5)
+        (folder / "bank" / f"{part}.gold.txt").write_text("a\nb\n" * 5)
 
 
-def _parquet(name: str, table: dict[str, list], **options: object) -> Callable[[Path], object]:
-    return lambda folder: pq.write_table(pa.table(table), folder / name, row_group_size=40, **options)
+def _parquet(table: dict[str, list], **options: object) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(table), file, row_group_size=40, **options)
+    return file.getvalue()
 
 
 LINES = "\n".join(PARQUET["text"])
@@ -257,58 +254,51 @@ CSV = "id,text,label\n" + "".join(f'd{n},"a text, ""{n}""\nof two lines",l{n % 3
 YAML = (
     "corpus: [a.txt, 'b/*.txt']\nteacher: org/name\nlayer: -2\nsenses: 30\nkeep: [passages]\ncoverage: 0.9\nseed: 7\n"
 )
-WHOLE: dict[str, Callable[[Path], object]] = {
+PAIRS = "bank river 3\nbank money 2.5\ncat dog 9\n" * 5
+LABELLED = {"text": PARQUET["text"], "label": [n % 3 for n in range(90)]}
+SINGLE: dict[str, tuple[Callable[[Path], object], str, bytes]] = {  # readers of one file: its name and content
+    "config": (settings, "run.yaml", YAML.encode() + b"output: runs/x\n"),
+    "corpus txt": (corpus, "a.txt", LINES.encode()),
+    "corpus jsonl": (corpus, "a.jsonl", JSONL.encode()),
+    "corpus csv": (corpus, "a.csv", CSV.encode()),
+    "corpus gz": (corpus, "a.jsonl.gz", gzip.compress(JSONL.encode())),
+    "corpus zst": (corpus, "a.txt.zst", pa.Codec("zstd").compress(LINES.encode(), asbytes=True)),
+    "corpus parquet": (corpus, "a.parquet", _parquet(PARQUET, compression="zstd")),
+    "corpus parquet, plain": (corpus, "a.parquet", _parquet(PARQUET, compression="none", data_page_version="2.0")),
+    "labelled csv": (labelled, "train.csv", CSV.encode()),
+    "labelled jsonl": (labelled, "train.jsonl", JSONL.encode()),
+    "labelled parquet": (labelled, "train.parquet", _parquet(LABELLED)),
+    "word pairs": (word_pairs, "set.txt", PAIRS.encode()),
+}
+WHOLE: dict[str, Callable[[Path], object]] = {  # students and teacher come from fixtures
+    "dictionary": write_dictionary,
     "run folder": write_run,
     "labels": write_labels,
     "labels, verified": write_labels,
     "classifier": write_classifier,
     "results": write_results,
-    "config": _text("run.yaml", YAML + "output: runs/x\n"),
-    "corpus txt": _text("a.txt", LINES),
-    "corpus jsonl": _text("a.jsonl", JSONL),
-    "corpus csv": _text("a.csv", CSV),
-    "corpus gz": _text("a.jsonl.gz", gzip.compress(JSONL.encode())),
-    "corpus zst": _text("a.txt.zst", pa.Codec("zstd").compress(LINES.encode(), asbytes=True)),
-    "corpus parquet": _parquet("a.parquet", PARQUET, compression="zstd"),
-    "corpus parquet, plain": _parquet("a.parquet", PARQUET, compression="none", data_page_version="2.0"),
-    "labelled csv": _text("train.csv", CSV),
-    "labelled jsonl": _text("train.jsonl", JSONL),
-    "labelled parquet": _parquet("train.parquet", {"text": PARQUET["text"], "label": [n % 3 for n in range(90)]}),
-    "word contexts": lambda f: [
-        _text(f"bank/{part}.{kind}.txt", text * 5)(f)
-        for part in ("train", "test")
-        for kind, text in (("data", "1\tthe bank is\n0\tbank of a river\n"), ("gold", "a\nb\n"))
-    ],
-    "word pairs": _text("set.txt", "bank river 3\nbank money 2.5\ncat dog 9\n" * 5),
-}  # dictionary, students and teacher come from fixtures
-_STUDENT = (
-    *("config.json", "model.safetensors", "tokenizer.json"),
-    *("dictionary/config.json", "dictionary/dictionary.safetensors"),
-)
+    "word contexts": write_contexts,
+    **{
+        name: lambda folder, f=file, c=content: (folder / f).write_bytes(c)
+        for name, (_, file, content) in SINGLE.items()
+    },
+}
+_STUDENT = ("config.json", "model.safetensors", "tokenizer.json", "dictionary/config.json")
+_STUDENT += ("dictionary/dictionary.safetensors",)
+_TEACHER = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json")
+_DICTIONARY = ("config.json", "dictionary.safetensors", "exemplars.parquet", "tokenizer/tokenizer.json")
 _LABELS = ("labels/labels.json", "labels/000000.safetensors", "labels/000001.safetensors")
+_RUN = ("manifest.json", "journal.json", "plan/blocks.parquet", "plan/blocks.parquet.done")
 READERS: dict[str, Reader] = {
-    "dictionary": Reader(
-        dictionary, ("config.json", "dictionary.safetensors", "exemplars.parquet", "tokenizer/tokenizer.json")
-    ),
+    "dictionary": Reader(dictionary, _DICTIONARY),
     "student static": Reader(student, _STUDENT),
     "student layers:1": Reader(student, _STUDENT),
     "classifier": Reader(classifier, ("classifier/config.json", "classifier/classifier.safetensors")),
-    "teacher": Reader(
-        teacher,
-        ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json"),
-    ),
+    "teacher": Reader(teacher, (*_TEACHER, "1_Pooling/config.json")),
     "labels": Reader(labels, _LABELS),
     "labels, verified": Reader(partial(labels, verify=True), _LABELS, exact=True),
-    "run folder": Reader(
-        run_folder, ("manifest.json", "journal.json", "plan/blocks.parquet", "plan/blocks.parquet.done"), exact=True
-    ),
-    "config": Reader(settings, ("run.yaml",)),
+    "run folder": Reader(run_folder, _RUN, exact=True),
     "results": Reader(results, ("e.json",)),
     "word contexts": Reader(contexts, ("bank/train.data.txt", "bank/test.gold.txt")),
-    "word pairs": Reader(word_pairs, ("set.txt",)),
-    **{name: Reader(corpus, (f"a.{form}",)) for name, form in (
-        ("corpus txt", "txt"), ("corpus jsonl", "jsonl"), ("corpus csv", "csv"), ("corpus gz", "jsonl.gz"),
-        ("corpus zst", "txt.zst"), ("corpus parquet", "parquet"), ("corpus parquet, plain", "parquet"),
-    )},
-    **{f"labelled {form}": Reader(labelled, (f"train.{form}",)) for form in ("csv", "jsonl", "parquet")},
-}  # fmt: skip
+    **{name: Reader(read, (file,)) for name, (read, file, _) in SINGLE.items()},
+}

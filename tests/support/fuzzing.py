@@ -61,26 +61,21 @@ def spoil(path: Path, edits: list[Edit], reseal: bool) -> None:
         if kind == "place":
             replace(path, PLACES[int(where * len(PLACES))])
             return
-        raw = path.read_bytes()
-        codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
-        content = _decompress(raw, codec) if codec and also < 0.7 else None
-        if content is None:
-            path.write_bytes(damage(raw, kind, where, also, data, path))
-            continue
+        content = path.read_bytes()
+        codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix) if also < 0.7 else None
+        if codec is not None:
+            try:
+                content = pa.CompressedInputStream(pa.BufferReader(content), codec).read()
+            except OSError:  # damaged by an earlier edit
+                codec = None
         content = damage(content, kind, where, also, data, path)
-        if where > 0.97:
-            content = (data * 1000)[: 1 << 10] * (96 << 10)  # a decompression bomb of 96 MB
-        compressed = gzip.compress(content, 1) if codec == "gzip" else pa.Codec("zstd").compress(content, asbytes=True)
-        path.write_bytes(compressed)
+        if codec is not None:
+            if where > 0.97:
+                content = (data * 1000)[: 1 << 10] * (96 << 10)  # a decompression bomb of 96 MB
+            content = gzip.compress(content, 1) if codec == "gzip" else pa.Codec("zstd").compress(content, asbytes=True)
+        path.write_bytes(content)
     if reseal:
         seal(path)
-
-
-def _decompress(raw: bytes, codec: str) -> bytes | None:
-    try:
-        return pa.CompressedInputStream(pa.BufferReader(raw), codec).read()
-    except OSError:  # damaged by an earlier edit
-        return None
 
 
 def seal(path: Path) -> None:

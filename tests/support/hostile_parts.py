@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hostile_folders import NAN, Corrupt, edit_config, edit_json, move_out, replaced, written
+from hostile_folders import Corrupt, edit_config, edit_json, move_out, written
 
 from msense.dictionary.contexts import exemplar_schema
 
@@ -62,13 +62,9 @@ def small_footer_size(folder: Path) -> None:
     """Understate the size of the last column in the footer; its page header states the real size."""
     long_text(folder)
     raw = bytearray((folder / EXEMPLARS).read_bytes())
-    actual, stated = (
-        thrift_number(size)
-        for size in (pq.read_metadata(folder / EXEMPLARS).row_group(0).column(7).total_uncompressed_size, 1 << 20)
-    )
-    place = raw.rindex(actual)
-    assert len(actual) == len(stated) == 4
-    raw[place : place + 4] = stated
+    size = pq.read_metadata(folder / EXEMPLARS).row_group(0).column(7).total_uncompressed_size
+    place = raw.rindex(thrift_number(size))
+    raw[place : place + 4] = thrift_number(1 << 20)
     (folder / EXEMPLARS).write_bytes(raw)
     assert pq.read_metadata(folder / EXEMPLARS).row_group(0).column(7).total_uncompressed_size == 1 << 20
 
@@ -81,47 +77,33 @@ def thrift_number(value: int) -> bytes:
 
 
 MISSING = rows_of().set_column(5, exemplar_schema().field(5), pa.array(["x", None, "x", "x"], pa.string()))
-TEXT_COLUMNS = rows_of().cast(pa.schema([(name, pa.string()) for name in exemplar_schema().names]))
 HOSTILE_EXEMPLARS: dict[str, tuple[Corrupt, str]] = {
     "truncated": (written(EXEMPLARS, lambda raw: raw[:-100]), "truncated or not a Parquet file"),
     "empty": (written(EXEMPLARS, lambda _: b""), "truncated or not a Parquet file"),
-    "sparse": (lambda f: os.truncate(f / EXEMPLARS, 1 << 40), "truncated or not a Parquet file"),
     "not Parquet": (written(EXEMPLARS, lambda _: b"PAR1 not really PAR1"), "cannot read"),
-    "footer is zeros": (footer(60_000, 1 << 20), "cannot read"),
     "vast footer": (footer((1 << 32) - 1, 1 << 40), "footer has 4294967295 bytes, but the limit is"),
     "wrong type in the footer": (wrong_type, "does not have the columns"),
     "middle missing": (written(EXEMPLARS, lambda raw: raw[:40] + raw[140:]), "cannot read"),
-    "other columns": (parquet(pa.table({"token": [0]})), "does not have the columns"),
-    "other types": (parquet(TEXT_COLUMNS), "the columns"),
     "foreign sense": (parquet(rows_of(sense=3)), "sense 3, rank 0 of token 2 does not exist"),
-    "negative sense": (parquet(rows_of(sense=-1)), "sense -1, rank 0 of token 2"),
     "foreign token": (parquet(rows_of(token=99)), "tokens 99 to 99, which are out of order or vocabulary"),
-    "negative token": (parquet(rows_of(token=-5)), "tokens -5 to -5"),
     "tokens decrease": (
         parquet(pa.concat_tables([rows_of(token=5), rows_of(token=2)]), row_group_size=4),
         "tokens 2 to 2, which are out of order",
     ),
     "missing values": (parquet(MISSING), "word has missing values"),
-    "NaN distance": (parquet(rows_of(distance=NAN)), "a distance is NaN"),
     "not UTF-8": (not_utf8, "Invalid UTF8"),
     "no statistics": (parquet(rows_of(), write_statistics=False), "or no statistics"),
     "large row group": (parquet(rows_of(70_000), row_group_size=1 << 20), "has 70000 rows, not 1 to 65536"),
     "too many exemplars": (parquet(rows_of(70_000)), "holds more than 3072 exemplars"),
-    "decompresses to 68 MB": (long_text, "a column has 1 pages of 681574.. bytes"),
     "understated size": (small_footer_size, "a column has 1 pages of 681574.. bytes"),
     "repeated text": (
         parquet(rows_of(2000, text="b" * 60_000), write_statistics=["token"]),
         "decompress to 2000 rows with 480000000 bytes",
     ),
-    "long text": (parquet(rows_of(1, text="b" * 70_000), write_statistics=["token"]), "a text of 70000 bytes"),
     "delta encoding": (
         parquet(rows_of(), use_dictionary=False, column_encoding={"left": "DELTA_BYTE_ARRAY"}),
         "the unsupported encoding 7",
     ),
-    "a pipe": (replaced(EXEMPLARS, os.mkfifo), "is not a regular file"),
-    "a folder": (replaced(EXEMPLARS, Path.mkdir), "is not a regular file"),
-    "links to itself": (replaced(EXEMPLARS, lambda p: p.symlink_to(p)), "is not a regular file"),
-    "broken link": (replaced(EXEMPLARS, lambda p: p.symlink_to("nowhere")), "is not a regular file"),
     "link out": (lambda f: move_out(f, EXEMPLARS), "outside the dictionary"),
 }
 
@@ -160,19 +142,14 @@ INVALID = "is not a tokenizer"
 BACKTRACKING = tokenizer(normalizer=replacing("b", "x" * 40), pre_tokenizer=split("(x+x+)+y"))
 SEVENTEEN = tokenizer(pre_tokenizer={"type": "Sequence", "pretokenizers": [split("a")] * 17})
 OUTSIDE = {"type": "Unigram", "unk_id": 7, "vocab": [["a", -1.0]], "byte_fallback": False}
-LARGE_ID = {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 1 << 32}}
 HOSTILE_TOKENIZERS: dict[str, tuple[Corrupt, str]] = {
     **{
         f"tokenizer is {text!r}": (written(TOKENIZER, lambda _, text=text: text), INVALID)
         for text in (b"", b"{", b"[]", b'{"model": 3}', b'{"vocab": {}}', b"\xff")
     },
     "deeply nested": (written(TOKENIZER, lambda _: b'{"model": ' + b"[" * 200_000), INVALID),
-    "no unknown token": (tokenizer(model={"type": "WordPiece", "vocab": {"x": 0}}), INVALID),
-    "unknown type": (tokenizer(pre_tokenizer={"type": "Pickle"}), INVALID),
     "unknown id outside": (tokenizer(model=OUTSIDE), INVALID),
-    "id above 2^32": (tokenizer(model=LARGE_ID), INVALID),
     "invalid pattern": (tokenizer(pre_tokenizer=split("(")), INVALID),
-    "invalid charsmap": (charsmap("AAAA"), INVALID),
     "large": (lambda f: os.truncate(f / TOKENIZER, 1 << 40), "the limit for 8 tokens"),
     "large charsmap": (charsmap("A" * (1 << 20) + "A"), "the limit for 8 tokens|inf times longer"),
     "another tokenizer": (written(TOKENIZER, swap), "not the dictionary's tokenizer: its fingerprint is"),
@@ -180,10 +157,5 @@ HOSTILE_TOKENIZERS: dict[str, tuple[Corrupt, str]] = {
     "backtracking": (BACKTRACKING, "fails on 'bank' .*retry-limit"),
     "many patterns": (SEVENTEEN, "matches 17 patterns"),
     "tenfold growth": (repeated(12, **replacing("a", "a" * 10)), "times longer"),
-    "doubling": (repeated(40, type="ByteLevel"), "times longer"),
-    "prepending": (repeated(40, type="Prepend", prepend="aa"), "times longer"),
-    "a pipe": (replaced(TOKENIZER, os.mkfifo), "is not a regular file"),
-    "a folder": (replaced(TOKENIZER, Path.mkdir), "is not a regular file"),
     "link out": (lambda f: move_out(f, TOKENIZER), "outside the dictionary"),
-    "folder links out": (lambda f: move_out(f, "tokenizer"), "outside the dictionary"),
 }

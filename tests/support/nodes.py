@@ -1,7 +1,6 @@
 """Nodes of a Ray cluster, started by `ray start --block` in their own process groups."""
 
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -31,20 +30,16 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def in_small_units(folder: Path, wait: str) -> Path:
+def in_small_partitions(folder: Path, wait: str) -> Path:
     """Copy the code with partitions so small that a small corpus has many; actors run the lines of `wait` before each.
 
     Many partitions in a result thus prove that the copy ran.
     """
     for name in ("jobs", "msense"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    file = folder / "msense" / "occurrences.py"
-    text, replaced = re.subn(r"^UNIT_BYTES = .*", "UNIT_BYTES = (60_000, 60_000)", file.read_text(), flags=re.MULTILINE)
-    assert replaced == 1
-    waits = f"""
-
-
-_call = OccurrenceActor.__call__
+    appended = {"embedding_store": "PARTITION_BYTES = (60_000, 60_000)\n"}
+    appended["embed"] = f"""
+_call = EmbedActor.__call__
 
 
 def _waits(self, item):
@@ -52,9 +47,11 @@ def _waits(self, item):
     return _call(self, item)
 
 
-OccurrenceActor.__call__ = _waits
+EmbedActor.__call__ = _waits
 """
-    file.write_text(text + waits)
+    for name, code in appended.items():
+        with (folder / "msense" / "stages" / f"{name}.py").open("a") as file:
+            file.write(code)
     return folder
 
 

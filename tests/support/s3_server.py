@@ -101,7 +101,7 @@ def unheard(server: Server, environ: dict[str, Any], start: Start) -> Iterable[b
 
 def answers(status: str, code: str) -> Fault:
     """Return a fault that answers with a status and code."""
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code} was told</Message></Error>".encode()
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
 
     def answer(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

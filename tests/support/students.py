@@ -18,7 +18,7 @@ from msense.teacher.spec import load_teacher_info
 TEXTS = ["the river bank", "", "a cat sat on the mat , running", "money", "zzz of deep", "is near " * 3, "dogs !"]
 LONG = " ".join(WORDS * 200)
 KINDS = ["static", "layers:1"]
-SMALL = {"units": 6, "window": 5}
+SMALL = {"units": 6, "kernel_size": 5}
 
 
 def dictionary_of(folder: Path, seed: int = 0, **config: object) -> SenseDictionary:

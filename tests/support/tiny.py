@@ -13,7 +13,7 @@ from msense.dictionary.layout import DTYPES
 from msense.tokenizer import fingerprint
 
 WORDS = ["the", "bank", "river", "money", "of", "is", "near", "deep", "full", "a", "cat", "dog", "sat", "on", "mat"]
-ARRAYS = ("offsets", "counts", "spread", "token_counts")
+ARRAYS = ("offsets", "counts", "rms_distance", "token_counts")
 
 
 def make(sizes: list[int], dim: int = 3, dtype: str = "float16", seed: int = 0, **config: object) -> SenseDictionary:

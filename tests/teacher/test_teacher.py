@@ -61,14 +61,14 @@ def change_json(path: Path, **changes: object) -> None:
 
 def test_invalid_settings_and_folders_are_refused(make_teacher: MakeTeacher, tmp_path: Path) -> None:
     folder = make_teacher("bert", pooling="mean_tokens")
-    with pytest.raises(InputError, match=r"layer 3 does not exist: give --layer 0 \(embeddings\) to 2"):
-        info_of(folder, layer=3)
-    with pytest.raises(InputError, match="max_length 65 exceeds the 64 tokens"):
-        info_of(folder, max_length=65)
-    with pytest.raises(InputError, match=r"cannot load teacher 'no-such/teacher'.*check the name, or give a folder"):
-        info_of(Path("no-such/teacher"))
-    with pytest.raises(InputError, match="has no safetensors weights"):
-        info_of(tmp_path)
+    for place, config, match in (
+        (folder, {"layer": 3}, r"layer 3 does not exist: give --layer 0 \(embeddings\) to 2"),
+        (folder, {"max_length": 65}, "max_length 65 exceeds the 64 tokens"),
+        (Path("no-such/teacher"), {}, r"cannot load teacher 'no-such/teacher'.*check the name"),
+        (tmp_path, {}, "has no safetensors weights"),
+    ):
+        with pytest.raises(InputError, match=match):
+            info_of(place, **config)
     (folder / "modules.json").write_text(json.dumps([{"type": "x.Transformer", "path": "../../etc"}]))
     with pytest.raises(InputError, match="outside the teacher"):
         info_of(folder)

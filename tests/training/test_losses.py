@@ -17,7 +17,6 @@ from msense.dictionary.assignment import RaggedSenses
 from msense.errors import InputError
 from msense.student import Student, StudentConfig
 from msense.student.config import StaticSizes
-from msense.teacher.pooling import pool
 from msense.training import sense_losses as sense_losses_module
 from msense.training.losses import (
     LabeledBatch,
@@ -121,7 +120,7 @@ def test_cross_entropy_and_replacement_equal_a_loop(
 def test_both_losses_in_one_call_equal_two_calls(
     metric: str, kept: bool, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sense_losses_module, "HELD_NUMBERS", held)
+    monkeypatch.setattr(sense_losses_module, "MAX_HELD_ELEMENTS", held)
     ids, x, senses = draw(7, 5, 40, 4)
     labels = draw_labels(1, ids, senses.offsets, 2)
     wanted = torch.from_numpy(np.random.default_rng(0).normal(size=x.shape)).float()
@@ -205,7 +204,7 @@ def test_no_tensor_is_larger_than_the_embeddings_or_a_batch(metric: str) -> None
     labels = SenseLabels(rng.integers(0, k, count).astype(np.uint16))
     with Largest() as seen, pytest.MonkeyPatch.context() as patch:
         patch.setitem(assignment.BATCH_ELEMENTS, "cpu", 1 << 16)
-        patch.setattr(sense_losses_module, "HELD_NUMBERS", 1 << 18)
+        patch.setattr(sense_losses_module, "MAX_HELD_ELEMENTS", 1 << 18)
         loss = cross_entropy(x, ids, labels, senses, metric, 1.0).total
         held = [ready.numel() for *_, ready in loss.grad_fn.kept if ready is not None]
         assert 0 < sum(held) <= 1 << 18
@@ -236,14 +235,8 @@ def test_missing_labels_are_refused(mix: LossWeights) -> None:
 
 
 def static(dim: int, vocab: int = 6) -> Student:
-    config = StudentConfig(
-        kind="static",
-        teacher={"name": "t"},
-        tokenizer_fingerprint="",
-        dim=dim,
-        vocab_size=vocab,
-        static=StaticSizes(units=5, kernel_size=3),
-    )
+    given = {"kind": "static", "teacher": {"name": "t"}, "tokenizer_fingerprint": "", "dim": dim, "vocab_size": vocab}
+    config = StudentConfig(**given, static=StaticSizes(units=5, kernel_size=3))
     torch.manual_seed(0)
     student = Student(config)
     for parameter in student.parameters():
@@ -303,21 +296,3 @@ def test_one_batch_of_eight_equals_two_of_four_and_two_workers(mix: LossWeights)
         for a, b in zip(want, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     assert any(not torch.equal(a, b) for a, b in zip(want, static(3).parameters(), strict=True))
-
-
-def test_a_few_steps_learn_senses_from_context() -> None:
-    d = make([2, 1, 1], dim=2, dtype="float32", temperature_unit=1.0)
-    d.centroids[:] = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]])
-    student, mix = static(2, vocab=3).float(), MIXES["both"]
-    mask, labels = torch.ones(2, 2, dtype=torch.bool), SenseLabels(np.array([0, 0, 0, 1], np.uint16))
-    batch = LabeledBatch(torch.tensor([[1, 0], [2, 0]]), mask, labels, torch.tensor([[1.0, 0.5], [-1, -0.5]]))
-    optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
-    for _ in range(60):
-        optimizer.zero_grad()
-        losses = compute_losses(mix, student(batch.ids, mask), batch, mix.space(d), student.sentence)
-        combine_losses(mix, losses, {name: part.count for name, part in losses.items()}).backward()
-        optimizer.step()
-    output, flat = student(batch.ids, mask), batch.ids.flatten().numpy()
-    assert sense_accuracy(output.senses.flatten(0, 1), flat, labels.numbers, d).total.item() == 4
-    assert frequent_sense_accuracy(flat, labels.numbers, d).total.item() == 3
-    assert cosine_loss(pool(output.hidden, mask, "mean", normalize=False), batch.sentences).total.item() < 0.01

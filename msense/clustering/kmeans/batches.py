@@ -1,4 +1,4 @@
-"""k-means per token: many small tokens in batches, large ones in blocks (see `msense.kmeans.blocks`).
+"""k-means per token: many small tokens in batches, large ones in blocks (see `blocks`).
 
 Memory: a batch (about 24 bytes x BATCH_FLOATS) or a block per thread, and 12 bytes per point of a large token; never a
 float32 copy of all points.
@@ -8,39 +8,15 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial as bind
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.clustering.kmeans.blocks import (
-    BlockedState,
-    Kept,
-    Partial,
-    combine,
-    combine_farthest,
-    farthest,
-    finish,
-    partial,
-    seed_centroids,
-    summary,
-    update,
-)
+from msense.clustering.kmeans import blocks, seeding
 from msense.clustering.kmeans.lloyd import lloyd, self_products
-from msense.clustering.kmeans.seeding import (
-    BLOCK_ROWS,
-    SEED_POINTS,
-    FewDistinct,
-    KMeansConfig,
-    Points,
-    as_points,
-    centroids_of,
-    check_points,
-    draws,
-    few_distinct,
-    read_points,
-)
+from msense.clustering.kmeans.seeding import KMeansConfig, Points
 from msense.clustering.kmeans.threads import ALONE, Threads, open_threads
 from msense.constants import MAX_SENSES
 from msense.errors import InputError
@@ -98,6 +74,11 @@ class _Task:
     key_order: NDArray[np.int64] | None  # [N]
     scratch: _Scratch
 
+    @property
+    def floats(self) -> int:
+        """Number of values of a batch."""
+        return BATCH_FLOATS.get(self.device.type, BATCH_FLOATS["cuda"])
+
 
 def cluster_tokens(  # noqa: PLR0913 - the package's main entry point
     points: Points,
@@ -138,25 +119,35 @@ def cluster_tokens(  # noqa: PLR0913 - the package's main entry point
         >>> clusters.sizes, clusters.centroids[clusters.sizes[0]:]
         (array([2, 1]), array([[5.]], dtype=float32))
     """
-    view = as_points(points)
+    view = seeding.as_points(points)
     k = np.full(len(token_ids), config.k) if senses is None else senses.astype(np.int64)
     _check(view, sizes, token_ids, k, threads)
     with open_threads(threads) as pool, torch.inference_mode():
-        found = few_distinct(view, sizes, k, config.metric, BLOCK_ROWS)
-        room = np.where(found.few, found.distinct, np.minimum(sizes, k))
+        distinct = seeding.few_distinct(view, sizes, k, config.metric, seeding.BLOCK_ROWS)
+        room = np.where(distinct.few, distinct.distinct, np.minimum(sizes, k))
         opens, starts = np.cumsum(room) - room, np.cumsum(sizes) - sizes
-        result = _empty_result(room, len(view), view.shape[1])
+        total = int(room.sum())
+        result = Clusters(
+            sizes=room,
+            centroids=np.empty((total, view.shape[1]), np.float32),
+            counts=np.zeros(total, np.int64),
+            rms_distance=np.zeros(total, np.float32),
+            assignment=np.zeros(len(view), np.int32),
+            distance=np.zeros(len(view), np.float32),
+            inertia=np.zeros(len(room)),
+            rounds=np.zeros(len(room), np.int64),
+        )
         target = torch.device(device)
         task = _Task(view, starts, sizes, token_ids, k, config, target, opens, result, key_order, _Scratch())
-        _keep_distinct(task, found)
-        widths = np.where(found.few, 0, padded(sizes))
-        blocked = widths[widths > BLOCK_ROWS].sum()
-        shared = widths > max(BLOCK_ROWS * SHARED_BLOCKS * threads, blocked // (SHARED_TOKENS * threads))
+        _keep_distinct(task, distinct)
+        widths = np.where(distinct.few, 0, padded(sizes))
+        blocked = widths[widths > seeding.BLOCK_ROWS].sum()
+        shared = widths > max(seeding.BLOCK_ROWS * SHARED_BLOCKS * threads, blocked // (SHARED_TOKENS * threads))
         for token in np.flatnonzero(shared).tolist():
             _cluster_blocked(task, token, pool)
-        unshared = np.flatnonzero((widths > BLOCK_ROWS) & ~shared).tolist()
-        jobs = [bind(_cluster_blocked, task, token, ALONE) for token in unshared]
-        jobs += [bind(_cluster_batch, task, tokens, width) for tokens, width in _batches(task, widths)]
+        unshared = np.flatnonzero((widths > seeding.BLOCK_ROWS) & ~shared).tolist()
+        jobs = [partial(_cluster_blocked, task, token, ALONE) for token in unshared]
+        jobs += [partial(_cluster_batch, task, tokens, width) for tokens, width in _batches(task, widths)]
         pool.map(lambda job: job(), jobs)
     return _without_gaps(task)
 
@@ -165,18 +156,15 @@ def _check(
     view: torch.Tensor, sizes: NDArray[np.int64], token_ids: NDArray[np.int64], senses: NDArray[np.int64], threads: int
 ) -> None:
     """Check the arguments of `cluster_tokens`."""
-    if len(sizes) != len(token_ids) or int(sizes.sum()) != len(view) or (sizes < 0).any():
-        counts = f"{len(token_ids)} token ids and {len(view)} points"
-        raise InputError(f"{len(sizes)} sizes of sum {int(sizes.sum())} do not match {counts}")
+    seeding.check_points(view, sizes, token_ids)
     if threads < 1:
         raise InputError(f"threads is {threads}, but must be 1 or more")
     if senses.shape != token_ids.shape:
         raise InputError(
-            f"senses of shape {senses.shape} do not match {len(token_ids)} token ids; pass one K per token"
+            f"senses of shape {senses.shape} do not match {len(token_ids)} token ids: pass one K per token"
         )
     for wrong in np.flatnonzero((senses < 1) | (senses > MAX_SENSES)):
         raise InputError(f"senses of token {token_ids[wrong]} are {senses[wrong]}, but must be from 1 to {MAX_SENSES}")
-    check_points(view, sizes, token_ids)
 
 
 def _batches(task: _Task, widths: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int]]:
@@ -187,31 +175,13 @@ def _batches(task: _Task, widths: NDArray[np.int64]) -> Iterator[tuple[NDArray[n
     """
     exact = np.where(widths > GRAM_ROWS, np.log(task.senses).astype(np.int64), 0)
     order = np.lexsort((task.senses, exact, -widths))  # the largest first, for an even load of the threads
-    order = order[(widths[order] > 0) & (widths[order] <= BLOCK_ROWS)]
+    order = order[(widths[order] > 0) & (widths[order] <= seeding.BLOCK_ROWS)]
     border = (np.diff(widths[order]) != 0) | (np.diff(exact[order]) != 0)
     for tokens in np.split(order, np.flatnonzero(border) + 1) if len(order) else []:
         width, k = int(widths[tokens[0]]), int(task.senses[tokens].max())
-        step = max(1, _floats(task) // (width * max(k, width if width <= GRAM_ROWS else task.points.shape[1])))
+        step = max(1, task.floats // (width * max(k, width if width <= GRAM_ROWS else task.points.shape[1])))
         for at in range(0, len(tokens), step):
             yield tokens[at : at + step], width
-
-
-def _floats(task: _Task) -> int:
-    return BATCH_FLOATS.get(task.device.type, BATCH_FLOATS["cuda"])
-
-
-def _empty_result(room: NDArray[np.int64], points: int, width: int) -> Clusters:
-    tokens, senses = len(room), int(room.sum())
-    return Clusters(
-        sizes=room,
-        centroids=np.empty((senses, width), np.float32),
-        counts=np.zeros(senses, np.int64),
-        rms_distance=np.zeros(senses, np.float32),
-        assignment=np.zeros(points, np.int32),
-        distance=np.zeros(points, np.float32),
-        inertia=np.zeros(tokens),
-        rounds=np.zeros(tokens, np.int64),
-    )
 
 
 def _without_gaps(task: _Task) -> Clusters:
@@ -241,17 +211,17 @@ def padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return -(-sizes // step) * step
 
 
-def _keep_distinct(task: _Task, found: FewDistinct) -> None:
+def _keep_distinct(task: _Task, few: seeding.FewDistinct) -> None:
     """Make every distinct point a sense, for tokens with at most K of them."""
-    token = np.repeat(np.arange(len(task.sizes)), found.distinct)
-    number = np.arange(len(token)) - (np.cumsum(found.distinct) - found.distinct)[token]
+    token = np.repeat(np.arange(len(task.sizes)), few.distinct)
+    number = np.arange(len(token)) - (np.cumsum(few.distinct) - few.distinct)[token]
     place = task.opens[token] + number
-    task.result.assignment[found.rows] = number[found.group]
-    task.result.counts[place] = np.bincount(found.group, minlength=len(token))
-    for at in range(0, len(place), BLOCK_ROWS):
-        block = torch.from_numpy(found.first[at : at + BLOCK_ROWS]).to(task.points.device)
-        values = read_points(task.points.index_select(0, block), task.config.metric, "cpu")
-        task.result.centroids[place[at : at + BLOCK_ROWS]] = values.numpy()
+    task.result.assignment[few.rows] = number[few.group]
+    task.result.counts[place] = np.bincount(few.group, minlength=len(token))
+    for at in range(0, len(place), seeding.BLOCK_ROWS):
+        block = torch.from_numpy(few.first[at : at + seeding.BLOCK_ROWS]).to(task.points.device)
+        values = seeding.read_points(task.points.index_select(0, block), task.config.metric, "cpu")
+        task.result.centroids[place[at : at + seeding.BLOCK_ROWS]] = values.numpy()
 
 
 def _cluster_batch(task: _Task, tokens: NDArray[np.int64], width: int) -> None:
@@ -261,20 +231,20 @@ def _cluster_batch(task: _Task, tokens: NDArray[np.int64], width: int) -> None:
     mask, unused = torch.from_numpy(real).to(device), torch.from_numpy(~used).to(device)
     gram = width <= GRAM_ROWS
     table = _table(task, tokens, mask, gram)
-    found = None
+    best = None
     for run in range(config.n_init):
-        uniforms = torch.from_numpy(draws(task.token_ids[tokens], replace(config, k=k), senses, run)).to(device)
-        now = lloyd(table, mask, unused, uniforms, gram, config)
-        found = now if found is None else now.where_lower(found)
-    assert found is not None
-    task.result.rounds[tokens] = found.rounds.cpu().numpy()
-    _finish(task, tokens, found.own.cpu().numpy()[real])
+        uniforms = torch.from_numpy(seeding.draws(task.token_ids[tokens], replace(config, k=k), senses, run)).to(device)
+        result = lloyd(table, mask, unused, uniforms, gram, config)
+        best = result if best is None else best.where_lower(result)
+    assert best is not None
+    task.result.rounds[tokens] = best.rounds.cpu().numpy()
+    _finish(task, tokens, best.own.cpu().numpy()[real])
 
 
 def _table(task: _Task, tokens: NDArray[np.int64], mask: torch.Tensor, gram: bool) -> torch.Tensor:
     """Return the table for `lloyd`: points centred by their token's mean [B, n, D], or inner products [B, n, n]."""
     (batch, n), width = mask.shape, task.points.shape[1]
-    step = max(1, _floats(task) // (n * width)) if gram else batch
+    step = max(1, task.floats // (n * width)) if gram else batch
     table = task.scratch.take("table", (batch, n, n if gram else width), torch.float32, task.device)
     for first in range(0, batch, step):
         own = mask[first : first + step]
@@ -294,13 +264,13 @@ def _values(task: _Task, rows: torch.Tensor, name: str) -> torch.Tensor:
     stored = task.scratch.take("stored", shape, points.dtype, points.device)
     torch.index_select(points, 0, rows.to(points.device), out=stored)
     out = task.scratch.take(name, shape, torch.float32, task.device)
-    return read_points(stored, task.config.metric, task.device, out)
+    return seeding.read_points(stored, task.config.metric, task.device, out)
 
 
 def _finish(task: _Task, tokens: NDArray[np.int64], sense: NDArray[np.int64]) -> None:
     """Store the result of B tokens whose rows have these senses [R]; in groups of tokens that fit in the cache."""
     result, config, width = task.result, task.config, task.points.shape[1]
-    step, ends, first = _floats(task) // (8 * width), np.cumsum(task.sizes[tokens]), 0
+    step, ends, first = task.floats // (8 * width), np.cumsum(task.sizes[tokens]), 0
     while first < len(tokens):
         start = int(ends[first] - task.sizes[tokens[first]])
         last = max(first + 1, int(np.searchsorted(ends, start + step, side="right")))
@@ -314,7 +284,7 @@ def _finish(task: _Task, tokens: NDArray[np.int64], sense: NDArray[np.int64]) ->
         values = _values(task, torch.from_numpy(rows), "values")
         wide = task.scratch.take("wide", values.shape, torch.float64, task.device).copy_(values)
         sums = wide.new_zeros(len(place), width).index_add_(0, index, wide)  # exact: the order does not matter
-        centroids = centroids_of(sums, counts.to(task.device), config.metric)
+        centroids = seeding.centroids_of(sums, counts.to(task.device), config.metric)
         away = values.sub_(centroids.index_select(0, index)).square_().sum(1).cpu()
         squares = torch.bincount(number, away.double(), minlength=len(place))
         torch.from_numpy(result.centroids).index_copy_(0, torch.from_numpy(place), centroids.cpu())
@@ -330,28 +300,30 @@ def _cluster_blocked(task: _Task, token: int, threads: Threads) -> None:
     config = replace(task.config, k=int(task.senses[token]))
     rows = slice(task.starts[token], task.starts[token] + task.sizes[token])
     points = task.points[rows]
-    first = points[:SEED_POINTS]
+    first = points[: seeding.SEED_POINTS]
     if task.key_order is not None:
-        order = np.argsort(task.key_order[rows], kind="stable")[:SEED_POINTS]
+        order = np.argsort(task.key_order[rows], kind="stable")[: seeding.SEED_POINTS]
         first = points.index_select(0, torch.from_numpy(order).to(points.device))
-    state = seed_centroids(first, int(task.token_ids[token]), config, device=device, threads=threads)
-    size = -(-len(points) // (BLOCK_ROWS * threads.count)) * BLOCK_ROWS
+    state = blocks.seed_centroids(first, int(task.token_ids[token]), config, device=device, threads=threads)
+    size = -(-len(points) // (seeding.BLOCK_ROWS * threads.count)) * seeding.BLOCK_ROWS
     parts = points.split(size)
-    kept = [Kept() for _ in parts]
+    kept = [blocks.Kept() for _ in parts]
 
-    def one_round(number: int, state: BlockedState) -> Partial:
-        return partial(parts[number], state, config, device=device, kept=kept[number])
+    def one_round(number: int, state: blocks.BlockedState) -> blocks.Partial:
+        return blocks.partial(parts[number], state, config, device=device, kept=kept[number])
 
     while state.final is None:
-        total = combine(threads.map(bind(one_round, state=state), range(len(parts))))
+        total = blocks.combine(threads.map(partial(one_round, state=state), range(len(parts))))
         far, empty = None, int((total.counts == 0).sum())
         if empty:
-            found = [farthest(p, state, empty, config, first_row=i * size, device=device) for i, p in enumerate(parts)]
-            far = combine_farthest(found, empty)
-        state = update(state, total, config, far)
-    finished = threads.map(bind(finish, state=state, config=config, device=device), parts)
+            each = [
+                blocks.farthest(p, state, empty, config, first_row=i * size, device=device) for i, p in enumerate(parts)
+            ]
+            far = blocks.combine_farthest(each, empty)
+        state = blocks.update(state, total, config, far)
+    finished = threads.map(partial(blocks.finish, state=state, config=config, device=device), parts)
     result.assignment[rows] = np.concatenate([part.assignment for part in finished])
     result.distance[rows] = np.concatenate([part.distance for part in finished])
     senses = slice(task.opens[token], task.opens[token] + len(state.final))
     result.centroids[senses], result.rounds[token] = state.final, state.rounds
-    result.counts[senses], result.rms_distance[senses], result.inertia[token] = summary(state, finished)
+    result.counts[senses], result.rms_distance[senses], result.inertia[token] = blocks.summary(state, finished)

@@ -6,24 +6,15 @@ float32 and once in float64.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msense.clustering.kmeans.seeding import (
-    BLOCK_ROWS,
-    KMeansConfig,
-    Points,
-    as_points,
-    centroids_of,
-    check_points,
-    lowest,
-    read_points,
-    seed_in_blocks,
-)
+from msense.clustering.kmeans import seeding
+from msense.clustering.kmeans.seeding import KMeansConfig, Points
 from msense.clustering.kmeans.threads import ALONE, Threads
 from msense.clustering.matmul import product
 from msense.constants import Metric
@@ -94,11 +85,11 @@ def seed_centroids(
     Raises:
         MsenseError: a value is NaN, infinite or above LARGEST_VALUE.
     """
-    view = as_points(points)
-    check_points(view, np.array([len(view)]), np.array([token_id]))
+    view = seeding.as_points(points)
+    seeding.check_points(view, np.array([len(view)]), np.array([token_id]))
     with torch.inference_mode():
-        chosen, shift = seed_in_blocks(view, int(token_id), config, device, threads)
-        centroids = read_points(view.index_select(0, chosen), config.metric, "cpu")
+        chosen, shift = seeding.seed_in_blocks(view, int(token_id), config, device, threads)
+        centroids = seeding.read_points(view.index_select(0, chosen), config.metric, "cpu")
     return BlockedState(int(token_id), centroids.numpy(), shift.cpu().numpy(), np.zeros(len(chosen), np.int64))
 
 
@@ -115,11 +106,12 @@ def _assigned(
     shift = torch.from_numpy(state.shift).to(device)
     centroids = torch.from_numpy(state.centroids).to(device) - shift
     offset = centroids.square().sum(1)[:, None]
-    buffer = torch.empty(min(BLOCK_ROWS, len(view)), view.shape[1], device=device)  # new pages cost more than the work
-    for number, block in enumerate(view.split(BLOCK_ROWS)):
-        centred = read_points(block, metric, device, buffer[: len(block)]).sub_(shift)
+    rows = min(seeding.BLOCK_ROWS, len(view))
+    buffer = torch.empty(rows, view.shape[1], device=device)  # allocating new pages costs more than the work
+    for number, block in enumerate(view.split(seeding.BLOCK_ROWS)):
+        centred = seeding.read_points(block, metric, device, buffer[: len(block)]).sub_(shift)
         scores = product(centroids, centred.T)
-        low, own = lowest(torch.add(offset, scores, alpha=-2, out=scores))
+        low, own = seeding.lowest(torch.add(offset, scores, alpha=-2, out=scores))
         if number == len(lengths):
             lengths.append(torch.linalg.vector_norm(centred, dim=1).square_())
         yield block, own, low.add_(lengths[number]).clamp_(min=0)
@@ -154,14 +146,14 @@ def partial(
     Raises:
         MsenseError: a value is NaN, infinite or above LARGEST_VALUE (checked in the first round).
     """
-    view, kept = as_points(points), kept or Kept()
+    view, kept = seeding.as_points(points), kept or Kept()
     if state.rounds == 0:
-        check_points(view, np.array([len(view)]), np.array([state.token_id]))
+        seeding.check_points(view, np.array([len(view)]), np.array([state.token_id]))
     k, width = len(state.centroids), view.shape[1]
     with torch.inference_mode():
         sums = torch.zeros(k, width, dtype=torch.float64, device=device) if kept.sums is None else kept.sums
         counts = torch.zeros(k, dtype=torch.int64, device=device)
-        wide = torch.empty(min(BLOCK_ROWS, len(view)), width, dtype=torch.float64, device=device)
+        wide = torch.empty(min(seeding.BLOCK_ROWS, len(view)), width, dtype=torch.float64, device=device)
         inertia: list[torch.Tensor] = []
         owns: list[torch.Tensor] = []
         for block, own, away in _assigned(view, state, config.metric, device, kept.lengths):
@@ -169,7 +161,7 @@ def partial(
             if kept.own:
                 at = (own != (old := kept.own[len(owns)])).nonzero()[:, 0]
                 new, old, moved = own[at], old[at], block.index_select(0, at.to(block.device))
-            values = wide[: len(moved)].copy_(read_points(moved, config.metric, device))
+            values = wide[: len(moved)].copy_(seeding.read_points(moved, config.metric, device))
             sums.index_add_(0, new, values)  # exact, so the order of additions does not matter
             if old is not None:
                 sums.index_add_(0, old, values, alpha=-1)
@@ -180,13 +172,16 @@ def partial(
         return Partial(sums.cpu().numpy().copy(), counts.cpu().numpy(), torch.stack(inertia).cpu().numpy())
 
 
-def combine(parts: Sequence[Partial]) -> Partial:
-    """Add up the results of a round, in row order; the same bytes for any grouping."""
-    return Partial(
-        np.sum([part.sums for part in parts], axis=0),
-        np.sum([part.counts for part in parts], axis=0),
-        np.concatenate([part.inertia for part in parts]),
-    )
+def combine(parts: Iterable[Partial]) -> Partial:
+    """Add up the results of a round, in row order, with only two in memory; the same bytes for any grouping."""
+    parts = iter(parts)
+    first = next(parts)
+    sums, counts, inertia = first.sums.copy(), first.counts.copy(), [first.inertia]
+    for part in parts:
+        sums += part.sums
+        counts += part.counts
+        inertia.append(part.inertia)
+    return Partial(sums, counts, np.concatenate(inertia))
 
 
 def farthest(
@@ -202,15 +197,15 @@ def farthest(
 
     `first_row` is the range's first row inside the token; the other arguments are as for `partial`.
     """
-    view = as_points(points)
-    found = Farthest(np.empty(0, np.float32), np.empty(0, np.int64), np.empty((0, view.shape[1]), np.float32))
+    view = seeding.as_points(points)
+    result = Farthest(np.empty(0, np.float32), np.empty(0, np.int64), np.empty((0, view.shape[1]), np.float32))
     with torch.inference_mode():
         for number, (block, _, away) in enumerate(_assigned(view, state, config.metric, device, [])):
             top = away.sort(descending=True, stable=True).indices[:m]
-            rows = top.cpu().numpy() + (first_row + number * BLOCK_ROWS)
-            values = read_points(block.index_select(0, top.to(block.device)), config.metric, "cpu").numpy()
-            found = combine_farthest([found, Farthest(away[top].cpu().numpy(), rows, values)], m)
-    return found
+            rows = top.cpu().numpy() + (first_row + number * seeding.BLOCK_ROWS)
+            values = seeding.read_points(block.index_select(0, top.to(block.device)), config.metric, "cpu").numpy()
+            result = combine_farthest([result, Farthest(away[top].cpu().numpy(), rows, values)], m)
+    return result
 
 
 def combine_farthest(parts: Sequence[Farthest], m: int) -> Farthest:
@@ -232,7 +227,7 @@ def update(state: BlockedState, total: Partial, config: KMeansConfig, far: Farth
         far: as many farthest points as `total.counts` has zeros; they become those clusters' centroids.
     """
     inertia, empty = math.fsum(total.inertia), total.counts == 0
-    means = centroids_of(torch.from_numpy(total.sums), torch.from_numpy(total.counts), config.metric).numpy()
+    means = seeding.centroids_of(torch.from_numpy(total.sums), torch.from_numpy(total.counts), config.metric).numpy()
     rounds = state.rounds + 1
     settled = rounds > 1 and not empty.any() and state.inertia - inertia <= config.tol * state.inertia
     closed = replace(state, counts=total.counts, inertia=inertia, rounds=rounds)
@@ -251,14 +246,14 @@ def finish(
     """Compute the final assignment of a range of points, as for `partial`, once `state.final` is set."""
     if state.final is None:
         raise ValueError(f"token {state.token_id} has not converged; call update until its state is final")
-    view = as_points(points)
+    view = seeding.as_points(points)
     number = torch.from_numpy(np.cumsum(state.counts > 0) - 1).to(device)
     final = torch.from_numpy(state.final).to(device)
     assignment, distance, squares = [], [], []
     with torch.inference_mode():
         for block, own, _ in _assigned(view, state, config.metric, device, []):
             sense = number[own]
-            away = read_points(block, config.metric, device).sub_(final[sense]).square_().sum(1).cpu().numpy()
+            away = seeding.read_points(block, config.metric, device).sub_(final[sense]).square_().sum(1).cpu().numpy()
             assignment.append(sense.cpu().numpy().astype(np.int32))
             distance.append(away)
             squares.append(np.bincount(assignment[-1], weights=away, minlength=len(final)))

@@ -11,17 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from msense.clustering.kmeans import seeding
 from msense.clustering.kmeans.batches import padded
 from msense.clustering.kmeans.lloyd import sum_rows, sum_values
-from msense.clustering.kmeans.seeding import (
-    KMeansConfig,
-    Points,
-    as_points,
-    check_points,
-    draws,
-    greedy_seeds,
-    read_points,
-)
+from msense.clustering.kmeans.seeding import KMeansConfig, Points
 from msense.clustering.kmeans.threads import open_threads
 from msense.constants import Metric
 
@@ -52,7 +45,7 @@ def variance_curves(
         device: where batches are computed.
 
     Returns:
-        float64 [T, len(GRID)], never rising along a row; NaN where K > max(1, n // POINTS_A_SENSE).
+        float64 [T, len(GRID)], never rising along a row; NaN where K > max(1, n // POINTS_PER_SENSE).
 
     Raises:
         MsenseError: a value is NaN, infinite or above LARGEST_VALUE; names the token.
@@ -62,9 +55,9 @@ def variance_curves(
         >>> variance_curves(points, np.array([4]), np.array([0]), KMeansConfig())[0, :3]
         array([33.66666667,  0.5       ,         nan])
     """
-    view, target = as_points(points), torch.device(device)
-    check_points(view, sizes, token_ids)
-    found = np.full((len(sizes), len(GRID)), np.nan)
+    view, target = seeding.as_points(points), torch.device(device)
+    seeding.check_points(view, sizes, token_ids)
+    result = np.full((len(sizes), len(GRID)), np.nan)
     starts, widths = np.cumsum(sizes) - sizes, padded(sizes)
     with open_threads(1), torch.inference_mode():
         for width in np.unique(widths).tolist():
@@ -77,14 +70,14 @@ def variance_curves(
                 rows = torch.from_numpy(np.where(real, starts[own, None] + np.arange(width), starts[own, None]))
                 stored = view.index_select(0, rows.flatten().to(view.device)).view(*rows.shape, -1)
                 mask = torch.from_numpy(real).to(target)
-                values = read_points(stored, config.metric, target).mul_(mask[..., None])
+                values = seeding.read_points(stored, config.metric, target).mul_(mask[..., None])
                 if config.metric != "cosine":  # float32 is precise near 0; unit vectors are near it already
                     values.sub_((values.sum(1) / mask.sum(1, keepdim=True))[:, None]).mul_(mask[..., None])
-                drawn = torch.from_numpy(draws(token_ids[own], replace(config, k=int(grid[-1])))).to(target)
-                found[own, : len(grid)] = _distortions(values, mask, drawn, grid, config.metric).cpu().numpy()
+                drawn = torch.from_numpy(seeding.draws(token_ids[own], replace(config, k=int(grid[-1])))).to(target)
+                result[own, : len(grid)] = _distortions(values, mask, drawn, grid, config.metric).cpu().numpy()
     freedom = np.maximum(sizes[:, None] - GRID, 1)
     known = np.maximum(1, sizes // POINTS_PER_SENSE)[:, None] >= GRID
-    return np.minimum.accumulate(np.where(known, np.maximum(found, 0) / freedom, np.nan), axis=1)
+    return np.minimum.accumulate(np.where(known, np.maximum(result, 0) / freedom, np.nan), axis=1)
 
 
 def _distortions(
@@ -101,14 +94,14 @@ def _distortions(
     def scores(index: torch.Tensor) -> torch.Tensor:
         return torch.add(norms.gather(1, index)[..., None], products[token, index], alpha=-2)
 
-    own = scores(greedy_seeds(scores, norms, mask, uniforms)[0]).cummin(1).indices
-    total, found = norms.sum(1, dtype=torch.float64), []
+    own = scores(seeding.greedy_seeds(scores, norms, mask, uniforms)[0]).cummin(1).indices
+    total, result = norms.sum(1, dtype=torch.float64), []
     for k in grid.tolist():
         sums = sum_rows(values, own[:, k - 1], k)
         lengths = sums.square().sum(2, dtype=torch.float64)
         if metric == "cosine":  # centroids of length 1: the inertia is 2 (points - sum of the sums' lengths)
-            found.append(2 * (total - lengths.sqrt().sum(1)))
+            result.append(2 * (total - lengths.sqrt().sum(1)))
         else:
             members = sum_values(mask.float(), own[:, k - 1], k).clamp_(min=1)
-            found.append(total - (lengths / members).sum(1))
-    return torch.stack(found, 1)
+            result.append(total - (lengths / members).sum(1))
+    return torch.stack(result, 1)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from msense.clustering.kmeans.seeding import KMeansConfig, greedy_seeds, lowest
+from msense.clustering.kmeans import seeding
+from msense.clustering.kmeans.seeding import KMeansConfig
 from msense.constants import Metric
 
 # Device types where index_add adds in order and where updating only what has changed pays off. A GPU adds in the order
@@ -19,17 +20,17 @@ FEW = 2  # mean points per cluster up to which points also move one by one
 
 
 @dataclass(frozen=True)
-class Found:
+class LloydResult:
     """Result of a run for B tokens of n points."""
 
     own: torch.Tensor  # int64 [B, n] each point's cluster (arbitrary on padding)
     rounds: torch.Tensor  # int64 [B] of assignment
     inertia: torch.Tensor  # float64 [B] of the last round, with float32 precision
 
-    def where_lower(self, other: "Found") -> "Found":
+    def where_lower(self, other: "LloydResult") -> "LloydResult":
         """Return, per token, the run of lower inertia; ties go to the other one."""
         lower = self.inertia < other.inertia
-        return Found(
+        return LloydResult(
             torch.where(lower[:, None], self.own, other.own),
             torch.where(lower, self.rounds, other.rounds),
             torch.where(lower, self.inertia, other.inertia),
@@ -72,7 +73,7 @@ def lloyd(
     uniforms: torch.Tensor,
     gram: bool,
     config: KMeansConfig,
-) -> Found:
+) -> LloydResult:
     """Run Lloyd's algorithm on a batch of B tokens of n points (padding included, where `table` is 0).
 
     A round needs the inner products of summed clusters and points. If `table` holds points, it is multiplied by the
@@ -92,9 +93,9 @@ def lloyd(
         config: metric, tol and max_rounds.
     """
     batch = _seeded(table, mask, unused, uniforms, gram)
-    found = Found(torch.zeros_like(batch.own), torch.zeros_like(batch.place), torch.zeros_like(batch.before))
+    result = LloydResult(torch.zeros_like(batch.own), torch.zeros_like(batch.place), torch.zeros_like(batch.before))
     for number in range(1, config.max_rounds + 1):
-        low, nearest = lowest(_scores(batch, config.metric))
+        low, nearest = seeding.lowest(_scores(batch, config.metric))
         away = (low + batch.norms).clamp_(min=0).mul_(batch.mask)
         inertia = away.sum(1, dtype=torch.float64)
         batch.counts = batch.unused.float().scatter_add_(1, nearest, batch.mask.float())
@@ -102,7 +103,7 @@ def lloyd(
         running = ~settled if 1 < number < config.max_rounds else torch.full_like(settled, number < config.max_rounds)
         if not running.all():
             ended, at = (~running).nonzero()[:, 0], batch.place[~running]
-            found.own[at], found.rounds[at], found.inertia[at] = nearest[ended], number, inertia[ended]
+            result.own[at], result.rounds[at], result.inertia[at] = nearest[ended], number, inertia[ended]
             left = running.nonzero()[:, 0]
             if not len(left):
                 break
@@ -112,8 +113,8 @@ def lloyd(
         _update(batch, nearest, away)
     if gram:
         few = (mask.sum(1) <= FEW * (~unused).sum(1)).nonzero()[:, 0]
-        found.own[few], found.inertia[few] = _exchanged(table, few, mask[few], unused[few], found.own[few], config)
-    return found
+        result.own[few], result.inertia[few] = _exchanged(table, few, mask[few], unused[few], result.own[few], config)
+    return result
 
 
 def _seeded(
@@ -130,7 +131,7 @@ def _seeded(
         lengths = all_norms.index_select(0, at).view(*index.shape, 1)
         return torch.add(lengths, rows, alpha=-2, out=rows) if gram else torch.baddbmm(lengths, rows, turned, alpha=-2)
 
-    seeds, _ = greedy_seeds(scores, norms, mask, uniforms)
+    seeds, _ = seeding.greedy_seeds(scores, norms, mask, uniforms)
     sums = flat.index_select(0, (every[:, :1] + seeds).flatten()).view(*seeds.shape, -1)
     batch = _Batch(
         table=table,
@@ -273,7 +274,7 @@ def _exchanged(
         more = (2 * sums).add_(squares[..., None]).add_(norms[:, None])
         joining = worth[..., None] - _worth(more, counts[..., None] + 1, config.metric)
         joining.masked_fill_(unused[..., None], math.inf).scatter_(1, own[:, None], math.inf)
-        cost, target = lowest(joining)
+        cost, target = seeding.lowest(joining)
         change, point = cost.add_(leaving).masked_fill_(~mask, math.inf).min(1)
         total = norms.sum(1, dtype=torch.float64)
         inertia[place] = left = (total - worth.sum(1)).clamp_(min=0)

@@ -31,16 +31,6 @@ LEADING = 8  # components that distinguish almost all distinct points
 class KMeansConfig:
     """Settings of k-means.
 
-    Attributes:
-        k: maximum number of senses of a token; it has fewer if it has fewer distinct points.
-        metric: "l2" and "dot" cluster by squared Euclidean distance (they differ only in the assignment to a finished
-            dictionary); "cosine" clusters points scaled to length 1 around centroids of length 1.
-        seed: any integer.
-        n_init: number of runs from different seeds; a token keeps the run whose last round has the lowest inertia. A
-            token clustered in blocks runs once, from the seeds of lowest inertia on its seeding points.
-        tol: a token stops when a round lowers its inertia by no more than this fraction.
-        max_rounds: maximum number of assignment rounds.
-
     Raises:
         InputError: lists every setting out of range.
 
@@ -49,12 +39,16 @@ class KMeansConfig:
         100
     """
 
-    k: int = 20
+    k: int = 20  # maximum number of senses of a token; it has fewer if it has fewer distinct points
+    # "l2" and "dot" cluster by squared Euclidean distance (they differ only in the assignment to a finished dictionary);
+    # "cosine" clusters points scaled to length 1 around centroids of length 1
     metric: Metric = "l2"
     seed: int = 0
+    # Number of runs from different seeds; a token keeps the run whose last round has the lowest inertia. A token
+    # clustered in blocks runs once, from the seeds of lowest inertia on its seeding points.
     n_init: int = 1
-    tol: float = 3e-4
-    max_rounds: int = 100
+    tol: float = 3e-4  # a token stops when a round lowers its inertia by no more than this fraction
+    max_rounds: int = 100  # of assignment
 
     def __post_init__(self) -> None:
         checks = {
@@ -64,11 +58,16 @@ class KMeansConfig:
             "tol": (0 <= self.tol < 1, "from 0 to below 1"),
             "max_rounds": (self.max_rounds >= 1, "1 or more"),
         }
-        wrong = [
-            f"{name} is {getattr(self, name)!r}, but must be {valid}" for name, (ok, valid) in checks.items() if not ok
-        ]
-        if wrong:
-            raise InputError("k-means settings: " + "; ".join(wrong))
+        check_settings("k-means settings", self, checks)
+
+
+def check_settings(what: str, settings: object, checks: dict[str, tuple[bool, str]]) -> None:
+    """Raise InputError for every setting that fails its check, given as (valid, description of valid values)."""
+    wrong = [
+        f"{name} is {getattr(settings, name)!r}, but must be {valid}" for name, (ok, valid) in checks.items() if not ok
+    ]
+    if wrong:
+        raise InputError(f"{what}: {'; '.join(wrong)}")
 
 
 def as_points(points: Points) -> torch.Tensor:
@@ -114,11 +113,15 @@ def centroids_of(sums: torch.Tensor, counts: torch.Tensor, metric: Metric) -> to
 
 
 def check_points(points: torch.Tensor, sizes: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-    """Check that all values are finite and at most LARGEST_VALUE.
+    """Check that the arrays match, and that all values are finite and at most LARGEST_VALUE.
 
     Raises:
+        InputError: the arrays' lengths do not match.
         MsenseError: names the first token with an invalid value.
     """
+    if len(sizes) != len(token_ids) or int(sizes.sum()) != len(points) or (sizes < 0).any():
+        counts = f"{len(token_ids)} token ids and {len(points)} points"
+        raise InputError(f"{len(sizes)} sizes of sum {int(sizes.sum())} do not match {counts}")
     for at in range(0, len(points), BLOCK_ROWS):
         block = points[at : at + BLOCK_ROWS]
         low, high = torch.aminmax(block)
@@ -235,9 +238,9 @@ def seed_in_blocks(
         for block in blocks:
             shift = shift + read_points(block, config.metric, device).double().sum(0)
         shift = (shift / len(points)).float()
-    found = few_distinct(points, np.array([len(points)]), np.array([config.k]), config.metric, len(points))
-    if found.few[0]:
-        return torch.from_numpy(found.first).to(points.device), shift
+    distinct = few_distinct(points, np.array([len(points)]), np.array([config.k]), config.metric, len(points))
+    if distinct.few[0]:
+        return torch.from_numpy(distinct.first).to(points.device), shift
 
     def centred(stored: torch.Tensor) -> torch.Tensor:
         return read_points(stored, config.metric, device).sub_(shift)

@@ -1,6 +1,10 @@
 """The flow of Markov clustering and one round of it: expansion, inflation, pruning.
 
 Nodes that no walker reaches any more lose their column. Memory: two flows and the intermediate products.
+
+Twins, nodes with the same edges such as equal points, have equal flows in exact arithmetic. In floating point, rounding
+differences grow by the power `inflation` in each round until one twin takes all the flow: in float64 too slowly to matter
+before convergence, in float32 soon. So twins are made equal when a flow switches from float32 to float64.
 """
 
 from dataclasses import dataclass, replace
@@ -10,14 +14,50 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from msense.clustering.kmeans.seeding import check_settings
 from msense.clustering.matmul import product
-from msense.clustering.mcl.config import LOOP_WEIGHT, PRUNE_BELOW, MclConfig
-from msense.clustering.mcl.twins import equalize_twins, find_twins
+
+# defaults of the package `markov-clustering`, which the paper keeps
+LOOP_WEIGHT = 1.0  # of the edge from each node to itself
+MAX_ROUNDS = 100
+PRUNE_BELOW = 0.001  # smaller flow values become 0, except the largest value of a node
 
 Cluster: TypeAlias = tuple[int, ...]
 EXACT_NODES = 128  # larger flows are float32; later rounds in float64 smooth away the errors of 1e-7
 COMPACT = 15 / 16  # columns are dropped only below this share of remaining ones: copying the rest costs more
-WIDTHS = 32  # float32 flows keep a multiple of so many columns: `product` is slow on new shapes
+WIDTHS = 32  # float32 flows keep a multiple of this many columns: `product` is slow on new shapes
+TOLERANCE = 1e-12  # relative for sums of float64 weights, absolute for transition probabilities
+
+
+@dataclass(frozen=True)
+class MclConfig:
+    """Settings of Markov clustering and of the rule that derives K from it; defaults of Wang et al. 2025.
+
+    Raises:
+        InputError: lists every setting out of range.
+
+    Example:
+        >>> MclConfig(inflation=1.8).share
+        0.1
+    """
+
+    expansion: int = 2  # matrix power applied to the flow in each round
+    inflation: float = 1.65  # power applied to each value after that; larger values give more clusters
+    share: float = 0.1  # K is this fraction of the token's number of clusters, rounded down,
+    large_share: float = 0.4  # or this one for tokens of more than `large` clusters
+    large: int = 900
+    least: int = 5  # minimum K; a token of fewer points keeps each point as a sense
+
+    def __post_init__(self) -> None:
+        checks = {
+            "expansion": (2 <= self.expansion <= 100, "from 2 to 100"),
+            "inflation": (1 < self.inflation <= 100, "above 1 and up to 100"),
+            "share": (0 <= self.share <= 1, "from 0 to 1"),
+            "large_share": (0 <= self.large_share <= 1, "from 0 to 1"),
+            "large": (self.large >= 0, "0 or more"),
+            "least": (self.least >= 1, "1 or more"),
+        }
+        check_settings("Markov clustering settings", self, checks)
 
 
 @dataclass(frozen=True)
@@ -149,3 +189,45 @@ def _prune(values: torch.Tensor) -> None:
     top, first = values.max(2, keepdim=True)  # the first of equal ones
     torch.nn.functional.threshold_(values, below, 0.0)
     values.scatter_(2, first, top)
+
+
+def find_twins(chances: torch.Tensor, sums: torch.Tensor) -> list[NDArray[np.int64]] | None:
+    """Return the nodes of each set of twins, or None if nodes have equal sums but are no twins: they may tie as well.
+
+    `chances` float64 [n, n] are transition probabilities from rows to columns, normalised by `sums` float64 [n].
+    """
+    ordered, order = sums.sort()
+    apart = (ordered.diff() >= TOLERANCE * ordered[:-1]).cpu().numpy()
+    sets = [nodes for nodes in np.split(order.cpu().numpy(), np.flatnonzero(apart) + 1) if len(nodes) > 1]
+    return sets if all(_are_twins(chances, torch.from_numpy(nodes).to(chances.device)) for nodes in sets) else None
+
+
+def _are_twins(chances: torch.Tensor, nodes: torch.Tensor) -> bool:
+    """Return whether nodes, int64 [m], have equal edges to and from all others, equal loops and edges between them."""
+
+    def alike(x: torch.Tensor) -> bool:
+        return not x.numel() or float((x - x[:1]).abs().amax()) <= TOLERANCE
+
+    others = torch.ones(len(chances), dtype=torch.bool, device=chances.device).index_fill_(0, nodes, False)
+    among = chances[nodes][:, nodes]
+    loops = torch.eye(len(nodes), dtype=torch.bool, device=chances.device)
+    to_others, from_others = chances[nodes][:, others], chances[others][:, nodes].T
+    return all(map(alike, (to_others, from_others, among[loops], among[~loops])))
+
+
+def equalize_twins(values: torch.Tensor, live: NDArray[np.int64], twins: list[NDArray[np.int64]]) -> None:
+    """Give all twins of a set (given as rows) the flow of the first one, in place, unless only some of them are live.
+
+    `values` [n, L] and `live` int64 [L] are as in `Flow`; repeated rows in `live` are padding.
+    """
+    column_of = {row: column for column, row in reversed(list(enumerate(live.tolist())))}
+    for rows in twins:
+        columns = [column_of[row] for row in rows.tolist() if row in column_of]
+        if len(rows) < 2 or 0 < len(columns) < len(rows):
+            continue
+        values[rows] = values[rows[0]].clone()
+        if columns:
+            loop, edge = values[rows[0], columns[:2]].tolist()
+            values[:, columns] = values[:, columns[:1]].clone()
+            values[np.ix_(rows, columns)] = edge
+            values[rows, columns] = loop

@@ -62,6 +62,22 @@ def classify(
         InputError: the training set has only one class, or shares no label with the test set.
     """
     protocol = protocol or Protocol()
+    classes = check_labels(labels)
+    predictions = []
+    for draw in range(protocol.draws if protocol.shots else 1):
+        rng = np.random.default_rng(protocol.seed + draw)
+        rows = [rng.permutation(np.flatnonzero(labels["train"] == c))[: protocol.shots or None] for c in classes]
+        chosen = np.concatenate(rows)
+        with threadpool_limits(1), warnings.catch_warnings():  # such small fits are slower with more threads
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol limits the iterations
+            model = LogisticRegression(max_iter=FEW_SHOT_MAX_ITER if protocol.shots else FULL_MAX_ITER)
+            model.fit(vectors["train"][chosen], labels["train"][chosen])
+            predictions.append(np.asarray(model.predict(vectors["test"])))
+    return predictions
+
+
+def check_labels(labels: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the classes of the training set; InputError if there is only one, or none is in the test set."""
     classes = np.unique(labels["train"])
     if len(classes) < 2:
         raise InputError(
@@ -69,17 +85,4 @@ def classify(
         )
     if not np.isin(labels["test"], classes).any():
         raise InputError("training and test set share no label: use splits of the same data set")
-    rounds = FEW_SHOT_MAX_ITER if protocol.shots else FULL_MAX_ITER
-    predictions = []
-    for draw in range(protocol.draws if protocol.shots else 1):
-        rng = np.random.default_rng(protocol.seed + draw)
-        rows = [rng.permutation(np.flatnonzero(labels["train"] == c))[: protocol.shots or None] for c in classes]
-        predictions.append(_fit_predict(vectors, labels["train"], np.concatenate(rows), rounds))
-    return predictions
-
-
-def _fit_predict(vectors: dict[str, np.ndarray], labels: np.ndarray, chosen: np.ndarray, rounds: int) -> np.ndarray:
-    with threadpool_limits(1), warnings.catch_warnings():  # such small fits are slower with more threads
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol limits the iterations
-        model = LogisticRegression(max_iter=rounds).fit(vectors["train"][chosen], labels[chosen])
-        return np.asarray(model.predict(vectors["test"]))
+    return classes

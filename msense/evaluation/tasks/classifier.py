@@ -35,11 +35,11 @@ def measure(model: TokenModel, source: str, name: str, spec: Spec, columns: Colu
         columns: columns of a task outside GLUE.
 
     Raises:
-        InputError: the classifier is missing, damaged or of another width, or the data are missing.
+        InputError: the classifier is missing, corrupted or of another width, or the data are missing.
     """
     classifier = load_classifier(locate(spec.teacher, spec.revision))
-    task, part = _test_part(classifier, source, name, columns)
-    gold, predicted = part.labels.tolist(), _classified(model, classifier, part.texts)
+    task, part = _test_split(classifier, source, name, columns)
+    gold, predicted = part.labels.tolist(), _classify(model, classifier, part.texts)
     main, *others = task.metrics
     more = {other: METRICS[other](np.array(gold), np.array(predicted)) for other in others}
     if task.further:
@@ -48,40 +48,37 @@ def measure(model: TokenModel, source: str, name: str, spec: Spec, columns: Colu
         except InputError as error:
             logger.info("skipped split %s: %s", task.further, error)
         else:
-            own = np.array(_classified(model, classifier, further.texts))
+            own = np.array(_classify(model, classifier, further.texts))
             more[f"{main}, {task.further}"] = METRICS[main](further.labels, own)
     return Result(main, "texts", gold=gold, found=predicted, more=more)
 
 
 def texts(source: str, name: str, spec: Spec, columns: Columns) -> list[str]:
     """Return the test texts; arguments and errors as for `measure`."""
-    return _test_part(load_classifier(locate(spec.teacher, spec.revision)), source, name, columns)[1].texts
+    return _test_split(load_classifier(locate(spec.teacher, spec.revision)), source, name, columns)[1].texts
 
 
-def _test_part(classifier: Classifier, source: str, name: str, columns: Columns) -> tuple[GlueTask, Texts]:
+def _test_split(classifier: Classifier, source: str, name: str, columns: Columns) -> tuple[GlueTask, Texts]:
     config = classifier.config
     task = get_task(name, columns, regression=config.labels is None)
+    other = f"use task {config.task}, on which it was trained"
     if task.regression != (config.labels is None):
         kind = "a number" if config.labels is None else "labels"
-        raise InputError(
-            f"the teacher's classifier predicts {kind}, which task {name} does not: use task {config.task}"
-        )
+        raise InputError(f"the teacher's classifier predicts {kind}, which does not fit task {name}: {other}")
     if len(task.columns.texts) > 1 and not config.joiner:
-        raise InputError(
-            f"task {name} has text pairs, but the teacher's classifier was trained on single texts: use task {config.task}"
-        )
+        raise InputError(f"task {name} has text pairs, but the teacher's classifier takes single texts: {other}")
     part = read_split(name, task, source or task.source, TEST, config.joiner)
     if config.labels is not None and not np.isin(part.labels, config.labels).any():
         raise InputError(
             f"task {name} has labels such as {str(part.labels[0])!r}, but the classifier predicts labels such as "
-            f"{config.labels[0]!r}: use the data of {config.task}, on which it was trained"
+            f"{config.labels[0]!r}: {other}"
         )
     if "F1" in task.metrics and not set(part.labels.tolist()) <= {"0", "1"}:
         raise InputError(f"task {name} has label {str(part.labels[0])!r}, but its metric F1 needs labels 0 and 1")
     return task, part
 
 
-def _classified(model: TokenModel, classifier: Classifier, texts: Sequence[str]) -> list[Any]:
+def _classify(model: TokenModel, classifier: Classifier, texts: Sequence[str]) -> list[Any]:
     """Return the predicted label of each text, or the predicted number for regression."""
     labels = classifier.config.labels
     predicted: list[Any] = []

@@ -39,20 +39,18 @@ class Contexts:
 
 
 @dataclass(frozen=True)
-class TargetWords:
+class Targets:
     """A model's view of the m contexts (of M) in which the target word survives truncation.
 
     Attributes:
-        senses: str [m], token and sense; empty without a dictionary.
+        senses: int64 [m, 2], token and sense; empty without a dictionary.
         embeddings: float32 [m, D], of the target word's first token.
         gold: str [m].
-        left_out: number of contexts truncated before the target word.
     """
 
     senses: np.ndarray
     embeddings: np.ndarray
     gold: np.ndarray
-    left_out: int
 
 
 def measure(model: TokenModel, source: str) -> Result:
@@ -72,26 +70,41 @@ def measure(model: TokenModel, source: str) -> Result:
     scores: dict[str, list[float]] = {}
     left_out = 0
     for word in names:
-        train, test = (embed_targets(model, read_contexts(source, word, part)) for part in PARTS)
-        left_out += train.left_out + test.left_out
+        contexts = [read_contexts(source, word, part) for part in PARTS]
+        train, test = (embed_targets(model, part) for part in contexts)
+        left_out += sum(len(part.gold) for part in contexts) - len(train.gold) - len(test.gold)
         if not len(train.gold) or not len(test.gold):
             raise InputError(
                 f"{display_uri(source)}: every context of {word!r} is truncated before the word by this model"
             )
-        frequent = Counter(train.gold.tolist()).most_common(1)[0][0]
-        own = {
-            "gold centroids": float((_by_centroid(train, test) == test.gold).mean()),
-            "most frequent": float((test.gold == frequent).mean()),
-        }
-        if model.dictionary is not None:
-            own["accuracy"] = float((_labelled(train, test.senses, frequent) == test.gold).mean())
-            own["ARI"] = float(metrics.adjusted_rand_score(test.gold, test.senses))
-            own["V-measure"] = float(metrics.v_measure_score(test.gold, test.senses))
-        for name, value in own.items():
+        for name, value in _scores(train, test).items():
             scores.setdefault(name, []).append(value)
     main = "accuracy" if "accuracy" in scores else "gold centroids"
     more = {name: float(np.mean(values)) for name, values in scores.items() if name != main}
     return Result(main, "words", scores[main], names=names, more={**more, "left out": left_out})
+
+
+def _scores(train: Targets, test: Targets) -> dict[str, float]:
+    """Return the scores of a word."""
+    frequent = Counter(train.gold.tolist()).most_common(1)[0][0]
+    known = np.unique(train.gold)
+    means = np.stack([train.embeddings[train.gold == name].mean(0) for name in known])
+    nearest = known[(np.square(means).sum(1) - 2 * test.embeddings @ means.T).argmin(1)]
+    scores = {
+        "gold centroids": float((nearest == test.gold).mean()),
+        "most frequent": float((test.gold == frequent).mean()),
+    }
+    if len(train.senses):
+        votes: dict[tuple[int, ...], Counter[str]] = {}
+        for sense, label in zip(map(tuple, train.senses.tolist()), train.gold.tolist(), strict=True):
+            votes.setdefault(sense, Counter())[label] += 1
+        majority = {sense: counter.most_common(1)[0][0] for sense, counter in votes.items()}
+        predicted = [majority.get(tuple(sense), frequent) for sense in test.senses.tolist()]
+        senses = np.unique(test.senses, axis=0, return_inverse=True)[1].reshape(-1)
+        scores["accuracy"] = float((np.array(predicted) == test.gold).mean())
+        scores["ARI"] = float(metrics.adjusted_rand_score(test.gold, senses))
+        scores["V-measure"] = float(metrics.v_measure_score(test.gold, senses))
+    return scores
 
 
 def words(source: str) -> list[str]:
@@ -100,7 +113,7 @@ def words(source: str) -> list[str]:
         filesystem, path = filesystems.filesystem(source)
         listed = filesystem.ls(path, detail=True)
     folders = [info["name"].rstrip("/").rpartition("/")[2] for info in listed if info["type"] == "directory"]
-    names = sorted(word for word in folders if storage.exists(_file(source, word, "train", "data")))
+    names = sorted(word for word in folders if storage.exists(storage.join(source, word, "train.data.txt")))
     if not names:
         raise InputError(
             f"{display_uri(source)} contains no WORD/train.data.txt: download CoarseWSD-20 "
@@ -111,7 +124,7 @@ def words(source: str) -> list[str]:
 
 def read_contexts(source: str, word: str, part: str) -> Contexts:
     """Read the contexts of a word; InputError if a file is missing, too large or invalid, or their lengths differ."""
-    lines, gold = (_lines(_file(source, word, part, kind)) for kind in ("data", "gold"))
+    lines, gold = (_lines(storage.join(source, word, f"{part}.{kind}.txt")) for kind in ("data", "gold"))
     if len(lines) != len(gold):
         raise InputError(
             f"{display_uri(source)}: {word}/{part} has {len(lines)} contexts but {len(gold)} gold senses: restore both files"
@@ -130,48 +143,24 @@ def read_contexts(source: str, word: str, part: str) -> Contexts:
     return Contexts(texts, np.array(starts, np.int64), np.array([name.strip() for name in gold]))
 
 
-def embed_targets(model: TokenModel, contexts: Contexts) -> TargetWords:
-    """Embed the target words of contexts and assign their senses."""
-    senses, embeddings, kept, start = [np.empty(0, str)], [], [], 0
-    for slab in iter_slabs(contexts.texts):
-        read = model.read(slab)
-        text = np.repeat(np.arange(len(slab)), np.diff(read.offsets))
-        at = contexts.starts[start : start + len(slab)][text]
-        holds = np.flatnonzero((read.spans[:, 0] <= at) & (at < read.spans[:, 1]))
-        rows = holds[np.unique(text[holds], return_index=True)[1]]
-        kept.append(start + text[rows])
-        embeddings.append(read.senses[rows])
-        if model.dictionary is not None:
-            assigned = model.dictionary.assign(read.ids[rows], read.senses[rows])
-            senses.append(np.array([f"{i} {s}" for i, s in zip(read.ids[rows], assigned, strict=True)], dtype=str))
-        start += len(slab)
-    places = np.concatenate(kept)
-    return TargetWords(
-        np.concatenate(senses), np.concatenate(embeddings), contexts.gold[places], len(contexts.texts) - len(places)
-    )
-
-
-def _labelled(train: TargetWords, senses: np.ndarray, frequent: str) -> np.ndarray:
-    """Return the majority training label of each sense."""
-    labels = {
-        sense: Counter(train.gold[train.senses == sense].tolist()).most_common(1)[0][0]
-        for sense in np.unique(train.senses).tolist()
-    }
-    return np.array([labels.get(sense, frequent) for sense in senses.tolist()])
-
-
-def _by_centroid(train: TargetWords, test: TargetWords) -> np.ndarray:
-    """Return the gold sense with the nearest mean training embedding, for each test context."""
-    known = np.unique(train.gold)
-    means = np.stack([train.embeddings[train.gold == name].mean(0) for name in known])
-    return np.asarray(known[(np.square(means).sum(1) - 2 * test.embeddings @ means.T).argmin(1)])
-
-
-def _file(source: str, word: str, part: str, kind: str) -> str:
-    return storage.join(source, word, f"{part}.{kind}.txt")
-
-
 def _lines(uri: str) -> list[str]:
     with read_errors(uri, "text"):
         text = storage.read_bytes(uri, _MAX_BYTES).decode("utf-8", "replace")
     return text.removesuffix("\n").split("\n")
+
+
+def embed_targets(model: TokenModel, contexts: Contexts) -> Targets:
+    """Embed the target words of contexts and assign their senses."""
+    senses, embeddings, kept, start = [np.empty((0, 2), np.int64)], [], [], 0
+    for slab in iter_slabs(contexts.texts):
+        read = model.read(slab)
+        at = contexts.starts[start : start + len(slab)][read.texts]
+        covering = np.flatnonzero((read.spans[:, 0] <= at) & (at < read.spans[:, 1]))
+        rows = covering[np.unique(read.texts[covering], return_index=True)[1]]
+        kept.append(start + read.texts[rows])
+        embeddings.append(read.senses[rows])
+        if model.dictionary is not None:
+            assigned = model.dictionary.assign(read.ids[rows], read.senses[rows])
+            senses.append(np.stack([read.ids[rows], assigned], axis=1))
+        start += len(slab)
+    return Targets(np.concatenate(senses), np.concatenate(embeddings), contexts.gold[np.concatenate(kept)])

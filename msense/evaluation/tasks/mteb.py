@@ -20,31 +20,18 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
-from msense.corpus.labelled import Columns, Labelled, read_labelled
+from msense.corpus.labelled import Columns, read_labelled
 from msense.errors import InputError
 from msense.evaluation.models import Model
 from msense.evaluation.result import Result
+from msense.evaluation.tasks.classification import PARTS, Protocol, check_labels
 from msense.text import first_line, redact
 
-PAPER_TASKS: tuple[str, ...] = (  # of Wang et al. (2025), by the names in their code; mteb now has a `.v2` of most
-    "ArxivClassification",
-    "Banking77Classification",
-    "DBpediaClassification",
-    "EmotionClassification",
-    "FinancialPhrasebankClassification",
-    "FrenkEnClassification",
-    "ImdbClassification",
-    "CanadaTaxCourtOutcomesLegalBenchClassification",
-    "NewsClassification",
-    "PatentClassification",
-    "PoemSentimentClassification",
-    "ToxicChatClassification",
-    "ToxicConversationsClassification",
-    "TweetSentimentExtractionClassification",
-    "TweetTopicSingleClassification",
-    "YelpReviewFullClassification",
+_OF_PAPER = (  # of Wang et al. (2025), by the names in their code; mteb now has a `.v2` of most
+    "Arxiv Banking77 DBpedia Emotion FinancialPhrasebank FrenkEn Imdb CanadaTaxCourtOutcomesLegalBench News Patent "
+    "PoemSentiment ToxicChat ToxicConversations TweetSentimentExtraction TweetTopicSingle YelpReviewFull"
 )
-_TRAIN, _TEST = "train", "test"
+PAPER_TASKS = tuple(f"{name}Classification" for name in _OF_PAPER.split())
 
 
 class MtebEncoder:
@@ -79,7 +66,7 @@ class MtebEncoder:
         return (_unit(embeddings1) * _unit(embeddings2)).sum(-1)
 
 
-def measure(model: Model, name: str, source: str, columns: Columns, shots: int, draws: int, seed: int) -> Result:
+def measure(model: Model, name: str, source: str, columns: Columns, protocol: Protocol) -> Result:
     """Classify with mteb.
 
     Args:
@@ -87,17 +74,14 @@ def measure(model: Model, name: str, source: str, columns: Columns, shots: int, 
         name: name of the task; without a source, one of mteb's own, evaluated on its test split if it has one.
         source: labelled texts with splits train and test; empty: the task's own data from the Hub.
         columns: columns of texts and labels in the source.
-        shots: training texts per class; 0: all of them, in one experiment.
-        draws: number of experiments.
-        seed: seed of mteb's sampling; the texts of mteb's own tasks do not depend on it.
+        protocol: sampling of training texts; the texts of mteb's own tasks do not depend on its seed.
 
     Raises:
-        InputError: mteb is not installed, has no such task, or the data are missing, damaged or of one class.
+        InputError: mteb is not installed, has no such task, or the data are missing, corrupted or of one class.
     """
+    shots, draws, seed = protocol
     task = local_task(name, source, columns) if source else _own_task(name)
-    task.seed = seed
-    task.samples_per_label = shots or sys.maxsize
-    task.n_experiments = draws if shots else 1
+    task.seed, task.samples_per_label, task.n_experiments = seed, shots or sys.maxsize, draws if shots else 1
     with TemporaryDirectory() as folder, threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
         # such small fits are slower with more BLAS threads; torch's threads, which encode, are unaffected
         warnings.simplefilter("ignore", ConvergenceWarning)  # mteb limits the iterations
@@ -119,7 +103,7 @@ def local_task(name: str, source: str, columns: Columns) -> Any:
     """Return labelled texts with splits train and test as an mteb `AbsTaskClassification` with loaded data.
 
     Raises:
-        InputError: mteb is not installed, or the data are missing, damaged or of one class.
+        InputError: mteb is not installed, or the data are missing, corrupted or of one class.
     """
     _mteb()
     from datasets import Dataset, DatasetDict
@@ -135,28 +119,21 @@ def local_task(name: str, source: str, columns: Columns) -> Any:
             dataset={"path": "local", "revision": "local"},  # required, but unused
             type="Classification",
             category="t2c",
-            eval_splits=[_TEST],
+            eval_splits=["test"],
             eval_langs=["eng-Latn"],
             main_score="accuracy",
         )
-        data_loaded: bool = False
 
-        def load_data(self, **_: object) -> None:
-            """Read both splits once."""
-            if self.data_loaded:
-                return
-            parts = {part: read_labelled(source, part, columns) for part in (_TRAIN, _TEST)}
-            numbers = _numbered(parts)
-            self.dataset = DatasetDict(
-                {
-                    part: Dataset.from_dict({"text": own.first, "label": [numbers[label] for label in own.labels]})
-                    for part, own in parts.items()
-                }
-            )
-            self.data_loaded = True
-
+    parts = {part: read_labelled(source, part, columns) for part in PARTS}
+    check_labels({part: own.labels for part, own in parts.items()})
+    train, test = (set(parts[part].labels.tolist()) for part in PARTS)
+    # test labels first: mteb's binary scores require classes 0 and 1
+    numbers = {label: number for number, label in enumerate([*sorted(test), *sorted(train - test)])}
     task = LocalTask()
-    task.load_data()
+    task.dataset, task.data_loaded = DatasetDict(), True
+    for part, own in parts.items():
+        labels = [numbers[label] for label in own.labels]
+        task.dataset[part] = Dataset.from_dict({"text": own.first, "label": labels})
     return task
 
 
@@ -168,11 +145,12 @@ def task_class(name: str) -> Any:
 
     known = {task.metadata.name: task for task in TASK_LIST}
     if name not in known:
-        names = [n for n, task in known.items() if task.metadata.type == "Classification"]
-        near = _near(name, names) or list(PAPER_TASKS[:3])
+        names = [own for own, task in known.items() if task.metadata.type == "Classification"]
+        containing = [own for own in names if len(name) > 2 and name.lower() in own.lower()]
+        near = [*containing, *get_close_matches(name, names, 5)][:5] or PAPER_TASKS[:3]
         raise InputError(
-            f"mteb has no task {redact(name)!r}; similar names: {', '.join(near)}. Use one of mteb's names, or your own "
-            "data: --task mteb:NAME=DIR"
+            f"mteb has no task {redact(name)!r}; similar names: {', '.join(dict.fromkeys(near))}. Use one of mteb's names, "
+            "or your own data: --task mteb:NAME=DIR"
         )
     task, data = known[name], known[name].metadata
     if data.type != "Classification" or data.modalities != ["text"] or not issubclass(task, AbsTaskClassification):
@@ -187,8 +165,8 @@ def _own_task(name: str) -> Any:
     task = task_class(name)()
     from datasets.exceptions import DatasetsError
 
-    if _TEST in task.metadata.eval_splits:
-        task.filter_eval_splits([_TEST])
+    if "test" in task.metadata.eval_splits:
+        task.filter_eval_splits(["test"])
     data = task.metadata.dataset
     try:
         task.load_data()  # before the seed is set: some tasks sample their test texts with it
@@ -225,26 +203,6 @@ def _result(task: Any, rows: Sequence[Mapping[str, Any]], predicted: Mapping[str
     return Result(metric, "draws", values.tolist(), more=more)
 
 
-def _numbered(parts: Mapping[str, Labelled]) -> dict[str, int]:
-    """Number the labels, test labels first: mteb's binary scores require classes 0 and 1."""
-    train, test = (set(parts[part].labels.tolist()) for part in (_TRAIN, _TEST))
-    if len(train) < 2:
-        raise InputError(
-            f"the training set has {len(train)} class(es), but classification needs two or more: check --label-column"
-        )
-    if not train & test:
-        raise InputError("training and test set share no label: use splits of the same data set")
-    return {label: number for number, label in enumerate([*sorted(test), *sorted(train - test)])}
-
-
-def _near(name: str, known: Sequence[str]) -> list[str]:
-    """Return up to five names that contain or resemble a name, ignoring case."""
-    low = {own.lower(): own for own in known}
-    containing = [own for own in low if len(name) > 2 and name.lower() in own]
-    close = get_close_matches(name.lower(), list(low), 5, 0.6)
-    return [low[own] for own in dict.fromkeys([*containing, *close])][:5]
-
-
 def _unit(vectors: Any) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.as_tensor(vectors, dtype=torch.float32), dim=-1)
 
@@ -253,9 +211,8 @@ def _mteb() -> Any:
     """Import mteb without the cache folder that it would create in the user's home."""
     if "mteb" in sys.modules and hasattr(sys.modules["mteb"], "evaluate"):
         return sys.modules["mteb"]
-    before = os.environ.get("MTEB_CACHE")
     with TemporaryDirectory() as folder:
-        os.environ["MTEB_CACHE"] = folder
+        kept = os.environ.setdefault("MTEB_CACHE", folder)
         try:
             import mteb
         except ImportError as error:
@@ -264,7 +221,6 @@ def _mteb() -> Any:
                 "msense[evaluation]"
             ) from error
         finally:
-            os.environ.pop("MTEB_CACHE")
-            if before is not None:
-                os.environ["MTEB_CACHE"] = before
+            if kept == folder:
+                del os.environ["MTEB_CACHE"]
     return mteb

@@ -4,7 +4,6 @@ Memory: the token embeddings of one slab of texts, from both models.
 """
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +29,7 @@ def measure(model: TokenModel, teacher: TokenModel, source: str, text_column: st
     Args:
         model: model to evaluate.
         teacher: plain teacher with the same tokenization.
-        source: any text that build_dict.py reads; the first `MOST_TEXTS` documents are used.
+        source: any text that build_dict.py reads; the first `MAX_TEXTS` documents are used.
         text_column: column of the text.
 
     Raises:
@@ -39,41 +38,37 @@ def measure(model: TokenModel, teacher: TokenModel, source: str, text_column: st
     cosines, sizes = [], []
     right, total, frequent = 0, 0, 0.0
     for slab in iter_slabs(read_texts(source, text_column)):
-        own, theirs = model.read(slab), teacher.read(slab)
+        own, reference = model.read(slab), teacher.read(slab)
         output = own.senses if model.spec.replace is None else own.hidden
-        if not np.array_equal(own.ids, theirs.ids) or own.senses.shape != theirs.senses.shape:
+        if not np.array_equal(own.ids, reference.ids) or own.senses.shape != reference.senses.shape:
             raise InputError(
                 "model and teacher split this text into different tokens: compare them on sentences instead"
             )
-        lengths = np.diff(own.offsets)
-        text = np.repeat(np.arange(len(slab)), lengths)
-        cosines.append(np.bincount(text, _cosines(output, theirs.hidden), len(slab)) / np.maximum(lengths, 1))
-        sizes.append(lengths)
+        sizes.append(np.diff(own.offsets))
+        sums = np.bincount(own.texts, _cosines(output, reference.hidden), len(slab))
+        cosines.append(sums / np.maximum(sizes[-1], 1))
         if model.dictionary is not None:
-            wanted = model.dictionary.assign(theirs.ids, theirs.senses)
+            wanted = model.dictionary.assign(reference.ids, reference.senses)
             known = wanted >= 0
             right += int((model.dictionary.assign(own.ids, own.senses) == wanted)[known].sum())
             total += int(known.sum())
             labels = np.where(known, wanted, NO_SENSE).astype(np.uint16)
             frequent += float(frequent_sense_accuracy(own.ids, labels, model.dictionary).total)
     weights = np.concatenate(sizes).astype(np.float64)
-    more = {SENSES: right / total, FREQUENT: frequent / total} if total else {}
-    more["tokens"] = weights.sum()
+    more: dict[str, int | float] = {SENSES: right / total, FREQUENT: frequent / total} if total else {}
+    more["tokens"] = int(weights.sum())
     return Result(COSINE, "texts", np.concatenate(cosines).tolist(), weights.tolist(), more=more)
 
 
-def read_texts(source: str, text_column: str = "text", most: int = MAX_TEXTS) -> list[str]:
+def read_texts(source: str, text_column: str = "text") -> list[str]:
     """Return the first texts of a corpus; InputError if it is missing or has no text."""
-    texts = list(itertools.islice(_documents(source, text_column), most))
+    # row numbers are needed for the names of documents only
+    splits = (replace(split, first_row=max(0, split.first_row)) for split in cut_splits(list_files((source,))))
+    documents = (document for split in splits for document in read_documents(split, text_column))
+    texts = list(itertools.islice((d.text for d in documents if isinstance(d, Document)), MAX_TEXTS))
     if not texts:
         raise InputError(f"{display_uri(source)} contains no text: use another corpus")
     return texts
-
-
-def _documents(source: str, text_column: str) -> Iterator[str]:
-    for piece in cut_splits(list_files((source,))):
-        numbered = replace(piece, first_row=max(0, piece.first_row))  # rows only name documents, which is unused here
-        yield from (d.text for d in read_documents(numbered, text_column) if isinstance(d, Document))
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -6,17 +6,18 @@ mean embedding per word, and the model's vectors of the words as texts.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from msense.corpus import list_files
 from msense.corpus.files import corpus_filesystem, read_errors
 from msense.dictionary import SenseDictionary
-from msense.dictionary.lookup import read_vocabulary
+from msense.dictionary.lookup import Vocabulary
 from msense.errors import InputError
 from msense.evaluation.models import Model
 from msense.evaluation.result import Result
@@ -42,6 +43,9 @@ class Word(NamedTuple):
     mean: np.ndarray  # float32 [D], unit length: of all its occurrences
 
 
+LookUp = Callable[[str], Word | None]
+
+
 def measure(model: Model, source: str) -> Result:
     """Correlate set by set; the score is the mean over sets, weighted by their number of pairs.
 
@@ -54,26 +58,41 @@ def measure(model: Model, source: str) -> Result:
     """
     sets = read_sets(source)
     dictionary: SenseDictionary | None = getattr(model, "dictionary", None)
-    similarities = {} if dictionary is None else _by_senses(dictionary)
-    similarities[TEXT] = _as_texts(model, sets)
-    main = BEST if dictionary is not None else TEXT
-    correlations: dict[str, list[float]] = {name: [] for name in similarities}
+    look_up = None if dictionary is None else _lookup_of(dictionary)
+    words = sorted({word for pairs in sets.values() for pair in pairs for word in pair[:2]})
+    vectors = dict(zip(words, _unit(model.encode([word.replace("_", " ") for word in words])), strict=True))
+    main = TEXT if dictionary is None else BEST
+    correlations: dict[str, list[float]] = {}
     counts = []
     for pairs in sets.values():
-        values = {name: np.array([similarity(pair) for pair in pairs]) for name, similarity in similarities.items()}
-        known = np.isfinite(values[main])
-        gold = np.array([pair.score for pair in pairs])
-        for name, own in values.items():
-            correlations[name].append(_spearman(own[known], gold[known]))
+        similarities = pd.DataFrame([_similarities(pair, vectors, look_up) for pair in pairs])
+        known = np.isfinite(similarities[main].to_numpy())
+        gold = np.array([pair.score for pair in pairs])[known]
+        for name in similarities:
+            correlations.setdefault(name, []).append(_spearman(similarities[name].to_numpy()[known], gold))
         counts.append(float(known.sum()))
     if not sum(counts):
         raise InputError(
             f"{display_uri(source)}: the dictionary contains no pair of these words: build it from more text"
         )
-    more = {name: float(np.average(own, weights=counts)) for name, own in correlations.items() if name != main}
+    more: dict[str, int | float] = {
+        name: float(np.average(own, weights=counts)) for name, own in correlations.items() if name != main
+    }
     total = sum(map(len, sets.values()))
     more |= {"pairs": total, "missing": total - int(sum(counts))}
     return Result(f"Spearman, {main}", "sets", correlations[main], counts, list(sets), more=more)
+
+
+def _similarities(pair: Pair, vectors: dict[str, np.ndarray], look_up: LookUp | None) -> dict[str, float]:
+    """Return the similarities of a pair; NaN for words that are not in the dictionary."""
+    as_texts = {TEXT: float(vectors[pair.first] @ vectors[pair.second])}
+    if look_up is None:
+        return as_texts
+    a, b = look_up(pair.first), look_up(pair.second)
+    if a is None or b is None:
+        return {BEST: math.nan, MEAN: math.nan, ONE: math.nan, **as_texts}
+    products = a.senses @ b.senses.T
+    return {BEST: float(products.max()), MEAN: float(products.mean()), ONE: float(a.mean @ b.mean), **as_texts}
 
 
 def read_sets(source: str) -> dict[str, list[Pair]]:
@@ -113,39 +132,19 @@ def _pair(uri: str, number: int, line: str) -> Pair:
     return Pair(first, second, score)
 
 
-def _spearman(found: np.ndarray, gold: np.ndarray) -> float:
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Return the rank correlation; 0 if a side is constant."""
-    if len(gold) < 2 or not np.ptp(found) or not np.ptp(gold):
-        return 0.0
-    return float(stats.spearmanr(found, gold).statistic)
+    return float(stats.spearmanr(a, b).statistic) if len(a) > 1 and np.ptp(a) and np.ptp(b) else 0.0
 
 
-def _by_senses(dictionary: SenseDictionary) -> dict[str, Callable[[Pair], float]]:
-    """Return the similarities by senses; NaN for words that are not in the dictionary."""
-    look_up = _lookup_of(dictionary)
-
-    def compared(by: Callable[[Word, Word], np.ndarray]) -> Callable[[Pair], float]:
-        def similarity(pair: Pair) -> float:
-            first, second = look_up(pair.first), look_up(pair.second)
-            return math.nan if first is None or second is None else float(by(first, second))
-
-        return similarity
-
-    return {
-        BEST: compared(lambda a, b: (a.senses @ b.senses.T).max()),
-        MEAN: compared(lambda a, b: (a.senses @ b.senses.T).mean()),
-        ONE: compared(lambda a, b: a.mean @ b.mean),
-    }
-
-
-def _lookup_of(dictionary: SenseDictionary) -> Callable[[str], Word | None]:
+def _lookup_of(dictionary: SenseDictionary) -> LookUp:
     """Return a cached lookup of words."""
     if dictionary.tokenizer_file is None:
         raise InputError("this dictionary has no tokenizer to look words up with: build one from a teacher")
     config = dictionary.config
-    vocabulary = read_vocabulary(dictionary.tokenizer_file, config.vocab_size, config.tokenizer_fingerprint)
+    vocabulary = Vocabulary(dictionary.tokenizer_file, config.vocab_size, config.tokenizer_fingerprint)
 
-    @lru_cache(4096)
+    @cache
     def look_up(word: str) -> Word | None:
         text = word.replace("_", " ")
         match = dictionary.lookup(text)
@@ -167,14 +166,6 @@ def _lookup_of(dictionary: SenseDictionary) -> Callable[[str], Word | None]:
         return Word(_unit(senses), _unit(np.mean(means, axis=0)))
 
     return look_up
-
-
-def _as_texts(model: Model, sets: dict[str, list[Pair]]) -> Callable[[Pair], float]:
-    """Return the similarity of the vectors of two words, each encoded as a text."""
-    words: Sequence[str] = sorted({word for pairs in sets.values() for pair in pairs for word in pair[:2]})
-    vectors = _unit(model.encode([word.replace("_", " ") for word in words]))
-    place = {word: number for number, word in enumerate(words)}
-    return lambda pair: float(vectors[place[pair.first]] @ vectors[place[pair.second]])
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

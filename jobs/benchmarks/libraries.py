@@ -10,17 +10,19 @@ import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from benchmarks.turns import Processes
+from benchmarks.timing import Processes
 
-logger = logging.getLogger("msense.bench")
-FAISS_NITER = (8, 25)
+logger = logging.getLogger("msense.benchmark")
 FAISS_NREDO = (1, 2, 4, 6, 8, 12, 20)
-EVERYTHING = 1 << 30
+FAISS_NITER = (8, 25)
+FAISS_SECONDS = 60.0  # for the choice of its settings
+ALL_POINTS = 1 << 30
 
 
 def available(module: str) -> bool:
@@ -49,7 +51,7 @@ def faiss_loop(
     default_threads, labels = faiss.omp_get_max_threads(), []
     settings: dict[str, Any] = {"niter": niter, "nredo": nredo, "check_input_data_for_NaNs": False}
     settings |= {"init_method": faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS}
-    settings |= {"min_points_per_centroid": 1, "max_points_per_centroid": EVERYTHING}
+    settings |= {"min_points_per_centroid": 1, "max_points_per_centroid": ALL_POINTS}
     with threadpool_limits(threads):
         faiss.omp_set_num_threads(threads or default_threads)
         for p in points:
@@ -64,17 +66,18 @@ def superkmeans_loop(points: Sequence[np.ndarray], k: int, threads: int | None =
     """Cluster with SuperKMeans."""
     from superkmeans import SuperKMeans
 
-    labels = []
     settings: dict[str, Any] = {"hierarchical": False, "sampling_fraction": 1.0}
-    settings |= {"max_points_per_cluster": EVERYTHING // k, "iters": 25, "n_threads": threads or 0}
-    for p in points:
-        kmeans = SuperKMeans(k, p.shape[1], **settings)
-        labels.append(kmeans.assign(p, kmeans.train(p)))
-    return labels
+    settings |= {"max_points_per_cluster": ALL_POINTS // k, "iters": 25, "n_threads": threads or 0}
+    models = (SuperKMeans(k, p.shape[1], **settings) for p in points)
+    return [model.assign(p, model.train(p)) for model, p in zip(models, points, strict=True)]
 
 
-def inertia(points: np.ndarray, assignment: np.ndarray) -> float:
-    """Return the sum of squared distances of points to the mean of their cluster."""
+def inertias(points: Sequence[np.ndarray], assignments: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the sum of squared distances to the cluster means for each token, float64 [T]."""
+    return np.array([max(0.0, _inertia(p, a)) for p, a in zip(points, assignments, strict=True)])
+
+
+def _inertia(points: np.ndarray, assignment: np.ndarray) -> float:
     values = points - points.mean(0)
     order = np.argsort(assignment, kind="stable")
     _, start, count = np.unique(assignment[order], return_index=True, return_counts=True)
@@ -83,35 +86,18 @@ def inertia(points: np.ndarray, assignment: np.ndarray) -> float:
     return float(total - (np.square(sums).sum(1) / count).sum())
 
 
-def inertias(points: Sequence[np.ndarray], assignments: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the inertia of each token, float64 [T]."""
-    return np.array([max(0.0, inertia(p, a)) for p, a in zip(points, assignments, strict=True)])
+def faiss_settings(points: Sequence[np.ndarray], k: int, target: float, processes: Processes) -> dict[str, Any]:
+    """Return FAISS's cheapest numbers of iterations and restarts that reach a total inertia of `target`.
 
-
-def faiss_settings(
-    points: Sequence[np.ndarray], k: int, target: float, processes: Processes | None, seconds: float = 30.0
-) -> dict[str, Any]:
-    """Return FAISS's cheapest numbers of iterations and restarts that reach a target inertia.
-
-    Args:
-        points: points of each token.
-        k: number of clusters.
-        target: total inertia to reach.
-        processes: processes that hold these points; None runs FAISS in this process.
-        seconds: time limit, after which the best settings so far are returned.
+    `processes` hold the points; after `FAISS_SECONDS` the best settings so far are returned.
     """
     began, lowest = time.perf_counter(), np.inf
     best: dict[str, Any] = {}
-    for nredo in FAISS_NREDO:
-        for niter in FAISS_NITER:
-            settings: dict[str, Any] = {"niter": niter, "nredo": nredo}
-            if processes is None:
-                labels = faiss_loop(points, k, **settings)
-            else:
-                labels = processes.run(partial(faiss_loop, k=k, threads=1, **settings))
-            total = float(inertias(points, labels).sum())
-            if total < lowest:
-                best, lowest = settings, total
-            if total <= target or time.perf_counter() - began > seconds:
-                return best
+    for nredo, niter in product(FAISS_NREDO, FAISS_NITER):
+        settings: dict[str, Any] = {"niter": niter, "nredo": nredo}
+        total = float(inertias(points, processes.run(partial(faiss_loop, k=k, threads=1, **settings))).sum())
+        if total < lowest:
+            best, lowest = settings, total
+        if total <= target or time.perf_counter() - began > FAISS_SECONDS:
+            break
     return best
