@@ -28,6 +28,13 @@ OUTCOMES: dict[tuple[str, str], str] = {}  # of (fault, stage)
 FIGURES: list[str] = []  # printed at the end
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use the session's Ray; `make test-unit` leaves them out."""
+    for item in items:
+        if "ray" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+
+
 @pytest.fixture
 def outcome() -> Callable[[str, str, str], None]:
     """Record the outcome of a fault in a stage and compare it with the README."""
