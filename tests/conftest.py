@@ -33,6 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ray" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+            item.add_marker(pytest.mark.xdist_group("ray"))  # one Ray, in one of the processes
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import atexit
 import json
 import logging
 import os
-import pickle
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from msense.errors import MsenseError
+from msense.errors import InputError, MsenseError
 from msense.io.scratch import scratch_folder
 from msense.runtime.executor import (
     Executor,
@@ -53,6 +52,8 @@ _SETTINGS = {
     "RAY_DATA_LOG_LEVEL": "ERROR",  # `track` reports its progress
 }
 _LOCAL_SETTINGS = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # Ray Data's own actors warn without cause
+# errors of actors, as rows name them; the first that fits
+_ERRORS: dict[str, type[Exception]] = {"input": InputError, "run": MsenseError, "system": OSError}
 MAX_WORKERS = 1 << 20  # more than any cluster has
 MAX_TEMP_PATH = 26  # characters of the temporary folder: paths of Ray's sockets in it must not exceed 107
 
@@ -117,10 +118,9 @@ class RayExecutor(Executor):
         with _plain_errors():
             for row in track(name, dataset.iter_rows(), len(rows)):
                 seconds.append(row["seconds"])
-                result = pickle.loads(row["result"])  # noqa: S301 - of an own actor
-                if isinstance(result, Exception):
-                    raise result
-                yield result
+                if row["error"]:
+                    raise _ERRORS[row["error"]](row["result"])
+                yield json.loads(row["result"])
         warn_of_skew(name, seconds)
 
     def reduce(self, name: str, work: Work, items: Sequence[Any], *common: Any) -> Any:
@@ -287,9 +287,9 @@ def _plain_errors() -> Iterator[None]:
         cause = error.cause if isinstance(error, errors.RayTaskError) else error
         if isinstance(cause, deaths):  # of the work, or of what computes its arguments
             first = next(iter(str(cause).strip().splitlines()), "")
-            failure = died("at the same work", f"{type(cause).__name__}: {first}")
+            death = died("at the same work", f"{type(cause).__name__}: {first}")
             logs = "Ray's logs have more (those of a local Ray are kept if RAY_TMPDIR names a folder)"
-            raise MsenseError(f"{failure}; {logs}") from error
+            raise MsenseError(f"{death}; {logs}") from error
         if failure := reportable(cause):
             raise failure from None
         raise
@@ -299,9 +299,10 @@ class _RowActor(LazyActor):
     """An actor of Ray Data: expected errors are results, as Ray Data would wrap them."""
 
     def __call__(self, row: Row) -> Row:
-        began = time.monotonic()
+        began, error = time.monotonic(), ""
         try:
-            result: Any = self.call("__call__", json.loads(row["item"]))
-        except (MsenseError, OSError) as error:
-            result = error
-        return {"result": pickle.dumps(result), "seconds": time.monotonic() - began}
+            result = json.dumps(self.call("__call__", json.loads(row["item"])))
+        except (MsenseError, OSError) as raised:
+            result = str(raised)
+            error = next(name for name, kind in _ERRORS.items() if isinstance(raised, kind))
+        return {"result": result, "error": error, "seconds": time.monotonic() - began}
