@@ -11,10 +11,10 @@ from msense.student.config import StaticSizes, StudentConfig, StudentSettings, d
 from msense.student.static import StaticBody, confidence, token_means
 from msense.student.student import Student
 from msense.student.transformer import body_settings, load_weights
-from msense.teacher.body import load_body, max_positions, truncate_layers
+from msense.teacher.body import load_body, truncate_layers
 from msense.teacher.files import body_folder
 from msense.teacher.pooling import Pooling
-from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
+from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info, max_positions
 
 
 def init_student(

@@ -12,9 +12,7 @@ from torch import nn
 
 from msense.errors import InputError, StudentError
 from msense.teacher.files import loading
-
-# model types whose position ids start after the padding token's id, as RoBERTa's do
-_AFTER_PADDING = ("roberta", "mpnet", "camembert", "longformer", "xmod", "data2vec-text", "ibert", "luke", "esm")
+from msense.teacher.spec import POSITIONS_AFTER_PADDING
 
 
 def truncate_layers(model: Any, kind: str) -> None:
@@ -66,7 +64,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 def needs_position_ids(model: Any) -> bool:
     """Return whether a model needs explicit position ids for input that is padded on the left."""
-    if any(kind in model.config.model_type for kind in _AFTER_PADDING):
+    if any(kind in model.config.model_type for kind in POSITIONS_AFTER_PADDING):
         return False  # these derive positions from the padding token
     return "position_ids" in inspect.signature(model.forward).parameters
 
@@ -104,10 +102,3 @@ def load_body(folder: Path, name: str, dtype: Any) -> Any:
         raise InputError(f"teacher {name!r}: {problem}: give a folder whose weights and config.json belong together")
     model.config.use_cache = False
     return model.eval()
-
-
-def max_positions(config: Any) -> int | None:
-    """Return the maximum number of tokens that the position embeddings of a model support."""
-    count = getattr(config, "max_position_embeddings", None)
-    unused = (config.pad_token_id or 0) + 1 if any(kind in config.model_type for kind in _AFTER_PADDING) else 0
-    return count - unused if isinstance(count, int) else None

@@ -9,12 +9,23 @@ from tokenizers import Tokenizer
 
 from msense.constants import MAX_DIM, MAX_VOCABULARY
 from msense.errors import InputError
-from msense.teacher.body import max_positions
 from msense.teacher.files import check_files, check_vocabulary, loading, locate, read_settings, weights_fingerprint
 from msense.tokenizer import fingerprint, special_tokens_around
 
 LONGEST_BY_DEFAULT = 512
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # a tokenizer needs one of them
+# model types whose position ids start after the padding token's id, as RoBERTa's do
+POSITIONS_AFTER_PADDING = (
+    "roberta",
+    "mpnet",
+    "camembert",
+    "longformer",
+    "xmod",
+    "data2vec-text",
+    "ibert",
+    "luke",
+    "esm",
+)
 
 
 class TeacherOptions(BaseModel):
@@ -178,3 +189,10 @@ def _max_length(requested: int | None, usual: int | None, limits: tuple[int | No
     if requested and known and requested > min(known):
         raise InputError(f"max_length {requested} exceeds the {min(known)} tokens that this teacher can read: lower it")
     return requested or min([*known, usual or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT])
+
+
+def max_positions(config: Any) -> int | None:
+    """Return the maximum number of tokens that the position embeddings of a model support."""
+    count = getattr(config, "max_position_embeddings", None)
+    unused = (config.pad_token_id or 0) + 1 if any(kind in config.model_type for kind in POSITIONS_AFTER_PADDING) else 0
+    return count - unused if isinstance(count, int) else None

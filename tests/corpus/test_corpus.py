@@ -217,6 +217,6 @@ def test_missing_and_unsuitable_columns_are_rejected(tmp_path: Path) -> None:
 
 def test_reading_a_corpus_does_not_import_torch() -> None:
     """It would cost every task of the passages stage two seconds and 180 MB."""
-    code = "import sys, msense.corpus.passages; print('torch' in sys.modules)"
+    code = "import sys, msense.corpus.passages, msense.stages.passages; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
