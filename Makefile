@@ -27,12 +27,12 @@ demo: install
 results: install
 	$(BIN)/python jobs/reproduce.py --data $(DATA) $(if $(MODEL2VEC_PYTHON),--model2vec-python $(MODEL2VEC_PYTHON))
 
-# without Ray
+# without whole runs: no Ray, no servers
 test-unit: install
-	$(BIN)/python -m pytest -m "not slow and not ray"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not integration"
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: install
 	$(BIN)/python -m pytest -m ""

@@ -24,16 +24,33 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")  # a checkpoin
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH")))
 )
+# tests of whole runs: many builds and trainings, servers, processes
+INTEGRATION = (
+    *(
+        "pipelines/",
+        "jobs/",
+        "slow/",
+        "test_readme",
+        "test_secrets",
+        "io/test_s3",
+        "run/test_lease",
+        "runtime/test_executors",
+    ),
+    *("stages/test_many_splits", "stages/test_label", "training/test_distill", "evaluation/test_mteb"),
+    *("evaluation/test_evaluate", "cli/test_bad_input", "runtime/test_progress"),
+)
 OUTCOMES: dict[tuple[str, str], str] = {}  # of (fault, stage)
 FIGURES: list[str] = []  # printed at the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use the session's Ray; `make test-unit` leaves them out."""
+    """Mark tests that use Ray, of which one process has the only one, and those that `make test-unit` leaves out."""
     for item in items:
-        if "ray" in getattr(item, "fixturenames", ()):
-            item.add_marker("ray")
-            item.add_marker(pytest.mark.xdist_group("ray"))  # one Ray, in one of the processes
+        if "ray" in getattr(item, "fixturenames", ()) or "[ray" in item.name or "submit" in item.name:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        place = item.path.relative_to(Path(__file__).parent).as_posix()
+        if place.startswith(INTEGRATION):
+            item.add_marker("integration")
 
 
 @pytest.fixture

@@ -196,6 +196,7 @@ def test_missing_mteb_names_the_extra(data: str, monkeypatch: pytest.MonkeyPatch
         measure(Known(noise), "own", data, Columns(), Protocol(3, 2, 0))
 
 
+@pytest.mark.slow
 def test_nothing_is_written_to_the_home_folder(data: str, tmp_path: Path) -> None:
     code = f"""
 import os, sys

@@ -100,10 +100,9 @@ def same_labels(made: Corpus, uri: str) -> None:
     assert files(f"{uri}/labels") == files(str(made.folder / "labels" / "labels"))
 
 
+@pytest.mark.slow
 @IN_PROCESS
-@pytest.mark.parametrize(
-    "fault", [pytest.param(throttled, marks=pytest.mark.slow), dropped], ids=["throttled", "dropped"]
-)
+@pytest.mark.parametrize("fault", [throttled, dropped], ids=["throttled", "dropped"])
 def test_temporary_faults_of_the_store_are_retried(made: Corpus, s3: Server, fault: Fault, outcome: Outcome) -> None:
     """In every stage the first upload, the first download of a marker and the first listing fail twice."""
     made.build("whole", keep=ALL)

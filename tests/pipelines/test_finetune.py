@@ -324,6 +324,7 @@ def test_regression_predicts_numbers(tune: Tune, tmp_path: Path) -> None:
     assert measured.score > 0.9
 
 
+@pytest.mark.slow
 def test_mnli_reports_both_test_splits(tune: Tune, tmp_path: Path) -> None:
     (tmp_path / "mnli").mkdir()
     for split, size, labels in (

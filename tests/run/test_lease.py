@@ -67,6 +67,7 @@ def test_one_of_two_simultaneous_drivers_wins(s3: Server) -> None:
     assert not one.write(IfMatch=before)
 
 
+@pytest.mark.slow
 def test_a_dead_drivers_lease_is_taken_over(s3: Server) -> None:
     assert Lease(RUN.lock).write(IfNoneMatch="*")  # and never renewed
     began = time.monotonic()

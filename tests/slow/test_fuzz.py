@@ -62,6 +62,7 @@ def fuzz(child: Child, name: str, count: int) -> Counter[str]:
     return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_few_damaged_inputs(child: Child, name: str) -> None:
     assert fuzz(child, name, 12).total() >= 10

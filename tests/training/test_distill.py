@@ -143,7 +143,14 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("stage", "kind"), [(1, "static"), (2, "layers:1"), (3, "layers:1")])
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        (1, "static"),
+        pytest.param(2, "layers:1", marks=pytest.mark.slow),
+        pytest.param(3, "layers:1", marks=pytest.mark.slow),
+    ],
+)
 def test_deepspeed_equals_adamw_and_resumes(
     training: DistillationConfig, process_group: None, tmp_path: Path, stage: int, kind: str
 ) -> None:
