@@ -37,7 +37,7 @@ INTEGRATION = (
         "runtime/test_executors",
     ),
     *("stages/test_many_splits", "stages/test_label", "training/test_distill", "evaluation/test_mteb"),
-    *("evaluation/test_evaluate", "cli/test_bad_input", "runtime/test_progress"),
+    *("evaluation/test_evaluate", "cli/test_bad_input"),
 )
 OUTCOMES: dict[tuple[str, str], str] = {}  # of (fault, stage)
 FIGURES: list[str] = []  # printed at the end
