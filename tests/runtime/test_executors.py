@@ -133,7 +133,11 @@ def test_a_dying_item_is_named(tmp_path: Path) -> None:
         list(executor.map("dying", work.die, [item], str(tmp_path), isolated=True))
 
 
-def test_training_resumes_from_its_last_checkpoint(executor: Executor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["local", "spawned", pytest.param("ray", marks=pytest.mark.slow)])
+def test_training_resumes_from_its_last_checkpoint(
+    make_executor: Callable[[str], Executor], kind: str, tmp_path: Path
+) -> None:
+    executor = make_executor(kind)
     settings = {"steps": 5, "fail_at": 4, "flag": str(tmp_path / "flag")}
     if isinstance(executor, LocalExecutor):
         with pytest.raises(MsenseError, match=r"^training failed: .*interrupted$"):

@@ -103,6 +103,7 @@ KILLED_DRIVERS = {  # stage: place, and the number of finished items there
 }
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_each_stage_changes_nothing(runs: Runs, outcome: Outcome) -> None:
     """Every stage loses a worker, where possible between writing a file and its done marker."""
     flags = runs.folder / "flags"
