@@ -11,6 +11,7 @@ from msense.run.progress import format_progress
 from msense.text import size
 
 DRIVERS_SHOWN = 10
+_RENAMED = {"occurrences": "embed"}  # stages in the summaries of older versions
 
 
 def show_status(run: str) -> None:
@@ -40,7 +41,7 @@ def show_status(run: str) -> None:
 
 def _build_rows(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     finished = storage.read_json(run.finished)
-    stages = finished["stages"] if finished else {}
+    stages = {_RENAMED.get(name, name): stats for name, stats in (finished or {"stages": {}})["stages"].items()}
     totals = storage.read_json(run.partitions)
     of_partitions, of_shards = (f" of {totals['units']}", f" of {totals['shards']}") if totals else ("", "")
     counts = {

@@ -55,6 +55,8 @@ def read_exemplars(files: DictionaryFiles, offsets: np.ndarray, token: int | Non
     try:
         with pa.memory_map(str(path)) as source:
             return _read(source, offsets, token)
+    except DictionaryError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DictionaryError(f"cannot read {path}: {printable(error)}; copy or build the dictionary again") from error
 

@@ -168,9 +168,7 @@ def _finished_before(build: Build) -> dict[str, Any] | None:
     done = storage.read_json(run.finished)
     if done is None or done.pop("made_of") != run.inputs_hash:
         return None
-    passages = done["stages"]["passages"]
-    names = PassageStats.__dataclass_fields__
-    PassageStats(**{name: passages[name] for name in names}).check_bad_documents(build.config.on_bad_document)
+    PassageStats.from_summary(done["stages"]["passages"]).check_bad_documents(build.config.on_bad_document)
     if changed := context.executor.run(changed_files, run, done.pop("files")):
         logger.warning("dictionary: %s is missing or corrupted; the dictionary is regenerated", ", ".join(changed))
         context.journal.add("dictionary", damaged=1)

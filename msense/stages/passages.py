@@ -44,6 +44,12 @@ class PassageStats:
     tokens: int
     bad_documents: dict[str, int] = field(default_factory=dict)  # by reason
 
+    @classmethod
+    def from_summary(cls, stats: dict[str, Any]) -> "PassageStats":
+        """Read the stats in the summary of a run; older versions have one key per reason."""
+        old = {key.removeprefix("bad: "): count for key, count in stats.items() if key.startswith("bad: ")}
+        return cls(stats["documents"], stats["passages"], stats["tokens"], stats.get("bad_documents", old))
+
     def check_bad_documents(self, on_bad_document: str) -> None:
         """Raise InputError if there are bad documents and `on_bad_document` is "fail"."""
         if self.bad_documents and on_bad_document == "fail":

@@ -20,6 +20,7 @@ from msense.run.folder import RunFolder
 from msense.run.manifest import differences
 from msense.stages import embedding_store
 from msense.stages.cluster import clustering_memory
+from msense.stages.passages import PassageStats
 
 MakeTeacher = Callable[..., Path]
 in_process = pytest.mark.usefixtures("in_process")
@@ -261,3 +262,11 @@ def test_the_commands_with_the_real_teacher(tmp_path: Path) -> None:
         if row["token"] == token:
             senses[int(row["document_id"].split(":")[1]) < 40].add(row["sense"])
     assert not senses[True] & senses[False]  # the nearest occurrences of each sense are of one topic
+
+
+def test_summaries_of_older_versions_are_read() -> None:
+    old = {"documents": 3, "passages": 2, "tokens": 9, "bad documents": 1, "bad: empty": 1, "seconds": 0.1}
+    stats = PassageStats.from_summary(old)
+    assert stats == PassageStats(3, 2, 9, {"empty": 1})
+    with pytest.raises(InputError, match="1 empty"):
+        stats.check_bad_documents("fail")
