@@ -148,9 +148,10 @@ def test_drivers_killed_in_each_stage_one_after_the_other(runs: Runs, outcome: O
     assert journal[-1]["stages"]["embed"] == {"kept": partitions, "damaged": 0, "made": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "block_bytes", "chunk_points"),
-    [pytest.param(1, 1 << 30, 131072, id="one"), pytest.param(3, 1, 2048, id="three", marks=pytest.mark.slow)],
+    [pytest.param(1, 1 << 30, 131072, id="one"), pytest.param(3, 1, 2048, id="three")],
 )
 def test_workers_ray_blocks_chunks_and_finish_order_do_not_matter(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, workers: int, block_bytes: int, chunk_points: int

@@ -203,6 +203,7 @@ def test_batches_are_reshuffled_and_waste_little_padding() -> None:
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_labels_made_on_ray_and_after_a_killed_worker_are_the_same(
     ray: None, made: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
