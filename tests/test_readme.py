@@ -38,9 +38,8 @@ def test_every_file_and_target_exists() -> None:
 def test_every_benchmark_exists() -> None:
     text = README + (ROOT / "jobs" / "benchmarks" / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"jobs/benchmark\.py ((?:[a-z]+ )*[a-z]+)", text)
-    known = set(re.findall(r'^    "(\w+)": \("', (ROOT / "jobs" / "benchmark.py").read_text(), flags=re.MULTILINE))
-    named = {name for names in named for name in names.split()} - {"measures"}
-    assert {"gather", "plan", "kmeans", "replace", "distill", "encode", "step"} <= named <= known
+    known = set(re.findall(r'^    "(\w+)": "', (ROOT / "jobs" / "benchmark.py").read_text(), flags=re.MULTILINE))
+    assert {name for names in named for name in names.split()} - {"measures"} == known != set()
 
 
 def test_its_python_runs(tmp_path: Path, make_teacher: Callable[..., Path]) -> None:

@@ -1,100 +1,54 @@
-"""The run shared by several benchmarks: its settings, files and clustered points."""
+"""What benchmarks share: the command line's settings, a run of the corpus, and students of Banking77."""
 
 import argparse
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from msense.clustering.nearest import sample
+from benchmarks.artifacts import ArtifactCache, data_folder
 from msense.config.base import validate_config
-from msense.config.build import DEMO_CORPUS, BuildConfig
+from msense.config.build import BuildConfig
 from msense.constants import DEMO_TEACHER
-from msense.errors import InputError
 from msense.io import storage
-from msense.io.arrays import load_arrays
-from msense.pipelines.build import build_dictionary, cluster_settings
+from msense.pipelines.build import build_dictionary
 from msense.run.folder import RunFolder
-from msense.stages.embedding_store import ClusterSettings, Range, read_ranges, stored
-from msense.teacher.spec import load_teacher_info
 
 Figures = dict[str, float]
+STUDENTS = {"layers2": "layers:2", "static": "static"}
+SENSES = 50  # per token of their dictionary
+OBJECTIVE = {"sense": 1.0, "pooled": 100.0, "replaced": 100.0}
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Points of T tokens, grouped by token: ids int64 [T], sizes int64 [T], points float16 [N, D]."""
+class Bench(argparse.Namespace):
+    """The command line's settings, and what is built from them when it is first needed."""
 
-    ids: np.ndarray
-    sizes: np.ndarray
-    points: np.ndarray
-
-    def where(self, chosen: np.ndarray) -> "Tokens":
-        """Return the tokens selected by a mask [T]."""
-        return Tokens(self.ids[chosen], self.sizes[chosen], self.points[np.repeat(chosen, self.sizes)])
-
-    def arrays(self) -> list[np.ndarray]:
-        """Return the points of each token, float32 [n, D]."""
-        return [part.astype(np.float32) for part in np.split(self.points, np.cumsum(self.sizes)[:-1])]
-
-
-class Bench:
-    """The shared run, which keeps its passages, occurrences and centroids, and the command line's settings."""
-
-    def __init__(self, given: argparse.Namespace) -> None:
-        self.workers: int = given.workers
-        self.senses: int = given.senses
-        self.peer_python: str | None = given.peer_python
-        self.turns: int = given.turns
-        self._data: str | None = given.data
-        self._sample: float | None = given.sample
-        settings = {name: getattr(given, name) for name in ("corpus", "workers", "senses", "max_occurrences", "output")}
+    @cached_property
+    def config(self) -> BuildConfig:
+        """Settings of the shared run, which keeps passages, occurrences and centroids."""
+        settings = {name: getattr(self, name) for name in ("corpus", "workers", "senses", "max_occurrences", "output")}
         keep = ("passages", "occurrences", "centroids")
-        self.config = validate_config(BuildConfig, {**settings, "teacher": DEMO_TEACHER, "keep": keep})
-        self.run = RunFolder(storage.absolute(given.output))
+        return validate_config(BuildConfig, {**settings, "teacher": DEMO_TEACHER, "keep": keep})
 
     @property
-    def dry_run(self) -> RunFolder:
-        """Run folder of a dry run on a sample of the corpus."""
-        return RunFolder(storage.join(self.run.root, "estimate"))
+    def run(self) -> RunFolder:
+        """Folder of the shared run."""
+        return RunFolder(storage.absolute(self.config.output))
 
-    def build(self, **changes: Any) -> dict[str, Any]:
+    def build(self, **changes: Any) -> None:
         """Build the dictionary of the shared run, or resume it."""
-        return build_dictionary(self.config.model_copy(update=changes))
+        build_dictionary(self.config.model_copy(update=changes))
 
-    def sample(self, default: float) -> float:
-        """Return `--sample`; otherwise `default` for the demo corpus and 1 for any other."""
-        return self._sample or (default if self.config.corpus == (DEMO_CORPUS,) else 1.0)
+    @cached_property
+    def cache(self) -> ArtifactCache:
+        """Dictionaries and students of Banking77's training texts, beside the shared run."""
+        corpus = [str(data_folder(self.data, "banking77") / "train.csv")]
+        return ArtifactCache(Path(f"{self.run.root}-banking77"), corpus, self.workers)
 
-    def start_afresh(self, name: str) -> None:
-        """Delete the shared run; raise InputError if its folder holds something else."""
-        is_run = any(storage.exists(run.manifest) for run in (self.run, self.dry_run))
-        if storage.names(self.run.root) and not is_run:
-            raise InputError(f"{self.run.root} is not a run folder, and {name} would delete it: give another --output")
-        storage.remove(self.run.root)
+    @cached_property
+    def dictionary(self) -> Path:
+        """The students' dictionary."""
+        return self.cache.dictionary(SENSES)
 
-    def tokens(self) -> Tokens:
-        """Return the clustered points by token."""
-        settings = self.cluster_settings()
-        offsets = load_arrays(self.run.offsets)["offsets"]
-        whole = [Range(partition, int(row[0]), int(row[-1])) for partition, row in enumerate(offsets)]
-        records, _ = read_ranges(settings, whole)
-        order, _ = sample(records["key"], records["token"], settings.max_occurrences)
-        ids, sizes = np.unique(records["token"][order], return_counts=True)
-        points = stored(records["embedding"][order], settings.store_dtype).to(torch.float16).numpy()
-        return Tokens(ids.astype(np.int64), sizes, points)
-
-    def cluster_settings(self) -> ClusterSettings:
-        """Return the settings of the clustering stage."""
-        return cluster_settings(self.config, self.run, load_teacher_info(DEMO_TEACHER, self.config)[0])
-
-    def data(self, name: str) -> Path:
-        """Return a folder of labelled data; raise InputError if `--data` is missing or lacks that folder."""
-        if self._data is None:
-            raise InputError(f"this benchmark reads {name}/: give --data, the folder that contains it")
-        folder = Path(self._data, name)
-        if not folder.is_dir():
-            raise InputError(f"{folder} does not exist: give as --data a folder that contains {name}/")
-        return folder
+    def student(self, name: str) -> Path:
+        """Return a student, distilled first if it is missing."""
+        return self.cache.student(self.dictionary, name, student=STUDENTS[name], objective=OBJECTIVE)

@@ -6,84 +6,69 @@ A ratio is the median of the ratios per turn, so that a disturbance of the machi
 import gc
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 
+Run = Callable[[Callable[[list[Any]], Sequence[Any]]], list[Any]]
 _items: list[Any] = []  # of a worker process
 
 
-@dataclass(frozen=True)
-class Turns:
-    """Timings of several ways: float64 [turns] seconds per way, and the return value of the last turn per way."""
-
-    seconds: dict[str, np.ndarray]
-    results: dict[str, Any]
+class Turns(dict[str, np.ndarray]):
+    """Seconds of several ways by name, float64 [turns] each."""
 
     def ratio(self, over: str, under: str) -> float:
         """Return the median over turns of one way's time over another's."""
-        return float(np.median(self.seconds[over] / self.seconds[under]))
+        return float(np.median(self[over] / self[under]))
 
     def median(self, name: str) -> float:
         """Return the median seconds of a way."""
-        return float(np.median(self.seconds[name]))
+        return float(np.median(self[name]))
 
     def best(self, prefix: str) -> str:
         """Return the fastest way whose name starts with `prefix`."""
-        return min((name for name in self.seconds if name.startswith(prefix)), key=self.median)
+        return min((name for name in self if name.startswith(prefix)), key=self.median)
 
 
-def in_turn(ways: Mapping[str, Callable[[], Any]], turns: int, budget: float = np.inf) -> Turns:
-    """Time several calls in alternation; no turn starts after `budget` seconds."""
+def in_turn(ways: Mapping[str, Callable[[], Any]], turns: int) -> Turns:
+    """Time several calls in alternation."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    results: dict[str, Any] = {}
-    began = time.perf_counter()
     for _ in range(turns):
         for name, way in ways.items():
-            results.pop(name, None)
             gc.collect()
             start = time.perf_counter()
-            results[name] = way()
+            way()
             seconds[name].append(time.perf_counter() - start)
-        if time.perf_counter() - began > budget:
-            break
-    return Turns({name: np.array(times) for name, times in seconds.items()}, results)
+    return Turns({name: np.array(times) for name, times in seconds.items()})
 
 
-class Processes:
-    """Spawned processes that each keep a share of some items and run functions on it."""
+@contextmanager
+def processes(items: Sequence[Any], count: int) -> Iterator[Run]:
+    """Spawn processes that each keep a share of some items, dealt round-robin.
 
-    def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pools = [ProcessPoolExecutor(1, context) for _ in range(count)]
+    Yields:
+        A function that calls its argument in every process with the share and returns the results in the items' order.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        given = [(items[number::count],) for number in range(count)]
+        pools = [stack.enter_context(ProcessPoolExecutor(1, context, _keep, share)) for share in given]
 
-    def __enter__(self) -> "Processes":
-        return self
+        def run(work: Callable[[list[Any]], Sequence[Any]]) -> list[Any]:
+            shares = [future.result() for future in [pool.submit(_call, work) for pool in pools]]
+            results: list[Any] = [None] * sum(map(len, shares))
+            for number, share in enumerate(shares):
+                results[number::count] = share
+            return results
 
-    def __exit__(self, *_: object) -> None:
-        for pool in self._pools:
-            pool.shutdown()
-
-    def give(self, items: Sequence[Any]) -> None:
-        """Distribute items round-robin, replacing those of the previous call."""
-        count = len(self._pools)
-        for future in [pool.submit(_keep, items[number::count]) for number, pool in enumerate(self._pools)]:
-            future.result()
-
-    def run(self, work: Callable[[list[Any]], Sequence[Any]]) -> list[Any]:
-        """Call `work` in every process with its items and return the results in the order of all items."""
-        shares = [future.result() for future in [pool.submit(_call, work) for pool in self._pools]]
-        results: list[Any] = [None] * sum(map(len, shares))
-        for number, share in enumerate(shares):
-            results[number :: len(shares)] = share
-        return results
+        yield run
 
 
 def _keep(items: Sequence[Any]) -> None:
-    _items[:] = items
+    _items.extend(items)
 
 
 def _call(work: Callable[[list[Any]], Sequence[Any]]) -> Sequence[Any]:

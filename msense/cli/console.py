@@ -17,7 +17,7 @@ from rich.text import Text
 
 from msense.corpus.chunking import LISTED_BAD_DOCUMENTS
 from msense.errors import InputError, MsenseError
-from msense.io.filesystems import error_message, s3_errors
+from msense.io.filesystems import error_message, s3_errors, storage_error_types
 from msense.text import clean, plain, size
 
 logger = logging.getLogger("msense")
@@ -37,11 +37,9 @@ def run_job(job: Callable[[], None]) -> int:
     except InputError as error:
         logger.error("error: %s", error)
         return 2
-    except (MsenseError, OSError) as error:
-        logger.error("failed: %s\n%s", error, _RESUME)
-        return 1
-    except s3_errors() as error:
-        logger.error("failed: %s\n%s", error_message(error), _RESUME)
+    except storage_error_types(MsenseError) as error:
+        message = error_message(error) if isinstance(error, s3_errors()) else error
+        logger.error("failed: %s\n%s", message, _RESUME)
         return 1
     except KeyboardInterrupt:
         logger.error("stopped. %s", _RESUME)

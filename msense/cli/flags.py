@@ -1,7 +1,7 @@
 """Settings from flags and the YAML file of `--config`: flags override the file, and the file overrides the defaults.
 
 cyclopts splits the command line and prints the help. It passes values on as text, so that pydantic converts them and reports
-all unknown flags and invalid values at once. Its shell completion is not used: it does not support scripts (`NAME.py`).
+all unknown flags and invalid values at once.
 """
 
 import inspect
@@ -37,10 +37,7 @@ _YAML_ERRORS = (OSError, ValueError, RecursionError, AttributeError, LookupError
 def parse_flags(model: type[JobT], description: str | None, argv: Sequence[str] | None = None) -> JobT:
     """Return the settings of the command line and of the YAML file of `--config`, and apply the log level.
 
-    Args:
-        model: the settings; each field becomes a flag.
-        description: text at the top of `--help`, which ends the process.
-        argv: arguments without the name of the program; default: those of this process.
+    Each field of `model` becomes a flag. `--help` prints `description` and the flags, and ends the process.
 
     Raises:
         InputError: flags, keys or values are invalid; the message lists every error.
@@ -49,9 +46,8 @@ def parse_flags(model: type[JobT], description: str | None, argv: Sequence[str] 
         >>> parse_flags(BuildConfig, "Build.", ["--corpus", "a.txt", "b.txt", "--no-dedup"]).corpus
         ('a.txt', 'b.txt')
     """
-    given = _split_arguments(
-        {"config": _CONFIG, **model.model_fields}, description, sys.argv[1:] if argv is None else argv
-    )
+    fields = {"config": _CONFIG, **model.model_fields}
+    given = _split_arguments(fields, description, sys.argv[1:] if argv is None else argv)
     values = _read_yaml(given.pop("config")) if "config" in given else {}
     config = validate_config(model, values | given)
     logging.getLogger("msense").setLevel(config.log_level.upper())
@@ -64,7 +60,8 @@ def _split_arguments(fields: dict[str, FieldInfo], description: str | None, argv
     def job(**_: Any) -> None:
         """Stand for the job in the parser."""
 
-    keyword, names = inspect.Parameter.KEYWORD_ONLY, sorted(fields, key=_place)
+    places = {name: COMMON.index(name) if name in COMMON else len(COMMON) for name in fields}
+    keyword, names = inspect.Parameter.KEYWORD_ONLY, sorted(fields, key=places.__getitem__)
     flags = [inspect.Parameter(n, keyword, default=None, annotation=_flag(n, fields[n])) for n in names]
     job.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
     app = App(help=description or "", help_format="plaintext", version_flags=(), group_commands=_COMMON_GROUP)
@@ -82,10 +79,6 @@ def _split_arguments(fields: dict[str, FieldInfo], description: str | None, argv
         single = isinstance(value, list) and len(value) == 1 and not _is_list(fields[name])
         given[name] = value[0] if single else value
     return given
-
-
-def _place(name: str) -> int:
-    return COMMON.index(name) if name in COMMON else len(COMMON)
 
 
 def _is_list(field: FieldInfo) -> bool:

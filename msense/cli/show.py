@@ -17,14 +17,7 @@ _LONGEST = 2000  # characters of an untrusted token or explanation
 
 
 def show_words(source: str, words: Sequence[str], exemplars: int, senses: int) -> int:
-    """Print the senses of words; return 0, or 1 if no word has senses.
-
-    Args:
-        source: folder or URI of the dictionary.
-        words: words to look up.
-        exemplars: maximum contexts per sense.
-        senses: maximum senses per token.
-    """
+    """Print at most `senses` senses per token of the words, with at most `exemplars` contexts; return 1 if there is none."""
     dictionary = SenseDictionary.load(source)
     console = Console(highlight=False, emoji=False, markup=False)
     shown: set[int] = set()  # "Bank bank" matches the same tokens twice
@@ -71,10 +64,7 @@ def _context(exemplar: Exemplar, console: Console) -> Text:
         left = left[1:]
     line = Text(" " * (_INDENT + before - cell_len(left)) + left)
     room = width - before
-    if console.is_terminal:
-        line.append(_cut(word, room), style="bold")
-    else:
-        line.append(f"[{_cut(word, room - 2)}]")
+    line.append(f"[{_cut(word, room - 2)}]", style="bold")
     line.append(_cut(right[: 4 * width], _INDENT + width - line.cell_len))
     return line
 

@@ -15,11 +15,7 @@ _RENAMED = {"occurrences": "embed"}  # stages in the summaries of older versions
 
 
 def show_status(run: str) -> None:
-    """Print the progress of every stage of a run, and the files that its latest drivers kept and wrote.
-
-    Raises:
-        InputError: the folder is not a run, or has records of another version.
-    """
+    """Print the progress of every stage of a run, and what its latest drivers did; raise InputError if it is not a run."""
     folder = RunFolder(storage.absolute(run))
     manifest = folder.read_manifest()
     if manifest is None:
@@ -44,18 +40,16 @@ def _build_rows(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str
     stages = {_RENAMED.get(name, name): stats for name, stats in (finished or {"stages": {}})["stages"].items()}
     totals = storage.read_json(run.partitions)
     of_partitions, of_shards = (f" of {totals['units']}", f" of {totals['shards']}") if totals else ("", "")
+    fixed = isinstance(manifest.get("config", {}).get("senses", 0), int)
     counts = {
         "passages": f"{_finished(run.passages, '.parquet')} files",
         "plan": _done(run.thresholds),
         "embed": f"{_finished(run.occurrences, '.records')}{of_partitions} partitions",
-        "senses": _done(run.senses),
+        **({} if fixed else {"senses": _done(run.senses)}),
         "clustering": f"{_finished(run.centroids, prefix='0')}{of_shards} shards",
     }
-    if isinstance(manifest.get("config", {}).get("senses", 0), int):
-        del counts["senses"]
-    rows = [
-        (name, f"done, {stages[name]['seconds']:,.1f} s" if name in stages else text) for name, text in counts.items()
-    ]
+    done = {name: f"done, {stats['seconds']:,.1f} s" for name, stats in stages.items()}
+    rows = [(name, done.get(name, text)) for name, text in counts.items()]
     if not finished:
         return [*rows, ("dictionary", "pending; rerun the build command to resume")]
     stats = stages["dictionary"]

@@ -1,14 +1,10 @@
 """`cluster.yaml`: Ray's own validator, and checks that it lacks."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
 import ray
 import yaml
-from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).parents[2]
@@ -19,9 +15,9 @@ NODE_KEYS = {"InstanceType", "ImageId", "SecurityGroupIds", "IamInstanceProfile"
 NODE_KEYS |= {"BlockDeviceMappings", "InstanceMarketOptions", "SubnetIds"}
 
 
-def check(cluster: dict[str, Any]) -> None:
-    """Raise AssertionError or ValidationError unless the cluster is complete and closed to the world."""
-    validate_config(prepare_config(yaml.safe_load(yaml.safe_dump(cluster))))
+def test_the_cluster_file_is_complete_and_closed_to_the_world() -> None:
+    cluster = yaml.safe_load(TEXT)
+    validate_config(prepare_config(yaml.safe_load(TEXT)))
     python = re.search(r"requires-python = \">=(\d)\.(\d+)\"", (ROOT / "pyproject.toml").read_text())
     assert python
     assert f"ray=={ray.__version__}\n" in (ROOT / "constraints.txt").read_text()
@@ -49,41 +45,6 @@ def check(cluster: dict[str, Any]) -> None:
     assert [spot[priority] for priority in sorted(spot)] == [False, True], "spot instances first"
     assert cluster["provider"]["cache_stopped_nodes"] is False
     assert 0 < cluster["idle_timeout_minutes"] <= 30
-
-
-def test_the_cluster_file_is_valid() -> None:
-    check(yaml.safe_load(TEXT))
     commands = re.findall(r"python (jobs/\w+\.py)", TEXT)
     assert commands
     assert all((ROOT / name).is_file() for name in commands)
-
-
-def _type(cluster: dict[str, Any], name: str, part: str) -> dict[str, Any]:
-    return cluster["available_node_types"][name][part]
-
-
-MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
-    "unknown key": lambda c: c.update(maxworkers=3),
-    "missing head type": lambda c: c.update(head_node_type="boss"),
-    "image of another Ray": lambda c: c["docker"].update(image="rayproject/ray:2.59.0-py311-cu130"),
-    "missing list": lambda c: c.pop("setup_commands"),
-    "no constraints": lambda c: c.update(setup_commands=["pip install msense"]),
-    "no token": lambda c: c.update(worker_start_ray_commands=["ray start --address=$RAY_HEAD_IP:6379"]),
-    "public dashboard": lambda c: c.update(
-        head_start_ray_commands=["RAY_AUTH_MODE=token ray start --head --dashboard-host=0.0.0.0"]
-    ),
-    "missing file": lambda c: c["file_mounts"].update({"/home/ray/x": "no/such/file"}),
-    "head with tasks": lambda c: _type(c, "head", "resources").update(CPU=4),
-    "group created by Ray": lambda c: _type(c, "gpu_spot", "node_config").pop("SecurityGroupIds"),
-    "on-demand first": lambda c: c["available_node_types"]["gpu_on_demand"].update(priority=11),
-    "mistyped AWS field": lambda c: _type(c, "head", "node_config").update(ImageID="ami"),
-    "workers without GPUs": lambda c: _type(c, "gpu_spot", "resources").update(GPU=0),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_detected(mistake: str) -> None:
-    cluster = yaml.safe_load(TEXT)
-    MISTAKES[mistake](cluster)
-    with pytest.raises((AssertionError, ValidationError, ValueError, KeyError)):
-        check(cluster)

@@ -1,39 +1,81 @@
 """`ray job submit` to a head with token authentication: refused, stopped, resumed and failing jobs."""
 
+import os
+import secrets
+import shutil
+import signal
+import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import pytest
-from faulty import write_corpus
-from nodes import BIN, ROOT, Nodes, free_ports, in_small_partitions
+from faulty import wait_until, write_corpus
 from s3_server import files
 
 from msense.errors import InputError
 from msense.io import storage
 from msense.run.folder import SUBMITTED, RunFolder, resolve_output
 
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
 
 class Head:
-    """A head node and its `ray job` command."""
+    """A head node with token authentication, in a temporary home folder, and its `ray job` command."""
 
-    def __init__(self, nodes: Nodes) -> None:
-        self.nodes = nodes
+    def __init__(self, folder: Path) -> None:
+        token = secrets.token_hex(32)
+        (folder / "token").write_text(token)
+        (folder / "token").chmod(0o600)
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
+        self.environment |= {"HOME": str(folder), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+        self.environment |= {"RAY_USAGE_STATS_ENABLED": "0"}
         port, dashboard, *others = map(str, free_ports(5))
         names = ("ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
         options = [word for name, other in zip(names, others, strict=True) for word in (f"--{name}", other)]
-        options += ["--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard, "--num-cpus", "2"]
-        nodes.start("--head", "--port", port, "--temp-dir", str(nodes.folder / "ray"), *options)
-        self.address = ("--address", f"http://127.0.0.1:{dashboard}")
-        nodes.wait_for([str(BIN / "ray"), "job", "list", *self.address], 0)
+        options += ["--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard, "--num-cpus", "2", "--port", port]
+        options += ["--object-store-memory", str(200 << 20), "--temp-dir", str(folder / "ray")]
+        with (folder / "head.log").open("wb") as log:
+            command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--head", *options]
+            self.process = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.url = f"http://127.0.0.1:{dashboard}"
+        wait_until(lambda: self.status(token) == 200 or self.process.poll() is not None)
+        assert self.process.poll() is None, (folder / "head.log").read_text(errors="replace")
 
-    def job(self, *words: str, token: bool = True) -> subprocess.CompletedProcess:
+    def end(self) -> None:
+        """Stop all processes of the node."""
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        with suppress(ProcessLookupError):  # none of the group is left
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def status(self, token: str = "") -> int:
+        """Return the HTTP status of a request for the list of jobs; 0 if the head does not answer yet."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            with urlopen(Request(f"{self.url}/api/jobs/", headers=headers)) as answer:
+                return answer.status
+        except HTTPError as error:
+            return error.code
+        except URLError:
+            return 0
+
+    def job(self, *words: str) -> subprocess.CompletedProcess:
         """Run `ray job`; its output includes its errors."""
-        environment = {k: v for k, v in self.nodes.environment.items() if token or not k.startswith("RAY_AUTH")}
-        command = [str(BIN / "ray"), "job", words[0], *self.address, *words[1:]]
+        command = [str(BIN / "ray"), "job", words[0], "--address", self.url, *words[1:]]
         return subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
 
     def submit(self, folder: Path, *command: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -41,19 +83,29 @@ class Head:
         return self.job("submit", "--working-dir", str(folder), *options, "--", *command)
 
 
+def free_ports(count: int) -> list[int]:
+    """Return unused ports."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    nodes = Nodes()
-    try:
-        yield Head(nodes)
-    finally:
-        nodes.end()
+    with tempfile.TemporaryDirectory(
+        dir="/tmp", ignore_cleanup_errors=True
+    ) as folder:  # Ray's sockets need short paths
+        node = Head(Path(folder))
+        try:
+            yield node
+        finally:
+            node.end()
 
 
 def test_no_token_no_job_and_a_relative_output_is_refused(head: Head) -> None:
-    refused = head.job("list", token=False)
-    assert refused.returncode == 1
-    assert "Unauthorized: Missing authentication token" in refused.stdout
+    assert (head.status(), head.status("0" * 64)) == (401, 403)
     bad = head.submit(ROOT, "python", "jobs/build_dict.py", "--corpus", "README.md", "--output", "runs/mine")
     assert bad.returncode == 1  # Ray's own
     assert "exit code 2" in bad.stdout
@@ -71,25 +123,33 @@ def test_only_lasting_outputs_are_accepted(monkeypatch: pytest.MonkeyPatch, tmp_
     assert resolve_output("s3://bucket/x") == "s3://bucket/x"
 
 
-def wait_until(ready: Callable[[], bool]) -> None:
-    until = time.monotonic() + 120
-    while not ready() and time.monotonic() < until:
+WAITS = """
+_call = EmbedActor.__call__
+
+
+def _waits(self, item):
+    while item["number"] >= 5 and Path(HOLD).exists():
         time.sleep(0.05)
-    assert ready()
+    return _call(self, item)
+
+
+EmbedActor.__call__ = _waits
+"""
 
 
 @pytest.mark.slow
 def test_a_job_that_is_stopped_and_submitted_again_gives_the_same_bytes(
     head: Head, tmp_path: Path, teacher: Path
 ) -> None:
-    """The submitted copy of the code waits at its sixth partition while a file exists."""
-    hold, stopped = tmp_path / "hold", tmp_path / "stopped"
+    """The submitted copy of the code has small partitions; it waits at its sixth one while a file exists."""
+    hold, stopped, code = tmp_path / "hold", tmp_path / "stopped", tmp_path / "code"
     hold.touch()
-    wait = f"""
-    while item["number"] >= 5 and Path({str(hold)!r}).exists():
-        time.sleep(0.05)
-"""
-    code = in_small_partitions(tmp_path / "code", wait)
+    for name in ("jobs", "msense"):
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (code / "msense" / "stages" / "embedding_store.py").open("a") as file:
+        file.write("PARTITION_BYTES = (60_000, 60_000)\n")
+    with (code / "msense" / "stages" / "embed.py").open("a") as file:
+        file.write(WAITS.replace("HOLD", repr(str(hold))))
     write_corpus(tmp_path / "corpus", "abcdefghijklmnop", lines=60, repeated=0)  # at least one partition per file
 
     def command(output: Path) -> list[str]:

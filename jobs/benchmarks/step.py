@@ -1,21 +1,18 @@
 """The cost of a training step over the bare student, of its losses over a loop, and of the reference's training scheme.
 
-Uses the labels and dictionary of `distill`, made first where missing, on one thread, like one of many workers.
+Uses the labels of the students' dictionary, made first where missing, on one thread, like one of many workers.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.distilling import STUDENTS, banking_cache, student
-from benchmarks.senses import MORE
-from benchmarks.shared import Bench, Figures
+from benchmarks.shared import STUDENTS, Bench, Figures
 from benchmarks.timing import in_turn
 from msense.config.distill import DistillConfig
 from msense.constants import DEMO_TEACHER
@@ -27,35 +24,29 @@ from msense.runtime import LocalExecutor
 from msense.teacher.body import resolve_dtype
 from msense.teacher.model import Teacher
 from msense.training.distiller import Trainer, build_student
-from msense.training.engine import DDPEngine, keep_freed_memory
+from msense.training.engine import DDPEngine, prepare_process
 from msense.training.label_dataset import LabelBatch, LabelSet
 from msense.training.losses import LossWeights
 from msense.training.sense_losses import SenseLabels, sense_losses
 
 STEPS, TURNS = 12, 5
 LARGER = 4096  # tokens of a larger batch, for the losses alone
+Ways = dict[str, Callable[[], None]]
 
 
 def step(bench: Bench) -> Figures:
     """Measure both kinds of student."""
-    cache = banking_cache(bench)
-    dictionary = cache.dictionary(MORE)
-    student(cache, dictionary, "static")  # which makes the labels
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    keep_freed_memory()  # as a training worker does
-    figures: Figures = {}
-    for name, kind in STUDENTS.items():
-        trainer = _trainer(cache.folder / f"labels-{dictionary.name}", dictionary, kind)
-        figures |= {f"distill.{key}_{name}": value for key, value in _measure(trainer).items()}
-    torch.set_num_threads(threads)
+    bench.student("static")  # makes the labels
+    prepare_process(1)  # as a training worker does
+    measured = {name: _measure(_trainer(bench, kind)) for name, kind in STUDENTS.items()}
+    figures = {f"distill.{key}_{name}": value for name, own in measured.items() for key, value in own.items()}
     return figures | {"distill.step_ratio": figures["distill.step_ratio_layers2"]}
 
 
-def _trainer(labels: Path, dictionary: Path, kind: str) -> Trainer:
+def _trainer(bench: Bench, kind: str) -> Trainer:
     """Return the default training of `jobs/distill.py`, in this process."""
-    config = DistillConfig(dictionary=str(dictionary), teacher=DEMO_TEACHER, student=kind, epochs=1)
-    run, executor = RunFolder(str(labels)), LocalExecutor(1, "cpu")
+    config = DistillConfig(dictionary=str(bench.dictionary), teacher=DEMO_TEACHER, student=kind, epochs=1)
+    run, executor = RunFolder(str(bench.cache.labels(bench.dictionary))), LocalExecutor(1, "cpu")
     training = distillation_config(config, load_inputs(config), run, executor, resolve_dtype("auto", "cpu"))
     training, label_set = replace(training, threads=1), LabelSet.open(run.root)
     engine = DDPEngine(build_student(training, label_set), config.weight_decay, config.clip)
@@ -83,16 +74,14 @@ def _measure(trainer: Trainer) -> Figures:
 
     def reference() -> None:
         for batch in read:
-            ids = batch.ids[batch.mask]
+            ids, dictionary = batch.ids[batch.mask], trainer.dictionary
             wanted = teacher.embed(batch.ids.numpy(), batch.mask.numpy())[batch.mask].float()
             hidden = _forward(trainer, batch)[1][batch.mask]
-            reference_loss(
-                trainer.dictionary, ids, hidden, reference_senses(trainer.dictionary, ids, wanted)
-            ).backward()
+            reference_loss(dictionary, ids, hidden, reference_senses(dictionary, ids, wanted)).backward()
             trainer.engine.step(training.lr)
 
     senses = partial(ours, LossWeights(sense=1, temperature=training.mix.temperature))
-    ways: dict[str, Callable[[], None]] = {"ours": ours, "bare": bare, "senses": senses, "reference": reference}
+    ways: Ways = {"ours": ours, "bare": bare, "senses": senses, "reference": reference}
     larger = [labels.read(batch) for batch in islice(labels.batches(0, 0, LARGER), 3)]
     ways |= _losses(trainer, read, "") | _losses(trainer, larger, f"_{LARGER}")
     del ways[f"loss_unbound_{LARGER}"]
@@ -110,7 +99,7 @@ def _measure(trainer: Trainer) -> Figures:
     }
 
 
-def _losses(trainer: Trainer, read: list[LabelBatch], end: str) -> dict[str, Callable[[], None]]:
+def _losses(trainer: Trainer, read: list[LabelBatch], end: str) -> Ways:
     """Return cross-entropy over senses, forward and backward, as msense and as the reference compute it, by name."""
     outputs = [_forward(trainer, batch)[1][batch.mask].detach().requires_grad_() for batch in read]
 
