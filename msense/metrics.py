@@ -27,6 +27,6 @@ METRICS: Mapping[str, Callable[..., float]] = {  # of (gold [P], predicted [P])
 
 
 def _correlation(function: Callable[..., Any], gold: np.ndarray, predicted: np.ndarray) -> float:
-    """Return a correlation; 0 if one side is constant."""
+    """Return a correlation; 0 if one side is constant or empty."""
     gold, predicted = gold.astype(np.float64), predicted.astype(np.float64)
-    return float(function(gold, predicted)[0]) if np.ptp(gold) and np.ptp(predicted) else 0.0
+    return float(function(gold, predicted)[0]) if len(gold) and np.ptp(gold) and np.ptp(predicted) else 0.0

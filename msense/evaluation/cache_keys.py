@@ -6,9 +6,7 @@ Weights and dictionaries are hashed by content; large data files by name, size a
 import hashlib
 import json
 from dataclasses import asdict
-from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ from msense.constants import VERSION
 from msense.corpus import list_files
 from msense.corpus.labelled import split_files
 from msense.dictionary import DictionaryFiles, SenseDictionary
-from msense.evaluation.models import folder_of_student
 from msense.evaluation.spec import Spec, TaskSpec
 from msense.evaluation.tasks import mteb
 from msense.io.storage import sha256_of
 from msense.student.config import StudentFiles
+from msense.student.files import student_folder
 from msense.teacher.files import locate
 from msense.teacher.spec import TeacherOptions, load_teacher_info
 
@@ -32,7 +30,6 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@cache
 def versions() -> dict[str, str]:
     """Return the package versions that results depend on."""
     return {"msense": VERSION, **{name: version(name) for name in PACKAGES}}
@@ -48,7 +45,7 @@ def model_key(spec: Spec) -> str:
     if spec.kind == "replaced":
         key["dictionary"] = SenseDictionary.load(spec.source).fingerprint
     if spec.kind == "student":
-        files = StudentFiles(folder_of_student(spec.source))
+        files = StudentFiles(student_folder(spec.source))
         own = [sha256_of(path) for path in (files.weights, files.config)]
         shipped = DictionaryFiles(files.dictionary).fingerprint() if files.dictionary.is_dir() else ""
         key["student"] = digest([own, shipped])
@@ -61,12 +58,8 @@ def model_key(spec: Spec) -> str:
 
 
 def data_key(task: TaskSpec) -> str:
-    """Return a hash of a task's data: names, sizes and modification times of its files.
-
-    Raises:
-        InputError: data are missing; the message says what to download and where to put it.
-    """
-    own = version("mteb") if task.kind == "mteb" and find_spec("mteb") else ""
+    """Return a hash of a task's data (names, sizes and modification times of its files); InputError if they are missing."""
+    own = version("mteb") if task.kind == "mteb" else ""
     if not task.source:
         return digest([mteb.task_class(task.name).metadata.name, own]) if task.kind == "mteb" else task.name
     if task.kind in ("classification", "mteb"):

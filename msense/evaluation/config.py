@@ -9,16 +9,12 @@ from pydantic import Field, field_validator
 
 from msense.config.base import JobConfig
 from msense.constants import MAX_INT32
-from msense.corpus.labelled import Columns
 from msense.evaluation.spec import MODELS, TASKS, Spec, TaskSpec, check_names, parse_model, parse_task
 from msense.evaluation.tasks.mteb import PAPER_TASKS
 
 ALL_OF_PAPER = "mteb:paper"
+_MODELS, _TASKS = ("; ".join(f"{word}: {meaning}" for word, meaning in known.items()) for known in (MODELS, TASKS))
 Shots = Annotated[str, Field(pattern="^(full|[1-9][0-9]{0,8})$", coerce_numbers_to_str=True)]
-
-
-def _listed(known: dict[str, str]) -> str:
-    return "; ".join(f"{syntax}: {meaning}" for syntax, meaning in known.items())
 
 
 class EvaluateConfig(JobConfig):
@@ -32,12 +28,11 @@ class EvaluateConfig(JobConfig):
 
     model: tuple[str, ...] = Field(
         min_length=1,
-        description=f"models to compare; the first is the baseline. {_listed(MODELS)}. LABEL=MODEL sets its name in tables",
+        description=f"models to compare; the first is the baseline. {_MODELS}. LABEL=MODEL sets its name in tables",
     )
-    task: tuple[str, ...] = Field(min_length=1, description=f"tasks. {_listed(TASKS)}")
+    task: tuple[str, ...] = Field(min_length=1, description=f"tasks. {_TASKS}")
     teacher: str | None = Field(
-        None,
-        description="teacher, by name or folder; default: that of the first dictionary or student, or the demo's",
+        None, description="teacher, by name or folder; default: that of the first dictionary or student, or the demo's"
     )
     revision: str | None = Field(None, description="branch, tag or commit of the teacher on the Hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="teacher's dtype")
@@ -80,11 +75,6 @@ class EvaluateConfig(JobConfig):
         return value
 
     @property
-    def columns(self) -> Columns:
-        """Columns of texts and labels."""
-        return Columns((self.text_column,), self.label_column)
-
-    @property
     def cores(self) -> int:
         """Total threads of all concurrent models."""
         return self.threads or os.cpu_count() or 1
@@ -101,9 +91,8 @@ class EvaluateConfig(JobConfig):
 
     def tasks(self) -> list[TaskSpec]:
         """Return the tasks; InputError if one cannot be parsed or two have the same name."""
-        words: list[str] = []
-        for word in self.task:
-            words += [f"mteb:{name}" for name in PAPER_TASKS] if word == ALL_OF_PAPER else [word]
+        paper = [f"mteb:{name}" for name in PAPER_TASKS]
+        words = [own for word in self.task for own in (paper if word == ALL_OF_PAPER else [word])]
         tasks = [parse_task(word) for word in words]
         check_names(words, [task.title for task in tasks], "--task")
         return tasks

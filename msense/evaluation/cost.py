@@ -31,47 +31,28 @@ MAX_TEXTS = 2000
 
 @dataclass(frozen=True)
 class Cost:
-    """Costs of a model.
+    """Costs of a model; speeds are medians over rounds."""
 
-    Attributes:
-        parameters: number of weights, without a dictionary's.
-        disk_bytes: size of its files, without a dictionary's.
-        dictionary_bytes: size of its senses; 0 without a dictionary.
-        senses: number of senses of its dictionary.
-        compression: bytes of the dictionary corpus' embeddings (2 per number) over those of the dictionary.
-        texts_per_s: median over rounds.
-        tokens_per_s: median over rounds; None if the model does not count tokens.
-        peak_memory: bytes of a process that loads the model and encodes.
-        speedup: relative to the first model, median over rounds.
-    """
-
-    parameters: int
+    parameters: int  # without a dictionary's, as the next
     disk_bytes: int
-    dictionary_bytes: int
+    dictionary_bytes: int  # 0 without a dictionary
     senses: int
-    compression: float | None
+    compression: float | None  # bytes of the dictionary corpus' embeddings (2 per number) over the dictionary's
     texts_per_s: float
-    tokens_per_s: float | None
-    peak_memory: int
-    speedup: float
+    tokens_per_s: float | None  # None if the model does not count tokens
+    peak_memory: int  # bytes of a process that loads the model and encodes
+    speedup: float  # relative to the first model
 
 
 def measure(specs: Sequence[Spec], texts: Sequence[str], device: str, threads: int) -> dict[str, Cost]:
-    """Return the cost of every model by name, measured on the same texts.
-
-    Args:
-        specs: models; speed-ups are relative to the first.
-        texts: at least some hundreds, or start-up dominates; only the first `MAX_TEXTS` are used.
-        device: cuda or cpu.
-        threads: threads of every model.
-    """
+    """Return the cost of every model by name, measured on the first `MAX_TEXTS` texts (too few measure the start-up)."""
     texts = texts[:MAX_TEXTS]
     own = [spec for spec in specs if spec.kind != "model2vec"]  # runs in its own process, which reports its memory
     peaks = {spec.name: _peak(spec, texts, device, threads) for spec in own}
     with ExitStack() as stack:
         models = {spec.name: stack.enter_context(open_model(spec, device, threads)) for spec in specs}
         seconds = _time_interleaved(models, texts)
-        first, costs = seconds[specs[0].name], {}
+        costs = {}
         for name, model in models.items():
             median = float(np.median(seconds[name]))
             costs[name] = Cost(
@@ -80,7 +61,7 @@ def measure(specs: Sequence[Spec], texts: Sequence[str], device: str, threads: i
                 texts_per_s=len(texts) / median,
                 tokens_per_s=model.tokens(texts) / median if hasattr(model, "tokens") else None,
                 peak_memory=peaks.get(name) or model.peak_memory,
-                speedup=float(np.median(first / seconds[name])),
+                speedup=float(np.median(seconds[specs[0].name] / seconds[name])),
                 **_of_dictionary(getattr(model, "dictionary", None)),
             )
     return costs
@@ -88,24 +69,22 @@ def measure(specs: Sequence[Spec], texts: Sequence[str], device: str, threads: i
 
 def _time_interleaved(models: dict[str, Any], texts: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the seconds of each model, float64 [rounds]; models alternate within a round."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
         model.encode(texts[:64])  # warm-up: lazy loading and compilation do not count
+    rounds: list[list[float]] = []
     began = time.perf_counter()
-    for _ in range(ROUNDS):
-        for name, model in models.items():
+    while len(rounds) < ROUNDS and time.perf_counter() - began < MAX_SECONDS:
+        rounds.append([])
+        for model in models.values():
             gc.collect()
             start = time.perf_counter()
             model.encode(texts)
             own = time.perf_counter() - start
-            seconds[name].append(getattr(model, "seconds", own))
-        if time.perf_counter() - began > MAX_SECONDS:
-            break
-    return {name: np.array(values) for name, values in seconds.items()}
+            rounds[-1].append(getattr(model, "seconds", own))
+    return dict(zip(models, np.array(rounds).T, strict=True))
 
 
 def _of_dictionary(dictionary: SenseDictionary | None) -> dict[str, Any]:
-    """Return a dictionary's size and its compression of the corpus' embeddings at 2 bytes per number."""
     if dictionary is None:
         return {"dictionary_bytes": 0, "senses": 0, "compression": None}
     scales = [] if dictionary.ragged.scales is None else [dictionary.ragged.scales]

@@ -1,6 +1,6 @@
 """One model on one task: the unit of work of an evaluation, and its dispatch to the module of the task."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from msense.runtime.resources import Resources
 
 WITH_TOKENS = ("teacher", "replaced", "student", "truncated")  # model kinds with token embeddings
 OF_TOKENS = ("classifier", "coarsewsd", "tokens")  # task kinds that need them
+AGAINST_TEACHER = ("classifier", "tokens")  # task kinds on which every result depends on the teacher
 DRAWN = ("classification", "mteb")
 DESCRIPTIONS = {
     "classification": "logistic regression on sentence vectors, {shots}, {draws}; accuracy on the test texts",
@@ -29,23 +30,13 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """One model on one task; sent to a worker.
-
-    Attributes:
-        spec: model.
-        task: task.
-        title: title of the task's table: its name, with the number of shots if any.
-        protocol: sampling of training texts.
-        columns: columns of labelled texts.
-        device: cuda or cpu.
-        threads: torch threads.
-    """
+    """One model on one task; sent to a worker."""
 
     spec: Spec
     task: TaskSpec
-    title: str
-    protocol: Protocol
-    columns: Columns
+    title: str  # of the task's table: its name, with the number of shots if any
+    protocol: Protocol  # how training texts are sampled
+    columns: Columns  # of labelled texts
     device: str
     threads: int
 
@@ -58,11 +49,6 @@ class EvaluationJob:
     def is_possible(self) -> bool:
         """Whether the model provides the embeddings that the task needs."""
         return self.spec.kind in WITH_TOKENS or self.task.kind not in OF_TOKENS
-
-    @property
-    def is_against_teacher(self) -> bool:
-        """Whether every model's result depends on the teacher."""
-        return self.task.kind in ("classifier", "tokens")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,14 +68,15 @@ def make_jobs(
     config: EvaluateConfig, specs: Sequence[Spec], tasks: Sequence[TaskSpec], resources: Resources
 ) -> list[EvaluationJob]:
     """Return all combinations of models and tasks; classification once per number of shots."""
-    jobs = []
+    jobs: list[EvaluationJob] = []
     concurrent = resources.actors if resources.device == "cuda" else resources.tasks
     threads = max(1, config.cores // concurrent)
+    columns = Columns((config.text_column,), config.label_column)
     for task in tasks:
         for shots in config.shots if task.kind in DRAWN else ("",):
             protocol = Protocol(int(shots) if shots.isdecimal() else 0, config.draws, config.seed)
             title = task.title + (f", {shots} shots" if shots.isdecimal() else f", {shots}" if shots else "")
-            common = (task, title, protocol, config.columns, resources.device, threads)
+            common = (task, title, protocol, columns, resources.device, threads)
             jobs += [EvaluationJob(spec, *common) for spec in specs]
     return jobs
 
@@ -99,39 +86,31 @@ def measure(number: int, jobs: Sequence[EvaluationJob]) -> dict[str, Any]:
     job = jobs[number]
     try:
         with open_model(job.spec, job.device, job.threads) as model:
-            result = _measure(job, model)
+            result = MEASURES[job.task.kind](model, job)
     except MsenseError as error:
         raise type(error)(f"{job.spec.name} on {job.title}: {error}") from error
     return {"title": job.title, "model": job.spec.name, "result": result.to_json()}
 
 
-def _measure(job: EvaluationJob, model: Any) -> Result:
-    """Return the result of a loaded model; `is_possible` guarantees that it has token embeddings where needed."""
-    name, kind, source = job.task.name, job.task.kind, job.task.source
-    if kind == "classification":
-        return classification.measure(model, source, job.columns, job.protocol)
-    if kind == "mteb":
-        return mteb.measure(model, name, source, job.columns, job.protocol)
-    if kind == "wordsim":
-        return wordsim.measure(model, source)
-    if kind == "classifier":
-        return classifier.measure(model, source, name, job.spec, job.columns)
-    if kind == "coarsewsd":
-        return coarsewsd.measure(model, source)
+def _tokens(model: Any, job: EvaluationJob) -> Result:
     spec = replace(job.spec, kind="teacher", replace=None)
     teacher = TeacherModel(spec, job.device, job.threads, like=model.dictionary)
-    return tokens.measure(model, teacher, source, job.columns.texts[0])
+    return tokens.measure(model, teacher, job.task.source, job.columns.texts[0])
 
 
-def load_texts(job: EvaluationJob) -> list[str]:
-    """Return the texts of a task, on which speed is measured."""
-    kind, source = job.task.kind, job.task.source
-    if kind == "classifier":
-        return classifier.texts(source, job.task.name, job.spec, job.columns)
-    if kind in ("classification", "mteb"):
-        return read_labelled(source, "test", job.columns).first
-    if kind == "wordsim":
-        return [word for pairs in wordsim.read_sets(source).values() for pair in pairs for word in pair[:2]]
-    if kind == "coarsewsd":
-        return [t for word in coarsewsd.words(source) for t in coarsewsd.read_contexts(source, word, "test").texts]
-    return tokens.read_texts(source, job.columns.texts[0])
+MEASURES: dict[str, Callable[[Any, EvaluationJob], Result]] = {  # by task kind; of a loaded model
+    "classification": lambda model, job: classification.measure(model, job.task.source, job.columns, job.protocol),
+    "mteb": lambda model, job: mteb.measure(model, job.task.name, job.task.source, job.columns, job.protocol),
+    "classifier": lambda model, job: classifier.measure(model, job.task.source, job.task.name, job.spec, job.columns),
+    "wordsim": lambda model, job: wordsim.measure(model, job.task.source),
+    "coarsewsd": lambda model, job: coarsewsd.measure(model, job.task.source),
+    "tokens": _tokens,
+}
+TEXTS: dict[str, Callable[[EvaluationJob], list[str]]] = {  # by task kind; on which speed is measured
+    "classification": lambda job: read_labelled(job.task.source, "test", job.columns).first,
+    "mteb": lambda job: read_labelled(job.task.source, "test", job.columns).first,
+    "classifier": lambda job: classifier.texts(job.task.source, job.task.name, job.spec, job.columns),
+    "wordsim": lambda job: wordsim.words(wordsim.read_sets(job.task.source)),
+    "coarsewsd": lambda job: coarsewsd.read_texts(job.task.source, "test"),
+    "tokens": lambda job: tokens.read_texts(job.task.source, job.columns.texts[0]),
+}

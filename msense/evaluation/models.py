@@ -6,7 +6,7 @@ embeddings of one slab of texts.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,17 +21,16 @@ from msense.dictionary import SenseDictionary
 from msense.errors import InputError
 from msense.evaluation.model2vec import Model2Vec
 from msense.evaluation.spec import Spec
-from msense.io import storage
 from msense.student import load_student
 from msense.student.config import StudentFiles, dictionary_mismatch
 from msense.student.encoder import SenseEncoder
-from msense.student.hub import student_folder
+from msense.student.files import student_folder
 from msense.student.tokenizer import StudentTokenizer
 from msense.teacher.batching import TOKEN_BUDGET, Batch, iter_batches
 from msense.teacher.body import resolve_dtype
 from msense.teacher.files import body_folder, loading
 from msense.teacher.model import Teacher
-from msense.teacher.pooling import pool_rows
+from msense.teacher.pooling import load_head
 from msense.teacher.spec import TeacherOptions, load_teacher_info
 
 TEXTS_PER_SLAB = 512  # texts whose token embeddings are held at once
@@ -39,21 +38,13 @@ TEXTS_PER_SLAB = 512  # texts whose token embeddings are held at once
 
 @dataclass(frozen=True)
 class TokenEmbeddings:
-    """Token embeddings of P texts with N tokens, special tokens included.
+    """Token embeddings of P texts with N tokens, special tokens included."""
 
-    Attributes:
-        ids: int64 [N].
-        offsets: int64 [P + 1], first token of each text.
-        spans: int64 [N, 2], character span of each token in its text; (0, 0) for special tokens and those of a prompt.
-        hidden: float32 [N, D], pooled into the sentence vector: replaced by senses if the model replaces.
-        senses: float32 [N, D], compared with the senses of each token: never replaced. May be the same array.
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
-    spans: np.ndarray
-    hidden: np.ndarray
-    senses: np.ndarray
+    ids: np.ndarray  # int64 [N]
+    offsets: np.ndarray  # int64 [P + 1], first token of each text
+    spans: np.ndarray  # int64 [N, 2], characters of each token; (0, 0) for special tokens and those of a prompt
+    hidden: np.ndarray  # float32 [N, D], pooled into the sentence vector: replaced by senses if the model replaces
+    senses: np.ndarray  # float32 [N, D], compared with each token's senses: never replaced; may be the same array
 
     @property
     def texts(self) -> np.ndarray:
@@ -67,63 +58,43 @@ class Model(Protocol):
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return sentence vectors, float32 [n, D]."""
 
-    def parameters(self) -> int:
-        """Return the number of weights, without a dictionary's."""
-
-    def files(self) -> list[Path]:
-        """Return the files needed to use the model, without a dictionary's."""
-
 
 def make_model(spec: Spec, device: str, threads: int) -> Model:
     """Load a model; InputError if it cannot be loaded, or dictionary and teacher do not match."""
     torch.set_num_threads(threads)
-    if spec.kind == "student":
-        return StudentModel(spec, device)
-    if spec.kind in ("teacher", "replaced", "truncated"):
-        return TeacherModel(spec, device, threads)
-    if spec.kind == "model2vec":
-        return Model2Vec(spec.python, body_folder(spec.teacher, spec.revision), threads)
-    return SentenceModel(spec, device)
+    match spec.kind:
+        case "student":
+            return StudentModel(spec, device)
+        case "encoder":
+            return SentenceModel(spec, device)
+        case "model2vec":
+            return Model2Vec(spec.python, body_folder(spec.teacher, spec.revision), threads)
+    return TeacherModel(spec, device, threads)
 
 
 @contextmanager
 def open_model(spec: Spec, device: str, threads: int) -> Iterator[Any]:
     """Load a model as `make_model` does, and end its process, if any, on exit."""
     model = make_model(spec, device, threads)
-    try:
+    with closing(model) if isinstance(model, Model2Vec) else nullcontext():
         yield model
-    finally:
-        if isinstance(model, Model2Vec):
-            model.close()
 
 
-def iter_slabs(texts: Sequence[str], size: int = TEXTS_PER_SLAB) -> Iterator[Sequence[str]]:
-    """Yield slices of at most `size` texts."""
-    yield from (texts[start : start + size] for start in range(0, len(texts), size))
-
-
-def folder_of_student(source: str) -> Path:
-    """Return the local folder of a student given by folder, URI, run folder or Hub name."""
-    inside = storage.join(source, "student")
-    return student_folder(inside if storage.exists(storage.join(inside, "config.json")) else source)
+def iter_slabs(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield slices of at most `TEXTS_PER_SLAB` texts."""
+    yield from (texts[start : start + TEXTS_PER_SLAB] for start in range(0, len(texts), TEXTS_PER_SLAB))
 
 
 class TokenModel(ABC):
-    """A model with token embeddings and, optionally, a dictionary of their senses.
-
-    Attributes:
-        spec: the model's specification.
-        dictionary: senses of its tokens.
-        dim: width D of the embeddings.
-        prompt: text before every text.
-        budget: padded tokens per batch.
-    """
+    """A model with token embeddings and, optionally, a dictionary of their senses."""
 
     spec: Spec
     dictionary: SenseDictionary | None
-    dim: int
-    prompt: str
-    budget: int
+    dim: int  # width D of the embeddings
+    prompt: str  # before every text
+    device: str
+    module: torch.nn.Module
+    outputs = 1  # 2 if hidden states and sense embeddings differ
 
     @abstractmethod
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
@@ -131,23 +102,20 @@ class TokenModel(ABC):
 
     @abstractmethod
     def _embed(self, batch: Batch) -> Sequence[Tensor]:
-        """Return the hidden states [B, L, D] of a batch, and the sense embeddings if they differ."""
+        """Return the outputs of a batch, [B, L, D] each."""
 
     def read(self, texts: Sequence[str]) -> TokenEmbeddings:
         """Return the embeddings of all tokens; 8·N·D bytes."""
         encodings = self._encodings(texts)
         rows = [np.array(encoding.ids, np.int64) for encoding in encodings]
         offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        outputs: list[np.ndarray] = []
-        for batch in iter_batches(rows, self.budget):
+        outputs = [np.empty((offsets[-1], self.dim), np.float32) for _ in range(self.outputs)]
+        for batch in iter_batches(rows, TOKEN_BUDGET[self.device]):
             if not batch.mask.any():
                 continue
             places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch.rows])
-            tensors = self._embed(batch)
-            outputs = outputs or [np.empty((offsets[-1], self.dim), np.float32) for _ in tensors]
-            for output, tensor in zip(outputs, tensors, strict=True):
+            for output, tensor in zip(outputs, self._embed(batch), strict=True):
                 output[places] = tensor.float().cpu().numpy()[batch.mask]
-        outputs = outputs or [np.empty((0, self.dim), np.float32)]
         ids = np.concatenate([*rows, np.empty(0, np.int64)])
         hidden, senses = outputs[0], outputs[-1]
         if self.spec.replace is not None and self.dictionary is not None:
@@ -155,6 +123,10 @@ class TokenModel(ABC):
             hidden = self.dictionary.replace(ids, senses, temperature, metric=self.spec.metric)
         spans = np.array([span for encoding in encodings for span in encoding.offsets], np.int64).reshape(-1, 2)
         return TokenEmbeddings(ids, offsets, np.maximum(spans - len(self.prompt), 0), hidden, senses)
+
+    def parameters(self) -> int:
+        """Return the number of weights, without a dictionary's."""
+        return sum(p.numel() for p in self.module.parameters())
 
     def tokens(self, texts: Sequence[str]) -> int:
         """Return the number of tokens of the texts."""
@@ -172,7 +144,7 @@ class TeacherModel(TokenModel):
 
     def __init__(self, spec: Spec, device: str, threads: int, like: SenseDictionary | None = None) -> None:
         """Load a teacher with the layer, prompt and maximum length of its dictionary, or of the dictionary `like`."""
-        self.spec, self.budget = spec, TOKEN_BUDGET[device]
+        self.spec, self.device = spec, device
         self.dictionary = SenseDictionary.load(spec.source) if spec.kind == "replaced" else None
         settings: dict[str, Any] = {"revision": spec.revision}
         if (given := self.dictionary or like) is not None:
@@ -197,25 +169,24 @@ class TeacherModel(TokenModel):
             threads=threads,
             keep=f"layers:{spec.layers}" if spec.layers else None,
         )
+        self.module = self._teacher.engine.module
+        self._head = load_head(spec.teacher, self.info)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return sentence vectors, float32 [n, D], with the teacher's own pooling."""
-        vectors = [np.empty((0, self.dim), np.float32)]
+        """Return the teacher's sentence vectors, float32 [n, D']."""
+        vectors = []
         for slab in iter_slabs(texts):
             read = self.read(slab)
             hidden, lengths = torch.from_numpy(read.hidden), torch.from_numpy(np.diff(read.offsets))
-            vectors.append(pool_rows(hidden, lengths, self.info.pooling, normalize=self.info.normalize).numpy())
-        return np.concatenate(vectors)
+            with torch.no_grad():
+                vectors.append(self._head.of_rows(hidden, lengths).numpy())
+        return np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32)
 
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
         return self.tokenizer.encode_batch([self.prompt + text for text in texts])
 
     def _embed(self, batch: Batch) -> Sequence[Tensor]:
         return [self._teacher.embed(batch.ids, batch.mask)]
-
-    def parameters(self) -> int:
-        """Return the number of weights."""
-        return sum(p.numel() for p in self._teacher.engine.module.parameters())
 
     def files(self) -> list[Path]:
         """Return weights and tokenizer."""
@@ -226,9 +197,11 @@ class TeacherModel(TokenModel):
 class StudentModel(TokenModel):
     """A student, plain or with every token embedding replaced by senses."""
 
+    outputs = 2
+
     def __init__(self, spec: Spec, device: str) -> None:
-        self.spec, self.budget = spec, TOKEN_BUDGET[device]
-        self._folder = folder_of_student(spec.source)
+        self.spec, self.device = spec, device
+        self._folder = student_folder(spec.source)
         self._encoder = SenseEncoder.from_pretrained(self._folder, device=device)
         self.dim, self.prompt = self._encoder.config.dim, self._encoder.config.prompt
         self._tokenizer = StudentTokenizer(StudentFiles(self._folder).tokenizer, self._encoder.config)
@@ -240,8 +213,9 @@ class StudentModel(TokenModel):
         return self._encoder.dictionary if wanted else None
 
     @cached_property
-    def _student(self) -> torch.nn.Module:
-        return load_student(self._folder).to(self._encoder.device)
+    def module(self) -> torch.nn.Module:
+        """The student itself, which `encode` does not need."""
+        return load_student(self._folder).to(self.device)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return sentence vectors, float32 [n, D]."""
@@ -252,12 +226,8 @@ class StudentModel(TokenModel):
 
     @torch.no_grad()
     def _embed(self, batch: Batch) -> Sequence[Tensor]:
-        ids, mask = (torch.from_numpy(array).to(self._encoder.device) for array in (batch.ids, batch.mask))
-        return list(self._student(ids.long(), mask))
-
-    def parameters(self) -> int:
-        """Return the number of weights."""
-        return sum(p.numel() for p in self._student.parameters())
+        ids, mask = (torch.from_numpy(array).to(self.device) for array in (batch.ids, batch.mask))
+        return list(self.module(ids.long(), mask))
 
     def files(self) -> list[Path]:
         """Return weights, tokenizer and config."""
@@ -269,20 +239,11 @@ class SentenceModel:
     """Any sentence-transformers model; code shipped with a model is never run."""
 
     def __init__(self, spec: Spec, device: str) -> None:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise InputError(
-                f"{spec.name} needs sentence-transformers, which is not installed: pip install msense[evaluation]"
-            ) from error
+        from sentence_transformers import SentenceTransformer  # optional
+
+        options = {"device": device, "revision": spec.revision, "model_kwargs": {"use_safetensors": True}}
         with loading(repr(spec.source)):
-            self.model = SentenceTransformer(
-                spec.source,
-                device=device,
-                revision=spec.revision,
-                trust_remote_code=False,
-                model_kwargs={"use_safetensors": True},
-            )
+            self.model = SentenceTransformer(spec.source, trust_remote_code=False, **options)
         self.spec = spec
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:

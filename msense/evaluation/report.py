@@ -1,17 +1,15 @@
 """Reports of an evaluation: tables on the terminal, `FILE.json` with everything, `FILE.md` with the tables, plots."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
 from msense.errors import InputError
 from msense.evaluation.cost import Cost
-from msense.evaluation.plots import Point, draw
+from msense.evaluation.plots import draw
 from msense.evaluation.result import Difference, Result, comparable, difference
 from msense.io import storage
 from msense.io.scratch import scratch_folder
@@ -21,36 +19,21 @@ from msense.text import clean, first_line, size
 VERSION = 1
 _MAX_BYTES = 1 << 30  # of a results file
 NONE = "–"
-MORE_COLUMNS = 5  # columns of secondary figures in a table
 
 
 @dataclass
 class TaskReport:
-    """Results of all models on a task: one table.
+    """Results of all models on a task: one table."""
 
-    Attributes:
-        name: title of the table.
-        kind: kind of the task.
-        what: one-line description of the measurement.
-        rows: result by model, or the reason why there is none.
-    """
-
-    name: str
-    kind: str
-    what: str
-    rows: dict[str, Result | str]
+    name: str  # title of the table
+    kind: str  # of the task
+    what: str  # one-line description of the measurement
+    rows: dict[str, Result | str]  # result by model, or the reason why there is none
 
 
 @dataclass
 class Evaluation:
     """All results of an evaluation.
-
-    Attributes:
-        models: names of the models; the first is the baseline.
-        tasks: one table each.
-        costs: costs by model.
-        made: settings, seeds, device and versions.
-        gains: cache of computed differences by table and model.
 
     Example:
         >>> rows = {"a": Result("accuracy", "draws", [0.5, 0.6]), "b": Result("accuracy", "draws", [0.6, 0.7])}
@@ -59,11 +42,11 @@ class Evaluation:
         0.1
     """
 
-    models: list[str]
-    tasks: list[TaskReport]
-    costs: dict[str, Cost] = field(default_factory=dict)
-    made: dict[str, Any] = field(default_factory=dict)
-    gains: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
+    models: list[str]  # their names; the first is the baseline
+    tasks: list[TaskReport]  # one table each
+    costs: dict[str, Cost] = field(default_factory=dict)  # by model
+    made: dict[str, Any] = field(default_factory=dict)  # settings, seeds, device and versions
+    gains: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)  # computed differences
 
     def rows(self, title: str) -> dict[str, Result | str]:
         """Return the rows of a table."""
@@ -79,19 +62,16 @@ class TextTable(NamedTuple):
     rows: list[list[str]]
 
 
-def write_report(evaluation: Evaluation, output: str, *, plots: bool) -> list[str]:
-    """Write the JSON file `output` (name or URI) and, next to it, Markdown and optionally plots; return all file names."""
+def write_report(evaluation: Evaluation, output: str, *, plots: bool) -> None:
+    """Write the JSON file `output` (name or URI) and, next to it, Markdown and optionally plots."""
     stem = output.removesuffix(".json")
     storage.make_folder(output.rpartition("/")[0] or ".")
     storage.write_json(output, to_json(evaluation))
     storage.write_text(f"{stem}.md", markdown(evaluation))
-    written = [output, f"{stem}.md"]
     with scratch_folder() as scratch:
-        for name, draw_plot in _plots(evaluation) if plots else []:
-            draw_plot(scratch / f"{name}.png")
+        for name, settings in _plots(evaluation) if plots else ():
+            draw(scratch / f"{name}.png", **settings)
             storage.upload(scratch / f"{name}.png", f"{stem}-{name}.png")
-            written.append(f"{stem}-{name}.png")
-    return written
 
 
 def load_report(output: str) -> Evaluation | None:
@@ -137,10 +117,8 @@ def difference_to_baseline(evaluation: Evaluation, task: TaskReport, model: str)
         return None
     if (own.gold is None and len(own.values) < 2) or not comparable(own, first):  # such as words that one model lacks
         return None
-    key = (task.name, model)
-    if key not in evaluation.gains:
-        seed = int(evaluation.made.get("settings", {}).get("seed", 0))
-        evaluation.gains[key] = difference(own, first, seed)
+    if (key := (task.name, model)) not in evaluation.gains:
+        evaluation.gains[key] = difference(own, first, int(evaluation.made.get("settings", {}).get("seed", 0)))
     gap: Difference = evaluation.gains[key]
     return gap
 
@@ -166,8 +144,8 @@ def tables(evaluation: Evaluation) -> list[TextTable]:
             "model and encodes"
         )
         costs = {name: evaluation.costs[name] for name in evaluation.models if name in evaluation.costs}
-        columns = {head: {name: cell(cost) for name, cost in costs.items()} for head, cell in _COSTS.items()}
-        result.append(_table("costs", what, columns, dict.fromkeys(costs)))
+        rows = [[name, *(cell(cost) for cell in _COSTS.values())] for name, cost in costs.items()]
+        result.append(TextTable("costs", what, ["model", *_COSTS], rows))
     return result
 
 
@@ -175,38 +153,25 @@ def _task_table(evaluation: Evaluation, task: TaskReport) -> TextTable:
     """Return a task's table: main metrics, difference to the first model, secondary figures."""
     results = {name: row for name, row in task.rows.items() if isinstance(row, Result)}
     metrics = list(dict.fromkeys(row.metric for row in results.values()))
-    more = list(dict.fromkeys(name for row in results.values() for name in row.more if name not in metrics))
-    columns = {metric: {name: _main(row, metric) for name, row in results.items()} for metric in metrics}
+    more = dict.fromkeys(name for row in results.values() for name in row.more if name not in metrics)
     gaps = {name: difference_to_baseline(evaluation, task, name) for name in results}
-    if any(gap is not None for gap in gaps.values()):
-        columns[f"over {evaluation.models[0]} [95 %]"] = {name: _gap(gap) for name, gap in gaps.items()}
-    for figure in more[:MORE_COLUMNS]:
-        columns[figure] = {name: _more(row, figure) for name, row in results.items()}
-    drawn = any(row.deviation is not None for row in results.values())
-    what = task.what + ("; ± standard deviation over draws" if drawn else "")
-    reasons = {name: None if name in results else str(task.rows.get(name, NONE)) for name in evaluation.models}
-    return _table(task.name, what, columns or {"result": {}}, reasons)
-
-
-def _table(
-    title: str, what: str, columns: Mapping[str, Mapping[str, str]], models: Mapping[str, str | None]
-) -> TextTable:
-    """Return a table with a row per model: the cells of its columns, or the reason why it has none."""
+    over = [f"over {evaluation.models[0]} [95 %]"] if any(gaps.values()) else []
+    head = ["model", *(metrics or ["result"]), *over, *more]
     rows = []
-    for name, reason in models.items():
-        cells = [reason, *[""] * (len(columns) - 1)] if reason else [column[name] for column in columns.values()]
-        rows.append([name, *cells])
-    return TextTable(title, what, ["model", *columns], rows)
+    for name in evaluation.models:
+        if name in results:
+            cells = {column: _figure(results[name], column) for column in head[1:]}
+            rows.append([name, *(cells | {column: _gap(gaps[name]) for column in over}).values()])
+        else:
+            rows.append([name, str(task.rows.get(name, NONE)), *[""] * (len(head) - 2)])
+    drawn = any(row.deviation is not None for row in results.values())
+    return TextTable(task.name, task.what + ("; ± standard deviation over draws" if drawn else ""), head, rows)
 
 
-def _main(row: Result, metric: str) -> str:
-    """Return a result's cell in the column of a metric, its main or a secondary one."""
-    if row.metric != metric:
-        return _more(row, metric)
-    return f"{row.score:.3f}" + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
-
-
-def _more(row: Result, name: str) -> str:
+def _figure(row: Result, name: str) -> str:
+    """Return a result's cell in the column of its main metric or a secondary figure."""
+    if row.metric == name:
+        return f"{row.score:.3f}" + ("" if row.deviation is None else f" ± {row.deviation:.3f}")
     value = row.more.get(name)
     if value is None:
         return NONE
@@ -230,9 +195,8 @@ _COSTS: dict[str, Callable[[Cost], str]] = {  # heading: cell
 }
 
 
-def _plots(evaluation: Evaluation) -> list[tuple[str, Callable[[Path], None]]]:
-    """Return the name of each plot and a function that draws it into a file."""
-    plots: list[tuple[str, Callable[[Path], None]]] = []
+def _plots(evaluation: Evaluation) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name of each plot and the arguments of `draw`."""
     costs, first = evaluation.costs, evaluation.models[0]
     for task in evaluation.tasks:
         rows = {name: row for name, row in task.rows.items() if isinstance(row, Result) and name in costs}
@@ -240,14 +204,12 @@ def _plots(evaluation: Evaluation) -> list[tuple[str, Callable[[Path], None]]]:
             continue
         metric = next(iter(rows.values())).metric
         slug = "".join(c if c.isalnum() else "-" for c in task.name)
-        points = [Point(n, costs[n].texts_per_s, r.score, r.deviation or 0.0) for n, r in rows.items()]
-        title, axes = f"{task.name}: {metric} against speed", ("texts per second", metric)
-        plots.append((f"{slug}-speed", partial(draw, title=title, axes=axes, points=points)))
-        sizes = evaluation.made.get("sizes", ())
-        sized = [p._replace(x=costs[p.name].dictionary_bytes / 1e6) for p in points if p.name in sizes]
-        if len({costs[point.name].senses for point in sized}) > 1:
-            level = (first, rows[first].score) if first in rows else None
+        points = {name: (costs[name].texts_per_s, row.score, row.deviation or 0.0) for name, row in rows.items()}
+        axes = ("texts per second", metric)
+        yield f"{slug}-speed", {"title": f"{task.name}: {metric} against speed", "axes": axes, "points": points}
+        megabytes = {name: costs[name].dictionary_bytes / 1e6 for name in rows if costs[name].senses}
+        if len(set(megabytes.values())) > 1:
+            sized = {name: (x, *points[name][1:]) for name, x in megabytes.items()}
+            level = (first, rows[first].score) if first in rows and first not in sized else None
             title, axes = f"{task.name}: {metric} against dictionary size", ("dictionary in MB", metric)
-            sized_plot = partial(draw, title=title, axes=axes, points=sized, connected=True, baseline=level)
-            plots.append((f"{slug}-size", sized_plot))
-    return plots
+            yield f"{slug}-size", {"title": title, "axes": axes, "points": sized, "baseline": level}

@@ -19,16 +19,6 @@ _BATCH = 1 << 22  # indices held at once while resampling
 class Result:
     """A model's result on a task; its fields are checked against each other.
 
-    Attributes:
-        metric: name of the main metric.
-        over: what one value belongs to: draws, texts, words or sets.
-        values: float [n]; the score is their weighted mean. Empty if there are predictions.
-        weights: float [n]; None: equal weights.
-        names: names of the words or sets, if they have any.
-        gold: true label of every text, for metrics over all texts together.
-        found: predicted label of every text.
-        more: secondary figures by name.
-
     Example:
         >>> Result("accuracy", "draws", [0.5, 0.75]).score
         0.625
@@ -36,14 +26,14 @@ class Result:
         0.5
     """
 
-    metric: str
-    over: str
-    values: list[float] = field(default_factory=list)
-    weights: list[float] | None = None
-    names: list[str] | None = None
-    gold: list[Any] | None = None
-    found: list[Any] | None = None
-    more: dict[str, int | float] = field(default_factory=dict)
+    metric: str  # name of the main metric
+    over: str  # what one value belongs to: draws, texts, words or sets
+    values: list[float] = field(default_factory=list)  # [n], whose weighted mean is the score; empty with predictions
+    weights: list[float] | None = None  # [n]; None: equal weights
+    names: list[str] | None = None  # of the words or sets, if they have any
+    gold: list[Any] | None = None  # true label of every text, for metrics over all texts together
+    found: list[Any] | None = None  # predicted label of every text
+    more: dict[str, int | float] = field(default_factory=dict)  # secondary figures
 
     def __post_init__(self) -> None:
         if self.gold is None:
@@ -92,12 +82,7 @@ def comparable(a: Result, b: Result) -> bool:
 
 
 def difference(a: Result, b: Result, seed: int = 0) -> Difference:
-    """Compare two models by a paired percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
-
-    Args:
-        a: result of one model.
-        b: result of the other on the same task, subtracted.
-        seed: seed of the resampling, which does not depend on the models.
+    """Return a - b by a paired percentile bootstrap (Efron and Tibshirani 1993, chapter 13), resampled by seed only.
 
     Raises:
         ValueError: the results are of different tasks.

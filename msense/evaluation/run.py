@@ -7,27 +7,28 @@ reused if its key (weights, dictionary, data, settings, versions) is unchanged. 
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
 
 from msense.constants import DEMO_TEACHER
 from msense.dictionary import SenseDictionary
+from msense.errors import InputError
 from msense.evaluation import cost
 from msense.evaluation.cache_keys import data_key, digest, model_key, teacher_key, versions
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.cost import Cost
-from msense.evaluation.dispatch import EvaluationJob, load_texts, make_jobs, measure
-from msense.evaluation.models import folder_of_student
-from msense.evaluation.plots import check_matplotlib
+from msense.evaluation.dispatch import AGAINST_TEACHER, TEXTS, EvaluationJob, make_jobs, measure
 from msense.evaluation.report import Evaluation, TaskReport, load_report, write_report
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
 from msense.run.folder import resolve_output
 from msense.runtime import Executor, open_executor
-from msense.student.files import load_student
+from msense.student.files import load_student, student_folder
 from msense.teacher.body import resolve_dtype
 from msense.text import redact
 
 logger = logging.getLogger(__name__)
 PENDING = "not evaluated yet"
+PACKAGES = {"plots": "matplotlib", "encoder": "sentence_transformers", "mteb": "mteb"}  # optional, by what needs them
 UNFIT = "no token embeddings"
 
 
@@ -38,9 +39,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         InputError: a setting, model or data set is invalid; the message says what to download and where to put it.
         MsenseError: a model or task failed; finished results are kept.
     """
-    check_matplotlib()  # fail now rather than after hours
     resolve_output(config.output)
     specs, tasks = config.specs(config.teacher or _teacher_of(config)), config.tasks()
+    _check_packages({"plots", *(spec.kind for spec in specs), *(task.kind for task in tasks)})
     data = {task.title: data_key(task) for task in tasks}  # raises for missing data before anything is loaded
     executor = open_executor(local=config.local, workers=config.workers)
     device, dtype = executor.resources.device, str(config.dtype)
@@ -52,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     teacher = digest([teacher_key(specs[0].teacher, specs[0].revision), dtype])
     keys = {}
     for job in jobs:
-        against = teacher if job.is_against_teacher else ""
+        against = teacher if job.task.kind in AGAINST_TEACHER else ""
         keys[job.key] = digest([models[job.spec.name], data[job.task.title], job.settings, against, versions()])
     report = _empty_report(config, specs, jobs, device, keys)
     _reuse(report, config.output)
@@ -68,57 +69,45 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     return report
 
 
+def _check_packages(kinds: set[str]) -> None:
+    """Raise InputError for optional packages that kinds of models and tasks need, now rather than after hours."""
+    if missing := [name for kind, name in PACKAGES.items() if kind in kinds and find_spec(name) is None]:
+        raise InputError(f"this evaluation needs {', '.join(missing)}, not installed: pip install msense[evaluation]")
+
+
 def _teacher_of(config: EvaluateConfig) -> str:
     """Return the teacher of the first dictionary or student, or the demo's."""
     for spec in config.specs(""):
         if spec.kind == "replaced":
             return SenseDictionary.load(spec.source).config.teacher.name
         if spec.kind == "student":
-            return load_student(folder_of_student(spec.source)).config.teacher.name
+            return load_student(student_folder(spec.source)).config.teacher.name
     return DEMO_TEACHER
 
 
 def _empty_report(
     config: EvaluateConfig, specs: Sequence[Spec], jobs: Sequence[EvaluationJob], device: str, keys: dict[str, str]
 ) -> Evaluation:
-    """Return a report without results."""
     tables: dict[str, TaskReport] = {}
     for job in jobs:
         table = tables.setdefault(job.title, TaskReport(job.title, job.task.kind, job.description, {}))
         table.rows[job.spec.name] = PENDING if job.is_possible else UNFIT
     settings = config.model_dump(mode="json", exclude={"output", "local", "workers", "log_level"})
     settings |= {name: [redact(word) for word in settings[name]] for name in ("model", "task")}
-    made = {
-        "settings": settings,
-        "teacher": redact(specs[0].teacher),
-        "dtype": specs[0].dtype,
-        "device": device,
-        "versions": versions(),
-        "sizes": _of_other_sizes(specs),
-        "keys": keys,
-    }
+    made: dict[str, Any] = {"settings": settings, "teacher": redact(specs[0].teacher), "dtype": specs[0].dtype}
+    made |= {"device": device, "versions": versions(), "keys": keys}
     return Evaluation([spec.name for spec in specs], list(tables.values()), {}, made)
-
-
-def _of_other_sizes(specs: Sequence[Spec]) -> list[str]:
-    """Return the largest group of replaced teachers that differ only in their dictionary."""
-    groups: dict[Spec, list[str]] = {}
-    for spec in specs:
-        if spec.kind == "replaced":
-            groups.setdefault(replace(spec, name="", source=""), []).append(spec.name)
-    return max(groups.values(), key=len, default=[])
 
 
 def _reuse(report: Evaluation, output: str) -> None:
     """Copy the results of an earlier run whose keys are unchanged."""
-    earlier = load_report(output)
-    if earlier is None:
+    if (earlier := load_report(output)) is None:
         return
-    known = earlier.made.get("keys", {})
+    keys, known = report.made["keys"], earlier.made.get("keys", {})
     for table in earlier.tasks:
         for model, row in table.rows.items():
             key = f"{table.name} | {model}"
-            if isinstance(row, Result) and key in known and report.made["keys"].get(key) == known[key]:
+            if isinstance(row, Result) and key in keys and keys[key] == known.get(key):
                 report.rows(table.name)[model] = row
     if report.made["settings"]["cost"] and "cost_key" in earlier.made:
         report.costs.update(earlier.costs)
@@ -126,11 +115,7 @@ def _reuse(report: Evaluation, output: str) -> None:
 
 
 def _add_costs(
-    report: Evaluation,
-    config: EvaluateConfig,
-    jobs: Sequence[EvaluationJob],
-    executor: Executor,
-    models: dict[str, str],
+    report: Evaluation, config: EvaluateConfig, jobs: list[EvaluationJob], executor: Executor, models: dict[str, str]
 ) -> None:
     """Measure the costs of all models side by side, unless an earlier run measured the same models."""
     first = next((job for job in jobs if job.task.source or job.task.kind == "classifier"), None)
@@ -147,6 +132,5 @@ def _add_costs(
     report.made["cost_key"] = key
 
 
-def _cost(specs: list[Spec], job: EvaluationJob, threads: int) -> dict[str, Cost]:
-    """Measure costs; runs on a worker."""
-    return cost.measure(specs, load_texts(job), job.device, threads)
+def _cost(specs: list[Spec], job: EvaluationJob, threads: int) -> dict[str, cost.Cost]:
+    return cost.measure(specs, TEXTS[job.task.kind](job), job.device, threads)

@@ -41,45 +41,27 @@ _LABEL = re.compile(r"([A-Za-z0-9][\w ,.+-]{0,60})=(.+)", re.DOTALL)  # no colon
 class Spec:
     """A model to evaluate.
 
-    Attributes:
-        name: name in tables.
-        kind: one of the kinds in `MODELS`.
-        source: folder, URI or Hub name; empty for models derived from the teacher alone.
-        teacher: name or folder of the teacher.
-        revision: revision of the teacher, or of an encoder on the Hub.
-        dtype: the teacher's dtype.
-        replace: soft or hard replacement by senses; None: none.
-        metric: metric of the replacement; None: the dictionary's.
-        temperature: of soft replacement, in units of the dictionary's mean squared RMS distance.
-        layers: layers of a truncated teacher, else 0.
-        python: Python executable with model2vec; None: the current one.
-
     Example:
         >>> parse_model("soft=replaced:runs/senses,temperature=0.5").replace
         'soft'
     """
 
-    name: str
+    name: str  # in tables
     kind: ModelKind
-    source: str = ""
-    teacher: str = ""
-    revision: str | None = None
-    dtype: str = "auto"
-    replace: Replace | None = None
-    metric: Metric | None = None
-    temperature: float = DEFAULT_TEMPERATURE
-    layers: int = 0
-    python: str | None = None
+    source: str = ""  # folder, URI or Hub name; empty for models derived from the teacher alone
+    teacher: str = ""  # name or folder
+    revision: str | None = None  # of the teacher, or of an encoder on the Hub
+    dtype: str = "auto"  # of the teacher
+    replace: Replace | None = None  # replacement by senses
+    metric: Metric | None = None  # of the replacement; None: the dictionary's
+    temperature: float = DEFAULT_TEMPERATURE  # of soft replacement, in units of the mean squared RMS distance
+    layers: int = 0  # of a truncated teacher
+    python: str | None = None  # executable with model2vec; None: the current one
 
 
 @dataclass(frozen=True)
 class TaskSpec:
     """A task.
-
-    Attributes:
-        name: name in tables.
-        kind: one of the kinds in `TASKS`.
-        source: folder, URI or Hub dataset; empty for a task with its own data.
 
     Example:
         >>> parse_task("mteb:Banking77Classification").title
@@ -88,7 +70,7 @@ class TaskSpec:
 
     name: str
     kind: TaskKind
-    source: str
+    source: str  # folder, URI or Hub dataset; empty for a task with its own data
 
     @property
     def title(self) -> str:
@@ -100,15 +82,15 @@ def parse_model(word: str) -> Spec:
     """Parse a `--model`, or raise InputError; `LABEL=MODEL` sets its name."""
     labelled = _LABEL.fullmatch(word)
     name, text = labelled.groups() if labelled and not Path(word).exists() else ("", word)
-    kind, mark, rest = text.partition(":")
-    if text in ("teacher", "model2vec"):
-        return Spec(name or text, "teacher" if text == "teacher" else "model2vec")
-    if kind == "truncated":
-        if not re.fullmatch("[1-9][0-9]{0,3}", rest):
-            raise InputError(f"--model {redact(word)}: invalid number of layers, use e.g. truncated:2")
-        return Spec(name or text, "truncated", layers=int(rest))
-    if mark and kind in ("replaced", "student"):
-        return _with_options(word, name, "replaced" if kind == "replaced" else "student", rest)
+    match text.partition(":"):
+        case (("teacher" | "model2vec") as kind, "", _):
+            return Spec(name or text, kind)
+        case ("truncated", _, layers):
+            if not re.fullmatch("[1-9][0-9]{0,3}", layers):
+                raise InputError(f"--model {redact(word)}: invalid number of layers, use e.g. truncated:2")
+            return Spec(name or text, "truncated", layers=int(layers))
+        case (("replaced" | "student") as kind, ":", rest):
+            return _with_options(word, name, kind, rest)
     if "=" in text or text.strip() != text or not text:
         raise InputError(f"--model {redact(word)}: cannot parse this, use one of {', '.join(MODELS)}, or LABEL=MODEL")
     local = "://" not in text and Path(text).is_dir()
@@ -140,31 +122,29 @@ def _with_options(word: str, name: str, kind: ModelKind, rest: str) -> Spec:
 
 def parse_task(word: str) -> TaskSpec:
     """Parse a `--task`, or raise InputError."""
-    left, mark, source = word.partition("=")
-    kind, colon, name = left.partition(":")
-    known = get_args(TaskKind)
+    left, _, source = word.partition("=")
+    given, colon, name = left.partition(":")
+    kind = next((known for known in get_args(TaskKind) if known == given), None)
     if source and not source.startswith(("hf://", "pydocs")):
         source = storage.absolute(source)
-    if name and (kind == "mteb" or (kind == "classifier" and name in GLUE)):
-        return TaskSpec(name, "mteb" if kind == "mteb" else "classifier", source)
-    if not mark or not source or not left:
+    has_data = name and (kind == "mteb" or (kind == "classifier" and name in GLUE))
+    if not left or not (source or has_data):
         raise InputError(f"--task {redact(word)}: name or data are missing, use NAME=DATA (--help lists all kinds)")
-    if kind in known:
-        return TaskSpec(name or kind, next(k for k in known if k == kind), source)
-    if colon:
-        raise InputError(f"--task {redact(word)}: unknown kind {redact(kind)!r}, use {', '.join(known)}")
-    return TaskSpec(left, "classification", source)
+    if colon and kind is None:
+        raise InputError(f"--task {redact(word)}: unknown kind {redact(given)!r}, use {', '.join(get_args(TaskKind))}")
+    return TaskSpec(name or given, kind or "classification", source)
 
 
 def check_names(words: Sequence[str], names: Sequence[str], what: str) -> None:
     """Raise InputError if two words of the flag `what` have the same parsed name."""
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            first = words[names.index(name)]
+    seen: dict[str, str] = {}
+    for word, name in zip(words, names, strict=True):
+        if name in seen:
             raise InputError(
-                f"{what} {redact(first)} and {redact(words[number])} have the same name {redact(name)!r}: set another with "
+                f"{what} {redact(seen[name])} and {redact(word)} have the same name {redact(name)!r}: set another with "
                 "LABEL=... (models) or KIND:NAME=... (tasks)"
             )
+        seen[name] = word
 
 
 def _short(source: str) -> str:

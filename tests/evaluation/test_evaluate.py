@@ -1,6 +1,7 @@
 """The evaluation job from the command line to its files, with small models on small data."""
 
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from msense.dictionary.format import write_tokenizer
 from msense.errors import InputError, MsenseError
 from msense.evaluation import cost, dispatch, run
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.report import load_report, to_json
+from msense.evaluation.report import to_json, write_report
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
 from msense.runtime.resources import Resources
@@ -73,14 +74,23 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return keys
 
 
-def test_every_task_has_a_table_with_every_model(evaluate: Callable[..., dict], data: Path, student: Path) -> None:
-    models = ("teacher", f"d=replaced:{student}/dictionary", f"s=student:{student}", "truncated:1")
-    tasks = (f"task={data}/task", f"coarsewsd={data}/coarse", f"wordsim={data}/sim", f"tokens:t={data}/task/test.csv")
-    report = evaluate(*tasks, model=models)
+def test_command_line_fills_a_table_of_every_model_for_every_task(
+    teacher: Path, student: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, output = str(Path(__file__).parents[2] / "jobs" / "evaluate.py"), data.parent / "e.json"
+    words = f"""--model teacher d=replaced:{student}/dictionary s=student:{student} truncated:1
+        --task task={data}/task coarsewsd={data}/coarse wordsim={data}/sim tokens:t={data}/task/test.csv
+        --teacher {teacher} --dtype float32 --shots 2 full --draws 3 --local --no-cost --output {output}"""
+    monkeypatch.setattr(sys, "argv", [job, *words.split()])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(job, run_name="__main__")
+    report, printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert {path.name for path in data.parent.glob("e*")} == {"e.json", "e.md"}
     assert report["models"] == ["teacher", "d", "s", "truncated:1"]
     tables = {task["name"]: task for task in report["tasks"]}
-    assert list(tables) == ["task, 2 shots", "coarsewsd", "wordsim", "t (tokens)"]
-    for table in tables.values():
+    assert list(tables) == ["task, 2 shots", "task, full", "coarsewsd", "wordsim", "t (tokens)"]
+    for name, table in tables.items():
+        assert name in printed
         assert set(table["rows"]) == set(report["models"])
         assert all(isinstance(row, dict) for row in table["rows"].values())
     assert len(tables["task, 2 shots"]["rows"]["s"]["values"]) == 3
@@ -89,7 +99,7 @@ def test_every_task_has_a_table_with_every_model(evaluate: Callable[..., dict], 
     assert tables["t (tokens)"]["rows"]["teacher"]["score"] == pytest.approx(1.0)
     assert tables["t (tokens)"]["rows"]["s"]["more"]["sense accuracy"] < 1.0
     assert set(tables["task, 2 shots"]["differences"]) == {"d", "s", "truncated:1"}
-    assert report["made"]["settings"]["seed"] == 0
+    assert report["made"]["settings"].items() >= {"seed": 0, "draws": 3}.items()
     assert report["made"]["versions"]["torch"]
 
 
@@ -108,28 +118,25 @@ def test_only_missing_and_changed_results_are_computed(
     (data / "task" / "test.csv").write_text((data / "task" / "test.csv").read_text() + "a cat,c0\n")
     evaluate(task, shots=["3"])
     assert measured[6:] == measured[4:6]
+    report = evaluate(f"coarsewsd={data}/coarse", model=("teacher", "owner/model"))
+    assert report["tasks"][0]["rows"]["owner/model"] == run.UNFIT  # a model without token embeddings
+    assert measured[8:] == ["coarsewsd | teacher"]
 
 
-def test_a_failed_run_resumes_with_the_missing_results(
-    evaluate: Callable[..., dict], data: Path, tmp_path: Path, measured: list[str], patch: pytest.MonkeyPatch
+def test_an_interrupted_run_resumes_with_the_missing_results(
+    evaluate: Callable[..., dict], data: Path, measured: list[str], patch: pytest.MonkeyPatch
 ) -> None:
-    fake = run.measure
+    def interrupted(*report: object, **options: bool) -> None:
+        write_report(*report, **options)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
 
-    def fail(number: int, jobs: list) -> dict:
-        if number:
-            raise InputError("power failure")
-        return fake(number, jobs)
-
-    patch.setattr(run, "measure", fail)
-    with pytest.raises(InputError, match="power failure"):
+    patch.setattr(run, "write_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         evaluate(f"task={data}/task")
-    kept = load_report(str(tmp_path / "out" / "e.json"))
-    assert kept is not None
-    assert isinstance(kept.tasks[0].rows["teacher"], Result)
-    assert kept.tasks[0].rows["s"] == run.PENDING
     patch.undo()
-    evaluate(f"task={data}/task")
+    report = evaluate(f"task={data}/task")
     assert measured == ["task, 2 shots | teacher", "task, 2 shots | s"]
+    assert all(isinstance(row, dict) for row in report["tasks"][0]["rows"].values())
 
 
 def test_keys_follow_student_and_teacher(
@@ -163,14 +170,6 @@ def test_tokens_are_compared_at_the_layer_of_the_dictionary(
     assert report["tasks"][0]["rows"]["d"]["more"]["sense accuracy"] == 1.0
 
 
-def test_models_without_token_embeddings_skip_tasks_on_tokens(
-    evaluate: Callable[..., dict], data: Path, measured: list[str]
-) -> None:
-    report = evaluate(f"coarsewsd={data}/coarse", model=("teacher", "owner/model"))
-    assert report["tasks"][0]["rows"]["owner/model"] == run.UNFIT
-    assert measured == ["coarsewsd | teacher"]
-
-
 def test_costs_are_measured_once_for_the_same_models(
     evaluate: Callable[..., dict], data: Path, student: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,8 +179,7 @@ def test_costs_are_measured_once_for_the_same_models(
     assert set(costs) == {"teacher", "s"}
     assert costs["teacher"]["speedup"] == pytest.approx(1.0)
     assert (costs["teacher"]["senses"], costs["teacher"]["peak_memory"]) == (0, 10**8)
-    assert costs["s"]["senses"] > 0
-    assert costs["s"]["compression"] > 0
+    assert min(costs["s"]["senses"], costs["s"]["compression"]) > 0
     assert 0 < costs["s"]["parameters"] < costs["teacher"]["parameters"]
     assert {path.name for path in out.iterdir()} == {"e.json", "e.md", "e-task--2-shots-speed.png"}
     requested: list[list[str]] = []
@@ -204,26 +202,23 @@ def test_peak_memory_is_that_of_a_fresh_process(student: Path, monkeypatch: pyte
         cost._peak(spec, ["a text"], "cpu", 1)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"model": ()}, "model: .* at least 1 item"),
-        ({"task": ()}, "task: .* at least 1 item"),
-        ({"shots": ("0",)}, r"shots.0: .*full"),
-        ({"output": "e.txt"}, r"must be a file name ending in \.json"),
-        ({"draws": 1}, "greater than or equal to 2"),
-    ],
-)
-def test_invalid_settings_are_refused(config: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        validate_config(EvaluateConfig, {"model": ("teacher",), "task": ("x=/d",), **config})
+def test_invalid_settings_are_refused() -> None:
+    config = {"model": ("teacher",), "task": ("x=/d",), "shots": ("0",), "output": "e.txt"}
+    with pytest.raises(InputError, match=r"shots.0: .*full(.*\n)*.*output: must be a file name ending in \.json"):
+        validate_config(EvaluateConfig, config)
 
 
-def test_missing_data_are_reported_before_anything_is_loaded(
-    evaluate: Callable[..., dict], tmp_path: Path, measured: list[str]
+def test_missing_data_and_packages_are_reported_before_anything_is_loaded(
+    evaluate: Callable[..., dict], tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match="nowhere"):
         evaluate(f"task={tmp_path}/nowhere")
+    for package in run.PACKAGES.values():
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        InputError, match=r"matplotlib, sentence_transformers, mteb, .*pip install msense\[evaluation\]"
+    ):
+        evaluate("mteb:x", model=("owner/model",))
     assert measured == []
 
 
@@ -233,31 +228,10 @@ def test_credentials_are_not_written() -> None:
     resources = Resources(actors=1, tasks=1, device="cpu")
     jobs = dispatch.make_jobs(config, config.specs("t"), config.tasks(), resources)
     report = json.dumps(to_json(run._empty_report(config, config.specs("t"), jobs, "cpu", {})))
-    assert "secret" not in report
-    assert "token" not in report
+    assert not re.search("secret|token", report)
     assert "student:s3://bucket/s" in report
 
 
 def test_default_teacher_is_that_of_the_first_dictionary(student: Path) -> None:
     for models, teacher in ((("teacher", f"replaced:{student}/dictionary"), "t"), (("teacher",), "all-MiniLM-L6-v2")):
         assert run._teacher_of(validate_config(EvaluateConfig, {"model": models, "task": ("x=/d",)})) == teacher
-
-
-def test_command_line(
-    teacher: Path,
-    student: Path,
-    data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    job = str(Path(__file__).parents[2] / "jobs" / "evaluate.py")
-    words = f"--model teacher s=student:{student} --task small={data}/task --teacher {teacher} --shots 2 full --draws 2"
-    monkeypatch.setattr(sys, "argv", [job, *f"{words} --local --no-cost --output {tmp_path}/e.json".split()])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(job, run_name="__main__")
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    assert "small, 2 shots" in printed
-    assert "small, full" in printed
-    assert {path.name for path in tmp_path.glob("e*")} == {"e.json", "e.md"}

@@ -5,24 +5,24 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from re import finditer
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from students import dictionary_of
-from task_data import write_contexts, write_task
+from task_data import Encoder, write_contexts, write_task
 from tiny import make, with_tokenizer, word_piece
 
 from msense import SenseDictionary
-from msense.corpus.labelled import Columns, read_labelled
+from msense.corpus.labelled import read_labelled
 from msense.dictionary import write_dictionary
 from msense.dictionary.format import write_tokenizer
 from msense.errors import InputError, MsenseError
 from msense.evaluation.models import Model, TokenEmbeddings, make_model, open_model
 from msense.evaluation.spec import Spec, TaskSpec, check_names, parse_model, parse_task
-from msense.evaluation.tasks import classification, coarsewsd, tokens, wordsim
-from msense.evaluation.tasks.classification import Protocol
+from msense.evaluation.tasks import coarsewsd, tokens, wordsim
 from msense.teacher.pooling import pool_rows
 from msense.teacher.spec import TeacherOptions, load_teacher_info
 
@@ -33,35 +33,25 @@ TEXTS = ["the river bank", "a cat sat on the mat", "money money", "is near"]
 @pytest.mark.parametrize(
     ("word", "wanted"),
     [
-        ("teacher", Spec("teacher", "teacher")),
         ("model2vec", Spec("model2vec", "model2vec")),
         ("truncated:2", Spec("truncated:2", "truncated", layers=2)),
         ("replaced:/a/b/c", Spec("replaced:b/c", "replaced", "/a/b/c", replace="soft")),
         ("replaced:/d,hard,dot", Spec("replaced:/d,hard,dot", "replaced", "/d", replace="hard", metric="dot")),
-        ("x=replaced:/d,temperature=0.5", Spec("x", "replaced", "/d", replace="soft", temperature=0.5)),
-        ("soft, K 50=replaced:/d,hard", Spec("soft, K 50", "replaced", "/d", replace="hard")),
+        (
+            "soft, K 50=replaced:/d,temperature=0.5",
+            Spec("soft, K 50", "replaced", "/d", replace="soft", temperature=0.5),
+        ),
         ("student:owner/model", Spec("student:owner/model", "student", "owner/model")),
         ("student:/s,hard", Spec("student:/s,hard", "student", "/s", replace="hard")),
         ("owner/model", Spec("owner/model", "encoder", "owner/model")),
+        ("banking77=/d/b", TaskSpec("banking77", "classification", "/d/b")),
+        ("classifier:sst2", TaskSpec("sst2", "classifier", "")),
+        ("mteb:Banking77", TaskSpec("Banking77", "mteb", "")),
+        ("x=hf://mteb/banking77", TaskSpec("x", "classification", "hf://mteb/banking77")),
     ],
 )
-def test_parse_model(word: str, wanted: Spec) -> None:
-    assert parse_model(word) == wanted
-
-
-@pytest.mark.parametrize(
-    ("word", "wanted", "title"),
-    [
-        ("banking77=/d/b", TaskSpec("banking77", "classification", "/d/b"), "banking77"),
-        ("classifier:sst2=/d", TaskSpec("sst2", "classifier", "/d"), "sst2 (classifier)"),
-        ("classifier:sst2", TaskSpec("sst2", "classifier", ""), "sst2 (classifier)"),
-        ("mteb:Banking77", TaskSpec("Banking77", "mteb", ""), "Banking77 (mteb)"),
-        ("x=hf://mteb/banking77", TaskSpec("x", "classification", "hf://mteb/banking77"), "x"),
-    ],
-)
-def test_parse_task(word: str, wanted: TaskSpec, title: str) -> None:
-    assert parse_task(word) == wanted
-    assert wanted.title == title
+def test_models_and_tasks_are_parsed(word: str, wanted: Spec | TaskSpec) -> None:
+    assert (parse_model if isinstance(wanted, Spec) else parse_task)(word) == wanted
 
 
 @pytest.mark.parametrize(
@@ -74,7 +64,6 @@ def test_parse_task(word: str, wanted: TaskSpec, title: str) -> None:
         (parse_model, "replaced:/d,sotf", "unknown option 'sotf'"),
         (parse_model, "student:/s,temperature=0", "temperature=F"),
         (parse_task, "banking77", "NAME=DATA"),
-        (parse_task, "=x", "NAME=DATA"),
         (parse_task, "glu:x=/d", "unknown kind 'glu'"),
         (lambda word: check_names(["student:/a/s", word], ["s", "s"], "--model"), "student:/b/s", "the same name 's'"),
     ],
@@ -99,13 +88,11 @@ LABELLED_FAULTS = [
     (lambda f: (f / "train.csv").write_text("text,label\n"), "is empty"),
     (lambda f: (f / "train.csv").write_text('text,label\n"a'), "cannot be read as csv"),
     (lambda f: (f / "train.csv").write_text("text,label\na,b,\n"), "row 0 .*fields"),
-    (lambda f: (f / "train.csv").write_text("text,label\na\n"), "row 0 .*fields"),
     (lambda f: (f / "train.csv").write_text("text,label\na,\n"), "row 0 .*text or label"),
     (lambda f: (f / "training_notes.csv").write_text("text,label\na,b\n"), r"train\*\.csv"),
     (lambda f: [write_task(f / n, {"train": [("a", "b")]}) for n in ("x", "y")], "several formats or folders"),
     (lambda f: (f / "train.parquet").write_text("no"), "cannot be read as parquet"),
     (lambda f: (f / "train.jsonl").write_text('{"text": "a"}\n{"text": null, "label": 1}\n'), "row 0 .*text or label"),
-    (lambda f: [(f / n).write_text("text,label\na,b\n") for n in ("train.csv", "train.jsonl")], "several formats"),
 ]
 
 
@@ -127,66 +114,6 @@ def test_unreachable_hub_names_the_download(monkeypatch: pytest.MonkeyPatch) -> 
         read_labelled("hf://mteb/banking77", "train")
 
 
-class Points:
-    """Encodes a text "label number" as the label's corner, displaced by noise seeded with the number."""
-
-    def __init__(self, noise: float) -> None:
-        self.noise = noise
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        corners = np.eye(4, dtype=np.float32)
-        moved = [np.random.default_rng(int(t.split()[1])).normal(0, self.noise, 4) for t in texts]
-        return np.stack([corners[int(t.split()[0])] for t in texts]) + np.array(moved, np.float32)
-
-
-@pytest.fixture(scope="module")
-def corners(tmp_path_factory: pytest.TempPathFactory) -> str:
-    def rows(start: int, n: int) -> list[tuple[str, str]]:
-        return [(f"{i % 4} {i}", f"class {i % 4}") for i in range(start, start + n)]
-
-    return write_task(tmp_path_factory.mktemp("corners"), {"train": rows(0, 400), "test": rows(400, 200)})
-
-
-def test_classification_separates_classes_but_not_noise_and_more_shots_help(corners: str) -> None:
-    clear, noisy = (classification.measure(Points(n), corners, Columns(), Protocol()) for n in (0.05, 50.0))
-    assert clear.values == [1.0] * 10
-    assert clear.more["macro F1"] == 1.0
-    assert noisy.score == pytest.approx(0.25, abs=0.08)
-    assert len(set(noisy.values)) > 1
-    scores = [classification.measure(Points(0.5), corners, Columns(), Protocol(shots=s)).score for s in (1, 8, 0)]
-    assert scores[0] < scores[1] < scores[2]
-
-
-def test_draws_follow_from_the_seed(corners: str) -> None:
-    def values(seed: int) -> list[float]:
-        return classification.measure(Points(0.6), corners, Columns(), Protocol(draws=3, seed=seed)).values
-
-    assert values(1) == values(1) != values(7)
-    assert values(1)[1:] == values(2)[:2]  # draw i of seed s is draw 0 of seed s + i
-
-
-def test_shots_are_per_class_and_limited_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    class Spy(classification.LogisticRegression):
-        def fit(self, points: np.ndarray, labels: np.ndarray) -> "Spy":
-            seen.append(labels.tolist())
-            return super().fit(points, labels)
-
-    labels = np.array(["a"] * 20 + ["b"] * 3)
-    vectors = np.random.default_rng(0).normal(size=(23, 2)).astype(np.float32)
-    monkeypatch.setattr(classification, "LogisticRegression", Spy)
-    classification.classify({"train": vectors, "test": vectors}, {"train": labels, "test": labels}, Protocol(draws=2))
-    assert [(own.count("a"), own.count("b")) for own in seen] == [(8, 3), (8, 3)]
-
-
-@pytest.mark.parametrize(("train", "message"), [(["a", "a"], r"1 class\(es\)"), (["a", "b"], "share no label")])
-def test_labels_that_cannot_be_learnt_are_refused(train: list[str], message: str) -> None:
-    vectors = {"train": np.eye(2, dtype=np.float32), "test": np.eye(2, dtype=np.float32)[:1]}
-    with pytest.raises(InputError, match=message):
-        classification.classify(vectors, {"train": np.array(train), "test": np.array(["c"])})
-
-
 @dataclass
 class Reader:
     """Reads one token per word between [CLS] and [SEP]; a word's last character decides the side of its embedding."""
@@ -196,19 +123,17 @@ class Reader:
     most: int = 99
 
     def read(self, texts: list[str]) -> TokenEmbeddings:
-        rows: list[tuple[int, tuple[int, int], float]] = []
+        rows: list[tuple[int, int, int, float]] = []  # id, span, side
         offsets = [0]
         for text in texts:
-            at = 0
-            rows.append((1, (0, 0), 0.0))
-            for word in text.split(" ")[: self.most]:
-                rows.append((2, (at, at + len(word)), 10.0 if word.endswith("1") else -10.0))
-                at += len(word) + 1
-            rows.append((3, (0, 0), 0.0))
+            words = [
+                (word.start(), word.end(), 10.0 if word[0].endswith("1") else -10.0) for word in finditer(r"\S+", text)
+            ]
+            rows += [(1, 0, 0, 0.0), *((2, *word) for word in words[: self.most]), (3, 0, 0, 0.0)]
             offsets.append(len(rows))
-        points = np.array([[side, 0, 0] for *_, side in rows], np.float32)
-        spans = np.array([span for _, span, _ in rows])
-        return TokenEmbeddings(np.array([row[0] for row in rows]), np.array(offsets), spans, points, points)
+        ids, starts, ends, sides = map(np.array, zip(*rows, strict=True))
+        embeddings = np.stack([sides, 0 * sides, 0 * sides], axis=1).astype(np.float32)
+        return TokenEmbeddings(ids, np.array(offsets), np.stack([starts, ends], axis=1), embeddings, embeddings)
 
 
 @pytest.fixture(scope="module")
@@ -230,15 +155,12 @@ def test_senses_take_the_majority_label_of_training_contexts(two_senses: SenseDi
     assert result.more["left out"] == 0
     write_contexts(tmp_path / "b", "word", [("w1", "a")] * 3, [("w2", "a"), ("w2", "b")])
     assert coarsewsd.measure(Reader(two_senses), str(tmp_path / "b")).score == 0.5  # w2 takes the most frequent label
-
-
-def test_agreement_is_perfect_if_senses_equal_gold_senses(two_senses: SenseDictionary, tmp_path: Path) -> None:
-    rows = [("w1", "a"), ("w2", "b")] * 4
-    write_contexts(tmp_path, "word", rows, rows)
-    result = coarsewsd.measure(Reader(two_senses), str(tmp_path))
+    rows = [("w1", "a"), ("w2", "b")] * 4  # senses equal gold senses
+    write_contexts(tmp_path / "c", "word", rows, rows)
+    result = coarsewsd.measure(Reader(two_senses), str(tmp_path / "c"))
     assert result.score == result.more["ARI"] == result.more["V-measure"] == result.more["gold centroids"] == 1.0
     assert result.more["most frequent"] == 0.5
-    baselines = coarsewsd.measure(Reader(None), str(tmp_path))  # without a dictionary
+    baselines = coarsewsd.measure(Reader(None), str(tmp_path / "c"))  # without a dictionary
     assert baselines.metric == "gold centroids"
     assert "accuracy" not in baselines.more
 
@@ -250,21 +172,6 @@ def test_contexts_truncated_before_the_word_are_left_out(two_senses: SenseDictio
             file.write(line)
     result = coarsewsd.measure(Reader(two_senses, most=4), str(tmp_path))
     assert (result.more["left out"], result.score) == (1, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("line", "gold", "message"),
-    [("x\ta b", "a", "position"), ("2\ta b", "a", "position"), ("0 a b", "a", "position"), ("0\ta", "a\nb", "2 gold")],
-)
-def test_invalid_contexts_are_refused(line: str, gold: str, message: str, tmp_path: Path) -> None:
-    write_contexts(tmp_path, "word", [], [])
-    (tmp_path / "word" / "train.data.txt").write_text(line + "\n")
-    (tmp_path / "word" / "train.gold.txt").write_text(gold + "\n")
-    with pytest.raises(InputError, match=message):
-        coarsewsd.measure(Reader(None), str(tmp_path))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="CoarseWSD"):
-        coarsewsd.words(str(tmp_path / "empty"))
 
 
 @pytest.fixture
@@ -279,20 +186,9 @@ def worded(tmp_path: Path) -> SenseDictionary:
     return SenseDictionary.load(folder)
 
 
-@dataclass
-class Worded:
-    dictionary: SenseDictionary | None
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        return np.array([[len(t), 1.0] for t in texts], np.float32)
-
-
 def test_words_are_looked_up_with_all_their_senses(worded: SenseDictionary) -> None:
     look_up = wordsim._lookup_of(worded)
     bank, river, several = look_up("bank"), look_up("river"), look_up("unban")
-    assert bank is not None
-    assert river is not None
-    assert several is not None
     assert (bank.senses @ river.senses.T).max() == 1.0
     assert (bank.senses @ river.senses.T).mean() == 0.5
     mean = np.array([27.0, 2.0, 0])  # of its four occurrences
@@ -306,25 +202,38 @@ def test_missing_words_are_counted_and_sets_weighted(worded: SenseDictionary, tm
     folder.mkdir()
     (folder / "one.txt").write_text("bank river 9\nbank unban 8\nriver unban 1\nbank zzz 5\n")
     (folder / "two.txt").write_text("river unban\t7\nbank river\t3\n")
-    result = wordsim.measure(Worded(worded), str(folder))
+    result = wordsim.measure(Encoder(lambda text: [len(text), 1], worded), str(folder))
     assert (result.names, result.weights) == (["one", "two"], [3.0, 2.0])
     assert (result.more["pairs"], result.more["missing"]) == (6, 1)
     assert result.values == [pytest.approx(1.0), pytest.approx(-1.0)]
     assert result.score == pytest.approx(0.2)
-    as_texts = wordsim.measure(Worded(None), str(folder))
+    as_texts = wordsim.measure(Encoder(lambda text: [len(text), 1]), str(folder))
     assert (as_texts.metric, as_texts.more["missing"]) == ("Spearman, as texts", 0)
 
 
+def read_word(source: str) -> object:
+    return coarsewsd.read_contexts(source, "word", "train")
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [("bank river", "line 1"), ("a b c\n", "line 1"), ("a b nan\n", "line 1"), (None, r"contains no \*\.txt")],
+    ("read", "texts", "message"),
+    [
+        *((read_word, (line, "a"), "position") for line in ("x\ta b", "2\ta b", "0 a b")),
+        (read_word, ("0\ta", "a\nb"), "2 gold"),
+        (coarsewsd.words, (), "CoarseWSD"),
+        *((wordsim.read_sets, (line,), "line 1") for line in ("bank river", "a b c\n", "a b nan\n")),
+        (wordsim.read_sets, (), r"contains no \*\.txt"),
+    ],
 )
-def test_invalid_sets_are_refused(text: str | None, message: str, tmp_path: Path) -> None:
+def test_invalid_contexts_and_word_pairs_are_refused(
+    read: Callable[[str], object], texts: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "other.csv").write_text("x")
-    if text is not None:
-        (tmp_path / "set.txt").write_text(text)
+    (tmp_path / "word").mkdir()
+    for name, text in zip(("word/train.data.txt", "word/train.gold.txt"), texts, strict=False):
+        (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
-        wordsim.read_sets(str(tmp_path))
+        read(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -365,18 +274,14 @@ def test_a_replaced_teacher_pools_senses(teacher: Path, built: Path, plain: Mode
     assert [TEXTS[0][a:b] for a, b in first] == ["", "the", "river", "bank", ""]
 
 
-def test_a_truncated_teacher_has_fewer_layers(teacher: Path, plain: Model) -> None:
+def test_truncated_and_unfitting_teachers(teacher: Path, built: Path, plain: Model, make_teacher: Callable) -> None:
     one = load(teacher, "truncated", layers=1)
     assert one.parameters() < plain.parameters()
     assert not np.allclose(one.encode(TEXTS), plain.encode(TEXTS))
     with pytest.raises(InputError, match="2 layers"):
         load(teacher, "truncated", layers=3)
-
-
-def test_a_dictionary_of_another_teacher_is_refused(built: Path, make_teacher: object) -> None:
-    other = make_teacher("roberta")  # type: ignore[operator]
     with pytest.raises(InputError, match="is not the dictionary's, which has teacher"):
-        load(other, "replaced", source=str(built), replace="hard")
+        load(make_teacher("roberta"), "replaced", source=str(built), replace="hard")
 
 
 def test_a_student_reads_as_its_encoder_does(shipped_student: tuple, teacher: Path) -> None:
@@ -414,7 +319,6 @@ def test_a_sentence_transformers_model_is_loaded(make_teacher: object) -> None:
     pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "word_embedding_dimension": 16}))
     ours, theirs = load(folder, "teacher"), load(folder, "encoder", source=str(folder))
     np.testing.assert_allclose(theirs.encode(TEXTS), ours.encode(TEXTS), rtol=1e-4, atol=1e-5)
-    assert theirs.parameters() > 0
     assert {path.name for path in theirs.files()} >= {"model.safetensors", "config.json"}
     with pytest.raises(InputError, match="no/such"):
         load(folder, "encoder", source="./no/such")
@@ -427,23 +331,21 @@ class StaticModel:
     embedding = np.zeros((5, 2))
     def save_pretrained(self, folder):
         pathlib.Path(folder).mkdir(); pathlib.Path(folder, "model.safetensors").write_text("x" * 7)
-    @classmethod
-    def from_pretrained(cls, folder):
-        return cls()
+    def from_pretrained(folder):
+        return StaticModel()
     def encode(self, texts):
         print("output of a library")
         if "die" in texts:
             sys.exit(3)
         return np.array([[len(text), 1] for text in texts])
+
+sys.modules["model2vec.distill"] = sys.modules["model2vec"]
+distill = lambda model_name: StaticModel()
 """
 
 
 def _python_with_model2vec(folder: Path) -> str:
-    package = folder / "model2vec"
-    package.mkdir()
-    (package / "__init__.py").write_text(PEER)
-    distill = "from model2vec import StaticModel\ndef distill(model_name): return StaticModel()\n"
-    (package / "distill.py").write_text(distill)
+    (folder / "model2vec.py").write_text(PEER)
     python = folder / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
@@ -454,7 +356,6 @@ def test_model2vec_runs_in_a_separate_python(teacher: Path, tmp_path: Path) -> N
     spec = Spec("m", "model2vec", teacher=str(teacher), python=_python_with_model2vec(tmp_path))
     with open_model(spec, "cpu", 1) as model:
         assert model.encode(["ab", "ü"]).tolist() == [[2.0, 1.0], [1.0, 1.0]]
-        assert model.encode(["abc"]).dtype == np.float32
         assert model.parameters() == 10
         assert sum(path.stat().st_size for path in model.files()) == 7
         assert 0 < model.seconds < 5
@@ -465,14 +366,8 @@ def test_model2vec_runs_in_a_separate_python(teacher: Path, tmp_path: Path) -> N
     assert process.poll() is not None
 
 
-@pytest.mark.parametrize(
-    ("python", "message", "kind"),
-    [
-        (None, "not installed.*--model2vec-python", InputError),
-        ("/no/such/python", "cannot run", InputError),
-        (sys.executable, "exited with code 1 .*No module named", MsenseError),
-    ],
-)
-def test_a_python_without_model2vec_is_refused(python: str | None, message: str, kind: type, teacher: Path) -> None:
-    with pytest.raises(kind, match=message):
-        load(teacher, "model2vec", python=python)
+def test_a_python_without_model2vec_is_refused(teacher: Path) -> None:
+    with pytest.raises(InputError, match="cannot run"):
+        load(teacher, "model2vec", python="/no/such/python")
+    with pytest.raises(MsenseError, match=r"exited with code 1 .*No module named.*--model2vec-python"):
+        load(teacher, "model2vec")

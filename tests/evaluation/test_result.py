@@ -1,6 +1,6 @@
 """Results: metrics with known values, the paired bootstrap against a plain one, and invalid JSON."""
 
-import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +12,6 @@ from msense.metrics import METRICS
 
 def draws(*values: float) -> Result:
     return Result("accuracy", "draws", list(values))
-
-
-def labels(rng: np.random.Generator, n: int, k: int) -> np.ndarray:
-    return rng.integers(0, k, n).astype(str)
 
 
 def test_score_is_the_weighted_mean_and_deviation_is_over_draws() -> None:
@@ -47,7 +43,7 @@ def test_metrics_have_known_values(metric: str, gold: list, found: list, wanted:
 def test_bootstrap_over_texts_equals_scoring_every_resample(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(result, "RESAMPLES", 60)
     rng, n, of = np.random.default_rng(5), 50, METRICS[metric]
-    gold, a, b = (rng.normal(size=n) if metric == "Pearson" else labels(rng, n, 3) for _ in range(3))
+    gold, a, b = (rng.normal(size=n) if metric == "Pearson" else rng.integers(0, 3, n).astype(str) for _ in range(3))
     ours, theirs = (Result(metric, "texts", gold=gold.tolist(), found=own.tolist()) for own in (a, b))
     samples = np.random.default_rng(7).integers(0, n, (60, n))
     gains = [of(gold[rows], a[rows]) - of(gold[rows], b[rows]) for rows in samples]
@@ -65,36 +61,6 @@ def test_pairing_removes_noise_common_to_both_models() -> None:
     assert difference(ours, ours) == (0.0, 0.0, 0.0)
 
 
-def test_resampling_does_not_depend_on_the_order_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(result, "RESAMPLES", 100)
-    rng = np.random.default_rng(2)
-    gold, a, b = (labels(rng, 80, 3) for _ in range(3))
-    by_text = [Result("macro F1", "texts", gold=gold.tolist(), found=own.tolist()) for own in (a, b)]
-    by_set = [Result("Spearman", "sets", rng.random(12).tolist(), [9.0, 1.0, 4.0, 2.0] * 3) for _ in range(2)]
-    for ours, theirs in (by_text, by_set):
-        gain, low, high = difference(ours, theirs, 3)
-        assert low < gain < high
-        assert difference(theirs, ours, 3) == pytest.approx((-gain, -high, -low), abs=1e-12)
-        assert difference(ours, theirs, 4) != (gain, low, high)
-
-
-@pytest.mark.parametrize("over", ["draws", "texts"])
-def test_intervals_contain_a_planted_gain(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(result, "RESAMPLES", 400)
-    held = 0
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        if over == "draws":
-            common = rng.normal(0.7, 0.1, 30)
-            own = [draws(*(common + rng.normal(by, 0.02, 30))) for by in (0.05, 0.0)]
-        else:
-            right = [rng.random(300) < p for p in (0.85, 0.80)]
-            own = [Result("accuracy", over, gold=["1"] * 300, found=np.where(r, "1", "0").tolist()) for r in right]
-        _, low, high = difference(own[0], own[1], seed)
-        held += low <= 0.05 <= high
-    assert held >= 34  # of 95 %; percentile intervals of few draws are slightly narrow
-
-
 def test_weights_count_in_the_bootstrap() -> None:
     ours, theirs = (Result("s", "sets", [v, 0.5], [1000.0, 1.0]) for v in (0.9, 0.1))
     gain, _, high = difference(ours, theirs)
@@ -105,19 +71,20 @@ def test_weights_count_in_the_bootstrap() -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
+    "changes",
     [
-        Result("s", "words", [0.1, 0.9], names=["b", "a"]),
-        Result("s", "words", [0.1, 0.9]),
-        Result("s", "words", [0.1, 0.9], [1.0, 2.0], ["a", "b"]),
-        Result("s", "words", [0.1, 0.9, 0.3], names=["a", "b", "c"]),
-        Result("s", "draws", [0.1, 0.9], names=["a", "b"]),
-        Result("t", "words", [0.1, 0.9], names=["a", "b"]),
-        Result("accuracy", "words", gold=["a", "b"], found=["a", "b"], names=["a", "b"]),
+        {"names": ["b", "a"]},
+        {"names": None},
+        {"weights": [1.0, 2.0]},
+        {"values": [0.1, 0.9, 0.3], "names": ["a", "b", "c"]},
+        {"over": "draws"},
+        {"metric": "t"},
+        {"metric": "accuracy", "values": [], "gold": ["a", "b"], "found": ["a", "b"]},
     ],
 )
-def test_results_of_different_tasks_are_not_compared(other: Result) -> None:
+def test_results_of_different_tasks_are_not_compared(changes: dict) -> None:
     own = Result("s", "words", [0.9, 0.1], names=["a", "b"])
+    other = replace(own, **changes)
     assert comparable(own, own)
     assert not comparable(own, other)
     with pytest.raises(ValueError, match="not of the same task"):
@@ -125,33 +92,15 @@ def test_results_of_different_tasks_are_not_compared(other: Result) -> None:
 
 
 @pytest.mark.parametrize(
-    "own",
-    [
-        Result("accuracy", "texts", gold=["a", "b"], found=["a", "a"], more={"macro F1": 1 / 3, "pairs": 3}),
-        Result("Pearson", "texts", gold=[1.5, 2.0], found=[1.0, 3.0]),
-        Result("s", "sets", [0.5, 1.0], [3.0, 0.0], ["a", "b"]),
-    ],
-)
-def test_json_round_trip_of_every_kind(own: Result) -> None:
-    loaded = Result.from_json(json.loads(json.dumps(own.to_json())))
-    assert loaded == own
-    assert {name: type(value) for name, value in loaded.more.items()} == {n: type(v) for n, v in own.more.items()}
-
-
-@pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"values": "abc"}, "values"),
-        ({"values": ["x", 1.0]}, "values"),
         ({"values": [True, 1.0]}, "values"),
         ({"values": []}, "0 values"),
         ({"weights": [1.0]}, "another number of weights or names"),
         ({"names": ["a"]}, "another number of weights or names"),
         ({"weights": [0.0, 0.0]}, "all 0"),
         ({"weights": [2.0, -1.0]}, "negative"),
-        ({"more": [1.0]}, "more"),
         ({"more": {"a": "b"}}, "more"),
-        ({"metric": 3}, "metric"),
         ({"gold": ["a"], "found": ["a"]}, "do not match"),
         ({"metric": "accuracy", "gold": ["a", "b"], "found": ["a"]}, "do not match"),
         ({"metric": "accuracy", "gold": ["a"], "found": None}, "do not match"),

@@ -1,8 +1,13 @@
-"""Small data sets of evaluation tasks."""
+"""Small data sets of evaluation tasks, and a model with known vectors."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+
+from msense import SenseDictionary
 
 
 def write_task(folder: Path, rows: dict[str, list[tuple[str, str]]], form: str = "csv") -> str:
@@ -25,3 +30,16 @@ def write_contexts(folder: Path, word: str, train: list[tuple[str, str]], test: 
     for part, rows in (("train", train), ("test", test)):
         (folder / word / f"{part}.data.txt").write_text("".join(f"1\tthe {w} is\n" for w, _ in rows))
         (folder / word / f"{part}.gold.txt").write_text("".join(f"{g}\n" for _, g in rows))
+
+
+@dataclass
+class Encoder:
+    """A model that applies a function to each text and records the texts; with a dictionary, if given."""
+
+    vector: Callable[[str], object]
+    dictionary: SenseDictionary | None = None
+    encoded: list[list[str]] = field(default_factory=list)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        self.encoded.append(list(texts))
+        return np.array([self.vector(text) for text in texts], np.float32)

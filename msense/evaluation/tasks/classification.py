@@ -23,17 +23,11 @@ FEW_SHOT_MAX_ITER, FULL_MAX_ITER = 100, 1000  # solver iterations for few-shot t
 
 
 class Protocol(NamedTuple):
-    """How training texts are sampled.
+    """How training texts are sampled."""
 
-    Attributes:
-        shots: training texts per class; 0: all of them, in a single draw.
-        draws: number of draws.
-        seed: seed of the first draw; draw i uses `seed + i`.
-    """
-
-    shots: int = 8
+    shots: int = 8  # training texts per class; 0: all of them, in a single draw
     draws: int = 10
-    seed: int = 0
+    seed: int = 0  # draw i uses `seed + i`
 
 
 def measure(model: Model, source: str, columns: Columns, protocol: Protocol) -> Result:
@@ -51,12 +45,9 @@ def measure(model: Model, source: str, columns: Columns, protocol: Protocol) -> 
 def classify(
     vectors: dict[str, np.ndarray], labels: dict[str, np.ndarray], protocol: Protocol | None = None
 ) -> list[np.ndarray]:
-    """Train and test; return the predicted test labels [P] of every draw.
+    """Return the predicted test labels [P] of every draw.
 
-    Args:
-        vectors: float32 [P, D] for "train" and "test".
-        labels: [P] for "train" and "test".
-        protocol: how training texts are sampled.
+    Takes vectors, float32 [P, D], and labels [P] of "train" and "test".
 
     Raises:
         InputError: the training set has only one class, or shares no label with the test set.

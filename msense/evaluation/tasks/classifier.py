@@ -25,14 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 def measure(model: TokenModel, source: str, name: str, spec: Spec, columns: Columns) -> Result:
-    """Score the classifier on a model's embeddings of the test texts.
+    """Score the classifier in the folder of `spec.teacher` on a model's embeddings of the test texts.
 
-    Args:
-        model: a model whose embeddings have the teacher's width.
-        source: folder or Hub dataset; empty: the GLUE task's own dataset.
-        name: task; a GLUE task defines its columns, split and metrics.
-        spec: names the teacher whose folder holds the classifier, as `jobs/finetune.py` writes it.
-        columns: columns of a task outside GLUE.
+    The name of a GLUE task defines its columns, split, metrics and, without `source`, its dataset.
 
     Raises:
         InputError: the classifier is missing, corrupted or of another width, or the data are missing.
@@ -54,7 +49,7 @@ def measure(model: TokenModel, source: str, name: str, spec: Spec, columns: Colu
 
 
 def texts(source: str, name: str, spec: Spec, columns: Columns) -> list[str]:
-    """Return the test texts; arguments and errors as for `measure`."""
+    """Return the test texts; see `measure`."""
     return _test_split(load_classifier(locate(spec.teacher, spec.revision)), source, name, columns)[1].texts
 
 

@@ -6,8 +6,8 @@ and the most frequent sense. Files are `WORD/{train,test}.data.txt` (`position<T
 per line). Memory: the embeddings of a word's contexts and of one slab of texts.
 """
 
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from typing import NamedTuple
 
 import numpy as np
 from sklearn import metrics
@@ -16,58 +16,39 @@ from msense.corpus.files import read_errors
 from msense.errors import InputError
 from msense.evaluation.models import TokenModel, iter_slabs
 from msense.evaluation.result import Result
-from msense.io import filesystems, storage
+from msense.evaluation.tasks import read_lines
+from msense.evaluation.tasks.classification import PARTS
+from msense.io import storage
 from msense.io.filesystems import display_uri
 
-PARTS = ("train", "test")
-_MAX_BYTES = 64 << 20  # of a file of contexts
+
+class Contexts(NamedTuple):
+    """The M contexts of one word."""
+
+    texts: list[str]  # words separated by a space
+    starts: np.ndarray  # int64 [M], character offset of the target word
+    gold: np.ndarray  # str [M]
 
 
-@dataclass(frozen=True)
-class Contexts:
-    """The M contexts of one word.
+class Targets(NamedTuple):
+    """A model's view of the m contexts (of M) in which the target word survives truncation."""
 
-    Attributes:
-        texts: words separated by a space.
-        starts: int64 [M], character offset of the target word.
-        gold: str [M].
-    """
-
-    texts: list[str]
-    starts: np.ndarray
-    gold: np.ndarray
-
-
-@dataclass(frozen=True)
-class Targets:
-    """A model's view of the m contexts (of M) in which the target word survives truncation.
-
-    Attributes:
-        senses: int64 [m, 2], token and sense; empty without a dictionary.
-        embeddings: float32 [m, D], of the target word's first token.
-        gold: str [m].
-    """
-
-    senses: np.ndarray
-    embeddings: np.ndarray
-    gold: np.ndarray
+    senses: np.ndarray  # int64 [m, 2], token and sense; empty without a dictionary
+    embeddings: np.ndarray  # float32 [m, D], of the target word's first token
+    gold: np.ndarray  # str [m]
 
 
 def measure(model: TokenModel, source: str) -> Result:
     """Score a model's senses; the score is the mean accuracy over words.
 
     A word of several tokens is represented by its first token. Senses without a training context take the word's most
-    frequent label.
-
-    Args:
-        model: with a dictionary; without one only the baselines are computed, and the centroids are the score.
-        source: folder of words.
+    frequent label. Without a dictionary only the baselines are computed, and the centroids are the score.
 
     Raises:
         InputError: the folder has no words, or a file is invalid.
     """
     names = words(source)
-    scores: dict[str, list[float]] = {}
+    scores: defaultdict[str, list[float]] = defaultdict(list)
     left_out = 0
     for word in names:
         contexts = [read_contexts(source, word, part) for part in PARTS]
@@ -78,14 +59,13 @@ def measure(model: TokenModel, source: str) -> Result:
                 f"{display_uri(source)}: every context of {word!r} is truncated before the word by this model"
             )
         for name, value in _scores(train, test).items():
-            scores.setdefault(name, []).append(value)
+            scores[name].append(value)
     main = "accuracy" if "accuracy" in scores else "gold centroids"
     more = {name: float(np.mean(values)) for name, values in scores.items() if name != main}
     return Result(main, "words", scores[main], names=names, more={**more, "left out": left_out})
 
 
 def _scores(train: Targets, test: Targets) -> dict[str, float]:
-    """Return the scores of a word."""
     frequent = Counter(train.gold.tolist()).most_common(1)[0][0]
     known = np.unique(train.gold)
     means = np.stack([train.embeddings[train.gold == name].mean(0) for name in known])
@@ -95,11 +75,11 @@ def _scores(train: Targets, test: Targets) -> dict[str, float]:
         "most frequent": float((test.gold == frequent).mean()),
     }
     if len(train.senses):
-        votes: dict[tuple[int, ...], Counter[str]] = {}
-        for sense, label in zip(map(tuple, train.senses.tolist()), train.gold.tolist(), strict=True):
-            votes.setdefault(sense, Counter())[label] += 1
-        majority = {sense: counter.most_common(1)[0][0] for sense, counter in votes.items()}
-        predicted = [majority.get(tuple(sense), frequent) for sense in test.senses.tolist()]
+        votes: defaultdict[tuple[int, ...], Counter[str]] = defaultdict(Counter)
+        for sense, label in zip(train.senses.tolist(), train.gold.tolist(), strict=True):
+            votes[tuple(sense)][label] += 1
+        labels = (votes[tuple(sense)].most_common(1) for sense in test.senses.tolist())
+        predicted = [label[0][0] if label else frequent for label in labels]
         senses = np.unique(test.senses, axis=0, return_inverse=True)[1].reshape(-1)
         scores["accuracy"] = float((np.array(predicted) == test.gold).mean())
         scores["ARI"] = float(metrics.adjusted_rand_score(test.gold, senses))
@@ -110,10 +90,8 @@ def _scores(train: Targets, test: Targets) -> dict[str, float]:
 def words(source: str) -> list[str]:
     """Return the words of a folder, sorted; InputError if it has none."""
     with read_errors(source, "a folder of words"):
-        filesystem, path = filesystems.filesystem(source)
-        listed = filesystem.ls(path, detail=True)
-    folders = [info["name"].rstrip("/").rpartition("/")[2] for info in listed if info["type"] == "directory"]
-    names = sorted(word for word in folders if storage.exists(storage.join(source, word, "train.data.txt")))
+        listed = storage.names(source)
+        names = sorted(word for word in listed if storage.exists(storage.join(source, word, "train.data.txt")))
     if not names:
         raise InputError(
             f"{display_uri(source)} contains no WORD/train.data.txt: download CoarseWSD-20 "
@@ -122,9 +100,14 @@ def words(source: str) -> list[str]:
     return names
 
 
+def read_texts(source: str, part: str) -> list[str]:
+    """Return the contexts of all words."""
+    return [text for word in words(source) for text in read_contexts(source, word, part).texts]
+
+
 def read_contexts(source: str, word: str, part: str) -> Contexts:
     """Read the contexts of a word; InputError if a file is missing, too large or invalid, or their lengths differ."""
-    lines, gold = (_lines(storage.join(source, word, f"{part}.{kind}.txt")) for kind in ("data", "gold"))
+    lines, gold = (read_lines(storage.join(source, word, f"{part}.{kind}.txt")) for kind in ("data", "gold"))
     if len(lines) != len(gold):
         raise InputError(
             f"{display_uri(source)}: {word}/{part} has {len(lines)} contexts but {len(gold)} gold senses: restore both files"
@@ -141,12 +124,6 @@ def read_contexts(source: str, word: str, part: str) -> Contexts:
         texts.append(text)
         starts.append(sum(map(len, before)) + len(before))
     return Contexts(texts, np.array(starts, np.int64), np.array([name.strip() for name in gold]))
-
-
-def _lines(uri: str) -> list[str]:
-    with read_errors(uri, "text"):
-        text = storage.read_bytes(uri, _MAX_BYTES).decode("utf-8", "replace")
-    return text.removesuffix("\n").split("\n")
 
 
 def embed_targets(model: TokenModel, contexts: Contexts) -> Targets:

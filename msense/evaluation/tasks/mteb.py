@@ -35,12 +35,7 @@ PAPER_TASKS = tuple(f"{name}Classification" for name in _OF_PAPER.split())
 
 
 class MtebEncoder:
-    """Adapter of a model to mteb's `mteb.models.EncoderProtocol`.
-
-    Example:
-        >>> encoder = MtebEncoder(make_model(parse_model("owner/model"), "cpu", 1))
-        >>> mteb.evaluate(encoder, mteb.get_tasks(tasks=["Banking77Classification"]))
-    """
+    """Adapter of a model to mteb's `mteb.models.EncoderProtocol`."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -51,10 +46,7 @@ class MtebEncoder:
         return _mteb().models.ModelMeta.create_empty()
 
     def encode(self, inputs: Iterable[Mapping[str, Any]], **_: object) -> np.ndarray:
-        """Return sentence vectors, float32 [n, D], of batches with a list of texts under `text`.
-
-        Task, split and prompt arguments are ignored, so that a text is encoded as in every other task.
-        """
+        """Return sentence vectors, float32 [n, D], of batches with texts under `text`; prompts of tasks are ignored."""
         return self.model.encode([text for batch in inputs for text in batch["text"]])
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
@@ -69,42 +61,29 @@ class MtebEncoder:
 def measure(model: Model, name: str, source: str, columns: Columns, protocol: Protocol) -> Result:
     """Classify with mteb.
 
-    Args:
-        model: model to evaluate.
-        name: name of the task; without a source, one of mteb's own, evaluated on its test split if it has one.
-        source: labelled texts with splits train and test; empty: the task's own data from the Hub.
-        columns: columns of texts and labels in the source.
-        protocol: sampling of training texts; the texts of mteb's own tasks do not depend on its seed.
+    Without a `source` of labelled texts, `name` is one of mteb's own tasks, evaluated on its test split if it has one; its
+    texts do not depend on the seed.
 
     Raises:
-        InputError: mteb is not installed, has no such task, or the data are missing, corrupted or of one class.
+        InputError: mteb has no such task, or the data are missing, corrupted or of one class.
     """
     shots, draws, seed = protocol
-    task = local_task(name, source, columns) if source else _own_task(name)
+    task = _local_task(name, source, columns) if source else _own_task(name)
     task.seed, task.samples_per_label, task.n_experiments = seed, shots or sys.maxsize, draws if shots else 1
     with TemporaryDirectory() as folder, threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
         # such small fits are slower with more BLAS threads; torch's threads, which encode, are unaffected
         warnings.simplefilter("ignore", ConvergenceWarning)  # mteb limits the iterations
         warnings.filterwarnings("ignore", ".* is superseded by ")  # as most of the paper's tasks are
-        evaluated = _mteb().evaluate(
-            MtebEncoder(model),
-            task,
-            co2_tracker=False,
-            cache=None,
-            prediction_folder=None if shots else folder,
-            show_progress_bar=False,
-        )
+        options = {"co2_tracker": False, "cache": None, "show_progress_bar": False}
+        predictions = None if shots else folder
+        evaluated = _mteb().evaluate(MtebEncoder(model), task, prediction_folder=predictions, **options)
         predicted = {} if shots else json.loads((Path(folder) / task.prediction_file_name).read_text("utf-8"))
     rows = [row for split in evaluated.task_results[0].scores.values() for row in split]
     return _result(task, rows, predicted)
 
 
-def local_task(name: str, source: str, columns: Columns) -> Any:
-    """Return labelled texts with splits train and test as an mteb `AbsTaskClassification` with loaded data.
-
-    Raises:
-        InputError: mteb is not installed, or the data are missing, corrupted or of one class.
-    """
+def _local_task(name: str, source: str, columns: Columns) -> Any:
+    """Return labelled texts with splits train and test as an mteb `AbsTaskClassification` with loaded data."""
     _mteb()
     from datasets import Dataset, DatasetDict
     from mteb.abstasks.classification import AbsTaskClassification
@@ -125,10 +104,9 @@ def local_task(name: str, source: str, columns: Columns) -> Any:
         )
 
     parts = {part: read_labelled(source, part, columns) for part in PARTS}
-    check_labels({part: own.labels for part, own in parts.items()})
-    train, test = (set(parts[part].labels.tolist()) for part in PARTS)
+    classes = check_labels({part: own.labels for part, own in parts.items()}).tolist()
     # test labels first: mteb's binary scores require classes 0 and 1
-    numbers = {label: number for number, label in enumerate([*sorted(test), *sorted(train - test)])}
+    numbers = {label: number for number, label in enumerate(dict.fromkeys([*sorted(parts["test"].labels), *classes]))}
     task = LocalTask()
     task.dataset, task.data_loaded = DatasetDict(), True
     for part, own in parts.items():
@@ -146,11 +124,10 @@ def task_class(name: str) -> Any:
     known = {task.metadata.name: task for task in TASK_LIST}
     if name not in known:
         names = [own for own, task in known.items() if task.metadata.type == "Classification"]
-        containing = [own for own in names if len(name) > 2 and name.lower() in own.lower()]
-        near = [*containing, *get_close_matches(name, names, 5)][:5] or PAPER_TASKS[:3]
+        near = get_close_matches(name, names, 5, cutoff=0.4) or PAPER_TASKS[:3]
         raise InputError(
-            f"mteb has no task {redact(name)!r}; similar names: {', '.join(dict.fromkeys(near))}. Use one of mteb's names, "
-            "or your own data: --task mteb:NAME=DIR"
+            f"mteb has no task {redact(name)!r}; similar names: {', '.join(near)}. Use one of mteb's names, or your own "
+            "data: --task mteb:NAME=DIR"
         )
     task, data = known[name], known[name].metadata
     if data.type != "Classification" or data.modalities != ["text"] or not issubclass(task, AbsTaskClassification):
@@ -181,13 +158,7 @@ def _own_task(name: str) -> Any:
 
 
 def _result(task: Any, rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) -> Result:
-    """Return the result of a task.
-
-    Args:
-        task: mteb task with its data.
-        rows: scores of each split and subset, which are averaged.
-        predicted: predicted labels by subset, split and experiment, if all training texts were used.
-    """
+    """Average the scores of each split and subset; `predicted` has labels by subset, split and experiment, if any."""
     main = task.metadata.main_score
     by_row = [row["scores_per_experiment"] for row in rows]
     more = {"macro F1": float(np.mean([[one["f1"] for one in own] for own in by_row]))}
@@ -209,17 +180,10 @@ def _unit(vectors: Any) -> torch.Tensor:
 
 def _mteb() -> Any:
     """Import mteb without the cache folder that it would create in the user's home."""
-    if "mteb" in sys.modules and hasattr(sys.modules["mteb"], "evaluate"):
-        return sys.modules["mteb"]
     with TemporaryDirectory() as folder:
         kept = os.environ.setdefault("MTEB_CACHE", folder)
         try:
             import mteb
-        except ImportError as error:
-            raise InputError(
-                f"mteb tasks need the package mteb, which cannot be imported ({first_line(error)}): pip install "
-                "msense[evaluation]"
-            ) from error
         finally:
             if kept == folder:
                 del os.environ["MTEB_CACHE"]

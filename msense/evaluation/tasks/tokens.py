@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from msense.constants import NO_SENSE
 from msense.corpus import Document, cut_splits, list_files, read_documents
 from msense.errors import InputError
 from msense.evaluation.models import TokenModel, iter_slabs
@@ -21,16 +20,10 @@ COSINE, SENSES, FREQUENT = "cosine", "sense accuracy", "most frequent sense"
 
 
 def measure(model: TokenModel, teacher: TokenModel, source: str, text_column: str = "text") -> Result:
-    """Compare a model with its teacher token by token; the score is the mean cosine over tokens.
+    """Compare a model with the plain teacher token by token; the score is the mean cosine over tokens.
 
     If the model replaces, its senses are compared with the teacher's embeddings. With a dictionary, the teacher's sense of a
-    token is the one assigned to the teacher's embedding.
-
-    Args:
-        model: model to evaluate.
-        teacher: plain teacher with the same tokenization.
-        source: any text that build_dict.py reads; the first `MAX_TEXTS` documents are used.
-        text_column: column of the text.
+    token is the one assigned to the teacher's embedding. Of the corpus `source`, the first `MAX_TEXTS` documents are used.
 
     Raises:
         InputError: there is no text, or the tokenizations differ.
@@ -52,8 +45,8 @@ def measure(model: TokenModel, teacher: TokenModel, source: str, text_column: st
             known = wanted >= 0
             right += int((model.dictionary.assign(own.ids, own.senses) == wanted)[known].sum())
             total += int(known.sum())
-            labels = np.where(known, wanted, NO_SENSE).astype(np.uint16)
-            frequent += float(frequent_sense_accuracy(own.ids, labels, model.dictionary).total)
+            labels = wanted[known].astype(np.uint16)
+            frequent += float(frequent_sense_accuracy(own.ids[known], labels, model.dictionary).total)
     weights = np.concatenate(sizes).astype(np.float64)
     more: dict[str, int | float] = {SENSES: right / total, FREQUENT: frequent / total} if total else {}
     more["tokens"] = int(weights.sum())

@@ -12,19 +12,18 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from msense.corpus import list_files
-from msense.corpus.files import corpus_filesystem, read_errors
 from msense.dictionary import SenseDictionary
 from msense.dictionary.lookup import Vocabulary
 from msense.errors import InputError
 from msense.evaluation.models import Model
 from msense.evaluation.result import Result
+from msense.evaluation.tasks import read_lines
 from msense.io.filesystems import display_uri
+from msense.metrics import METRICS
 
 MAX_SENSES = 512  # senses of a word of several tokens, each combining the most frequent senses of its tokens
-_MAX_BYTES = 64 << 20  # of a set
 BEST, MEAN, ONE, TEXT = "best pair", "mean of pairs", "one embedding", "as texts"
 
 
@@ -49,9 +48,7 @@ LookUp = Callable[[str], Word | None]
 def measure(model: Model, source: str) -> Result:
     """Correlate set by set; the score is the mean over sets, weighted by their number of pairs.
 
-    Args:
-        model: with a dictionary; without one, vectors of the words as texts are compared.
-        source: folder of sets.
+    Without a dictionary, only vectors of the words as texts are compared.
 
     Raises:
         InputError: a set is missing or invalid, or no pair is in the dictionary.
@@ -59,28 +56,28 @@ def measure(model: Model, source: str) -> Result:
     sets = read_sets(source)
     dictionary: SenseDictionary | None = getattr(model, "dictionary", None)
     look_up = None if dictionary is None else _lookup_of(dictionary)
-    words = sorted({word for pairs in sets.values() for pair in pairs for word in pair[:2]})
-    vectors = dict(zip(words, _unit(model.encode([word.replace("_", " ") for word in words])), strict=True))
-    main = TEXT if dictionary is None else BEST
-    correlations: dict[str, list[float]] = {}
-    counts = []
-    for pairs in sets.values():
-        similarities = pd.DataFrame([_similarities(pair, vectors, look_up) for pair in pairs])
-        known = np.isfinite(similarities[main].to_numpy())
-        gold = np.array([pair.score for pair in pairs])[known]
-        for name in similarities:
-            correlations.setdefault(name, []).append(_spearman(similarities[name].to_numpy()[known], gold))
-        counts.append(float(known.sum()))
-    if not sum(counts):
+    names = words(sets)
+    vectors = dict(zip(names, _unit(model.encode([name.replace("_", " ") for name in names])), strict=True))
+    rows = [
+        {"set": name, "gold": pair.score, **_similarities(pair, vectors, look_up)}
+        for name, pairs in sets.items()
+        for pair in pairs
+    ]
+    main, *others = [TEXT] if dictionary is None else [BEST, MEAN, ONE, TEXT]
+    known = pd.DataFrame(rows).dropna(subset=[main])
+    if known.empty:
         raise InputError(
             f"{display_uri(source)}: the dictionary contains no pair of these words: build it from more text"
         )
-    more: dict[str, int | float] = {
-        name: float(np.average(own, weights=counts)) for name, own in correlations.items() if name != main
-    }
-    total = sum(map(len, sets.values()))
-    more |= {"pairs": total, "missing": total - int(sum(counts))}
-    return Result(f"Spearman, {main}", "sets", correlations[main], counts, list(sets), more=more)
+    by_set = [known[known["set"] == name] for name in sets]
+    counts = [float(len(own)) for own in by_set]
+
+    def correlations(similarity: str) -> list[float]:
+        return [METRICS["Spearman"](own[similarity].to_numpy(), own["gold"].to_numpy()) for own in by_set]
+
+    more: dict[str, int | float] = {name: float(np.average(correlations(name), weights=counts)) for name in others}
+    more |= {"pairs": len(rows), "missing": len(rows) - len(known)}
+    return Result(f"Spearman, {main}", "sets", correlations(main), counts, list(sets), more=more)
 
 
 def _similarities(pair: Pair, vectors: dict[str, np.ndarray], look_up: LookUp | None) -> dict[str, float]:
@@ -95,46 +92,36 @@ def _similarities(pair: Pair, vectors: dict[str, np.ndarray], look_up: LookUp | 
     return {BEST: float(products.max()), MEAN: float(products.mean()), ONE: float(a.mean @ b.mean), **as_texts}
 
 
+def words(sets: dict[str, list[Pair]]) -> list[str]:
+    """Return the words of all sets, sorted."""
+    return sorted({word for pairs in sets.values() for pair in pairs for word in pair[:2]})
+
+
 def read_sets(source: str) -> dict[str, list[Pair]]:
     """Read the sets of a folder by name; InputError if there is none, or a line is invalid."""
     sets = {}
     for file in list_files((source,)):
-        if file.format != "txt":
-            continue
-        if file.size > _MAX_BYTES:
-            raise InputError(
-                f"{display_uri(file.uri)} has {file.size} bytes, but at most {_MAX_BYTES} are read: split it"
-            )
-        with read_errors(file.uri, file.format):
-            filesystem, path = corpus_filesystem(file.uri)
-            with filesystem.open(path, "rb") as opened:
-                lines = opened.read().decode("utf-8-sig", "replace").split("\n")
-        sets[file.name.rpartition("/")[2].removesuffix(".txt")] = [
-            _pair(file.uri, number, line) for number, line in enumerate(lines, 1) if line.strip()
-        ]
-    if not sets:
+        if file.format == "txt":
+            lines = enumerate(read_lines(file.uri), 1)
+            name = file.name.rpartition("/")[2].removesuffix(".txt")
+            sets[name] = [_pair(file.uri, number, line) for number, line in lines if line.strip()]
+    if not any(sets.values()):
         raise InputError(
-            f"{display_uri(source)} contains no *.txt: put word similarity sets there, lines of word word score"
+            f"{display_uri(source)} contains no *.txt with pairs: put word similarity sets there, lines of word word score"
         )
     return sets
 
 
 def _pair(uri: str, number: int, line: str) -> Pair:
-    words = line.split()
     try:
-        first, second, score = words[0], words[1], float(words[2])
-        if not math.isfinite(score):
+        first, second, score = line.split()[:3]
+        if not math.isfinite(float(score)):
             raise ValueError(f"{score} is not finite")
-    except (IndexError, ValueError) as error:
+    except ValueError as error:
         raise InputError(
             f"{display_uri(uri)}, line {number}: {line[:80]!r} is not `word word score`: correct or remove it"
         ) from error
-    return Pair(first, second, score)
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the rank correlation; 0 if a side is constant."""
-    return float(stats.spearmanr(a, b).statistic) if len(a) > 1 and np.ptp(a) and np.ptp(b) else 0.0
+    return Pair(first, second, float(score))
 
 
 def _lookup_of(dictionary: SenseDictionary) -> LookUp:
