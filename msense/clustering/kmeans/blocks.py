@@ -2,22 +2,24 @@
 
 A round is `partial`, `combine`, (`farthest`,) `update`; at the end comes `finish`. Results do not depend on how the
 blocks are distributed while rows x largest |value| stays below 2^29 (see `read_points`). Memory: a block twice in
-float32 and once in float64.
+float32 and once in float64, and HELD_FLOATS values for seeding.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from msense.clustering.kmeans import seeding
-from msense.clustering.kmeans.seeding import KMeansConfig, Points
+from msense.clustering.kmeans.seeding import Device, KMeansConfig, Points
 from msense.clustering.kmeans.threads import ALONE, Threads
 from msense.clustering.matmul import product
-from msense.constants import Metric
+
+HELD_FLOATS = 1 << 25  # values of seeding points kept as float32; the others are converted again at every step
 
 
 @dataclass(frozen=True)
@@ -70,46 +72,84 @@ class Finished:
     squares: NDArray[np.float64]  # [blocks, K'] sums of those per sense
 
 
-def seed_centroids(
-    points: Points, token_id: int, config: KMeansConfig, *, device: str | torch.device = "cpu", threads: Threads = ALONE
-) -> BlockedState:
-    """Choose the initial centroids of a blocked token.
+@dataclass
+class Kept:
+    """State of a range of rows kept between rounds, 12 bytes per point, so that only moved points are added up."""
 
-    Args:
-        points: [n, D] the token's first SEED_POINTS points by key (all, if it has fewer), in key order.
-        token_id: determines the random draws, with `config.seed`.
-        config: settings; if there are at most `config.k` distinct points, each is a centroid.
-        device: where distances are computed.
-        threads: any number gives the same bytes.
+    lengths: list[Tensor] = field(default_factory=list)  # squared, of the centred points [b] of each block
+    own: list[Tensor] = field(default_factory=list)  # int64 [b] of each block: its points' clusters
+    sums: Tensor | None = None  # float64 [K, D]
+
+
+@torch.inference_mode()
+def seed_centroids(
+    points: Points, token_id: int, config: KMeansConfig, *, device: Device = "cpu", threads: Threads = ALONE
+) -> BlockedState:
+    """Choose the initial centroids of a blocked token, or all distinct points if there are at most `config.k`.
+
+    `points` [n, D] are the token's first SEED_POINTS points by key (all, if it has fewer), in key order. `token_id` and
+    `config.seed` determine the random draws. Any number of threads gives the same bytes.
 
     Raises:
         MsenseError: a value is NaN, infinite or above LARGEST_VALUE.
     """
     view = seeding.as_points(points)
-    seeding.check_points(view, np.array([len(view)]), np.array([token_id]))
-    with torch.inference_mode():
-        chosen, shift = seeding.seed_in_blocks(view, int(token_id), config, device, threads)
-        centroids = seeding.read_points(view.index_select(0, chosen), config.metric, "cpu")
+    size, number, metric = np.array([len(view)]), np.array([token_id]), config.metric
+    seeding.check_points(view, size, number)
+    parts = view.split(seeding.BLOCK_ROWS)
+    shift = torch.zeros(view.shape[1], device=device)
+    if metric != "cosine":
+        for part in parts:
+            shift = shift + seeding.read_points(part, metric, device).double().sum(0)
+        shift = (shift / len(view)).float()
+
+    def centred(stored: Tensor) -> Tensor:
+        return seeding.read_points(stored, metric, device).sub_(shift)
+
+    distinct = seeding.few_distinct(view, size, np.array([config.k]), metric, len(view))
+    chosen = torch.from_numpy(distinct.first)
+    if not distinct.few[0]:
+        held = threads.map(centred, parts[: HELD_FLOATS // (seeding.BLOCK_ROWS * view.shape[1])])
+        share = -(-len(parts) // threads.count)
+        shares = [range(at, min(at + share, len(parts))) for at in range(0, len(parts), share)]
+
+        def joined(function: Callable[[Tensor], Tensor]) -> Tensor:
+            def over(numbers: range) -> Tensor:
+                values = (held[i] if i < len(held) else centred(parts[i]) for i in numbers)
+                return torch.cat([function(block) for block in values], -1)
+
+            return torch.cat(threads.map(over, shares), -1)
+
+        norms = joined(lambda block: torch.linalg.vector_norm(block, dim=1).square_())
+
+        def scores(index: Tensor) -> Tensor:
+            rows, lengths = centred(view.index_select(0, index[0].to(view.device))), norms[index[0], None]
+            return joined(lambda block: product(rows, block.T).mul_(-2).add_(lengths))[None]
+
+        mask, runs = torch.ones(1, len(view), dtype=torch.bool, device=device), []
+        for run in range(config.n_init):
+            uniforms = torch.from_numpy(seeding.draws(number, config, run=run)).to(device)
+            runs.append(seeding.greedy_seeds(scores, norms[None], mask, uniforms))
+        chosen = min(runs, key=lambda seeds_and_inertia: float(seeds_and_inertia[1]))[0][0]
+    centroids = seeding.read_points(view.index_select(0, chosen.to(view.device)), metric, "cpu")
     return BlockedState(int(token_id), centroids.numpy(), shift.cpu().numpy(), np.zeros(len(chosen), np.int64))
 
 
 def _assigned(
-    view: torch.Tensor, state: BlockedState, metric: Metric, device: str | torch.device, lengths: list[torch.Tensor]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    points: Points, state: BlockedState, config: KMeansConfig, device: Device, lengths: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield per block its points as stored, nearest centroids int64 [b] and squared distances to them [b].
 
-    `lengths` holds the squared lengths of the centred points, one tensor per block; missing ones are appended.
-
-    Only this function compares blocked points with centroids, always in the same shapes, so a block gives the same
-    bytes wherever it is processed.
+    `lengths` is as in `Kept`; missing ones are appended. Only this function compares blocked points with centroids,
+    always in the same shapes, so a block gives the same bytes wherever it is processed.
     """
     shift = torch.from_numpy(state.shift).to(device)
     centroids = torch.from_numpy(state.centroids).to(device) - shift
     offset = centroids.square().sum(1)[:, None]
-    rows = min(seeding.BLOCK_ROWS, len(view))
-    buffer = torch.empty(rows, view.shape[1], device=device)  # allocating new pages costs more than the work
-    for number, block in enumerate(view.split(seeding.BLOCK_ROWS)):
-        centred = seeding.read_points(block, metric, device, buffer[: len(block)]).sub_(shift)
+    rows = min(seeding.BLOCK_ROWS, len(points))
+    buffer = torch.empty(rows, len(shift), device=device)  # allocating new pages costs more than the work
+    for number, block in enumerate(seeding.as_points(points).split(seeding.BLOCK_ROWS)):
+        centred = seeding.read_points(block, config.metric, device, buffer[: len(block)]).sub_(shift)
         scores = product(centroids, centred.T)
         low, own = seeding.lowest(torch.add(offset, scores, alpha=-2, out=scores))
         if number == len(lengths):
@@ -117,59 +157,45 @@ def _assigned(
         yield block, own, low.add_(lengths[number]).clamp_(min=0)
 
 
-@dataclass
-class Kept:
-    """State of a range of rows kept between rounds, 12 bytes per point, so that only moved points are added up."""
-
-    lengths: list[torch.Tensor] = field(default_factory=list)  # see `_assigned`
-    own: list[torch.Tensor] = field(default_factory=list)  # int64 [b] of each block: its points' clusters
-    sums: torch.Tensor | None = None  # float64 [K, D]
-
-
+@torch.inference_mode()
 def partial(
     points: Points,
     state: BlockedState,
     config: KMeansConfig,
     *,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     kept: Kept | None = None,
 ) -> Partial:
     """Assign a range of points to the nearest centroids and sum them per cluster.
 
-    Args:
-        points: [n, D] rows of the token from a multiple of BLOCK_ROWS to another one or the token's end.
-        state: the same for all ranges of a round.
-        config: settings.
-        device: where blocks are computed.
-        kept: from the range's last round, updated in place; an empty one, or None, gives the same bytes.
+    `points` [n, D] are rows of the token from a multiple of BLOCK_ROWS to another one or the token's end. `kept`, from
+    the range's last round, is updated in place; an empty one, or None, gives the same bytes.
 
     Raises:
         MsenseError: a value is NaN, infinite or above LARGEST_VALUE (checked in the first round).
     """
-    view, kept = seeding.as_points(points), kept or Kept()
     if state.rounds == 0:
-        seeding.check_points(view, np.array([len(view)]), np.array([state.token_id]))
-    k, width = len(state.centroids), view.shape[1]
-    with torch.inference_mode():
-        sums = torch.zeros(k, width, dtype=torch.float64, device=device) if kept.sums is None else kept.sums
-        counts = torch.zeros(k, dtype=torch.int64, device=device)
-        wide = torch.empty(min(seeding.BLOCK_ROWS, len(view)), width, dtype=torch.float64, device=device)
-        inertia: list[torch.Tensor] = []
-        owns: list[torch.Tensor] = []
-        for block, own, away in _assigned(view, state, config.metric, device, kept.lengths):
-            new, old, moved = own, None, block
-            if kept.own:
-                at = (own != (old := kept.own[len(owns)])).nonzero()[:, 0]
-                new, old, moved = own[at], old[at], block.index_select(0, at.to(block.device))
-            values = wide[: len(moved)].copy_(seeding.read_points(moved, config.metric, device))
-            sums.index_add_(0, new, values)  # exact, so the order of additions does not matter
-            if old is not None:
-                sums.index_add_(0, old, values, alpha=-1)
-            counts += torch.bincount(own, minlength=k)
-            inertia.append(away.sum(dtype=torch.float64))
-            owns.append(own)
-        kept.own, kept.sums = owns, sums
-        return Partial(sums.cpu().numpy().copy(), counts.cpu().numpy(), torch.stack(inertia).cpu().numpy())
+        seeding.check_points(seeding.as_points(points), np.array([len(points)]), np.array([state.token_id]))
+    kept, (k, width) = kept or Kept(), state.centroids.shape
+    sums = torch.zeros(k, width, dtype=torch.float64, device=device) if kept.sums is None else kept.sums
+    counts = torch.zeros(k, dtype=torch.int64, device=device)
+    wide = torch.empty(min(seeding.BLOCK_ROWS, len(points)), width, dtype=torch.float64, device=device)
+    inertia: list[Tensor] = []
+    owns: list[Tensor] = []
+    for block, own, away in _assigned(points, state, config, device, kept.lengths):
+        new, old, moved = own, None, block
+        if kept.own:
+            at = (own != (old := kept.own[len(owns)])).nonzero()[:, 0]
+            new, old, moved = own[at], old[at], block.index_select(0, at.to(block.device))
+        values = wide[: len(moved)].copy_(seeding.read_points(moved, config.metric, device))
+        sums.index_add_(0, new, values)  # exact, so the order of additions does not matter
+        if old is not None:
+            sums.index_add_(0, old, values, alpha=-1)
+        counts += torch.bincount(own, minlength=k)
+        inertia.append(away.sum(dtype=torch.float64))
+        owns.append(own)
+    kept.own, kept.sums = owns, sums
+    return Partial(sums.cpu().numpy().copy(), counts.cpu().numpy(), torch.stack(inertia).cpu().numpy())
 
 
 def combine(parts: Iterable[Partial]) -> Partial:
@@ -184,6 +210,7 @@ def combine(parts: Iterable[Partial]) -> Partial:
     return Partial(sums, counts, np.concatenate(inertia))
 
 
+@torch.inference_mode()
 def farthest(
     points: Points,
     state: BlockedState,
@@ -191,28 +218,25 @@ def farthest(
     config: KMeansConfig,
     *,
     first_row: int = 0,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
 ) -> Farthest:
     """Return the `m` points of a range farthest from their centroids, for a round that left `m` clusters empty.
 
     `first_row` is the range's first row inside the token; the other arguments are as for `partial`.
     """
-    view = seeding.as_points(points)
-    result = Farthest(np.empty(0, np.float32), np.empty(0, np.int64), np.empty((0, view.shape[1]), np.float32))
-    with torch.inference_mode():
-        for number, (block, _, away) in enumerate(_assigned(view, state, config.metric, device, [])):
-            top = away.sort(descending=True, stable=True).indices[:m]
-            rows = top.cpu().numpy() + (first_row + number * seeding.BLOCK_ROWS)
-            values = seeding.read_points(block.index_select(0, top.to(block.device)), config.metric, "cpu").numpy()
-            result = combine_farthest([result, Farthest(away[top].cpu().numpy(), rows, values)], m)
-    return result
+    result: list[Farthest] = []
+    for number, (block, _, away) in enumerate(_assigned(points, state, config, device, [])):
+        top = away.sort(descending=True, stable=True).indices[:m]
+        rows = top.cpu().numpy() + (first_row + number * seeding.BLOCK_ROWS)
+        values = seeding.read_points(block.index_select(0, top.to(block.device)), config.metric, "cpu").numpy()
+        result = [combine_farthest([*result, Farthest(away[top].cpu().numpy(), rows, values)], m)]
+    return result[0]
 
 
 def combine_farthest(parts: Sequence[Farthest], m: int) -> Farthest:
     """Return the `m` farthest points of several results."""
-    distance, rows, values = (
-        np.concatenate([getattr(p, name) for p in parts]) for name in ("distance", "rows", "values")
-    )
+    names = ("distance", "rows", "values")
+    distance, rows, values = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
     order = np.lexsort((rows, -distance))[:m]
     return Farthest(distance[order], rows[order], values[order])
 
@@ -220,11 +244,8 @@ def combine_farthest(parts: Sequence[Farthest], m: int) -> Farthest:
 def update(state: BlockedState, total: Partial, config: KMeansConfig, far: Farthest | None = None) -> BlockedState:
     """Close a round: compute new centroids, or final ones if the token converged or reached `config.max_rounds`.
 
-    Args:
-        state: with which `total` was computed.
-        total: all results combined.
-        config: settings.
-        far: as many farthest points as `total.counts` has zeros; they become those clusters' centroids.
+    `total` holds all results of the round, combined; `far` as many farthest points as `total.counts` has zeros, which
+    become those clusters' centroids.
     """
     inertia, empty = math.fsum(total.inertia), total.counts == 0
     means = seeding.centroids_of(torch.from_numpy(total.sums), torch.from_numpy(total.counts), config.metric).numpy()
@@ -234,29 +255,24 @@ def update(state: BlockedState, total: Partial, config: KMeansConfig, far: Farth
     if settled or rounds == config.max_rounds:
         return replace(closed, final=means[~empty])
     if empty.any():
-        if far is None or len(far.rows) != empty.sum():
-            raise ValueError(f"token {state.token_id}: {empty.sum()} clusters are empty; pass as many farthest points")
+        assert far is not None
         means[empty] = far.values
     return replace(closed, centroids=means)
 
 
-def finish(
-    points: Points, state: BlockedState, config: KMeansConfig, *, device: str | torch.device = "cpu"
-) -> Finished:
+@torch.inference_mode()
+def finish(points: Points, state: BlockedState, config: KMeansConfig, *, device: Device = "cpu") -> Finished:
     """Compute the final assignment of a range of points, as for `partial`, once `state.final` is set."""
-    if state.final is None:
-        raise ValueError(f"token {state.token_id} has not converged; call update until its state is final")
-    view = seeding.as_points(points)
+    assert state.final is not None
     number = torch.from_numpy(np.cumsum(state.counts > 0) - 1).to(device)
     final = torch.from_numpy(state.final).to(device)
     assignment, distance, squares = [], [], []
-    with torch.inference_mode():
-        for block, own, _ in _assigned(view, state, config.metric, device, []):
-            sense = number[own]
-            away = seeding.read_points(block, config.metric, device).sub_(final[sense]).square_().sum(1).cpu().numpy()
-            assignment.append(sense.cpu().numpy().astype(np.int32))
-            distance.append(away)
-            squares.append(np.bincount(assignment[-1], weights=away, minlength=len(final)))
+    for block, own, _ in _assigned(points, state, config, device, []):
+        sense = number[own]
+        away = seeding.read_points(block, config.metric, device).sub_(final[sense]).square_().sum(1).cpu().numpy()
+        assignment.append(sense.cpu().numpy().astype(np.int32))
+        distance.append(away)
+        squares.append(np.bincount(assignment[-1], weights=away, minlength=len(final)))
     return Finished(np.concatenate(assignment), np.concatenate(distance), np.stack(squares))
 
 

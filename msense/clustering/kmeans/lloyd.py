@@ -5,9 +5,10 @@ All sums have a fixed order. Memory: a few tensors of [B, K, n] and [B, K, D] in
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from msense.clustering.kmeans import seeding
 from msense.clustering.kmeans.seeding import KMeansConfig
@@ -19,44 +20,34 @@ SPARSE = {"cpu"}
 FEW = 2  # mean points per cluster up to which points also move one by one
 
 
-@dataclass(frozen=True)
-class LloydResult:
+class LloydResult(NamedTuple):
     """Result of a run for B tokens of n points."""
 
-    own: torch.Tensor  # int64 [B, n] each point's cluster (arbitrary on padding)
-    rounds: torch.Tensor  # int64 [B] of assignment
-    inertia: torch.Tensor  # float64 [B] of the last round, with float32 precision
-
-    def where_lower(self, other: "LloydResult") -> "LloydResult":
-        """Return, per token, the run of lower inertia; ties go to the other one."""
-        lower = self.inertia < other.inertia
-        return LloydResult(
-            torch.where(lower[:, None], self.own, other.own),
-            torch.where(lower, self.rounds, other.rounds),
-            torch.where(lower, self.inertia, other.inertia),
-        )
+    own: Tensor  # int64 [B, n] each point's cluster (arbitrary on padding)
+    rounds: Tensor  # int64 [B] of assignment
+    inertia: Tensor  # float64 [B] of the last round, with float32 precision
 
 
 @dataclass
 class _Batch:
     """The B tokens of a batch that have not converged; n points and K clusters each, padding included."""
 
-    table: torch.Tensor  # [A, n, W] points, or their inner products (W = n); 0 on padding
-    turned: tuple[torch.Tensor, ...]  # A views [W, n] of the table
-    place: torch.Tensor  # int64 [B] where the token's result is stored
-    rows: torch.Tensor  # int64 [B, n] the points' rows in the flattened table
-    mask: torch.Tensor  # bool [B, n] false on padding
-    unused: torch.Tensor  # bool [B, K] true on clusters beyond the token's own K
-    norms: torch.Tensor  # [B, n] squared lengths of points
-    sums: torch.Tensor  # [B, K, W] rows of the table summed by cluster
-    products: torch.Tensor  # [B, K, n] inner products of the summed points and all points; the same as sums for "gram"
-    squares: torch.Tensor  # [B, K] squared lengths of the summed points
-    counts: torch.Tensor  # [B, K] points of a cluster, at least 1
-    single: torch.Tensor  # bool [B, K] true where the sum is one point that is not yet assigned to the cluster
-    own: torch.Tensor  # int64 [B, n] each point's cluster; -1 before the first round
-    before: torch.Tensor  # float64 [B] inertia of the last round
+    table: Tensor  # [A, n, W] points, or their inner products (W = n); 0 on padding
+    turned: tuple[Tensor, ...]  # A views [W, n] of the table
+    place: Tensor  # int64 [B] where the token's result is stored
+    rows: Tensor  # int64 [B, n] the points' rows in the flattened table
+    mask: Tensor  # bool [B, n] false on padding
+    unused: Tensor  # bool [B, K] true on clusters beyond the token's own K
+    norms: Tensor  # [B, n] squared lengths of points
+    sums: Tensor  # [B, K, W] rows of the table summed by cluster
+    products: Tensor  # [B, K, n] inner products of the summed points and all points; the same as sums for "gram"
+    squares: Tensor  # [B, K] squared lengths of the summed points
+    counts: Tensor  # [B, K] points of a cluster, at least 1
+    single: Tensor  # bool [B, K] true where the sum is one point that is not yet assigned to the cluster
+    own: Tensor  # int64 [B, n] each point's cluster; -1 before the first round
+    before: Tensor  # float64 [B] inertia of the last round
 
-    def keep(self, which: torch.Tensor) -> None:
+    def keep(self, which: Tensor) -> None:
         """Drop all tokens except int64 [B']."""
         gram, table = self.products is self.sums, self.table
         for name in vars(self).keys() - {"table", "turned", "products"}:
@@ -67,30 +58,17 @@ class _Batch:
 
 
 def lloyd(
-    table: torch.Tensor,
-    mask: torch.Tensor,
-    unused: torch.Tensor,
-    uniforms: torch.Tensor,
-    gram: bool,
-    config: KMeansConfig,
+    table: Tensor, mask: Tensor, unused: Tensor, uniforms: Tensor, gram: bool, config: KMeansConfig
 ) -> LloydResult:
     """Run Lloyd's algorithm on a batch of B tokens of n points (padding included, where `table` is 0).
 
-    A round needs the inner products of summed clusters and points. If `table` holds points, it is multiplied by the
-    sums that have changed. If it holds inner products, their sums are those products, and no matrix product is needed.
-    On a CPU only the points that changed their cluster are added up.
+    A round needs the inner products of summed clusters and points. If `table` holds points, float32 [B, n, D], it is
+    multiplied by the sums that have changed. If it holds their inner products [B, n, n] (`gram`), the sums are those
+    products, and no matrix product is needed. On a CPU only the points that changed their cluster are added up.
 
-    With at most FEW points per cluster Lloyd's rounds end in poor optima, so points then move one by one: the move that
-    lowers a token's inertia most, while it does so by more than `config.tol`. This is Hartigan's method (Telgarsky and
-    Vattani, Hartigan's Method: k-means Clustering without Voronoi, AISTATS 2010). It needs inner products.
-
-    Args:
-        table: float32 [B, n, D] points, or [B, n, n] their inner products.
-        mask: bool [B, n], false on padding.
-        unused: bool [B, K], true on clusters beyond a token's own K, which get no points.
-        uniforms: float64 [B, K, L] for seeding.
-        gram: whether `table` holds inner products.
-        config: metric, tol and max_rounds.
+    With at most FEW points per cluster Lloyd's rounds end in poor optima, so points then move one by one, if `gram`.
+    `mask` bool [B, n] is false on padding, `unused` bool [B, K] true on clusters beyond a token's own K, which get no
+    points; `uniforms` float64 [B, K, L] are for seeding.
     """
     batch = _seeded(table, mask, unused, uniforms, gram)
     result = LloydResult(torch.zeros_like(batch.own), torch.zeros_like(batch.place), torch.zeros_like(batch.before))
@@ -112,20 +90,17 @@ def lloyd(
         batch.before = inertia
         _update(batch, nearest, away)
     if gram:
-        few = (mask.sum(1) <= FEW * (~unused).sum(1)).nonzero()[:, 0]
-        result.own[few], result.inertia[few] = _exchanged(table, few, mask[few], unused[few], result.own[few], config)
+        _exchange(table, mask, unused, result, config)
     return result
 
 
-def _seeded(
-    table: torch.Tensor, mask: torch.Tensor, unused: torch.Tensor, uniforms: torch.Tensor, gram: bool
-) -> _Batch:
+def _seeded(table: Tensor, mask: Tensor, unused: Tensor, uniforms: Tensor, gram: bool) -> _Batch:
     """Return a batch with one seed point per cluster."""
     norms = table.diagonal(dim1=1, dim2=2).clone() if gram else torch.linalg.vector_norm(table, dim=2).square_()
     flat, turned, place = table.flatten(0, 1), table.transpose(1, 2), torch.arange(len(mask), device=mask.device)
     every, all_norms = _rows(len(mask), table), norms.flatten()
 
-    def scores(index: torch.Tensor) -> torch.Tensor:
+    def scores(index: Tensor) -> Tensor:
         at = (every[:, :1] + index).flatten()
         rows = flat.index_select(0, at).view(*index.shape, -1)
         lengths = all_norms.index_select(0, at).view(*index.shape, 1)
@@ -153,7 +128,7 @@ def _seeded(
     return batch
 
 
-def _scores(batch: _Batch, metric: Metric) -> torch.Tensor:
+def _scores(batch: _Batch, metric: Metric) -> Tensor:
     """Return squared distances from centroids to points, minus the points' squared lengths: [B, K, n].
 
     With "cosine", a sum that float32 cannot distinguish from 0 has no direction: its centroid is 0.
@@ -166,7 +141,7 @@ def _scores(batch: _Batch, metric: Metric) -> torch.Tensor:
     return (batch.products * (-2 * scale)[..., None]).add_(offset[..., None])
 
 
-def _update(batch: _Batch, nearest: torch.Tensor, away: torch.Tensor) -> None:
+def _update(batch: _Batch, nearest: Tensor, away: Tensor) -> None:
     """Apply new clusters int64 [B, n]; an empty cluster's sum becomes the point farthest from its centroid."""
     table, k, gram = batch.table, batch.sums.shape[1], batch.products is batch.sums
     empty, changed = batch.counts == 0, batch.single
@@ -199,7 +174,7 @@ def _update(batch: _Batch, nearest: torch.Tensor, away: torch.Tensor) -> None:
     batch.own, batch.single = nearest, empty
 
 
-def _multiply(batch: _Batch, changed: torch.Tensor) -> None:
+def _multiply(batch: _Batch, changed: Tensor) -> None:
     """Recompute the products of sums that have changed, bool [B, K]."""
     if batch.products is batch.sums:
         return
@@ -214,28 +189,17 @@ def _multiply(batch: _Batch, changed: torch.Tensor) -> None:
     batch.products.flatten(0, 1).index_copy_(0, rows, torch.cat(products))
 
 
-def _rows(tokens: int, table: torch.Tensor) -> torch.Tensor:
+def _rows(tokens: int, table: Tensor) -> Tensor:
     """Return indices into the flattened table [B, n, W] of the first tokens' rows: int64 [tokens, n]."""
     return torch.arange(tokens * table.shape[1], device=table.device).view(tokens, -1)
 
 
-def _flat(own: torch.Tensor, k: int) -> torch.Tensor:
+def _flat(own: Tensor, k: int) -> Tensor:
     """Return indices of clusters int64 [B, n] among those of all tokens: [B n]."""
     return (own + k * torch.arange(len(own), device=own.device)[:, None]).flatten()
 
 
-def self_products(points: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the inner products of each token's points [B, n, D] to `out` [B, n, n].
-
-    NumPy computes only half of a product with itself and mirrors it, which is 1.5 times as fast as torch on a CPU.
-    """
-    if points.device.type == "cpu":
-        np.matmul(points.numpy(), points.numpy().transpose(0, 2, 1), out=out.numpy())
-    else:
-        torch.bmm(points, points.transpose(1, 2), out=out)
-
-
-def sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
+def sum_rows(rows: Tensor, own: Tensor, k: int) -> Tensor:
     """Sum the rows [B, n, W] of each cluster, by `own` int64 [B, n], in a fixed order: [B, K, W]."""
     batch, n, width = rows.shape
     if rows.device.type in SPARSE:
@@ -244,28 +208,25 @@ def sum_rows(rows: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
     return torch.bmm(rows.new_zeros(batch, k, n).scatter_(1, own[:, None], 1.0), rows)
 
 
-def sum_values(values: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
+def sum_values(values: Tensor, own: Tensor, k: int) -> Tensor:
     """Sum the values [B, n] of each cluster, by `own` int64 [B, n], in a fixed order: [B, K]."""
     if values.device.type in SPARSE:
         return values.new_zeros(len(values), k).scatter_add_(1, own, values)
     return sum_rows(values[..., None], own, k)[..., 0]
 
 
-def _exchanged(
-    table: torch.Tensor,
-    at: torch.Tensor,
-    mask: torch.Tensor,
-    unused: torch.Tensor,
-    own: torch.Tensor,
-    config: KMeansConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move single points of the tokens `at` int64 [B] in `table` by Hartigan's method; return clusters and inertias."""
-    result, place, k = own.clone(), torch.arange(len(at), device=at.device), unused.shape[1]
+def _exchange(table: Tensor, mask: Tensor, unused: Tensor, result: LloydResult, config: KMeansConfig) -> None:
+    """Move single points of tokens with few points per cluster, and update the result.
+
+    Each move lowers the token's inertia most, and by more than `config.tol`. This is Hartigan's method (Telgarsky and
+    Vattani, Hartigan's Method: k-means Clustering without Voronoi, AISTATS 2010). `table` holds inner products.
+    """
+    at, k = (mask.sum(1) <= FEW * (~unused).sum(1)).nonzero()[:, 0], unused.shape[1]
+    mask, unused, own = mask[at], unused[at], result.own[at]
     sums, counts = sum_rows(table[at], own, k), unused.new_zeros(unused.shape, dtype=torch.float32)
     counts.scatter_add_(1, own, mask.float())
     squares = sum_values(sums.gather(1, own[:, None])[:, 0], own, k)
     norms = table.diagonal(dim1=1, dim2=2)[at]
-    inertia = norms.sum(1, dtype=torch.float64)
     for _ in range(config.max_rounds):
         worth = _worth(squares, counts, config.metric)
         inside = sums.gather(1, own[:, None])[:, 0]
@@ -277,24 +238,23 @@ def _exchanged(
         cost, target = seeding.lowest(joining)
         change, point = cost.add_(leaving).masked_fill_(~mask, math.inf).min(1)
         total = norms.sum(1, dtype=torch.float64)
-        inertia[place] = left = (total - worth.sum(1)).clamp_(min=0)
+        result.inertia[at] = left = (total - worth.sum(1)).clamp_(min=0)
         enough = config.tol * left + 1e-6 * total  # smaller changes are below float32's precision
         going = (-change > enough).nonzero()[:, 0]
         if not len(going):
             break
-        at, place, mask, unused, own, sums, counts, squares, norms, point, target, fewer, more = (
-            x[going] for x in (at, place, mask, unused, own, sums, counts, squares, norms, point, target, fewer, more)
+        at, mask, unused, own, sums, counts, squares, norms, point, target, fewer, more = (
+            x[going] for x in (at, mask, unused, own, sums, counts, squares, norms, point, target, fewer, more)
         )
         token = torch.arange(len(at), device=at.device)
         old, new, row = own[token, point], target[token, point], table[at, point]
         sums[token, old], sums[token, new] = sums[token, old] - row, sums[token, new] + row
         squares[token, old], squares[token, new] = fewer[token, point], more[token, new, point]
         counts[token, old], counts[token, new] = counts[token, old] - 1, counts[token, new] + 1
-        own[token, point] = result[place, point] = new
-    return result, inertia
+        own[token, point] = result.own[at, point] = new
 
 
-def _worth(squares: torch.Tensor, counts: torch.Tensor, metric: Metric) -> torch.Tensor:
+def _worth(squares: Tensor, counts: Tensor, metric: Metric) -> Tensor:
     """Return by how much clusters of these squared sums and counts lower the inertia below the sum of squared lengths."""
     if metric == "cosine":
         lengths = squares.clamp(min=0).sqrt()

@@ -1,27 +1,26 @@
 """Input and initialisation of k-means: settings, exact values, duplicates, random draws, greedy k-means++.
 
 Every draw is a hash of (seed, run, token id, step, candidate), so a token's seeds depend neither on other tokens nor on
-the order of work. Memory: about 40 bytes per row, HELD_FLOATS values and candidates x points distances.
+the order of work. Memory: about 40 bytes per row, and candidates x points distances.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from msense.clustering.kmeans.threads import Threads
-from msense.clustering.matmul import product
 from msense.constants import LARGEST_VALUE, MAX_SENSES, Metric
 from msense.errors import InputError, MsenseError
 
-Points: TypeAlias = NDArray[np.generic] | torch.Tensor
+Points: TypeAlias = NDArray[np.generic] | Tensor
+Device: TypeAlias = str | torch.device
 BLOCK_ROWS = 1024  # rows per block; a token of more points is clustered in blocks
 SEED_POINTS = 8192  # the first points by key, from which such a token is seeded
-HELD_FLOATS = 1 << 25  # values of seeding points kept as float32; the others are converted again at every step
 VALUE_GRID = 2.0**24  # values are multiples of 1 / GRID, as every float16 is
 WEIGHT = 2.0**60  # sum of the integer weights of the first draw of candidates; it falls from step to step
 LEADING = 8  # components that distinguish almost all distinct points
@@ -32,7 +31,7 @@ class KMeansConfig:
     """Settings of k-means.
 
     Raises:
-        InputError: lists every setting out of range.
+        InputError: a setting is out of range.
 
     Example:
         >>> KMeansConfig(k=8, metric="cosine").max_rounds
@@ -51,31 +50,25 @@ class KMeansConfig:
     max_rounds: int = 100  # of assignment
 
     def __post_init__(self) -> None:
-        checks = {
-            "k": (1 <= self.k <= MAX_SENSES, f"from 1 to {MAX_SENSES}"),
-            "metric": (self.metric in get_args(Metric), f"one of {', '.join(get_args(Metric))}"),
-            "n_init": (self.n_init >= 1, "1 or more"),
-            "tol": (0 <= self.tol < 1, "from 0 to below 1"),
-            "max_rounds": (self.max_rounds >= 1, "1 or more"),
-        }
-        check_settings("k-means settings", self, checks)
+        limits = {"k": (1, MAX_SENSES), "n_init": (1, math.inf), "tol": (0, 1), "max_rounds": (1, math.inf)}
+        check_limits("k-means settings", self, limits)
+        if self.metric not in get_args(Metric):
+            raise InputError(f"metric is {self.metric!r}, but must be one of {', '.join(get_args(Metric))}")
 
 
-def check_settings(what: str, settings: object, checks: dict[str, tuple[bool, str]]) -> None:
-    """Raise InputError for every setting that fails its check, given as (valid, description of valid values)."""
+def check_limits(what: str, settings: object, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raise InputError that lists every setting outside its two limits, which are valid themselves."""
     wrong = [
-        f"{name} is {getattr(settings, name)!r}, but must be {valid}" for name, (ok, valid) in checks.items() if not ok
+        f"{name} is {value!r}, but must be from {low:g} to {high:g}"
+        for name, (low, high) in limits.items()
+        if not low <= (value := getattr(settings, name)) <= high
     ]
     if wrong:
         raise InputError(f"{what}: {'; '.join(wrong)}")
 
 
-def as_points(points: Points) -> torch.Tensor:
-    """View a matrix of points as a tensor [N, D] without a copy; it is never written to.
-
-    Raises:
-        InputError: it is not a matrix of float16, bfloat16 or float32.
-    """
+def as_points(points: Points) -> Tensor:
+    """View a float16, bfloat16 or float32 matrix as a tensor [N, D] without a copy; raise InputError for others."""
     dtype = str(points.dtype).removeprefix("torch.")
     if dtype not in ("float16", "bfloat16", "float32") or points.ndim != 2 or not points.shape[1]:
         raise InputError(
@@ -83,12 +76,10 @@ def as_points(points: Points) -> torch.Tensor:
             "[points, width]; convert them first"
         )
     # dlpack accepts read-only memory (mapped files, Arrow buffers) without torch's warning, but no negative strides
-    return points.detach() if isinstance(points, torch.Tensor) else torch.from_dlpack(np.ascontiguousarray(points))
+    return points.detach() if isinstance(points, Tensor) else torch.from_dlpack(np.ascontiguousarray(points))
 
 
-def read_points(
-    points: torch.Tensor, metric: Metric, device: str | torch.device, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def read_points(points: Tensor, metric: Metric, device: Device, out: Tensor | None = None) -> Tensor:
     """Return the float32 values [..., D] that k-means works on, in a new tensor or in `out`.
 
     Stored float16 values are used unchanged. Other dtypes are rounded to multiples of 2^-24, the grid of float16; with
@@ -106,19 +97,22 @@ def read_points(
     return values
 
 
-def centroids_of(sums: torch.Tensor, counts: torch.Tensor, metric: Metric) -> torch.Tensor:
+def centre(values: Tensor, mask: Tensor, metric: Metric) -> None:
+    """Subtract each token's mean from its points float32 [B, n, D] (not for "cosine"), and set padding to 0, in place."""
+    padding = (~mask).flatten().nonzero()[:, 0]
+    values.flatten(0, 1).index_fill_(0, padding, 0)
+    if metric != "cosine":  # float32 is precise near 0; unit vectors are near it already
+        values.sub_((values.sum(1) / mask.sum(1, keepdim=True))[:, None]).flatten(0, 1).index_fill_(0, padding, 0)
+
+
+def centroids_of(sums: Tensor, counts: Tensor, metric: Metric) -> Tensor:
     """Return means of float64 sums [..., K, D] with counts [..., K]; for "cosine" unit vectors, or 0 for a zero sum."""
     divisor = torch.linalg.vector_norm(sums, dim=-1).clamp_min(1e-300) if metric == "cosine" else counts.clamp_min(1)
     return (sums / divisor[..., None]).float()
 
 
-def check_points(points: torch.Tensor, sizes: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-    """Check that the arrays match, and that all values are finite and at most LARGEST_VALUE.
-
-    Raises:
-        InputError: the arrays' lengths do not match.
-        MsenseError: names the first token with an invalid value.
-    """
+def check_points(points: Tensor, sizes: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+    """Raise InputError if the arrays' lengths do not match, MsenseError if a value is above LARGEST_VALUE or NaN."""
     if len(sizes) != len(token_ids) or int(sizes.sum()) != len(points) or (sizes < 0).any():
         counts = f"{len(token_ids)} token ids and {len(points)} points"
         raise InputError(f"{len(sizes)} sizes of sum {int(sizes.sum())} do not match {counts}")
@@ -149,15 +143,9 @@ def draws(
 ) -> NDArray[np.float64]:
     """Return uniform numbers in (0, 1) for greedy k-means++: float64 [T, K, L], L candidates at each of K steps.
 
-    Each number is a hash of (seed, run, token id, step, candidate) only. L is 2 + floor(ln K), as in Arthur and
-    Vassilvitskii (2007) and scikit-learn.
-
-    Args:
-        token_ids: int64 [T].
-        config: seed, and K of the array.
-        senses: int64 [T], each token's own K, at most that; a token with fewer candidates than L repeats the draw of
-            its first one, which cannot win again. None: `config.k`.
-        run: index of the run, below `config.n_init`.
+    L is 2 + floor(ln K), as in Arthur and Vassilvitskii (2007) and scikit-learn, for the K of `config`. `senses` int64 [T]
+    are the tokens' own K, at most that (None: that); a token with fewer candidates than L repeats the draw of its first
+    one, which cannot win again. `run` is below `config.n_init`.
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
     own = 2 + np.log(np.full(len(token_ids), config.k) if senses is None else senses).astype(np.int64)
@@ -173,7 +161,7 @@ def draws(
     return ((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def lowest(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def lowest(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return the minimum of each column and its first row: [..., K, n] to [..., n] and int64 [..., n].
 
     Same result as `min`, but four times as fast, because it has no unpredictable branches. Overwrites `scores`.
@@ -184,22 +172,16 @@ def lowest(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def greedy_seeds(
-    scores: Callable[[torch.Tensor], torch.Tensor], norms: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scores: Callable[[Tensor], Tensor], norms: Tensor, mask: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
     """Choose seeds by greedy k-means++ for a batch of B tokens of at most n points.
 
     Each step draws candidates in proportion to the squared distance to the nearest seed so far, and keeps the one
-    that gives the smallest sum of such distances (Arthur and Vassilvitskii 2007).
+    that gives the smallest sum of such distances. `scores` maps points int64 [B, L] to their squared distances from all
+    points minus those points' squared lengths, as a new float32 tensor [B, L, n]; `norms` float32 [B, n] are squared
+    lengths, 0 on padding, where `mask` is false; `uniforms` float64 [B, K, L] lie in (0, 1).
 
-    Args:
-        scores: maps points int64 [B, L] to their squared distances from all points minus those points' squared
-            lengths, as a new float32 tensor [B, L, n].
-        norms: float32 [B, n], squared lengths of points, 0 on padding.
-        mask: bool [B, n], false on padding, which is never chosen.
-        uniforms: float64 [B, K, L] in (0, 1); of step 0 only the first number is used.
-
-    Returns:
-        The chosen points int64 [B, K], and the sum of squared distances to the nearest of them, minus norms [B].
+    Returns the chosen points int64 [B, K], and the sum of squared distances to the nearest of them, minus norms [B].
     """
     steps, sizes = uniforms.unbind(1), mask.sum(1, keepdim=True)
     row, last = torch.arange(len(mask), device=mask.device) * uniforms.shape[2], sizes - 1
@@ -223,57 +205,6 @@ def greedy_seeds(
     return seeds, near.sum(1)
 
 
-def seed_in_blocks(
-    points: torch.Tensor, token_id: int, config: KMeansConfig, device: str | torch.device, threads: Threads
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the seeds of one large token with points [n, D] in key order, in float32 blocks of BLOCK_ROWS rows.
-
-    Returns:
-        Rows int64 [K], all distinct points if there are at most `config.k`; and the mean of the points float32 [D], by
-        which distances are centred (0 for "cosine").
-    """
-    blocks = points.split(BLOCK_ROWS)
-    shift = torch.zeros(points.shape[1], device=device)
-    if config.metric != "cosine":
-        for block in blocks:
-            shift = shift + read_points(block, config.metric, device).double().sum(0)
-        shift = (shift / len(points)).float()
-    distinct = few_distinct(points, np.array([len(points)]), np.array([config.k]), config.metric, len(points))
-    if distinct.few[0]:
-        return torch.from_numpy(distinct.first).to(points.device), shift
-
-    def centred(stored: torch.Tensor) -> torch.Tensor:
-        return read_points(stored, config.metric, device).sub_(shift)
-
-    held = threads.map(centred, blocks[: HELD_FLOATS // (BLOCK_ROWS * points.shape[1])])
-    share = -(-len(blocks) // threads.count)
-    shares = [range(at, min(at + share, len(blocks))) for at in range(0, len(blocks), share)]
-
-    def joined(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Concatenate the results [..., b] of a function over all blocks."""
-
-        def over(numbers: range) -> torch.Tensor:
-            values = (held[i] if i < len(held) else centred(blocks[i]) for i in numbers)
-            return torch.cat([function(block) for block in values], -1)
-
-        return torch.cat(threads.map(over, shares), -1)
-
-    norms = joined(lambda block: torch.linalg.vector_norm(block, dim=1).square_())
-
-    def scores(index: torch.Tensor) -> torch.Tensor:
-        rows, lengths = centred(points.index_select(0, index[0].to(points.device))), norms[index[0], None]
-        return joined(lambda block: product(rows, block.T).mul_(-2).add_(lengths))[None]
-
-    mask, best, least = torch.ones(1, len(points), dtype=torch.bool, device=device), None, math.inf
-    for run in range(config.n_init):
-        uniforms = torch.from_numpy(draws(np.array([token_id]), config, run=run)).to(device)
-        seeds, inertia = greedy_seeds(scores, norms[None], mask, uniforms)
-        if best is None or float(inertia) < least:
-            best, least = seeds[0], float(inertia)
-    assert best is not None
-    return best.to(points.device), shift
-
-
 @dataclass(frozen=True)
 class FewDistinct:
     """Tokens with at most K distinct points, each of which becomes a sense without any clustering."""
@@ -286,26 +217,28 @@ class FewDistinct:
 
 
 def few_distinct(
-    points: torch.Tensor, sizes: NDArray[np.int64], senses: NDArray[np.int64], metric: Metric, max_rows: int
+    points: Tensor, sizes: NDArray[np.int64], senses: NDArray[np.int64], metric: Metric, max_rows: int
 ) -> FewDistinct:
-    """Find the tokens with at most K distinct points, which includes tokens without points.
+    """Find the tokens of at most `max_rows` rows with at most K distinct points, which includes tokens without points.
 
     Rows are compared by a 64-bit hash of their values; a first pass over a few components rules out almost every token.
-    For "cosine", points of the same direction are equal. Tokens of more than `max_rows` rows are skipped.
+    For "cosine", points of the same direction are equal.
     """
     token = np.repeat(np.arange(len(sizes)), sizes)
     suspect = (sizes <= senses) & (sizes <= max_rows)
     unclear = (sizes > senses) & (sizes <= max_rows)
     rows = np.flatnonzero(unclear[token])
-    # a lower bound is enough here, so token and 40 bits of the hash share one word and a plain sort suffices
-    words = np.sort(
-        token[rows].astype(np.uint64) << np.uint64(40) | _keys(points, rows, metric, LEADING) >> np.uint64(24)
-    )
-    new = np.diff(words, prepend=np.uint64(2**64 - 1)) != 0
-    suspect |= unclear & (np.bincount((words[new] >> np.uint64(40)).astype(np.int64), minlength=len(sizes)) <= senses)
+    # a lower bound is enough here, so token and 40 bits of the hash share one word (np.unique is 100 times slower)
+    words = token[rows].astype(np.uint64) << np.uint64(40) | _keys(points, rows, metric, LEADING) >> np.uint64(24)
+    words = np.sort(words)
+    leading = words[np.diff(words, prepend=np.uint64(2**64 - 1)) != 0] >> np.uint64(40)
+    suspect |= unclear & (np.bincount(leading.astype(np.int64), minlength=len(sizes)) <= senses)
 
     rows = np.flatnonzero(suspect[token])
-    group, first = _group(token[rows], _keys(points, rows, metric, points.shape[1]))
+    words = _keys(points, rows, metric, points.shape[1]) ^ _mix(token[rows].astype(np.uint64))
+    _, first, group = np.unique(words, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # by first appearance
+    first, group = first[order], np.argsort(order)[group]
     distinct = np.bincount(token[rows[first]], minlength=len(sizes))
     few = suspect & (distinct <= senses)
     kept, kept_group = few[token[rows]], few[token[rows[first]]]
@@ -313,7 +246,7 @@ def few_distinct(
     return FewDistinct(few, distinct * few, rows[kept], number[group[kept]], rows[first[kept_group]])
 
 
-def _keys(points: torch.Tensor, rows: NDArray[np.int64], metric: Metric, width: int) -> NDArray[np.uint64]:
+def _keys(points: Tensor, rows: NDArray[np.int64], metric: Metric, width: int) -> NDArray[np.uint64]:
     """Hash the first `width` values of the given rows: uint64 [R]; -0 counts as 0."""
     keys, width = np.empty(len(rows), np.uint64), min(width, points.shape[1])
     salts = _mix(np.arange(1, (width + 1) // 2 + 1, dtype=np.uint64))
@@ -324,17 +257,3 @@ def _keys(points: torch.Tensor, rows: NDArray[np.int64], metric: Metric, width: 
         words = torch.nn.functional.pad(values, (0, width % 2)).contiguous().numpy().view(np.uint64)
         keys[at : at + BLOCK_ROWS] = _mix(words ^ salts).sum(1)
     return keys
-
-
-def _group(token: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number rows of equal (token, key), `token` ascending, by first appearance: group [R] and first row [G]."""
-    order = np.lexsort((keys, token))
-    opens = np.ones(len(order), bool)
-    opens[1:] = (np.diff(token[order]) != 0) | (np.diff(keys[order]) != 0)
-    first = order[opens]  # lexsort is stable, so this is the first of equal rows
-    appearance = np.argsort(first)
-    number = np.empty_like(appearance)
-    number[appearance] = np.arange(len(appearance))
-    group = np.empty_like(order)
-    group[order] = number[np.cumsum(opens) - 1]
-    return group, first[appearance]

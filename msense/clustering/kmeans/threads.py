@@ -15,13 +15,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Threads:
-    """`count` threads; without a pool, only the calling thread.
-
-    Example:
-        >>> with open_threads(2) as threads:
-        ...     threads.map(abs, [-1, 2])
-        [1, 2]
-    """
+    """`count` threads; without a pool, only the calling thread."""
 
     count: int = 1
     pool: ThreadPoolExecutor | None = None
@@ -39,7 +33,7 @@ ALONE = Threads()
 
 @contextmanager
 def open_threads(count: int) -> Iterator[Threads]:
-    """Start threads with one torch and BLAS thread each; the caller's torch thread count is restored on exit.
+    """Start threads with one torch and BLAS thread each, and enter inference mode; both end on exit.
 
     With more, thousands of small operations contend for the cores (25 times slower on two cores).
     """
@@ -48,7 +42,7 @@ def open_threads(count: int) -> Iterator[Threads]:
     # torch keeps this number per thread, so each worker of the pool sets its own
     pool = ThreadPoolExecutor(count, "kmeans", torch.set_num_threads, (1,)) if count > 1 else None
     try:
-        with threadpool_limits(1, "blas"):
+        with threadpool_limits(1, "blas"), torch.inference_mode():
             yield Threads(count, pool)
     finally:
         if pool is not None:
