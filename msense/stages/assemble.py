@@ -1,14 +1,13 @@
 """Stage 5: concatenate the centroid files of all shards into the dictionary folder, sorted by token.
 
-Memory: the small arrays (20 bytes per sense), the centroids of one shard, and all exemplars while they are sorted.
+Memory: the small arrays (40 bytes per sense), the centroids of one shard, and all exemplars while they are sorted.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,30 +19,9 @@ from msense.io import filesystems, storage
 from msense.io.arrays import load_arrays
 from msense.io.scratch import scratch_folder
 from msense.run.folder import RunFolder
-from msense.runtime import Executor
 from msense.runtime.executor import Row
-from msense.stages.base import Stage, StageContext
 from msense.stages.exemplars import collect_contexts
 from msense.teacher.spec import TeacherInfo
-
-
-class _Order(NamedTuple):
-    """Location of the senses of T tokens, sorted by token; all int64 [T]."""
-
-    tokens: np.ndarray
-    sizes: np.ndarray
-    file: np.ndarray  # index of the centroid file
-    start: np.ndarray  # first sense in that file
-
-
-@dataclass(frozen=True)
-class DictionaryStats:
-    """The size of a dictionary."""
-
-    tokens: int  # with senses
-    senses: int
-    points: int
-    bytes: int
 
 
 def assemble(
@@ -52,24 +30,21 @@ def assemble(
     """Write the dictionary of a run from the files of centroids and contexts (none without exemplars).
 
     Returns:
-        `stats`, a `DictionaryStats`; `files`, the size and sha256 of each file.
+        `stats`, the size of the dictionary; `files`, the size and sha256 of each file.
     """
     small = [load_arrays(file, ("tokens", "sizes", "counts", "spread", "inertia")) for file in centroid_files]
-    order = _order(small)
-    rows = [np.arange(start, start + size) for start, size in zip(order.start, order.sizes, strict=True)]
-    counts, rms_distance = (
-        np.concatenate([small[file][name][own] for file, own in zip(order.file.tolist(), rows, strict=True)])
-        for name in ("counts", "spread")
-    )
+    joined = {name: np.concatenate([arrays[name] for arrays in small]) for name in small[0]}
+    order = np.argsort(joined["tokens"])
+    tokens, sizes = joined["tokens"][order].astype(np.int64), joined["sizes"][order].astype(np.int64)
+    starts = (np.cumsum(joined["sizes"]) - joined["sizes"])[order]  # in the concatenated files
+    senses = np.arange(sizes.sum()) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    counts, rms_distance = joined["counts"][senses], joined["spread"][senses]
     token_counts = load_arrays(run.thresholds)["token_counts"]
-    offsets = np.cumsum(np.bincount(order.tokens + 1, weights=order.sizes, minlength=info.vocab_size + 1)).astype(
-        np.int64
-    )
+    offsets = np.r_[0, np.cumsum(np.bincount(tokens, weights=sizes, minlength=info.vocab_size))].astype(np.int64)
     points = int(counts.sum())
-    mean_square = math.fsum(x for arrays in small for x in arrays["inertia"].tolist()) / max(1, points)
     quality = {
         "points": float(points),
-        "mean_squared_spread": mean_square,
+        "mean_squared_spread": math.fsum(joined["inertia"].tolist()) / max(1, points),
         "corpus_distortion": corpus_distortion(Arrays(offsets, counts, rms_distance, token_counts)),
     }
     with filesystems.storage_errors(run.dictionary, "write"), _target(run) as folder:
@@ -77,111 +52,62 @@ def assemble(
         write_tokenizer(folder, storage.read_text(run.tokenizer))
         if context_files:
             collect_contexts(list(context_files), files.exemplars)
-        chunks = _chunks(list(centroid_files), order, config.store_dtype)
+        chunks = _chunks(centroid_files, [len(arrays["counts"]) for arrays in small], starts, sizes, config.store_dtype)
         write_dictionary(folder, _config(info, config, quality), offsets, counts, rms_distance, token_counts, chunks)
         written: Row = {
             path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": storage.sha256_of(path)}
             for path in files.present()
         }
     size = sum(entry["size"] for entry in written.values())
-    return {"stats": DictionaryStats(len(order.tokens), len(counts), points, size), "files": written}
-
-
-class AssembleStage(Stage[DictionaryStats]):
-    """Writes the dictionary folder; it has no marker of its own, as the pipeline verifies the folder when it resumes."""
-
-    name = "dictionary"
-
-    def __init__(
-        self,
-        run: RunFolder,
-        info: TeacherInfo,
-        config: BuildConfig,
-        centroid_files: Sequence[str],
-        context_files: Sequence[str],
-    ) -> None:
-        super().__init__(run)
-        self.inputs = (info, config, centroid_files, context_files)
-        self.written: Row = {}  # size and sha256 of each file
-
-    def outputs(self) -> list[str]:
-        """Return the dictionary folder."""
-        return [self.run.dictionary]
-
-    def finished(self, context: StageContext) -> list[Row | None]:
-        """Return that the folder has to be written."""
-        return [None]
-
-    def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
-        """Write the folder in one task."""
-        yield {"number": 0, **executor.run(assemble, self.run, *self.inputs)}
-
-    def reduce(self, executor: Executor, stats: list[Row]) -> DictionaryStats:
-        """Return the sizes of the dictionary."""
-        self.written = stats[0]["files"]
-        result: DictionaryStats = stats[0]["stats"]
-        return result
+    stats = {"tokens": len(tokens), "senses": len(counts), "points": points, "bytes": size}
+    return {"stats": stats, "files": written}
 
 
 def changed_files(run: RunFolder, written: dict[str, Row]) -> list[str]:
     """Return the names of files of a finished dictionary, as listed by `assemble`, that are missing or modified."""
-    return [
-        name
-        for name, entry in written.items()
-        if not storage.is_intact(storage.join(run.dictionary, name), entry, verify=True)
-    ]
+    uris = {name: storage.join(run.dictionary, name) for name in written}
+    return [name for name, uri in uris.items() if not storage.is_intact(uri, written[name], verify=True)]
 
 
 def _config(info: TeacherInfo, config: BuildConfig, quality: dict[str, float]) -> DictionaryConfig:
+    shared = ("tokenizer_fingerprint", "layer", "dim", "vocab_size", "special_tokens", "pooling", "normalize")
     return DictionaryConfig(
         teacher=TeacherName(name=info.name, revision=info.revision, fingerprint=info.fingerprint),
-        tokenizer_fingerprint=info.tokenizer_fingerprint,
-        layer=info.layer,
-        dim=info.dim,
-        vocab_size=info.vocab_size,
-        senses=config.senses,
+        **{name: getattr(info, name) for name in (*shared, "prompt", "max_length")},
+        **config.model_dump(include={"senses", "metric", "max_occurrences", "seed"}),
         dtype=config.store_dtype,
-        metric=config.metric,
         temperature_unit=quality["mean_squared_spread"],
-        special_tokens=info.special_tokens,
         excluded_token_ids=info.excluded,
-        pooling=info.pooling,
-        normalize=info.normalize,
-        prompt=info.prompt,
-        max_length=info.max_length,
-        max_occurrences=config.max_occurrences,
-        seed=config.seed,
         quality=quality,
     )
 
 
-def _order(small: list[dict[str, np.ndarray]]) -> _Order:
-    tokens, sizes = (np.concatenate([a[name] for a in small]).astype(np.int64) for name in ("tokens", "sizes"))
-    file = np.repeat(np.arange(len(small)), [len(a["tokens"]) for a in small])
-    start = np.concatenate([np.cumsum(a["sizes"]) - a["sizes"] for a in small])
-    order = np.argsort(tokens)
-    return _Order(tokens[order], sizes[order], file[order], start[order])
+def _chunks(
+    files: Sequence[str], senses: list[int], starts: np.ndarray, sizes: np.ndarray, dtype: str
+) -> Iterator[torch.Tensor]:
+    """Yield the centroids sorted by token, as the longest contiguous slices of each file.
 
-
-def _chunks(files: list[str], order: _Order, dtype: str) -> Iterator[torch.Tensor]:
-    """Yield the centroids sorted by token, as the longest contiguous slices of each file."""
-    breaks = np.flatnonzero(np.r_[True, (np.diff(order.file) != 0) | (np.diff(order.start) != order.sizes[:-1])])
+    `senses` has the number of each file, `starts` int64 [T] the first of each token in all files, `sizes` its number.
+    """
+    ends = np.cumsum(senses)
+    file = np.searchsorted(ends, starts, side="right")
+    breaks = np.flatnonzero(np.r_[True, (np.diff(file) != 0) | (np.diff(starts) != sizes[:-1])])
     held, centroids = -1, np.empty(0)
-    for first, last in zip(breaks, [*breaks[1:], len(order.file)], strict=True):
-        if order.file[first] != held:
-            held = int(order.file[first])
+    for first, last in pairwise([*breaks, len(file)]):
+        if file[first] != held:
+            held = int(file[first])
             centroids = load_arrays(files[held], ("centroids",))["centroids"]
-        rows = centroids[order.start[first] : order.start[last - 1] + order.sizes[last - 1]]
+        before = ends[held] - senses[held]
+        rows = centroids[starts[first] - before : starts[last - 1] + sizes[last - 1] - before]
         yield torch.from_numpy(rows).view(getattr(torch, dtype))
 
 
 @contextmanager
 def _target(run: RunFolder) -> Iterator[Path]:
-    """Yield a local folder to write to; for a remote run its files are uploaded on exit, config.json last."""
+    """Yield a local folder to write to; for a remote run it is uploaded on exit."""
     if filesystems.is_local(run.dictionary):
         yield Path(storage.absolute(run.dictionary))
         return
     with scratch_folder() as folder:
         yield folder
-        for path in sorted(filter(Path.is_file, folder.rglob("*")), key=lambda path: path.name == "config.json"):
-            storage.upload(path, storage.join(run.dictionary, path.relative_to(folder).as_posix()))
+        storage.upload_folder(folder, run.dictionary)

@@ -29,33 +29,28 @@ class StageContext:
 
 
 class Stage(ABC, Generic[ResultT]):
-    """One step of a pipeline.
+    """One step of a pipeline; `outputs` are the URIs of its files, all in one folder.
 
     Example:
         >>> class Lengths(Stage[int]):
         ...     name = "lengths"
-        ...     def outputs(self): return [self.run.passages_file(0)]
         ...     def process(self, executor, missing): yield from executor.map(self.name, measure, missing)
         ...     def reduce(self, executor, stats): return sum(row["length"] for row in stats)
-        >>> total = run_stage(Lengths(run), context)
+        >>> total = run_stage(Lengths(run, [run.passages_file(0)]), context)
     """
 
     name: ClassVar[str]  # in log lines, the journal and the summary
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-
-    @abstractmethod
-    def outputs(self) -> list[str]:
-        """Return the URIs of the output files, all in one folder."""
+    def __init__(self, run: RunFolder, outputs: list[str]) -> None:
+        self.run, self.outputs = run, outputs
 
     def finished(self, context: StageContext) -> list[Row | None]:
         """Return the stats of each output that an earlier driver finished, and None for the others."""
-        return finished(self.name, self.run, self.outputs(), context.executor, context.journal)
+        return finished(self.name, self.run, self.outputs, context.executor, context.journal)
 
     @abstractmethod
     def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
-        """Write the missing outputs; yield the stats of each with its `number`, in any order."""
+        """Write the outputs with these numbers, at least one; yield the stats of each with its `number`, in any order."""
 
     @abstractmethod
     def reduce(self, executor: Executor, stats: list[Row]) -> ResultT:
@@ -71,7 +66,7 @@ def run_stage(stage: Stage[ResultT], context: StageContext) -> ResultT:
     with timed(context.summary, stage.name) as shown:
         done = stage.finished(context)
         missing = [number for number, stats in enumerate(done) if stats is None]
-        for row in stage.process(context.executor, missing):
+        for row in stage.process(context.executor, missing) if missing else ():
             done[row["number"]] = row
         context.journal.add(stage.name, made=len(missing))
         result = stage.reduce(context.executor, [stats or {} for stats in done])

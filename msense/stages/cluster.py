@@ -1,16 +1,17 @@
 """Stage 4, second half: cluster the tokens of each shard and write one file of centroids per shard.
 
-A task holds its shard twice (rows and points). Tokens of more than `max_points_per_part` points are left to
-`distributed_kmeans`.
+A task holds its shard twice (rows and points). A large token, the only one of its shard and of more than
+`max_points_per_part` points, is left to `distributed_kmeans`.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from msense.clustering import kmeans
 from msense.clustering.mcl import MCL_POINTS
-from msense.clustering.nearest import exemplar_places, sample
+from msense.clustering.selection import exemplar_places, first_by_key
 from msense.config.build import BuildConfig
 from msense.io.arrays import load_arrays, save_arrays
 from msense.run.folder import RunFolder
@@ -20,71 +21,51 @@ from msense.stages.base import Stage
 from msense.stages.distributed_kmeans_worker import CHUNKS_HELD
 from msense.stages.embedding_store import (
     ClusterSettings,
-    Range,
     as_stored,
     read_ranges,
+    read_sense_counts,
     record_type,
-    sense_counts,
     shard_items,
     shard_ranges,
     stored,
 )
 
 
-class ClusterStage(Stage[dict[int, list[Range]]]):
-    """Clusters the tokens of every shard; the result is the rows of the large tokens, which are left to the next stage."""
+class ClusterStage(Stage[dict[int, int]]):
+    """Clusters the tokens of every shard; the result is the shard of each large token, which the next stage clusters."""
 
     name = "clustering"
 
     def __init__(self, settings: ClusterSettings, shards: np.ndarray) -> None:
         """Cluster shards, int64 [shards + 1] with the first token of each."""
-        super().__init__(settings.run)
+        super().__init__(settings.run, [settings.run.shard_file(shard) for shard in range(len(shards) - 1)])
         self.settings, self.shards = settings, shards
-
-    def outputs(self) -> list[str]:
-        """Return one centroids file per shard."""
-        return [self.run.shard_file(shard) for shard in range(len(self.shards) - 1)]
 
     def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
         """Cluster the missing shards."""
         items, needs = shard_items(self.shards, missing), executor.resources.clustering
-        yield from executor.map(self.name, cluster_shard, items, self.settings, needs=needs)
+        return executor.map(self.name, cluster_shard, items, self.settings, needs=needs)
 
-    def reduce(self, executor: Executor, stats: list[Row]) -> dict[int, list[Range]]:
-        """Return the rows of every large token in all partitions, by token id."""
-        large = {int(token): ranges for row in stats for token, ranges in row["large"].items()}
-        return {token: [Range(*r) for r in large[token]] for token in sorted(large)}
+    def reduce(self, executor: Executor, stats: list[Row]) -> dict[int, int]:
+        """Return the shard of every large token, by token id."""
+        return {int(self.shards[shard]): shard for shard, row in enumerate(stats) if row["large"]}
 
 
 def cluster_shard(item: Row, settings: ClusterSettings) -> Row:
-    """Cluster one shard; large tokens are only returned, as `large`, with their rows in every partition."""
+    """Cluster one shard; return whether it is a large token, of which nothing is read."""
     run, shard = settings.run, item["number"]
-    ranges, rows = shard_ranges(settings, shard)
-    large: dict[str, list[tuple[int, int, int]]] = {}
-    if item["last"] - item["first"] == 1 and _are_large(np.array(rows), settings):
-        large[str(item["first"])] = [(r.partition, r.start, r.stop) for r in ranges if r.stop > r.start]
-        ranges = []
-    records, partition = read_ranges(settings, ranges)
-    token, count = np.unique(records["token"], return_counts=True)
-    large_tokens = token[_are_large(count, settings)].tolist()
-    for r in ranges if large_tokens else []:
-        own = records["token"][partition == r.partition]
-        for number in large_tokens:
-            start, stop = np.searchsorted(own, [number, number + 1]).tolist()
-            if start < stop:
-                large.setdefault(str(number), []).append((r.partition, r.start + start, r.start + stop))
-    kept = ~np.isin(records["token"], large_tokens)
-    records, partition = records[kept], partition[kept]  # releases the rows of large tokens
-    arrays = _clustered(records, partition, settings)
-    stats = {"number": shard, "large": large}
-    return run.publish(run.shard_file(shard), lambda path: save_arrays(path, arrays), stats)
+    ranges = shard_ranges(settings, shard)
+    points = clustered_points(sum(map(len, ranges)), settings)
+    large = bool(item["last"] - item["first"] == 1 and points > settings.max_points_per_part)
+    arrays = _clustered(*read_ranges(settings, [] if large else ranges), settings)
+    return run.publish(run.shard_file(shard), lambda path: save_arrays(path, arrays), {"number": shard, "large": large})
 
 
 def _clustered(records: np.ndarray, partition: np.ndarray, settings: ClusterSettings) -> dict[str, np.ndarray]:
     """Cluster the tokens of records [n] from partitions int32 [n]; return the arrays of a centroids file."""
-    order, key_order = sample(records["key"], records["token"], settings.max_occurrences)
+    order, key_order = first_by_key(records["key"], records["token"], settings.max_occurrences)
     tokens, sizes = np.unique(records["token"][order], return_counts=True)
-    points, senses = stored(records["embedding"][order], settings.store_dtype), sense_counts(settings, tokens)
+    points, senses = stored(records["embedding"][order], settings.store_dtype), read_sense_counts(settings, tokens)
     clusters = kmeans.cluster_tokens(
         points, sizes, tokens, settings.kmeans, senses=senses, device=settings.device, key_order=key_order
     )
@@ -98,11 +79,6 @@ def _clustered(records: np.ndarray, partition: np.ndarray, settings: ClusterSett
         "inertia": clusters.inertia,
         **exemplar_places(clusters.assignment, clusters.distance, clusters.sizes, sizes, places, settings.exemplars),
     }
-
-
-def _are_large(counts: np.ndarray, settings: ClusterSettings) -> np.ndarray:
-    """Return which tokens with these numbers of rows have more points than a chunk may have."""
-    return clustered_points(counts, settings) > settings.max_points_per_part
 
 
 def clustering_memory(run: RunFolder, config: BuildConfig, dim: int, scale: float = 1.0) -> float:
@@ -121,6 +97,6 @@ def clustering_memory(run: RunFolder, config: BuildConfig, dim: int, scale: floa
     return float(max(shard + graph, chunks * (2 * dim + 16)))
 
 
-def clustered_points(stored: np.ndarray, config: BuildConfig | ClusterSettings) -> np.ndarray:
-    """Return the number of points of each token that are clustered."""
+def clustered_points(stored: Any, config: BuildConfig | ClusterSettings) -> Any:
+    """Return how many of a token's stored occurrences are clustered, for numbers or arrays of them."""
     return np.minimum(stored, config.max_occurrences) if config.max_occurrences else stored

@@ -6,16 +6,18 @@ scattered over the heap, would retain as much memory as the points.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+import torch
 
 from msense.clustering.kmeans import blocks, seeding
-from msense.clustering.nearest import Places, exemplar_places, merge_exemplars
-from msense.runtime.executor import Row
+from msense.clustering.selection import Places, exemplar_places, merge_exemplars
 from msense.stages.embedding_store import ClusterSettings, Range, read_rows, stored
 
 CHUNKS_HELD = 4  # chunks in a worker's memory
@@ -32,18 +34,13 @@ class Chunk:
 
 
 def slice_ranges(ranges: Sequence[Range], first: int, last: int) -> Iterator[Range]:
-    """Yield the ranges of rows [first, last) of the concatenated ranges.
-
-    Example:
-        >>> list(slice_ranges([Range(0, 10, 14), Range(1, 0, 9)], 2, 6))
-        [Range(partition=0, start=12, stop=14), Range(partition=1, start=0, stop=2)]
-    """
+    """Yield the ranges of rows [first, last) of the concatenated ranges."""
     at = 0
     for r in ranges:
-        start, stop = max(first, at), min(last, at + r.stop - r.start)
+        start, stop = max(first, at), min(last, at + len(r))
         if start < stop:
             yield Range(r.partition, r.start + start - at, r.start + stop - at)
-        at += r.stop - r.start
+        at += len(r)
 
 
 def read_blocks(settings: ClusterSettings, ranges: Sequence[Range]) -> Iterator[np.ndarray]:
@@ -58,9 +55,8 @@ class ChunkWorker:
     """An actor that holds chunks of points; each call returns the sum over the given chunks of one token."""
 
     def __init__(self, settings: ClusterSettings) -> None:
-        import torch
-
         torch.set_num_threads(1)
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # as in Ray's object store
         self.settings = settings
         self.held: dict[Chunk, tuple[Any, Places]] = {}
 
@@ -70,7 +66,7 @@ class ChunkWorker:
 
     def partial(self, chunks: Sequence[Chunk], state: blocks.BlockedState) -> blocks.Partial:
         """Return sums, counts and inertia of one round."""
-        state, config, device = _writable(state), self.settings.kmeans, self.settings.device
+        config, device = self.settings.kmeans, self.settings.device
         total = blocks.combine(
             blocks.partial(points, state, config, device=device) for _, points, _ in self._points(chunks)
         )
@@ -78,7 +74,7 @@ class ChunkWorker:
 
     def farthest(self, chunks: Sequence[Chunk], state: blocks.BlockedState, count: int) -> blocks.Farthest:
         """Return the points farthest from their centroids."""
-        state, config, device = _writable(state), self.settings.kmeans, self.settings.device
+        config, device = self.settings.kmeans, self.settings.device
         results = (
             blocks.farthest(points, state, count, config, first_row=row, device=device)
             for row, points, _ in self._points(chunks)
@@ -87,7 +83,7 @@ class ChunkWorker:
 
     def finish(self, chunks: Sequence[Chunk], state: blocks.BlockedState) -> tuple[blocks.Finished, Places]:
         """Return sums of squared distances per sense and the places of the exemplars; release the chunks."""
-        state, config, count = _writable(state), self.settings.kmeans, self.settings.exemplars
+        config, count = self.settings.kmeans, self.settings.exemplars
         squares: list[np.ndarray] = []
         exemplars: list[Places] = []
         for _, points, places in self._points(chunks):
@@ -97,9 +93,7 @@ class ChunkWorker:
             exemplars = [merge_exemplars([*exemplars, nearest], count)]
             squares.append(done.squares)
         columns = [_exact(column) for column in np.concatenate(squares).T]
-        exact = np.zeros((max(map(len, columns)), len(columns)))
-        for number, column in enumerate(columns):
-            exact[: len(column), number] = column
+        exact = np.array(list(zip_longest(*columns, fillvalue=0.0)))
         for chunk in chunks:
             self.held.pop(chunk, None)
         return replace(done, assignment=done.assignment[:0], distance=done.distance[:0], squares=exact), exemplars[0]
@@ -111,7 +105,7 @@ class ChunkWorker:
             if chunk not in self.held and len(self.held) < CHUNKS_HELD:
                 points, places = self._read(chunk.ranges)
                 self.held[chunk] = self._on_device(points), places
-            rows = sum(r.stop - r.start for r in chunk.ranges)
+            rows = sum(map(len, chunk.ranges))
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
                 if chunk in self.held:
@@ -123,7 +117,7 @@ class ChunkWorker:
 
     def _read(self, ranges: Sequence[Range]) -> tuple[Any, Places]:
         """Read points [n, D] as stored, and their places."""
-        lengths = [r.stop - r.start for r in ranges]
+        lengths = [len(r) for r in ranges]
         points = np.empty((sum(lengths), self.settings.dim), np.uint16)
         places = {name: np.empty(len(points), np.int32) for name in ("token", "row", "position")}
         start = 0
@@ -137,17 +131,9 @@ class ChunkWorker:
 
     def _on_device(self, points: Any) -> Any:
         """Move a chunk's points to the GPU if they need at most half of its free memory: two workers may share it."""
-        import torch
-
         if self.settings.device == "cpu" or 2 * points.nbytes > torch.cuda.mem_get_info()[0]:
             return points
         return points.to(self.settings.device)
-
-
-def _writable(state: blocks.BlockedState) -> blocks.BlockedState:
-    """Copy a state's arrays: torch warns about read-only ones, which those in Ray's object store are."""
-    arrays: Row = {name: value.copy() for name, value in vars(state).items() if isinstance(value, np.ndarray)}
-    return replace(state, **arrays)
 
 
 def _exact(values: np.ndarray) -> np.ndarray:

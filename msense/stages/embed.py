@@ -40,24 +40,18 @@ class EmbedStats:
     occurrences: int
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The n occurrences that a partition stores, in the order of its file; computed before the teacher runs."""
-
-    rows: np.ndarray  # int64 [n], passage in the partition
-    positions: np.ndarray  # int64 [n]
-    tokens: np.ndarray  # int32 [n]
-    keys: np.ndarray  # uint64 [n]
-    lengths: np.ndarray  # int64 [P], tokens of every passage of the partition
-
-
-def select_occurrences(passages: Passages, threshold: np.ndarray, spec: PassageSpec, per_passage: int) -> Selection:
-    """Return the occurrences of a partition, sorted by token, key, passage and position."""
+def select_occurrences(
+    passages: Passages, threshold: np.ndarray, spec: PassageSpec, per_passage: int, dim: int = 0
+) -> np.ndarray:
+    """Return the records of a partition, sorted by token, key, passage and position, with undefined embeddings."""
     flat = select(passages, threshold, spec, per_passage)
-    rows, positions = passages.rows()[flat], passages.positions()[flat]
-    tokens, keys = passages.ids[flat], passages.keys[rows]
-    order = np.lexsort((keys, tokens))  # stable: passages and positions are already in order
-    return Selection(rows[order], positions[order], tokens[order], keys[order], passages.lengths)
+    rows, tokens = passages.rows()[flat], passages.ids[flat]
+    columns = {"key": passages.keys[rows], "token": tokens, "row": rows, "position": passages.positions()[flat]}
+    order = np.lexsort((columns["key"], tokens))  # stable: passages and positions are already in order
+    records = np.empty(len(flat), record_type(dim))
+    for name, column in columns.items():
+        records[name] = column[order]
+    return records
 
 
 @dataclass(frozen=True)
@@ -92,33 +86,31 @@ class EmbedActor:
 
     def __init__(self, run: RunFolder, settings: EmbedSettings) -> None:
         """Load the teacher and the plan of a run; raise MsenseError if the teacher's weights changed."""
-        self.run = run
-        self.settings = settings
-        plan = load_arrays(self.run.thresholds)
+        self.run, self.settings = run, settings
+        plan = load_arrays(run.thresholds)
         self.threshold, self.shards = plan["threshold"], plan["shards"]
-        self.duplicates = Duplicates(self.run)
+        self.duplicates = Duplicates(run)
         began = time.time()
         self.teacher = load_teacher(settings)
         self.start_seconds = time.time() - began
 
     def __call__(self, item: Row) -> Row:
         """Write one partition; return its stats: counts, offsets of the shards in rows, clock times."""
-        partition = Partition(**item)
-        began = time.time()
+        partition, settings, began = Partition(**item), self.settings, time.time()
         passages = partition_passages(self.run, partition, self.duplicates)
-        selection = select_occurrences(passages, self.threshold, self.settings.spec, self.settings.per_passage)
-        offsets = np.searchsorted(selection.tokens, self.shards)
-        needed = np.unique(selection.rows)
+        limits = self.threshold, settings.spec, settings.per_passage
+        records = select_occurrences(passages, *limits, settings.info.dim)
+        needed = np.unique(records["row"])
         stats = {
             "number": partition.number,
-            "occurrences": len(selection.rows),
+            "occurrences": len(records),
             "passages": len(needed),
-            "tokens": int(selection.lengths[needed].sum()),
-            "offsets": offsets.tolist(),
+            "tokens": int(passages.lengths[needed].sum()),
+            "offsets": np.searchsorted(records["token"], self.shards).tolist(),
         }
 
         def write(path: Path) -> Row:
-            records = self._records(passages, selection, partition)
+            self._embed(passages, records, partition.number)
             with path.open("wb") as file:
                 file.write(records.data)  # numpy's tofile hides errors of the system
             actor = f"{socket.gethostname()}-{os.getpid()}"
@@ -126,38 +118,36 @@ class EmbedActor:
 
         return self.run.publish(self.run.partition_file(partition.number), write, stats)
 
-    def _records(self, passages: Passages, selection: Selection, partition: Partition) -> np.ndarray:
-        """Return the records of a partition with the embeddings of the teacher."""
-        records = np.empty(len(selection.rows), dtype=record_type(self.settings.info.dim))
-        records["key"], records["token"] = selection.keys, selection.tokens
-        records["row"], records["position"] = selection.rows, selection.positions
-        by_row = np.argsort(selection.rows, kind="stable")
-        needed, starts = np.unique(selection.rows[by_row], return_index=True)
+    def _embed(self, passages: Passages, records: np.ndarray, partition: int) -> None:
+        """Run the teacher and fill in the embeddings of a partition's records."""
+        by_row = np.argsort(records["row"], kind="stable")
+        needed, starts = np.unique(records["row"][by_row], return_index=True)
         stops = np.r_[starts[1:], len(by_row)]
         rows = [passages.row(number) for number in needed]
         for batch, hidden in embed_tokens(self.teacher, rows, TOKEN_BUDGET[self.settings.device]):
             target = np.concatenate([by_row[starts[b] : stops[b]] for b in batch.rows])
             place = np.repeat(np.arange(len(batch.rows)), (stops - starts)[batch.rows])
-            flat = torch.from_numpy(place * batch.mask.shape[1] + selection.positions[target]).to(hidden.device)
+            flat = torch.from_numpy(place * batch.mask.shape[1] + records["position"][target]).to(hidden.device)
             chosen = hidden.flatten(0, 1).index_select(0, flat)
             as_stored = chosen.to(getattr(torch, self.settings.store_dtype))
             if not float(as_stored.abs().max()) <= LARGEST_VALUE:  # also false for NaN
-                raise MsenseError(f"partition {partition.number}: {_problem(float(chosen.abs().max()), self.settings)}")
+                raise MsenseError(f"partition {partition}: {_problem(float(chosen.abs().max()), self.settings)}")
             records["embedding"][target] = as_stored.view(torch.uint16).cpu().numpy()
-        return records
 
 
 def _problem(largest: float, settings: EmbedSettings) -> str:
     """Return the error message for embeddings whose largest absolute value is this, or NaN."""
     if largest <= LARGEST_VALUE:
-        return (
-            f"an embedding is too large for {settings.store_dtype}: "
-            "use --store-dtype bfloat16, which has a larger range, with a new --output"
-        )
-    if LARGEST_VALUE < largest < math.inf:
+        return f"an embedding is too large for {settings.store_dtype}: use --store-dtype bfloat16 with a new --output"
+    if largest < math.inf:
         return f"the teacher's embeddings reach {largest:.3g}, above the limit of {LARGEST_VALUE:g}: check its weights"
-    remedy = "" if settings.dtype == "float32" else "use --dtype float32 with a new --output, or "
-    return f"the teacher's {settings.dtype} embeddings are NaN or infinite: {remedy}check its weights"
+    return not_finite(settings.dtype)
+
+
+def not_finite(dtype: str, problem: str = "NaN or infinite") -> str:
+    """Return the error message for embeddings that a teacher computed in a dtype."""
+    remedy = "" if dtype == "float32" else "use --dtype float32 with a new --output, or "
+    return f"the teacher's {dtype} embeddings are {problem}: {remedy}check its weights"
 
 
 class EmbedStage(Stage[EmbedStats]):
@@ -166,24 +156,19 @@ class EmbedStage(Stage[EmbedStats]):
     name = "embed"
 
     def __init__(self, run: RunFolder, settings: EmbedSettings, partitions: Sequence[Partition]) -> None:
-        super().__init__(run)
+        super().__init__(run, [run.partition_file(partition.number) for partition in partitions])
         self.settings, self.partitions = settings, partitions
-
-    def outputs(self) -> list[str]:
-        """Return one file per partition."""
-        return [self.run.partition_file(partition.number) for partition in self.partitions]
 
     def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
         """Run the missing partitions through teacher actors, longest first."""
         items = [asdict(partition) for partition in longest_first([self.partitions[number] for number in missing])]
-        yield from executor.map_actors(self.name, EmbedActor, {"run": self.run, "settings": self.settings}, items)
+        return executor.map_actors(self.name, EmbedActor, {"run": self.run, "settings": self.settings}, items)
 
     def reduce(self, executor: Executor, stats: list[Row]) -> EmbedStats:
-        """Write the index and add up the counts."""
+        """Write the offset of every shard in every partition, int64 [partitions, shards + 1]; add up the counts."""
         executor.run(_write_index, self.run, [row["offsets"] for row in stats])
         return EmbedStats(sum(row["tokens"] for row in stats), sum(row["occurrences"] for row in stats))
 
 
 def _write_index(run: RunFolder, offsets: list[list[int]]) -> None:
-    """Write the offset of every shard in every partition, int64 [partitions, shards + 1]."""
     run.publish(run.offsets, lambda path: save_arrays(path, {"offsets": np.array(offsets, dtype=np.int64)}))

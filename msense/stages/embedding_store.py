@@ -5,6 +5,7 @@ Reading needs 20 + 2 D bytes per row.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -44,28 +45,26 @@ class Range:
     start: int
     stop: int
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
 
 def read_ranges(settings: ClusterSettings, ranges: Sequence[Range]) -> tuple[np.ndarray, np.ndarray]:
     """Read rows of several partitions: records [n], and the partition of each, int32 [n]."""
-    records = np.empty(sum(r.stop - r.start for r in ranges), record_type(settings.dim))
-    partition = np.empty(len(records), dtype=np.int32)
-    start = 0
+    records, start = np.empty(sum(map(len, ranges)), record_type(settings.dim)), 0
     for r in ranges:
-        stop = start + r.stop - r.start
-        records[start:stop] = read_rows(settings.run.partition_file(r.partition), settings.dim, r.start, r.stop)
-        partition[start:stop] = r.partition
-        start = stop
-    return records, partition
+        rows = slice(start, start := start + len(r))
+        records[rows] = read_rows(settings.run.partition_file(r.partition), settings.dim, r.start, r.stop)
+    return records, np.repeat(np.array([r.partition for r in ranges], np.int32), [len(r) for r in ranges])
 
 
-def shard_ranges(settings: ClusterSettings, shard: int) -> tuple[list[Range], int]:
-    """Return the ranges of a shard's rows in all partitions, and their total number."""
-    offsets = load_arrays(settings.run.offsets, ("offsets",))["offsets"]
-    ranges = [Range(partition, int(row[shard]), int(row[shard + 1])) for partition, row in enumerate(offsets)]
-    return ranges, sum(r.stop - r.start for r in ranges)
+def shard_ranges(settings: ClusterSettings, shard: int) -> list[Range]:
+    """Return the ranges of a shard's rows in all partitions."""
+    offsets = load_arrays(settings.run.offsets, ("offsets",))["offsets"][:, shard : shard + 2]
+    return [Range(partition, start, stop) for partition, (start, stop) in enumerate(offsets.tolist())]
 
 
-def sense_counts(settings: ClusterSettings, tokens: np.ndarray) -> np.ndarray:
+def read_sense_counts(settings: ClusterSettings, tokens: np.ndarray) -> np.ndarray:
     """Return the number of senses to compute for each token, int64 [T], given token ids int64 [T]."""
     if not settings.senses_by_token:
         return np.full(len(tokens), settings.kmeans.k)
@@ -115,21 +114,14 @@ def cut_partitions(blocks_file: str, dim: int) -> list[Partition]:
 def group_blocks(
     split: np.ndarray, block: np.ndarray, amount: np.ndarray, tokens: np.ndarray, target: int
 ) -> list[Partition]:
-    """Group consecutive blocks into partitions of similar amounts.
+    """Group consecutive blocks into partitions of about `target`.
 
-    Args:
-        split: int64 [n], the input split of each block.
-        block: int64 [n], its number there.
-        amount: int64 [n], its contribution to the size of the partition.
-        tokens: int64 [n], its tokens that the teacher reads.
-        target: amount per partition.
+    The arrays, int64 [n], have each block's split, number there, contribution to `target`, and tokens to read.
     """
-    number = (np.cumsum(amount) - amount) // max(1, target)
-    starts = np.flatnonzero(np.r_[True, number[1:] != number[:-1]]) if len(number) else np.zeros(0, dtype=np.int64)
-    stops = [*starts[1:], len(number)]
+    starts = np.unique((np.cumsum(amount) - amount) // max(1, target), return_index=True)[1]
     return [
         Partition(n, split[a:b].tolist(), block[a:b].tolist(), int(amount[a:b].sum()), int(tokens[a:b].sum()))
-        for n, (a, b) in enumerate(zip(starts, stops, strict=True))
+        for n, (a, b) in enumerate(pairwise([*starts, len(amount)]))
     ]
 
 
@@ -141,18 +133,16 @@ def longest_first(partitions: list[Partition]) -> list[Partition]:
     return sorted(partitions, key=lambda partition: (-partition.tokens, partition.number))
 
 
-def cut_shards(stored: np.ndarray, dim: int) -> np.ndarray:
+def cut_shards(stored: np.ndarray, dim: int, max_points: int) -> np.ndarray:
     """Cut the vocabulary into shards of similar size, given the stored occurrences int64 [V] of each token.
 
-    A token larger than half a shard gets its own. Returns int64 [shards + 1], the first token of each shard, and V.
+    A token of more than half a shard or `max_points` gets its own. Returns the first token of each shard, and V, int64.
     """
     size = record_type(dim).itemsize
     target = max(1, int(np.clip(stored.sum() * size // TARGET_SHARDS, *SHARD_BYTES)) // size)
-    large = stored > target // 2
-    borders = {0, len(stored)} | set(np.flatnonzero(large).tolist()) | set((np.flatnonzero(large) + 1).tolist())
-    runs = np.cumsum(np.where(large, 0, stored)) // target
-    borders |= set((np.flatnonzero(runs[1:] != runs[:-1]) + 1).tolist())
-    return np.array(sorted(borders), dtype=np.int64)
+    large = stored > min(target // 2, max_points)
+    runs, alone = np.cumsum(np.where(large, 0, stored)) // target, np.flatnonzero(large)
+    return np.unique(np.r_[0, alone, alone + 1, np.flatnonzero(np.diff(runs)) + 1, len(stored)])
 
 
 def shard_items(shards: np.ndarray, numbers: Sequence[int]) -> list[dict[str, int]]:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from msense.clustering.nearest import PLACE
+from msense.clustering.selection import PLACE
 from msense.dictionary.contexts import exemplar_schema
 from msense.io import storage
 from msense.io.arrays import load_arrays, open_parquet
@@ -35,31 +35,25 @@ class ExemplarStage(Stage[list[str]]):
     name = "exemplars"
 
     def __init__(self, run: RunFolder, centroid_files: Sequence[str], partitions: Sequence[Partition]) -> None:
-        super().__init__(run)
+        super().__init__(run, [run.contexts_index, *(run.contexts_file(p.number) for p in partitions)])
         self.centroid_files, self.partitions = centroid_files, partitions
 
-    def outputs(self) -> list[str]:
-        """Return the index of the exemplars' positions, then one file per partition."""
-        return [self.run.contexts_index, *(self.run.contexts_file(p.number) for p in self.partitions)]
-
     def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
-        """Write the index if it is missing, then the missing files."""
+        """Write the index of the exemplars' positions if it is missing, then the missing files."""
         if 0 in missing:
             executor.run(_write_index, self.run, self.centroid_files, len(self.partitions))
             yield {"number": 0}
         items = [asdict(self.partitions[number - 1]) for number in missing if number]
-        for row in executor.map(self.name, _write_partition, items, self.run):
-            yield {"number": row["partition"] + 1}
+        yield from executor.map(self.name, _write_partition, items, self.run)
 
     def reduce(self, executor: Executor, stats: list[Row]) -> list[str]:
         """Return the files of the partitions."""
-        return self.outputs()[1:]
+        return self.outputs[1:]
 
 
 def _write_index(run: RunFolder, centroid_files: Sequence[str], partitions: int) -> None:
     """Write the positions of all exemplars with one row group per partition."""
-    names = tuple(f"exemplar_{name}" for name in PLACE)
-    arrays = [load_arrays(file, names) for file in centroid_files]
+    arrays = [load_arrays(file, tuple(f"exemplar_{name}" for name in PLACE)) for file in centroid_files]
     columns = {name: np.concatenate([a[f"exemplar_{name}"] for a in arrays]) for name in PLACE}
     order = np.argsort(columns["unit"], kind="stable")
     table = pa.table({name: column[order] for name, column in columns.items()})
@@ -75,43 +69,34 @@ def _write_index(run: RunFolder, centroid_files: Sequence[str], partitions: int)
 
 def _write_partition(item: Row, run: RunFolder) -> Row:
     """Write the contexts of one partition's exemplars."""
-    partition = Partition(**item)
+    partition, schema = Partition(**item), exemplar_schema()
     tokenizer = Tokenizer.from_str(storage.read_text(run.tokenizer))
     places = open_parquet(run.contexts_index).read_row_group(partition.number)
-    rows = places.column("row").to_pylist()
-    documents, passages = _passages(run, partition, np.unique(np.array(rows, np.int64)))
-    positions = places.column("position").to_pylist()
-    contexts = [_context(tokenizer, passages[row], at) for row, at in zip(rows, positions, strict=True)]
-    texts = [
-        [left[-LONGEST_TEXT:] for left, _, _ in contexts],
-        [word[:LONGEST_TEXT] for _, word, _ in contexts],
-        [right[:LONGEST_TEXT] for _, _, right in contexts],
-        [documents[row][:LONGEST_TEXT] for row in rows],
-    ]
-    token, sense, rank, distance = (places.column(name).combine_chunks() for name in PLACE[:4])
-    distance = pc.sqrt(distance)  # squared until here: the roots of unequal squares may be equal
-    columns = [token, sense, rank, distance, *(pa.array(text, pa.string()) for text in texts)]
-    schema = exemplar_schema()
-    table = pa.Table.from_arrays([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-    run.publish(run.contexts_file(partition.number), lambda path: pq.write_table(table, path))
-    return {"partition": partition.number}
+    rows, positions = places.column("row").to_pylist(), places.column("position").to_pylist()
+    passages = _passages(run, partition, np.unique(np.array(rows, np.int64)))
+    texts = []
+    for row, position in zip(rows, positions, strict=True):
+        left, *others = _context(tokenizer, passages[row]["input_ids"], position)
+        texts.append((left[-LONGEST_TEXT:], *(text[:LONGEST_TEXT] for text in (*others, passages[row]["document_id"]))))
+    columns = {name: places.column(name) for name in PLACE[:4]}
+    columns["distance"] = pc.sqrt(columns["distance"])  # squared until here: the roots of unequal squares may be equal
+    for number, name in enumerate(schema.names[4:]):
+        columns[name] = pa.array([text[number] for text in texts], pa.string())
+    run.publish(run.contexts_file(partition.number), lambda path: pq.write_table(pa.table(columns).cast(schema), path))
+    return {"number": partition.number + 1}
 
 
-def _passages(run: RunFolder, partition: Partition, wanted: np.ndarray) -> tuple[dict[int, str], dict[int, list[int]]]:
-    """Return document ids and token ids of the passages in the sorted rows `wanted` of a partition."""
-    duplicates = Duplicates(run)
-    documents: dict[int, str] = {}
-    ids: dict[int, list[int]] = {}
-    start = 0
+def _passages(run: RunFolder, partition: Partition, wanted: np.ndarray) -> dict[int, Row]:
+    """Return document id and token ids of the passages in the sorted rows `wanted` of a partition, by row."""
+    duplicates, start = Duplicates(run), 0
+    passages: dict[int, Row] = {}
     for split, block in zip(partition.splits, partition.blocks, strict=True):
         table = open_parquet(run.passages_file(split)).read_row_group(block, columns=["document_id", "input_ids"])
         kept = np.delete(np.arange(len(table)), duplicates.of(split, block))
         rows = wanted[(wanted >= start) & (wanted < start + len(kept))]
-        chosen = table.take(kept[rows - start])
-        documents.update(zip(rows.tolist(), chosen.column("document_id").to_pylist(), strict=True))
-        ids.update(zip(rows.tolist(), chosen.column("input_ids").to_pylist(), strict=True))
+        passages.update(zip(rows.tolist(), table.take(kept[rows - start]).to_pylist(), strict=True))
         start += len(kept)
-    return documents, ids
+    return passages
 
 
 def _context(tokenizer: Tokenizer, ids: list[int], position: int) -> tuple[str, str, str]:

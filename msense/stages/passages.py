@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +63,8 @@ class PassageStats:
 
 def passage_spec(info: TeacherInfo, options: PassageOptions) -> PassageSpec:
     """Return how a teacher's passages are cut; raise InputError for a stride or prompt that leaves no room."""
-    return PassageSpec(
-        max_length=info.max_length,
-        prefix=info.prefix,
-        suffix=info.suffix,
-        prompt=info.prompt_ids,
-        excluded=info.excluded,
-        stride=options.stride,
-        seed=options.seed,
-        dedup=options.dedup,
-        text_column=options.text_column,
-        sample=options.sample,
-    )
+    own: dict[str, Any] = {name: getattr(options, name) for name in PassageOptions.model_fields}
+    return PassageSpec(info.max_length, info.prefix, info.suffix, info.prompt_ids, info.excluded, **own)
 
 
 class PassageStage(Stage[PassageStats]):
@@ -92,15 +81,11 @@ class PassageStage(Stage[PassageStats]):
         on_bad_document: str = "skip",
     ) -> None:
         """Cut the files of a corpus, which messages name as it was given."""
-        super().__init__(run)
-        self.spec, self.corpus, self.on_bad_document = spec, corpus, on_bad_document
         self.splits = cut_splits(files)
+        super().__init__(run, [run.passages_file(number) for number in range(len(self.splits))])
+        self.spec, self.corpus, self.on_bad_document = spec, corpus, on_bad_document
         self.blocks: list[int] = []
         self.known = {file.uri: f"{file.size} {file.fingerprint}" for file in files}
-
-    def outputs(self) -> list[str]:
-        """Return one passages file per input split."""
-        return [self.run.passages_file(number) for number in range(len(self.splits))]
 
     def finished(self, context: StageContext) -> list[Row | None]:
         """Return the stats of finished splits; those with bad documents need their list as well."""
@@ -117,36 +102,23 @@ class PassageStage(Stage[PassageStats]):
         splits = ((number, self.splits[number]) for number in missing)
         items = [{"number": n, "known": self.known[split.uri], **asdict(split)} for n, split in splits]
         fail_on_bad = self.on_bad_document == "fail"
-        yield from executor.map(self.name, _write_split, items, self.run, self.spec, fail_on_bad, isolated=True)
+        return executor.map(self.name, _write_split, items, self.run, self.spec, fail_on_bad, isolated=True)
 
     def reduce(self, executor: Executor, stats: list[Row]) -> PassageStats:
-        """Add up the splits and write the list of bad documents.
-
-        Raises:
-            InputError: the corpus has no text, or a bad document where none is allowed.
-        """
-        bad: Counter[str] = Counter()
-        for row in stats:
-            bad.update(row["bad"])
+        """Add up the splits and list bad documents; raise InputError if there is no text, or one where none is allowed."""
+        bad: list[Counter[str]] = [Counter(row["bad"]) for row in stats]
         totals = {name: sum(row[name] for row in stats) for name in ("documents", "passages", "tokens")}
-        result = PassageStats(**totals, bad_documents=dict(sorted(bad.items())))
+        result = PassageStats(**totals, bad_documents=dict(sorted(sum(bad, Counter[str]()).items())))
         result.check_bad_documents(self.on_bad_document)
-        executor.run(_list_bad_documents, self.run, len(stats))
+        executor.run(_list_bad_documents, self.run, bad)
         if not result.passages:
-            raise InputError(self._no_text(result))
+            names, reasons = " ".join(map(display_uri, self.corpus)), result.reasons() or "it has no documents"
+            listed = f"see {self.run.bad_documents}, and check the path and --text-column"
+            remedy = listed if result.bad_documents else "check the path"
+            sample = f", and raise --sample {self.spec.sample}" if self.spec.sample < 1 else ""
+            raise InputError(f"the corpus {names} has no text ({reasons}): {remedy}{sample}")
         self.blocks = [row["blocks"] for row in stats]
         return result
-
-    def _no_text(self, result: PassageStats) -> str:
-        names = " ".join(display_uri(uri) for uri in self.corpus)
-        remedy = (
-            f"see {self.run.bad_documents}, and check the path and --text-column"
-            if result.bad_documents
-            else "check the path"
-        )
-        if self.spec.sample < 1:
-            remedy += f", and raise --sample {self.spec.sample}"
-        return f"the corpus {names} has no text ({result.reasons() or 'it has no documents'}): {remedy}"
 
 
 def _with_row_numbers(splits: list[InputSplit], executor: Executor) -> list[InputSplit]:
@@ -180,23 +152,19 @@ def _write_split(item: Row, run: RunFolder, spec: PassageSpec, fail_on_bad: bool
                 "the same command again, or use another --output"
             )
         if listed := stats.pop("listed"):
-            run.publish(run.bad_file(number), partial(_write_listed, listed))
+            text = json.dumps(listed)
+            run.publish(run.bad_file(number), lambda path: path.write_text(text, encoding="utf-8"))
         return {**stats, "blocks": len(stats["blocks"])}
 
     return run.publish(run.passages_file(number), write, {"number": number})
 
 
-def _write_listed(listed: list[dict[str, str]], path: Path) -> None:
-    path.write_text(json.dumps(listed), encoding="utf-8")
-
-
-def _list_bad_documents(run: RunFolder, splits: int) -> None:
-    """Write the first hundred bad documents of each reason, in input order."""
+def _list_bad_documents(run: RunFolder, bad: list[Counter[str]]) -> None:
+    """Write the first hundred bad documents of each reason, in input order, given the numbers of every split."""
     counts: Counter[str] = Counter()
     lines = []
-    for split in range(splits):
-        stats: dict[str, Any] = storage.stats_of(run.passages_file(split)) or {"bad": {}}
-        if all(counts[reason] >= LISTED_BAD_DOCUMENTS for reason in stats["bad"]):
+    for split, reasons in enumerate(bad):
+        if all(counts[reason] >= LISTED_BAD_DOCUMENTS for reason in reasons):
             continue
         for document in json.loads(storage.read_text(run.bad_file(split))):
             counts[document["reason"]] += 1

@@ -5,7 +5,7 @@ holds one histogram and one block, a merge five histograms.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from msense.config.build import PlanOptions
+from msense.constants import MAX_INT32
 from msense.corpus.passages import Passages, PassageSpec, read_block
 from msense.errors import InputError
 from msense.io import storage
@@ -52,19 +53,20 @@ class PlanInput:
     vocab_size: int
     dim: int
     scale: float = 1.0  # share of the corpus that these passages are
+    max_points_per_part: int = MAX_INT32  # of a token that shares a shard
 
 
 @dataclass
-class Selected:
-    """Mergeable numbers of what the teacher must read."""
+class Tally:
+    """Mergeable results for a part of the corpus."""
 
-    stored: np.ndarray  # int64 [V]
-    blocks: np.ndarray  # int64 [n, 7], the columns of _ROW
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # int64 [n], added up
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # int64 [m, columns], in any order
 
-    def merge(self, other: "Selected") -> None:
+    def merge(self, other: "Tally") -> None:
         """Add another part of the corpus."""
-        self.stored = self.stored + other.stored
-        self.blocks = np.concatenate([self.blocks, other.blocks])
+        self.counts = self.counts + other.counts
+        self.rows = np.concatenate([self.rows, other.rows])
 
 
 class PlanStage(Stage[PlanStats]):
@@ -74,26 +76,18 @@ class PlanStage(Stage[PlanStats]):
 
     def __init__(self, given: PlanInput, blocks: Sequence[int]) -> None:
         """Plan the passages files with these numbers of blocks."""
-        super().__init__(given.run)
-        self.given = given
-        self.splits = [(split, count) for split, count in enumerate(blocks) if count]
-
-    def outputs(self) -> list[str]:
-        """Return the files of the plan, the one with the stats first."""
-        return [self.run.thresholds, self.run.blocks] + ([self.run.duplicates] if self.given.options.dedup else [])
+        run = given.run  # the first file has the stats
+        super().__init__(run, [run.thresholds, run.blocks] + ([run.duplicates] if given.options.dedup else []))
+        self.given, self.blocks = given, blocks
 
     def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
-        """Make the whole plan if any of its files is missing.
-
-        Raises:
-            InputError: two documents have the same id.
-        """
-        if not missing:
-            return
-        _find_duplicates(self.given, self.splits, executor)
-        slices = sliced(self.splits, 2 * executor.resources.tasks)
+        """Make the whole plan; raise InputError if two documents have the same id."""
+        _find_duplicates(self.given, self.blocks, executor)
+        slices = sliced(self.blocks, 2 * executor.resources.tasks)
         histogram = executor.reduce("plan: count", _count, slices, self.given)
-        threshold = executor.submit(_thresholds, histogram, self.given)
+        options = self.given.options
+        cap = options.max_occurrences * self.given.scale  # of a sample, in a dry run on one
+        threshold = executor.put(executor.run(thresholds, histogram, cap, options.coverage))
         selected = executor.reduce("plan: select", _select, slices, self.given, threshold)
         yield {"number": 0, **executor.run(_write, selected, histogram, threshold, self.given)}
 
@@ -102,8 +96,9 @@ class PlanStage(Stage[PlanStats]):
         return PlanStats(**{name: stats[0][name] for name in PlanStats.__dataclass_fields__})
 
 
-def sliced(splits: Sequence[tuple[int, int]], tasks: int) -> list[Sequence[tuple[int, int]]]:
-    """Distribute the passages files over at most `tasks` tasks."""
+def sliced(blocks: Sequence[int], tasks: int) -> list[list[tuple[int, int]]]:
+    """Distribute passages files with these numbers of blocks over at most `tasks` tasks: (file, blocks) of each."""
+    splits = [(split, count) for split, count in enumerate(blocks) if count]
     return [some for first in range(tasks) if (some := splits[first::tasks])]
 
 
@@ -122,21 +117,13 @@ def write_blocks(rows: np.ndarray, names: Sequence[str], path: Path) -> None:
 
 
 def _count(splits: list[tuple[int, int]], given: PlanInput) -> Histogram:
-    """Count a slice of the passages files."""
     histogram = Histogram.empty(given.vocab_size)
     for _, _, passages in iter_blocks(given.run, splits):
         histogram.add(passages, given.spec, given.options.per_passage)
     return histogram
 
 
-def _thresholds(histogram: Histogram, given: PlanInput) -> np.ndarray:
-    """Return the threshold keys; in a dry run on a sample the cap on occurrences shrinks with the sample."""
-    options = given.options
-    return thresholds(histogram, options.max_occurrences * given.scale, options.coverage)
-
-
-def _select(splits: list[tuple[int, int]], given: PlanInput, threshold: np.ndarray) -> Selected:
-    """Return what the teacher must read in a slice of the passages files."""
+def _select(splits: list[tuple[int, int]], given: PlanInput, threshold: np.ndarray) -> Tally:
     stored = np.zeros(len(threshold), dtype=np.int64)
     rows = []
     for split, block, passages in iter_blocks(given.run, splits):
@@ -145,61 +132,45 @@ def _select(splits: list[tuple[int, int]], given: PlanInput, threshold: np.ndarr
         needed = np.unique(passages.rows()[flat])
         needed_tokens = passages.lengths[needed].sum()
         rows.append((split, block, len(passages.keys), len(passages.ids), len(needed), needed_tokens, len(flat)))
-    return Selected(stored, np.array(rows, dtype=np.int64))
+    return Tally(stored, np.array(rows, dtype=np.int64))
 
 
-def _write(selected: Selected, histogram: Histogram, threshold: np.ndarray, given: PlanInput) -> Row:
+def _write(selected: Tally, histogram: Histogram, threshold: np.ndarray, given: PlanInput) -> Row:
     """Write the plan's files and return its stats."""
-    given.run.publish(given.run.blocks, partial(write_blocks, selected.blocks, _ROW))
-    cap = given.options.max_occurrences
-    points = np.minimum(selected.stored, cap) if cap else selected.stored
-    stats = dict(zip(_ROW[2:], selected.blocks[:, 2:].sum(axis=0).tolist(), strict=True))
+    given.run.publish(given.run.blocks, partial(write_blocks, selected.rows, _ROW))
+    points = np.minimum(selected.counts, given.options.max_occurrences or selected.counts)
+    stats = dict(zip(_ROW[2:], selected.rows[:, 2:].sum(axis=0).tolist(), strict=True))
     stats |= {"points": int(points.sum()), "kinds": int((points > 0).sum())}
     arrays = {
         "threshold": threshold,
         "token_counts": histogram.token_counts,
-        "stored": selected.stored,
-        "shards": cut_shards(selected.stored, given.dim),
+        "stored": selected.counts,
+        "shards": cut_shards(selected.counts, given.dim, given.max_points_per_part),
     }
     return given.run.publish(given.run.thresholds, lambda path: save_arrays(path, arrays), stats)
 
 
-def _find_duplicates(given: PlanInput, splits: list[tuple[int, int]], executor: Executor) -> None:
+def _find_duplicates(given: PlanInput, blocks: Sequence[int], executor: Executor) -> None:
     """Find passages with equal keys: equal content with `--dedup` (recorded, to be skipped), else a repeated document id.
 
-    Keys are processed in ranges of about 32 million, so that a task needs at most about 2 GB.
+    A task processes a range of about KEYS_AT_A_TIME keys and needs at most about 2 GB.
     """
-    run = given.run
-    passages = sum(storage.stats_of(run.passages_file(split))["passages"] for split, _ in splits)  # type: ignore[index]
+    run, files = given.run, [given.run.passages_file(split) for split, count in enumerate(blocks) if count]
+    passages = sum(storage.stats_of(file)["passages"] for file in files)  # type: ignore[index]
     ranges = max(1, -(-passages // KEYS_AT_A_TIME))
     work = [(n, ranges) for n in range(ranges)]
-    result = executor.get(executor.reduce("plan: duplicates", _duplicates, work, splits, given))
-    if not given.options.dedup:
-        if result.repeated:
-            raise InputError(f"document id {result.repeated!r} occurs twice: make ids unique, or remove the id column")
-        return
-    places = result.places[np.lexsort(result.places.T[::-1])]
-    arrays = {name: places[:, i].astype(np.int32) for i, name in enumerate(("piece", "block", "row"))}
-    run.publish(run.duplicates, lambda path: save_arrays(path, arrays))
+    places = executor.get(executor.reduce("plan: duplicates", _duplicates, work, blocks, given)).rows
+    if given.options.dedup:
+        places = places[np.lexsort(places.T[::-1])].astype(np.int32)
+        arrays = dict(zip(("piece", "block", "row"), places.T, strict=True))
+        run.publish(run.duplicates, lambda path: save_arrays(path, arrays))
 
 
-@dataclass
-class _Duplicates:
-    """Mergeable list of the passages whose key an earlier passage has."""
-
-    places: np.ndarray  # int64 [n, 3]: piece, block, row
-    repeated: str = ""  # a document id that occurs twice
-
-    def merge(self, other: "_Duplicates") -> None:
-        self.places = np.concatenate([self.places, other.places])
-        self.repeated = self.repeated or other.repeated
-
-
-def _duplicates(key_range: tuple[int, int], splits: list[tuple[int, int]], given: PlanInput) -> _Duplicates:
-    """Find repeated keys in one range of keys."""
+def _duplicates(key_range: tuple[int, int], blocks: Sequence[int], given: PlanInput) -> Tally:
+    """Return piece, block and row of the passages whose key, in one range of keys, an earlier passage has."""
     number, ranges = key_range
     keys, places = [], []
-    for split, count in splits:
+    for split, count in sliced(blocks, 1)[0]:
         file = open_parquet(given.run.passages_file(split))
         for block in range(count):
             column = file.read_row_group(block, columns=["key"]).column("key").to_numpy()
@@ -208,14 +179,11 @@ def _duplicates(key_range: tuple[int, int], splits: list[tuple[int, int]], given
             places.append(np.stack(np.broadcast_arrays(split, block, mine), axis=1).astype(np.int32))
     all_keys, all_places = np.concatenate(keys), np.concatenate(places)
     later = duplicate_rows(all_keys)
-    result = _Duplicates(all_places[later].astype(np.int64))
-    if not given.options.dedup:
-        for place in later.tolist():
-            first = int(np.flatnonzero(all_keys == all_keys[place])[0])
-            if (name := _identity(given.run, all_places[place])) == _identity(given.run, all_places[first]):
-                result.repeated = name[0]
-                break
-    return result
+    for place in [] if given.options.dedup else later.tolist():
+        first = int(np.flatnonzero(all_keys == all_keys[place])[0])
+        if (name := _identity(given.run, all_places[place])) == _identity(given.run, all_places[first]):
+            raise InputError(f"document id {name[0]!r} occurs twice: make ids unique, or remove the id column")
+    return Tally(rows=all_places[later].astype(np.int64))
 
 
 def _identity(run: RunFolder, place: np.ndarray) -> tuple[str, int]:

@@ -1,6 +1,7 @@
 """Sampling of the plan: choose the passages that the teacher reads and the occurrences that are stored.
 
-Passages are visited in the random order of their keys until every token has `max_occurrences` occurrences. An additive
+Passages are visited in the random order of their keys until every token has `max_occurrences` occurrences or a few more:
+the exact cut is `clustering.selection.first_by_key`. An additive
 histogram per token over 160 key bins (V x 160 x 4 bytes: 80 MB at V = 128k) gives a threshold key per token; a passage is
 needed if it has a token at or below that token's threshold. Memory: one histogram and one block of passages.
 """
@@ -15,7 +16,6 @@ BINS = 160
 BINS_PER_OCTAVE = 4
 _LOWEST_EXPONENT = 53 - BINS // BINS_PER_OCTAVE  # keys are taken at 53 bits; bin 0 also holds all smaller ones
 _FULL = np.uint32(2**32 - 1)
-ALL_KEYS = np.uint64(2**64 - 1)
 
 
 def key_bins(keys: np.ndarray) -> np.ndarray:
@@ -48,10 +48,9 @@ class Histogram:
 
     def add(self, passages: Passages, spec: PassageSpec, per_passage: int) -> None:
         """Count the eligible occurrences of a block, at most `per_passage` per token and passage (0 = no limit)."""
-        vocab = len(self.token_counts)
         flat = np.flatnonzero(passages.eligible(spec))
         ids = passages.ids[flat]
-        self.token_counts += np.bincount(ids, minlength=vocab)
+        self.token_counts += np.bincount(ids, minlength=len(self.token_counts))
         if per_passage:
             flat = flat[first_in_passage(passages, flat, per_passage)]
             ids = passages.ids[flat]
@@ -95,13 +94,9 @@ def first_in_passage(passages: Passages, flat: np.ndarray, limit: int) -> np.nda
 def thresholds(histogram: Histogram, max_occurrences: float, coverage: float = 1.0) -> np.ndarray:
     """Return the threshold key of every token, uint64 [V].
 
-    A token's threshold is the top of the first bin at which its count reaches `max_occurrences` (all keys if it never
-    does), but no higher than the smallest bin top whose keys together reach `coverage` of the wanted occurrences.
-
-    Args:
-        histogram: of the whole corpus.
-        max_occurrences: limit per token; 0 = all. A fraction is allowed (estimates from a sample).
-        coverage: fraction of sum(min(limit, n)) to reach, in (0, 1].
+    A token's threshold is the top of the first bin at which its count reaches `max_occurrences` (0, or never reached: all
+    keys), but no higher than the smallest bin top whose keys together reach `coverage`, in (0, 1], of the wanted
+    occurrences, sum(min(max_occurrences, n)).
     """
     tops = bin_tops()
     cap = max_occurrences or float(np.iinfo(np.int64).max)
@@ -117,10 +112,9 @@ def thresholds(histogram: Histogram, max_occurrences: float, coverage: float = 1
 
 
 def select(passages: Passages, threshold: np.ndarray, spec: PassageSpec, per_passage: int) -> np.ndarray:
-    """Return the places in `passages.ids` of the occurrences to store, increasing int64 [n].
+    """Return the places in `passages.ids` of the occurrences to store, increasing int64 [n]; a passage is needed if it has one.
 
-    A passage is needed if it has one. `threshold` is uint64 [V]; `per_passage` limits the occurrences of a token in a
-    passage, 0 = no limit.
+    `threshold` is uint64 [V]; `per_passage` limits the occurrences of a token in a passage, 0 = no limit.
     """
     wanted = np.repeat(passages.keys, passages.lengths) <= threshold[passages.ids]
     flat = np.flatnonzero(wanted & passages.eligible(spec))

@@ -10,25 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from msense.clustering.allocation import Curves, allocate
-from msense.clustering.kmeans import CURVE_POINTS, GRID, variance_curves
+from msense.clustering.allocation import CURVE_POINTS, GRID, Curves, allocate, variance_curves
 from msense.clustering.mcl import MCL_POINTS, MclConfig, mcl_senses
-from msense.clustering.nearest import sample
+from msense.clustering.selection import first_by_key
 from msense.io.arrays import load_arrays, save_arrays
 from msense.runtime import Executor
 from msense.runtime.executor import Row
 from msense.stages.base import Stage
-from msense.stages.distributed_kmeans import first_by_key
+from msense.stages.cluster import clustered_points
+from msense.stages.distributed_kmeans import first_ranges_by_key
 from msense.stages.embedding_store import ClusterSettings, read_ranges, shard_items, shard_ranges, stored
-
-
-@dataclass(frozen=True)
-class SenseSettings:
-    """Settings of this stage's tasks."""
-
-    clustering: ClusterSettings
-    budget: int  # total number of senses, for auto
-    mcl: MclConfig | None  # None: auto
 
 
 @dataclass(frozen=True)
@@ -44,66 +35,58 @@ class SenseCountStage(Stage[SenseCountStats]):
 
     name = "senses"
 
-    def __init__(self, settings: SenseSettings, shards: np.ndarray) -> None:
-        """Choose for shards, int64 [shards + 1] with the first token of each."""
-        super().__init__(settings.clustering.run)
-        self.settings, self.shards = settings, shards
-        self.curves = [self.run.curves_file(number) for number in range(len(shards) - 1)]
-
-    def outputs(self) -> list[str]:
-        """Return one file per shard, and the file of all numbers."""
-        return [*self.curves, self.run.senses]
+    def __init__(self, settings: ClusterSettings, shards: np.ndarray, rule: MclConfig | int) -> None:
+        """Choose for shards, int64 [shards + 1] with the first token of each, by mcl or for a total number of senses."""
+        self.curves = [settings.run.curves_file(number) for number in range(len(shards) - 1)]
+        super().__init__(settings.run, [*self.curves, settings.run.senses])
+        self.settings, self.shards, self.rule = settings, shards, rule
 
     def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
         """Examine the missing shards, then choose the numbers of all tokens again."""
-        if not missing:
-            return
         items = shard_items(self.shards, [number for number in missing if number < len(self.curves)])
         needs = executor.resources.clustering
-        yield from executor.map(self.name, shard_sense_counts, items, self.settings, needs=needs)
-        yield {"number": len(self.curves), **executor.run(_merge_shards, self.curves, self.settings)}
+        yield from executor.map(self.name, shard_sense_counts, items, self.settings, self.rule, needs=needs)
+        stats = executor.run(_choose_all, self.curves, self.settings, self.rule)
+        yield {"number": len(self.curves), **stats}
 
     def reduce(self, executor: Executor, stats: list[Row]) -> SenseCountStats:
         """Return the totals."""
         return SenseCountStats(stats[-1]["senses"], stats[-1]["largest"])
 
 
-def shard_sense_counts(item: Row, settings: SenseSettings) -> Row:
+def shard_sense_counts(item: Row, settings: ClusterSettings, rule: MclConfig | int) -> Row:
     """Write the variance curves, or with mcl the numbers of senses, of a shard's tokens."""
-    own, shard = settings.clustering, item["number"]
-    wanted = CURVE_POINTS if settings.mcl is None else MCL_POINTS
-    cap = min(wanted, own.max_occurrences or wanted)
-    ranges, rows = shard_ranges(own, shard)
+    shard, mcl = item["number"], rule if isinstance(rule, MclConfig) else None
+    wanted = MCL_POINTS if mcl else CURVE_POINTS
+    cap = min(wanted, settings.max_occurrences or wanted)
+    ranges = shard_ranges(settings, shard)
     alone = item["last"] - item["first"] == 1
-    records, _ = read_ranges(own, first_by_key(own, ranges, cap) if alone else ranges)
-    rows_of_tokens = np.array([rows]) if alone else np.unique(records["token"], return_counts=True)[1]
-    chosen, key_rank = sample(records["key"], records["token"], cap)
+    records, _ = read_ranges(settings, first_ranges_by_key(settings, ranges, cap) if alone else ranges)
+    rows = np.array([sum(map(len, ranges))]) if alone else np.unique(records["token"], return_counts=True)[1]
+    chosen, key_rank = first_by_key(records["key"], records["token"], cap)
     chosen = chosen[np.lexsort((key_rank, records["token"][chosen]))]  # by key within each token
     tokens, sizes = np.unique(records["token"][chosen], return_counts=True)
-    points = stored(records["embedding"][chosen], own.store_dtype)
-    arrays = {
-        "tokens": tokens.astype(np.int64),
-        "points": np.minimum(rows_of_tokens, own.max_occurrences or rows_of_tokens)[: len(tokens)],
-    }
-    if settings.mcl is None:
-        arrays["variance"] = variance_curves(points, sizes, tokens, own.kmeans, device=own.device)
+    points = stored(records["embedding"][chosen], settings.store_dtype)
+    arrays = {"tokens": tokens.astype(np.int64), "points": clustered_points(rows, settings)[: len(tokens)]}
+    if mcl:
+        arrays["senses"] = mcl_senses(points, sizes, mcl, token_ids=tokens, device=settings.device)
     else:
-        arrays["senses"] = mcl_senses(points, sizes, settings.mcl, token_ids=tokens, device=own.device)
-    return own.run.publish(own.run.curves_file(shard), lambda path: save_arrays(path, arrays), {"number": shard})
+        arrays["variance"] = variance_curves(points, sizes, tokens, settings.kmeans, device=settings.device)
+    run = settings.run
+    return run.publish(run.curves_file(shard), lambda path: save_arrays(path, arrays), {"number": shard})
 
 
-def _merge_shards(files: list[str], settings: SenseSettings) -> Row:
+def _choose_all(files: list[str], settings: ClusterSettings, rule: MclConfig | int) -> Row:
     """Write the file of all numbers and return its stats."""
-    own = settings.clustering
-    by_shard = [load_arrays(file) for file in files]
+    run, by_shard = settings.run, [load_arrays(file) for file in files]
     arrays = {name: np.concatenate([shard[name] for shard in by_shard]) for name in by_shard[0]}
-    tokens, occurrences = arrays["tokens"], load_arrays(own.run.thresholds, ("token_counts",))["token_counts"]
-    if settings.mcl is None:
-        curves = Curves(arrays["points"], occurrences[tokens], arrays["variance"])
-        numbers = allocate(curves, GRID, settings.budget, own.dim)
-    else:
+    tokens, occurrences = arrays["tokens"], load_arrays(run.thresholds, ("token_counts",))["token_counts"]
+    if isinstance(rule, MclConfig):
         numbers = arrays["senses"]
+    else:
+        curves = Curves(arrays["points"], occurrences[tokens], arrays["variance"])
+        numbers = allocate(curves, GRID, rule, settings.dim)
     senses = np.zeros(len(occurrences), np.int64)
     senses[tokens] = numbers
     stats = {"senses": int(numbers.sum()), "largest": int(numbers.max(initial=0))}
-    return own.run.publish(own.run.senses, lambda path: save_arrays(path, {"senses": senses}), stats)
+    return run.publish(run.senses, lambda path: save_arrays(path, {"senses": senses}), stats)

@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from msense.dictionary import SenseDictionary
 from msense.io import storage
@@ -17,7 +16,7 @@ from msense.io.storage import join
 from msense.run.folder import RunFolder
 from msense.run.progress import display_progress
 from msense.runtime import Executor
-from msense.runtime.executor import Checkpoint, Row
+from msense.runtime.executor import Row
 from msense.stages.base import Stage, StageContext
 from msense.student import load_student, save_pretrained
 from msense.student.shipping import StoredSenses
@@ -29,7 +28,7 @@ REPORTED = ("sense", "pooled", "accuracy", "frequent", "pooled_cosine")  # held-
 
 
 def check_student(training: DistillationConfig) -> None:
-    """Raise InputError if the student cannot be built; called before any labels are generated."""
+    """Raise InputError if the student cannot be built."""
     build_student(training)
 
 
@@ -49,56 +48,45 @@ class TrainStage(Stage[TrainStats]):
 
     def __init__(self, run: RunFolder, training: DistillationConfig, labels: LabelSet, senses: StoredSenses) -> None:
         """Train on `labels` and ship the student's dictionary as `senses` says."""
-        super().__init__(run)
+        super().__init__(run, [join(run.student, "training.json")])  # metrics of all epochs, written after the student
         self.training, self.senses = training, senses
         self.training_name = _name(training, labels)
 
-    def outputs(self) -> list[str]:
-        """Return the metrics of all epochs, which are written after the student."""
-        return [join(self.run.student, "training.json")]
-
     def finished(self, context: StageContext) -> list[Row | None]:
         """Return the metrics of a finished training with the same settings."""
-        history = storage.read_json(self.outputs()[0])
+        history = storage.read_json(self.outputs[0])
         if not history or history.get("name") != self.training_name:
             return [None]
         logger.info("the student in %s is finished", self.run.student)
         return [history]
 
     def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
-        """Train and write the student's folder.
-
-        Raises:
-            MsenseError: workers failed repeatedly; the message has the cause.
-        """
-        if not missing:
-            return
+        """Train and write the student's folder; raise MsenseError if workers failed repeatedly."""
         with display_progress(self.run):
             result = executor.train(self.training_name, train_student, self.training, self.run.training)
         epochs = result.history
         executor.run(save_student_folder, result.checkpoint, self.training, self.run.student, self.senses, epochs[-1])
-        storage.write_json(self.outputs()[0], {"name": self.training_name, "epochs": epochs})
+        storage.write_json(self.outputs[0], {"name": self.training_name, "epochs": epochs})
         storage.remove(join(self.run.training, self.training_name))
         yield {"number": 0, "epochs": epochs}
 
     def reduce(self, executor: Executor, stats: list[Row]) -> TrainStats:
         """Return the metrics of the last epoch."""
-        epochs = stats[0]["epochs"]
-        last = epochs[-1]
+        *_, last = epochs = stats[0]["epochs"]
         held_out = {name: round(last[f"held_out_{name}"], 4) for name in REPORTED if f"held_out_{name}" in last}
         return TrainStats(len(epochs), int(last["step"]), held_out)
 
 
 def save_student_folder(
-    checkpoint: Checkpoint, training: DistillationConfig, uri: str, senses: StoredSenses, metrics: dict[str, float]
+    checkpoint: str, training: DistillationConfig, uri: str, senses: StoredSenses, metrics: dict[str, float]
 ) -> None:
     """Write the self-contained folder of the student in a checkpoint to `uri`; the model card shows `metrics`."""
     dictionary = SenseDictionary.load(training.dictionary)
     if training.mix.metric is not None:
         dictionary.config = dictionary.config.model_copy(update={"metric": training.mix.metric})
     figures = {name.replace("_", " "): value for name, value in metrics.items() if name.startswith("held_out")}
-    with checkpoint.as_directory() as given, scratch_folder() as scratch:
-        save_pretrained(scratch, load_student(Path(given, STUDENT)), dictionary, senses=senses, figures=figures)
+    with storage.local_folder(checkpoint) as given, scratch_folder() as scratch:
+        save_pretrained(scratch, load_student(given / STUDENT), dictionary, senses=senses, figures=figures)
         storage.upload_folder(scratch, uri)
 
 

@@ -23,14 +23,14 @@ from msense.runtime import LocalExecutor
 from msense.stages import distributed_kmeans, distributed_kmeans_worker, embedding_store
 from msense.stages.cluster import cluster_shard
 from msense.stages.distributed_kmeans import LargeTokenStage
-from msense.stages.distributed_kmeans_worker import Chunk, ChunkWorker, _exact, slice_ranges
+from msense.stages.distributed_kmeans_worker import Chunk, ChunkWorker, _exact
 from msense.stages.embedding_store import ClusterSettings, Range, read_rows, record_type
 
 DIM, TOKENS, ROWS = 8, (3, 5), 5000
 
 
 def write_run(folder: Path, rows: int = ROWS, partitions: int = 3) -> ClusterSettings:
-    """Write a run folder with two large tokens in every partition, and a K of each in its file of senses."""
+    """Write a run folder with two large tokens in every partition, the K of each, and a shard for every token."""
     run, rng = RunFolder(str(folder)), np.random.default_rng(0)
     settings = ClusterSettings(run, DIM, "float16", 0, 1024, 3, KMeansConfig(k=4, max_rounds=12), True, "cpu")
     centres = rng.normal(size=(12, DIM)) * 4
@@ -42,9 +42,7 @@ def write_run(folder: Path, rows: int = ROWS, partitions: int = 3) -> ClusterSet
         values = centres[rng.integers(0, 12, len(records))] + rng.normal(size=(len(records), DIM))
         records["embedding"] = values.astype(np.float16).view(np.uint16)
         records[:] = records[np.lexsort((records["key"], records["token"]))]
-        run.publish(
-            run.partition_file(partition), lambda path, records=records: path.write_bytes(records.data) and None
-        )
+        run.publish(run.partition_file(partition), lambda path, data=records.data: path.write_bytes(data))
     senses = np.zeros(9, np.int64)
     senses[list(TOKENS)] = 7, 11
     borders = np.array([0, 0, 0, 0, *[rows // partitions] * 2, *[len(records)] * 4])
@@ -53,26 +51,16 @@ def write_run(folder: Path, rows: int = ROWS, partitions: int = 3) -> ClusterSet
     return settings
 
 
-def waiting(rows: int = ROWS, partitions: int = 3) -> dict[int, list[Range]]:
-    own = rows // partitions
-    return {
-        token: [Range(partition, number * own, (number + 1) * own) for partition in range(partitions)]
-        for number, token in enumerate(TOKENS)
-    }
-
-
 def clustered(settings: ClusterSettings, workers: int, points: int) -> dict[int, bytes]:
     """Cluster the large tokens in chunks of this many points; return the contents of their files, and remove them."""
-    stage = LargeTokenStage(replace(settings, max_points_per_part=points), waiting())
+    stage = LargeTokenStage(replace(settings, max_points_per_part=points), {token: token for token in TOKENS})
     executor = ShuffledExecutor(random.Random(0), workers)
-    assert stage.reduce(executor, list(stage.process(executor, range(len(TOKENS))))) == stage.outputs()
-    files = {token: Path(settings.run.token_file(token)) for token in TOKENS}
-    assert sorted(p.name for p in Path(settings.run.centroids).iterdir()) == sorted(
-        name for path in files.values() for name in (path.name, path.name + storage.MARKER)
-    )  # no state of a round is left
-    data = {token: path.read_bytes() for token, path in files.items()}
-    for path in files.values():
-        path.unlink()
+    assert stage.reduce(executor, list(stage.process(executor, range(len(TOKENS))))) == stage.outputs
+    names = [Path(file).name for file in stage.outputs]
+    left = sorted(path.name for path in Path(settings.run.centroids).iterdir())
+    assert left == sorted([*names, *(name + storage.MARKER for name in names)])  # no state of a round
+    data = {token: Path(settings.run.token_file(token)).read_bytes() for token in TOKENS}
+    storage.remove(settings.run.centroids)
     return data
 
 
@@ -122,38 +110,36 @@ def test_a_token_is_prepared_from_its_first_points_only(
 ) -> None:
     settings = write_run(tmp_path, 60_000)
     monkeypatch.setattr(seeding, "SEED_POINTS", 2000)
-    prepared = distributed_kmeans.prepare(3, waiting(60_000)[3], settings)
+    chunks, state = distributed_kmeans.prepare(3, 3, settings)
     assert counted["ranges"] == 2000
     assert counted["chunks"] < 4500  # of 60,000 rows, to locate the end of the first 2000
-    assert sum(r.stop - r.start for chunk in prepared.chunks for r in chunk.ranges) == 60_000
-    assert len(prepared.state.centroids) == 7
+    assert sum(len(r) for chunk in chunks for r in chunk.ranges) == 60_000
+    assert len(state.centroids) == 7
 
 
 def test_rows_of_held_chunks_are_read_once(tmp_path: Path, counted: Counter[str]) -> None:
     settings = write_run(tmp_path, 6 * 1024)
-    prepared = distributed_kmeans.prepare(3, waiting(6 * 1024)[3], settings)
+    chunks, state = distributed_kmeans.prepare(3, 3, settings)
     worker, counted["chunks"] = ChunkWorker(settings), 0
-    assert len(prepared.chunks) == distributed_kmeans_worker.CHUNKS_HELD + 2
+    assert len(chunks) == distributed_kmeans_worker.CHUNKS_HELD + 2
     for number in (1, 2, 3):
-        worker.partial(prepared.chunks, prepared.state)
+        worker.partial(chunks, state)
         assert counted["chunks"] == (6 + 2 * (number - 1)) * 1024
-        assert list(worker.held) == list(prepared.chunks[: distributed_kmeans_worker.CHUNKS_HELD])
-    far = worker.farthest(prepared.chunks, prepared.state, 3)
+        assert list(worker.held) == chunks[: distributed_kmeans_worker.CHUNKS_HELD]
+    far = worker.farthest(chunks, state, 3)
     assert (np.diff(far.distance) <= 0).all()
-    state = blocks.update(prepared.state, worker.partial(prepared.chunks, prepared.state), KMeansConfig(max_rounds=1))
-    worker.finish(prepared.chunks, state)
+    worker.finish(chunks, blocks.update(state, worker.partial(chunks, state), KMeansConfig(max_rounds=1)))
     assert not worker.held
 
 
 def test_what_is_sent_does_not_grow_with_the_points(tmp_path: Path) -> None:
-    settings = write_run(tmp_path, 30 * 1024)
     sent = []
     for points in (2, 30):
-        prepared = distributed_kmeans.prepare(3, list(slice_ranges(waiting(30 * 1024)[3], 0, points * 1024)), settings)
+        settings = write_run(tmp_path / str(points), points * 1024)
+        chunks, state = distributed_kmeans.prepare(3, 3, settings)
         worker = ChunkWorker(settings)
-        total = worker.partial(prepared.chunks, prepared.state)
-        state = blocks.update(prepared.state, total, replace(settings.kmeans, max_rounds=1))
-        done, places = worker.finish(prepared.chunks, state)
+        total = worker.partial(chunks, state)
+        done, places = worker.finish(chunks, blocks.update(state, total, replace(settings.kmeans, max_rounds=1)))
         assert max(len(total.inertia), len(done.squares)) <= 4
         assert len(places["exemplar_rank"]) == 3 * 7
         sent.append(len(pickle.dumps(total, 5)))
@@ -191,19 +177,17 @@ def test_first_rows_by_key_are_located_in_windows(partitions: list[tuple[int, in
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed_kmeans, "read_blocks", read)
         patch.setattr(distributed_kmeans, "WINDOW", 1)
-        first = distributed_kmeans.first_by_key(None, ranges, count)
+        first = distributed_kmeans.first_ranges_by_key(None, ranges, count)
     chosen = np.argsort(np.concatenate(keys), kind="stable")[:count]
     number = np.repeat(np.arange(len(keys)), [len(k) for k in keys])[chosen]
     assert {r.partition: (r.start, r.stop) for r in first} == {u: (0, n) for u, n in Counter(number.tolist()).items()}
 
 
 def test_chunks_go_to_the_workers_of_lowest_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed_kmeans._Token, "begin_round", lambda self: None)
-    settings, load = write_run(tmp_path), [2, 0, 1]
-    state = blocks.BlockedState(3, *[np.zeros(1)] * 3)
-    chunks = tuple(Chunk(3, 1024 * number, ()) for number in range(5))
-    executor = LocalExecutor(device="cpu")
-    token = distributed_kmeans._start(distributed_kmeans.Prepared(chunks, state), settings, executor, "abc", load)
-    homes = [(worker, [chunk.first_row // 1024 for chunk in own], count) for worker, own, count in token.homes]
-    assert homes == [(0, [0], 1), (1, [1, 2, 3], 3), (2, [4], 1)]
-    assert load == [3, 3, 2]
+    rounds = distributed_kmeans.Rounds(LocalExecutor(device="cpu"), "abc", write_run(tmp_path))
+    monkeypatch.setattr(rounds, "_begin_round", lambda token: None)
+    rounds.load[:] = 2, 0, 1
+    chunks = [Chunk(3, 1024 * number, ()) for number in range(5)]
+    token = rounds.start(chunks, blocks.BlockedState(3, *[np.zeros(1)] * 3))
+    assert token.homes == [("a", chunks[:1]), ("b", chunks[1:4]), ("c", chunks[4:])]
+    assert rounds.load.tolist() == [3, 3, 2]

@@ -1,32 +1,28 @@
-"""Partitions, shards, samples, exemplars and chunks against plain loops; and the status of a run."""
+"""Partitions, shards and exemplars against plain loops; and the status of a run."""
 
+import re
 import tempfile
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faulty import Corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msense.cli.status import show_status
-from msense.clustering.nearest import exemplar_places, nearest_points
+from msense.clustering.selection import exemplar_places, nearest_points
 from msense.errors import InputError
-from msense.io import storage
-from msense.run.folder import RunFolder
-from msense.stages.distributed_kmeans_worker import slice_ranges
 from msense.stages.embedding_store import (
     PARTITION_BYTES,
     SHARD_BYTES,
     TARGET_SHARDS,
-    Range,
     as_stored,
     cut_partitions,
     cut_shards,
     longest_first,
-    read_rows,
     record_type,
     stored,
 )
@@ -35,23 +31,19 @@ from msense.stages.embedding_store import (
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=30), st.integers(0, 3))
 def test_nearest_equals_a_loop(points: list[tuple[int, int]], count: int) -> None:
-    sense, distance = (
-        np.array([p[0] for p in points], dtype=np.int64),
-        np.array([p[1] for p in points], dtype=np.float32),
-    )
-    chosen, rank = nearest_points(sense, distance, count)
+    table = np.array(points, np.int64).reshape(-1, 2)
+    chosen, rank = nearest_points(table[:, 0], table[:, 1].astype(np.float32), count)
     expected = []
-    for s in sorted(set(sense.tolist())):
-        mine = sorted((i for i in range(len(points)) if points[i][0] == s), key=lambda i: (points[i][1], i))
+    for sense in sorted({sense for sense, _ in points}):
+        mine = sorted((i for i, p in enumerate(points) if p[0] == sense), key=lambda i: (points[i][1], i))
         expected += [(i, r) for r, i in enumerate(mine[:count])]
     assert list(zip(chosen.tolist(), rank.tolist(), strict=True)) == expected
 
 
 def test_exemplar_places_by_token_and_sense() -> None:
     found = np.array([0, 1, 1, 0], np.int32), np.array([4, 9, 1, 0.25], np.float32)
-    places = {
-        name: np.arange(4, dtype=np.int32) + 10 * i for i, name in enumerate(("token", "unit", "row", "position"))
-    }
+    names = ("token", "unit", "row", "position")
+    places = {name: np.arange(4, dtype=np.int32) + 10 * i for i, name in enumerate(names)}
     chosen = exemplar_places(*found, np.array([2, 1]), np.array([3, 1]), places, 1)
     assert chosen["exemplar_sense"].tolist() == [0, 1, 0]
     assert chosen["exemplar_row"].tolist() == [20, 22, 23]
@@ -62,7 +54,7 @@ def test_exemplar_places_by_token_and_sense() -> None:
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=40))
 def test_shards_cover_the_vocabulary_and_large_tokens_stand_alone(stored_counts: list[int]) -> None:
     counts = np.array(stored_counts, dtype=np.int64) * 20_000
-    borders = cut_shards(counts, dim=16)
+    borders = cut_shards(counts, 16, 1 << 30)
     assert borders[0] == 0
     assert borders[-1] == len(counts)
     assert (np.diff(borders) > 0).all()
@@ -94,15 +86,6 @@ def test_partitions_are_runs_of_blocks_of_about_equal_output(stored_counts: list
     assert all(a.tokens >= b.tokens for a, b in pairwise(order))
 
 
-def test_rows_of_a_partition_are_one_range(tmp_path: Path) -> None:
-    records = np.zeros(7, record_type(3))
-    records["token"], records["embedding"] = np.arange(7), np.arange(21).reshape(7, 3)
-    assert records.itemsize == 20 + 2 * 3
-    records.tofile(tmp_path / "u")
-    np.testing.assert_array_equal(read_rows(str(tmp_path / "u"), 3, 2, 5), records[2:5])
-    assert len(read_rows(str(tmp_path / "u"), 3, 4, 4)) == 0
-
-
 def test_stored_bits_round_trip() -> None:
     values = np.array([[1.5, -2.25], [0, 65504]], np.float32)
     for dtype in ("float16", "bfloat16"):
@@ -111,26 +94,14 @@ def test_stored_bits_round_trip() -> None:
         np.testing.assert_allclose(stored(bits, dtype).float().numpy(), values, rtol=0.01)
 
 
-def test_chunks_cut_ranges_without_gap() -> None:
-    ranges = [Range(0, 10, 14), Range(2, 0, 3), Range(5, 7, 12)]
-    assert list(slice_ranges(ranges, 0, 5)) == [Range(0, 10, 14), Range(2, 0, 1)]
-    assert list(slice_ranges(ranges, 5, 12)) == [Range(2, 1, 3), Range(5, 7, 12)]
-
-
-def test_status_counts_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_status_counts_what_is_finished(made: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="is not a run folder"):
-        show_status(str(tmp_path))
-    run = RunFolder(str(tmp_path))
-    teacher, pins = {"name": "t", "dim": 4}, {"dtype": "float32"}
-    storage.write_json(
-        run.manifest, {"teacher": teacher, "pins": pins, "corpus": ["x.txt"], "config": {}, "inputs": {}}
-    )
-    storage.write_json(run.partitions, {"units": 3, "shards": 2})
-    for unit in (0, 1):
-        storage.publish(run.partition_file(unit), lambda path: path.write_bytes(b"x") and None)
-    Path(run.partition_file(1)).unlink()  # a marker without its file does not count
-    show_status(str(tmp_path))
+        show_status(str(made.folder))
+    made.stop_at("embed", calls=4)
+    next(made.folder.glob("run/occurrences/*.records")).unlink()  # a marker without its file does not count
+    show_status(str(made.folder / "run"))
     shown = capsys.readouterr().out
-    assert "1 of 3 partitions" in shown
-    assert "0 of 2 shards" in shown
+    assert re.search(r"2 of [0-9]+ partitions", shown)
+    assert re.search(r" 0 of [0-9]+ shards", shown)
     assert "rerun the build command to resume" in shown

@@ -1,26 +1,23 @@
 """Labels: planted truth, the same bytes for any division of work or interruption, and refusal of invalid input."""
 
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from executors import RayWithFaults, small_partitions, stop
-from faulty import WORDS, Corpus, MakeTeacher, Outcome, flip_a_byte
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from driver import DrivenExecutor, Options
+from executors import small_partitions, stop
+from faulty import DAMAGES, WORDS, Corpus, MakeTeacher, Outcome, flip_a_byte
+from tiny import make
 
 from msense import SenseDictionary
 from msense.cli.status import show_status
 from msense.config.build import BuildConfig
-from msense.dictionary import DictionaryConfig, TeacherName, write_dictionary
+from msense.dictionary import TeacherName, write_dictionary
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.arrays import open_parquet
 from msense.run.folder import RunFolder
-from msense.runtime.ray_executor import RayExecutor
 from msense.stages import label as label_module
 from msense.teacher.model import Teacher
 from msense.teacher.pooling import check_pooling, pool
@@ -28,6 +25,7 @@ from msense.teacher.spec import load_teacher_info
 from msense.training.label_dataset import LabelSet
 
 pytestmark = pytest.mark.usefixtures("in_process")
+LABELS = ("labels", False)  # files without their markers
 LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on the mat"]
 
 
@@ -53,10 +51,6 @@ def label(made: Corpus, output: Path, **settings: object) -> LabelSet:
     return LabelSet.open(str(output))
 
 
-def all_bytes(run: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted((run / "labels").iterdir()) if p.suffix != ".done"}
-
-
 def times(run: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (run / "labels").iterdir()}
 
@@ -75,16 +69,12 @@ def planted(folder: Path, teacher: Path) -> tuple[dict[str, int], np.ndarray]:
     far = np.full(16, 3.0, np.float32)
     bank, river = table[ids["bank"]], table[ids["river"]]
     senses = {ids["bank"]: [bank + far, bank], ids["river"]: [river, river - 2 * far, river + 0.25]}
-    sizes = np.array([len(senses.get(token, ())) for token in range(len(table))])
-    config = DictionaryConfig(
-        teacher=TeacherName(name=str(teacher), fingerprint=info.fingerprint),
-        tokenizer_fingerprint=info.tokenizer_fingerprint,
-        layer=0, dim=16, vocab_size=len(table), senses=3, dtype="float32", temperature_unit=2.0,
-        excluded_token_ids=info.excluded, pooling="mean", max_length=64, max_occurrences=100,
-    )  # fmt: skip
+    given = {"teacher": TeacherName(name=str(teacher), fingerprint=info.fingerprint), "layer": 0, "max_length": 64}
+    given |= {"tokenizer_fingerprint": info.tokenizer_fingerprint, "excluded_token_ids": info.excluded}
+    sizes = [len(senses.get(token, ())) for token in range(len(table))]
+    d = make(sizes, 16, "float32", temperature_unit=2.0, pooling="mean", **given)
     rows = np.concatenate([senses[token] for token in sorted(senses)])
-    offsets, ones = np.cumsum([0, *sizes]), np.ones(len(rows))
-    write_dictionary(folder, config, offsets, ones, ones, np.ones(len(table)), [rows])
+    write_dictionary(folder, d.config, d.offsets, d.counts, d.rms_distance, d.token_counts, [rows])
     return ids, table
 
 
@@ -132,8 +122,9 @@ def test_labels_are_what_the_dictionary_assigns(shared: Corpus) -> None:
     assert wrong <= 0.001 * labels.lengths.sum()  # rounding depends on the batch
     held = labels.held_out()
     assert 0 < len(held) < len(labels.lengths) / 2
-    trained = np.concatenate(list(labels.batches(0, 0, 500)))
-    assert sorted([*held.tolist(), *trained.tolist()]) == list(range(len(labels.lengths)))
+    batches = list(labels.batches(0, 0, 500))
+    assert sorted([*held.tolist(), *np.concatenate(batches).tolist()]) == list(range(len(labels.lengths)))
+    assert all(len(batch) == 1 or len(batch) * labels.lengths[batch].max() <= 500 for batch in batches)
 
 
 def test_whole_documents_are_held_out_and_train_tokens_limit_the_first_by_key(shared: Corpus, tmp_path: Path) -> None:
@@ -153,44 +144,22 @@ def test_whole_documents_are_held_out_and_train_tokens_limit_the_first_by_key(sh
     some = label(shared, tmp_path / "some", **given, train_tokens=3000)
     fewer = label(shared, tmp_path / "fewer", **given, train_tokens=1500)
     assert 1200 < fewer.manifest.total("tokens") <= 1500 < some.manifest.total("tokens") <= 3000
-    texts = [
-        {tuple(labels.read(np.array([n])).ids[0].tolist()) for n in range(len(labels.lengths))}
-        for labels in (fewer, some, everything)
-    ]
-    assert texts[0] < texts[1] < texts[2]
-    with pytest.raises(
-        InputError, match=r"--train-tokens 3 is too small for the first passages: set it to at least \d+"
-    ):
+
+    def texts(labels: LabelSet) -> set[tuple[int, ...]]:
+        return {tuple(labels.read(np.array([n])).ids[0].tolist()) for n in range(len(labels.lengths))}
+
+    assert texts(fewer) < texts(some) < texts(everything)
+    with pytest.raises(InputError, match=r"--train-tokens 3 is too small .*: set it to at least \d+"):
         label(shared, tmp_path / "none", **given, train_tokens=3)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def label_set(lengths: list[int], held: list[bool]) -> LabelSet:
-    """Return labels of passages of these lengths, without files."""
-    labels = object.__new__(LabelSet)
-    labels.lengths, labels._held_out = np.array(lengths, np.int32), np.array(held)
-    return labels
-
-
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, max_size=300),
-    st.integers(1, 400),
-    st.integers(0, 3),
-)
-def test_batches_hold_each_passage_once(passages: list[tuple[int, bool]], budget: int, epoch: int) -> None:
-    lengths, held = (list(column) for column in zip(*passages, strict=True))
-    labels = label_set(lengths, held)
-    batches = list(labels.batches(epoch, 7, budget))
-    assert sorted(p for batch in batches for p in batch.tolist()) == [n for n, out in enumerate(held) if not out]
-    assert all(len(b) == 1 or len(b) * labels.lengths[b].max() <= budget for b in batches)
-
-
 def test_batches_are_reshuffled_and_waste_little_padding() -> None:
     rng = np.random.default_rng(0)
-    labels = label_set(rng.integers(5, 120, 20_000).tolist(), [False] * 20_000)
+    labels = object.__new__(LabelSet)  # without files
+    labels.lengths, labels._held_out = rng.integers(5, 120, 20_000).astype(np.int32), np.zeros(20_000, bool)
     first, second, other = (list(labels.batches(*place, 8192)) for place in ((0, 0), (1, 0), (0, 1)))
     assert first[0].tolist() != second[0].tolist() != other[0].tolist()
     widths = np.array([int(labels.lengths[b].max()) for b in first])
@@ -213,11 +182,11 @@ def test_labels_made_on_ray_and_after_a_killed_worker_are_the_same(
     label(made, made.folder / "whole")
     flag, log = made.folder / "flag", made.folder / "log"
     faults = {"labels": {"flag": flag, "at": "write_json"}}
-    executor = RayWithFaults(RayExecutor.connect(workers=2), log, faults)
+    executor = DrivenExecutor(Options(log, faults), workers=2)
     monkeypatch.setattr(executor, "train", stop)
     made.label("run", executor, local=False, soft_targets=2, held_out=0.2)
     assert flag.exists()
-    assert all_bytes(made.folder / "run") == all_bytes(made.folder / "whole")
+    assert made.files("run", *LABELS) == made.files("whole", *LABELS)
     partitions = len(list((made.folder / "run" / "labels").glob("0*.safetensors")))
     assert partitions >= 5
     begun = log.read_text().splitlines()
@@ -227,25 +196,19 @@ def test_labels_made_on_ray_and_after_a_killed_worker_are_the_same(
 
 # --- damage -----------------------------------------------------------------------------------------------------------
 
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "byte flipped": flip_a_byte,
-    "file truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "file deleted": Path.unlink,
-}
-
 
 @pytest.mark.parametrize("fault", DAMAGES)
 @pytest.mark.parametrize("name", ["000001.safetensors", "senses.safetensors", "labels.json"])
 def test_a_corrupted_file_is_refused_and_regenerated(
     shared: Corpus, run: Path, name: str, fault: str, outcome: Outcome
 ) -> None:
-    before = all_bytes(run)
+    before = shared.files(run, *LABELS)
     DAMAGES[fault](run / "labels" / name)
     if (fault, name) != ("byte flipped", "senses.safetensors"):  # its only checksum is in the marker
         with pytest.raises(InputError, match=r"jobs/distill\.py"):
             LabelSet.open(str(run), verify=True)
     label(shared, run)
-    assert all_bytes(run) == before
+    assert shared.files(run, *LABELS) == before
     outcome(fault, "labels", "regenerated")
 
 
@@ -257,9 +220,7 @@ def test_invalid_values_are_refused(run: Path) -> None:
 
     def refuses(columns: dict, message: str) -> None:
         save_file(columns, path)
-        with pytest.raises(
-            InputError, match=rf"labels in .*000000\.safetensors are corrupted \(.*{message}.*regenerate"
-        ):
+        with pytest.raises(InputError, match=rf"labels in .*000000.* are corrupted \(.*{message}.*regenerate"):
             LabelSet.open(str(run)).read(np.array([0]))
 
     for name, value, message in [
@@ -313,7 +274,7 @@ def test_the_text_is_read_again_if_the_run_does_not_keep_it(made: Corpus) -> Non
     flip_a_byte(made.folder / "dict" / "passages" / "000000.parquet")
     label(made, made.folder / "again")
     assert (made.folder / "again" / "passages").exists()
-    assert all_bytes(made.folder / "again") == all_bytes(made.folder / "kept")
+    assert made.files("again", *LABELS) == made.files("kept", *LABELS)
     assert (made.folder / "dict" / "passages" / "000000.parquet").exists()  # nothing of another run is removed
     shutil.rmtree(made.folder / "dict" / "passages")
     with (made.folder / "corpus" / "a.txt").open("a") as file:

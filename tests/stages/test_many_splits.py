@@ -50,16 +50,6 @@ def test_chunks_give_the_same_bytes_and_true_contexts(made: Corpus, settings: di
             assert row["word"].strip() == names[row["token"]]
 
 
-def test_counts_are_those_of_the_corpus(made: Corpus, make_teacher: MakeTeacher) -> None:
-    made.build(teacher=str(make_teacher("llama")), layer=0, max_occurrences=0, dedup=False)
-    dictionary = SenseDictionary.load(made.folder / "run")
-    words = " ".join(path.read_text() for path in (made.folder / "corpus").iterdir()).split()
-    for word in WORDS:
-        token = dictionary.lookup(word).tokens[0].token_id
-        assert dictionary.token_counts[token] == words.count(word)
-        assert dictionary.senses(token).counts.tolist() == [words.count(word)]  # one embedding, so one sense
-
-
 @pytest.mark.slow
 def test_the_same_command_resumes_after_a_stop_at_any_write(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     step = {"now": 0, "stop": -1}
@@ -104,15 +94,6 @@ def test_input_splits_of_large_text_files_do_not_matter(made: Corpus, monkeypatc
     }
     assert len(list((made.folder / "cut" / "passages").glob("*.parquet"))) > 5
     assert rows["whole"] == rows["cut"]
-
-
-def test_a_deleted_dictionary_is_regenerated(made: Corpus) -> None:
-    made.build(keep=("passages", "occurrences"))
-    files = made.files("run")
-    shutil.rmtree(made.folder / "run" / "dictionary")
-    made.build(keep=("passages",))
-    assert made.files("run") == files
-    assert not (made.folder / "run" / "occurrences").exists()
 
 
 @pytest.mark.parametrize("senses", ["auto", "mcl"])

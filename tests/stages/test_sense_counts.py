@@ -1,20 +1,19 @@
 """Numbers of senses: curves against real runs, budgets against the best of all allocations, and builds."""
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from faulty import Corpus, MakeTeacher
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import WORDS
 
 from msense import SenseDictionary
-from msense.clustering.allocation import Curves, allocate
+from msense.clustering.allocation import CURVE_POINTS, GRID, Curves, allocate, variance_curves
 from msense.clustering.budget import SenseBudget
-from msense.clustering.kmeans import CURVE_POINTS, GRID, KMeansConfig, cluster_tokens, variance_curves
+from msense.clustering.kmeans import KMeansConfig, cluster_tokens
 from msense.clustering.mcl import MclConfig, mcl_senses
 from msense.config.build import BuildConfig
 from msense.constants import Metric
@@ -26,7 +25,6 @@ from msense.run.folder import RunFolder
 from msense.stages.embedding_store import record_type
 
 pytestmark = pytest.mark.usefixtures("in_process")
-MakeTeacher = Callable[..., Path]
 
 
 def mixture(points: int, clusters: int, width: int = 16, seed: int = 0) -> np.ndarray:
@@ -36,19 +34,11 @@ def mixture(points: int, clusters: int, width: int = 16, seed: int = 0) -> np.nd
     return x.astype(np.float16)
 
 
-def one_curve(points: np.ndarray, metric: Metric = "l2", token: int = 3) -> np.ndarray:
-    config = KMeansConfig(metric=metric)
-    return variance_curves(points, np.array([len(points)]), np.array([token]), config)[0]
-
-
-# --- curves
-
-
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize(("n", "clusters"), [(40, 3), (300, 9), (CURVE_POINTS, 25)])
 def test_a_curve_is_near_that_of_full_runs(n: int, clusters: int, metric: Metric) -> None:
     points = mixture(n, clusters)
-    curve = one_curve(points, metric)
+    curve = variance_curves(points, np.array([n]), np.array([3]), KMeansConfig(metric=metric))[0]
     known = max(1, n // 2) >= GRID
     assert np.isnan(curve[~known]).all()
     numbers = GRID[known].tolist()
@@ -61,24 +51,6 @@ def test_a_curve_is_near_that_of_full_runs(n: int, clusters: int, metric: Metric
     assert (np.diff(curve[known]) <= 0).all()
 
 
-def test_a_curve_shows_planted_clusters() -> None:
-    rng = np.random.default_rng(0)
-    points = (10 * np.eye(16)[rng.integers(0, 4, 200)] + 0.01 * rng.normal(size=(200, 16))).astype(np.float16)
-    at = dict(zip(GRID.tolist(), one_curve(points), strict=True))
-    assert at[3] > 5
-    assert at[4] < 0.01
-
-
-@settings(max_examples=25, deadline=None)
-@given(sizes=st.lists(st.integers(1, 90), min_size=1, max_size=6), seed=st.integers(0, 9))
-def test_a_curve_does_not_depend_on_other_tokens(sizes: list[int], seed: int) -> None:
-    points = [mixture(n, 4, seed=seed + i) for i, n in enumerate(sizes)]
-    ids = np.arange(len(sizes)) + 5
-    together = variance_curves(np.concatenate(points), np.array(sizes), ids, KMeansConfig())
-    for x, token, curve in zip(points, ids, together, strict=True):
-        np.testing.assert_array_equal(one_curve(x, token=int(token)), curve)
-
-
 def test_curves_of_few_and_of_equal_points() -> None:
     points = np.ones((1 + 2 + 50, 4), np.float16)
     curves = variance_curves(points, np.array([1, 2, 50]), np.arange(3), KMeansConfig())
@@ -87,9 +59,6 @@ def test_curves_of_few_and_of_equal_points() -> None:
     points[-1] = np.nan
     with pytest.raises(MsenseError, match="token 2 has an embedding that is NaN"):
         variance_curves(points, np.array([1, 2, 50]), np.arange(3), KMeansConfig())
-
-
-# --- budgets
 
 
 def distortion(curves: Curves, senses: np.ndarray) -> float:
@@ -136,19 +105,8 @@ def test_an_allocation_keeps_its_bounds(points: list[int], average: float, flat:
     order = rng.permutation(len(n))
     moved = allocate(Curves(n[order], curves.occurrences[order], curves.variance[order]), GRID, budget, 384)
     assert (found[order] != moved).sum() <= 2  # except at the edge of the budget, where gains are equal
-
-
-def test_frequent_and_varied_tokens_get_more() -> None:
-    points = np.full(4, 400)
-    shape = GRID**-0.5
-    variance = np.stack([shape, shape, 9 * shape, 0 * shape])
-    found = allocate(Curves(points, np.array([400, 4000, 400, 400]), variance), GRID, 100, 8)
-    assert found[1] > 2 * found[0]
-    assert found[2] > 2 * found[0]
-    assert found[3] == 1  # nothing to gain
-    assert found.sum() == 100
-    with pytest.raises(InputError, match="a budget of 3 senses is below one sense for each of 4 tokens"):
-        allocate(Curves(points, points, variance), GRID, 3, 8)
+    with pytest.raises(InputError, match=f"a budget of 0 senses is below one sense for each of {len(n)} tokens"):
+        allocate(curves, GRID, 0, 384)
 
 
 def test_budgets_are_parsed() -> None:
@@ -161,9 +119,6 @@ def test_budgets_are_parsed() -> None:
     for average, size in ((0, 0), (0.5, 0), (float("nan"), 0), (float("inf"), 0), (0, -1), (5, 100)):
         with pytest.raises(InputError, match=r"must be an average .* or a size above 0"):
             SenseBudget(average, size)
-
-
-# --- in memory
 
 
 def test_a_dictionary_in_memory_follows_its_budget() -> None:
@@ -192,35 +147,10 @@ def test_a_dictionary_in_memory_follows_markov_clusters() -> None:
     assert [len(dictionary.senses(token).counts) for token in (2, 4)] == expected.tolist()
 
 
-# --- builds
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    chances = np.array([12, 6] + [1] * 13) / 31
-    text = "\n".join(" ".join(rng.choice(WORDS, 24, p=chances)) for _ in range(150))
-    (tmp_path / "corpus.txt").write_text(text + "\n")
-    return tmp_path / "corpus.txt"
-
-
 @pytest.mark.parametrize("rule", ["auto", "mcl"])
-def test_a_build_chooses_the_senses_from_its_stored_points(
-    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, rule: str
-) -> None:
-    output = tmp_path / "run"
-    config = BuildConfig(
-        corpus=(str(corpus),),
-        teacher=str(make_teacher("bert")),
-        dtype="float32",
-        senses=rule,
-        **({"sense_budget": "7"} if rule == "auto" else {"mcl": {"inflation": "1.8"}}),
-        max_occurrences=100,
-        keep=("occurrences", "centroids"),
-        output=str(output),
-        local=True,
-    )
-    summary = build_dictionary(config)
+def test_a_build_chooses_the_senses_from_its_stored_points(made: Corpus, rule: str) -> None:
+    output, given = made.folder / "run", {"sense_budget": "7"} if rule == "auto" else {"mcl": {"inflation": "1.8"}}
+    summary = made.build(senses=rule, **given, max_occurrences=100, keep=("occurrences", "centroids"))
     dictionary, run = SenseDictionary.load(output), RunFolder(str(output))
     numbers = load_arrays(run.senses)["senses"]
     got = np.diff(dictionary.offsets)
@@ -244,27 +174,26 @@ def test_a_build_chooses_the_senses_from_its_stored_points(
     assert numbers[tokens].tolist() == expected.tolist()
 
 
-def test_a_budget_below_one_sense_per_token_is_refused_before_the_teacher_runs(
-    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
-) -> None:
-    teacher = str(make_teacher("bert"))
-    config = BuildConfig(
-        corpus=(str(corpus),), teacher=teacher, sense_budget="500B", output=str(tmp_path / "run"), local=True
-    )
+def test_a_budget_below_one_sense_per_token_is_refused_before_the_teacher_runs(made: Corpus) -> None:
     with pytest.raises(InputError, match=r"--sense-budget 500B .* 17 tokens"):
-        build_dictionary(config)
-    assert not (tmp_path / "run" / "occurrences").exists()
+        made.build(sense_budget="500B")
+    assert not (made.folder / "run" / "occurrences").exists()
 
 
 @pytest.mark.parametrize(("kind", "senses"), [("bert", 20), ("llama", "mcl")])
 def test_the_reference_follows_the_paper(
-    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, kind: str, senses: object
+    tmp_path: Path, made: Corpus, make_teacher: MakeTeacher, kind: str, senses: object
 ) -> None:
-    given = {"corpus": (str(corpus),), "dtype": "float32", "reference": True, "keep": ("centroids",), "local": True}
+    given = {
+        "corpus": made.settings["corpus"],
+        "dtype": "float32",
+        "reference": True,
+        "keep": ("centroids",),
+        "local": True,
+    }
     config = BuildConfig(teacher=str(make_teacher(kind)), output=str(tmp_path / "run"), **given)
     assert (config.metric, config.special_tokens, config.per_passage) == ("dot", "include", 0)
     build_dictionary(config)
-    dictionary = SenseDictionary.load(tmp_path / "run")
-    assert (dictionary.config.senses, dictionary.config.metric) == (senses, "dot")
-    assert dictionary.config.special_tokens == "include"
+    built = SenseDictionary.load(tmp_path / "run").config
+    assert (built.senses, built.metric, built.special_tokens) == (senses, "dot", "include")
     assert (tmp_path / "run" / "senses").exists() == (senses == "mcl")
