@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from msense.errors import InputError
 
@@ -17,13 +18,29 @@ def fingerprint(tokenizer: Tokenizer | dict[str, Any]) -> str:
 
 
 def special_tokens_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the special tokens that the tokenizer adds before and after a text."""
-    body = tokenizer.encode("a", add_special_tokens=False).ids
-    whole = tokenizer.encode("a").ids
-    start = next((i for i in range(len(whole)) if whole[i : i + len(body)] == body), None)
-    if start is None:
+    """Return the special tokens that the tokenizer's template adds before and after a text.
+
+    Raises:
+        InputError: the template changes or repeats the text.
+    """
+    marker = Tokenizer(WordLevel({"text": 0}, unk_token="text")).encode("text")
+    whole = tokenizer.post_process(marker)
+    places = [place for place, sequence in enumerate(whole.sequence_ids) if sequence is not None]
+    if len(places) != 1:
         raise InputError(
             "the teacher's tokenizer changes the tokens of a text when it adds special tokens, so passages cannot be cut "
             "with it: use another teacher"
         )
-    return tuple(whole[:start]), tuple(whole[start + len(body) :])
+    return tuple(whole.ids[: places[0]]), tuple(whole.ids[places[0] + 1 :])
+
+
+def prompt_length(tokenizer: Tokenizer, prompt: str) -> int:
+    """Return how many tokens at the start of a text are those of a prompt, as sentence-transformers counts them.
+
+    The tokens of the prompt alone, special tokens included, but for a special token at the end.
+    """
+    if not prompt:
+        return 0
+    ids = tokenizer.encode(prompt).ids
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return len(ids) - bool(ids and ids[-1] in special)

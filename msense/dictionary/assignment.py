@@ -80,16 +80,11 @@ def with_senses(token_ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def ragged_batches(token_ids: np.ndarray, offsets: np.ndarray, dim: int, elements: int) -> Iterator[Batch]:
-    """Yield batches that contain each occurrence of a token with senses exactly once; vectorized over occurrences.
+    """Yield batches that contain each occurrence, of token ids [N], of a token with senses exactly once.
 
     A token with many occurrences gets batches of its own, without padding. The others are sorted by their numbers of
-    occurrences and senses and split where either grows by a step.
-
-    Args:
-        token_ids: integers [N].
-        offsets: int64 [V+1], where each token's senses start.
-        dim: width D of embeddings and senses.
-        elements: approximate limit of numbers per batch; the senses of a single token may exceed it.
+    occurrences and senses and split where either grows by a step. `elements` is the approximate limit of numbers per
+    batch, which the senses of a single token may exceed.
     """
     known = np.flatnonzero(with_senses(token_ids, offsets))
     ids = token_ids[known]
@@ -130,25 +125,11 @@ def _padded(start: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, Tensor | N
     return index, None if mask.all() else torch.from_numpy(mask)
 
 
-def gather_batch(batch: Batch, embeddings: Tensor, senses: RaggedSenses) -> tuple[Tensor, Tensor]:
-    """Return a batch's embeddings [T, n, D] and senses [T, K, D] in float32 on the embeddings' device."""
-    dim = embeddings.shape[1]
-    points = embeddings.index_select(0, batch.rows.view(-1).to(embeddings.device)).float()
-    own = senses.rows(batch.senses.view(-1)).to(embeddings.device).float()
-    return points.view(*batch.rows.shape, dim), own.view(*batch.senses.shape, dim)
-
-
 def scores(points: Tensor, senses: Tensor, metric: Metric) -> Tensor:
-    """Return differentiable scores, higher for nearer senses.
+    """Return scores, higher for nearer senses, float32 [T, n, K], of points [T, n, D] and senses [T, K, D].
 
-    Args:
-        points: float32 [T, n, D].
-        senses: float32 [T, K, D].
-        metric: l2: minus the squared distance, up to a constant per occurrence that cancels in a softmax or argmax over
-            its senses; dot: the dot product; cosine: the cosine, 0 for a zero vector.
-
-    Returns:
-        float32 [T, n, K].
+    l2: minus the squared distance, up to a constant per occurrence that cancels in a softmax or argmax over its senses;
+    dot: the dot product; cosine: the cosine, 0 for a zero vector.
     """
     if metric == "dot":
         return torch.bmm(points, senses.transpose(1, 2))
@@ -163,17 +144,10 @@ def scores(points: Tensor, senses: Tensor, metric: Metric) -> Tensor:
 
 @torch.no_grad()
 def assign(token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metric: Metric) -> Tensor:
-    """Return the index of the nearest sense among those of each embedding's token.
+    """Return the index of the nearest sense among those of each embedding's token; ties go to the lowest index.
 
-    Args:
-        token_ids: integers [N].
-        embeddings: floating point [N, D], any device.
-        senses: all senses of the dictionary.
-        metric: l2, dot or cosine.
-
-    Returns:
-        int64 [N] on the embeddings' device, counted from the token's first sense; -1 for a token without senses. Ties
-        go to the lowest index.
+    The result for token ids [N] and embeddings [N, D], floating point on any device, is int64 [N] on that device, counted
+    from the token's first sense; -1 for a token without senses.
 
     Raises:
         InputError: an embedding is NaN or infinite.
@@ -187,19 +161,14 @@ def assign(token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metr
 
 @torch.no_grad()
 def replace(
-    token_ids: np.ndarray,
-    embeddings: Tensor,
-    senses: RaggedSenses,
-    metric: Metric,
-    scale: float | None = None,
-    out: Tensor | None = None,
+    token_ids: np.ndarray, embeddings: Tensor, senses: RaggedSenses, metric: Metric, scale: float | None = None
 ) -> Tensor:
     """Return embeddings replaced by their nearest sense, or by a weighted mean of their token's senses.
 
-    Arguments and errors are those of `assign`. With `scale`, the mean is weighted by softmax(scores / scale). The result is
-    written to `out` [N, D] if given, which may be `embeddings` itself; those of tokens without senses are unchanged.
+    Arguments and errors are those of `assign`. With `scale`, the mean is weighted by softmax(scores / scale). Embeddings
+    of tokens without senses are unchanged.
     """
-    out = _new_output(embeddings) if out is None else out
+    out = _new_output(embeddings)
     if scale is None:
         _write_nearest(_nearest_rows(token_ids, embeddings, senses, metric), embeddings, senses, out)
         return out
@@ -218,11 +187,8 @@ def top_k(
 ) -> tuple[Tensor, Tensor]:
     """Return the `top` nearest senses of each embedding and their weights, softmax(scores / scale) over these only.
 
-    Arguments and errors are those of `assign`; `scale` must be above 0.
-
-    Returns:
-        Indices int64 [N, top], nearest first (ties: the lowest index), -1 beyond the token's senses; weights float32
-        [N, top], whose rows sum to 1, or to 0 for a token without senses.
+    Arguments and errors are those of `assign`; `scale` must be above 0. Indices are int64 [N, top], nearest first (ties: the
+    lowest index), -1 beyond the token's senses; weights float32 [N, top] sum to 1, or to 0 for a token without senses.
     """
     indices = torch.full((len(embeddings), top), -1, dtype=torch.int64, device=embeddings.device)
     weights = torch.zeros((len(embeddings), top), device=embeddings.device)
@@ -262,9 +228,8 @@ def _write_nearest(nearest: Tensor, embeddings: Tensor, senses: RaggedSenses, ou
     for start in range(0, len(out), step):
         rows, block = nearest[start : start + step], out[start : start + step]
         missing = torch.nonzero(rows < 0)[:, 0]
-        kept = embeddings[start : start + step].index_select(0, missing)  # out may be the embeddings themselves
         block.copy_(senses.rows(rows.clamp(min=0)))
-        block.index_copy_(0, missing, kept.to(block.dtype))
+        block[missing] = embeddings[start : start + step][missing]
 
 
 def _scored(
@@ -273,7 +238,9 @@ def _scored(
     """Yield each batch with its senses [T, K, D] and scores [T, n, K], minus infinity for padded senses."""
     dim = embeddings.shape[1]
     for batch in ragged_batches(token_ids, senses.offsets, dim, batch_elements(embeddings.device)):
-        points, own = gather_batch(batch, embeddings, senses)
+        points = embeddings.index_select(0, batch.rows.view(-1).to(embeddings.device)).float()
+        points = points.view(*batch.rows.shape, dim)
+        own = senses.rows(batch.senses.view(-1)).to(embeddings.device).float().view(*batch.senses.shape, dim)
         score = scores(points, own, metric)
         if not math.isfinite(score.sum()):
             _raise_not_finite(batch, points, own)

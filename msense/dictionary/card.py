@@ -1,6 +1,7 @@
 """The model card of a dictionary; no value from its config can break out of the Markdown or the YAML front matter."""
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +41,16 @@ The senses are derived from the weights of {teacher} and subject to its license:
 """
 
 
+def markdown_table(rows: Mapping[str, object]) -> str:
+    """Return the lines of a table of names and values."""
+    return "\n".join(f"| {one_line(name)} | {one_line(value)} |" for name, value in rows.items())
+
+
+def base_model(teacher: str) -> str | None:
+    """Return a teacher's name for a card's metadata if it may be that of a Hub repository."""
+    return teacher if re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", teacher) else None
+
+
 def model_card(config: "DictionaryConfig", arrays: "Arrays") -> str:
     """Return the text of a dictionary's README.md."""
     name, revision = redact(config.teacher.name), config.teacher.revision
@@ -58,12 +69,8 @@ def model_card(config: "DictionaryConfig", arrays: "Arrays") -> str:
         "occurrences in the corpus": f"{int(arrays.token_counts.sum()):,}",
         "special tokens": config.special_tokens,
         "maximum passage length": f"{config.max_length} tokens",
-        **{one_line(key): f"{value:.6g}" for key, value in sorted(config.quality.items())},
+        **{key: f"{value:.6g}" for key, value in sorted(config.quality.items())},
     }
-    table = "\n".join(f"| {key} | {one_line(value)} |" for key, value in rows.items())
-    is_repository = re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name)
-    data = ModelCardData(
-        base_model=name if is_repository else None, library_name="msense", tags=["msense", "sense-dictionary"]
-    )
-    body = _BODY.format(table=table, teacher=one_line(rows["teacher"]))
+    data = ModelCardData(base_model=base_model(name), library_name="msense", tags=["msense", "sense-dictionary"])
+    body = _BODY.format(table=markdown_table(rows), teacher=one_line(rows["teacher"]))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=True))

@@ -11,7 +11,6 @@ import numpy as np
 from msense.constants import MAX_EXEMPLARS
 from msense.dictionary.layout import DictionaryFiles
 from msense.errors import DictionaryError
-from msense.io.parquet_pages import Group, check_pages, read_footer
 from msense.io.untrusted import printable
 
 if TYPE_CHECKING:
@@ -19,14 +18,14 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 _GROUP_ROWS = 1 << 16  # the writer's row group size
-_TEXT_BYTES = 1 << 16  # limit of one text
+_BATCH_ROWS = 1024  # read at once
 _ALL_TEXT_BYTES, _TEXT_RATIO = 64 << 20, 100  # limit of all texts: a constant plus a multiple of their stored size
 _ROW_BYTES = 32  # of a row without its texts
 _TOKEN_ROWS = 1 << 18  # limit per token
 _FOOTER_BYTES, _FOOTER_BYTES_A_SENSE, _MAX_FOOTER_BYTES = 1 << 16, 4, 4 << 20  # parsing takes 500 times as much memory
 _NUMBERS = ("token", "sense", "rank", "distance")
 _TEXTS = ("left", "word", "right", "document_id")
-_TYPES = (1, 1, 1, 4, 6, 6, 6, 6)  # Parquet's INT32, FLOAT, BYTE_ARRAY
+_ENCODINGS = {"PLAIN", "PLAIN_DICTIONARY", "RLE", "RLE_DICTIONARY", "BIT_PACKED"}  # others repeat texts without limit
 
 
 def exemplar_schema() -> "pa.Schema":
@@ -38,16 +37,10 @@ def exemplar_schema() -> "pa.Schema":
 
 
 def read_exemplars(files: DictionaryFiles, offsets: np.ndarray, token: int | None = None) -> "pa.Table":
-    """Load the exemplars of one token, or of all tokens if `token` is None.
+    """Load the exemplars of one token, or of all tokens if None, of a dictionary with these offsets, int64 [V+1].
 
-    Args:
-        files: a dictionary folder that contains exemplars.parquet.
-        offsets: int64 [V+1], where each token's senses start.
-        token: token id.
-
-    Raises:
-        DictionaryError: the file is truncated, has other columns, links out of the folder, refers to missing senses, or
-            decompresses to far more than its size.
+    Raises DictionaryError for a file that is truncated, has other columns, links out of the folder, refers to missing
+    senses, or decompresses to far more than its size.
     """
     import pyarrow as pa
 
@@ -55,8 +48,6 @@ def read_exemplars(files: DictionaryFiles, offsets: np.ndarray, token: int | Non
     try:
         with pa.memory_map(str(path)) as source:
             return _read(source, offsets, token)
-    except DictionaryError:
-        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DictionaryError(f"cannot read {path}: {printable(error)}; copy or build the dictionary again") from error
 
@@ -65,29 +56,31 @@ def _read(source: "pa.MemoryMappedFile", offsets: np.ndarray, token: int | None)
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    file, groups = _open(source, int(offsets[-1]))
+    file = _open(source, int(offsets[-1]))
     limit = int(offsets[-1]) * MAX_EXEMPLARS
     if token is not None:
         limit = min(int(offsets[token + 1] - offsets[token]) * MAX_EXEMPLARS, _TOKEN_ROWS)
     tables = [exemplar_schema().empty_table()]
     rows = size = stored = 0
-    for group, group_bytes in _groups(source, groups, len(offsets) - 1, token):
-        table = file.read_row_group(group, use_threads=False)
-        table.validate(full=True)  # rejects invalid UTF-8
-        if token is not None:
-            table = table.filter(pc.equal(table["token"], token))
-        _check_numbers(table, offsets)
-        rows, size, stored = rows + len(table), size + _text_bytes(table), stored + group_bytes
-        if rows > limit:
-            raise ValueError(f"it holds more than {limit} exemplars, the limit at {MAX_EXEMPLARS} per sense")
-        if size + _ROW_BYTES * rows > _ALL_TEXT_BYTES + _TEXT_RATIO * stored:
-            raise ValueError(f"{stored} bytes decompress to {rows} rows with {size} bytes of text")
-        tables.append(table.cast(exemplar_schema()))
+    for group, group_bytes in _groups(file.metadata, source.size(), len(offsets) - 1, token):
+        stored += group_bytes
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], use_threads=False):
+            batch.validate(full=True)  # rejects invalid UTF-8
+            table = pa.Table.from_batches([batch])
+            if token is not None:
+                table = table.filter(pc.equal(table["token"], token))
+            _check_numbers(table, offsets)
+            rows, size = rows + len(table), size + _text_bytes(table)
+            if rows > limit:
+                raise ValueError(f"it holds more than {limit} exemplars, the limit at {MAX_EXEMPLARS} per sense")
+            if size + _ROW_BYTES * rows > _ALL_TEXT_BYTES + _TEXT_RATIO * stored:
+                raise ValueError(f"{stored} bytes decompress to more than {size} bytes of text")
+            tables.append(table.cast(exemplar_schema()))
     return pa.concat_tables(tables)
 
 
-def _open(source: "pa.MemoryMappedFile", senses: int) -> "tuple[pq.ParquetFile, list[Group]]":
-    """Return the opened file and its row groups after checking the size of the footer and the columns."""
+def _open(source: "pa.MemoryMappedFile", senses: int) -> "pq.ParquetFile":
+    """Open the file after checking the size of its footer, then its columns."""
     import pyarrow.parquet as pq
 
     size = source.size()
@@ -98,34 +91,48 @@ def _open(source: "pa.MemoryMappedFile", senses: int) -> "tuple[pq.ParquetFile, 
         raise ValueError("it is truncated or not a Parquet file")
     if length > limit:
         raise ValueError(f"its footer has {length} bytes, but the limit is {limit}")
-    groups = read_footer(memoryview(source.read_at(length, size - 8 - length)), _TYPES)
     metadata = pq.read_metadata(source)
     if not metadata.schema.to_arrow_schema().equals(exemplar_schema()):
         raise ValueError("it does not have the columns of exemplars")
-    return pq.ParquetFile(source, metadata=metadata, read_dictionary=list(_TEXTS), pre_buffer=False), groups
+    return pq.ParquetFile(source, metadata=metadata, read_dictionary=list(_TEXTS), pre_buffer=False)
 
 
 def _groups(
-    source: "pa.MemoryMappedFile", groups: list[Group], vocabulary: int, token: int | None
+    metadata: "pq.FileMetaData", file_bytes: int, vocabulary: int, token: int | None
 ) -> Iterator[tuple[int, int]]:
-    """Yield (number, stored bytes of texts) of each row group that may contain the token, after checking its pages."""
+    """Yield (number, stored bytes of texts) of each row group that may contain the token, after checking its columns."""
     last = 0
-    for number, group in enumerate(groups):
-        if group.rows == 0:
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if group.num_rows == 0:
             continue
-        least, most = group.columns[0].least, group.columns[0].most
-        if not 0 < group.rows <= _GROUP_ROWS or most == -1 < least:
-            raise ValueError(f"row group {number} has {group.rows} rows, not 1 to {_GROUP_ROWS}, or no statistics")
+        columns = [group.column(column) for column in range(group.num_columns)]
+        for column, expected in zip(columns, metadata.schema, strict=True):
+            _check_column(column, expected.physical_type, file_bytes)
+        statistics = columns[0].statistics
+        if not 0 < group.num_rows <= _GROUP_ROWS or statistics is None or not statistics.has_min_max:
+            raise ValueError(f"row group {number} has {group.num_rows} rows, not 1 to {_GROUP_ROWS}, or no statistics")
+        least, most = statistics.min, statistics.max
         if not last <= least <= most < vocabulary:
             raise ValueError(f"row group {number} holds tokens {least} to {most}, which are out of order or vocabulary")
         last = most
         if token is None or least <= token <= most:
-            for column in group.columns:
-                if not (0 <= column.start <= source.size() and 0 <= column.size <= source.size() - column.start):
-                    raise ValueError("a column lies outside the file")
-                source.seek(column.start)
-                check_pages(memoryview(source.read_buffer(column.size)).cast("B"))
-            yield number, sum(column.size for column in group.columns[len(_NUMBERS) :])
+            texts = columns[len(_NUMBERS) :]
+            stored = sum(column.total_compressed_size for column in texts)
+            if sum(column.total_uncompressed_size for column in texts) > _ALL_TEXT_BYTES + _TEXT_RATIO * stored:
+                raise ValueError(f"row group {number} decompresses {stored} bytes to far more text")
+            yield number, stored
+
+
+def _check_column(column: "pq.ColumnChunkMetaData", physical_type: str, file_bytes: int) -> None:
+    """Raise ValueError for a column chunk of another type, for which Arrow ends the process, encoding or place."""
+    if column.physical_type != physical_type:
+        raise ValueError("its row groups do not have the columns of exemplars")
+    if unknown := set(column.encodings) - _ENCODINGS:
+        raise ValueError(f"a column has the unsupported encoding {min(unknown)}")
+    start = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    if not (0 <= start <= file_bytes and 0 <= column.total_compressed_size <= file_bytes - start):
+        raise ValueError("a column lies outside the file")
 
 
 def _check_numbers(table: "pa.Table", offsets: np.ndarray) -> None:
@@ -148,15 +155,8 @@ def _text_bytes(table: "pa.Table") -> int:
     """Return the total decoded size of all texts."""
     import pyarrow.compute as pc
 
-    total = 0
-    for name in _TEXTS:
-        for chunk in table[name].chunks:
-            lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
-            longest = pc.max(lengths).as_py() or 0
-            total += pc.sum(lengths).as_py() or 0
-            if longest > _TEXT_BYTES:
-                raise ValueError(f"{name} holds a text of {longest} bytes, but the limit is {_TEXT_BYTES}")
-    return total
+    chunks = (chunk for name in _TEXTS for chunk in table[name].chunks)
+    return sum(pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0 for chunk in chunks)
 
 
 class Exemplar(NamedTuple):

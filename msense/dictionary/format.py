@@ -22,10 +22,10 @@ from torch import Tensor
 from msense.constants import MAX_SENSES
 from msense.dictionary import layout
 from msense.dictionary.card import model_card
-from msense.dictionary.checks import as_tensor, check_arrays, check_floats
+from msense.dictionary.checks import as_tensor, check_arrays, check_range
 from msense.dictionary.layout import ARRAYS, DICTIONARY, Arrays, DictionaryConfig, DictionaryFiles, file_layout
 from msense.errors import DictionaryError
-from msense.io.atomic import atomic_path
+from msense.io.scratch import atomic_path
 from msense.io.untrusted import ITEM_BYTES, FrozenModel, TensorSpecs, printable
 
 SHARD_BYTES = 4_000_000_000  # larger centroids are split into several files
@@ -51,16 +51,9 @@ def write_dictionary(
 ) -> None:
     """Write a dictionary from a stream of centroids, which need not fit in memory.
 
-    Exemplars and tokenizer must already be in the folder, under the names of `DictionaryFiles`.
-
-    Args:
-        folder: created if missing. An existing dictionary is replaced, and is lost if this fails.
-        config: its dtype is the one in which centroids are stored.
-        offsets: int64 [V+1], where each token's senses start.
-        counts: int64 [S], points clustered into each sense.
-        rms_distance: float32 [S], RMS distance of these points.
-        token_counts: int64 [V], occurrences in the whole corpus.
-        centroid_chunks: arrays [n_i, D] of any n_i, [S, D] when concatenated.
+    Exemplars and tokenizer must already be in the folder, under the names of `DictionaryFiles`. An existing dictionary is
+    replaced, and is lost if this fails. The small arrays are those of `Arrays`; the chunks are [n_i, D] of any n_i, [S, D]
+    when concatenated, and are stored in the config's dtype.
 
     Raises:
         DictionaryError: the arrays contradict each other or the config, or a centroid overflows the stored dtype.
@@ -71,7 +64,8 @@ def write_dictionary(
     files = DictionaryFiles(Path(folder))
     files.folder.mkdir(parents=True, exist_ok=True)
     files.config.unlink(missing_ok=True)
-    borders = _borders(len(arrays.counts), config)
+    slice_rows = max(1, SHARD_BYTES // (config.dim * ITEM_BYTES[layout.STORED[config.dtype]]))
+    borders = [*range(0, max(len(arrays.counts), 1), slice_rows), len(arrays.counts)]
     parts = file_layout(files, config, borders)
     chunks = (_stored(chunk, config) for chunk in centroid_chunks)
     held: deque[Tensor] = deque()
@@ -82,11 +76,7 @@ def write_dictionary(
             for name in tensors:
                 if name in ARRAYS:
                     file.write(getattr(arrays, ARRAYS[name]).data)
-            rows = _take(chunks, held, senses)
-            if config.dtype == "int8":
-                _write_quantized(file, rows, senses)
-            else:
-                _write_rows(file, rows)
+            _write_rows(file, _take(chunks, held, senses), senses, config)
     if any(len(rows) for rows in (*held, *chunks)):
         raise DictionaryError(f"there are more centroids than the {len(arrays.counts)} senses of the offsets")
     current = {path for path, _ in parts}
@@ -95,8 +85,8 @@ def write_dictionary(
         ranges = {f"centroids.{i + 1:05d}": [borders[i], borders[i + 1]] for i in range(len(parts))}
         index = {"weight_map": layout.weight_map(parts), "row_ranges": ranges}
         _write_text(files.index, json.dumps(index, indent=1))
-    for path in files.array_files() - current:
-        path.unlink(missing_ok=True)  # arrays of an older dictionary that was split differently
+    for old in files.array_files() - current:  # those of an older dictionary that was split differently
+        old.unlink(missing_ok=True)
     _write_text(files.card, model_card(config, arrays))
     _write_text(files.config, config.model_dump_json(indent=1))
 
@@ -113,31 +103,23 @@ def _write_text(path: Path, text: str) -> None:
         scratch.write_text(text + "\n", encoding="utf-8")
 
 
-def _write_rows(file: BinaryIO, chunks: Iterable[Tensor]) -> None:
-    for rows in chunks:
-        file.write(rows.contiguous().view(torch.uint8).numpy().data)
-
-
-def _write_quantized(file: BinaryIO, chunks: Iterable[Tensor], senses: int) -> None:
-    """Write int8 centroids, then their scales into the gap left before them."""
+def _write_rows(file: BinaryIO, chunks: Iterable[Tensor], senses: int, config: DictionaryConfig) -> None:
+    """Write centroids; those of int8 are quantized, and their scales are written last into a gap left before them."""
     gap, scales = file.tell(), []
-    file.seek(gap + 4 * senses)
+    if config.dtype == "int8":
+        file.seek(gap + 4 * senses)
     for rows in chunks:
-        values, own = layout.quantize(rows)
-        _write_rows(file, [values])
-        scales.append(own)
+        values = rows
+        if config.dtype == "int8":
+            values, own = layout.quantize(rows)
+            scales.append(own)
+        file.write(values.contiguous().view(torch.uint8).numpy().data)
     file.seek(gap)
-    _write_rows(file, scales)
-
-
-def _borders(senses: int, config: DictionaryConfig) -> list[int]:
-    """Return the first row of each slice of the centroids, followed by S."""
-    rows = max(1, SHARD_BYTES // (config.dim * ITEM_BYTES[layout.STORED[config.dtype]]))
-    return [*range(0, max(senses, 1), rows), senses]
+    file.writelines(own.numpy().data for own in scales)
 
 
 def _header(tensors: TensorSpecs) -> bytes:
-    """Return a safetensors header (the library only writes whole files): its length in 8 bytes, then JSON, aligned."""
+    """Return the bytes of a safetensors header; the library only writes whole files."""
     entries, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
@@ -172,26 +154,14 @@ def _take(chunks: Iterator[Tensor], held: deque[Tensor], rows: int) -> Iterator[
 
 
 def open_dictionary(folder: Path) -> tuple[DictionaryConfig, Arrays, tuple[Tensor, ...], Tensor | None]:
-    """Validate and memory-map a dictionary folder; whoever uses a centroid must check that it is finite.
+    """Validate and memory-map a dictionary folder, or raise DictionaryError; centroids are not checked for finite values.
 
-    Returns:
-        Config, small arrays, centroids [S_i, D] of each file, and scales float32 [S] of int8 centroids.
-
-    Raises:
-        DictionaryError: a file is missing, truncated, foreign, links out of the folder or contradicts another.
+    Returns config, small arrays, centroids [S_i, D] of each file, and scales float32 [S] of int8 centroids.
     """
-    try:
-        return _open(DictionaryFiles(folder))
-    except OSError as error:
-        raise DictionaryError(f"cannot read {folder}: {error}; check its permissions, or copy it again") from error
-
-
-def _open(files: DictionaryFiles) -> tuple[DictionaryConfig, Arrays, tuple[Tensor, ...], Tensor | None]:
-    if not files.folder.is_dir():
-        raise DictionaryError(f"{files.folder} does not exist: give the folder of a dictionary or of a run")
+    files = DictionaryFiles(folder)
     if not files.config.is_file():
-        raise DictionaryError(f"{files.folder} has no config.json: it is not a dictionary, or its build did not finish")
-    config = DICTIONARY.read_config(files.inside(files.config), DictionaryConfig, layout.FORMAT_VERSION)
+        raise DictionaryError(f"{folder} has no config.json: give the folder of a finished dictionary or of its run")
+    config = DICTIONARY.read_config(files.inside(files.config), DictionaryConfig)
     loaded: dict[str, Tensor] = {}
     for path, tensors in _checked_layout(files, config):
         try:
@@ -203,13 +173,13 @@ def _open(files: DictionaryFiles) -> tuple[DictionaryConfig, Arrays, tuple[Tenso
     check_arrays(arrays, config)
     scales = [loaded.pop(name) for name in list(loaded) if name.startswith("scales")]
     for own in scales:
-        check_floats("scales", own.numpy(), 1e-45)
+        check_range("scales", own.numpy(), 1e-45)
     return config, arrays, tuple(loaded.values()), torch.cat(scales) if scales else None
 
 
 def _checked_layout(files: DictionaryFiles, config: DictionaryConfig) -> list[tuple[Path, TensorSpecs]]:
     """Return the layout of a folder after validating the header and the size of each file."""
-    borders = _read_borders(files, config) if os.path.lexists(files.index) else [0, _count_senses(files)]
+    borders = _read_borders(files, config)
     if borders[-1] > config.vocab_size * MAX_SENSES:
         most = f"{config.vocab_size} tokens have at most {MAX_SENSES} each"
         raise DictionaryError(f"{files.folder} declares {borders[-1]} senses, but {most}: {_REMEDY}")
@@ -223,15 +193,13 @@ def _checked_layout(files: DictionaryFiles, config: DictionaryConfig) -> list[tu
     return parts
 
 
-def _count_senses(files: DictionaryFiles) -> int:
-    shape = DICTIONARY.header(files.inside(files.arrays))[0].get("counts", ("", ()))[1]
-    if len(shape) != 1:
-        raise DictionaryError(f"{files.arrays} has no one-dimensional counts: {_REMEDY}")
-    return shape[0]
-
-
 def _read_borders(files: DictionaryFiles, config: DictionaryConfig) -> list[int]:
-    """Return the first row of each slice of the centroids, followed by S, from the index file."""
+    """Return the first row of each slice of the centroids, followed by S."""
+    if not os.path.lexists(files.index):
+        shape = DICTIONARY.header(files.inside(files.arrays))[0].get("counts", ("", ()))[1]
+        if len(shape) != 1:
+            raise DictionaryError(f"{files.arrays} has no one-dimensional counts: {_REMEDY}")
+        return [0, *shape]
     index = DICTIONARY.valid(files.index, _Index, DICTIONARY.read_json(files.inside(files.index)))
     ranges = [index.row_ranges.get(f"centroids.{i + 1:05d}", (-1, -1)) for i in range(len(index.row_ranges))]
     borders = [0, *(end for _, end in ranges)]

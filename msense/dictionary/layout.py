@@ -81,9 +81,8 @@ def corpus_distortion(arrays: Arrays) -> float:
     """Return the mean squared distance to the nearest sense: per token, weighted by occurrences in the corpus."""
     sizes = np.diff(arrays.offsets)
     token = np.repeat(np.arange(len(sizes)), sizes)
-    squares = np.bincount(
-        token, weights=arrays.counts * arrays.rms_distance.astype(np.float64) ** 2, minlength=len(sizes)
-    )
+    inertia = arrays.counts * arrays.rms_distance.astype(np.float64) ** 2
+    squares = np.bincount(token, weights=inertia, minlength=len(sizes))
     points = np.bincount(token, weights=arrays.counts, minlength=len(sizes))
     occurrences = np.where(points > 0, arrays.token_counts, 0)
     return float(occurrences @ (squares / np.maximum(points, 1)) / max(1, occurrences.sum()))
@@ -106,10 +105,6 @@ class DictionaryFiles:
         self.tokenizer = folder / "tokenizer" / "tokenizer.json"  # the teacher's; optional
         self.card = folder / "README.md"
 
-    def shard(self, number: int, of: int) -> Path:
-        """Return the file of a slice of the centroids, counted from 1; the first also holds the small arrays."""
-        return self.folder / f"dictionary-{number:05d}-of-{of:05d}.safetensors"
-
     def present(self) -> list[Path]:
         """Return the existing files, sorted by name."""
         every = (self.config, self.exemplars, self.tokenizer, self.card, *self.array_files())
@@ -130,10 +125,7 @@ class DictionaryFiles:
 
 
 def file_layout(files: DictionaryFiles, config: DictionaryConfig, borders: list[int]) -> list[tuple[Path, TensorSpecs]]:
-    """Return each file of arrays with its tensors in storage order.
-
-    `borders` are the first row of each slice of the centroids, followed by S.
-    """
+    """Return each file with its tensors in storage order; `borders` are the first row of each slice, followed by S."""
     senses, vocabulary, slices = borders[-1], config.vocab_size, len(borders) - 1
     tensors: TensorSpecs = {
         "offsets": ("I64", (vocabulary + 1,)),
@@ -147,7 +139,8 @@ def file_layout(files: DictionaryFiles, config: DictionaryConfig, borders: list[
         if config.dtype == "int8":  # before the centroids, which keeps the scales aligned
             tensors[f"scales{suffix}"] = ("F32", (end - start,))
         tensors[f"centroids{suffix}"] = (STORED[config.dtype], (end - start, config.dim))
-        layout.append((files.shard(i, slices) if slices > 1 else files.arrays, tensors))
+        name = f"dictionary-{i:05d}-of-{slices:05d}.safetensors" if slices > 1 else files.arrays.name
+        layout.append((files.folder / name, tensors))
         tensors = {}
     return layout
 

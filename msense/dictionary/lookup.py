@@ -68,21 +68,14 @@ class Vocabulary:
     """The teacher's tokenizer, without truncation and padding, used to look up words."""
 
     def __init__(self, path: Path, vocab_size: int, fingerprint: str) -> None:
-        """Load a tokenizer.json whose size is plausible for the vocabulary; an empty fingerprint is not checked.
-
-        Raises:
-            DictionaryError: the file is too large, invalid, or that of another tokenizer.
-        """
-        limit = min(_BYTES + _BYTES_A_TOKEN * vocab_size, _MAX_BYTES)
-        if (size := path.stat().st_size) > limit:
-            most = f"the limit for {vocab_size} tokens is {limit}"
-            raise DictionaryError(f"{path} has {size} bytes, but {most}: {_REMEDY}")
-        tokenizer_json = path.read_bytes()
-        brackets = tokenizer_json.count(b"[") + tokenizer_json.count(b"{")
-        if brackets > _MAX_BRACKETS:
-            excess = f"it has {brackets} brackets, over the limit of {_MAX_BRACKETS}"
-            raise DictionaryError(f"tokenizer.json is not a tokenizer: {excess}; {_REMEDY}")
+        """Load a tokenizer.json; raise DictionaryError if it is too large, invalid, or not of a (non-empty) fingerprint."""
         with tokenizer_errors("is not a tokenizer"):
+            size, limit = path.stat().st_size, min(_BYTES + _BYTES_A_TOKEN * vocab_size, _MAX_BYTES)
+            if size > limit:
+                raise ValueError(f"it has {size} bytes, but the limit for {vocab_size} tokens is {limit}")
+            tokenizer_json = path.read_bytes()
+            if (brackets := tokenizer_json.count(b"[") + tokenizer_json.count(b"{")) > _MAX_BRACKETS:
+                raise ValueError(f"it has {brackets} brackets, over the limit of {_MAX_BRACKETS}")
             definition = json.loads(tokenizer_json)
             model = definition["model"]
         _check_steps(definition)  # before loading: the library normalizes added tokens on loading
@@ -99,11 +92,7 @@ class Vocabulary:
             raise DictionaryError(f"tokenizer.json is not the dictionary's tokenizer: {difference}; {_REMEDY}")
 
     def lookup(self, word: str, sizes: np.ndarray) -> Match:
-        """Return the vocabulary entries for a word in any case; `sizes` int64 [V] are the numbers of senses.
-
-        Raises:
-            DictionaryError: the tokenizer fails on the word.
-        """
+        """Return the vocabulary entries for a word in any case; `sizes` int64 [V] are the numbers of senses."""
         word = word.strip()
         if not word:
             return Match(word, [], [])
@@ -121,11 +110,7 @@ class Vocabulary:
         return Match(word, tokens, pieces)
 
     def pieces(self, word: str) -> list[int]:
-        """Return the token ids of a word, with or without a preceding space; none if any is unknown.
-
-        Raises:
-            DictionaryError: the tokenizer fails on the word.
-        """
+        """Return the token ids of a word, with or without a preceding space; none if any is unknown."""
         splits = [split for split in (self._split(space + word) for space in ("", " ")) if split]
         return [token for token, _ in min(splits, key=len, default=[])]
 

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msense.clustering.allocation import Curves, allocate
+from msense.clustering.allocation import CURVE_POINTS, GRID, Curves, allocate, variance_curves
 from msense.clustering.budget import SenseBudget
-from msense.clustering.kmeans import CURVE_POINTS, GRID, KMeansConfig, cluster_tokens, variance_curves
+from msense.clustering.kmeans import KMeansConfig, cluster_tokens
 from msense.clustering.mcl import MCL_POINTS, MclConfig, mcl_senses
-from msense.clustering.nearest import sample
 from msense.constants import MAX_DIM, MAX_VOCABULARY
 from msense.dictionary.checks import check_arrays
 from msense.dictionary.layout import DTYPES, Arrays, DictionaryConfig, TeacherName
@@ -30,30 +29,23 @@ def cluster_in_memory(
     settings: KMeansConfig,
     rule: SenseBudget | MclConfig | None,
     vocab_size: int | None,
-    max_occurrences: int,
     dtype: str,
 ) -> Content:
-    """Return the dictionary of embeddings `points` [N, D] clustered by token id [N]; see `from_embeddings`.
-
-    Raises:
-        InputError: a token id is outside the vocabulary, or a size exceeds the limits of a dictionary.
-        MsenseError: an embedding is NaN or infinite.
-    """
+    """Return the dictionary of embeddings `points` [N, D] clustered by token id [N]; see `from_embeddings`."""
     low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
     size = high + 1 if vocab_size is None else vocab_size
     if low < 0 or high >= size:
         raise InputError(f"token ids range from {low} to {high}, but those of the vocabulary from 0 to {size - 1}")
     if not 0 < size <= MAX_VOCABULARY or not 0 < points.shape[1] <= MAX_DIM:
         limits = f"1 to {MAX_VOCABULARY} tokens of width 1 to {MAX_DIM}"
-        given = f"a vocabulary of {size} tokens with embeddings of width {points.shape[1]}"
-        raise InputError(f"{given} exceeds the limits of a dictionary, {limits}: number the tokens from 0")
-    keys = np.random.default_rng(settings.seed).random(len(ids)) if max_occurrences else np.zeros(len(ids))
-    rows, _ = sample(keys, ids, max_occurrences)
-    tokens, sizes = np.unique(ids[rows], return_counts=True)
+        raise InputError(f"{size} tokens of width {points.shape[1]} exceed the limits, {limits}: number tokens from 0")
+    rows = np.argsort(ids, kind="stable")
+    counts = np.bincount(ids, minlength=size)
+    tokens = np.flatnonzero(counts)
+    sizes = counts[tokens]
     own = points[torch.from_numpy(rows)]
     own = own.float() if own.dtype == torch.float64 else own
-    counts = np.bincount(ids, minlength=size)
-    known = Curves(sizes, counts[tokens], np.empty(0))
+    known = Curves(sizes, sizes, np.empty(0))
     senses = None if rule is None else _senses(own, known, tokens, settings, rule, DTYPES[dtype].itemsize)
     clusters = cluster_tokens(own, sizes, tokens, settings, senses=senses, threads=torch.get_num_threads())
     offsets = np.cumsum(np.bincount(tokens + 1, clusters.sizes, size + 1)).astype(np.int64)
@@ -68,10 +60,14 @@ def cluster_in_memory(
         dtype=dtype,
         metric=settings.metric,
         temperature_unit=_mean_square(arrays),
-        max_occurrences=max_occurrences,
+        max_occurrences=0,
         seed=settings.seed,
     )
-    return config, arrays, (torch.from_numpy(clusters.centroids).to(DTYPES[dtype]),)
+    centroids = torch.from_numpy(clusters.centroids).to(DTYPES[dtype])
+    if not torch.isfinite(centroids).all():
+        largest = float(np.abs(clusters.centroids).max())
+        raise InputError(f"embeddings of up to {largest:.3g} overflow {dtype}: use dtype='bfloat16' or 'float32'")
+    return config, arrays, (centroids,)
 
 
 def _senses(
@@ -95,32 +91,24 @@ def _senses(
 
 
 def merge_contents(contents: Sequence[Content]) -> Content:
-    """Return the concatenation of each token's senses in several dictionaries, with the settings of the first.
-
-    Raises:
-        DictionaryError: the dictionaries are incompatible, or a token has too many senses.
-    """
+    """Return the concatenation of each token's senses in several dictionaries, with the settings of the first."""
     first = contents[0][0]
-    for config, _, _ in contents[1:]:
-        _check_compatible(first, config)
+    names = ("dim", "vocab_size", "metric", "tokenizer_fingerprint", "dtype", "layer")
+    for config, _, _ in contents:
+        values = [(name, getattr(first, name), getattr(config, name)) for name in names]
+        values.append(("teacher fingerprint", first.teacher.fingerprint, config.teacher.fingerprint))
+        if differing := [f"{name} ({x!r} and {y!r})" for name, x, y in values if x != y]:
+            raise DictionaryError(f"dictionaries differ in {', '.join(differing)}: merge those of the same teacher")
     every = [arrays for _, arrays, _ in contents]
     sizes = np.stack([np.diff(arrays.offsets) for arrays in every])
-    offsets = np.concatenate([[0], np.cumsum(sizes.sum(axis=0))])
-    start = offsets[:-1] + np.cumsum(sizes, axis=0) - sizes  # row of each token's senses in the result
-    places = [
-        np.repeat(s - arrays.offsets[:-1], k) + np.arange(len(arrays.counts))
-        for s, k, arrays in zip(start, sizes, every, strict=True)
-    ]
-    order = np.argsort(np.concatenate(places))
+    token = np.concatenate([np.repeat(np.arange(first.vocab_size), own) for own in sizes])
+    order = np.argsort(token, kind="stable")
     counts = np.concatenate([arrays.counts for arrays in every])[order]
     rms_distance = np.concatenate([arrays.rms_distance for arrays in every])[order]
+    offsets = np.concatenate([[0], np.cumsum(sizes.sum(axis=0))])
     united = Arrays(offsets, counts, rms_distance, np.sum([arrays.token_counts for arrays in every], axis=0))
     check_arrays(united, first)
-    centroids = torch.empty(len(order), first.dim, dtype=DTYPES.get(first.dtype, torch.float32))
-    for (_, _, parts), place in zip(contents, places, strict=True):
-        rows = torch.from_numpy(place).split([len(part) for part in parts])
-        for part, own in zip(parts, rows, strict=True):
-            centroids[own] = part.cpu()
+    centroids = torch.cat([part.cpu() for _, _, parts in contents for part in parts])[torch.from_numpy(order)]
     update = {"temperature_unit": _mean_square(united), "quality": {}}
     return first.model_copy(update=update), united, (centroids,)
 
@@ -142,11 +130,3 @@ def merge_exemplars(tables: "Sequence[tuple[pa.Table, np.ndarray]]") -> "pa.Tabl
 def _mean_square(arrays: Arrays) -> float:
     """Return the squared RMS distance of the senses, weighted by their counts: the unit of temperatures."""
     return float(arrays.counts @ arrays.rms_distance.astype(np.float64) ** 2 / max(1, arrays.counts.sum()))
-
-
-def _check_compatible(a: DictionaryConfig, b: DictionaryConfig) -> None:
-    names = ("dim", "vocab_size", "metric", "tokenizer_fingerprint", "dtype", "layer")
-    values = [(name, getattr(a, name), getattr(b, name)) for name in names]
-    values.append(("teacher fingerprint", a.teacher.fingerprint, b.teacher.fingerprint))
-    if differing := [f"{name} ({x!r} and {y!r})" for name, x, y in values if x != y]:
-        raise DictionaryError(f"cannot merge dictionaries that differ in {', '.join(differing)}: use the same teacher")

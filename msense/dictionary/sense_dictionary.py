@@ -5,7 +5,6 @@ A loaded dictionary memory-maps its centroids and holds the small arrays (20 byt
 """
 
 import os
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, get_args
@@ -20,14 +19,14 @@ from msense.clustering.mcl import MclConfig
 from msense.constants import Metric
 from msense.dictionary import assignment
 from msense.dictionary.assignment import RaggedSenses
-from msense.dictionary.checks import output_tensor, validate_inputs
+from msense.dictionary.checks import validate_inputs
 from msense.dictionary.contexts import Exemplar, exemplar_schema, read_exemplars
 from msense.dictionary.format import open_dictionary, write_dictionary
 from msense.dictionary.layout import Arrays, DictionaryConfig, DictionaryFiles, Stored
 from msense.dictionary.lookup import Match, Vocabulary
 from msense.dictionary.making import cluster_in_memory, merge_contents, merge_exemplars
 from msense.errors import DictionaryError, InputError
-from msense.io.atomic import atomic_path, copy_file
+from msense.io.scratch import atomic_path, copy_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,10 +52,7 @@ class SenseDictionary:
         dim: width D of embeddings and senses.
         vocab_size: number V of tokens, with and without senses.
         ragged: the senses in the form required by `msense.dictionary.assignment`.
-        offsets: int64 [V+1]; senses offsets[t] to offsets[t + 1] belong to token t.
-        counts: int64 [S], points clustered into each sense.
-        rms_distance: float32 [S], RMS distance of these points.
-        token_counts: int64 [V], occurrences in the whole corpus.
+        offsets, counts, rms_distance, token_counts: see `Arrays`.
 
     Example:
         >>> dictionary = SenseDictionary.from_embeddings(token_ids, embeddings, k=8)
@@ -111,14 +107,17 @@ class SenseDictionary:
         if "://" in str(source):
             from msense.io import storage
 
-            inside = storage.join(str(source), "dictionary")
-            of_run = storage.exists(storage.join(inside, "config.json"))
-            source = storage.local_copy(inside if of_run else str(source))
+            of_run = storage.join(str(source), "dictionary")
+            is_run = storage.exists(storage.join(of_run, "config.json"))
+            source = storage.local_copy(of_run if is_run else str(source))
         folder = Path(source)
-        inner = folder / "dictionary"
-        if not os.path.lexists(DictionaryFiles(folder).config) and os.path.lexists(DictionaryFiles(inner).config):
-            folder = inner
-        config, arrays, centroids, scales = open_dictionary(folder)
+        inside = DictionaryFiles(folder / "dictionary")
+        if not os.path.lexists(DictionaryFiles(folder).config) and os.path.lexists(inside.config):
+            folder = inside.folder
+        try:
+            config, arrays, centroids, scales = open_dictionary(folder)
+        except OSError as error:
+            raise DictionaryError(f"cannot read {folder}: {error}; check its permissions, or copy it again") from error
         return cls(config, arrays, centroids, DictionaryFiles(folder), scales=scales)
 
     def save(self, folder: str | Path, dtype: Stored | None = None) -> None:
@@ -149,21 +148,17 @@ class SenseDictionary:
             raise DictionaryError(f"{files.tokenizer} links to {target}, outside the folder: remove that link")
         copy_file(self._optional("tokenizer"), files.tokenizer)
         config = self.config.model_copy(update={"dtype": dtype or self.config.dtype})
-        write_dictionary(files.folder, config, *self._arrays, _chunks(self.ragged))
+        rows = torch.arange(len(self)).split(max(1, _SAVE_BYTES // (self.dim * 4)))
+        write_dictionary(files.folder, config, *self._arrays, map(self.ragged.rows, rows))
 
     def to(self, device: str | torch.device) -> "SenseDictionary":
         """Return a dictionary whose centroids are on a device (2·S·D bytes there for float16)."""
-        parts, scales = tuple(part.to(device) for part in self.ragged.parts), self.ragged.scales
-        scales = None if scales is None else scales.to(device)
+        scales = None if self.ragged.scales is None else self.ragged.scales.to(device)
+        parts = tuple(part.to(device) for part in self.ragged.parts)
         return SenseDictionary(self.config, self._arrays, parts, self._files, self._exemplars, scales)
 
     def senses(self, token: int) -> Senses:
-        """Return the senses of a token, of which there may be none.
-
-        Raises:
-            InputError: the token is not in the vocabulary.
-            DictionaryError: a centroid of the token is not finite.
-        """
+        """Return the senses of a token; raise InputError for an unknown token, DictionaryError if one is not finite."""
         if not 0 <= token < self.vocab_size:
             raise InputError(f"token {token} is not in the vocabulary: the token ids are 0 to {self.vocab_size - 1}")
         start, end = self.offsets[token : token + 2].tolist()
@@ -182,11 +177,7 @@ class SenseDictionary:
         return self._vocabulary.lookup(word, np.diff(self.offsets))
 
     def exemplars(self, token: int) -> list[Exemplar]:
-        """Return the example contexts of a token's senses, sorted by sense and rank.
-
-        Raises:
-            DictionaryError: exemplars.parquet is corrupted, foreign or does not match the senses.
-        """
+        """Return the contexts of a token's senses by sense and rank; raise DictionaryError if the file is corrupted."""
         rows = (Exemplar(*(row[name] for name in Exemplar._fields)) for row in self._exemplar_table(token).to_pylist())
         return sorted(rows, key=lambda exemplar: exemplar[:2])
 
@@ -199,17 +190,11 @@ class SenseDictionary:
             InputError: a shape or dtype is invalid, or an embedding is NaN or infinite.
         """
         ids, points = validate_inputs(token_ids, embeddings, self.dim)
-        nearest = assignment.assign(ids, points, self.ragged, metric or self.config.metric)
+        nearest = assignment.assign(ids, points, self.ragged, self._metric(metric))
         return nearest if isinstance(embeddings, Tensor) else nearest.numpy()
 
     def replace(
-        self,
-        token_ids: ArrayT,
-        embeddings: ArrayT,
-        temperature: float | None = None,
-        out: ArrayT | None = None,
-        *,
-        metric: Metric | None = None,
+        self, token_ids: ArrayT, embeddings: ArrayT, temperature: float | None = None, *, metric: Metric | None = None
     ) -> ArrayT:
         """Return embeddings replaced by senses of their own token; those of tokens without senses are unchanged.
 
@@ -219,7 +204,6 @@ class SenseDictionary:
             temperature: None for the nearest sense; otherwise the mean of the token's senses, weighted by
                 softmax(scores / (temperature · unit)). Scores are minus the squared distance, the dot product or the
                 cosine; the unit is the dictionary's mean squared distance for all three metrics.
-            out: output array like the embeddings; may be the embeddings themselves.
             metric: l2, dot or cosine; None = the dictionary's.
 
         Raises:
@@ -227,9 +211,8 @@ class SenseDictionary:
         """
         ids, points = validate_inputs(token_ids, embeddings, self.dim)
         scale = None if temperature is None else self._scale(temperature)
-        target = None if out is None else output_tensor(out, embeddings)
-        replaced = assignment.replace(ids, points, self.ragged, metric or self.config.metric, scale or None, target)
-        return out if out is not None else replaced if isinstance(embeddings, Tensor) else replaced.numpy()
+        replaced = assignment.replace(ids, points, self.ragged, self._metric(metric), scale or None)
+        return replaced if isinstance(embeddings, Tensor) else replaced.numpy()
 
     def top_k(
         self, token_ids: Tensor, embeddings: Tensor, top: int, temperature: float, *, metric: Metric | None = None
@@ -237,14 +220,17 @@ class SenseDictionary:
         """Return the `top` nearest senses of each embedding and their weights, as `assignment.top_k`."""
         ids, points = validate_inputs(token_ids, embeddings, self.dim)
         scale = max(self._scale(temperature), _SMALLEST)
-        return assignment.top_k(ids, points, self.ragged, metric or self.config.metric, scale, top)
+        return assignment.top_k(ids, points, self.ragged, self._metric(metric), scale, top)
+
+    def _metric(self, given: Metric | None) -> Metric:
+        if given is not None and given not in get_args(Metric):
+            raise InputError(f"metric is {given!r}, but must be one of {', '.join(get_args(Metric))}")
+        return given or self.config.metric
 
     def _scale(self, temperature: float) -> float:
         """Return the divisor of scores; 0 selects the nearest sense, also where each sense is a single point."""
         if not 0 < temperature < float("inf"):
-            raise InputError(
-                f"temperature is {temperature}, but must be finite and positive, or None for the nearest sense"
-            )
+            raise InputError(f"temperature is {temperature}, but must be finite and positive, or None: nearest sense")
         scale = temperature * self.config.temperature_unit
         return min(scale, _LARGEST) if scale > _SMALLEST else 0.0  # beyond float32 the weights would be NaN
 
@@ -256,7 +242,7 @@ class SenseDictionary:
         return self._files.fingerprint()
 
     @classmethod
-    def from_embeddings(  # noqa: PLR0913 - settings of an in-memory build, all keyword-only
+    def from_embeddings(
         cls,
         token_ids: np.ndarray | Tensor,
         embeddings: np.ndarray | Tensor,
@@ -265,7 +251,6 @@ class SenseDictionary:
         metric: Metric = "l2",
         seed: int = 0,
         vocab_size: int | None = None,
-        max_occurrences: int = 0,
         dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     ) -> "SenseDictionary":
         """Cluster embeddings in memory; the result has no tokenizer and no exemplars.
@@ -278,7 +263,6 @@ class SenseDictionary:
             metric: l2, dot or cosine.
             seed: seed of all random choices.
             vocab_size: number of tokens V; None = largest id + 1.
-            max_occurrences: limit of rows clustered per token, sampled at random; 0 = all.
             dtype: of the stored centroids.
 
         Raises:
@@ -286,19 +270,18 @@ class SenseDictionary:
             MsenseError: an embedding is NaN or infinite.
         """
         ids, points = validate_inputs(token_ids, embeddings)
-        if not isinstance(k, int | np.integer | SenseBudget | MclConfig):
+        rule, number = (k, 1) if isinstance(k, SenseBudget | MclConfig) else (None, k)
+        if not isinstance(number, int | np.integer):
             raise InputError(f"k is {k!r}, but must be an integer, a SenseBudget or an MclConfig")
-        settings = KMeansConfig(k=int(k) if isinstance(k, int | np.integer) else 1, metric=metric, seed=seed)
-        rule = None if isinstance(k, int | np.integer) else k
-        return cls(*cluster_in_memory(ids, points, settings, rule, vocab_size, max_occurrences, dtype))
+        settings = KMeansConfig(k=int(number), metric=metric, seed=seed)
+        return cls(*cluster_in_memory(ids, points, settings, rule, vocab_size, dtype))
 
     fit = from_embeddings  # former name
 
     def merge(self, *others: "SenseDictionary") -> "SenseDictionary":
         """Return the union in memory: each token's senses in the order of the arguments, occurrences added.
 
-        Associative: a.merge(b).merge(c) equals a.merge(b.merge(c)). The tokenizer and other settings are those of the
-        first dictionary; quality figures are dropped.
+        Associative. The tokenizer and other settings are those of the first dictionary; quality figures are dropped.
 
         Raises:
             DictionaryError: the dictionaries are incompatible, or a token has too many senses.
@@ -310,7 +293,7 @@ class SenseDictionary:
 
     @property
     def tokenizer_file(self) -> Path | None:
-        """Path of the teacher's tokenizer.json, if the folder has one."""
+        """The teacher's tokenizer.json, if the folder has one."""
         return self._optional("tokenizer")
 
     @cached_property
@@ -333,9 +316,3 @@ class SenseDictionary:
             files = self._files if known and self._optional("exemplars") else None
             return read_exemplars(files, self.offsets, token) if files else exemplar_schema().empty_table()
         return self._exemplars if token is None else self._exemplars.filter(pc.equal(self._exemplars["token"], token))
-
-
-def _chunks(senses: RaggedSenses) -> Iterator[Tensor]:
-    """Yield the centroids in chunks for the streaming writer."""
-    rows = max(1, _SAVE_BYTES // (senses.parts[0].shape[1] * 4))
-    return map(senses.rows, torch.arange(int(senses.offsets[-1])).split(rows))

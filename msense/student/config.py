@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,20 +10,14 @@ from msense.constants import MAX_DIM, MAX_VOCABULARY
 from msense.dictionary.layout import DictionaryConfig, DictionaryFiles, TeacherName
 from msense.errors import StudentError
 from msense.io.untrusted import FrozenModel
-from msense.teacher.pooling import Pooling
+from msense.teacher.pooling import Pooling, ProjectionConfig, sentence_dim
 
-MAX_KERNEL_SIZE = 1000
 Heads = Literal["two", "one"]
 
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """How to create a student; raises StudentError for a setting out of range.
-
-    Example:
-        >>> StudentSettings(kind="layers:2").heads
-        'two'
-    """
+    """How to create a student; `init_student` validates the values."""
 
     kind: str = "layers:2"  # n teacher layers, `layers:0,2,5` for these, `static`, or the name or folder of an encoder
     heads: Heads = "two"  # a linear head for senses, initialized to identity; "one": senses share the hidden state
@@ -32,22 +26,12 @@ class StudentSettings:
     prior_count: float = 5.0  # a static student's token seen n times is trained with weight n / (n + prior_count)
     seed: int = 0  # of the random initialization
 
-    def __post_init__(self) -> None:
-        if self.heads not in get_args(Heads):
-            raise StudentError(f"invalid heads {self.heads!r}: use one of {get_args(Heads)}")
-        if not 0 < self.units <= MAX_DIM:
-            raise StudentError(f"invalid units {self.units}: use 1 to {MAX_DIM}")
-        if not (0 < self.kernel_size < MAX_KERNEL_SIZE and self.kernel_size % 2):
-            raise StudentError(f"invalid kernel_size {self.kernel_size}: use an odd number below {MAX_KERNEL_SIZE}")
-        if not 0 <= self.prior_count < float("inf"):
-            raise StudentError(f"invalid prior_count {self.prior_count}: use a finite number from 0")
-
 
 class StaticSizes(FrozenModel):
     """Sizes of a student without attention."""
 
     units: int = Field(gt=0, le=MAX_DIM)
-    kernel_size: int = Field(alias="window", gt=0, lt=MAX_KERNEL_SIZE, description="odd")
+    kernel_size: int = Field(alias="window", gt=0, lt=1000, description="odd")
 
     @model_validator(mode="after")
     def _odd(self) -> "StaticSizes":
@@ -69,6 +53,10 @@ class StudentConfig(FrozenModel):
     normalize: bool = Field(default=False, description="whether sentence vectors have unit length")
     max_length: int = Field(default=512, gt=0, le=1 << 20, description="maximum tokens per text, special ones included")
     prompt: Annotated[str, Field(max_length=1 << 16)] = Field(default="", description="prefix of every text")
+    include_prompt: bool = Field(default=True, description="whether a prompt's tokens are pooled")
+    skip: int = Field(default=0, ge=0, le=1 << 20, description="tokens of `prompt` that are not pooled")
+    projections: tuple[ProjectionConfig, ...] = Field(default=(), max_length=16, description="layers after pooling")
+    truncate_dim: int | None = Field(default=None, gt=0, description="numbers of a sentence vector that are kept")
     heads: Heads = "two"
     body: dict[str, Any] | None = Field(default=None, description="the transformer's own config")
     static: StaticSizes | None = None
@@ -77,7 +65,15 @@ class StudentConfig(FrozenModel):
     def _one_body(self) -> "StudentConfig":
         if (self.body is None) == (self.static is None):
             raise ValueError("exactly one of body and static must be set")
+        widths = [self.dim, *(projection.out_features for projection in self.projections)]
+        if widths[:-1] != [projection.in_features for projection in self.projections]:
+            raise ValueError("the projections do not fit each other")
         return self
+
+    @property
+    def sentence_dim(self) -> int:
+        """Size of the sentence vectors."""
+        return sentence_dim(self.dim, self.projections, self.truncate_dim)
 
 
 def dictionary_mismatch(
@@ -99,6 +95,16 @@ def dictionary_mismatch(
     return None
 
 
+def check_dictionary(student: StudentConfig, dictionary: DictionaryConfig) -> None:
+    """Raise StudentError unless tokenizer, teacher, dimension and vocabulary size are equal."""
+    given = (student.tokenizer_fingerprint, student.teacher.fingerprint, student.dim, student.vocab_size)
+    if mismatch := dictionary_mismatch(dictionary, *given):
+        raise StudentError(
+            f"the dictionary does not match the student and teacher {student.teacher.name!r}: it has {mismatch}; give the "
+            f"dictionary used for training, or teacher {dictionary.teacher.name!r} as it was when that was built"
+        )
+
+
 class StudentFiles:
     """Paths of all files of a student folder."""
 
@@ -113,8 +119,8 @@ class StudentFiles:
         self.settings = folder / "config_sentence_transformers.json"  # for sentence-transformers: prompts
 
     def present(self, *, exemplars: bool) -> list[Path]:
-        """Return the existing files of a saved student, config.json last."""
-        own = [self.weights, self.tokenizer, self.card, self.modules, self.settings]
+        """Return the existing files of a saved student, with or without the exemplars, which quote the corpus."""
+        own = [self.config, self.weights, self.tokenizer, self.card, self.modules, self.settings]
         dictionary = DictionaryFiles(self.dictionary)
         shared = [path for path in dictionary.present() if exemplars or path != dictionary.exemplars]
-        return [path for path in (*own, *shared, self.config) if path.is_file()]
+        return [path for path in own if path.is_file()] + shared

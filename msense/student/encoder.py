@@ -5,33 +5,28 @@ embeddings of one batch, or with replacement up to 16 · `_REPLACED` bytes of th
 first use. Never imports Ray.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from msense.dictionary import SenseDictionary
-from msense.dictionary.contexts import Exemplar
-from msense.errors import InputError, StudentError
-from msense.io.atomic import copy_file
-from msense.student.config import StudentConfig, StudentFiles
-from msense.student.files import checked_path, load_student
-from msense.student.hub import push_student, student_folder
-from msense.student.shipping import check_dictionary
+from msense.errors import InputError, MsenseError, StudentError
+from msense.student.config import StudentFiles, check_dictionary
+from msense.student.files import checked_path, load_student, student_folder
 from msense.student.static import StaticBody
-from msense.student.static_inference import StaticEncoder
+from msense.student.static_inference import StaticEncoder, split_by_size
 from msense.student.student import Student
 from msense.student.tokenizer import StudentTokenizer, pad_ids
 from msense.teacher.batching import TOKEN_BUDGET, token_batches
 from msense.teacher.body import resolve_dtype
-from msense.teacher.pooling import pool, pool_rows
-from msense.text import clean
+from msense.text import clean, first_line, redact
+from msense.tokenizer import prompt_length
 
 DEFAULT_TEMPERATURE = 1 / 3  # in units of the dictionary's mean squared distance
 _STATIC_TOKENS = 1 << 16  # tokens per step of a static student's progress bar
@@ -70,17 +65,14 @@ class SenseEncoder:
             raise InputError(f"invalid dtype {dtype!r}: use one of {get_args(Dtype)}")
         self._files = StudentFiles(folder)
         student = load_student(folder)
-        self.config: StudentConfig = student.config
+        self.config = student.config
         self._reader = StudentTokenizer(checked_path(self._files, self._files.tokenizer), self.config)
         static = isinstance(student.body, StaticBody)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() and not static else "cpu"))
-        self._model: Student | StaticEncoder
-        if static and self.device.type == "cpu":
-            self._bfloat16 = False  # the dtype applies to the tables only
-            self._model = StaticEncoder(student, "float32" if dtype == "auto" else dtype)
-        else:
-            self._bfloat16 = _uses_bfloat16(dtype, self.device)
-            self._model = student.to(self.device)
+        auto = "float32" if self.device.type == "cpu" else resolve_dtype("auto", self.device.type)
+        fast = static and self.device.type == "cpu"
+        self._bfloat16 = not fast and (auto if dtype == "auto" else dtype) == "bfloat16"
+        self._model = StaticEncoder(student) if fast else student.to(self.device)
 
     @classmethod
     def from_pretrained(
@@ -95,27 +87,22 @@ class SenseEncoder:
         """Load a saved student.
 
         Args:
-            name_or_dir: folder, URI or Hugging Face hub name.
+            name_or_dir: folder or URI of a student or of the run that made it, or a Hugging Face hub name.
             revision: branch, tag or commit on the hub.
             device: torch device; default: a GPU if available, but the CPU for a static student.
-            dtype: in which a transformer computes; auto: float32 on a CPU, bfloat16 elsewhere. Vectors are float32.
+            dtype: in which a transformer computes; auto: float32 on a CPU, bfloat16 elsewhere. Vectors are float32, and
+                so are all numbers of a static student on a CPU.
             token: for a private hub repository; default: the one stored on this machine.
 
         Raises:
             StudentError: the student is unavailable, or a file is missing, truncated, malformed, inconsistent, or
                 links out of the folder.
-            InputError: the device does not support the dtype.
         """
         return cls(student_folder(name_or_dir, revision, token), device=device, dtype=dtype)
 
     @cached_property
     def dictionary(self) -> SenseDictionary:
-        """The student's dictionary, on its device.
-
-        Raises:
-            StudentError: the folder has no dictionary, or that of another student.
-            DictionaryError: the dictionary is damaged.
-        """
+        """The student's dictionary, on its device; StudentError if there is none, or that of another student."""
         folder = self._files.dictionary
         if not folder.is_dir():
             raise StudentError(
@@ -123,12 +110,12 @@ class SenseEncoder:
                 "senses='float16' or 'int8'"
             )
         dictionary = SenseDictionary.load(folder)
-        check_dictionary(self.config, dictionary)
+        check_dictionary(self.config, dictionary.config)
         return dictionary if self.device.type == "cpu" else dictionary.to(self.device)
 
     def encode(  # noqa: PLR0913 - the arguments of sentence-transformers' encode, and two more
         self,
-        texts: str | Sequence[str],
+        texts: str | Iterable[str],
         *,
         prompt: str | None = None,
         batch_size: int = 32,
@@ -139,7 +126,7 @@ class SenseEncoder:
         replace: Replace | None = None,
         temperature: float = DEFAULT_TEMPERATURE,
     ) -> np.ndarray | Tensor | list[Tensor]:
-        """Return sentence vectors, float32 [n, D], or [D] for a single text.
+        """Return sentence vectors, float32 [n, D'], or [D'] for a single text; D' is `config.sentence_dim`.
 
         Args:
             texts: one text or n; each is truncated to `config.max_length` tokens.
@@ -159,40 +146,37 @@ class SenseEncoder:
         """
         if replace not in (None, "hard", "soft"):
             raise InputError(f"invalid replace {replace!r}: use None, 'hard' or 'soft'")
-        if batch_size < 1:
-            raise InputError(f"invalid batch_size {batch_size}: use 1 or more")
-        rows = self._reader.ids(
-            [texts] if isinstance(texts, str) else texts, self.config.prompt if prompt is None else prompt
-        )
-        soft = temperature if replace == "soft" else None
-        vectors = torch.empty(len(rows), self.config.dim, device=self.device)
-        bar = _progress_bar(len(rows)) if show_progress_bar else None
-        with torch.no_grad(), self._autocast(), bar or nullcontext():
-            batches = self._batches(rows, batch_size, plain=replace is None)
-            steps = self._plain(rows, batches) if replace is None else self._replaced(rows, batches, soft)
-            for places, batch in steps:
-                vectors[torch.from_numpy(places).to(self.device)] = batch
-                if bar is not None:
-                    bar.update(bar.task_ids[0], advance=len(places))
-            if normalize_embeddings:
-                vectors = torch.nn.functional.normalize(vectors, dim=1)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"invalid batch_size {batch_size!r}: use an integer of 1 or more")
+        prompt = self._prompt(prompt)
+        rows = self._reader.ids(_listed(texts), prompt)
+        skip = self._skip(prompt)
+        vectors = torch.empty(len(rows), self.config.sentence_dim, dtype=torch.float32, device=self.device)
+        with torch.no_grad(), self._autocast():
+            groups = self._groups(rows, batch_size, replaced=replace is not None)
+            for group in _with_progress(groups) if show_progress_bar else groups:
+                batches = [[rows[i] for i in batch] for batch in group]
+                if replace is None:
+                    pooled = torch.cat([self._pooled(batch, skip) for batch in batches])
+                else:
+                    pooled = self._replaced(batches, skip, temperature if replace == "soft" else None)
+                vectors[torch.from_numpy(np.concatenate(group)).to(self.device)] = pooled
+        if normalize_embeddings:
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
         result = vectors[0] if isinstance(texts, str) else vectors
         if convert_to_tensor or (isinstance(texts, str) and not convert_to_numpy):
             return result
         return result.cpu().numpy() if convert_to_numpy else list(result)
 
-    def tokens(self, text: str, *, prompt: str | None = None, exemplars: bool = True) -> list[TokenSense]:
-        """Return the tokens of a text with their senses, without special tokens and those of the prompt.
-
-        The text is truncated to `config.max_length` tokens; `exemplars=False` skips the examples of the senses.
+    def tokens(self, text: str, *, prompt: str | None = None) -> list[TokenSense]:
+        """Return the tokens of a text, truncated to `config.max_length`, without special tokens and those of the prompt.
 
         Raises:
             InputError: the text is invalid.
             StudentError: the student has no dictionary.
             DictionaryError: the dictionary is damaged.
         """
-        dictionary = self.dictionary
-        prompt = self.config.prompt if prompt is None else prompt
+        dictionary, prompt = self.dictionary, self._prompt(prompt)
         encoding = self._reader.encoding(text, prompt)
         every = np.array(encoding.ids, np.int64)
         with torch.no_grad(), self._autocast():
@@ -200,81 +184,97 @@ class SenseEncoder:
         places = zip(encoding.special_tokens_mask, encoding.offsets, strict=True)
         kept = [i for i, (special, (a, b)) in enumerate(places) if not special and b > max(a, len(prompt))]
         ids = every[kept]
-        senses, shares = _nearest(dictionary, ids, embeddings[kept])
-        examples = _examples(dictionary, ids, senses) if exemplars else {}
+        most = int(np.diff(dictionary.offsets)[ids].max(initial=1))  # probabilities are over all senses of a token
+        numbers, weights = dictionary.top_k(torch.from_numpy(ids), embeddings[kept], most, DEFAULT_TEMPERATURE)
+        senses, shares = numbers[:, 0].tolist(), weights[:, 0].tolist()
+        examples = _examples(dictionary, set(zip(ids.tolist(), senses, strict=True)))
         return [
             TokenSense(
                 token=encoding.tokens[place],
-                token_id=int(token),
+                token_id=encoding.ids[place],
                 start=max(encoding.offsets[place][0] - len(prompt), 0),
                 end=encoding.offsets[place][1] - len(prompt),
-                sense=int(sense),
-                probability=float(share),
-                exemplar=examples.get((int(token), int(sense))),
+                sense=sense,
+                probability=share,
+                exemplar=examples.get((encoding.ids[place], sense)),
             )
-            for place, token, sense, share in zip(kept, ids, senses, shares, strict=True)
+            for place, sense, share in zip(kept, senses, shares, strict=True)
         ]
-
-    def save(self, folder: str | Path, *, exemplars: bool = True) -> None:
-        """Copy the student into a local folder, with or without the exemplars, which quote the corpus.
-
-        Raises:
-            InputError: the folder is the student's own.
-            StudentError: a file links out of the student's folder.
-        """
-        target = StudentFiles(Path(folder))
-        target.folder.mkdir(parents=True, exist_ok=True)
-        if target.folder.resolve() == self._files.folder.resolve():
-            raise InputError(f"{folder} is the student's own folder: give another folder")
-        target.config.unlink(missing_ok=True)
-        for path in self._files.present(exemplars=exemplars):
-            copy = target.folder / path.relative_to(self._files.folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(checked_path(self._files, path), copy)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool = False, exemplars: bool = False, token: str | None = None
     ) -> str:
-        """Upload the student's folder; see `msense.student.hub.push_student`."""
-        return push_student(self._files.folder, repo_id, private=private, exemplars=exemplars, token=token)
+        """Upload the student's files to the hub, creating the repository if needed; return the URL of the commit.
+
+        The dictionary's exemplars, which quote the corpus, are left out by default.
+
+        Raises:
+            StudentError: a file links outside the folder.
+            MsenseError: the name is invalid, or the hub is unavailable or refuses.
+        """
+        from huggingface_hub import HfApi
+
+        files, folder = self._files.present(exemplars=exemplars), self._files.folder
+        names = [checked_path(self._files, path).relative_to(folder).as_posix() for path in files]
+        message = "Add a student trained with msense"
+        try:
+            api = HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            uploaded = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message=message
+            )
+        except (OSError, ValueError) as error:
+            raise MsenseError(
+                f"cannot push to {redact(repo_id)!r} ({first_line(error)}): check the name (owner/model), the connection "
+                "and your write access (hf auth login)"
+            ) from error
+        return str(uploaded)
+
+    def _prompt(self, given: str | None) -> str:
+        return self.config.prompt if given is None else given
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
-    def _batches(self, rows: list[np.ndarray], batch_size: int, *, plain: bool) -> Iterator[np.ndarray]:
-        """Yield indices of texts, int64 [B]: in order for a static student, else by length to reduce padding."""
+    def _groups(self, rows: list[np.ndarray], batch_size: int, *, replaced: bool) -> list[list[np.ndarray]]:
+        """Return groups of batches of indices, int64 [B]; the tokens of a group are replaced at once.
+
+        Batches are in order for a static student, else by length to reduce padding.
+        """
         lengths = np.array([len(row) for row in rows], np.int64)
+        limit = max(1, _REPLACED // self.config.dim)
         if isinstance(self._model, StaticEncoder):
-            step = _STATIC_TOKENS if plain else max(1, _REPLACED // self.config.dim)
-            ends = np.flatnonzero(np.diff(np.cumsum(lengths) // step)) + 1
-            yield from (places for places in np.split(np.arange(len(rows)), ends) if len(places))
-            return
-        for places in token_batches(lengths, TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])):
-            yield from np.split(places, range(batch_size, len(places), batch_size))
+            return [[batch] for batch in split_by_size(lengths, limit if replaced else _STATIC_TOKENS)]
+        budget = TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
+        batches = [
+            batch
+            for similar in token_batches(lengths, budget)
+            for batch in np.split(similar, range(batch_size, len(similar), batch_size))
+        ]
+        sizes = np.array([lengths[batch].sum() for batch in batches], np.int64)
+        return [[batches[i] for i in group] for group in split_by_size(sizes, limit if replaced else 1)]
 
-    def _plain(self, rows: list[np.ndarray], batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Yield indices of texts, int64 [B], and their sentence vectors, float32 [B, D]."""
-        for places in batches:
-            batch = [rows[i] for i in places]
-            if isinstance(self._model, StaticEncoder):
-                yield places, torch.from_numpy(self._model.sentences(batch))
-                continue
-            hidden, _, mask = self._forward(self._model, batch)
-            yield places, pool(hidden, mask, self.config.pooling, normalize=self.config.normalize)
+    def _skip(self, prompt: str) -> int:
+        """Return how many tokens of a text with this prompt are not pooled."""
+        return 0 if self.config.include_prompt else prompt_length(self._reader.tokenizer, prompt)
 
-    def _replaced(
-        self, rows: list[np.ndarray], batches: Iterable[np.ndarray], temperature: float | None
-    ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Yield indices of texts, int64 [B], and vectors pooled from embeddings that are replaced many at once."""
-        for group in _grouped(batches, rows, _REPLACED // self.config.dim):
-            places = np.concatenate(group)
-            ids = torch.from_numpy(np.concatenate([rows[i] for i in places]))
-            parts = [self._senses([rows[i] for i in batch]) for batch in group]
-            embeddings = parts[0] if len(parts) == 1 else torch.cat(parts)
-            with torch.autocast(self.device.type, enabled=False):
-                self.dictionary.replace(ids, embeddings, temperature, out=embeddings)
-            lengths = torch.tensor([len(rows[i]) for i in places], device=self.device)
-            yield places, pool_rows(embeddings, lengths, self.config.pooling, normalize=self.config.normalize)
+    def _pooled(self, rows: list[np.ndarray], skip: int) -> Tensor:
+        """Return the sentence vectors of a batch, float32 [B, D']."""
+        if isinstance(self._model, StaticEncoder):
+            return torch.from_numpy(self._model.sentences(rows, skip))
+        hidden, _, mask = self._forward(self._model, rows)
+        return self._model.sentence(hidden, mask, skip)
+
+    def _replaced(self, batches: list[list[np.ndarray]], skip: int, temperature: float | None) -> Tensor:
+        """Return the vectors of several batches, float32 [B, D'], pooled from replaced embeddings."""
+        rows = [row for batch in batches for row in batch]
+        embeddings = torch.cat([self._senses(batch) for batch in batches])
+        with torch.autocast(self.device.type, enabled=False):
+            embeddings = self.dictionary.replace(torch.from_numpy(np.concatenate(rows)), embeddings, temperature)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            vectors: Tensor = self._model.sentence_head.of_rows(embeddings, lengths, skip)
+        return vectors
 
     def _senses(self, rows: list[np.ndarray]) -> Tensor:
         """Return the sense embeddings of all tokens of some texts, float32 [N, D]."""
@@ -290,61 +290,30 @@ class SenseEncoder:
         return output.hidden.float(), output.senses.float(), mask
 
 
-def _grouped(batches: Iterable[np.ndarray], rows: list[np.ndarray], tokens: int) -> Iterator[list[np.ndarray]]:
-    """Group consecutive batches until a group has at least `tokens` tokens."""
-    group: list[np.ndarray] = []
-    size = 0
-    for places in batches:
-        group.append(places)
-        size += sum(len(rows[i]) for i in places)
-        if size >= tokens:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+def _listed(texts: str | Iterable[str]) -> list[str]:
+    """Return one text or several as a list."""
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
+        raise InputError(f"texts has type {type(texts).__name__}: give a str, or a list of them")
+    return list(texts)
 
 
-def _progress_bar(total: int) -> Any:
-    """Return a progress bar on stderr with one task."""
+def _with_progress(groups: list[list[np.ndarray]]) -> Iterable[list[np.ndarray]]:
+    """Iterate with a progress bar on stderr."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import track
 
-    bar = Progress(console=Console(stderr=True))
-    bar.add_task("encode", total=total)
-    return bar
+    return track(groups, "encode", console=Console(stderr=True))
 
 
-def _uses_bfloat16(dtype: str, device: torch.device) -> bool:
-    """Return whether to compute in bfloat16.
-
-    Raises:
-        InputError: the device does not support it.
-    """
-    supported = resolve_dtype("auto", device.type) == "bfloat16"
-    if dtype == "bfloat16" and not supported:
-        raise InputError(f"this {device.type} does not support bfloat16: use dtype='float32', which is faster here")
-    return dtype == "bfloat16" or (dtype == "auto" and device.type != "cpu" and supported)
-
-
-def _nearest(dictionary: SenseDictionary, ids: np.ndarray, embeddings: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return each token's nearest sense, int64 [N], -1 without senses, and its probability, float32 [N]."""
-    most = int(np.diff(dictionary.offsets)[ids].max(initial=1))
-    numbers, weights = dictionary.top_k(torch.from_numpy(ids), embeddings, most, DEFAULT_TEMPERATURE)
-    return numbers[:, 0].cpu().numpy(), weights[:, 0].cpu().numpy()
-
-
-def _examples(dictionary: SenseDictionary, ids: np.ndarray, senses: np.ndarray) -> dict[tuple[int, int], str]:
-    """Return the nearest context of each sense that has one, by token and sense."""
+def _examples(dictionary: SenseDictionary, pairs: set[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    """Return the nearest context of each (token, sense) that has one, on one line, its word in brackets."""
     examples: dict[tuple[int, int], str] = {}
-    pairs = {(int(token), int(sense)) for token, sense in zip(ids, senses, strict=True) if sense >= 0}
-    for token in sorted({token for token, _ in pairs}):
+    for token in {token for token, sense in pairs if sense >= 0}:
         for exemplar in dictionary.exemplars(token):  # ordered by distance
-            if (token, exemplar.sense) in pairs:
-                examples.setdefault((token, exemplar.sense), _marked(exemplar))
+            if (pair := (token, exemplar.sense)) in pairs and pair not in examples:
+                word = exemplar.word.lstrip()
+                space = " " * (len(exemplar.word) - len(word))  # some tokens include the space before the word
+                examples[pair] = f"{clean(exemplar.left)}{space}[{clean(word).strip()}]{clean(exemplar.right)}"
     return examples
-
-
-def _marked(exemplar: Exemplar) -> str:
-    """Return a context on one line, its word in brackets."""
-    space = " " * (len(exemplar.word) - len(exemplar.word.lstrip()))  # some tokens include the space before the word
-    return f"{clean(exemplar.left)}{space}[{clean(exemplar.word).strip()}]{clean(exemplar.right)}"

@@ -1,19 +1,24 @@
-"""Initialize students from a teacher, another encoder or a dictionary's token means. Memory: both models' weights."""
+"""Initialize students from a teacher, another encoder or a dictionary's token means.
 
-from typing import Any, get_args
+Memory: the weights of both models, and gradients of the student's.
+"""
+
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from msense.dictionary import SenseDictionary, TeacherName
 from msense.errors import InputError, StudentError
-from msense.student.config import StaticSizes, StudentConfig, StudentSettings, dictionary_mismatch
+from msense.io.untrusted import format_errors
+from msense.student.config import StudentConfig, StudentSettings, check_dictionary
 from msense.student.static import StaticBody, confidence, token_means
 from msense.student.student import Student
 from msense.student.transformer import body_settings, load_weights
 from msense.teacher.body import load_body, truncate_layers
 from msense.teacher.files import body_folder
-from msense.teacher.pooling import Pooling
+from msense.teacher.pooling import SentenceHead, load_head
 from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info, max_positions
 
 
@@ -24,31 +29,25 @@ def init_student(
     revision: str | None = None,
     seen: np.ndarray | None = None,
 ) -> Student:
-    """Return an untrained student in float32 on the CPU.
+    """Return an untrained student in float32 on the CPU, of a dictionary and its teacher (name or folder, revision).
 
-    Args:
-        settings: kind and sizes of the student.
-        dictionary: the senses it will be trained on.
-        teacher: name or folder of the dictionary's teacher.
-        revision: of the teacher.
-        seen: integers [V], token counts of the training passages; default: those of the dictionary's corpus.
+    `seen`, integers [V], are the token counts of the training passages; default: those of the dictionary's corpus.
 
     Raises:
         StudentError: dictionary, teacher and student do not match, or a setting is invalid.
         InputError: the teacher cannot be loaded.
     """
-    info, _ = load_teacher_info(teacher, TeacherOptions(revision=revision))
-    _check_teacher(info, dictionary)
+    info, _ = load_teacher_info(teacher, TeacherOptions(revision=revision, prompt=dictionary.config.prompt))
+    head = load_head(teacher, info)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if settings.kind == "static":
-            sizes = StaticSizes(units=settings.units, kernel_size=settings.kernel_size)
-            student = Student(_config(settings, info, dictionary, None, static=sizes))
+            student = Student(_config(settings, info, head, dictionary, None))
             model = load_body(body_folder(teacher, revision), teacher, torch.float32)
         else:
             model = _load_transformer(settings.kind, info, teacher, revision)
-            longest = max_positions(model.config.get_text_config())
-            student = Student(_config(settings, info, dictionary, longest, body=body_settings(model)))
+            student = Student(_config(settings, info, head, dictionary, model))
+    student.sentence_head = head
     body = student.body
     if isinstance(body, StaticBody):
         counts = dictionary.token_counts if seen is None else seen
@@ -61,37 +60,39 @@ def init_student(
 
 
 def _config(
-    settings: StudentSettings, info: TeacherInfo, dictionary: SenseDictionary, longest: int | None, **body: Any
+    settings: StudentSettings, info: TeacherInfo, head: SentenceHead, dictionary: SenseDictionary, transformer: Any
 ) -> StudentConfig:
     """Return the student's config; maximum length and prompt are those that the dictionary was built with."""
     length = dictionary.config.max_length or info.max_length
-    return StudentConfig(
-        kind=settings.kind,
-        teacher=TeacherName(name=info.name, revision=info.revision, fingerprint=info.fingerprint),
-        tokenizer_fingerprint=info.tokenizer_fingerprint,
-        dim=info.dim,
-        vocab_size=info.vocab_size,
-        pooling=info.pooling,
-        normalize=info.normalize,
-        max_length=min(length, longest or length),
-        prompt=dictionary.config.prompt,
-        heads=settings.heads,
-        **body,
-    )
-
-
-def _check_teacher(info: TeacherInfo, dictionary: SenseDictionary) -> None:
-    given = (info.tokenizer_fingerprint, info.fingerprint, info.dim, info.vocab_size)
-    if mismatch := dictionary_mismatch(dictionary.config, *given):
-        raise StudentError(
-            f"teacher {info.name!r} is not the dictionary's: the dictionary has {mismatch}; give "
-            f"{dictionary.config.teacher.name!r} as it was when the dictionary was built"
+    if transformer is None:
+        body: dict[str, Any] = {"static": {"units": settings.units, "kernel_size": settings.kernel_size}}
+    else:
+        body = {"body": body_settings(transformer)}
+        length = min(length, max_positions(transformer.config.get_text_config()) or length)
+    try:
+        config = StudentConfig(
+            kind=settings.kind,
+            teacher=TeacherName(name=info.name, revision=info.revision, fingerprint=info.fingerprint),
+            tokenizer_fingerprint=info.tokenizer_fingerprint,
+            dim=info.dim,
+            vocab_size=info.vocab_size,
+            pooling=info.pooling,
+            normalize=info.normalize,
+            max_length=length,
+            prompt=info.prompt,
+            include_prompt=info.include_prompt,
+            skip=info.skip,
+            projections=tuple(projection.config for projection in head.projections),
+            truncate_dim=info.truncate_dim,
+            heads=settings.heads,
+            **body,
         )
-    if info.pooling not in get_args(Pooling):
+    except ValidationError as error:
         raise StudentError(
-            f"teacher {info.name!r} uses pooling {info.pooling!r}, which students do not support: give a teacher with "
-            f"one of {get_args(Pooling)}"
-        )
+            f"invalid student of teacher {info.name!r} ({format_errors(error)}): change the settings or the teacher"
+        ) from error
+    check_dictionary(config, dictionary.config)
+    return config
 
 
 def _load_transformer(kind: str, info: TeacherInfo, teacher: str, revision: str | None) -> Any:

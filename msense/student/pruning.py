@@ -10,21 +10,19 @@ from msense.student.student import Student
 
 
 class PrunedEmbedding(nn.Module):
-    """An embedding of a subset of the token ids; all other ids map to the subset's first row."""
+    """An embedding [V, D] of a subset of the token ids, int64 [T]; all other ids map to the subset's first row."""
 
     places: Tensor  # int64 [V], row of each token id in `weight`
     whole: Tensor  # [V, D], initial values
     tokens: Tensor  # int64 [T]
 
-    def __init__(self, weight: Tensor, tokens: Tensor) -> None:
-        """Copy the rows `tokens`, int64 [T], of a table [V, D]."""
+    def __init__(self, whole: Tensor, tokens: Tensor) -> None:
         super().__init__()
-        places = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
-        places[tokens] = torch.arange(len(tokens), device=weight.device)
-        self.register_buffer("places", places, persistent=False)
-        self.register_buffer("whole", weight.detach(), persistent=False)
-        self.register_buffer("tokens", tokens, persistent=False)
-        self.weight = nn.Parameter(weight.detach()[tokens].clone())
+        places = torch.zeros(len(whole), dtype=torch.int64, device=whole.device)
+        places[tokens] = torch.arange(len(tokens), device=whole.device)
+        for name, buffer in (("places", places), ("whole", whole), ("tokens", tokens)):
+            self.register_buffer(name, buffer, persistent=False)
+        self.weight = nn.Parameter(whole[tokens].clone())
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return embeddings [..., D] of int64 [...]."""
@@ -35,7 +33,7 @@ def prune_embeddings(student: Student, tokens: Tensor) -> None:
     """Replace a student's nn.Embedding in place by one of `tokens`, int64 [T]; other embeddings are left unchanged."""
     table = student.body.get_input_embeddings()
     if type(table) is nn.Embedding and len(tokens):
-        student.body.set_input_embeddings(PrunedEmbedding(table.weight, tokens.to(table.weight.device)))
+        student.body.set_input_embeddings(PrunedEmbedding(table.weight.detach(), tokens.to(table.weight.device)))
 
 
 def restore_embeddings(student: Student) -> None:

@@ -1,9 +1,10 @@
 """A student as a sentence-transformers module: `SentenceTransformer(folder, trust_remote_code=True)`.
 
-Its embeddings equal those of `SenseEncoder.encode`; the dictionary is never read. For CPU inference a static student is
-held twice, once as `StaticEncoder`.
+Its embeddings equal those of `SenseEncoder.encode`; the dictionary is only read to save it again. For CPU inference a
+static student is held twice, once as `StaticEncoder`.
 """
 
+import logging
 from collections import UserDict
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -13,14 +14,18 @@ import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
+from msense.dictionary import SenseDictionary
 from msense.errors import InputError, StudentError
-from msense.io.atomic import atomic_path
+from msense.io.scratch import atomic_path
 from msense.student.config import StudentFiles
 from msense.student.files import checked_path, load_student, save_student
 from msense.student.static import StaticBody
 from msense.student.static_inference import StaticEncoder
 from msense.student.student import Student
 from msense.student.tokenizer import StudentTokenizer, pad_ids
+from msense.tokenizer import prompt_length
+
+logger = logging.getLogger(__name__)
 
 
 class SenseModule(InputModule):
@@ -34,8 +39,10 @@ class SenseModule(InputModule):
 
     config_file_name = "config.json"
 
-    def __init__(self, student: Student, reader: StudentTokenizer) -> None:
+    def __init__(self, student: Student, reader: StudentTokenizer, dictionary: Path | None = None) -> None:
+        """Use a student, its tokenizer, and the folder of its dictionary, which is only copied when it is saved."""
         super().__init__()
+        self._dictionary = dictionary
         self.student = student
         self._reader = reader
         self.tokenizer = reader.tokenizer
@@ -44,11 +51,7 @@ class SenseModule(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Maximum tokens per text, special tokens included.
-
-        Raises:
-            InputError: on setting a value that leaves no room for text or exceeds the student's own maximum.
-        """
+        """Maximum tokens per text, special tokens included; InputError for a value without room for text or too large."""
         return self._max_length
 
     @max_seq_length.setter
@@ -60,47 +63,36 @@ class SenseModule(InputModule):
         self._max_length = value
 
     def get_embedding_dimension(self) -> int:
-        """Return the dimension D of the vectors."""
-        return self.student.config.dim
+        """Return the dimension D' of the vectors."""
+        return self.student.config.sentence_dim
 
     def preprocess(self, inputs: list[str], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:
         """Return the token ids int64 [B, L] of texts, and their mask."""
         ids, mask = pad_ids(self._reader.ids(inputs, prompt or ""))
-        return {"input_ids": ids, "attention_mask": mask.long()}
+        skip = 0 if self.student.config.include_prompt else prompt_length(self.tokenizer, prompt or "")
+        return {"input_ids": ids, "attention_mask": mask.long(), "prompt_length": skip}
 
     def forward(self, features: dict[str, Any], **_: Any) -> MutableMapping[str, Any]:
         """Add token embeddings [B, L, D], lazily in the fast path, and sentence vectors [B, D]."""
         ids, mask = features["input_ids"], features["attention_mask"].bool()
-        if self._is_fast(ids):
+        skip = int(features.get("prompt_length", 0))
+        if (fast := self._fast_encoder(ids)) is not None:
             rows = [row[real] for row, real in zip(ids.numpy(), mask.numpy(), strict=True)]
-            sentences = torch.from_numpy(self._static().sentences(rows))
+            sentences = torch.from_numpy(fast.sentences(rows, skip))
             lazy = {"token_embeddings": lambda: self.student(ids, mask).hidden, "sentence_embedding": sentences}
             return _LazyFeatures({**features, **lazy})
         hidden = self.student(ids, mask).hidden
-        sentences = self.student.sentence(hidden, mask)
+        sentences = self.student.sentence(hidden, mask, skip)
         return {**features, "token_embeddings": hidden, "sentence_embedding": sentences}
 
-    def train(self, mode: bool = True) -> "SenseModule":
-        """Set training or inference mode; training frees the inference tables."""
-        if mode:
-            self._fast = None
-        super().train(mode)
-        return self
-
-    def _is_fast(self, ids: Tensor) -> bool:
-        """Return whether this is float32 CPU inference of a static student, without gradients."""
+    def _fast_encoder(self, ids: Tensor) -> StaticEncoder | None:
+        """Return inference tables, rebuilt if a weight has changed, for a static student in float32 on the CPU."""
         body = self.student.body
-        return (
-            isinstance(body, StaticBody)
-            and not self.training
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and all(tensor.device.type == "cpu" for tensor in (ids, body.means))
-            and body.means.dtype == torch.float32
-        )
-
-    def _static(self) -> StaticEncoder:
-        """Return the inference tables, rebuilt if a weight has changed."""
+        static = isinstance(body, StaticBody) and body.means.dtype == torch.float32
+        on_cpu = ids.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if self.training or torch.is_grad_enabled() or not (static and on_cpu):
+            self._fast = None  # frees the tables
+            return None
         tensors = self.student.state_dict(keep_vars=True).values()
         version = tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
         if self._fast is None or self._fast[0] != version:
@@ -108,8 +100,16 @@ class SenseModule(InputModule):
         return self._fast[1]
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        """Write student and tokenizer; sentence-transformers writes the rest."""
+        """Write student, tokenizer and dictionary; sentence-transformers writes the rest."""
         files = StudentFiles(Path(output_path))
+        if self._dictionary is not None and self._dictionary.is_dir():
+            SenseDictionary.load(self._dictionary).save(files.dictionary)
+        else:
+            logger.warning(
+                "%s is saved without the senses of its tokens, which are not at %s: load the whole student to keep them",
+                output_path,
+                self._dictionary,
+            )
         config = self.student.config.model_copy(update={"max_length": self.max_seq_length})
         save_student(files.folder, self.student, config)
         self.tokenizer.no_truncation()
@@ -119,11 +119,7 @@ class SenseModule(InputModule):
 
     @classmethod
     def load(cls, model_name_or_path: str, *, subfolder: str = "", **kwargs: Any) -> "SenseModule":
-        """Load a saved student from a folder or the hub; options other than those of the hub are ignored.
-
-        Raises:
-            StudentError: a file is missing, truncated, malformed, inconsistent, or links out of the folder.
-        """
+        """Load a student from a folder or the hub, with checks as `load_student`; only options of the hub are used."""
         options = {name: kwargs.get(name) for name in ("token", "cache_folder", "revision")}
         options |= {"subfolder": subfolder, "local_files_only": bool(kwargs.get("local_files_only"))}
         names = ("config.json", "model.safetensors", "tokenizer.json")
@@ -132,7 +128,7 @@ class SenseModule(InputModule):
             raise StudentError(f"{model_name_or_path} has no config.json: give the folder or hub name of a student")
         files = StudentFiles(Path(config).parent)
         student = load_student(files.folder)
-        return cls(student, StudentTokenizer(checked_path(files, files.tokenizer), student.config))
+        return cls(student, StudentTokenizer(checked_path(files, files.tokenizer), student.config), files.dictionary)
 
 
 class _LazyFeatures(UserDict[str, Any]):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from msense.student.config import StudentConfig
 from msense.student.static import StaticBody
 from msense.student.transformer import TransformerBody
-from msense.teacher.pooling import pool
+from msense.teacher.pooling import Projection, SentenceHead
 
 
 class StudentOutput(NamedTuple):
@@ -43,6 +43,13 @@ class Student(nn.Module):
         if self.head is not None:
             nn.init.eye_(self.head.weight)
             nn.init.zeros_(self.head.bias)
+        self.sentence_head = SentenceHead(
+            config.pooling,
+            normalize=config.normalize,
+            skip=config.skip,
+            projections=[Projection(projection) for projection in config.projections],
+            truncate_dim=config.truncate_dim,
+        ).requires_grad_(requires_grad=False)  # the teacher's own
 
     def forward(self, ids: Tensor, mask: Tensor) -> StudentOutput:
         """Embed token ids int64 [B, L] with a mask bool [B, L], padded on either side."""
@@ -50,9 +57,10 @@ class Student(nn.Module):
         hidden = hidden if self.adaptor is None else self.adaptor(hidden)
         return StudentOutput(hidden, hidden if self.head is None else self.head(hidden))
 
-    def sentence(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Return sentence vectors [B, D], pooled from `hidden` [B, L, D] like the teacher's."""
-        return pool(hidden, mask, self.config.pooling, normalize=self.config.normalize)
+    def sentence(self, hidden: Tensor, mask: Tensor, skip: int | None = None) -> Tensor:
+        """Return sentence vectors [B, D'], made of `hidden` [B, L, D] like the teacher's; for `skip` see `pool`."""
+        vectors: Tensor = self.sentence_head(hidden, mask, skip)
+        return vectors
 
     def weights(self) -> dict[str, Tensor]:
         """Return the tensors to save; a static student's shift is merged into its means."""

@@ -21,33 +21,25 @@ class StudentTokenizer:
     """A student's tokenizer; texts are truncated to `config.max_length` tokens."""
 
     def __init__(self, path: Path, config: StudentConfig) -> None:
-        """Load a tokenizer.json.
-
-        Raises:
-            StudentError: the file is damaged or not this student's, or its special tokens leave no room for text.
-        """
+        """Load a tokenizer.json; raise StudentError if it is damaged, another's, or leaves no room for text."""
         try:
             vocabulary = Vocabulary(path, config.vocab_size, config.tokenizer_fingerprint)
-        except (OSError, DictionaryError) as error:
+        except DictionaryError as error:
             raise StudentError(f"{path} is not the student's tokenizer ({error})") from error
         self.tokenizer = vocabulary.tokenizer
         largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         special = self.tokenizer.num_special_tokens_to_add(is_pair=False)
-        problem = ""
         if largest >= config.vocab_size:
-            problem = f"has token id {largest}, but the student has {config.vocab_size} tokens"
-        elif special >= config.max_length:
-            problem = f"adds {special} special tokens to a text, but max_length is {config.max_length}"
-        if problem:
-            raise StudentError(f"{path} {problem}: copy or train the student again")
+            raise StudentError(
+                f"{path} has token id {largest}, but the student {config.vocab_size} tokens: copy it again"
+            )
+        if special >= config.max_length:
+            excess = f"adds {special} special tokens to a text, but max_length is {config.max_length}"
+            raise StudentError(f"{path} {excess}: train the student again")
         self.tokenizer.enable_truncation(config.max_length)
 
     def ids(self, texts: Sequence[str], prompt: str = "") -> list[np.ndarray]:
-        """Return the token ids of prompt + text for each text, int64 [n_i], special tokens included.
-
-        Raises:
-            InputError: a text or the prompt is not valid text.
-        """
+        """Return the token ids of prompt + text for each text, int64 [n_i]; raise InputError for invalid text."""
         _check(texts, prompt)
         rows: list[np.ndarray] = []
         for start in range(0, len(texts), _TEXTS_AT_A_TIME):
@@ -57,11 +49,7 @@ class StudentTokenizer:
         return rows
 
     def encoding(self, text: str, prompt: str = "") -> Encoding:
-        """Return the tokens of one text with their offsets in prompt + text.
-
-        Raises:
-            InputError: the text or the prompt is not valid text.
-        """
+        """Return the tokens of one text with their offsets in prompt + text; raise InputError for invalid text."""
         _check([text], prompt)
         with tokenizer_errors("fails at a text"):
             return self.tokenizer.encode(prompt + text)

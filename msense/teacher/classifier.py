@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from msense.constants import MAX_DIM
 from msense.errors import InputError
-from msense.io.atomic import atomic_path
+from msense.io.scratch import atomic_path
 from msense.io.untrusted import Artefact, FrozenModel
 from msense.teacher.pooling import Pooling, pool, pool_rows
 

@@ -8,8 +8,10 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from msense.constants import DEMO_TEACHER
 from msense.errors import InputError, is_panic
 from msense.io import storage
-from msense.io.untrusted import check_model_settings
+from msense.io.untrusted import check_model_settings, printable
 from msense.text import first_line, redact
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,16 @@ POOLING_KEYS = {  # in the config of sentence-transformers' pooling module
     "mean": "pooling_mode_mean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
+_MODULES = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")  # of sentence-transformers
+_SUPPORTED = re.compile("(Transformer )?(Pooling )?(Dense )*(Normalize )?")
+_BODY_SETTINGS = tuple(  # of the Transformer module; older versions of sentence-transformers named it after the model
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+_TOKENIZER_OPTIONS = (
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "model_max_length", "padding_side"),
+    *("truncation_side", "use_fast"),
+)
 _JSON_BYTES = 64 << 20
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -99,31 +111,107 @@ def loading(what: str) -> Iterator[None]:
         ) from error
 
 
-def read_settings(folder: Path) -> tuple[Path, str, bool, int | None, str]:
-    """Return a sentence-transformers folder's body folder, pooling, normalization, maximum length and default prompt.
+@dataclass(frozen=True)
+class TeacherFolder:
+    """How a teacher's folder computes sentence vectors; of any folder but sentence-transformers', the mean of all tokens."""
 
-    Any other folder gives mean pooling, no normalization, no maximum length and no prompt.
+    body: Path  # folder of weights and tokenizer
+    pooling: str = "mean"
+    include_prompt: bool = True  # whether the prompt's tokens are pooled
+    projections: tuple[Path, ...] = ()  # folders of the Dense modules after pooling, in order
+    normalize: bool = False
+    truncate_dim: int | None = None  # of the sentence vector
+    max_length: int | None = None
+    prompt: str = ""
+    lower_case: bool = False  # whether texts are lower-cased before they are tokenized
+    tokenizer_options: dict[str, Any] = field(default_factory=dict)
+
+
+def read_settings(folder: Path) -> TeacherFolder:
+    """Return the settings of a teacher's folder.
+
+    Raises:
+        InputError: a file is corrupted, or a module is not supported.
     """
     modules = _read_json(folder / "modules.json")
     if modules is None:
-        return folder, "mean", False, None, ""
+        return TeacherFolder(folder)
     if not (isinstance(modules, list) and all(isinstance(m, dict) for m in modules)):
         raise InputError(
             f"{folder / 'modules.json'} is not a list of modules: restore it, or remove it to read the model alone"
         )
-    by_kind = {str(m.get("type", "")).rsplit(".", 1)[-1]: str(m.get("path", "")) for m in modules}
-    for kind in by_kind.keys() - {"Transformer", "Pooling", "Normalize"}:
-        logger.warning("ignoring the teacher's %s module: msense reads the token embeddings before it", kind)
-    body = _inside(folder, by_kind.get("Transformer", ""))
-    pooling = "mean"
-    if "Pooling" in by_kind:
-        pooling = _pooling(_read_object(_inside(folder, by_kind["Pooling"]) / "config.json"))
-    longest = _read_object(body / "sentence_bert_config.json").get("max_seq_length")
-    settings = _read_object(folder / "config_sentence_transformers.json")
+    kinds = [_module_kind(folder, str(module.get("type", ""))) for module in modules]
+    paths = [str(module.get("path", "")) for module in modules]
+    if not _SUPPORTED.fullmatch("".join(f"{kind} " for kind in kinds if kind != "Dropout")):
+        raise InputError(
+            f"{folder / 'modules.json'} lists the modules {', '.join(kinds)}; msense supports one Transformer, Pooling, "
+            "Dense and Normalize in this order: use another teacher"
+        )
+    body = _inside(folder, paths[kinds.index("Transformer")]) if "Transformer" in kinds else folder
+    own = next((settings for name in _BODY_SETTINGS if (settings := read_object(body / name))), {})
+    _check_task(folder, own)
+    pooling = read_object(_inside(folder, paths[kinds.index("Pooling")]) / "config.json") if "Pooling" in kinds else {}
+    settings = read_object(folder / "config_sentence_transformers.json")
     prompts = settings.get("prompts")
     prompt = prompts.get(str(settings.get("default_prompt_name")), "") if isinstance(prompts, dict) else ""
-    usual = longest if type(longest) is int and longest > 0 else None
-    return body, pooling, "Normalize" in by_kind, usual, str(prompt)
+    return TeacherFolder(
+        body=body,
+        pooling=_pooling(pooling),
+        include_prompt=pooling.get("include_prompt") is not False,
+        projections=tuple(_inside(folder, path) for kind, path in zip(kinds, paths, strict=True) if kind == "Dense"),
+        normalize="Normalize" in kinds,
+        truncate_dim=_positive(settings.get("truncate_dim")),
+        max_length=_positive(own.get("max_seq_length")),
+        prompt=str(prompt),
+        lower_case=own.get("do_lower_case") is True,
+        tokenizer_options=_tokenizer_options(folder, own),
+    )
+
+
+def _module_kind(folder: Path, kind: str) -> str:
+    """Return the class name of a supported module; raise InputError for any other."""
+    name = kind.rpartition(".")[2]
+    if kind.startswith("sentence_transformers.") and name in _MODULES:
+        return name
+    remedy = "use another teacher"
+    if name in ("Router", "Asym"):
+        routes = read_object(folder / "router_config.json").get("types")
+        inner = [str(folder / str(path)) for path in routes] if isinstance(routes, dict) else []
+        remedy = f"give one of its folders as the teacher ({', '.join(inner[:4]) or 'such as that of documents'})"
+    elif not kind.startswith("sentence_transformers."):
+        remedy = "its code is never run; " + remedy
+    raise InputError(f"teacher {folder.name!r} has the module {kind}, a {name}, which is not supported: {remedy}")
+
+
+def _check_task(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise InputError for a Transformer module that does not give the token embeddings of a text."""
+    task = settings.get("transformer_task", "feature-extraction")
+    modalities = settings.get("modality_config")
+    if task != "feature-extraction" or (isinstance(modalities, dict) and "text" not in modalities):
+        raise InputError(
+            f"teacher {folder.name!r} is a model for {task} of {', '.join(modalities or ['text'])}, not an encoder of texts: "
+            "use another teacher"
+        )
+
+
+def _tokenizer_options(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with which the tokenizer is loaded, in the names of any version of sentence-transformers."""
+    options: dict[str, Any] = {}
+    for key in ("tokenizer_args", "processor_kwargs"):
+        given = settings.get(key)
+        options |= given if isinstance(given, dict) else {}
+    options.pop("trust_remote_code", None)
+    if unknown := sorted(options.keys() - set(_TOKENIZER_OPTIONS)):
+        raise InputError(
+            f"teacher {folder.name!r} loads its tokenizer with the option {unknown[0]!r}, which is not supported: save its "
+            "tokenizer with that option applied"
+        )
+    return options
+
+
+def _positive(value: object) -> int | None:
+    """Return a setting that must be a positive integer to count."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _pooling(settings: dict[str, Any]) -> str:
@@ -131,20 +219,28 @@ def _pooling(settings: dict[str, Any]) -> str:
     modes = [mode for mode, key in POOLING_KEYS.items() if settings.get(key)]
     others = (key for key in settings if key.startswith("pooling_mode_") and key not in POOLING_KEYS.values())
     modes += [key.removeprefix("pooling_mode_") for key in others if settings[key] is True]
-    return str(settings.get("pooling_mode") or "+".join(modes) or "mean")
+    named = settings.get("pooling_mode")
+    return "+".join(named) if isinstance(named, list) else str(named or "+".join(modes) or "mean")
 
 
 def body_folder(name: str, revision: str | None) -> Path:
     """Return the folder of a teacher's weights; see `locate`."""
-    return read_settings(locate(name, revision))[0]
+    return read_settings(locate(name, revision)).body
 
 
 def check_files(name: str, folder: Path) -> None:
-    """Raise for weights that are missing, pickled or corrupted, and for files that would make a library hang.
+    """Raise for an adapter, weights that are missing, pickled or corrupted, and files that would make a library hang.
 
-    The latter are pipes, huge settings files, and configs with more layers than the weights have tensors. Only the
+    The last are pipes, huge settings files, and configs with more layers than the weights have tensors. Only the
     headers of the weights are read.
     """
+    if (adapter := folder / "adapter_config.json").exists():
+        base = read_object(adapter).get("base_model_name_or_path")
+        raise InputError(
+            f"teacher {name!r} is an adapter (adapter_config.json) of {printable(base or 'a base model')}, which is not "
+            "applied: merge it into the weights (peft's merge_and_unload, then save_pretrained) and give the new folder; "
+            "if the weights already contain it, remove adapter_config.json"
+        )
     for file in (file for pattern in _HUB_FILES for file in folder.glob(pattern)):
         if not file.is_file():
             raise InputError(f"teacher {name!r}: {file.name} is not a regular file: put the file itself there")
@@ -160,7 +256,7 @@ def check_files(name: str, folder: Path) -> None:
             f"teacher {name!r} has no safetensors weights{other}, the only format that is read: save the model with "
             "save_pretrained, or give another teacher"
         )
-    index = _read_object(folder / "model.safetensors.index.json").get("weight_map")
+    index = read_object(folder / "model.safetensors.index.json").get("weight_map")
     lacking = sorted({str(n) for n in index.values()} - {f.name for f in files}) if isinstance(index, dict) else []
     if lacking:
         raise InputError(f"teacher {name!r} lacks the weights file {lacking[0]} listed in its index: download it again")
@@ -173,7 +269,7 @@ def check_files(name: str, folder: Path) -> None:
             raise InputError(
                 f"teacher {name!r}: {file.name} is corrupted ({first_line(error)}): download it again"
             ) from error
-    if wrong := check_model_settings(_read_object(folder / "config.json"), tensors):
+    if wrong := check_model_settings(read_object(folder / "config.json"), tensors):
         raise InputError(
             f"teacher {name!r}: in config.json, {wrong}: give a folder whose weights and config.json belong together"
         )
@@ -222,7 +318,7 @@ def _read_json(file: Path) -> Any:
         raise InputError(f"cannot read {file} as JSON ({error}): restore it") from error
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """Return a JSON object; empty if the file does not exist."""
     settings = _read_json(file)
     if not isinstance(settings, dict | None):

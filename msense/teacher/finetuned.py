@@ -39,10 +39,11 @@ def save_teacher(
         figures: metrics for the model card.
     """
     folder.mkdir(parents=True)
-    inner, _, _, _, prompt = read_settings(source)
+    original = read_settings(source)
+    prompt = original.prompt
     _save_body(folder, body)
     for pattern in _TOKENIZER:
-        for path in inner.glob(pattern):
+        for path in original.body.glob(pattern):
             if not links_outside(path, source):  # a link could disclose any file of this machine
                 shutil.copyfile(path, folder / path.name)
     config = classifier.config

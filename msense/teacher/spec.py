@@ -5,14 +5,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from msense.constants import MAX_DIM, MAX_VOCABULARY
 from msense.errors import InputError
-from msense.teacher.files import check_files, check_vocabulary, loading, locate, read_settings, weights_fingerprint
-from msense.tokenizer import fingerprint, special_tokens_around
+from msense.io.untrusted import printable
+from msense.teacher.files import (
+    TeacherFolder,
+    check_files,
+    check_vocabulary,
+    loading,
+    locate,
+    read_object,
+    read_settings,
+    weights_fingerprint,
+)
+from msense.tokenizer import fingerprint, prompt_length, special_tokens_around
 
 LONGEST_BY_DEFAULT = 512
+_ATTENTION_KEYS = ("is_causal", "use_bidirectional_attention")  # of a decoder's config
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # a tokenizer needs one of them
 # model types whose position ids start after the padding token's id, as RoBERTa's do
 POSITIONS_AFTER_PADDING = (
@@ -25,7 +36,12 @@ POSITIONS_AFTER_PADDING = (
     "ibert",
     "luke",
     "esm",
+    "lilt",
+    "layoutlmv3",
+    "markuplm",
 )
+# model types that give no vector of each token of a text alone, beside those that `Teacher` finds when it is loaded
+_UNSUPPORTED = {"bros": "needs the place of every token on a page", "reformer": "gives two states of each token"}
 
 
 class TeacherOptions(BaseModel):
@@ -69,6 +85,10 @@ class TeacherInfo:
     prompt_ids: tuple[int, ...]
     excluded: tuple[int, ...]
     decoder: bool = False  # a causal language model
+    skip: int = 0  # tokens at the start of a passage that the sentence vector is not pooled from: those of a prompt
+    include_prompt: bool = True  # whether a prompt's tokens are pooled
+    projections: tuple[str, ...] = ()  # fingerprints of the Dense modules after pooling
+    truncate_dim: int | None = None  # of the sentence vector
 
 
 def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, Tokenizer]:
@@ -80,26 +100,33 @@ def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, 
     from transformers import AutoConfig
 
     folder = locate(name, options.revision)
-    body, pooling, normalize, longest, prompt = read_settings(folder)
+    own = read_settings(folder)
+    body, pooling = own.body, own.pooling
     check_files(name, body)
     with loading(repr(name)):
         text_config = AutoConfig.from_pretrained(body, trust_remote_code=False).get_text_config()
+    decoder = _is_decoder(text_config.model_type)
+    if decoder:
+        _check_attention(name, read_object(body / "config.json"))
     layers, dim, vocab_size = _sizes(name, text_config)
     if not -layers - 1 <= options.layer <= layers:
         raise InputError(f"layer {options.layer} does not exist: give --layer 0 (embeddings) to {layers}")
-    tokenizer = _load_tokenizer(name, body)
+    tokenizer = _load_tokenizer(name, own)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    if (tokens := backend.get_vocab_size(with_added_tokens=True)) > vocab_size:
+    if own.lower_case:
+        _add_lower_case(backend)
+    token, number = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    if number >= vocab_size:
         raise InputError(
-            f"teacher {name!r}: the tokenizer has {tokens} tokens, but the model only {vocab_size} embeddings: give a "
-            "folder whose tokenizer and model belong together"
+            f"teacher {name!r}: the tokenizer has token {number} ({printable(token)!r}), but the model only {vocab_size} "
+            "embeddings: give a folder whose tokenizer and model belong together"
         )
     check_vocabulary(name, body, vocab_size)
     with loading(f"{name!r} (tokenizer)"):
         prefix, suffix = special_tokens_around(backend)
-    prompt = options.prompt if options.prompt is not None else prompt
+    prompt = options.prompt if options.prompt is not None else own.prompt
     is_auto = options.special_tokens == "auto"
     rule = ("include" if pooling == "mean" else "exclude") if is_auto else options.special_tokens
     info = TeacherInfo(
@@ -112,32 +139,55 @@ def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, 
         layer=options.layer,
         pooling=pooling,
         special_tokens=rule,
-        normalize=normalize,
+        normalize=own.normalize,
         prompt=prompt,
-        max_length=_max_length(options.max_length, longest, (tokenizer.model_max_length, max_positions(text_config))),
+        max_length=_max_length(
+            options.max_length, own.max_length, (tokenizer.model_max_length, max_positions(text_config))
+        ),
         prefix=prefix,
         suffix=suffix,
         prompt_ids=tuple(backend.encode(prompt, add_special_tokens=False).ids) if prompt else (),
         excluded=excluded_tokens(tokenizer, rule, is_auto),
-        decoder=_is_decoder(text_config.model_type),
+        decoder=decoder,
+        skip=0 if own.include_prompt else prompt_length(backend, prompt),
+        include_prompt=own.include_prompt,
+        projections=tuple(map(weights_fingerprint, own.projections)),
+        truncate_dim=own.truncate_dim,
     )
     return info, backend
 
 
-def _load_tokenizer(name: str, body: Path) -> Any:
+def _load_tokenizer(name: str, own: TeacherFolder) -> Any:
     """Load a teacher's tokenizer, which must provide character offsets."""
     from transformers import AutoTokenizer
 
-    if not any(any(body.glob(pattern)) for pattern in _VOCABULARIES):
+    if not any(any(own.body.glob(pattern)) for pattern in _VOCABULARIES):
         raise InputError(f"teacher {name!r} has no tokenizer: put its tokenizer.json beside config.json")
     with loading(f"{name!r} (tokenizer)"):
-        tokenizer = AutoTokenizer.from_pretrained(body, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(own.body, trust_remote_code=False, **own.tokenizer_options)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"teacher {name!r} has no fast tokenizer (tokenizer.json), which msense needs for character offsets: convert "
             "it with transformers, or give another teacher"
         )
     return tokenizer
+
+
+def _add_lower_case(tokenizer: Tokenizer) -> None:
+    """Lower-case texts before anything else, as sentence-transformers does for `do_lower_case`."""
+    given = tokenizer.normalizer
+    if '"Lowercase"' not in tokenizer.to_str() and '"lowercase":true' not in tokenizer.to_str():
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([given] if given else [])])
+
+
+def _check_attention(name: str, config: dict[str, Any]) -> None:
+    """Raise InputError for a decoder whose own code, which is never run, may have another attention."""
+    if config.get("auto_map") and not config.keys() & set(_ATTENTION_KEYS):
+        raise InputError(
+            f"teacher {name!r}: config.json names code of its own (auto_map), which is never run and may change the "
+            'attention of this decoder: add "is_causal": true (each token sees those before it) or false (it sees all) to '
+            "config.json, as that code does"
+        )
 
 
 def _is_decoder(model_type: str) -> bool:
@@ -151,6 +201,9 @@ def _sizes(name: str, config: Any) -> tuple[int, int, int]:
     """Return a model's number of layers, embedding size and vocabulary size."""
     sizes: list[Any] = [getattr(config, key, None) for key in ("num_hidden_layers", "hidden_size", "vocab_size")]
     layers, dim, vocab_size = sizes
+    if config.model_type in _UNSUPPORTED:
+        reason = _UNSUPPORTED[config.model_type]
+        raise InputError(f"teacher {name!r} is a {config.model_type} model, which {reason}: give another teacher")
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise InputError(
             f"teacher {name!r}: config.json specifies {layers} layers, {dim} dimensions and {vocab_size} tokens: give a "
@@ -192,7 +245,12 @@ def _max_length(requested: int | None, usual: int | None, limits: tuple[int | No
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the maximum number of tokens that the position embeddings of a model support."""
-    count = getattr(config, "max_position_embeddings", None)
-    unused = (config.pad_token_id or 0) + 1 if any(kind in config.model_type for kind in POSITIONS_AFTER_PADDING) else 0
-    return count - unused if isinstance(count, int) else None
+    """Return the maximum number of tokens that a model reads: position embeddings, or blocks that all see each other."""
+    count = getattr(config, "max_position_embeddings", getattr(config, "max_encoder_position_embeddings", None))
+    if not isinstance(count, int) or count <= 0:  # XLNet's is -1
+        return None
+    if getattr(config, "attention_type", None) == "block_sparse":  # BigBird's, of longer texts
+        count = min(count, (5 + 2 * config.num_random_blocks) * config.block_size)
+    if not any(kind in config.model_type for kind in POSITIONS_AFTER_PADDING):
+        return count
+    return count - 1 - (1 if config.model_type == "mpnet" else config.pad_token_id or 0)  # MPNet's is always 1

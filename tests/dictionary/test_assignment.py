@@ -49,38 +49,22 @@ def cut(table: np.ndarray, offsets: np.ndarray, parts: int) -> RaggedSenses:
 
 
 cases = st.tuples(st.integers(0, 2**32), st.integers(1, 12), st.integers(0, 80), st.integers(0, 7))
-parts_of = st.integers(1, 3)
 budgets = st.sampled_from([1, 30, 1 << 18])  # one occurrence per batch, both kinds of batches, a single batch
 
 
-@settings(max_examples=80, deadline=None)
-@given(case=cases, metric=st.sampled_from(["l2", "dot"]), parts=parts_of, elements=budgets)
-def test_nearest_sense_matches_a_loop_with_ties_to_the_lowest(
-    case: tuple, metric: str, parts: int, elements: int
-) -> None:
-    ids, x, offsets, table = draw_case(*case, integers=True)
-    expected_number, expected = np.full(len(ids), -1), x.copy()
-    for i, token in enumerate(ids):
-        if len(own := own_senses(token, offsets, table)):
-            expected_number[i] = naive_scores(x[i], own, metric).argmax()
-            expected[i] = own[expected_number[i]]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(assignment.BATCH_ELEMENTS, "cpu", elements)
-        senses = cut(table, offsets, parts)
-        np.testing.assert_array_equal(assign(ids, torch.from_numpy(x), senses, metric).numpy(), expected_number)
-        np.testing.assert_array_equal(replace(ids, torch.from_numpy(x), senses, metric).numpy(), expected)
-
-
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     case=cases,
+    integers=st.booleans(),
     metric=st.sampled_from(METRICS),
     scale=st.sampled_from([None, 1e-3, 0.7, 50.0]),
-    parts=parts_of,
+    parts=st.integers(1, 3),
     elements=budgets,
 )
-def test_replacement_matches_a_loop(case: tuple, metric: str, scale: float | None, parts: int, elements: int) -> None:
-    ids, x, offsets, table = draw_case(*case, integers=False)
+def test_assignment_and_replacement_match_a_loop(
+    case: tuple, integers: bool, metric: str, scale: float | None, parts: int, elements: int
+) -> None:
+    ids, x, offsets, table = draw_case(*case, integers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(assignment.BATCH_ELEMENTS, "cpu", elements)
         senses = cut(table, offsets, parts)
@@ -94,6 +78,8 @@ def test_replacement_matches_a_loop(case: tuple, metric: str, scale: float | Non
             continue
         s = naive_scores(x[i], own, metric)
         assert s[number[i]] >= s.max() - 1e-5
+        if integers and metric != "cosine":  # exact scores: ties go to the lowest
+            assert number[i] == s.argmax()
         if scale is None:
             np.testing.assert_array_equal(got[i], own[number[i]])
         else:
@@ -150,20 +136,14 @@ def test_high_temperature_gives_the_mean_and_low_the_nearest() -> None:
 
 @pytest.mark.parametrize("scale", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_output_keeps_dtype_and_may_be_the_input(dtype: torch.dtype, scale: float | None) -> None:
-    ids = np.array([0, 1, 0, -100, 7])
+def test_output_keeps_dtype(dtype: torch.dtype, scale: float | None) -> None:
     x = torch.tensor([[1, 0], [9, 9], [0, 3], [8, 8], [7, 7]], dtype=dtype)
     senses = RaggedSenses(np.array([0, 2, 2]), (torch.tensor([[2, 0], [0, 2]], dtype=torch.float16),))
-    out = torch.empty_like(x)
-    fresh = replace(ids, x, senses, "l2", scale)
-    assert replace(ids, x, senses, "l2", scale, out) is out
-    assert replace(ids, x, senses, "l2", scale, x) is x
-    assert fresh.dtype == dtype
-    assert torch.equal(fresh, out)
-    assert torch.equal(fresh, x)
-    assert x[[1, 3, 4]].tolist() == [[9, 9], [8, 8], [7, 7]]
+    out = replace(np.array([0, 1, 0, -100, 7]), x, senses, "l2", scale)
+    assert out.dtype == dtype
+    assert out[[1, 3, 4]].tolist() == [[9, 9], [8, 8], [7, 7]]
     if scale is None:
-        assert x[[0, 2]].tolist() == [[2, 0], [0, 2]]
+        assert out[[0, 2]].tolist() == [[2, 0], [0, 2]]
 
 
 @pytest.mark.parametrize("metric", METRICS)

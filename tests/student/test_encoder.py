@@ -1,21 +1,294 @@
-"""SenseEncoder: the module's outputs in any order and batch, senses known by hand, invalid arguments."""
+"""Saved students: files, refused folders, sentence-transformers, the hub, and what SenseEncoder returns."""
 
-import subprocess
-import sys
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from students import KINDS, LONG, TEXTS, ids_of, one, shipped
+import yaml
+from students import KINDS, LONG, TEXTS, ids_of, one, outside, shipped
+from tiny import make
 
-from msense import SenseEncoder
-from msense.errors import InputError
+from msense import SenseDictionary, SenseEncoder
+from msense.errors import DictionaryError, InputError, MsenseError, StudentError
 from msense.student import encoder as encoder_module
+from msense.student import init_student, load_student, save_pretrained
+from msense.student.config import StudentSettings
+from msense.student.files import student_folder
+from msense.student.shipping import student_card
 from msense.student.tokenizer import pad_ids
 from msense.teacher.batching import TOKEN_BUDGET
 from msense.teacher.pooling import POOLINGS, pool, pool_rows
+
+
+def test_without_a_dictionary_there_are_vectors_only(teacher: Path, tmp_path: Path) -> None:
+    student, dictionary = shipped(teacher, tmp_path / "s")
+    save_pretrained(tmp_path / "s", student, dictionary, senses="none")  # removes the earlier dictionary
+    assert not (tmp_path / "s" / "dictionary").exists()
+    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
+    assert encoder.encode(TEXTS).shape == (len(TEXTS), 16)
+    for use in (lambda: encoder.tokens("bank"), lambda: encoder.encode(TEXTS, replace="hard")):
+        with pytest.raises(StudentError, match=r"has no dictionary, .* save it again with senses='float16'"):
+            use()
+
+
+def test_a_saved_folder_is_complete_without_code_and_local_paths(teacher: Path, tmp_path: Path) -> None:
+    student, dictionary = shipped(teacher, tmp_path / "s", str(teacher), "int8", figures={"accuracy": 0.8125})
+    files = {str(p.relative_to(tmp_path / "s")) for p in (tmp_path / "s").rglob("*") if p.is_file()}
+    names = ("README.md", "config.json", "dictionary.safetensors", "exemplars.parquet", "tokenizer/tokenizer.json")
+    assert files == {
+        *("README.md", "config.json", "config_sentence_transformers.json", "model.safetensors", "modules.json"),
+        *("tokenizer.json", *(f"dictionary/{name}" for name in names)),
+    }
+    assert load_student(tmp_path / "s").config == student.config.model_copy(update={"kind": teacher.name})
+    for senses in ("int8", "float16"):
+        assert SenseDictionary.load(tmp_path / "s" / "dictionary").config.dtype == senses
+        save_pretrained(tmp_path / "s", student, dictionary)  # float16 by default
+    for path in (tmp_path / "s").rglob("*"):
+        assert path.is_dir() or str(teacher.parent).encode() not in path.read_bytes(), path
+
+
+def test_the_card_has_metadata_and_metrics_and_cannot_be_broken_out_of(shipped_student: tuple) -> None:
+    config = shipped_student[1].config
+    figures = {"held-out sense accuracy": 0.8125, "a |\n# evil": 1.0, "{x}": 2.0}
+    for teacher, base in (("org/name", "org/name"), ("a: b\n---\n# evil", None)):
+        named = config.model_copy(update={"teacher": config.teacher.model_copy(update={"name": teacher})})
+        card = student_card(named, "int8", figures)
+        metadata = yaml.safe_load(card.split("---\n")[1])
+        assert metadata["library_name"] == "sentence-transformers"
+        assert metadata.get("base_model") == base
+        assert "\n# evil" not in card
+    for expected in ("| held-out sense accuracy | 0.8125 |", "| {x} | 2 |", "trust_remote_code=True", "stored as int8"):
+        assert expected in card
+
+
+def test_an_interrupted_save_leaves_no_student(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, dictionary = shipped(teacher, tmp_path / "s")
+    monkeypatch.setattr("msense.student.shipping.student_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_pretrained(tmp_path / "s", student, dictionary)
+    with pytest.raises(StudentError, match=r"config.json is missing"):
+        SenseEncoder.from_pretrained(tmp_path / "s")
+
+
+def test_mismatches_are_refused_before_anything_is_written(teacher: Path, tmp_path: Path) -> None:
+    student, dictionary = shipped(teacher, tmp_path / "s")
+    config = (tmp_path / "s" / "config.json").read_bytes()
+    unnamed = {"tokenizer_fingerprint": "", "teacher": {"name": "t"}}
+    cases = [
+        (make([1] * 25, **unnamed), {}, "does not match the student .*: it has dimension 3, not 16"),
+        (make([1], 16, tokenizer_fingerprint="other"), {}, "it has tokenizer other, not "),
+        (make([1] * dictionary.vocab_size, 16, **unnamed), {}, "the dictionary has no tokenizer"),
+        (dictionary, {"senses": "int4"}, "invalid senses 'int4'"),
+    ]
+    for other, arguments, match in cases:
+        with pytest.raises(StudentError, match=match):
+            save_pretrained(tmp_path / "s", student, other, **arguments)
+    assert (tmp_path / "s" / "config.json").read_bytes() == config
+
+
+def edit(path: Path, **settings: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def other_tokenizer(path: Path) -> None:
+    definition = json.loads(path.read_text())
+    definition["model"]["vocab"] = {"[UNK]": 0, "bank": 1}
+    edit(path, model=definition["model"], post_processor=None, added_tokens=[])
+
+
+def other_dictionary(folder: Path) -> None:
+    shutil.rmtree(folder)
+    make([1] * 25).save(folder)
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "other tokenizer": (lambda f: other_tokenizer(f / "tokenizer.json"), "not the student's tokenizer .*fingerprint"),
+    "tokenizer outside": (lambda f: outside(f / "tokenizer.json"), "outside the student"),
+    "no room for text": (lambda f: edit(f / "config.json", max_length=2), "adds 2 special tokens to a text"),
+    "other dictionary": (
+        lambda f: other_dictionary(f / "dictionary"),
+        "does not match the student .*: it has tokenizer",
+    ),
+    "dictionary outside": (lambda f: outside(f / "dictionary" / "dictionary.safetensors"), "outside the dictionary"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_hostile_folders_are_refused(shipped_student: tuple, tmp_path: Path, case: str) -> None:
+    spoil, match = SPOILT[case]
+    shutil.copytree(shipped_student[3], tmp_path / "s")
+    spoil(tmp_path / "s")
+    if "dictionary" in case:  # is read on first use
+        encoder = SenseEncoder.from_pretrained(tmp_path / "s")
+        np.testing.assert_allclose(encoder.encode(TEXTS), shipped_student[0].encode(TEXTS), atol=1e-6)
+    with pytest.raises((StudentError, DictionaryError), match=match):
+        SenseEncoder.from_pretrained(tmp_path / "s").tokens("bank river the a cat")
+
+
+def test_older_students_still_load(shipped_student: tuple, tmp_path: Path) -> None:
+    encoder, _, _, folder = shipped_student
+    shutil.copytree(folder, tmp_path / "s")
+    path, modules = tmp_path / "s" / "config.json", tmp_path / "s" / "modules.json"
+    config = json.loads(path.read_text())
+    del config["max_length"], config["prompt"]
+    path.write_text(json.dumps(config))
+    loaded = load_student(tmp_path / "s").config
+    assert (loaded.max_length, loaded.prompt) == (512, "")
+    name = "msense.student.sentence_transformer.SenseModule"
+    assert name in modules.read_text()
+    modules.write_text(modules.read_text().replace(name, "msense.sentence_module.SenseModule"))
+    np.testing.assert_allclose(sentence_transformer(tmp_path / "s").encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
+
+
+def test_max_length_is_limited_by_the_positions(teacher: Path, tmp_path: Path) -> None:
+    _, dictionary = shipped(teacher, tmp_path / "s")
+    config = dictionary.config.model_copy(update={"max_length": 99})
+    long = SenseDictionary(config, dictionary._arrays, dictionary.ragged.parts)
+    lengths = [init_student(StudentSettings(kind=kind), long, str(teacher)).config.max_length for kind in KINDS]
+    assert lengths == [99, 64]
+
+
+def sentence_transformer(folder: Path) -> object:
+    return pytest.importorskip("sentence_transformers").SentenceTransformer(
+        str(folder), trust_remote_code=True, device="cpu"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentence_transformers_gives_the_same_vectors(teacher: Path, tmp_path: Path, kind: str) -> None:
+    shipped(teacher, tmp_path / "s", kind, prompt="the river ")
+    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
+    model = sentence_transformer(tmp_path / "s")
+    texts = [*TEXTS, LONG]
+    expected = encoder.encode(texts)
+    np.testing.assert_allclose(model.encode(texts), expected, atol=1e-5)
+    np.testing.assert_allclose(model.encode(texts, prompt=""), encoder.encode(texts, prompt=""), atol=1e-5)
+    np.testing.assert_allclose(model.encode(TEXTS[0]), expected[0], atol=1e-5)
+    assert model.get_sentence_embedding_dimension() == 16
+    assert model.max_seq_length == 24
+    model.save_pretrained(str(tmp_path / "again"))
+    np.testing.assert_allclose(SenseEncoder.from_pretrained(tmp_path / "again").encode(texts), expected, atol=1e-5)
+    np.testing.assert_allclose(sentence_transformer(tmp_path / "again").encode(texts), expected, atol=1e-5)
+    assert not list(tmp_path.rglob("*.py"))
+
+
+def test_sentence_transformers_truncates_to_max_seq_length(teacher: Path, tmp_path: Path) -> None:
+    shipped(teacher, tmp_path / "s", "static")
+    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
+    model = sentence_transformer(tmp_path / "s")
+    model.max_seq_length = 5
+    short, long = "the river bank", "the river bank near money"
+    np.testing.assert_allclose(model.encode([long, short]), encoder.encode([short, short]), atol=1e-5)
+    model.save_pretrained(str(tmp_path / "again"))
+    again = sentence_transformer(tmp_path / "again")
+    assert again.max_seq_length == 5
+    np.testing.assert_allclose(again.encode(long), encoder.encode(short), atol=1e-5)
+    for wrong in (2, 25):
+        with pytest.raises(InputError, match=f"invalid max_seq_length {wrong}: use 3 to 24"):
+            model.max_seq_length = wrong
+
+
+def test_sentence_transformers_uses_the_fast_path_of_static_students(teacher: Path, tmp_path: Path) -> None:
+    shipped(teacher, tmp_path / "s", "static")
+    model = sentence_transformer(tmp_path / "s")
+    features = model.preprocess([*TEXTS, LONG])
+    trained = model(features)  # with gradients: the module itself
+    assert trained["sentence_embedding"].requires_grad
+    model.eval()
+    with torch.no_grad():
+        fast = model(features)
+        assert callable(fast.data["token_embeddings"])  # not computed yet
+        model[0].student.body.means.add_(1.0)
+        changed = model(features)["sentence_embedding"]
+        model.train()
+        slow = model(features)["sentence_embedding"]
+    torch.testing.assert_close(fast["sentence_embedding"], trained["sentence_embedding"].detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(changed, slow, atol=1e-5, rtol=0)
+    assert not torch.allclose(changed, fast["sentence_embedding"], atol=0.1)
+    tokens = sentence_transformer(tmp_path / "s").encode(TEXTS, output_value="token_embeddings")
+    for actual, expected in zip(tokens, trained["token_embeddings"], strict=False):
+        torch.testing.assert_close(actual, expected[: len(actual)].detach())
+
+
+def test_push_uploads_a_students_own_files_without_exemplars(
+    shipped_student: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    api = MagicMock()
+    api.return_value.upload_folder.return_value = "https://hub/commit"
+    monkeypatch.setattr("huggingface_hub.HfApi", api)
+    shutil.copytree(shipped_student[3], tmp_path / "s")
+    for name in ("training.json", "secret.txt", "evil.py", "dictionary/notes.json"):
+        (tmp_path / "s" / name).write_text("{}")
+    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
+    assert encoder.push_to_hub("me/student", private=True, token="hf_secret") == "https://hub/commit"
+    files = [
+        *("README.md", "config.json", "config_sentence_transformers.json"),
+        *("dictionary/README.md", "dictionary/config.json", "dictionary/dictionary.safetensors"),
+        *("dictionary/tokenizer/tokenizer.json", "model.safetensors", "modules.json", "tokenizer.json"),
+    ]
+    api.assert_called_with(token="hf_secret")
+    api().create_repo.assert_called_with("me/student", private=True, exist_ok=True)
+    uploaded = api().upload_folder.call_args.kwargs
+    assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/student", tmp_path / "s")
+    assert sorted(uploaded["allow_patterns"]) == files
+    encoder.push_to_hub("me/student", exemplars=True)
+    uploaded = api().upload_folder.call_args.kwargs
+    assert sorted(uploaded["allow_patterns"]) == sorted([*files, "dictionary/exemplars.parquet"])
+    api().create_repo.side_effect = OSError("no route")
+    with pytest.raises(MsenseError, match=r"cannot push to 'me/student' \(no route\): check the name") as refusal:
+        encoder.push_to_hub("me/student", token="hf_secret")
+    assert "hf_secret" not in str(refusal.value) + caplog.text
+    outside(tmp_path / "s" / "README.md")
+    with pytest.raises(StudentError, match="outside the student"):
+        encoder.push_to_hub("me/student")
+
+
+def test_student_loads_from_the_hub(shipped_student: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, _, _, folder = shipped_student
+    repository = tmp_path / "models--me--student"
+    snapshot = repository / "snapshots" / "0123"
+    requests: list[tuple] = []
+
+    def download(name: str, revision: str, token: str, **_: object) -> str:
+        """Lay out a student as the hub's cache does: links from the snapshot to blobs."""
+        requests.append((name, revision, token))
+        (repository / "blobs").mkdir(parents=True)
+        for number, path in enumerate(p for p in folder.rglob("*") if p.is_file()):
+            link = snapshot / path.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(shutil.copy(path, repository / "blobs" / str(number)))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    downloaded = SenseEncoder.from_pretrained("me/student", revision="v1", token="hf_secret")
+    assert requests == [("me/student", "v1", "hf_secret")]
+    np.testing.assert_array_equal(downloaded.encode(TEXTS), encoder.encode(TEXTS))
+    assert downloaded.tokens("bank the river") == encoder.tokens("bank the river")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(shutil.copy(folder / "model.safetensors", tmp_path / "elsewhere"))
+    with pytest.raises(StudentError, match="outside the student"):
+        SenseEncoder.from_pretrained(snapshot)
+
+
+def test_unavailable_student_is_an_error_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> str:
+        raise OSError("no route to https://user:pw@hub/x?token=1")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(StudentError, match=r"cannot load student 'me/student': .*no route to https://hub/x") as refusal:
+        SenseEncoder.from_pretrained("me/student")
+    assert "token=" not in str(refusal.value)
+    for name in (tmp_path / "nowhere", "/no/where", "./x", "a/b/c"):
+        with pytest.raises(StudentError, match="no such folder: check the path"):
+            SenseEncoder.from_pretrained(name)
+    with pytest.raises(StudentError, match="is not a valid name"):
+        student_folder("x" * 5000)
 
 
 def test_encode_equals_the_module_in_any_order_and_batch(shipped_student: tuple) -> None:
@@ -28,7 +301,6 @@ def test_encode_equals_the_module_in_any_order_and_batch(shipped_student: tuple)
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
     order = np.random.default_rng(0).permutation(len(texts))
     np.testing.assert_allclose(encoder.encode([texts[i] for i in order]), expected[order], atol=1e-5)
-    assert not np.allclose(expected[0], expected[3], atol=0.1)
     assert len(ids_of(folder, LONG)) == encoder.config.max_length == 24
 
 
@@ -44,14 +316,10 @@ def test_small_batches_change_nothing(
     monkeypatch.setitem(TOKEN_BUDGET, "cpu", 20)
     np.testing.assert_allclose(encoder.encode(texts), plain, atol=1e-5)
     np.testing.assert_allclose(encoder.encode(texts, replace="soft", batch_size=3), replaced, atol=1e-5)
-    for a, b in zip(encoder.tokens(LONG), tokens, strict=True):
-        assert (a.token_id, a.sense, a.exemplar) == (b.token_id, b.sense, b.exemplar)
-        assert a.probability == pytest.approx(b.probability, rel=1e-4)
+    assert [(t.token_id, t.sense) for t in encoder.tokens(LONG)] == [(t.token_id, t.sense) for t in tokens]
     assert capfd.readouterr().err == ""
     encoder.encode(texts, show_progress_bar=True)
-    printed = capfd.readouterr()
-    assert "encode" in printed.err
-    assert printed.out == ""
+    assert "encode" in capfd.readouterr().err
 
 
 def test_shapes_and_types_are_those_of_sentence_transformers(shipped_student: tuple) -> None:
@@ -59,15 +327,12 @@ def test_shapes_and_types_are_those_of_sentence_transformers(shipped_student: tu
     vectors = encoder.encode(TEXTS)
     assert vectors.shape == (len(TEXTS), 16)
     assert encoder.encode([]).shape == encoder.encode([], replace="hard").shape == (0, 16)
-    assert encoder.encode([], convert_to_tensor=True).shape == (0, 16)
     for single in (encoder.encode(TEXTS[0]), encoder.encode(TEXTS[0], convert_to_numpy=False).numpy()):
-        assert single.shape == (16,)
-        np.testing.assert_allclose(single, vectors[0], atol=1e-5)
+        np.testing.assert_allclose(single, vectors[0], atol=1e-5, strict=True)
     tensor = encoder.encode(TEXTS, convert_to_tensor=True)
     np.testing.assert_array_equal(tensor.numpy(), vectors)
     tensor.requires_grad_()  # not an inference tensor
     rows = encoder.encode(TEXTS, convert_to_numpy=False)
-    assert isinstance(rows, list)
     assert torch.equal(torch.stack(rows), tensor)
     unit = encoder.encode(TEXTS, normalize_embeddings=True)
     np.testing.assert_allclose(unit, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), atol=1e-6)
@@ -80,7 +345,6 @@ def test_replaced_vectors_equal_the_dictionarys(shipped_student: tuple, how: str
     expected = np.stack([one(student, ids_of(folder, text), dictionary, temperature) for text in TEXTS])
     given = {} if temperature in (None, 1 / 3) else {"temperature": temperature}  # 1/3 is the default
     np.testing.assert_allclose(encoder.encode(TEXTS, replace=how, **given), expected, atol=1e-5)
-    np.testing.assert_allclose(encoder.encode(TEXTS[2], replace=how, **given), expected[2], atol=1e-5)
     assert not np.allclose(expected, encoder.encode(TEXTS), atol=0.1)
 
 
@@ -115,7 +379,6 @@ def test_tokens_known_by_hand(shipped_student: tuple) -> None:
         assert token.sense == int(scores.argmax())
         assert token.probability == pytest.approx(float(shares.max()), rel=1e-3)
         assert token.exemplar == f"a river [bank] of {token.token_id}.{token.sense}.0"
-    assert all(t.exemplar is None for t in encoder.tokens(text, exemplars=False))
     assert encoder.tokens("") == []
     assert len(encoder.tokens(LONG)) == 22
 
@@ -128,35 +391,30 @@ def test_prompts(teacher: Path, tmp_path: Path, kind: str) -> None:
         expected = encoder.encode([prompt + text for text in TEXTS], prompt="")
         np.testing.assert_allclose(encoder.encode(TEXTS, **given), expected, atol=1e-6)
     assert not np.allclose(encoder.encode(TEXTS, prompt=""), encoder.encode(TEXTS), atol=0.1)
-    for given in ({}, {"prompt": ""}):
-        tokens = encoder.tokens("bank money", **given)
+    for tokens in (encoder.tokens("bank money"), encoder.tokens("bank money", prompt="")):
         assert [(t.token, t.start, t.end) for t in tokens] == [("bank", 0, 4), ("money", 5, 10)]
 
 
-@pytest.mark.parametrize("pooling", ["cls", "lasttoken"])
-def test_other_poolings(make_teacher: Callable[..., Path], tmp_path: Path, pooling: str) -> None:
-    teacher = make_teacher("llama", pooling=pooling + ("_token" if pooling == "cls" else ""))
-    for kind in KINDS:
-        student, _ = shipped(teacher, tmp_path / kind, kind)
-        encoder = SenseEncoder.from_pretrained(tmp_path / kind)
-        assert encoder.config.pooling == pooling
-        expected = np.stack([one(student, ids_of(tmp_path / kind, text)) for text in TEXTS])
-        np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pooling_is_the_teachers(make_teacher: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    student, _ = shipped(make_teacher("llama", pooling="lasttoken"), tmp_path / "s", kind)
+    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
+    assert encoder.config.pooling == "lasttoken"
+    expected = np.stack([one(student, ids_of(tmp_path / "s", text)) for text in TEXTS])
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-5)
 
 
 def test_dtypes(shipped_student: tuple) -> None:
     encoder, _, _, folder = shipped_student
-    exact = encoder.encode(TEXTS)
-    if encoder.config.kind == "static" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        rounded = SenseEncoder.from_pretrained(folder, dtype="bfloat16")
-        vectors = rounded.encode(TEXTS)
-        assert vectors.dtype == np.float32
-        assert 1e-5 < np.abs(vectors - exact).max() < 0.1 * np.abs(exact).max()
-        replaced = rounded.encode(TEXTS, replace="soft")
-        np.testing.assert_allclose(replaced, encoder.encode(TEXTS, replace="soft"), atol=0.3)
+    exact, rounded = encoder.encode(TEXTS), SenseEncoder.from_pretrained(folder, dtype="bfloat16")
+    vectors = rounded.encode(TEXTS)
+    assert vectors.dtype == np.float32
+    if encoder.config.kind == "static":  # has no slow layers
+        np.testing.assert_array_equal(vectors, exact)
     else:
-        with pytest.raises(InputError, match="does not support bfloat16: use dtype='float32'"):
-            SenseEncoder.from_pretrained(folder, dtype="bfloat16")
+        assert 1e-5 < np.abs(vectors - exact).max() < 0.1 * np.abs(exact).max()
+    replaced = rounded.encode(TEXTS, replace="soft")
+    np.testing.assert_allclose(replaced, encoder.encode(TEXTS, replace="soft"), atol=0.3)
     with pytest.raises(InputError, match=r"invalid dtype 'int4'"):
         SenseEncoder.from_pretrained(folder, dtype="int4")
 
@@ -164,8 +422,7 @@ def test_dtypes(shipped_student: tuple) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"texts": [1]}, "text 0 has type int: give a str"),
-        ({"texts": ["a", None]}, "text 1 has type NoneType"),
+        ({"texts": ["a", 1]}, "text 1 has type int: give a str"),
         ({"texts": ["\ud800"]}, "text 0 contains an unpaired surrogate: decode"),
         ({"prompt": 3}, "the prompt has type int"),
         ({"replace": "firm"}, "invalid replace 'firm'"),
@@ -176,11 +433,3 @@ def test_dtypes(shipped_student: tuple) -> None:
 def test_invalid_arguments_are_refused(shipped_student: tuple, arguments: dict, match: str) -> None:
     with pytest.raises(InputError, match=match):
         shipped_student[0].encode(**{"texts": ["a"], **arguments})
-
-
-def test_imports_are_lazy_and_without_ray() -> None:
-    code = (
-        "import sys, msense; assert not {'torch', 'ray'} & {*sys.modules}; "
-        "from msense import SenseEncoder; assert not {'ray', 'sentence_transformers'} & {*sys.modules}"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

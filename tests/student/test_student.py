@@ -16,16 +16,8 @@ from tiny import make
 
 from msense.config.build import BuildConfig
 from msense.errors import InputError, StudentError
-from msense.student import (
-    StaticEncoder,
-    Student,
-    StudentConfig,
-    StudentSettings,
-    init_student,
-    load_student,
-    save_student,
-)
-from msense.student.config import StaticSizes, StudentFiles
+from msense.student import StaticEncoder, Student, init_student, load_student, save_student
+from msense.student.config import StaticSizes, StudentConfig, StudentFiles, StudentSettings
 from msense.student.static import confidence, token_means
 from msense.teacher.batching import pad_batch
 from msense.teacher.body import truncate_layers
@@ -50,9 +42,7 @@ def static_student(pooling: str = "mean", heads: str = "two", seed: int = 0, **c
     return student
 
 
-def padded(
-    rows: list[list[int]], side: str = "right", pad: int = 0, more: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: list[list[int]], side: str = "right", pad: int = 0, more: int = 0) -> tuple[torch.Tensor, ...]:
     ids, mask = pad_batch([np.array(row) for row in [*rows, [0] * (max(map(len, rows)) + more)]], pad, side)
     return torch.from_numpy(ids[:-1]).long(), torch.from_numpy(mask[:-1])
 
@@ -82,7 +72,7 @@ def test_static_student_ignores_padding(rows: list[list[int]], pooling: str, mor
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "t5", "llama"])
-def test_layers_equal_the_teachers(make_teacher: MakeTeacher, kind: str) -> None:
+def test_layers_equal_the_teachers_and_load_unchanged(make_teacher: MakeTeacher, kind: str, tmp_path: Path) -> None:
     folder = make_teacher(kind)
     dictionary = dictionary_of(folder)
 
@@ -98,38 +88,41 @@ def test_layers_equal_the_teachers(make_teacher: MakeTeacher, kind: str) -> None
     torch.testing.assert_close(hidden, teacher(-1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(senses, hidden)  # the head is initialized to identity
     torch.testing.assert_close(run(listed, IDS, MASK)[1], hidden)
-    assert one.head is None
-    assert sum(p.numel() for p in one.parameters()) < sum(p.numel() for p in two.parameters())
     if kind in ("bert", "roberta"):  # the others normalize after their last layer
         torch.testing.assert_close(run(one, IDS, MASK)[1], teacher(1), rtol=1e-4, atol=1e-5)
     if kind != "llama":
         check_padding(one, [[2, 7, 5, 3], [2, 9, 3], [2, 6, 8, 10, 11, 3]], (0,) if kind == "roberta" else (0, 9), 2)
+    for _ in range(2):  # the second replaces the first
+        save_student(tmp_path / "s", one)
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["config.json", "model.safetensors"]
+    again = load_student(tmp_path / "s")
+    assert again.config == one.config
+    assert all(torch.equal(a, b) for a, b in zip(run(again, IDS, MASK), run(one, IDS, MASK), strict=True))
     two(IDS, MASK).senses[MASK].square().sum().backward()
     assert all(p.grad is not None for p in two.parameters())  # required by data-parallel training
 
 
 @pytest.mark.parametrize(
-    ("kind", "match"),
-    [(f"layers:{n}", "the teacher has 2 layers, 0 to 1: .* n from 1 to 2") for n in ("0", "3", "0,2", "1,0")]
-    + [(f"layers:{n}", "invalid student .*: write layers:2") for n in ("", "two", "-1", "1.5")],
-)  # fmt: skip
-def test_invalid_layers_are_refused(teacher: Path, kind: str, match: str) -> None:
+    ("wrong", "match"),
+    [({"kind": f"layers:{n}"}, "the teacher has 2 layers, 0 to 1: .* n from 1 to 2") for n in ("0", "3", "0,2", "1,0")]
+    + [({"kind": f"layers:{n}"}, "invalid student .*: write layers:2") for n in ("", "two", "-1", "1.5")]
+    + [
+        ({"kind": "static", "kernel_size": 4}, "must be odd"),
+        ({"kind": "static", "units": 0}, "units: Input should be greater than 0"),
+        ({"heads": "three"}, "heads: Input should be"),
+    ],
+)
+def test_invalid_settings_are_refused(teacher: Path, wrong: dict, match: str) -> None:
     with pytest.raises(StudentError, match=match):
-        init_student(StudentSettings(kind=kind), dictionary_of(teacher), str(teacher))
+        init_student(StudentSettings(**wrong), dictionary_of(teacher), str(teacher))
 
 
 def test_shared_layers_cannot_be_selected() -> None:
     from transformers import AlbertConfig, AlbertModel
 
-    sizes = {
-        "hidden_size": 8,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-        "num_hidden_layers": 3,
-        "vocab_size": 9,
-    }
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
     with pytest.raises(StudentError, match="albert model has no list of its 3 layers"):
-        truncate_layers(AlbertModel(AlbertConfig(**sizes)), "layers:2")
+        truncate_layers(AlbertModel(AlbertConfig(**sizes, num_hidden_layers=3, vocab_size=9)), "layers:2")
 
 
 def test_another_encoder_has_the_same_tokenizer_and_an_adaptor(make_teacher: MakeTeacher, tmp_path: Path) -> None:
@@ -160,10 +153,10 @@ def test_a_teacher_that_does_not_match_the_dictionary_is_refused(make_teacher: M
         "vocabulary size": make([1, 2], dim=16, tokenizer_fingerprint="", teacher={"name": "t"}),
     }
     for name, dictionary in wrong.items():
-        with pytest.raises(StudentError, match=f"not the dictionary's: the dictionary has {name} .*, not "):
+        with pytest.raises(StudentError, match=f"does not match the student and teacher .*: it has {name} .*, not "):
             init_student(StudentSettings(kind="static"), dictionary, str(folder))
     maximum = make_teacher("bert", pooling="max_tokens")
-    with pytest.raises(StudentError, match="uses pooling 'max_tokens', which students do not support"):
+    with pytest.raises(StudentError, match="pooling: Input should be 'mean'"):
         init_student(StudentSettings(kind="static"), dictionary_of(maximum), str(maximum))
 
 
@@ -212,21 +205,6 @@ def test_static_student_starts_at_token_means_and_unseen_tokens_stay(teacher: Pa
     assert stayed.tolist() == (IDS[MASK] % 3 == 0).tolist()
 
 
-@pytest.mark.parametrize(
-    ("wrong", "match"),
-    [
-        ({"kernel_size": 4}, "invalid kernel_size 4: use an odd number"),
-        ({"units": 0}, "invalid units 0"),
-        ({"prior_count": -1.0}, "invalid prior_count -1.0"),
-        ({"prior_count": float("nan")}, "invalid prior_count nan"),
-        ({"heads": "three"}, "invalid heads 'three'"),
-    ],
-)
-def test_settings_out_of_range_are_refused(wrong: dict, match: str) -> None:
-    with pytest.raises(StudentError, match=match):
-        StudentSettings(**wrong)
-
-
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(0, 8), max_size=12), max_size=6),
@@ -252,31 +230,12 @@ def test_fast_inference_equals_the_module(
             np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_bfloat16_tables_are_close(teacher: Path) -> None:
-    student = static_student()
-    rows = [np.array([1, 2, 3, 4]), np.array([8, 0, 5])]
-    exact, rounded = StaticEncoder(student).sentences(rows), StaticEncoder(student, "bfloat16").sentences(rows)
-    np.testing.assert_allclose(rounded, exact, atol=2e-2)
-    assert not np.array_equal(rounded, exact)
+def test_fast_inference_is_for_static_students_and_their_tokens(teacher: Path) -> None:
     with pytest.raises(InputError, match="token ids from 1 to 9 exceed the student's vocabulary, 0 to 8"):
-        StaticEncoder(student).sentences([np.array([1, 9])])
+        StaticEncoder(static_student()).sentences([np.array([1, 9])])
     layers = init_student(StudentSettings(kind="layers:1"), dictionary_of(teacher), str(teacher))
     with pytest.raises(StudentError, match="'layers:1' is a transformer: give a static student"):
         StaticEncoder(layers)
-
-
-@pytest.mark.parametrize("kind", ["static", "bert", "roberta", "t5", "llama"])
-def test_a_saved_student_loads_unchanged(make_teacher: MakeTeacher, kind: str, tmp_path: Path) -> None:
-    folder = make_teacher("bert" if kind == "static" else kind)
-    setting = StudentSettings(kind="static" if kind == "static" else "layers:1", **TINY)
-    student = learnt(init_student(setting, dictionary_of(folder), str(folder)))
-    save_student(tmp_path / "s", student)
-    save_student(tmp_path / "s", student)
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["config.json", "model.safetensors"]
-    again = load_student(tmp_path / "s")
-    assert again.config == student.config
-    for a, b in zip(run(again, IDS, MASK), run(student, IDS, MASK), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.fixture
@@ -291,15 +250,13 @@ STATIC = {"static": {"units": 4, "kernel_size": 3}}
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"format_version": None}, "format_version"),
         ({"format_version": 2}, "format version 2"),
-        ({"format_version": True}, "format version True"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
-        ({"dim": 0}, "dim: Input should be greater than 0"),
-        ({"dim": 1 << 40}, "dim: Input should be less than"),
+        ({"max_length": 1 << 40}, "max_length: Input should be less"),
+        ({"prompt": "x" * 70_000}, "prompt: .* at most 65536"),
         ({"dim": 17}, "does not match config.json"),
         ({"pooling": "max"}, "pooling: Input should be"),
-        ({"heads": "one"}, r"head.bias has shape \(16,\), expected None"),
+        ({"heads": "one"}, r"head.bias has shape \(16,\) and dtype F32, expected None"),
         ({"body": None}, "exactly one of body and static"),
         (STATIC, "exactly one of body and static"),
         ({"static": {"units": 4, "window": 2}, "body": None}, "must be odd"),
@@ -309,9 +266,8 @@ STATIC = {"static": {"units": 4, "kernel_size": 3}}
         ({"body.num_hidden_layers": 2}, "does not match config.json"),
         ({"body.num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"body.hidden_size": 1 << 15, "body.intermediate_size": 1 << 20}, "does not match config.json"),
-        ({"body.hidden_size": -4}, "invalid model in config.json"),
-        ({"body.hidden_size": "wide"}, "invalid model in config.json"),
-        ({"body.num_attention_heads": 7}, "invalid model in config.json"),
+        ({"body.hidden_size": -4}, "is not a valid student"),
+        ({"body.num_attention_heads": 7}, "is not a valid student"),
     ],
 )
 def test_hostile_configs_are_refused(saved: StudentFiles, changes: dict, match: str) -> None:
@@ -331,22 +287,16 @@ def test_hostile_weights_are_refused(saved: StudentFiles, tmp_path: Path) -> Non
     head = tensors["head.weight"]
     cases: list[tuple[Callable[[Path], object], str]] = [
         (lambda path: None, "model.safetensors is missing"),
-        (lambda path: path.write_bytes(whole[:-9]), "truncated or not a safetensors file"),
+        (lambda path: path.write_bytes(whole[:-9]), "is truncated"),
         (lambda path: path.write_bytes(b"PK\x03\x04 a pickle"), "truncated or not a safetensors file"),
         (os.mkfifo, "model.safetensors"),
         (lambda path: path.symlink_to(tmp_path / "elsewhere"), "outside the student"),
-        (lambda path: save_file({**tensors, "head.weight": head.int()}, path), "has tensors of dtype I32"),
+        (lambda path: save_file({**tensors, "head.weight": head.int()}, path), "head.weight has shape .* dtype I32"),
         (lambda path: save_file({**tensors, "head.weight": head / 0}, path), "head.weight has values that are NaN"),
-        (lambda path: save_file({**tensors, "more": torch.zeros(2)}, path), r"more has shape \(2,\), expected None"),
+        (lambda path: save_file({**tensors, "more": torch.zeros(2)}, path), r"more has shape \(2,\) .*expected None"),
     ]
     for spoil, match in cases:
-        saved.weights.unlink()
+        saved.weights.unlink(missing_ok=True)
         spoil(saved.weights)
         with pytest.raises(StudentError, match=match):
             load_student(saved.folder)
-        saved.weights.unlink(missing_ok=True)
-        saved.weights.write_bytes(whole)
-    load_student(saved.folder)
-    saved.config.unlink()
-    with pytest.raises(StudentError, match=r"config\.json is missing"):
-        load_student(saved.folder)

@@ -69,12 +69,14 @@ def test_invalid_settings_and_folders_are_refused(make_teacher: MakeTeacher, tmp
     ):
         with pytest.raises(InputError, match=match):
             info_of(place, **config)
-    (folder / "modules.json").write_text(json.dumps([{"type": "x.Transformer", "path": "../../etc"}]))
+    (folder / "modules.json").write_text(
+        json.dumps([{"type": "sentence_transformers.models.Transformer", "path": "../../etc"}])
+    )
     with pytest.raises(InputError, match="outside the teacher"):
         info_of(folder)
     (folder / "modules.json").unlink()
     change_json(folder / "config.json", vocab_size=10)
-    with pytest.raises(InputError, match=r"25 tokens, but the model only 10 embeddings"):
+    with pytest.raises(InputError, match=r"has token 24 .*, but the model only 10 embeddings"):
         info_of(folder)
 
 
