@@ -13,25 +13,13 @@ from msense.errors import InputError
 from msense.text import is_utf8, redact
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
-GpusPerActor = Annotated[float, Field(gt=0, le=1, description="GPUs per teacher actor; with 0.5, two actors share one")]
-BadDocumentRule = Annotated[
-    Literal["skip", "fail"], Field(description="skip and list bad documents, or fail at the first")
-]
-TimeTeacher = Annotated[bool, Field(description="with --dry-run: time the teacher briefly and estimate its total time")]
-TeacherDtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    Field(description="teacher's dtype; auto: bfloat16 if supported, otherwise float16 on a GPU and float32 on a CPU"),
-]
+TrainDtype = Annotated[Literal["auto", "float32", "bfloat16"], Field(description="dtype of the model in training")]
 _SHOWN_ERRORS = 20
 _TEXTS = ("corpus", "text_column", "teacher", "revision", "prompt", "output", "dictionary", "student")
 
 
 def validate_config(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """Return validated settings.
-
-    Raises:
-        InputError: settings are unknown, missing or invalid; the message lists every error.
-    """
+    """Return validated settings, or raise an InputError that lists all unknown, missing and invalid ones."""
     try:
         return model(**values)
     except ValidationError as error:
@@ -71,9 +59,7 @@ class JobConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    workers: int | None = Field(
-        None, ge=1, description="parallel workers; default: one per GPU (or CPU), 1 with --local"
-    )
+    workers: int | None = Field(None, ge=1, description="workers; default: one per GPU (or CPU), 1 with --local")
     local: bool = Field(False, description="run without Ray: in this process, or in N processes with --workers N")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log lines")
 
@@ -106,3 +92,17 @@ class JobConfig(BaseModel):
             if os.path.isfile(existing):
                 raise ValueError(f"{existing} is a file; give a new or existing folder")
         return value
+
+
+class TeacherJobConfig(JobConfig):
+    """Settings of the jobs that run a teacher over a text."""
+
+    on_bad_document: Literal["skip", "fail"] = Field("skip", description="list bad documents, or fail at the first")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="teacher's dtype; auto: bfloat16 if supported, otherwise float16 on a GPU and float32 on a CPU",
+    )
+    gpus_per_actor: float = Field(1.0, gt=0, le=1, description="GPUs per teacher actor; with 0.5, two actors share one")
+    time_teacher: bool = Field(
+        False, description="with --dry-run: time the teacher briefly and estimate its total time"
+    )

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from pydantic import ByteSize, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
 from msense.clustering.budget import DEFAULT_BUDGET, SenseBudget
-from msense.config.base import BadDocumentRule, GpusPerActor, JobConfig, TeacherDtype, TimeTeacher, parse_pairs
+from msense.config.base import TeacherJobConfig, parse_pairs
 from msense.constants import DEMO_TEACHER, MAX_EXEMPLARS, MAX_INT32, MAX_SENSES, Metric
 from msense.corpus.passages import PassageOptions
 from msense.teacher.spec import TeacherOptions
@@ -41,7 +41,7 @@ class PlanOptions(PassageOptions):
         return max(1, self.max_occurrences // 20) if self.max_occurrences and not self.reference else 0
 
 
-class BuildConfig(PlanOptions, TeacherOptions, JobConfig):
+class BuildConfig(PlanOptions, TeacherOptions, TeacherJobConfig):
     """Settings of `jobs/build_dict.py`; each field is a flag and a key of the YAML file.
 
     Example:
@@ -54,9 +54,7 @@ class BuildConfig(PlanOptions, TeacherOptions, JobConfig):
         description="texts: files, folders or globs of *.txt, *.jsonl[.gz|.zst], *.parquet or *.csv (local, s3://, gs://), "
         f"hf://dataset[:config][:split], pydocs[:package,...]; default without --teacher: the demo corpus {DEMO_CORPUS}",
     )
-    on_bad_document: BadDocumentRule = "skip"
     teacher: str | None = Field(None, description=f"teacher: Hugging Face name or folder; default: {DEMO_TEACHER}")
-    dtype: TeacherDtype = "auto"
     store_dtype: Literal["float16", "bfloat16"] = Field("float16", description="dtype of embeddings and centroids")
     senses: int | SenseRule = Field(
         "auto",
@@ -73,14 +71,10 @@ class BuildConfig(PlanOptions, TeacherOptions, JobConfig):
     max_points_per_part: int = Field(131072, ge=1024, le=MAX_INT32, description="points per chunk of a large token")
     metric: Metric = Field("l2", description="metric of clustering, assignment and everything after them")
     exemplars: int = Field(3, ge=0, le=MAX_EXEMPLARS, description="example contexts per sense")
-    gpus_per_actor: GpusPerActor = 1.0
-    task_memory: ByteSize | None = Field(
-        None, ge=1, description="memory per clustering task (4GB); default: as planned"
-    )
+    task_memory: ByteSize | None = Field(None, ge=1, description="memory per clustering task (4GB); default: planned")
     output: str = Field("runs/dictionary", description="run folder or URI; the dictionary is its subfolder dictionary/")
     keep: tuple[Intermediate, ...] = Field(("passages",), description="intermediate files to keep after the build")
     dry_run: bool = Field(False, description="stop after the plan and print what the run would read, write and need")
-    time_teacher: TimeTeacher = False
 
     @model_validator(mode="before")
     @classmethod
@@ -106,29 +100,25 @@ class BuildConfig(PlanOptions, TeacherOptions, JobConfig):
             raise ValueError(f"requires --senses auto, not {rule}: omit one of the two")
         return str(value)
 
-    @field_validator("mcl", mode="before")
+    @field_validator("mcl", mode="plain")
     @classmethod
-    def _parse_mcl(cls, value: object) -> object:
-        return parse_pairs(value)
-
-    @field_validator("mcl")
-    @classmethod
-    def _check_mcl(cls, values: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+    def _check_mcl(cls, value: object, info: ValidationInfo) -> dict[str, float]:
         from msense.clustering.mcl import MclConfig  # imports torch
 
-        known = [field.name for field in fields(MclConfig)]
-        if unknown := [name for name in values if name not in known]:
-            raise ValueError(f"unknown option {plain(unknown[0])}; the options are: {', '.join(known)}")
+        values, known = parse_pairs(value), [field.name for field in fields(MclConfig)]
         try:
             config = TypeAdapter(MclConfig).validate_python(values)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             message = first["msg"].removeprefix("Value error, ")
             raise ValueError(": ".join([*map(str, first["loc"]), message])) from error
+        given = values if isinstance(values, dict) else {}
+        if unknown := [str(name) for name in given if name not in known]:
+            raise ValueError(f"unknown option {plain(unknown[0])}; the options are: {', '.join(known)}")
         rule = info.data.get("senses", "mcl")
-        if values and rule != "mcl" and not (rule == "auto" and info.data.get("reference")):
+        if given and rule != "mcl" and not (rule == "auto" and info.data.get("reference")):
             raise ValueError(f"requires --senses mcl, not {rule}: omit it, or give --senses mcl")
-        return {name: getattr(config, name) for name in values}
+        return {name: getattr(config, name) for name in given}
 
     def of_results(self) -> dict[str, Any]:
         """Return the settings that the results depend on; changing one of them needs a new run folder."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from msense.config.base import BadDocumentRule, GpusPerActor, JobConfig, TeacherDtype, TimeTeacher, parse_pairs
+from msense.config.base import TeacherJobConfig, TrainDtype, parse_pairs
 from msense.constants import MAX_INT32, Metric
 
 OBJECTIVES = {
@@ -30,7 +30,7 @@ _REFERENCE: dict[str, Any] = {"objective": {"sense": 1.0}, "heads": "one", "metr
 _REFERENCE |= {"pooled": False, "epochs": 5, "schedule": "cosine", "train_embeddings": True}
 
 
-class DistillConfig(JobConfig):
+class DistillConfig(TeacherJobConfig):
     """Settings of `jobs/distill.py`; each field is a flag and a key of the YAML file.
 
     Example:
@@ -42,10 +42,8 @@ class DistillConfig(JobConfig):
     dictionary: str = Field(description="folder or URI of the dictionary, or of the run that built it")
     corpus: tuple[str, ...] = Field((), description="texts, as for build_dict.py; default: those of the dictionary")
     text_column: str = Field("text", description="with --corpus: text column of jsonl, parquet and csv files")
-    on_bad_document: BadDocumentRule = "skip"
     dedup: bool = Field(False, description="with --corpus: read identical passages once")
     teacher: str | None = Field(None, description="name or folder of the teacher; default: as recorded")
-    dtype: TeacherDtype = "auto"
     train_tokens: int | None = Field(None, ge=1, description="tokens to label; default: those that the plan selected")
     held_out: float = Field(0.05, ge=0, le=0.5, description="fraction of the documents held out for validation")
     soft_targets: int = Field(0, ge=0, le=MAX_SOFT_TARGETS, description="stored senses per token; 0: nearest only")
@@ -62,22 +60,18 @@ class DistillConfig(JobConfig):
     )
     heads: Literal["one", "two"] = Field(
         "two",
-        description="one: senses and vectors share a hidden state (default with one of them only); two: separate heads",
+        description="one: senses and vectors share a hidden state (default with one of them); two: separate heads",
     )
     train_embeddings: bool = Field(False, description="train token embeddings (of a static student: always trained)")
     epochs: int = Field(10, ge=1, le=10_000, description="passes over the training texts")
-    batch_tokens: int = Field(
-        1024, ge=1, le=MAX_INT32, description="tokens per step over all workers, including padding"
-    )
+    batch_tokens: int = Field(1024, ge=1, le=MAX_INT32, description="tokens per step over all workers, with padding")
     accumulate: int = Field(1, ge=1, le=1024, description="gradient accumulation: slices of a worker's share of a step")
     lr: float | None = Field(None, gt=0, le=10, description="peak learning rate; default: 3e-3 for static, else 1e-3")
     schedule: Schedule = Field("cosine", description="learning rate after warmup; one-cycle: use --warmup 0.3")
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps with increasing learning rate")
     weight_decay: float = Field(0.01, ge=0, le=1, description="weight decay of AdamW")
     clip: float = Field(1.0, ge=0, le=1e6, description="maximum gradient norm; 0: no clipping")
-    student_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="dtype of the student in training"
-    )
+    student_dtype: TrainDtype = "auto"
     deepspeed_stage: int = Field(0, ge=0, le=3, description="ZeRO stage of DeepSpeed; 0: plain data parallel training")
     checkpoint_steps: int = Field(1000, ge=1, le=MAX_INT32, description="steps between checkpoints within an epoch")
     reference: bool = Field(
@@ -86,13 +80,9 @@ class DistillConfig(JobConfig):
         description="the paper's choices where none is given: sense loss, bare dot product, one head, hard labels, 5 epochs",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="random seed")
-    gpus_per_actor: GpusPerActor = 1.0
-    ship_senses: Senses = Field(
-        "float16", description="dtype of the senses in the student's folder; none: vectors only"
-    )
+    ship_senses: Senses = Field("float16", description="dtype of the shipped senses; none: vectors only")
     output: str = Field("runs/student", description="run folder or URI; the student is its subfolder student/")
     dry_run: bool = Field(False, description="stop before labelling and print the size of the labels")
-    time_teacher: TimeTeacher = False
 
     @model_validator(mode="before")
     @classmethod

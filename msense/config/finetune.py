@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from msense.config.base import JobConfig
+from msense.config.base import JobConfig, TrainDtype
 from msense.constants import DEMO_TEACHER
 from msense.corpus.glue import GLUE, GlueTask, get_task
 from msense.corpus.labelled import Columns
@@ -40,7 +40,7 @@ class FinetuneConfig(JobConfig):
     weight_decay: float = Field(0.01, ge=0, le=1, description="weight decay of AdamW")
     clip: float = Field(1.0, ge=0, le=1e6, description="maximum gradient norm; 0: no clipping")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the classifier")
-    train_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the teacher in training")
+    train_dtype: TrainDtype = "auto"
     seed: int = Field(0, ge=0, lt=2**63, description="random seed")
     output: str = Field(
         "runs/teacher", description="run folder on a disk shared by all workers; the teacher is its subfolder teacher/"

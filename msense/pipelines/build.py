@@ -4,7 +4,7 @@ The driver passes on paths, and never holds text, embeddings or centroids.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,27 +15,26 @@ from msense.clustering.kmeans import KMeansConfig
 from msense.clustering.mcl import MclConfig
 from msense.config.build import DEMO_CORPUS, DEMO_SAMPLE, DEMO_SEED, BuildConfig
 from msense.constants import DEMO_TEACHER, MAX_TOKEN_NUMBERS
-from msense.corpus import SourceFile, list_files
+from msense.corpus import SourceFile, display_uri, list_files
 from msense.corpus.passages import PassageSpec
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.arrays import load_arrays
-from msense.pipelines.dry_run import TeacherTimer, estimate_run, time_teacher
-from msense.pipelines.job import THREADS, run_job
-from msense.pipelines.manifest import describe_run
+from msense.pipelines.dry_run import estimate_resources, estimate_run
+from msense.pipelines.job import THREADS, fingerprints, run_job
 from msense.run.folder import RunFolder, resolve_output
+from msense.run.journal import timed
 from msense.runtime import Executor
-from msense.runtime.executor import Row
-from msense.stages.assemble import AssembleStage, changed_files
+from msense.stages.assemble import assemble, changed_files
 from msense.stages.base import StageContext, run_stage
 from msense.stages.cluster import ClusterStage, clustering_memory
 from msense.stages.distributed_kmeans import LargeTokenStage
 from msense.stages.embed import EmbedSettings, EmbedStage
-from msense.stages.embedding_store import ClusterSettings, Partition, cut_partitions, record_type
+from msense.stages.embedding_store import ClusterSettings, cut_partitions, record_type
 from msense.stages.exemplars import ExemplarStage
 from msense.stages.passages import PassageStage, PassageStats, passage_spec
-from msense.stages.plan import PlanInput, PlanStage, PlanStats
-from msense.stages.sense_counts import SenseCountStage, SenseSettings
+from msense.stages.plan import PlanInput, PlanStage
+from msense.stages.sense_counts import SenseCountStage
 from msense.teacher.spec import TeacherInfo, load_teacher_info
 
 logger = logging.getLogger(__name__)
@@ -43,43 +42,23 @@ logger = logging.getLogger(__name__)
 REFERENCE_SENSES = 20  # of an encoder, in the paper
 
 
-@dataclass
-class Build:
-    """A run in progress."""
+@dataclass(frozen=True)
+class BuildInputs:
+    """Settings, corpus and teacher of a build."""
 
     config: BuildConfig
+    files: list[SourceFile]
     info: TeacherInfo
     tokenizer: Tokenizer
     spec: PassageSpec
-    dtype: str
-    files: list[SourceFile]
     scale: float  # share of the corpus that a dry run reads
-    context: StageContext
-
-
-def with_demo(config: BuildConfig) -> BuildConfig:
-    """Fill in the embedded demo where neither corpus nor teacher is given."""
-    if config.corpus or config.teacher:
-        if not config.corpus:
-            raise InputError(
-                "no corpus: give the location of the text with --corpus (--help lists the supported formats)"
-            )
-        return config
-    demo = {"sample": DEMO_SAMPLE, "seed": DEMO_SEED, "dedup": True}
-    cut = {name: value for name, value in demo.items() if name not in config.model_fields_set}
-    return config.model_copy(update={"corpus": (DEMO_CORPUS,), **cut})
 
 
 def build_dictionary(config: BuildConfig, executor: Executor | None = None) -> dict[str, Any]:
-    """Build a sense dictionary, or resume an interrupted build.
+    """Build a sense dictionary, or resume an interrupted build; without corpus and teacher, build the demo.
 
-    Args:
-        config: all settings; `output` names the run folder.
-        executor: where the work runs; by default what the settings select.
-
-    Returns:
-        The run's summary: `stages`, the stats of every stage; `driver_peak`, the driver's peak memory in bytes; and either
-        `dictionary`, the folder, or `estimate`, the result of a dry run.
+    Returns the run's summary: `stages`, the stats of every stage; `driver_peak`, the driver's peak memory in bytes; and
+    either `dictionary`, the folder, or `estimate`, the result of a dry run.
 
     Raises:
         InputError: settings, corpus or teacher are invalid.
@@ -90,7 +69,12 @@ def build_dictionary(config: BuildConfig, executor: Executor | None = None) -> d
         >>> dictionary = SenseDictionary.load(summary["dictionary"])
     """
     scale = config.sample if config.dry_run else 1.0
-    config = with_demo(config)
+    if not config.corpus and config.teacher:
+        raise InputError("no corpus: give the location of the text with --corpus (--help lists the supported formats)")
+    if not config.corpus:
+        demo = {"sample": DEMO_SAMPLE, "seed": DEMO_SEED, "dedup": True}
+        own = {name: value for name, value in demo.items() if name not in config.model_fields_set}
+        config = config.model_copy(update={"corpus": (DEMO_CORPUS,), **own})
     root = resolve_output(config.output)
     if scale < 1:
         root = storage.join(root, "estimate")
@@ -104,50 +88,67 @@ def build_dictionary(config: BuildConfig, executor: Executor | None = None) -> d
         )
     if config.reference and "senses" not in config.model_fields_set:
         config = config.model_copy(update={"senses": "mcl" if info.decoder else REFERENCE_SENSES})
+    manifest = {
+        "config": {**config.of_results(), "teacher": info.name},
+        "corpus": [display_uri(uri) for uri in config.corpus],
+        "inputs": fingerprints(files),
+        "teacher": asdict(info),
+    }
+    inputs = BuildInputs(config, files, info, tokenizer, spec, scale)
+    return run_job(config, root, executor, manifest, partial(_run_stages, inputs))
 
-    def stages(context: StageContext, dtype: str) -> dict[str, Any]:
-        return _run_stages(Build(config, info, tokenizer, spec, dtype, files, scale, context))
 
-    return run_job(config, root, executor, partial(describe_run, config, files, info), stages)
-
-
-def _run_stages(build: Build) -> dict[str, Any]:
+def _run_stages(given: BuildInputs, context: StageContext, dtype: str) -> dict[str, Any]:
     """Run the stages that are not finished; return the summary."""
-    config, context, info, run = build.config, build.context, build.info, build.context.run
-    if not config.dry_run and (done := _finished_before(build)):
+    config, info, run, executor = given.config, given.info, context.run, context.executor
+    if not config.dry_run and (done := _finished_before(config, context)):
         return done
-    storage.write_text(run.tokenizer, build.tokenizer.to_str())
-    reading = PassageStage(run, build.spec, build.files, config.corpus, config.on_bad_document)
+    storage.write_text(run.tokenizer, given.tokenizer.to_str())
+    reading = PassageStage(run, given.spec, given.files, config.corpus, config.on_bad_document)
     passages = run_stage(reading, context)
-    plan = run_stage(
-        PlanStage(PlanInput(run, build.spec, config, info.vocab_size, info.dim, build.scale), reading.blocks), context
-    )
+    planning = PlanInput(run, given.spec, config, info.vocab_size, info.dim, given.scale, config.max_points_per_part)
+    plan = run_stage(PlanStage(planning, reading.blocks), context)
     if not plan.stored:
         raise InputError(
             "no token of this corpus may have senses, as all are excluded special tokens: use another text"
         )
     budget = _budget(config, plan.kinds, info.dim)
     partitions = cut_partitions(run.blocks, info.dim)
-    executor = context.executor
     executor.resources = executor.resources.setting_aside(clustering_memory(run, config, info.dim), config.task_memory)
+    embedding = EmbedSettings(
+        teacher=config.teacher or DEMO_TEACHER,
+        info=info,
+        dtype=dtype,
+        device=executor.resources.device,
+        store_dtype=config.store_dtype,
+        per_passage=config.per_passage,
+        spec=given.spec,
+        threads=THREADS,
+    )
     if config.dry_run:
-        return {"stages": context.summary, "estimate": _estimate(build, passages, plan, partitions)}
+        estimate = estimate_run(run, info, config, passages, plan, given.scale)
+        estimate |= estimate_resources(executor, run, embedding, partitions, timed=config.time_teacher)
+        largest = max((partition.stored for partition in partitions), default=0)
+        estimate["unit_memory"] = largest * record_type(info.dim).itemsize
+        return {"stages": context.summary, "estimate": estimate}
     shards = load_arrays(run.thresholds, ("shards",))["shards"]
     storage.write_json(run.partitions, {"units": len(partitions), "shards": len(shards) - 1})
+    run_stage(EmbedStage(run, embedding, partitions), context)
     settings = cluster_settings(config, run, info, executor.resources.device)
-    run_stage(EmbedStage(run, embed_settings(build), partitions), context)
     if settings.senses_by_token:
-        mcl = MclConfig(**config.mcl) if config.senses == "mcl" else None  # type: ignore[arg-type]
-        run_stage(SenseCountStage(SenseSettings(settings, budget, mcl), shards), context)
+        rule = MclConfig(**config.mcl) if config.senses == "mcl" else budget  # type: ignore[arg-type]
+        run_stage(SenseCountStage(settings, shards, rule), context)
     clustering = ClusterStage(settings, shards)
     large = run_stage(clustering, context)
-    centroid_files = clustering.outputs() + (run_stage(LargeTokenStage(settings, large), context) if large else [])
+    centroid_files = clustering.outputs + (run_stage(LargeTokenStage(settings, large), context) if large else [])
     contexts = run_stage(ExemplarStage(run, centroid_files, partitions), context) if config.exemplars else []
-    assembling = AssembleStage(run, info, config, centroid_files, contexts)
-    run_stage(assembling, context)
+    with timed(context.summary, "dictionary") as shown:
+        made = executor.run(assemble, run, info, config, centroid_files, contexts)
+        context.journal.add("dictionary", made=1)
+        shown.update(made["stats"])
     summary = {"stages": context.summary, "dictionary": run.dictionary}
-    storage.write_json(run.finished, {**summary, "files": assembling.written, "made_of": run.inputs_hash})
-    _remove_intermediates(build)
+    storage.write_json(run.finished, {**summary, "files": made["files"], "made_of": run.inputs_hash})
+    _remove_intermediates(config, run)
     return summary
 
 
@@ -162,13 +163,13 @@ def _budget(config: BuildConfig, tokens: int, dim: int) -> int:
     return budget
 
 
-def _finished_before(build: Build) -> dict[str, Any] | None:
+def _finished_before(config: BuildConfig, context: StageContext) -> dict[str, Any] | None:
     """Return the summary of an earlier driver if its dictionary is complete and unchanged."""
-    context, run = build.context, build.context.run
+    run = context.run
     done = storage.read_json(run.finished)
     if done is None or done.pop("made_of") != run.inputs_hash:
         return None
-    PassageStats.from_summary(done["stages"]["passages"]).check_bad_documents(build.config.on_bad_document)
+    PassageStats.from_summary(done["stages"]["passages"]).check_bad_documents(config.on_bad_document)
     if changed := context.executor.run(changed_files, run, done.pop("files")):
         logger.warning("dictionary: %s is missing or corrupted; the dictionary is regenerated", ", ".join(changed))
         context.journal.add("dictionary", damaged=1)
@@ -177,36 +178,8 @@ def _finished_before(build: Build) -> dict[str, Any] | None:
     done["dictionary"] = run.dictionary  # the folder may have moved
     logger.info("this dictionary is finished: %s", run.dictionary)
     context.journal.add("dictionary", kept=1)
-    _remove_intermediates(build)
+    _remove_intermediates(config, run)
     return done
-
-
-def embed_settings(build: Build) -> EmbedSettings:
-    """Return the settings of the teacher actors."""
-    return EmbedSettings(
-        teacher=build.config.teacher or DEMO_TEACHER,
-        info=build.info,
-        dtype=build.dtype,
-        device=build.context.executor.resources.device,
-        store_dtype=build.config.store_dtype,
-        per_passage=build.config.per_passage,
-        spec=build.spec,
-        threads=THREADS,
-    )
-
-
-def _estimate(build: Build, passages: PassageStats, plan: PlanStats, partitions: list[Partition]) -> Row:
-    """Return the result of a dry run."""
-    executor = build.context.executor
-    estimate = estimate_run(build.context.run, build.info, build.config, passages, plan, build.scale)
-    estimate |= {"workers": executor.resources.actors, "device": executor.resources.device, "units": len(partitions)}
-    estimate |= executor.resources.described()
-    largest = max((partition.stored for partition in partitions), default=0)
-    estimate["unit_memory"] = largest * record_type(build.info.dim).itemsize
-    if build.config.time_teacher:
-        arguments = {"run": build.context.run, "settings": embed_settings(build)}
-        estimate["tokens_per_second"] = time_teacher(TeacherTimer, arguments, partitions, executor)
-    return estimate
 
 
 def cluster_settings(config: BuildConfig, run: RunFolder, info: TeacherInfo, device: str = "cpu") -> ClusterSettings:
@@ -223,11 +196,10 @@ def cluster_settings(config: BuildConfig, run: RunFolder, info: TeacherInfo, dev
     )
 
 
-def _remove_intermediates(build: Build) -> None:
+def _remove_intermediates(config: BuildConfig, run: RunFolder) -> None:
     """Remove the intermediate files that `--keep` does not name."""
-    run = build.context.run
     folders = {run.occurrences: "occurrences", run.passages: "passages"}
     for folder, name in (folders | dict.fromkeys((run.senses_folder, run.centroids), "centroids")).items():
-        if name not in build.config.keep:
+        if name not in config.keep:
             storage.remove(folder)
     storage.remove(run.contexts)

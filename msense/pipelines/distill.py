@@ -5,7 +5,7 @@ The driver passes on paths, and never holds text, labels or embeddings.
 
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,8 @@ from msense.config.distill import DistillConfig
 from msense.corpus import list_files
 from msense.io import storage
 from msense.pipelines.distill_inputs import DistillInputs, list_original_text, load_inputs
-from msense.pipelines.dry_run import LabelTimer, time_teacher
+from msense.pipelines.dry_run import estimate_resources
 from msense.pipelines.job import THREADS, run_job, training_dtype
-from msense.pipelines.manifest import describe_distillation
 from msense.run.folder import RunFolder, resolve_output
 from msense.run.journal import timed
 from msense.run.resume import finished
@@ -26,9 +25,9 @@ from msense.stages.embed import EmbedSettings
 from msense.stages.label import (
     LabelSettings,
     LabelStage,
-    SelectionStage,
     SelectionStats,
     are_finished,
+    choose_passages,
     cut_label_partitions,
     label_stats,
 )
@@ -44,26 +43,10 @@ logger = logging.getLogger(__name__)
 EXAMPLE_SOFT_TARGETS = 4  # in a dry run without --soft-targets
 
 
-@dataclass
-class Distillation:
-    """A run in progress."""
-
-    config: DistillConfig
-    source: DistillInputs
-    dtype: str
-    context: StageContext
-
-
 def distill_student(config: DistillConfig, executor: Executor | None = None) -> dict[str, Any]:
     """Label a text and distill a student from it, or resume an interrupted run.
 
-    Args:
-        config: all settings; `output` names the run folder.
-        executor: where the work runs; by default what the settings select.
-
-    Returns:
-        The run's summary: `stages`, the stats of every stage; `driver_peak`, the driver's peak memory in bytes; and either
-        `student`, the folder, or `estimate`, the result of a dry run.
+    Returns the run's summary, as of a build, with either `student`, the folder, or `estimate`, the result of a dry run.
 
     Raises:
         InputError: settings, dictionary, text or teacher are invalid.
@@ -74,33 +57,34 @@ def distill_student(config: DistillConfig, executor: Executor | None = None) -> 
         >>> encoder = SenseEncoder.from_pretrained(summary["student"])
     """
     source = load_inputs(config)
-    root = resolve_output(config.output)
+    manifest = {  # like that of a build, plus `training`, on which no label depends
+        "config": {**config.of_labels(), **{f"text.{name}": value for name, value in source.text_settings.items()}},
+        "corpus": source.corpus,
+        "inputs": source.inputs,
+        "teacher": asdict(source.info),
+        "dictionary": source.fingerprint,
+        "training": config.of_training(),
+    }
+    return run_job(config, resolve_output(config.output), executor, manifest, partial(_run_stages, config, source))
 
-    def stages(context: StageContext, dtype: str) -> dict[str, Any]:
-        return _run_stages(Distillation(config, source, dtype, context))
 
-    return run_job(config, root, executor, partial(describe_distillation, config, source), stages)
-
-
-def _run_stages(job: Distillation) -> dict[str, Any]:
+def _run_stages(config: DistillConfig, source: DistillInputs, context: StageContext, dtype: str) -> dict[str, Any]:
     """Run the stages that are not finished; return the summary."""
-    config, context, run, executor = job.config, job.context, job.context.run, job.context.executor
-    training = distillation_config(config, job.source, run, executor, job.dtype)
+    run, executor = context.run, context.executor
+    training = distillation_config(config, source, run, executor, dtype)
     if not storage.exists(run.student):
         executor.run(check_student, training)
     if config.dry_run or not are_finished(run, executor):
-        text, blocks = _text(job)
-        selection = SelectionStage(_settings(job, text), blocks)
-        chosen = run_stage(selection, context)
-        partitions = cut_label_partitions(selection.settings)
+        text, blocks = _text(config, source, context)
+        settings = _label_settings(config, source, context, dtype, text)
+        settings, chosen = choose_passages(settings, blocks, context)
+        partitions = cut_label_partitions(settings)
         storage.write_json(run.partitions, {"labels": len(partitions)})
         if config.dry_run:
-            estimate = _estimate(job, chosen) | {"units": len(partitions)} | executor.resources.described()
-            if config.time_teacher:
-                arguments = {"settings": selection.settings}
-                estimate["tokens_per_second"] = time_teacher(LabelTimer, arguments, partitions, executor)
+            estimate = _estimate(config, chosen, source.pooled_dim)
+            estimate |= estimate_resources(executor, text, settings.embed, partitions, timed=config.time_teacher)
             return {"stages": context.summary, "estimate": estimate}
-        run_stage(LabelStage(selection.settings, partitions), context)
+        run_stage(LabelStage(settings, partitions), context)
         labels = LabelSet.open(run.root)
     else:
         with timed(context.summary, "labels") as shown:
@@ -111,20 +95,18 @@ def _run_stages(job: Distillation) -> dict[str, Any]:
     return {"stages": context.summary, "student": run.student}
 
 
-def _text(job: Distillation) -> tuple[RunFolder, list[int]]:
+def _text(config: DistillConfig, source: DistillInputs, context: StageContext) -> tuple[RunFolder, list[int]]:
     """Return the run folder with passages and plan, and the number of blocks of every passages file."""
-    source, run = job.source, job.context.run
-    if kept := _kept_text(source, job.context.executor):
+    if kept := _kept_text(source, context.executor):
         logger.info("labelling the passages of %s", kept[0].root)
         return kept
-    files = list_files(job.config.corpus) if job.config.corpus else list_original_text(source)
+    run, info = context.run, source.info
+    files = list_files(config.corpus) if config.corpus else list_original_text(source)
     storage.write_text(run.tokenizer, source.tokenizer.to_str())
-    reading = PassageStage(run, source.spec, files, source.corpus, job.config.on_bad_document)
-    run_stage(reading, job.context)
-    run_stage(
-        PlanStage(PlanInput(run, source.spec, source.text, source.info.vocab_size, source.info.dim), reading.blocks),
-        job.context,
-    )
+    reading = PassageStage(run, source.spec, files, source.corpus, config.on_bad_document)
+    run_stage(reading, context)
+    planning = PlanInput(run, source.spec, source.text, info.vocab_size, info.dim)
+    run_stage(PlanStage(planning, reading.blocks), context)
     return run, reading.blocks
 
 
@@ -137,8 +119,8 @@ def _kept_text(source: DistillInputs, executor: Executor) -> tuple[RunFolder, li
     splits = len([name for name in storage.markers(run.passages) if name.endswith(".parquet")])
     files = [run.passages_file(number) for number in range(splits)]
     plan = [run.thresholds, run.duplicates] if source.text.dedup else [run.thresholds]
-    passages = finished("passages of the dictionary", run, files, executor, repair=False)
-    planned = finished("plan of the dictionary", run, plan, executor, repair=False)
+    passages = finished("passages of the dictionary", run, files, executor)
+    planned = finished("plan of the dictionary", run, plan, executor)
     complete = [stats for stats in passages if stats is not None]
     wanted = done.get("stages", {}).get("passages", {}).get("passages")
     if len(complete) < len(passages) or None in planned or sum(stats["passages"] for stats in complete) != wanted:
@@ -146,47 +128,45 @@ def _kept_text(source: DistillInputs, executor: Executor) -> tuple[RunFolder, li
     return run, [stats["blocks"] for stats in complete]
 
 
-def _settings(job: Distillation, text: RunFolder) -> LabelSettings:
+def _label_settings(
+    config: DistillConfig, source: DistillInputs, context: StageContext, dtype: str, text: RunFolder
+) -> LabelSettings:
     """Return the settings of the tasks and actors that label."""
-    source, config = job.source, job.config
     embed = EmbedSettings(
         teacher=source.teacher,
         info=source.info,
-        dtype=job.dtype,
-        device=job.context.executor.resources.device,
+        dtype=dtype,
+        device=context.executor.resources.device,
         store_dtype="float16",
         per_passage=source.text.per_passage,
         spec=source.spec,
         threads=THREADS,
     )
     return LabelSettings(
-        run=job.context.run,
+        run=context.run,
         text=text,
         embed=embed,
         dictionary=source.dictionary,
         fingerprint=source.fingerprint,
-        pooling=source.config.pooling,
-        normalize=source.config.normalize,
+        pooled_dim=source.pooled_dim,
         metric=config.metric or source.config.metric,
         **config.model_dump(include={"pooled", "soft_targets", "temperature", "held_out", "train_tokens"}),
     )
 
 
-def _estimate(job: Distillation, chosen: SelectionStats) -> Row:
-    """Return the result of a dry run: what is labelled, and the bytes of each option."""
-    passages, tokens, dim = chosen.passages, chosen.tokens, job.source.info.dim
-    top = job.config.soft_targets or EXAMPLE_SOFT_TARGETS
-    hard = label_size(passages, tokens, 0, 0)
+def _estimate(config: DistillConfig, chosen: SelectionStats, dim: int) -> Row:
+    """Return what a dry run reports: what is labelled, and the bytes of each option."""
+    counts = (chosen.passages, chosen.tokens)
+    top = config.soft_targets or EXAMPLE_SOFT_TARGETS
+    hard = label_size(*counts, 0, 0)
     return {
-        "passages": passages,
-        "tokens": tokens,
+        "passages": chosen.passages,
+        "tokens": chosen.tokens,
         "labels_bytes": hard,
         "soft_targets": top,
-        "soft_targets_bytes": label_size(passages, tokens, 0, top) - hard,
-        "pooled_bytes": label_size(passages, tokens, dim, 0) - hard,
-        "total_bytes": label_size(passages, tokens, dim if job.config.pooled else 0, job.config.soft_targets),
-        "workers": job.context.executor.resources.actors,
-        "device": job.context.executor.resources.device,
+        "soft_targets_bytes": label_size(*counts, 0, top) - hard,
+        "pooled_bytes": label_size(*counts, dim, 0) - hard,
+        "total_bytes": label_size(*counts, dim if config.pooled else 0, config.soft_targets),
     }
 
 
@@ -203,10 +183,10 @@ def distillation_config(
         "warmup",
         "weight_decay",
         "clip",
-        "deepspeed_stage",
+        "checkpoint_steps",
     }
     return DistillationConfig(
-        **config.model_dump(include={*optimizer, "train_embeddings", "checkpoint_steps", "seed"}),
+        **config.model_dump(include={*optimizer, "train_embeddings", "deepspeed_stage", "seed"}),
         run=run.root,
         dictionary=source.dictionary,
         teacher=source.teacher,

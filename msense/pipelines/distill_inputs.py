@@ -13,11 +13,11 @@ from msense.corpus.passages import PassageSpec
 from msense.dictionary import DictionaryConfig, SenseDictionary
 from msense.errors import InputError
 from msense.io import storage
-from msense.io.storage import join
+from msense.pipelines.job import fingerprints
 from msense.run.folder import RunFolder
 from msense.stages.passages import passage_spec
 from msense.student.config import dictionary_mismatch
-from msense.teacher.pooling import check_pooling
+from msense.teacher.pooling import check_pooling, load_head, sentence_dim
 from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
 
 
@@ -33,66 +33,51 @@ class DistillInputs:
     tokenizer: Tokenizer
     spec: PassageSpec
     text: PlanOptions  # settings of the passages and their plan
-    special_tokens: str  # as the text was read
+    text_settings: dict[str, Any]  # the same with the rule for special tokens, as the manifest records them
     inputs: dict[str, str]  # fingerprints of the text's files
     corpus: tuple[str, ...]
     run: RunFolder | None  # the run that made the dictionary, if its text is labelled
-
-    def of_text(self) -> dict[str, Any]:
-        """Return the settings that the passages and their plan depend on."""
-        return self.text.model_dump(mode="json") | {"special_tokens": self.special_tokens}
+    pooled_dim: int  # size of the teacher's sentence vectors
 
 
 def load_inputs(config: DistillConfig) -> DistillInputs:
-    """Resolve and check all inputs of labelling.
-
-    Raises:
-        InputError: the dictionary, its teacher or a text is missing, or they do not belong together.
-    """
+    """Resolve all inputs of labelling; raise InputError if one is missing, or they do not belong together."""
     folder, run = _folders(storage.absolute(config.dictionary))
     dictionary = SenseDictionary.load(folder)
     of = dictionary.config
     manifest = run.read_manifest() if run else None
     if manifest is None or manifest.get("teacher", {}).get("fingerprint") != of.teacher.fingerprint:
         manifest, run = None, None  # no run, or another dictionary's
-    text, options = _options(config, of, manifest)
-    name = config.teacher or of.teacher.name
-    info, tokenizer = _teacher(name, options, of, config)
-    if config.corpus:
-        inputs, corpus, run = fingerprints(list_files(config.corpus)), tuple(map(display_uri, config.corpus)), None
-    elif manifest is not None:
-        inputs, corpus = manifest["inputs"], tuple(manifest["corpus"])
-    else:
+    if manifest is None and not config.corpus:
         raise InputError(
             f"no text: {config.dictionary!r} is not in a run folder that records its corpus: give --corpus"
         )
+    text, options = _options(config, of, manifest)
+    info, tokenizer = _teacher(options, of, config)
+    head = load_head(config.teacher or of.teacher.name, info)
+    if config.corpus or manifest is None:
+        inputs, corpus, run = fingerprints(list_files(config.corpus)), tuple(map(display_uri, config.corpus)), None
+    else:
+        inputs, corpus = manifest["inputs"], tuple(manifest["corpus"])
     return DistillInputs(
         dictionary=folder,
         config=of,
         fingerprint=dictionary.fingerprint,
-        teacher=name,
+        teacher=config.teacher or of.teacher.name,
         info=info,
         tokenizer=tokenizer,
         spec=passage_spec(info, text),
         text=text,
-        special_tokens=options.special_tokens,
+        text_settings=text.model_dump(mode="json") | {"special_tokens": options.special_tokens},
         inputs=inputs,
         corpus=corpus,
         run=run,
+        pooled_dim=sentence_dim(info.dim, [projection.config for projection in head.projections], info.truncate_dim),
     )
 
 
-def fingerprints(files: list[SourceFile]) -> dict[str, str]:
-    """Return the files of a text as a manifest records them: name to size and fingerprint."""
-    return {file.name: f"{file.size} {file.fingerprint}" for file in files}
-
-
 def list_original_text(source: DistillInputs) -> list[SourceFile]:
-    """Return the files of the text of a dictionary whose run no longer has its passages.
-
-    Raises:
-        InputError: a file is missing or has changed.
-    """
+    """Return the text of a dictionary whose run lost its passages; raise InputError if it is missing or has changed."""
     gone = "the dictionary's run has no passages, and the text they were made from"
     try:
         files = list_files(source.corpus)
@@ -109,7 +94,7 @@ def _folders(given: str) -> tuple[str, RunFolder | None]:
     """Return a dictionary's folder and its run's, if any, from the path of either."""
     inside = RunFolder(given).dictionary
     for folder, root in ((inside, given), (given, given.rpartition("/")[0])):
-        if storage.exists(join(folder, "config.json")):
+        if storage.exists(storage.join(folder, "config.json")):
             run = RunFolder(root)
             return folder, run if root and run.dictionary == folder and storage.exists(run.finished) else None
     raise InputError(
@@ -121,31 +106,30 @@ def _options(
     config: DistillConfig, of: DictionaryConfig, manifest: dict[str, Any] | None
 ) -> tuple[PlanOptions, TeacherOptions]:
     """Return the settings of the passages and their plan: those of the dictionary's build, or of another corpus."""
-    values = dict((manifest or {}).get("config", {}))
     if config.corpus or manifest is None:
         values = {"text_column": config.text_column, "dedup": config.dedup, "seed": config.seed}
         values |= {"max_occurrences": of.max_occurrences, "special_tokens": of.special_tokens}
+    else:
+        values = manifest.get("config", {})
     text = {name: value for name, value in values.items() if name in PlanOptions.model_fields}
-    teacher = {"layer": of.layer, "max_length": of.max_length or None, "prompt": of.prompt}
+    teacher: dict[str, Any] = {"layer": of.layer, "max_length": of.max_length or None, "prompt": of.prompt}
     teacher |= {"revision": of.teacher.revision}
     teacher |= {"special_tokens": values["special_tokens"]} if "special_tokens" in values else {}
     return validate_config(PlanOptions, text), validate_config(TeacherOptions, teacher)
 
 
-def _teacher(
-    name: str, options: TeacherOptions, of: DictionaryConfig, config: DistillConfig
-) -> tuple[TeacherInfo, Tokenizer]:
+def _teacher(options: TeacherOptions, of: DictionaryConfig, config: DistillConfig) -> tuple[TeacherInfo, Tokenizer]:
     """Load the teacher's metadata and check it against the dictionary."""
     if config.pooled:
         check_pooling(of.pooling)
+    name = config.teacher or of.teacher.name
     try:
         info, tokenizer = load_teacher_info(name, options)
     except InputError as error:
         if config.teacher:
             raise
         raise InputError(f"{error}\nThe dictionary names this teacher: give its location with --teacher") from error
-    given = (info.tokenizer_fingerprint, info.fingerprint, info.dim, info.vocab_size)
-    if mismatch := dictionary_mismatch(of, *given):
+    if mismatch := dictionary_mismatch(of, info.tokenizer_fingerprint, info.fingerprint, info.dim, info.vocab_size):
         raise InputError(
             f"teacher {name!r} is not the one that the dictionary was built with: the dictionary has {mismatch}; give the "
             "original with --teacher"

@@ -1,7 +1,7 @@
 """Fine-tune a teacher with a classifier on labelled texts.
 
 A run is identified by a hash of everything its result depends on: repeating a command resumes from the last epoch, or does
-nothing if the run is finished. Memory: settings, metrics and the training texts.
+nothing if the run is finished. Memory: the training texts.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from msense.pipelines.job import training_dtype
 from msense.run.folder import RunFolder, locked, resolve_output
 from msense.run.progress import display_progress
 from msense.runtime import Executor, open_executor
-from msense.runtime.executor import Checkpoint
 from msense.teacher.classifier import LONGEST_LABEL, MAX_LABELS, ClassifierConfig
 from msense.teacher.pooling import Pooling
 from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
@@ -37,12 +36,7 @@ DONE = "training.json"
 def finetune(config: FinetuneConfig, executor: Executor | None = None) -> dict[str, Any]:
     """Fine-tune a teacher, or resume an interrupted fine-tuning.
 
-    Args:
-        config: all settings; `output` names the run folder.
-        executor: where the training runs; by default what the settings select.
-
-    Returns:
-        A summary: `teacher`, its folder; `corpus`, the training texts; `epochs`, the metrics of each; `seconds`.
+    Returns a summary: `teacher`, its folder; `corpus`, the training texts; `epochs`, the metrics of each; `seconds`.
 
     Raises:
         InputError: invalid settings, data or teacher.
@@ -57,13 +51,25 @@ def finetune(config: FinetuneConfig, executor: Executor | None = None) -> dict[s
     info, tokenizer = load_teacher_info(config.teacher, options)
     joiner = pair_separator(tokenizer) if len(config.data.columns.texts) > 1 else ""
     texts = read_split(config.name, config.data, config.source, TRAIN, joiner)
-    classifier = ClassifierConfig(
-        task=config.name, dim=info.dim, pooling=_pooling(config, info), labels=_labels(config, texts), joiner=joiner
-    )
+    pooling: Any = config.pooling or info.pooling
+    if pooling not in (known := get_args(Pooling)):
+        raise InputError(f"unsupported teacher pooling {pooling!r}: choose another with --pooling {'|'.join(known)}")
+    labels = _labels(config, texts)
+    classifier = ClassifierConfig(task=config.name, dim=info.dim, pooling=pooling, labels=labels, joiner=joiner)
     dev = _dev_split(config, joiner)
     with locked(run):
         executor = executor or open_executor(config.local, config.workers)
-        settings = _settings(config, run, info, classifier, executor, has_dev=dev is not None)
+        settings = FinetuneSettings(
+            **config.model_dump(include={"epochs", "lr", "warmup", "weight_decay", "clip", "seed"}),
+            config=_resolved(config, info),
+            run=run.root,
+            classifier=classifier,
+            max_length=info.max_length,
+            has_dev=dev is not None,
+            dtype=training_dtype(config.train_dtype, executor),
+            device=executor.resources.device,
+            threads=max(1, (os.cpu_count() or 1) // executor.resources.trainers),
+        )
         name = _name(config, info, texts, dev, settings)
         done = storage.read_json(join(run.root, DONE))
         summary = {"teacher": join(run.root, TEACHER), "corpus": join(run.root, CORPUS)}
@@ -84,11 +90,11 @@ def finetune(config: FinetuneConfig, executor: Executor | None = None) -> dict[s
     return summary | outcome
 
 
-def publish_teacher(checkpoint: Checkpoint, uri: str) -> None:
+def publish_teacher(checkpoint: str, uri: str) -> None:
     """Copy the teacher out of the last checkpoint, replacing an existing one."""
     storage.remove(uri)
-    with checkpoint.as_directory() as folder:
-        storage.upload_folder(Path(folder, TEACHER), uri)
+    with storage.local_folder(checkpoint) as folder:
+        storage.upload_folder(folder / TEACHER, uri)
 
 
 def _check_folder(config: FinetuneConfig, run: RunFolder, teacher: str) -> None:
@@ -97,14 +103,6 @@ def _check_folder(config: FinetuneConfig, run: RunFolder, teacher: str) -> None:
         raise InputError(f"--teacher {config.teacher} is the folder to be written: give another --output")
     if storage.exists(teacher) and not storage.exists(run.training):
         raise InputError(f"{teacher} exists, but was not written by jobs/finetune.py: give another --output")
-
-
-def _pooling(config: FinetuneConfig, info: TeacherInfo) -> Pooling:
-    """Return the classifier's pooling: the requested one or the teacher's."""
-    pooling = config.pooling or info.pooling
-    if pooling not in (known := get_args(Pooling)):
-        raise InputError(f"unsupported teacher pooling {pooling!r}: choose another with --pooling {'|'.join(known)}")
-    return cast(Pooling, pooling)
 
 
 def _labels(config: FinetuneConfig, texts: Texts) -> tuple[str, ...] | None:
@@ -131,32 +129,14 @@ def _dev_split(config: FinetuneConfig, joiner: str) -> Texts | None:
         return None
 
 
-def _settings(
-    config: FinetuneConfig,
-    run: RunFolder,
-    info: TeacherInfo,
-    classifier: ClassifierConfig,
-    executor: Executor,
-    *,
-    has_dev: bool,
-) -> FinetuneSettings:
-    """Return the settings of the workers."""
+def _resolved(config: FinetuneConfig, info: TeacherInfo) -> FinetuneConfig:
+    """Return the settings with absolute paths and the teacher's commit, as workers may run in another folder."""
     resolved = {
         "teacher": storage.absolute(config.teacher) if Path(config.teacher).is_dir() else config.teacher,
         "revision": info.revision,
         "task": f"{config.name}={config.source if '://' in config.source else storage.absolute(config.source)}",
     }
-    return FinetuneSettings(
-        **config.model_dump(include={"epochs", "lr", "warmup", "weight_decay", "clip", "seed"}),
-        config=config.model_copy(update=resolved),
-        run=run.root,
-        classifier=classifier,
-        max_length=info.max_length,
-        has_dev=has_dev,
-        dtype=training_dtype(config.train_dtype, executor),
-        device=executor.resources.device,
-        threads=max(1, (os.cpu_count() or 1) // executor.resources.trainers),
-    )
+    return config.model_copy(update=resolved)
 
 
 def _name(

@@ -1,10 +1,14 @@
 """What builds and distillations share: lock, executor, manifest, journal, summary."""
 
+import json
+import platform
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 from msense.config.build import BuildConfig
 from msense.config.distill import DistillConfig
+from msense.corpus import SourceFile
 from msense.io import storage
 from msense.run.folder import RunFolder, locked, remove_temp_files
 from msense.run.journal import Journal
@@ -12,35 +16,32 @@ from msense.run.manifest import check_manifest, inputs_hash
 from msense.runtime import Executor, open_executor
 from msense.runtime.executor import peak_memory
 from msense.stages.base import StageContext
+from msense.teacher.batching import TOKEN_BUDGET
 from msense.teacher.body import resolve_dtype
 
 THREADS = 1  # of every teacher actor and clustering task
+PINNED_PACKAGES = (
+    "msense", "torch", "transformers", "tokenizers", "deepspeed", "numpy", "pyarrow", "safetensors", "xxhash", "ray",
+)  # fmt: skip
 
 
 def run_job(
     config: BuildConfig | DistillConfig,
     root: str,
     executor: Executor | None,
-    describe: Callable[[str, str, int], dict[str, Any]],
+    inputs: dict[str, Any],
     run_stages: Callable[[StageContext, str], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Run the stages of a job in its run folder.
+    """Run the stages of a job in its run folder, on `executor` or on what the settings select.
 
-    Args:
-        config: all settings.
-        root: URI of the run folder.
-        executor: where the work runs; None: what the settings select.
-        describe: returns the manifest from the teacher's resolved dtype, the device and the threads of a task.
-        run_stages: returns the summary, from the stages' context and the dtype.
-
-    Returns:
-        The summary, with `driver_peak`, the driver's peak memory in bytes.
+    `inputs` is the manifest without what depends on the executor. `run_stages` returns the summary, from the stages' context
+    and the teacher's dtype; this function adds `driver_peak`, the driver's peak memory in bytes.
     """
     with locked(RunFolder(root)):
         executor = executor or open_executor(config.local, config.workers, config.gpus_per_actor)
-        device = executor.resources.device
         dtype: str = config.dtype if config.dtype != "auto" else native_dtype(executor)
-        manifest = describe(dtype, device, THREADS)
+        pins = _pins(dtype, executor.resources.device)
+        manifest = json.loads(json.dumps({"format": 1, **inputs, "pins": pins}))  # tuples become lists
         run = RunFolder(root, inputs_hash(manifest))
         check_manifest(run, manifest)
         remove_temp_files(run)
@@ -54,15 +55,31 @@ def run_job(
     return summary
 
 
+def _pins(dtype: str, device: str) -> dict[str, Any]:
+    """Return what results depend on besides settings and inputs."""
+    return {
+        "dtype": dtype,
+        "device": device,
+        "token_budget": TOKEN_BUDGET[device],
+        "threads": THREADS,
+        "tf32": False,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PINNED_PACKAGES},
+    }
+
+
+def fingerprints(files: list[SourceFile]) -> dict[str, str]:
+    """Return the files of a text as a manifest records them: name to size and fingerprint."""
+    return {file.name: f"{file.size} {file.fingerprint}" for file in files}
+
+
 def native_dtype(executor: Executor) -> str:
     """Return the dtype that `auto` stands for where the work runs."""
     device = executor.resources.device
-    dtype: str = executor.run(resolve_dtype, "auto", device, device=device)
-    return dtype
+    return executor.run(resolve_dtype, "auto", device, device=device)
 
 
 def training_dtype(dtype: str, executor: Executor) -> str:
     """Return the dtype that a training computes in: bfloat16 for `auto` if supported natively, else float32."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if native_dtype(executor) == "bfloat16" else "float32"
+    dtype = native_dtype(executor) if dtype == "auto" else dtype
+    return "bfloat16" if dtype == "bfloat16" else "float32"

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from msense.constants import NO_SENSE
 from msense.dictionary import SenseDictionary
 from msense.student import Student, StudentSettings, init_student, save_student
 from msense.student.pruning import prune_embeddings, restore_embeddings
@@ -22,18 +22,17 @@ from msense.student.static import StaticBody
 from msense.student.student import StudentOutput
 from msense.teacher.model import Teacher
 from msense.training.engine import DDPEngine, DeepSpeedEngine, Engine, prepare_process
-from msense.training.group import ProcessGroup, Session
 from msense.training.label_dataset import LabelBatch, LabelSet
-from msense.training.loop import TrainingLoop, TrainingSettings, run_worker
+from msense.training.loop import ProcessGroup, Session, TrainingLoop, TrainingSettings, run_worker
 from msense.training.losses import (
-    LabeledBatch,
     LossWeights,
-    combine_losses,
     compute_losses,
     frequent_sense_accuracy,
+    hard_labels,
+    normalized_loss,
     sense_accuracy,
 )
-from msense.training.sense_losses import LossSum, SenseLabels
+from msense.training.sense_losses import LossSum
 
 STUDENT = "student"  # folder of the last checkpoint
 
@@ -67,13 +66,10 @@ def train_student(training: DistillationConfig, session: Session) -> list[dict[s
 
 
 def build_student(training: DistillationConfig, labels: LabelSet | None = None) -> Student:
-    """Return the untrained student; without labels only to check the settings.
+    """Return the untrained student, or raise InputError; without labels only to check the settings.
 
     Token frequencies in the labels scale the steps of a static student's tokens, and trained embedding tables are reduced
     to the tokens in the labels.
-
-    Raises:
-        InputError: the student cannot be built.
     """
     dictionary = SenseDictionary.load(training.dictionary)
     trained, held_out = (None, None) if labels is None else labels.token_counts()
@@ -91,8 +87,7 @@ class Trainer(TrainingLoop):
 
     Example:
         >>> labels = LabelSet.open(training.run)
-        >>> student = build_student(training, labels)
-        >>> trainer = Trainer(training, DDPEngine(student, training.weight_decay, training.clip), labels)
+        >>> trainer = Trainer(training, DDPEngine(build_student(training, labels), 0.01, clip=1.0), labels)
         >>> for state in trainer.run():
         ...     trainer.save(Path("checkpoint"))
     """
@@ -107,14 +102,9 @@ class Trainer(TrainingLoop):
         self.space = training.mix.space(self.dictionary)
         self.teacher: Teacher | None = None
         if training.mix.mse or training.mix.cosine:
-            self.teacher = Teacher(
-                training.teacher,
-                revision=training.revision,
-                layer=self.dictionary.config.layer,
-                dtype=training.teacher_dtype,
-                device=training.device,
-                threads=training.threads,
-            )
+            where: dict[str, Any] = {"device": training.device, "threads": training.threads}
+            layer, dtype = self.dictionary.config.layer, training.teacher_dtype
+            self.teacher = Teacher(training.teacher, revision=training.revision, layer=layer, dtype=dtype, **where)
 
     def batches(self, epoch: int) -> Iterator[np.ndarray]:
         """Yield the passages of each step."""
@@ -138,9 +128,8 @@ class Trainer(TrainingLoop):
         totals, right = dict.fromkeys(names, 0.0), []
         for number, some in enumerate(read):
             with self.engine.slice_of_step(last=number == len(read) - 1):
-                output, labelled = self._forward(some, self.engine.model)
-                sums = compute_losses(training.mix, output, labelled, self.space, self.student.sentence)
-                loss = combine_losses(training.mix, sums, counts, group.world)
+                output, sums = self._losses(some, self.engine.model)
+                loss = normalized_loss(training.mix, sums, counts, group.world)
                 self.engine.backward(loss if slices else loss * 0)
             for name, part in sums.items() if slices else ():
                 totals[name] += float(part.total.detach())
@@ -152,19 +141,20 @@ class Trainer(TrainingLoop):
             losses["accuracy"] = float(sum(part.total for part in right)) / max(1, sum(part.count for part in right))
         return losses
 
-    def _forward(self, batch: LabelBatch, model: nn.Module) -> tuple[StudentOutput, LabeledBatch]:
-        """Return the student's output for a batch, and the labels to compare it with."""
-        device = self.training.device
+    def _losses(self, batch: LabelBatch, model: nn.Module) -> tuple[StudentOutput, dict[str, LossSum]]:
+        """Return the student's output for a batch, and its losses."""
+        training, device = self.training, self.training.device
         mask = batch.mask.to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=self.training.dtype == "bfloat16"):
-            output = model(batch.ids.to(device), mask)
+        with torch.autocast(device, torch.bfloat16, enabled=training.dtype == "bfloat16"):
+            output = StudentOutput(*(part.float() for part in model(batch.ids.to(device), mask)))
         hidden = None
         if self.teacher is not None:
             hidden = self.teacher.embed(batch.ids.numpy(), batch.mask.numpy())[mask].float()
-        return StudentOutput(output[0].float(), output[1].float()), _labelled(batch, mask, hidden)
+        return output, compute_losses(training.mix, output, batch, self.space, self.student.sentence, hidden)
 
     def _accuracy(self, output: StudentOutput, batch: LabelBatch) -> LossSum:
-        return sense_accuracy(output.senses.flatten(0, 1), *_hard_labels(batch), self.dictionary, self.space.metric)
+        ids, labels = batch.ids.flatten().numpy(), hard_labels(batch)
+        return sense_accuracy(output.senses.flatten(0, 1), ids, labels, self.dictionary, self.space.metric)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -175,8 +165,7 @@ class Trainer(TrainingLoop):
         own = passages[np.argsort(labels.lengths[passages], kind="stable")][group.rank :: group.world]
         names = [*training.mix.weights(), "accuracy", "frequent", "pooled_cosine"]
         totals, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-        longest = max(1, int(labels.lengths[own].max(initial=1)))
-        size = max(1, training.batch_tokens // longest)
+        size = max(1, training.batch_tokens // int(labels.lengths[own].max(initial=1)))
         with self.engine.whole():
             for start in range(0, len(own), size):
                 for name, part in self._metrics(labels.read(own[start : start + size])).items():
@@ -188,13 +177,12 @@ class Trainer(TrainingLoop):
 
     def _metrics(self, batch: LabelBatch) -> dict[str, LossSum]:
         """Return the losses and held-out metrics of a batch."""
-        output, labelled = self._forward(batch, self.student)
-        metrics = compute_losses(self.training.mix, output, labelled, self.space, self.student.sentence)
+        output, metrics = self._losses(batch, self.student)
         metrics["accuracy"] = self._accuracy(output, batch)
-        metrics["frequent"] = frequent_sense_accuracy(*_hard_labels(batch), self.dictionary)
-        if labelled.sentences is not None:
-            vectors = self.student.sentence(output.hidden, labelled.mask)
-            cosine = nn.functional.cosine_similarity(vectors, labelled.sentences).sum()
+        metrics["frequent"] = frequent_sense_accuracy(batch.ids.flatten().numpy(), hard_labels(batch), self.dictionary)
+        if batch.pooled is not None:
+            vectors = self.student.sentence(output.hidden, batch.mask.to(output.hidden.device))
+            cosine = nn.functional.cosine_similarity(vectors, batch.pooled.to(vectors.device)).sum()
             metrics["pooled_cosine"] = LossSum(cosine, len(vectors))
         return metrics
 
@@ -209,23 +197,3 @@ def _counts(mix: LossWeights, batch: LabelBatch) -> dict[str, int]:
     labelled = int((batch.senses >= 0).sum())
     kinds = {"sense": labelled, "pooled": len(batch.ids), "replaced": len(batch.ids)}
     return {name: kinds.get(name, int(batch.mask.sum())) for name in mix.weights()}
-
-
-def _labelled(batch: LabelBatch, mask: Tensor, hidden: Tensor | None) -> LabeledBatch:
-    """Return the labels of a batch in the form of `losses`."""
-    if batch.soft_senses is None or batch.soft_weights is None:
-        senses = SenseLabels(_numbers(batch.senses.flatten()))
-    else:
-        senses = SenseLabels(_numbers(batch.soft_senses.flatten(0, 1)), batch.soft_weights.flatten(0, 1).numpy())
-    sentences = None if batch.pooled is None else batch.pooled.to(mask.device)
-    return LabeledBatch(batch.ids, mask, senses, sentences, hidden)
-
-
-def _hard_labels(batch: LabelBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Return token ids and the teacher's senses of all positions [B·L]; padding has no sense."""
-    return batch.ids.flatten().numpy(), _numbers(batch.senses.flatten())
-
-
-def _numbers(senses: Tensor) -> np.ndarray:
-    """Return sense numbers as the labels store them, uint16; -1 (none) becomes 65535."""
-    return np.asarray(senses.masked_fill(senses < 0, NO_SENSE).numpy().astype(np.uint16))

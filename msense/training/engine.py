@@ -37,7 +37,7 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 class DDPEngine:
-    """AdamW; `wrap` may add DDP. `student` is the module itself, `model` the wrapped one for training.
+    """AdamW; `wrap` may add DDP, so that `model` is the wrapped `student`.
 
     Example:
         >>> engine = DDPEngine(student, weight_decay=0.01, clip=1.0)
@@ -56,8 +56,7 @@ class DDPEngine:
 
     def slice_of_step(self, last: bool) -> AbstractContextManager[Any]:
         """Return a context for forward and backward of a slice of a step; gradients are reduced with the last."""
-        no_sync: Callable[[], AbstractContextManager[Any]] = getattr(self.model, "no_sync", nullcontext)
-        return nullcontext() if last else no_sync()
+        return nullcontext() if last else getattr(self.model, "no_sync", nullcontext)()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a loss."""
@@ -66,8 +65,7 @@ class DDPEngine:
     def step(self, lr: float) -> None:
         """Clip the accumulated gradients, take a step and clear them; raise MsenseError if one is not finite."""
         if self.clip:
-            norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.clip, foreach=True)
-            _check_norm(float(norm))
+            _check_norm(float(nn.utils.clip_grad_norm_(self.student.parameters(), self.clip, foreach=True)))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -116,7 +114,7 @@ class DeepSpeedEngine:
 
         self.stage, self.clip = stage, clip
         config = {
-            "train_micro_batch_size_per_gpu": 1,  # losses are normalized by `combine_losses`, not by DeepSpeed
+            "train_micro_batch_size_per_gpu": 1,  # losses are normalized by `normalized_loss`, not by DeepSpeed
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip,
             "zero_optimization": {"stage": stage, "overlap_comm": False},
@@ -151,8 +149,7 @@ class DeepSpeedEngine:
             return nullcontext()
         import deepspeed
 
-        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(self.student.parameters()))
-        return gathered
+        return deepspeed.zero.GatheredParameters(list(self.student.parameters()))
 
     def save(self, folder: Path) -> None:
         """Write this worker's shard."""
@@ -176,13 +173,8 @@ def _frozen(student: nn.Module) -> dict[str, Tensor]:
 
 
 def prepare_process(threads: int) -> None:
-    """Set the number of torch threads, and keep freed memory."""
+    """Set the number of torch threads, and make glibc keep freed memory: the kernel zeroes each page that it hands out."""
     torch.set_num_threads(threads)
-    keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep freed memory, which saves a fifth of a step: the kernel zeroes every page that it hands out."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, _NEVER)

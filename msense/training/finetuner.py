@@ -25,8 +25,7 @@ from msense.teacher.files import body_folder, locate
 from msense.teacher.finetuned import save_teacher
 from msense.teacher.spec import TeacherOptions, load_teacher_info
 from msense.training.engine import DDPEngine, prepare_process
-from msense.training.group import ProcessGroup, Session
-from msense.training.loop import TrainingLoop, TrainingSettings, run_worker
+from msense.training.loop import ProcessGroup, Session, TrainingLoop, TrainingSettings, run_worker
 
 BUCKET = 50  # batches sorted by length together: enough for little padding, few enough that batches vary
 TEACHER = "teacher"  # folder in the last checkpoint and in the run folder
@@ -65,8 +64,7 @@ class TeacherWithClassifier(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return scores [B, labels] of token ids int64 [B, L] where the mask is true."""
-        scores: Tensor = self.classifier(self.body(ids, mask), mask)
-        return scores
+        return self.classifier(self.body(ids, mask), mask)
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,8 @@ class Finetuner(TrainingLoop):
 
     def _scores(self, model: nn.Module, ids: np.ndarray, mask: np.ndarray) -> Tensor:
         """Return scores, float32 [B, labels], of token ids int [B, L] with a mask bool [B, L]."""
-        ids_tensor, mask_tensor = torch.from_numpy(ids).long(), torch.from_numpy(mask)
-        scores: Tensor = model(ids_tensor.to(self.tuning.device), mask_tensor.to(self.tuning.device)).float()
-        return scores
+        inputs = (torch.from_numpy(values).to(self.tuning.device) for values in (ids.astype(np.int64), mask))
+        return model(*inputs).float()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -132,28 +129,22 @@ class Finetuner(TrainingLoop):
             return {}
         self.engine.model.eval()
         split, labels = self.dev_split, self.tuning.classifier.labels
-        predictions: list[Any] = [None] * len(split.rows)
+        predictions: np.ndarray = np.empty(len(split.rows), np.float64 if labels is None else np.array(labels).dtype)
         for batch in iter_batches(split.rows, 4096):
-            scores = self._scores(self.model, batch.ids, batch.mask).cpu()
-            own = scores[:, 0].tolist() if labels is None else [labels[i] for i in scores.argmax(1).tolist()]
-            for row, value in zip(batch.rows, own, strict=True):
-                predictions[row] = value
-        metrics = self.tuning.config.data.metrics
-        return {f"dev_{name}": METRICS[name](split.gold, np.array(predictions)) for name in metrics}
+            scores = self._scores(self.model, batch.ids, batch.mask).cpu().numpy()
+            predictions[batch.rows] = scores[:, 0] if labels is None else np.array(labels)[scores.argmax(1)]
+        return {f"dev_{name}": METRICS[name](split.gold, predictions) for name in self.tuning.config.data.metrics}
 
     def export(self, folder: Path) -> None:
         """Write the fine-tuned teacher's folder: body, tokenizer, pooling, classifier."""
         source = locate(self.tuning.config.teacher, self.tuning.config.revision)
         figures = {name: value for name, value in self.state.history[-1].items() if name != "tokens_per_s"}
-        body, classifier = self.model.body.model, self.model.classifier
-        save_teacher(folder / TEACHER, body, classifier, source, self.tuning.max_length, figures)
+        model, length = self.model, self.tuning.max_length
+        save_teacher(folder / TEACHER, model.body.model, model.classifier, source, length, figures)
 
 
 def batches(rows: list[np.ndarray], size: int, seed: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Yield batches of at most `size` texts, int64 [B], in an order determined by the seed.
-
-    They together hold every text once; texts of a batch have similar lengths.
-    """
+    """Yield each text once, in batches of at most `size` texts of similar lengths, int64 [B], ordered by the seed."""
     rng = np.random.default_rng(np.random.SeedSequence(seed))
     order = rng.permutation(len(rows))
     lengths = np.array([len(row) for row in rows])

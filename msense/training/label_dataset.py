@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from msense.constants import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, NO_SENSE
@@ -18,7 +18,7 @@ from msense.dictionary.layout import TeacherName
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.arrays import row_blocks
-from msense.io.untrusted import Artefact, FrozenModel, TensorSpecs, format_errors, printable
+from msense.io.untrusted import Artefact, FrozenModel, TensorSpecs, printable
 from msense.run.folder import RunFolder
 from msense.teacher.batching import pad_batch, token_batches
 
@@ -59,6 +59,7 @@ class LabelManifest(FrozenModel):
     held_out_salt: int
     soft_targets: int = Field(ge=0, le=MAX_SENSES)
     pooled: bool
+    pooled_dim: int | None = Field(default=None, gt=0, le=MAX_DIM, description="of a sentence vector; null: dim")
     pooling: str
     normalize: bool
     partitions: tuple[LabelPartition, ...] = Field(min_length=1, alias="units")
@@ -95,17 +96,13 @@ class LabelBatch(NamedTuple):
     ids: Tensor  # int64 [B, L], 0 on padding
     mask: Tensor  # bool [B, L]
     senses: Tensor  # int64 [B, L], -1 = none
-    pooled: Tensor | None  # float32 [B, D]
+    pooled: Tensor | None  # float32 [B, D']
     soft_senses: Tensor | None  # int64 [B, L, M], -1 = none
     soft_weights: Tensor | None  # float32 [B, L, M], sums to about 1 for each token with a sense
 
 
 class LabelSet:
-    """The labels of a run: P passages, numbered in the order of the partitions.
-
-    Attributes:
-        manifest: settings and files of the labels.
-        lengths: int32 [P], tokens of each passage.
+    """The labels of a run: P passages, numbered in the order of the partitions, with their `lengths` int32 [P].
 
     Example:
         >>> labels = LabelSet.open("runs/student")
@@ -125,27 +122,19 @@ class LabelSet:
 
     @classmethod
     def open(cls, run: str, verify: bool = False) -> "LabelSet":
-        """Open the labels of a run folder or URI (copied to the user's cache); `verify` also checks all checksums.
+        """Open the labels of a run folder or URI (copied to the user's cache); with `verify`, check all checksums.
 
-        Raises:
-            InputError: there are no labels, or a file is missing, truncated, foreign or inconsistent.
+        Raises InputError if there are no labels, or a file is missing, truncated, foreign or inconsistent.
         """
         names = RunFolder(storage.absolute(run))
         stored = storage.read_json(names.label_manifest)
         if stored is None:
             problem = "corrupted labels" if storage.exists(names.label_manifest) else "no finished labels"
             raise InputError(f"{run} has {problem} (labels/labels.json): run jobs/distill.py on it again")
-        try:
-            manifest = LabelManifest.model_validate_json(json.dumps(stored), strict=True)
-        except ValidationError as error:
-            raise InputError(
-                f"{names.label_manifest} is not a valid label manifest ({format_errors(error)}): regenerate the labels"
-            ) from error
+        manifest = LABELS.valid(Path(names.label_manifest), LabelManifest, json.dumps(stored).encode())
         folder = storage.local_copy(names.labels)
         file = folder / Path(names.label_senses).name
         sizes = _map_columns(file, {"senses": ("I32", (manifest.vocab_size,))})["senses"]
-        if sizes.min() < 0 or sizes.max() > MAX_SENSES:
-            raise _corrupted(file, f"a token has fewer than 0 or more than {MAX_SENSES} senses")
         if verify and storage.stats_of(names.label_senses, verify=True, inputs_hash=manifest.inputs_hash) is None:
             raise _corrupted(file, "checksum mismatch")
         labels = cls(manifest, folder, np.array(sizes))
@@ -185,11 +174,7 @@ class LabelSet:
         return np.flatnonzero(self._held_out)
 
     def read(self, passages: np.ndarray) -> LabelBatch:
-        """Read passages int64 [B], B >= 1, padded on the right to the longest.
-
-        Raises:
-            InputError: a number is not a passage, or a file has invalid content.
-        """
+        """Read passages int64 [B], B >= 1, padded on the right; raise InputError if a file has invalid content."""
         if not len(passages) or passages.min() < 0 or passages.max() >= len(self.lengths):
             raise InputError(
                 f"no passages, or a number outside 0 to {len(self.lengths) - 1}: pass valid passage numbers"
@@ -211,21 +196,18 @@ class LabelSet:
 
     def _check(self, rows: dict[str, list[Any]], where: Path) -> None:
         """Raise InputError for out-of-range ids or senses, invalid weights, and values that are not finite."""
-        ids = np.concatenate(rows["ids"])
-        _check_ids(ids, len(self._sizes), where)
-        for name in ("senses", "soft_senses"):
-            if name in rows:
-                senses = np.concatenate(rows[name])
-                own = self._sizes[ids].reshape(-1, *[1] * (senses.ndim - 1))
-                if ((senses != NO_SENSE) & (senses >= own)).any():
-                    raise _corrupted(where, "a token has a sense that the dictionary does not have")
-        if "soft_weights" in rows:
-            weights = np.concatenate(rows["soft_weights"]).astype(np.float32)
-            if weights.min() < 0:
-                raise _corrupted(where, "a sense weight is negative")
-            labelled = np.concatenate(rows["senses"]) != NO_SENSE
-            if not (np.abs(weights.sum(axis=1) - labelled) <= _SUM_TOLERANCE).all():
-                raise _corrupted(where, "sense weights do not sum to 1")
+        values = {name: np.concatenate(rows[name]) for name in rows if name not in ("offsets", "held_out", "pooled")}
+        _check_ids(values["ids"], len(self._sizes), where)
+        for name in values.keys() & {"senses", "soft_senses"}:
+            senses = values[name]
+            own = self._sizes[values["ids"]].reshape(-1, *[1] * (senses.ndim - 1))
+            if ((senses != NO_SENSE) & (senses >= own)).any():
+                raise _corrupted(where, "a token has a sense that the dictionary does not have")
+        if "soft_weights" in values:
+            weights = values["soft_weights"].astype(np.float32)
+            excess = weights.sum(axis=1) - (values["senses"] != NO_SENSE)
+            if not (weights >= 0).all() or not (np.abs(excess) <= _SUM_TOLERANCE).all():
+                raise _corrupted(where, "sense weights are negative or do not sum to 1")
         if "pooled" in rows and not np.isfinite(np.stack(rows["pooled"])).all():
             raise _corrupted(where, "a passage embedding is NaN or infinite")
 
@@ -246,7 +228,7 @@ def _padded(rows: list[np.ndarray], mask: Tensor) -> Tensor:
 
 def _map_partition(file: Path, partition: LabelPartition, manifest: LabelManifest) -> dict[str, np.ndarray]:
     """Map one label file and check its passage offsets and held-out flags."""
-    dim = manifest.dim if manifest.pooled else 0
+    dim = (manifest.pooled_dim or manifest.dim) if manifest.pooled else 0
     columns = _map_columns(file, label_columns(partition.passages, partition.tokens, dim, manifest.soft_targets))
     offsets, held_out = columns["offsets"], columns["held_out"]
     unequal = (offsets[0], offsets[-1]) != (0, partition.tokens)

@@ -4,9 +4,8 @@ Losses are sums with counts, so that the trainer can divide by the count of the 
 differentiable in the student's embeddings only. For memory see `sense_losses`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,22 +14,9 @@ from torch.nn.functional import cosine_similarity
 
 from msense.constants import NO_SENSE, Metric
 from msense.dictionary import SenseDictionary
-from msense.errors import InputError
 from msense.student.student import StudentOutput
+from msense.training.label_dataset import LabelBatch
 from msense.training.sense_losses import LossSum, SenseLabels, SenseScorer, sense_losses
-
-_LABEL_KINDS = {"sense": "sense numbers", "pooled": "sentence vectors", "replaced": "sentence vectors"}
-
-
-@dataclass(frozen=True)
-class LabeledBatch:
-    """A batch of B passages of up to L tokens, N tokens in total, with the labels that the objective needs."""
-
-    ids: Tensor  # int64 [B, L], on the CPU
-    mask: Tensor  # bool [B, L], on the student's device
-    senses: SenseLabels | None = None  # of all B·L positions, row by row; padding has none
-    sentences: Tensor | None = None  # [B, D], the teacher's sentence vectors
-    hidden: Tensor | None = None  # [N, D], the teacher's hidden states where the mask is true
 
 
 @dataclass(frozen=True)
@@ -52,59 +38,63 @@ class LossWeights:
 
     def weights(self) -> dict[str, float]:
         """Return the non-zero weights by loss name."""
-        weights = asdict(self)
-        return {name: weights[name] for name in ("sense", "pooled", "replaced", "mse", "cosine") if weights[name]}
+        names = ("sense", "pooled", "replaced", "mse", "cosine")
+        return {name: weight for name in names if (weight := getattr(self, name))}
 
     def space(self, dictionary: SenseDictionary) -> SenseScorer:
         """Return the dictionary's senses prepared for scoring many batches."""
         config = dictionary.config
         # a dictionary whose senses are single points has the unit 0
         scale = 1.0 if self.temperature is None else self.temperature * config.temperature_unit or 1.0
-        return SenseScorer(dictionary.ragged, self.metric or config.metric, scale, kept=True)
+        return SenseScorer(dictionary.ragged, self.metric or config.metric, scale)
 
 
 def compute_losses(
     mix: LossWeights,
     output: StudentOutput,
-    batch: LabeledBatch,
+    batch: LabelBatch,
     space: SenseScorer,
     sentence: Callable[[Tensor, Tensor], Tensor],
+    hidden: Tensor | None = None,
 ) -> dict[str, LossSum]:
-    """Return the losses that have a weight in `mix` by name, unweighted; `combine_losses` combines them.
+    """Return the losses that have a weight in `mix` by name, unweighted; `normalized_loss` combines them.
 
-    Args:
-        mix: the losses to compute.
-        output: the student's output for the batch.
-        batch: the labels.
-        space: `mix.space(dictionary)`.
-        sentence: the student's pooling of embeddings [B, L, D] and mask [B, L].
-
-    Raises:
-        InputError: a label is missing, or names a sense that does not exist.
+    `space` is `mix.space(dictionary)`, `sentence` the student's pooling of embeddings [B, L, D] and mask [B, L], and `hidden`
+    [N, D] the teacher's hidden states where the mask is true, for the losses `mse` and `cosine`.
     """
-    mask = batch.mask
+    mask = batch.mask.to(output.hidden.device)
+    sentences = None if batch.pooled is None else batch.pooled.to(output.hidden.device)
     names = mix.weights()
     losses: dict[str, LossSum] = {}
     if "sense" in names or "replaced" in names:
-        labels = _require(batch.senses, "sense") if "sense" in names else None
-        ids = batch.ids.masked_fill(~mask.cpu(), -1).view(-1).numpy()  # -1 has no senses: padding is left out
+        labels = _sense_labels(batch) if "sense" in names else None
+        ids = batch.ids.masked_fill(~batch.mask, -1).view(-1).numpy()  # -1 has no senses: padding is left out
         loss, means = sense_losses(output.senses.flatten(0, 1), ids, labels, space, replaced="replaced" in names)
         if loss is not None:
             losses["sense"] = loss
         if means is not None:
-            vectors = sentence(means.view_as(output.senses), mask)
-            losses["replaced"] = cosine_loss(vectors, _require(batch.sentences, "replaced"))
+            losses["replaced"] = cosine_loss(sentence(means.view_as(output.senses), mask), sentences)
     if "pooled" in names:
-        losses["pooled"] = cosine_loss(sentence(output.hidden, mask), _require(batch.sentences, "pooled"))
+        losses["pooled"] = cosine_loss(sentence(output.hidden, mask), sentences)
     for name, compute in (("mse", mse_loss), ("cosine", cosine_loss)):
         if name in names:
-            losses[name] = compute(output.hidden[mask], _require(batch.hidden, name))
+            losses[name] = compute(output.hidden[mask], hidden)
     return losses
 
 
-def combine_losses(
-    mix: LossWeights, sums: Mapping[str, LossSum], counts: Mapping[str, int], workers: int = 1
-) -> Tensor:
+def hard_labels(batch: LabelBatch) -> np.ndarray:
+    """Return the teacher's senses of all positions as labels store them, uint16 [B·L]; 65535 where there is none."""
+    return np.asarray(batch.senses.flatten().numpy().astype(np.uint16))
+
+
+def _sense_labels(batch: LabelBatch) -> SenseLabels:
+    if batch.soft_senses is None or batch.soft_weights is None:
+        return SenseLabels(hard_labels(batch))
+    numbers = batch.soft_senses.flatten(0, 1).numpy().astype(np.uint16)  # -1 (none) becomes 65535
+    return SenseLabels(numbers, batch.soft_weights.flatten(0, 1).numpy())
+
+
+def normalized_loss(mix: LossWeights, sums: dict[str, LossSum], counts: dict[str, int], workers: int = 1) -> Tensor:
     """Combine loss sums into one scalar; the only place where losses are normalized.
 
     `counts` are those of the whole global batch, so gradients of its slices add up to its gradient. Data-parallel
@@ -136,10 +126,7 @@ def sense_accuracy(
 
 
 def frequent_sense_accuracy(ids: np.ndarray, labels: np.ndarray, dictionary: SenseDictionary) -> LossSum:
-    """Count labelled tokens whose most frequent sense is the teacher's: the baseline without context.
-
-    Takes ids [N] and labels uint16 [N]. Ties go to the lowest sense number.
-    """
+    """Count labelled tokens, ids [N], whose most frequent sense (the lowest of ties) is the teacher's, labels uint16 [N]."""
     sizes = np.diff(dictionary.offsets)
     token = np.repeat(np.arange(len(sizes)), sizes)
     order = np.lexsort((-np.asarray(dictionary.counts), token))  # stable, so ties keep their order
@@ -148,13 +135,3 @@ def frequent_sense_accuracy(ids: np.ndarray, labels: np.ndarray, dictionary: Sen
     frequent[sizes > 0] = order[starts] - starts
     rows = np.flatnonzero(labels != NO_SENSE)
     return LossSum(torch.tensor(float((frequent[ids[rows]] == labels[rows]).sum())), len(rows))
-
-
-def _require(label: Any, name: str) -> Any:
-    """Return the label of a loss; raise InputError if the batch has none."""
-    if label is None:
-        raise InputError(
-            f"cannot compute the loss {name!r}: the labels hold no {_LABEL_KINDS.get(name, 'hidden states')}; "
-            "regenerate the labels with them, or choose another --objective"
-        )
-    return label

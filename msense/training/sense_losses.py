@@ -14,7 +14,6 @@ from torch import Tensor
 
 from msense.constants import NO_SENSE, Metric
 from msense.dictionary.assignment import Batch, RaggedSenses, batch_elements, drop_padding, ragged_batches
-from msense.errors import InputError
 
 MAX_HELD_ELEMENTS = 1 << 24  # gathered sense elements kept between forward and backward; the rest is gathered again
 MAX_CACHE_BYTES = 1 << 30  # largest float32 cache of prepared senses; larger dictionaries are prepared batch by batch
@@ -51,18 +50,17 @@ class SenseScorer:
         0.0181
     """
 
-    def __init__(self, senses: RaggedSenses, metric: Metric, scale: float, *, kept: bool = False) -> None:
-        """Store the senses, best on the embeddings' device; `kept` caches them prepared, up to MAX_CACHE_BYTES."""
+    def __init__(self, senses: RaggedSenses, metric: Metric, scale: float) -> None:
+        """Store the senses, best on the embeddings' device, and cache them prepared, up to MAX_CACHE_BYTES."""
         self.senses, self.metric, self.scale = senses, metric, scale
         self._cache: tuple[Tensor, Tensor] | None = None
-        if kept and sum(part.numel() for part in senses.parts) * 4 <= MAX_CACHE_BYTES:
+        if sum(part.numel() for part in senses.parts) * 4 <= MAX_CACHE_BYTES:
             first = torch.from_numpy(np.repeat(senses.offsets[:-1], np.diff(senses.offsets)))
             parts = [self._prepare(rows, first[rows], torch.float32) for rows in torch.arange(len(first)).split(_ROWS)]
-            if parts:
-                self._cache = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+            self._cache = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    def batches(self, embeddings: Tensor, ids: np.ndarray) -> "Iterator[_Scored]":
-        """Yield batches of embeddings [N, D] of tokens [N] with their logits, in the working dtype."""
+    def batches(self, embeddings: Tensor, ids: np.ndarray) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
+        """Yield batches of embeddings [N, D] of tokens [N]: batch, rows [T, n], `ready` senses, logits [T, n, K]."""
         dim, device = embeddings.shape[1], embeddings.device
         for batch in ragged_batches(ids, self.senses.offsets, dim, batch_elements(device)):
             rows = batch.rows.to(device)
@@ -76,7 +74,7 @@ class SenseScorer:
             if batch.present is not None:
                 scores.masked_fill_(~batch.present[:, None].to(device), -torch.inf)
             logits = scores.sub_(scores.amax(2, keepdim=True)).div_(self.scale)  # maximum first: no overflow
-            yield _Scored(batch, rows, ready, logits)
+            yield batch, rows, ready, logits
 
     def points(self, embeddings: Tensor, rows: Tensor) -> Tensor:
         """Return rows [T, n] of embeddings [N, D] as [T, n, D], in the working dtype."""
@@ -146,27 +144,15 @@ def sense_losses(
         space: the senses.
         replaced: also return the softmax(scores / scale)-weighted means of the senses, [N, D] in the embeddings' dtype;
             embeddings of tokens without senses are returned unchanged.
-
-    Raises:
-        InputError: shapes do not match, or a label names a sense that its token does not have.
     """
-    target = None if labels is None else _target(labels, ids, space.senses.offsets, embeddings.device)
+    target = None if labels is None else _target(labels, embeddings.device)
     total, means = _SenseLosses.apply(embeddings, ids, space, target, replaced)
     loss = None if target is None else LossSum(total, target.tokens)
     return loss, means if replaced else None
 
 
-class _Scored(NamedTuple):
-    """A batch of tokens scored against their senses."""
-
-    batch: Batch
-    rows: Tensor  # int64 [T, n]
-    ready: Tensor  # [T, K, D]
-    logits: Tensor  # [T, n, K]
-
-
 class _Target(NamedTuple):
-    """The teacher's senses; rows of unlabelled tokens are zero."""
+    """The teacher's senses with weights of sum 1; rows of unlabelled tokens are zero."""
 
     numbers: Tensor  # int64 [N, m]
     weights: Tensor  # float [N, m]
@@ -225,30 +211,12 @@ def _put(out: Tensor, rows: Tensor, values: Tensor) -> None:
     out.index_copy_(0, rows.view(-1), values.flatten(0, 1).to(out.dtype))
 
 
-def _target(labels: SenseLabels, ids: np.ndarray, offsets: np.ndarray, device: torch.device) -> _Target:
-    """Check labels and normalize each token's weights to sum 1."""
+def _target(labels: SenseLabels, device: torch.device) -> _Target:
     numbers = labels.numbers.astype(np.int64)
     numbers = numbers[:, None] if numbers.ndim == 1 else numbers
     weights = np.ones(numbers.shape) if labels.weights is None else labels.weights.astype(np.float64)
-    if len(numbers) != len(ids) or weights.shape != numbers.shape:
-        raise InputError(
-            f"sense numbers {labels.numbers.shape} and weights {weights.shape} do not match {len(ids)} tokens: pass "
-            "one row per token, and one weight per number"
-        )
-    if not (np.isfinite(weights).all() and (weights >= 0).all()):
-        raise InputError("a label weight is negative, infinite or NaN: regenerate the labels")
     weights = np.where(numbers == NO_SENSE, 0.0, weights)
     sums = weights.sum(1, keepdims=True)
-    inside = (ids >= 0) & (ids < len(offsets) - 1)
-    known = np.where(inside, ids, 0)
-    sizes = np.where(inside, offsets[known + 1] - offsets[known], 0)
-    wrong = np.flatnonzero(((numbers >= sizes[:, None]) & (weights > 0)).any(1))
-    if len(wrong):
-        first = wrong[0]
-        raise InputError(
-            f"token {ids[first]} is labelled {numbers[first].tolist()}, but has {sizes[first]} senses: the labels "
-            "belong to another dictionary; regenerate them"
-        )
     labelled = sums[:, 0] > 0
     return _Target(
         torch.from_numpy(np.where(weights > 0, numbers, 0)).to(device),

@@ -4,7 +4,6 @@ Every run also checks that there is no traceback, control character or secret on
 folder, and no dictionary unless the exit code is 0.
 """
 
-import errno
 import importlib.util
 import json
 import logging
@@ -22,7 +21,6 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from msense import SenseDictionary
 from msense.cli.console import run_job
 from msense.corpus import cut_splits
 
@@ -116,7 +114,6 @@ def folder(path: Path) -> Path:
 CORPORA: list[tuple[str, Prepare, int, str]] = [
     ("no corpus given", lambda d: [], 2, r"no corpus: give the location of the text with --corpus"),
     ("an empty name", lambda d: "", 2, r"corpus: is empty; give a value"),
-    ("a missing path", lambda d: d / "none.txt", 2, r"none.txt: no such file or folder; check the path"),
     ("a name with control characters", lambda d: f"{d}/{ESCAPE}/a.txt", 2, r"/red1m/a.txt: no readable file there"),
     ("a name with a NUL", lambda d: f"{d}/a\0b", 2, r"corpus: contains a NUL character or is not UTF-8; use"),
     ("no file of a known kind", lambda d: write(d / "new/a.pdf", "x").parent, 2, r"no readable file there; accepted are \*.txt"),
@@ -128,12 +125,9 @@ CORPORA: list[tuple[str, Prepare, int, str]] = [
     ("an empty file", lambda d: write(d / "a.txt", ""), 2, r"a.txt has no text \(it has no documents\): check"),
     ("blank documents only", lambda d: write(d / "a.txt", " \n\t\n"), 2, r"has no text \(2 empty\): see .*bad_documents.jsonl"),
     ("bad documents only", lambda d: write(d / "a.jsonl", '{"text": 3}\n{\n'), 2, r"\(1 bad JSON; 1 no text\): see .*bad_doc"),
-    ("no text column in jsonl", lambda d: write(d / "a.jsonl", '{"body": "x"}'), 2, r"'text'; available: 'body'; .*--text-c"),
     ("a column with control characters", lambda d: write(d / "a.csv", f"{ESCAPE}\nx\n"), 2, r"no column 'text'; available: '"),
     ("a text column of numbers", lambda d: table(d / "a.parquet", text=[1]), 2, r"'text' holds int64, not strings; cast it"),
-    ("a duplicate id", lambda d: write(d / "a.jsonl", '{"id": "p", "text": "a cat"}\n' * 2), 2, r"id 'p' occurs twice: .*or"),
     ("a duplicate id with escapes", lambda d: write(d / "a.csv", f"id,text\n{ESCAPE},a\n" * 2), 2, r"id .* occurs twice"),
-    ("a corrupted parquet file", lambda d: write(d / "a.parquet", "PAR1 no PAR1"), 2, r"a.parquet: .*corrupted .*restore"),
     ("an unreachable dataset", lambda d: "hf://no/such", 2, r"hf://no/such: the Hub provides no parquet .*hf auth login"),
     ("a dataset named with a secret", lambda d: f"hf://u:{SECRET}@a/b", 2, r"hf://a/b: .*write hf://dataset\[:config\]"),
     ("an unknown scheme", lambda d: f"foo://u:{SECRET}@b/x.txt", 2, r"foo://b/x.txt: Protocol not known.*use a local path"),
@@ -152,8 +146,6 @@ def test_invalid_corpora(tmp_path: Path, run: Run, prepare: Prepare, code: int, 
     assert result.code == code
     assert re.search(message, result.text), result.text
 
-
-# --- bad documents
 
 # fmt: off
 SKIPPED: list[tuple[str, str, bytes, str, str]] = [
@@ -229,10 +221,6 @@ def bias(teacher: Path, value: float) -> None:
     save_file(weights, teacher / "model.safetensors")
 
 
-def cut(path: Path) -> None:
-    write(path, path.read_bytes()[:-100])
-
-
 def slow(teacher: Path) -> None:
     (teacher / "tokenizer.json").unlink()
     write(teacher / "vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\n")
@@ -242,7 +230,12 @@ def slow(teacher: Path) -> None:
 def module(teacher: Path, kind: str, path: str) -> None:
     write(
         teacher / "modules.json",
-        json.dumps([{"type": "x.Transformer", "path": ""}, {"type": f"x.{kind}", "path": path}]),
+        json.dumps(
+            [
+                {"type": "sentence_transformers.models.Transformer", "path": ""},
+                {"type": f"sentence_transformers.models.{kind}", "path": path},
+            ]
+        ),
     )
 
 
@@ -250,7 +243,6 @@ F32 = ("--dtype", "float32")
 BF16 = ("--dtype", "bfloat16")
 # fmt: off
 TEACHERS: list[tuple[str, Prepare, tuple[str, ...], int, str]] = [
-    ("unknown to the hub", lambda t: None, ("--teacher", "no/such"), 2, r"load teacher 'no/such'.*check the name"),
     ("a missing path", lambda t: None, ("--teacher", "/no/such"), 2, r"'/no/such': no such folder: check"),
     ("a file", lambda t: None, ("--teacher", __file__), 2, r"is a file: give the folder that holds config.json"),
     ("an empty name", lambda t: None, ("--teacher", ""), 2, r"teacher: is empty; give a value, or omit the setting"),
@@ -258,7 +250,6 @@ TEACHERS: list[tuple[str, Prepare, tuple[str, ...], int, str]] = [
     ("named with a secret", lambda t: None, ("--teacher", f"https://u:{SECRET}@h/t?x={SECRET}"), 2, r"'https://h/t': .*check"),
     ("without weights", lambda t: (t / "model.safetensors").unlink(), (), 2, r"has no safetensors weights, .*save the model"),
     ("pickled", pickle, (), 2, r"no safetensors weights \(but pytorch_model.bin\), the only format .*save the model with"),
-    ("with truncated weights", lambda t: cut(t / "model.safetensors"), (), 2, r"model.safetensors is corrupted .*download it"),
     ("of other weights", lambda t: settings_of(t, num_hidden_layers=3), (), 2, r"lack 16 tensors .*belong together"),
     ("of other shapes", lambda t: settings_of(t, intermediate_size=64), (), 2, r"6 tensors differ in shape .*belong together"),
     ("lacking a shard", lambda t: write(t / "model.safetensors.index.json", '{"weight_map": {"a": "b"}}'), (), 2, r"file b"),
@@ -273,13 +264,8 @@ TEACHERS: list[tuple[str, Prepare, tuple[str, ...], int, str]] = [
     ("without a tokenizer", lambda t: [f.unlink() for f in t.glob("tok*")], (), 2, r"has no tokenizer: put its tok"),
     ("with a broken tokenizer.json", lambda t: write(t / "tokenizer.json", "{"), (), 2, r"load teacher .*\(tokenizer\): "),
     ("of a slow tokenizer", slow, (), 2, r"no fast tokenizer \(tokenizer.json\).*convert it with transformers, or give another"),
-    ("smaller than its tokenizer", lambda t: settings_of(t, vocab_size=10), (), 2, r"25 tokens, but the model only 10 embedd"),
     ("with a missing module", lambda t: module(t, "Pooling", "p"), (), 2, r"folder 'p', which does not exist: download"),
-    ("with a module outside", lambda t: module(t, "Pooling", "../p"), (), 2, r"'../p', which is outside the teacher: give"),
-    ("with escapes in a module", lambda t: module(t, ESCAPE, "p"), (), 0, r"ignoring the teacher's red1m module"),
-    ("with a layer it lacks", lambda t: None, ("--layer", "9"), 2, r"layer 9 does not exist: give --layer 0 .* to 2"),
-    ("with too long passages", lambda t: None, ("--max-length", "65"), 2, r"65 exceeds the 64 .*can read: lower it"),
-    ("with too wide a stride", lambda t: None, ("--stride", "62"), 2, r"stride 62 must be smaller than the 62 .*lower it"),
+    ("with escapes in a module", lambda t: module(t, ESCAPE, "p"), (), 2, r"has the module \S*red1m, .*use another teacher"),
     ("with too long a prompt", lambda t: None, ("--prompt", "a " * 70), 2, r"70 tokens of prompt .*or shorten --prompt"),
     ("of NaN embeddings", lambda t: bias(t, float("nan")), F32, 1, r"float32 embeddings are NaN or infinite: check its weights"),
     ("of NaN in bfloat16", lambda t: bias(t, float("nan")), BF16, 1, r"bfloat16 embeddings are NaN .*: use --dtype float32"),
@@ -320,18 +306,21 @@ SETTINGS: list[tuple[str, Prepare, str]] = [
     ("a budget beside a number", lambda d: ["--senses", "9", "--sense-budget", "7"], r"sense_budget: requires --senses auto"),
     ("mcl beside auto", lambda d: ["--mcl", "inflation=2"], r"mcl: requires --senses mcl, not auto: omit it, or"),
     ("an unknown option of mcl", lambda d: ["--mcl", "power=2"], r"mcl: unknown option power; the options are: expansion"),
-    ("mcl without inflation", lambda d: ["--mcl", "inflation=1"], r"mcl: Markov .*inflation is 1.0, but must be above 1"),
+    ("mcl without inflation", lambda d: ["--mcl", "inflation=1"], r"mcl: Markov .*inflation is 1.0, but must be from 1"),
     ("a cap out of range", lambda d: ["--max-occurrences", "9" * 30], r"max_occurrences: .*less than or equal to 2147483647"),
     ("an unknown flag", lambda d: ["--colour", ESCAPE], r"'--colour': unknown flag"),
     ("an unknown key", yaml("sense: 3"), r"sense: unknown setting; did you mean senses\?"),
     ("wrong types", yaml("layer: x\ndedup: maybe\nkeep: {a: b}"), r"layer: .*integer.*dedup: .*boolean.*keep: .*tuple"),
     ("YAML that runs commands", yaml("seed: !!python/object/apply:os.system ['touch ran']"), r"could not determine a constr"),
     ("YAML of terabytes", yaml(f"{BOMB}seed: *m"), r"seed: .* \(given: \[\[\[.*m: unknown setting"),
+    ("YAML of a list", yaml("[1, 2]"), r"cannot read the config file .*a list instead of settings"),
+    ("YAML that is not UTF-8", yaml("\udcff"), r"cannot read the config file .*utf-8"),
+    ("a missing YAML file", lambda d: ["--config", d / "none.yaml"], r"cannot read the config file .*none.yaml"),
+    ("a folder instead of YAML", lambda d: ["--config", d], r"cannot read the config file .*not a regular file"),
     ("YAML nested too deep", yaml("a: " + "[" * 3000), r"cannot read the config file .*recursion"),
     ("YAML that quotes a secret", yaml(f"keep: s3://k:{SECRET}@b?t={SECRET}"), r"keep.0: .*given: 's3://b'"),
     ("an output that is a file", lambda d: ["--output", write(d / "o", "")], r"output: .*/o is a file; give a new"),
     ("an output below a file", lambda d: ["--output", write(d / "o", "") / "p/q"], r"output: .*/o is a file; give a new"),
-    ("an empty output", lambda d: ["--output", ""], r"output: is empty; give a value"),
     ("an output with a secret", lambda d: ["--output", f"s3://k:{SECRET}@b/x"], r"output: contains credentials; remove them"),
     ("an output on the web", lambda d: ["--output", "hf://a/b"], r"output: hf:// is read-only; give a local folder"),
 ]
@@ -349,74 +338,8 @@ def test_invalid_settings_exit_with_2(
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_output_that_is_not_writable(tmp_path: Path, run: Run, monkeypatch: Patch) -> None:
-    """Simulated, as root may write anywhere."""
-    plain = os.mkdir
-
-    def fail(path: object, *rest: object, **options: object) -> None:
-        if "closed" in str(path):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        plain(path, *rest, **options)
-
-    monkeypatch.setattr(os, "mkdir", fail)
-    result = run("--output", tmp_path / "closed" / "run")
-    assert result.code == 1
-    assert re.search(r"Permission denied.*closed", result.text)
-
-
 def test_a_corrected_setting_works_with_the_same_folder(tmp_path: Path, run: Run) -> None:
     """The remedy in an error message must work, whatever the failed run left."""
     corpus = write(tmp_path / "a.jsonl", '{"body": "the bank"}\n')
     assert "choose one with --text-column" in run("--corpus", corpus).text
     assert run("--corpus", corpus, "--text-column", "body").code == 0
-
-
-# --- fewer senses than requested
-
-
-def test_a_token_has_at_most_as_many_senses_as_different_embeddings(
-    tmp_path: Path, run: Run, make_teacher: MakeTeacher
-) -> None:
-    corpus = write(tmp_path / "a.txt", "a cat\na cat\na cat sat\nthe cat\na dog\n")
-    result = run("--corpus", corpus, *F32, "--senses", 50)
-    assert result.code == 0
-    dictionary = SenseDictionary.load(result.output)
-    cat, dog = (dictionary.lookup(word).tokens[0].token_id for word in ("cat", "dog"))
-    assert sorted(dictionary.senses(cat).counts.tolist()) == [1, 1, 2]  # "a cat" occurs twice
-    assert dictionary.senses(dog).counts.tolist() == [1]
-    shutil.rmtree(result.output)
-    assert run("--corpus", corpus, *F32, "--teacher", make_teacher("llama"), "--layer", 0, "--senses", 3).code == 0
-    senses = SenseDictionary.load(result.output).senses
-    token = SenseDictionary.load(result.output).lookup("cat").tokens[0].token_id
-    assert senses(token).counts.tolist() == [4]  # layer 0 has one embedding per token
-
-
-# --- errors in Ray workers
-
-
-@pytest.fixture
-def quiet_ray(ray: None, monkeypatch: Patch) -> None:
-    """Silence Ray Data as jobs do: they set its log level before the import, which is too late in a test."""
-    import ray.data  # noqa: F401
-
-    monkeypatch.setattr(logging.getLogger("ray.data"), "handlers", [logging.NullHandler()])
-    monkeypatch.setattr(logging.getLogger("ray.data"), "propagate", False)
-
-
-@pytest.mark.usefixtures("quiet_ray")
-def test_a_bad_document_in_a_ray_task_is_reported_without_ray_s_wrapping(tmp_path: Path, run: Run) -> None:
-    result = run("--corpus", write(tmp_path / "a.txt", b"a cat\n\xff\n"), "--on-bad-document", "fail")
-    assert result.code == 2
-    assert re.search(
-        r"error: bad document a.txt:1: not UTF-8 .*skip bad documents with --on-bad-document skip$", result.text
-    )
-    assert not re.search(r"RayTaskError|ray::|ray\.exceptions", result.text)
-
-
-@pytest.mark.usefixtures("quiet_ray")
-def test_a_teacher_that_fails_in_a_ray_actor_is_reported_without_ray_s_wrapping(teacher: Path, run: Run) -> None:
-    settings_of(teacher, num_hidden_layers=3)
-    result = run()
-    assert result.code == 2
-    assert re.search(r"error: teacher .* the weights lack 16 tensors .*config.json belong together$", result.text)
-    assert not re.search(r"RayTaskError|ray::|ray\.exceptions", result.text)

@@ -1,6 +1,5 @@
 """Whole builds: hand-known dictionaries, and the same bytes however and wherever the work runs."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +12,11 @@ from faulty import Corpus
 
 from msense import SenseDictionary
 from msense.config.build import BuildConfig
-from msense.errors import InputError, MsenseError
+from msense.errors import InputError
 from msense.io.arrays import save_arrays
 from msense.pipelines.build import build_dictionary
 from msense.run.folder import RunFolder
-from msense.run.manifest import differences
+from msense.runtime import LocalExecutor
 from msense.stages import embedding_store
 from msense.stages.cluster import clustering_memory
 from msense.stages.passages import PassageStats
@@ -25,12 +24,8 @@ from msense.stages.passages import PassageStats
 MakeTeacher = Callable[..., Path]
 in_process = pytest.mark.usefixtures("in_process")
 
-LINES = [
-    "the bank of the river is deep",
-    "money is in the bank",
-    "a cat sat on the mat, a dog sat near",
-    "the river runs full !",
-]
+LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on the mat, a dog sat near"]
+LINES += ["the river runs full !"]
 
 
 @pytest.fixture
@@ -46,16 +41,19 @@ def build(output: Path, **settings: object) -> dict:
     return build_dictionary(BuildConfig(output=str(output), **{"local": True, **settings}))
 
 
-def test_ray_and_local_processes_give_the_bytes_of_one_process(
-    ray: None, made: Corpus, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_two_workers_give_the_bytes_of_one(
+    made: Corpus, kind: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Several partitions and two tokens that are clustered in chunks, by one local process, two, and two on Ray."""
+    """Several partitions and two tokens that are clustered in chunks."""
+    if kind == "ray":
+        request.getfixturevalue("ray")
     monkeypatch.setattr(embedding_store, "PARTITION_BYTES", (150_000, 150_000))
-    for name, settings in {"one": {}, "two": {"workers": 2}, "ray": {"workers": 2, "local": False}}.items():
-        made.build(name, **settings, exemplars=2, keep=("occurrences", "centroids"))
-        assert len(list((made.folder / name / "occurrences").glob("*.records"))) > 1
-        assert len(list((made.folder / name / "centroids").glob("token-*.safetensors"))) >= 2
-        assert made.files(name) == made.files("one")
+    made.build("one", LocalExecutor(device="cpu", isolate=False))
+    made.build("two", local=kind == "local", workers=2, keep=("occurrences", "centroids"))
+    assert len(list((made.folder / "two" / "occurrences").glob("*.records"))) > 1
+    assert len(list((made.folder / "two" / "centroids").glob("token-*.safetensors"))) >= 2
+    assert made.files("two") == made.files("one")
 
 
 @in_process
@@ -96,38 +94,6 @@ def test_exemplars_show_the_word_in_its_document(tmp_path: Path, corpus: Path, m
 
 
 @in_process
-@pytest.mark.parametrize(
-    ("kind", "pooling", "specials"), [("bert", None, [2, 3]), ("bert", "cls_token", []), ("llama", None, [])]
-)
-def test_special_tokens_have_senses_only_where_the_teacher_pools_them(
-    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher, kind: str, pooling: str | None, specials: list[int]
-) -> None:
-    build(tmp_path / "run", corpus=(str(corpus),), teacher=str(make_teacher(kind, pooling=pooling)), exemplars=0)
-    dictionary = SenseDictionary.load(tmp_path / "run" / "dictionary")
-    with_senses = np.flatnonzero(np.diff(dictionary.offsets))
-    assert [t for t in (0, 2, 3) if t in with_senses and (kind == "bert" or t != 3)] == specials
-    assert dictionary.token_counts[0] == 0  # padding
-
-
-@in_process
-def test_prompt_and_context_are_read_but_never_counted(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
-    teacher = make_teacher("llama")
-    plain = build(tmp_path / "plain", corpus=(str(corpus),), teacher=str(teacher), exemplars=0)
-    changed = build(
-        tmp_path / "prompt",
-        corpus=(str(corpus),),
-        teacher=str(teacher),
-        prompt="full bank .",
-        stride=2,
-        max_length=10,
-        exemplars=0,
-    )
-    counts = [SenseDictionary.load(s["dictionary"]).token_counts for s in (plain, changed)]
-    np.testing.assert_array_equal(*counts)
-    assert changed["stages"]["passages"]["tokens"] > plain["stages"]["passages"]["tokens"]
-
-
-@in_process
 def test_a_finished_run_is_kept_and_changes_are_refused(
     tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
 ) -> None:
@@ -143,47 +109,6 @@ def test_a_finished_run_is_kept_and_changes_are_refused(
         file.write("more\n")
     with pytest.raises(InputError, match=r"inputs.a.txt: '\d+ .* before"):
         build(tmp_path / "run", **settings)
-
-
-@in_process
-def test_dedup_reads_equal_passages_once(tmp_path: Path, corpus: Path, make_teacher: MakeTeacher) -> None:
-    summary = build(tmp_path / "run", corpus=(str(corpus),), teacher=str(make_teacher("bert")), dedup=True)
-    assert summary["stages"]["passages"]["passages"] == 20
-    assert summary["stages"]["plan"]["passages"] == 4
-    dictionary = SenseDictionary.load(tmp_path / "run" / "dictionary")
-    assert dictionary.token_counts[dictionary.lookup("bank").tokens[0].token_id] == 2
-
-
-@in_process
-def test_repeated_id_is_refused(tmp_path: Path, make_teacher: MakeTeacher) -> None:
-    file = tmp_path / "x.jsonl"
-    file.write_text(
-        "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in (("p", "the bank"), ("q", "a cat"), ("p", "a dog")))
-    )
-    with pytest.raises(InputError, match="document id 'p' occurs twice"):
-        build(tmp_path / "run", corpus=(str(file),), teacher=str(make_teacher("bert")))
-
-
-@in_process
-def test_corpus_without_text_and_embeddings_that_are_not_finite(
-    tmp_path: Path, corpus: Path, make_teacher: MakeTeacher
-) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    (tmp_path / "empty.txt").write_text("\n \n")
-    teacher = make_teacher("bert")
-    with pytest.raises(InputError, match=r"the corpus .*empty.txt has no text \(2 empty\)"):
-        build(tmp_path / "run", corpus=(str(tmp_path / "empty.txt"),), teacher=str(teacher))
-    weights = load_file(teacher / "model.safetensors")
-    weights["encoder.layer.1.output.LayerNorm.bias"] = torch.full((16,), 1e10)
-    save_file(weights, teacher / "model.safetensors")
-    with pytest.raises(MsenseError, match=r"too large for float16: use --store-dtype bfloat16"):
-        build(tmp_path / "run2", corpus=(str(corpus),), teacher=str(teacher), dtype="float32")
-    weights["encoder.layer.1.output.LayerNorm.bias"] = torch.full((16,), torch.nan)
-    save_file(weights, teacher / "model.safetensors")
-    with pytest.raises(MsenseError, match=r"float32 embeddings are NaN or infinite: .*check its weights"):
-        build(tmp_path / "run3", corpus=(str(corpus),), teacher=str(teacher), dtype="float32")
 
 
 @in_process
@@ -224,15 +149,6 @@ def test_a_sampled_dry_run_estimates_the_whole(made: Corpus) -> None:
     assert whole["tokens_per_second"] > 0
 
 
-def test_differences_names_every_change() -> None:
-    before, now = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5}, "e": 6}
-    assert differences("m", before, now) == [
-        "m.b.c: 2 before, 5 now",
-        "m.b.d: 3 before, None now",
-        "m.e: None before, 6 now",
-    ]
-
-
 def run(*command: str) -> str:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -241,11 +157,7 @@ def run(*command: str) -> str:
 
 def test_the_commands_with_the_real_teacher(tmp_path: Path) -> None:
     """Build from a few English sentences with MiniLM, without Ray, and show the result."""
-    money = [
-        "she paid money into the bank account",
-        "the bank raised its interest rate",
-        "he robbed a bank and its cash",
-    ]
+    money = ["she paid money into the bank account", "the bank raised its rate", "he robbed a bank and its cash"]
     river = ["they sat on the bank of the river", "the muddy bank of the stream", "fish swim near the river bank"]
     rng = np.random.default_rng(0)
     lines = [f"{rng.choice(topic)} {number}" for topic in (money, river) for number in range(40)]

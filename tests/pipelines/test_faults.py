@@ -1,15 +1,26 @@
 """Damaged files, full disks and lost permissions in every stage of a build, and the next run's recovery."""
 
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 from executors import INSIDE, Fault, disturbed
-from faulty import ALL, PLACES, Corpus, MakeTeacher, Outcome, flip_a_byte, full_disk, read_only, records, unprivileged
+from faulty import (
+    ALL,
+    DAMAGES,
+    PLACES,
+    Corpus,
+    MakeTeacher,
+    Outcome,
+    flip_a_byte,
+    full_disk,
+    read_only,
+    records,
+    unprivileged,
+)
 
 from msense.errors import InputError, MsenseError
 
@@ -33,11 +44,6 @@ FILES = {
         "finished.json",
     ),
 }  # fmt: skip
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "file truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "file deleted": Path.unlink,
-    "byte flipped": flip_a_byte,
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

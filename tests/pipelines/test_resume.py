@@ -16,7 +16,7 @@ from faulty import ALL, PLACES, Corpus, Outcome, flip_a_byte
 from msense.cli.status import show_status
 from msense.errors import InputError, MsenseError
 from msense.io import storage
-from msense.pipelines.manifest import PINNED_PACKAGES
+from msense.pipelines.job import PINNED_PACKAGES
 from msense.run.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -1,8 +1,7 @@
 """Training of students: they learn, resume from checkpoints to the same numbers, and report failures."""
 
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,22 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from executors import StoppedError, small_partitions, stopping
-from faulty import Corpus, MakeTeacher, Outcome, flip_a_byte
+from faulty import DAMAGES, Corpus, MakeTeacher, Outcome
 from safetensors.torch import load_file, save_file
 
 from msense import SenseDictionary, SenseEncoder
-from msense.config.distill import DistillConfig
 from msense.errors import InputError, MsenseError
 from msense.io import storage
-from msense.pipelines.distill import distill_student
 from msense.student import StudentSettings, load_student, save_student
 from msense.student.pruning import restore_embeddings
 from msense.training import distiller
 from msense.training.distiller import DistillationConfig, Trainer, build_student
 from msense.training.engine import DDPEngine, DeepSpeedEngine
 from msense.training.label_dataset import LabelSet
+from msense.training.loop import lr_factor
 from msense.training.losses import LossWeights
-from msense.training.schedule import lr_factor
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +140,10 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("stage", "kind"),
-    [
-        (1, "static"),
-        pytest.param(2, "layers:1", marks=pytest.mark.slow),
-        pytest.param(3, "layers:1", marks=pytest.mark.slow),
-    ],
-)
+SLOW = [pytest.param(stage, "layers:1", marks=pytest.mark.slow) for stage in (2, 3)]
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(1, "static"), *SLOW])
 def test_deepspeed_equals_adamw_and_resumes(
     training: DistillationConfig, process_group: None, tmp_path: Path, stage: int, kind: str
 ) -> None:
@@ -162,11 +155,12 @@ def test_deepspeed_equals_adamw_and_resumes(
     for name in ("train_sense", "train_pooled", "held_out_sense", "held_out_accuracy"):
         assert resumed[name] == pytest.approx(whole[name], rel=1e-5)
         assert whole[name] == pytest.approx(expected[name], rel=1e-3)
-    state = storage.read_json(str(tmp_path / "state.json"))
-    storage.write_json(str(tmp_path / "state.json"), {**state, "workers": 2})
+    file = str(tmp_path / "state.json")
+    state = storage.read_json(file)
+    storage.write_json(file, {**state, "workers": 2})
     with pytest.raises(InputError, match=r"was written by 2 workers, .*: use --workers 2, or delete the checkpoint"):
         trainer_of(training).restore(tmp_path)
-    storage.write_json(str(tmp_path / "state.json"), state)
+    storage.write_json(file, state)
     shutil.rmtree(tmp_path / "zero")
     with pytest.raises(InputError, match=r"the checkpoint .* is corrupted"):
         trainer_of(training).restore(tmp_path)
@@ -183,24 +177,19 @@ def foreign(tensors: Path) -> None:
     tensors.with_suffix(".sha256").write_text(storage.sha256_of(tensors))
 
 
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "state": lambda tensors: tensors.with_name("state.json").write_text('{"epoch": "one"}'),
-    "foreign": foreign,
-    "file truncated": lambda tensors: os.truncate(tensors, tensors.stat().st_size // 2),
-    "file deleted": Path.unlink,
-    "byte flipped": flip_a_byte,
-}
+def invalid_state(tensors: Path) -> None:
+    tensors.with_name("state.json").write_text('{"epoch": "one"}')
 
 
 def test_corrupted_checkpoints_are_refused(training: DistillationConfig, tmp_path: Path, outcome: Outcome) -> None:
     trained(training, stop=1).save(tmp_path / "checkpoint")
     trainer = trainer_of(training)
-    for damage, spoil in DAMAGES.items():
+    for damage, spoil in {**DAMAGES, "foreign": foreign, "state": invalid_state}.items():
         shutil.copytree(tmp_path / "checkpoint", tmp_path / damage)
         spoil(tmp_path / damage / "tensors.safetensors")
         with pytest.raises(InputError, match=r"the checkpoint .* is corrupted .*delete .* to train from the beginning"):
             trainer.restore(tmp_path / damage)
-        if damage not in ("state", "foreign"):
+        if damage in DAMAGES:
             outcome(damage, "training", "reported; retrained")
 
 
@@ -270,10 +259,12 @@ def test_one_cycle_equals_torchs() -> None:
 
 
 def test_distilling_on_ray_with_two_workers(ray: None, corpus: Corpus) -> None:
-    given = {"dictionary": str(corpus.folder / "dict"), "teacher": str(corpus.teacher), "dtype": "float32"}
-    given |= {"output": str(corpus.folder / "ray"), "workers": 2, "epochs": 3, "batch_tokens": 256, "lr": 5e-3}
-    stats = distill_student(DistillConfig(**given, held_out=0.2, student="static"))["stages"]["training"]
-    assert stats["epochs"] == 3
+    """The labels are those of "run"; `test_label.py` makes some on Ray."""
+    trained = shutil.ignore_patterns("student", "training", "metrics*")
+    shutil.copytree(corpus.folder / "run", corpus.folder / "ray", ignore=trained)
+    given = {"local": False, "workers": 2, "epochs": 2, "batch_tokens": 256, "lr": 5e-3}
+    stats = corpus.distill("ray", **given, held_out=0.2, student="static")["stages"]["training"]
+    assert stats["epochs"] == 2
     assert stats["held_out"]["accuracy"] > stats["held_out"]["frequent"] / 2
     encoder = SenseEncoder.from_pretrained(corpus.folder / "ray" / "student")
     assert encoder.config.dim == SenseDictionary.load(corpus.folder / "dict").dim
