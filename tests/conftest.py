@@ -24,23 +24,12 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")  # a checkpoin
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH")))
 )
-# tests of whole runs: many builds and trainings, servers, processes
-INTEGRATION = (
-    *(
-        "pipelines/",
-        "jobs/",
-        "slow/",
-        "test_readme",
-        "test_secrets",
-        "io/test_s3",
-        "run/test_lease",
-        "runtime/test_executors",
-    ),
-    *("stages/test_many_splits", "stages/test_label", "training/test_distill", "evaluation/test_mteb"),
-    *("evaluation/test_evaluate", "cli/test_bad_input"),
-)
+INTEGRATION = (  # tests of whole runs: many builds and trainings, servers, processes
+    "pipelines/", "jobs/", "slow/", "test_readme", "test_secrets", "io/test_s3", "run/test_lease", "runtime/test_executors",
+    "stages/test_many_splits", "stages/test_label", "training/test_distill", "evaluation/test_mteb",
+    "evaluation/test_evaluate", "cli/test_bad_input",
+)  # fmt: skip
 OUTCOMES: dict[tuple[str, str], str] = {}  # of (fault, stage)
-FIGURES: list[str] = []  # printed at the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,18 +53,10 @@ def outcome() -> Callable[[str, str, str], None]:
     return note
 
 
-@pytest.fixture
-def tell() -> Callable[[str], None]:
-    """Print a line at the end of all tests."""
-    return FIGURES.append
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if OUTCOMES:
         terminalreporter.section("faults")
         terminalreporter.write_line(fault_table.table(OUTCOMES))
-    for line in FIGURES:
-        terminalreporter.write_line(line)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -130,81 +111,60 @@ def ray() -> Iterator[None]:
     ray_module.shutdown()
 
 
-def _write_settings(folder: Path, pooling: str | None, prompt: str | None) -> None:
-    """Make a sentence-transformers folder of a teacher's."""
+def write_teacher(folder: Path, kind: str = "bert", pooling: str | None = None, prompt: str | None = None) -> Path:
+    """Write a small random teacher into a folder.
+
+    kind "bert" (or "roberta", "t5") has [CLS] and [SEP]; "llama" a BOS and nothing else, and its layer 0 is its
+    embedding table, so that every occurrence of a token has the same, known embedding. `pooling` and `prompt` write
+    sentence-transformers settings.
+    """
+    import torch
+    import transformers
+    from tiny import WORDS
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    llama = kind == "llama"
+    special = ["<pad>", "<unk>", "<s>"] if llama else ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS, "run", "##ning", "##s", *".,!"])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special[1]))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    frame = "<s> $A" if llama else "[CLS] $A [SEP]"
+    numbered = [(token, number) for number, token in enumerate(special) if token in frame]
+    backend.post_processor = processors.TemplateProcessing(single=frame, special_tokens=numbered)
+    names = dict(
+        zip(("pad_token", "unk_token", "bos_token" if llama else "cls_token", "sep_token"), special, strict=False)
+    )
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"max_position_embeddings": 64}
+    if kind == "t5":
+        sizes = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_ff": 32, "d_kv": 8}
+    elif kind == "roberta":
+        sizes |= {"pad_token_id": 0}
+    else:
+        sizes |= {"initializer_range": 0.5}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=len(vocabulary), **sizes)
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
+    tokenizer.save_pretrained(folder)
     if pooling:
-        modules = [{"name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
-        modules.append({"name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"})
+        kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+        modules = [{"path": path, "type": f"sentence_transformers.models.{module}"} for path, module in kinds.items()]
         (folder / "1_Pooling").mkdir()
-        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "modules.json").write_text(json.dumps([m | {"name": str(n)} for n, m in enumerate(modules)]))
         (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
     if prompt:
         settings = {"prompts": {"query": prompt}, "default_prompt_name": "query"}
         (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    return folder
 
 
 @pytest.fixture(scope="session")
 def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Write a small random teacher into a folder.
-
-    kind "bert" (or "roberta", "t5") has [CLS] and [SEP]; "llama" a BOS and nothing else, and its layer 0 is its
-    embedding table, so that every occurrence of a token has the same, known embedding. `pooling` writes
-    sentence-transformers settings.
-    """
-
-    def make(kind: str = "bert", pooling: str | None = None, prompt: str | None = None) -> Path:
-        import torch
-        from tiny import WORDS
-        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-        from transformers import (
-            BertConfig,
-            BertModel,
-            LlamaConfig,
-            LlamaModel,
-            PreTrainedTokenizerFast,
-            RobertaConfig,
-            RobertaModel,
-            T5Config,
-            T5Model,
-        )
-
-        folder = tmp_path_factory.mktemp(f"{kind}-teacher")
-        special = ["<pad>", "<unk>", "<s>"] if kind == "llama" else ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-        vocabulary = {word: number for number, word in enumerate([*special, *WORDS, "run", "##ning", "##s", *".,!"])}
-        backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special[1]))
-        backend.normalizer = normalizers.Lowercase()
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece(cleanup=False)
-        names = {"pad_token": special[0], "unk_token": special[1]}
-        sizes = {
-            "vocab_size": len(vocabulary),
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-        }
-        t5 = {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 32}
-        torch.manual_seed(0)
-        if kind != "llama":
-            backend.post_processor = processors.TemplateProcessing(
-                single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-            )
-            names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
-            model = {
-                "bert": lambda: BertModel(BertConfig(**sizes, max_position_embeddings=64, initializer_range=0.5)),
-                "roberta": lambda: RobertaModel(RobertaConfig(**sizes, max_position_embeddings=64, pad_token_id=0)),
-                "t5": lambda: T5Model(T5Config(vocab_size=len(vocabulary), **t5)),
-            }[kind]()
-        else:
-            backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
-            names |= {"bos_token": "<s>"}
-            model = LlamaModel(LlamaConfig(**sizes, max_position_embeddings=64, initializer_range=0.5))
-        model.save_pretrained(folder)
-        PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names).save_pretrained(folder)
-        _write_settings(folder, pooling, prompt)
-        return folder
-
-    return make
+    """Return `write_teacher` with new folders."""
+    return lambda kind="bert", *given, **more: write_teacher(tmp_path_factory.mktemp(kind), kind, *given, **more)
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""Temporary folders and names that are recognisable, and removed even if their process was killed."""
+"""Temporary files and folders, removed even if their process was killed, and files that appear complete or not at all."""
 
+import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -43,11 +45,35 @@ def _unique() -> str:
     return uuid.uuid4().hex[:8]
 
 
-def scratch_name(path: Path) -> Path:
-    """Return a temporary name beside a path, recognised by `is_scratch`."""
-    return path.with_name(f".{path.name}.{_unique()}.part")
-
-
 def is_scratch(path: Path) -> bool:
-    """Return whether a path has a name from `scratch_name`."""
+    """Return whether a path is a temporary one of `atomic_path`."""
     return re.fullmatch(r"\..+\.[0-9a-f]{8}\.part", path.name) is not None
+
+
+@contextmanager
+def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path in the same folder that replaces `path` on exit, unless an exception is raised."""
+    scratch = path.with_name(f".{path.name}.{_unique()}.part")
+    scratch.unlink(missing_ok=True)  # a symbolic link left there would redirect the bytes
+    try:
+        scratch.touch(exist_ok=False)
+        mode = stat.S_IMODE(scratch.stat().st_mode)  # as the umask says
+        yield scratch
+        scratch.chmod(mode)  # safetensors files are readable by their owner only; workers may be other users
+        if sync:
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        with suppress(OSError):  # the folder may have become read-only; a later run removes temporary files
+            scratch.unlink(missing_ok=True)
+
+
+def copy_file(source: Path | None, target: Path) -> None:
+    """Copy a file atomically; without a source, remove the target."""
+    if source is None:
+        target.unlink(missing_ok=True)
+    elif source.resolve() != target.resolve():
+        target.parent.mkdir(exist_ok=True)
+        with atomic_path(target) as scratch:
+            shutil.copyfile(source, scratch)

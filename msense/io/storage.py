@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from msense.errors import InputError
-from msense.io.atomic import atomic_path
 from msense.io.filesystems import STORE_PACKAGES, display_uri, filesystem, is_local, open_file, storage_errors
-from msense.io.scratch import scratch_folder
+from msense.io.scratch import atomic_path, scratch_folder
 from msense.io.untrusted import reject_duplicate_keys
 
 MARKER = ".done"
@@ -55,7 +55,8 @@ def make_folder(uri: str) -> None:
     """Create a folder and its parents; object stores have no folders, and their client would create a bucket."""
     fs, path = filesystem(uri)
     if uri.partition("://")[0] not in STORE_PACKAGES:
-        fs.makedirs(path, exist_ok=True)
+        with storage_errors(uri, "write"):
+            fs.makedirs(path, exist_ok=True)
 
 
 def read_range(uri: str, start: int, length: int) -> bytes:
@@ -68,12 +69,9 @@ def read_range(uri: str, start: int, length: int) -> bytes:
 
 
 def read_bytes(uri: str, most: int, ask_store: bool = True) -> bytes:
-    """Read a whole file; a local one must be a regular file, as opening a pipe would block.
+    """Read a whole file of at most `most` bytes; a local one must be a regular file, as opening a pipe would block.
 
-    Args:
-        uri: the file.
-        most: maximum size in bytes.
-        ask_store: request the size from an object store first; else the limit applies to local files only.
+    Without `ask_store`, which costs a request, the limit applies to local files only.
 
     Raises:
         FileNotFoundError: the file does not exist or is not a regular file.
@@ -103,9 +101,7 @@ def read_text(uri: str, most: int = _MAX_BYTES) -> str:
 def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, Any] | None:
     """Read a file written by `write_json`; None if it is missing, incomplete, edited, corrupted or not a regular file.
 
-    Args:
-        uri: the file.
-        shape: required keys and the types of their values; a mismatch counts as corruption.
+    So is a file without the keys, and types of their values, in `shape`.
     """
     try:
         raw = read_bytes(uri, _MAX_BYTES, ask_store=False)
@@ -140,16 +136,13 @@ def write_text(uri: str, text: str) -> None:
 def publish(
     uri: str, write: Callable[[Path], Any], stats: dict[str, Any] | None = None, inputs_hash: str = ""
 ) -> dict[str, Any]:
-    """Write a file, then its marker.
+    """Write a file, then its marker; return the stats in the marker.
 
     Args:
         uri: destination.
         write: writes the file to a local path; if it returns a dict, that is added to the stats.
-        stats: JSON values to record with the file.
+        stats: JSON values.
         inputs_hash: hash of everything that the file depends on.
-
-    Returns:
-        The stats as recorded in the marker.
     """
     marker: dict[str, Any] = {}
     stats = dict(stats or {})
@@ -179,10 +172,7 @@ def names(folder: str) -> list[str]:
 def stats_of(uri: str, *, verify: bool = False, inputs_hash: str = "") -> dict[str, Any] | None:
     """Return the stats of a finished file, or None if it is invalid (no marker, wrong size or content).
 
-    Args:
-        uri: the file.
-        verify: also compare the sha256, which reads the whole file.
-        inputs_hash: required inputs hash; "" accepts any.
+    `verify` also compares the sha256, which reads the whole file; an `inputs_hash` of "" accepts any.
     """
     marker = read_json(uri + MARKER, _MARKER_TYPES)
     if marker is None or inputs_hash not in ("", marker["made_of"]) or not is_intact(uri, marker, verify=verify):
@@ -256,19 +246,29 @@ def local_copy(uri: str) -> Path:
     return target
 
 
+@contextmanager
+def local_folder(uri: str) -> Iterator[Path]:
+    """Yield a local path to a folder; a remote one is copied for the duration of the context."""
+    if is_local(uri):
+        yield Path(absolute(uri))
+        return
+    fs, path = filesystem(uri)
+    with scratch_folder() as scratch:
+        with storage_errors(uri):
+            fs.get(path, str(scratch / "copy"), recursive=True)
+        yield scratch / "copy"
+
+
 def _place(uri: str, write: Callable[[Path], Any]) -> None:
     """Write a file atomically: it appears complete or not at all."""
     if is_local(uri):
+        target = Path(absolute(uri))
         with storage_errors(uri, "write"):
-            _rename_into(Path(absolute(uri)), write)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(target, sync=False) as scratch:
+                write(scratch)
         return
     with scratch_folder() as folder:
         with storage_errors(uri, "write", staged=True):
             write(folder / "file")
         upload(folder / "file", uri)
-
-
-def _rename_into(target: Path, write: Callable[[Path], Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(target, sync=False) as scratch:
-        write(scratch)

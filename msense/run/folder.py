@@ -32,23 +32,14 @@ class _Path:
         return join(run.root, self.place)
 
 
-class _Numbered:
-    """Attribute of a run folder: a function from a number to the URI of a file."""
-
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern
-
-    def __get__(self, run: "RunFolder", owner: type) -> Callable[[int], str]:
-        return lambda number: join(run.root, self.pattern.format(number))
+def _numbered(pattern: str) -> Callable[["RunFolder", int], str]:
+    """Return a method of a run folder from a number to the URI of a file."""
+    return lambda run, number: join(run.root, pattern.format(number))
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """The URIs of all files of a run.
-
-    Attributes:
-        root: URI of the folder.
-        inputs_hash: hash of the manifest; files with another one are invalid.
 
     Example:
         >>> RunFolder("s3://bucket/run").passages_file(7)
@@ -56,7 +47,7 @@ class RunFolder:
     """
 
     root: str
-    inputs_hash: str = ""
+    inputs_hash: str = ""  # of the manifest; files with another one are invalid
 
     manifest = _Path("manifest.json")  # settings and fingerprints of everything that the results depend on
     lock = _Path(".lock")  # held by the driver at work
@@ -89,15 +80,15 @@ class RunFolder:
     student = _Path("student")
     finished = _Path("finished.json")  # written last: the stats of a complete dictionary
 
-    passages_file = _Numbered("passages/{:06d}.parquet")  # of an input split
-    bad_file = _Numbered("passages/{:06d}.bad.json")  # bad documents of an input split
-    partition_file = _Numbered("occurrences/{:06d}.records")  # of a partition
-    curves_file = _Numbered("senses/{:06d}.safetensors")  # variance curves (MCL: sense counts) of a shard of token ids
-    shard_file = _Numbered("centroids/{:06d}.safetensors")  # centroids of a shard
-    token_file = _Numbered("centroids/token-{:08d}.safetensors")  # centroids of a token that is clustered in chunks
-    round_file = _Numbered("centroids/token-{:08d}-round.safetensors")  # after its latest round, to resume from
-    contexts_file = _Numbered("contexts/{:06d}.parquet")  # of the exemplars of a partition
-    label_file = _Numbered("labels/{:06d}.safetensors")  # of a partition
+    passages_file = _numbered("passages/{:06d}.parquet")  # of an input split
+    bad_file = _numbered("passages/{:06d}.bad.json")  # bad documents of an input split
+    partition_file = _numbered("occurrences/{:06d}.records")  # of a partition
+    curves_file = _numbered("senses/{:06d}.safetensors")  # variance curves (MCL: sense counts) of a shard of token ids
+    shard_file = _numbered("centroids/{:06d}.safetensors")  # centroids of a shard
+    token_file = _numbered("centroids/token-{:08d}.safetensors")  # centroids of a token that is clustered in chunks
+    round_file = _numbered("centroids/token-{:08d}-round.safetensors")  # after its latest round, to resume from
+    contexts_file = _numbered("contexts/{:06d}.parquet")  # of the exemplars of a partition
+    label_file = _numbered("labels/{:06d}.safetensors")  # of a partition
 
     def publish(self, uri: str, write: Callable[[Path], Any], stats: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write a file of this run and its done-marker; see `storage.publish`."""
@@ -111,10 +102,6 @@ class RunFolder:
         """Return all outputs of the stages, in their order."""
         folders = (self.passages, self.plan, self.occurrences, self.senses_folder, self.centroids)
         return (*folders, self.contexts, self.dictionary, self.labels, self.student, self.finished)
-
-    def is_round(self, name: str) -> bool:
-        """Return whether a name in the folder of centroids is a `round_file` or its marker."""
-        return "-round.safetensors" in name
 
 
 def resolve_output(output: str) -> str:
@@ -143,8 +130,7 @@ def locked(run: RunFolder) -> Iterator[None]:
         with leased(run.lock) if filesystems.is_s3(run.root) else nullcontext():
             yield
         return
-    with filesystems.storage_errors(run.root, "write"):
-        storage.make_folder(run.root)
+    storage.make_folder(run.root)
     holder = Path(run.holder)
     try:
         lock = FileLock(run.lock, timeout=0).acquire()

@@ -14,11 +14,9 @@ from typing import Any
 from msense.errors import MsenseError
 from msense.io import storage
 from msense.run.folder import RunFolder
-from msense.runtime.progress import spilled_bytes
-from msense.text import plain, size
+from msense.text import plain
 
 logger = logging.getLogger(__name__)
-
 DRIVERS_KEPT = 100
 
 
@@ -83,16 +81,9 @@ def timed(stages: dict[str, dict[str, Any]], name: str) -> Iterator[dict[str, An
     """Time a stage and log its stats: those put into the yielded dict, which is added to `stages`."""
     stats: dict[str, Any] = {}
     logger.info("%s ...", name)
-    began, before = time.monotonic(), spilled_bytes()
+    began = time.monotonic()
     yield stats
     stats["seconds"] = round(time.monotonic() - began, 1)
-    if spilled := spilled_bytes() - before:
-        stats["spilled_bytes"] = spilled
-        logger.warning(
-            "%s: Ray spilled %s of its object store to disk; increase its memory: ray start --object-store-memory",
-            name,
-            size(spilled),
-        )
     stages[name] = stats
     shown = (f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in stats.items())
     logger.info("%s: %s", name, ", ".join(shown))

@@ -28,12 +28,12 @@ POLL_SECONDS = 1.0
 
 
 class LeaseState(NamedTuple):
-    """The stored object of a lease."""
+    """The stored object of a lease: its etag, age in seconds, and the id and name of its driver."""
 
     etag: str
-    age: float  # seconds
-    driver: str  # unique id
-    name: str  # process and host of the driver
+    age: float
+    driver: str
+    name: str
 
 
 def driver_name() -> str:
@@ -42,13 +42,7 @@ def driver_name() -> str:
 
 
 class Lease:
-    """The lease of this driver; `etag` is that of its last write.
-
-    Example:
-        >>> lease = Lease("s3://bucket/run/.lock")
-        >>> lease.acquire()
-        True
-    """
+    """The lease of this driver; `etag` is that of its last write."""
 
     def __init__(self, uri: str) -> None:
         self.fs, self.path = filesystem(uri)

@@ -6,32 +6,22 @@ step, rewritten every ten seconds.
 
 import json
 import logging
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
 from msense.io import storage
 from msense.run.folder import RunFolder
-from msense.runtime.progress import REPORT_SECONDS, set_gauges
+from msense.runtime.progress import REPORT_SECONDS, progress_bar, set_gauges
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
 
 
 class Progress:
-    """Writer of a training's progress.
-
-    Example:
-        >>> progress = Progress("runs/student")
-        >>> progress.write_epochs([{"epoch": 1, "step": 28, "train_sense": 0.7}])
-    """
+    """Writer of a training's progress."""
 
     def __init__(self, run: str) -> None:
         self.run = RunFolder(run)
@@ -42,14 +32,9 @@ class Progress:
         return time.monotonic() - self._written >= REPORT_SECONDS
 
     def write_step(self, step: int, steps: int, epoch: int, metrics: dict[str, float], speed: dict[str, float]) -> None:
-        """Write the progress file.
+        """Write the progress file: finished and total steps, epoch from 1, losses and accuracy of the last step.
 
-        Args:
-            step: finished steps.
-            steps: total steps.
-            epoch: current epoch, from 1.
-            metrics: losses and accuracy of the last step.
-            speed: `tokens_per_s`, and `seconds_left` of the whole training.
+        The speed is `tokens_per_s`, and `seconds_left` of the whole training.
         """
         self._written = time.monotonic()
         storage.write_json(self.run.progress, {"step": step, "steps": steps, "epoch": epoch, "found": metrics, **speed})
@@ -75,9 +60,7 @@ def display_progress(run: RunFolder) -> Iterator[None]:
 
 def _watch(run: RunFolder, ended: threading.Event) -> None:
     """Display new progress until the training has ended."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total}"))
-    console = Console(stderr=True)
-    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar() as bar:
         step, task = 0, bar.add_task("training", total=None)
         while not ended.wait(POLL_SECONDS):
             progress = storage.read_json(run.progress)

@@ -17,23 +17,14 @@ FILES_PER_TASK = 64
 
 
 def finished(
-    stage: str,
-    run: RunFolder,
-    files: Sequence[str],
-    executor: Executor,
-    journal: Journal | None = None,
-    repair: bool = True,
+    stage: str, run: RunFolder, files: Sequence[str], executor: Executor, journal: Journal | None = None
 ) -> list[dict[str, Any] | None]:
     """Return the stats of each file of a stage that an earlier driver finished; None if missing or corrupted.
 
-    Args:
-        stage: for progress and the journal.
-        run: the run; a file with another inputs hash is invalid.
-        files: all files of the stage, in one folder.
-        executor: where the files are read.
-        journal: records how many files are kept and how many were corrupted.
-        repair: remove invalid files and their markers, so that they are regenerated.
+    The files are in one folder. With the journal of the run at work, invalid files and their markers are removed, so that
+    they are regenerated, and the journal records how many are kept and how many were corrupted.
     """
+    repair = journal is not None
     result: list[dict[str, Any] | None] = [None] * len(files)
     marked = storage.markers(files[0].rpartition("/")[0]) if files else set()  # one listing
     numbers = [n for n, file in enumerate(files) if file.rpartition("/")[2] in marked]

@@ -9,10 +9,7 @@ __all__ = ["Executor", "LocalExecutor", "open_executor"]
 def open_executor(local: bool = False, workers: int | None = None, gpus_per_actor: float = 1.0) -> Executor:
     """Return the executor of a job; the pipelines call this, stages only receive the result.
 
-    Args:
-        local: run without Ray, in this process (in spawned processes with more than one worker).
-        workers: actors and tasks at a time; None = one per GPU or CPU on Ray, one in all with `local`.
-        gpus_per_actor: GPUs of a teacher actor; on Ray only.
+    With `local` it runs without Ray, and one worker is the default; on Ray, one per GPU or CPU.
 
     Raises:
         InputError: no node of the cluster could ever run the job.

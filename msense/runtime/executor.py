@@ -8,9 +8,8 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from msense.errors import MsenseError
 from msense.io import filesystems
@@ -19,29 +18,15 @@ from msense.runtime.resources import Resources
 MEMORY_HINT = "A common cause is a lack of memory: lower --workers, or use a machine with more memory"
 Row = dict[str, Any]
 Work = Callable[..., Any]  # a function of a module, as it may run in another process
+Worker = Callable[..., Any]  # starts `method(*arguments)` of an object in a process, returns a handle to its result
 Needs = Mapping[str, float] | None
 
 
-class Worker(Protocol):
-    """A long-lived object in another process (or in this one), whose methods are called by name."""
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Start a method call and return a handle to its result; arguments may be handles."""
-
-
-class Checkpoint(Protocol):
-    """The files that a training reported last."""
-
-    def as_directory(self) -> AbstractContextManager[Any]:
-        """Return a context that yields the local folder of the files."""
-
-
-@dataclass(frozen=True)
-class TrainingResult:
+class TrainingResult(NamedTuple):
     """The outcome of a finished training."""
 
     history: list[dict[str, float]]  # the metrics of every epoch
-    checkpoint: Checkpoint
+    checkpoint: str  # URI of the folder that was reported last
 
 
 class Executor(Protocol):
@@ -50,11 +35,6 @@ class Executor(Protocol):
     Handles stand for results that may still be computed; `get` waits for them, and every method accepts them in place of
     arguments. InputError, MsenseError and OSError that the work raises are raised again on the driver, and a MsenseError
     where its process died repeatedly.
-
-    Example:
-        >>> executor = LocalExecutor()
-        >>> sorted(row["n"] for row in executor.map("squares", square, [1, 2, 3]))
-        [1, 4, 9]
     """
 
     resources: Resources
@@ -68,8 +48,8 @@ class Executor(Protocol):
             name: the stage, for progress and the dashboard.
             work: what to run.
             items: JSON values.
-            common: arguments of every call.
-            isolated: never run in the driver's process, as the work reads files that could crash it.
+            common: more arguments.
+            isolated: the work reads files that could crash its process, which must not be the driver's.
             needs: resources that Ray reserves for each call; half a CPU by default.
         """
 
@@ -79,14 +59,11 @@ class Executor(Protocol):
     def reduce(self, name: str, work: Work, items: Sequence[Any], *common: Any) -> Any:
         """Run `work(item, *common)` for every item (at least one) and merge the results with their `merge(other)`.
 
-        The order of merging is arbitrary. Returns a handle to the total.
+        They are merged in any order. Returns a handle to the total.
         """
 
     def run(self, work: Work, *arguments: Any, device: str = "cpu") -> Any:
         """Run one call, on a GPU if `device` is "cuda", and return its result."""
-
-    def submit(self, work: Work, *arguments: Any) -> Any:
-        """Start one call and return a handle to its result."""
 
     def put(self, value: Any) -> Any:
         """Return a handle to a value that several calls need."""
@@ -95,16 +72,16 @@ class Executor(Protocol):
         """Wait for the result of a handle, or of a list of handles."""
 
     def clustering_workers(self, actor: Work, *arguments: Any) -> AbstractContextManager[list[Worker]]:
-        """Start as many workers made by `actor(*arguments)` as may cluster at a time; they end with the context."""
+        """Start as many objects made by `actor(*arguments)` as may cluster at a time; they end with the context.
+
+        A worker is called with the name of a method and its arguments, which may be handles.
+        """
 
     def train(self, name: str, worker: Work, settings: Any, folder: str) -> TrainingResult:
         """Run `worker(settings, session)` on every training worker, resumed from the last checkpoint of `name`.
 
-        Args:
-            name: identifies the training by everything that its result depends on.
-            worker: reports checkpoints to its session and returns the metrics of all epochs.
-            settings: its first argument.
-            folder: URI of the folder for checkpoints.
+        The name identifies everything that the result depends on. A worker reports checkpoints, which are stored below
+        the URI `folder`, to its session and returns the metrics of all epochs.
 
         Raises:
             MsenseError: workers failed repeatedly; the message has the cause.
@@ -134,11 +111,7 @@ def reported(work: Work, *arguments: Any, **options: Any) -> Any:
 
 
 class LazyActor:
-    """Makes an object at the first call of a method, which then raises the errors of its construction.
-
-    Example:
-        >>> LazyActor(partial(EmbedActor, run, settings)).call("__call__", item)
-    """
+    """Makes an object at the first call of a method, which then raises the errors of its construction."""
 
     def __init__(self, make: Work) -> None:
         self.make = make

@@ -1,41 +1,48 @@
-"""Training without Ray: in this process with one worker, in spawned processes that form a gloo group with several.
+"""Spawned processes, and training without Ray: in this process with one worker, as a gloo group with several.
 
 Checkpoints go to `<folder>/<name>/<checkpoint>/`; `latest.json` beside them names the last complete one.
 """
 
+import multiprocessing
+import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from msense.errors import MsenseError
-from msense.io import filesystems, storage
-from msense.io.scratch import scratch_folder
+from msense.io import storage
 from msense.runtime.executor import TrainingResult, Work
-from msense.runtime.processes import SpawnedPool, environment
+from msense.runtime.resources import SINGLE_THREADED
 
 CHECKPOINTS_KEPT = 2
 _LATEST = "latest.json"
 
 
-@dataclass(frozen=True)
-class LocalCheckpoint:
-    """The files of a checkpoint in a local folder or on a store."""
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables; restore all of them on exit."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
-    uri: str
 
-    @contextmanager
-    def as_directory(self) -> Iterator[str]:
-        """Yield the local folder of the files, downloaded to scratch if they are on a store."""
-        if filesystems.is_local(self.uri):
-            yield self.uri
-            return
-        filesystem, path = filesystems.filesystem(self.uri)
-        with scratch_folder() as scratch:
-            filesystem.get(path, str(scratch / "checkpoint"), recursive=True)
-            yield str(scratch / "checkpoint")
+class SpawnedPool(ProcessPoolExecutor):
+    """Processes that start when there is work, with one thread each for linear algebra, as Ray's workers have."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers, multiprocessing.get_context("spawn"))
+
+    def submit(self, work: Any, /, *arguments: Any, **options: Any) -> Future[Any]:
+        """Run a call in one of the processes."""
+        with environment(SINGLE_THREADED):  # read by libraries when a new process loads them
+            return super().submit(work, *arguments, **options)
 
 
 class LocalSession:
@@ -59,8 +66,8 @@ class LocalSession:
         if not self._kept:
             yield None
             return
-        with LocalCheckpoint(storage.join(self._folder, self._kept[-1])).as_directory() as folder:
-            yield Path(folder)
+        with storage.local_folder(storage.join(self._folder, self._kept[-1])) as folder:
+            yield folder
 
     def report(self, metrics: dict[str, float], folder: Path | None, name: str) -> None:
         """Store a checkpoint; it counts once all workers have stored their files."""
@@ -91,7 +98,7 @@ def train(name: str, worker: Work, settings: Any, folder: str, workers: int) -> 
     except Exception as error:  # reported in the words of a training on Ray
         message = str(error).strip() or type(error).__name__
         raise MsenseError(f"training failed: {message.splitlines()[-1]}") from error
-    return TrainingResult(histories[0], LocalCheckpoint(storage.join(target, _checkpoints(target)[-1])))
+    return TrainingResult(histories[0], storage.join(target, _checkpoints(target)[-1]))
 
 
 def _run_rank(rank: int, world: int, port: int, worker: Work, settings: Any, folder: str) -> list[dict[str, float]]:

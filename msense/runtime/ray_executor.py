@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,48 +34,35 @@ from msense.runtime.executor import (
     name_of,
     reportable,
 )
-from msense.runtime.processes import SINGLE_THREADED
-from msense.runtime.progress import track, warn_of_skew
-from msense.runtime.resources import TASK_CPUS, Node, Resources, plan_workers
+from msense.runtime.progress import track
+from msense.runtime.resources import SINGLE_THREADED, TASK_CPUS, Node, Resources, plan_workers
 
 logger = logging.getLogger(__name__)
-
-RETRIES = 3  # of a task whose worker died: enough to survive crashes, bounded for work that always kills its worker
+OOM_RETRIES = 3  # of a task whose worker died: enough to survive crashes, bounded for work that always kills its worker
 RESTARTS = 10  # of an actor: nodes may come and go
 MERGED_AT_ONCE = 4
 _RESOURCES = ("CPU", "GPU", "memory")
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_task_oom_retries": str(RETRIES),  # the default is without limit
+    "RAY_task_oom_retries": str(OOM_RETRIES),  # the default is without limit
     "RAY_AUTH_MODE": "token",  # a local Ray is closed to other users of the machine
     "RAY_DATA_LOG_LEVEL": "ERROR",  # `track` reports its progress
 }
 _LOCAL_SETTINGS = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # Ray Data's own actors warn without cause
-# errors of actors, as rows name them; the first that fits
-_ERRORS: dict[str, type[Exception]] = {"input": InputError, "run": MsenseError, "system": OSError}
+_ERRORS: tuple[type[Exception], ...] = (InputError, MsenseError, OSError)  # of actors, as their rows name them
 MAX_WORKERS = 1 << 20  # more than any cluster has
 MAX_TEMP_PATH = 26  # characters of the temporary folder: paths of Ray's sockets in it must not exceed 107
 
 
 class RayExecutor(Executor):
-    """Runs work on the Ray cluster that this process is connected to.
-
-    Example:
-        >>> executor = RayExecutor.connect(workers=2)
-        >>> executor.run(max, 3, 5)
-        5
-    """
+    """Runs work on the Ray cluster that this process is connected to."""
 
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
 
     @classmethod
     def connect(cls, workers: int | None = None, gpus_per_actor: float = 1.0) -> "RayExecutor":
-        """Connect to the cluster of RAY_ADDRESS, or start a local Ray.
-
-        Args:
-            workers: actors and tasks at a time, at most one per GPU or CPU; None = one per GPU or CPU.
-            gpus_per_actor: GPUs of a teacher actor.
+        """Connect to the cluster of RAY_ADDRESS, or start a local Ray; for the arguments see `plan_workers`.
 
         Raises:
             InputError: no node of the cluster could ever run the job.
@@ -90,12 +76,10 @@ class RayExecutor(Executor):
     def map(
         self, name: str, work: Work, items: Sequence[Any], *common: Any, isolated: bool = False, needs: Needs = None
     ) -> Iterator[Row]:
-        """Run `work(item, *common)` in plain Ray tasks, see `Executor.map`."""
         for reference in track(name, self._window(name, work, items, common, needs), len(items)):
             yield self.get(reference)
 
     def map_actors(self, name: str, actor: Work, arguments: Row, items: Sequence[Any]) -> Iterator[Row]:
-        """Run the items through a pool of actors fed by Ray Data, see `Executor.map_actors`."""
         if not items:
             return
         import ray
@@ -114,17 +98,14 @@ class RayExecutor(Executor):
             warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_RowActor, compute=pool, **options)
         dataset.set_name(name.replace(" ", "_"))
-        seconds = []
         with _plain_errors():
             for row in track(name, dataset.iter_rows(), len(rows)):
-                seconds.append(row["seconds"])
-                if row["error"]:
-                    raise _ERRORS[row["error"]](row["result"])
+                for kind in _ERRORS:
+                    if row["error"] == kind.__name__:
+                        raise kind(row["result"])
                 yield json.loads(row["result"])
-        warn_of_skew(name, seconds)
 
     def reduce(self, name: str, work: Work, items: Sequence[Any], *common: Any) -> Any:
-        """Run `work(item, *common)` in tasks and merge the results a few at a time, see `Executor.reduce`."""
         merge = _task(f"{name}: merge").remote
         done: list[Any] = []
         for reference in track(name, self._window(name, work, items, common, None), len(items)):
@@ -134,21 +115,14 @@ class RayExecutor(Executor):
         return merge(merged, *done) if len(done) > 1 else done[0]
 
     def run(self, work: Work, *arguments: Any, device: str = "cpu") -> Any:
-        """Run one task away from the driver, see `Executor.run`."""
         return self.get(_task(name_of(work), num_gpus=int(device == "cuda")).remote(work, *arguments))
 
-    def submit(self, work: Work, *arguments: Any) -> Any:
-        """Start one task and return a reference to its result."""
-        return _task(name_of(work)).remote(work, *arguments)
-
     def put(self, value: Any) -> Any:
-        """Put a value into the object store and return a reference to it."""
         import ray
 
         return ray.put(value)
 
     def get(self, handle: Any) -> Any:
-        """Wait for a result, or for several, see `Executor.get`."""
         import ray
 
         with _plain_errors():
@@ -156,7 +130,6 @@ class RayExecutor(Executor):
 
     @contextmanager
     def clustering_workers(self, actor: Work, *arguments: Any) -> Iterator[list[Worker]]:
-        """Start actors that share the points of large tokens, see `Executor.clustering_workers`."""
         import ray
 
         needs = {**self.resources.clustering, "max_restarts": 3, "scheduling_strategy": "SPREAD"}
@@ -164,13 +137,12 @@ class RayExecutor(Executor):
         count = replace(self.resources, nodes=nodes()).clusterers
         workers = [ray.remote(LazyActor).options(**needs).remote(partial(actor, *arguments)) for _ in range(count)]
         try:
-            yield [_RayWorker(worker) for worker in workers]
+            yield [worker.call.remote for worker in workers]
         finally:
             for worker in workers:
                 ray.kill(worker)
 
     def train(self, name: str, worker: Work, settings: Any, folder: str) -> TrainingResult:
-        """Train with Ray Train, see `Executor.train`."""
         from msense.runtime import ray_training
 
         return ray_training.train(name, worker, settings, folder, self.resources)
@@ -182,21 +154,15 @@ class RayExecutor(Executor):
         import ray
 
         task = _task(name, scheduling_strategy="SPREAD", **(needs or {}))
-        running: dict[Any, float] = {}
-        seconds: list[float] = []
-
-        def first_done() -> Any:
-            reference = ray.wait(list(running))[0][0]
-            seconds.append(time.monotonic() - running.pop(reference))
-            return reference
-
+        running: list[Any] = []
         for item in items:
             if len(running) >= self._tasks_now():
-                yield first_done()
-            running[task.remote(work, item, *common)] = time.monotonic()
+                done, running = ray.wait(running)
+                yield from done
+            running.append(task.remote(work, item, *common))
         while running:
-            yield first_done()
-        warn_of_skew(name, seconds)
+            done, running = ray.wait(running)
+            yield from done
 
     def _tasks_now(self) -> int:
         """Return how many tasks may run at a time, including those on nodes that joined later."""
@@ -205,16 +171,6 @@ class RayExecutor(Executor):
         if self.resources.most <= self.resources.tasks:
             return self.resources.tasks
         return max(self.resources.tasks, min(self.resources.most, int(ray.cluster_resources().get("CPU", 0))))
-
-
-class _RayWorker:
-    """A Ray actor, called by the name of a method."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return self.actor.call.remote(method, *arguments)
 
 
 def _call(work: Work, *arguments: Any) -> Any:
@@ -299,10 +255,8 @@ class _RowActor(LazyActor):
     """An actor of Ray Data: expected errors are results, as Ray Data would wrap them."""
 
     def __call__(self, row: Row) -> Row:
-        began, error = time.monotonic(), ""
         try:
-            result = json.dumps(self.call("__call__", json.loads(row["item"])))
-        except (MsenseError, OSError) as raised:
-            result = str(raised)
-            error = next(name for name, kind in _ERRORS.items() if isinstance(raised, kind))
-        return {"result": result, "error": error, "seconds": time.monotonic() - began}
+            return {"result": json.dumps(self.call("__call__", json.loads(row["item"]))), "error": ""}
+        except _ERRORS as error:
+            kind = next(kind for kind in _ERRORS if isinstance(error, kind))
+            return {"result": str(error), "error": kind.__name__}

@@ -13,6 +13,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 
 from msense.errors import MsenseError
 from msense.io import filesystems
+from msense.io.storage import join
 from msense.runtime.executor import TrainingResult, Work
 from msense.runtime.resources import TASK_CPUS, Resources
 
@@ -71,7 +72,7 @@ def train(name: str, worker: Work, settings: Any, folder: str, resources: Resour
         result = trainer.fit()
     except Exception as error:  # Ray wraps a worker's exception in several of its own
         raise MsenseError(f"training failed: {_cause(error)}") from error
-    return TrainingResult(result.return_value, result.checkpoint)
+    return TrainingResult(result.return_value, join(folder, name, Path(result.checkpoint.path).name))
 
 
 def _run_worker(given: dict[str, Any]) -> Any:

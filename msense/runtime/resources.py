@@ -1,7 +1,4 @@
-"""Decide how many workers a job has and what is reserved for each, given the nodes of a cluster.
-
-A job that no node could ever run, now or started by the autoscaler, is refused.
-"""
+"""Decide how many workers a job has and what is reserved for each, given the nodes of a cluster."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,6 +10,9 @@ from msense.text import size
 logger = logging.getLogger(__name__)
 TASK_CPUS = 0.5
 TASK_GPUS = 0.5  # of a clustering task: one task reads while another computes
+# environment of workers: one thread each for linear algebra
+SINGLE_THREADED = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOCAL_SIZE"), "1")
+SINGLE_THREADED["TOKENIZERS_PARALLELISM"] = "false"
 WORKER_MEMORY = 400 << 20  # of an idle process that has loaded torch
 _TASK = {"num_cpus": TASK_CPUS}
 _RAY_NAMES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
@@ -81,9 +81,7 @@ class Resources:
     def setting_aside(self, needed: float, given: int | None) -> "Resources":
         """Return the same resources with memory reserved for each clustering task.
 
-        Args:
-            needed: upper bound of its memory in bytes; capped at the largest node's, as it may need less.
-            given: bytes to reserve in place of `needed`.
+        It is `needed` bytes, an upper bound, at most what the largest node has; or what the user has `given`.
 
         Raises:
             InputError: no node has `given` bytes.
@@ -91,12 +89,8 @@ class Resources:
         largest = max((int(node.offers.get("memory", 0)) for node in self.nodes if node.most), default=0)
         wanted = int(needed) + WORKER_MEMORY
         if not given and largest and wanted > largest:
-            logger.warning(
-                "a clustering task may need %s, but the largest node has %s: if it runs out of memory, lower "
-                "--max-points-per-part or use larger nodes",
-                size(wanted),
-                size(largest),
-            )
+            sizes = f"a clustering task may need {size(wanted)}, but the largest node has {size(largest)}"
+            logger.warning("%s: if it runs out of memory, lower --max-points-per-part or use larger nodes", sizes)
         resources = replace(self, task_memory=given or (min(wanted, largest) if largest else 0))
         resources.check()
         return resources
@@ -130,29 +124,23 @@ def shown_needs(needs: Mapping[str, float]) -> str:
 
 def shown_nodes(nodes: Sequence[Node]) -> str:
     """Return the nodes of a cluster for a message."""
-    here, coming = [n for n in nodes if n.count], [n for n in nodes if not n.count and n.most]
-    text = "nodes: " + ("; ".join(map(str, here)) or "none")
-    return text + (f"; its autoscaler may start {'; '.join(map(str, coming))}" if coming else "")
+    return "nodes: " + "; ".join(str(node) for node in nodes if node.most)
 
 
 def plan_workers(nodes: Sequence[Node], workers: int | None = None, gpus_per_actor: float = 1.0) -> Resources:
     """Return the share of a cluster that a job uses.
 
     Args:
-        nodes: the cluster.
+        nodes: those of the cluster, and those that its autoscaler may start.
         workers: limit of concurrent actors and tasks; None = one teacher actor per GPU share (per CPU without GPUs) and
             one task per CPU.
         gpus_per_actor: GPUs of a teacher actor; with 0.5, two share one.
 
     Raises:
-        InputError: no node has a CPU.
+        InputError: no node could ever run the job.
     """
     actors = _total(nodes, {"num_gpus": gpus_per_actor})
     cpus = _total(nodes, {"num_cpus": 1})
-    if not any(node.most and node.offers.get("CPU", 0) >= TASK_CPUS for node in nodes):
-        raise InputError(
-            f"this cluster offers {shown_nodes(nodes)}, which has no CPU: add a node with CPUs (`ray start --address=...`)"
-        )
     tasks = min(workers or cpus, max(1, cpus))  # at half a CPU each, this leaves room for others
     device = "cuda" if actors else "cpu"
     resources = Resources(min(workers or actors, actors) or tasks, tasks, device, gpus_per_actor, nodes=nodes)

@@ -165,6 +165,12 @@ def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
 
 
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MsenseError, match=r"cannot write .*file/run: "):
+        storage.make_folder(f"{tmp_path}/file/run")
+
+
 def test_local_copy_follows_the_remote(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fs = fsspec.filesystem("memory")

@@ -1,17 +1,13 @@
 """The lease on a run folder on S3: one driver at a time, takeover after a crash, and a driver that loses it stops."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from faulty import ALL, Corpus
-from s3_server import BUCKET, Server, answers, files, throttled, unheard
+from faulty import wait_until
+from s3_server import BUCKET, Server, answers, throttled, unheard
 
 from msense.errors import InputError, MsenseError
 from msense.io import storage
@@ -22,27 +18,11 @@ from msense.run.lease import Lease, leased
 RUN = RunFolder(f"{BUCKET}/run")
 
 
-@pytest.fixture
-def _ctrl_c() -> Iterator[None]:
-    """Python's own handler: Ray Train installs another, and background processes have none."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds instead of minutes; the store's clock has whole seconds."""
     for name, value in {"LEASE_SECONDS": 6.0, "RENEW_SECONDS": 1.0, "POLL_SECONDS": 0.1}.items():
         monkeypatch.setattr(lease, name, value)
-
-
-def until(ready: Callable[[], object], seconds: float = 60) -> None:
-    """Wait in an interruptible way, like the main thread of a driver."""
-    end = time.monotonic() + seconds
-    while not ready() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert ready()
 
 
 def test_a_second_driver_is_refused_while_the_first_is_at_work(s3: Server) -> None:
@@ -82,7 +62,7 @@ def at_work(disturb: Callable[[], object]) -> None:
     """Hold the lease until an exception interrupts."""
     with leased(RUN.lock):
         disturb()
-        until(lambda: False)
+        wait_until(lambda: False)
 
 
 def test_a_driver_that_lost_its_lease_stops(s3: Server) -> None:
@@ -103,10 +83,11 @@ def test_a_driver_that_cannot_renew_its_lease_stops_before_it_expires(s3: Server
     s3.heal()
 
 
-@pytest.mark.usefixtures("_ctrl_c")
 def test_ctrl_c_stays_ctrl_c(s3: Server) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes and Ray Train have others
     with pytest.raises(KeyboardInterrupt):
         at_work(lambda: os.kill(os.getpid(), signal.SIGINT))
+    signal.signal(signal.SIGINT, before)
     assert not storage.exists(RUN.lock)
 
 
@@ -115,7 +96,7 @@ def test_a_lost_answer_is_not_a_lost_lease(s3: Server) -> None:
     with locked(RUN):
         first = Lease(RUN.lock).read()
         s3.spoil("^PUT bucket/run/.lock", unheard, 2)
-        until(lambda: Lease(RUN.lock).read().etag != first.etag)
+        wait_until(lambda: Lease(RUN.lock).read().etag != first.etag)
     assert not storage.exists(RUN.lock)
 
 
@@ -126,31 +107,3 @@ def test_a_store_without_conditional_writes_is_used_without_a_lease(
     with locked(RUN):
         pass
     assert "a second driver is not kept out" in caplog.text
-
-
-@pytest.mark.slow
-def test_a_job_killed_on_s3_resumes(made: Corpus, s3: Server, tmp_path: Path) -> None:
-    """The rerun waits for the dead driver's lease, keeps finished work, and gives the bytes of a local run."""
-    given = f"--corpus {made.folder / 'corpus'} --teacher {made.teacher} --senses 3 --workers 2 --dtype float32 --dedup"
-    command = [sys.executable, "jobs/build_dict.py", *given.split(), "--keep", *ALL, "--output"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    with (tmp_path / "log").open("w") as log:
-        first = subprocess.Popen([*command, RUN.root], env=environment, stderr=log, stdout=log)
-        try:
-            centroids = "PUT bucket/run/centroids/"
-            until(lambda: first.poll() is not None or any(name.startswith(centroids) for name in s3.seen), 300)
-        finally:
-            first.kill()
-            first.wait()
-    assert first.returncode == -signal.SIGKILL
-    assert not storage.exists(RUN.finished)
-    second = subprocess.run([*command, RUN.root], env=environment, capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
-    assert "waiting 90 s for its lease" in second.stderr
-    subprocess.run([*command, str(made.folder / "whole")], env=environment, capture_output=True, check=True)
-    for below in ("dictionary", *ALL):
-        assert files(f"{RUN.root}/{below}") == files(str(made.folder / "whole" / below)), below
-    drivers = storage.read_json(RUN.journal)["drivers"]
-    assert [driver["outcome"] for driver in drivers] == ["", "finished"]
-    assert drivers[1]["stages"]["embed"]["made"] == 0
-    assert json.dumps(drivers).count('"damaged": 0')

@@ -1,15 +1,12 @@
 """Trainings whose workers or driver are killed within an epoch end with the numbers of an undisturbed one."""
 
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import driver
 import pytest
 from driver import Options
-from faulty import Corpus, Outcome, metrics, same_metrics
+from faulty import Corpus, Outcome, metrics, same_metrics, wait_until
 
 from msense.student import load_student
 
@@ -40,17 +37,16 @@ class Trainings:
         ignored = shutil.ignore_patterns("training", "student", "metrics*")
         return Path(shutil.copytree(self.folder / "whole", self.folder / name, ignore=ignored))
 
-    def faulty(self, name: str, hold: bool = False) -> tuple[Options, Path]:
-        """Return options by which a worker dies, or waits, in the second epoch, and the file that records it."""
-        flag = self.folder / f"{name}.flag"
-        return Options(self.folder / "log", {"training": {"flag": flag, "hold": hold}}, step=KILLED_AT), flag
+    def faulty(self, hold: bool = False) -> Options:
+        """Return options by which a worker dies, or waits, in the second epoch, and then writes the file "flag"."""
+        (self.folder / "flag").unlink(missing_ok=True)
+        return Options(self.folder / "log", {"training": {"flag": self.folder / "flag", "hold": hold}}, step=KILLED_AT)
 
     def kill_a_worker(self, name: str, **more: object) -> Path:
         """Train again and kill a worker; return the run."""
         run = self.copy_labels(name)
-        options, flag = self.faulty(name)
-        assert self.train(name, options, **more)["stages"]["training"]["epochs"] == 3
-        assert flag.exists()
+        assert self.train(name, self.faulty(), **more)["stages"]["training"]["epochs"] == 3
+        assert (self.folder / "flag").exists()
         return run
 
 
@@ -63,15 +59,10 @@ def test_a_worker_and_a_driver_killed_within_an_epoch(trainings: Trainings, outc
     whole = trainings.folder / "whole"
     same_metrics(trainings.kill_a_worker("worker"), whole)
     run = trainings.copy_labels("driver")
-    options, flag = trainings.faulty("driver", hold=True)
-    process = driver.start({**trainings.given, "output": str(run)}, options)
-    until = time.monotonic() + 600
-    while not flag.exists() and time.monotonic() < until and process.is_alive():
-        time.sleep(0.1)
-    assert flag.exists()
+    process = driver.start({**trainings.given, "output": str(run)}, trainings.faulty(hold=True))
+    wait_until((trainings.folder / "flag").exists, seconds=600)
     assert len(metrics(run)) == 1  # it is in the second epoch
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     assert not (run / "student").exists()
     trainings.train("driver")

@@ -1,11 +1,11 @@
-"""Drivers on Ray in processes of their own, which tests kill, with a small corpus cut into many work items."""
+"""Builds and distillations on Ray whose drivers, in processes of their own, and workers are logged, delayed and killed."""
 
 import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,22 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from executors import RayWithFaults, die_once, small_partitions
+from executors import small_partitions
 
 from msense.runtime.executor import Row, TrainingResult, Work, Worker, name_of
 from msense.runtime.ray_executor import RayExecutor
 
-SMALL = (60_000, 60_000)
-
 
 @dataclass(frozen=True)
 class Options:
-    """How a driver is disturbed; see `RayWithFaults`."""
+    """How a job is disturbed; a place is the name of a stage as the executor sees it, or of a function that runs alone."""
 
-    log: Path
-    faults: dict[str, Row] = field(default_factory=dict)
-    kill_driver_at: tuple[str, int] | None = None
-    delay: Callable[[Work], Work] | None = None
+    log: Path  # lines "place number" of all items that were started
+    faults: dict[str, Row] = field(default_factory=dict)  # by place: arguments of `DrivenWork.fail`
+    kill_driver_at: tuple[str, int] | None = None  # place, and number of finished items there
     light: bool = False  # use `LightTeacher`
     meet: Path | None = None  # folder: items of two stages wait until nodes have had some on two nodes
     step: int = 0  # training step of the fault "training"
@@ -46,117 +43,140 @@ class LightTeacher:
         return torch.sin((torch.from_numpy(ids) + place)[..., None] * torch.arange(1, 17))
 
 
-class DrivenExecutor(RayWithFaults):
+class DrivenWork:
+    """Work on a worker: cuts small shards, and logs, waits or dies as the options say."""
+
+    def __init__(self, work: Work, place: str, options: Options) -> None:
+        self.work, self.place, self.options = work, place, options
+
+    def __call__(self, *arguments: Any) -> Any:
+        from msense.stages import embedding_store
+
+        embedding_store.SHARD_BYTES = (60_000, 60_000)
+        item = arguments[0] if arguments else {}
+        if isinstance(item, dict) and "number" in item:
+            with self.options.log.open("a") as file:
+                file.write(f"{self.place} {item['number']}\n")
+            if self.options.meet and self.place in ("embed", "clustering"):
+                meet(self.options.meet / self.place, wait=self.place == "clustering" or item["number"] >= 3)
+        if self.place in self.options.faults:
+            return self.fail(arguments, **self.options.faults[self.place])
+        return self.work(*arguments)
+
+    def fail(self, arguments: tuple, flag: Path, at: str = "", hold: bool = False) -> Any:
+        """Run the work, in which `die_once` is called: at the call of a function of `storage` (in a write), or at once."""
+        from msense.io import storage
+
+        if not at:
+            die_once(flag, hold)
+            return self.work(*arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            original = getattr(storage, at)
+            patch.setattr(storage, at, lambda *given: (die_once(flag, hold), original(*given))[1])
+            return self.work(*arguments)
+
+
+def die_once(flag: Path, hold: bool = False) -> None:
+    """Kill this process unless the flag exists; with `hold`, wait until its node is killed."""
+    try:
+        file = flag.open("x")
+    except FileExistsError:
+        return
+    if not hold:
+        os.kill(os.getpid(), signal.SIGKILL)
+    import ray
+
+    with file:
+        file.write(ray.get_runtime_context().get_node_id())
+    time.sleep(600)
+
+
+def meet(folder: Path, wait: bool) -> None:
+    """Record this node in a folder; if `wait`, wait for a second one."""
+    import ray
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ray.get_runtime_context().get_node_id()).touch()
+    until = time.monotonic() + 300
+    while wait and len(list(folder.iterdir())) < 2:
+        if time.monotonic() > until:
+            raise RuntimeError("no call from another node")
+        time.sleep(0.05)
+
+
+def driven_actor(actor: Work, place: str, options: Options, **arguments: Any) -> DrivenWork:
+    """Make an actor on a worker."""
+    if options.light:
+        from msense.stages import embed, label
+
+        embed.load_teacher = label.load_teacher = lambda settings: LightTeacher()
+    return DrivenWork(actor(**arguments), place, options)
+
+
+class DyingChunkWorker:
+    """A clustering worker that dies once in the second round of a token."""
+
+    def __init__(self, actor: Work, fault: Row | None, *arguments: Any) -> None:
+        self.worker, self.fault = actor(*arguments), fault
+
+    def __getattr__(self, method: str) -> Work:
+        return getattr(self.worker, method)
+
+    def partial(self, chunks: object, state: Any) -> object:
+        if self.fault and state.rounds:
+            die_once(self.fault["flag"], self.fault.get("hold", False))
+        return self.worker.partial(chunks, state)
+
+
+class DrivenExecutor(RayExecutor):
     """Runs work on Ray with the faults of `Options`, in small shards."""
 
-    def __init__(self, executor: RayExecutor, options: Options) -> None:
-        super().__init__(executor, options.log, options.faults, options.kill_driver_at, options.delay)
+    def __init__(self, options: Options, workers: int | None = None) -> None:
+        super().__init__(RayExecutor.connect(workers).resources)
         self.options = options
 
-    def _logged(self, place: str, work: Work) -> Work:
-        meet = self.options.meet
-        if meet and place in ("embed", "clustering"):
-            work = Meeting(work, meet / place, first=3 if place == "embed" else 0)
-        return super()._logged(place, SmallShards(work))
+    def _die_at(self, place: str, number: int = 1) -> None:
+        if (place, number) == self.options.kill_driver_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def map_actors(self, name: str, actor: Work, arguments: Row, items: Any) -> Any:
-        return super().map_actors(name, partial(light_actor, actor) if self.options.light else actor, arguments, items)
+    def _counted(self, place: str, rows: Iterator[Row]) -> Iterator[Row]:
+        for number, row in enumerate(rows, 1):
+            self._die_at(place, number)
+            yield row
+
+    def map(self, name: str, work: Work, items: Sequence[Any], *common: Any, **options: Any) -> Iterator[Row]:
+        return self._counted(name, super().map(name, DrivenWork(work, name, self.options), items, *common, **options))
+
+    def map_actors(self, name: str, actor: Work, arguments: Row, items: Sequence[Any]) -> Iterator[Row]:
+        made = partial(driven_actor, actor, name, self.options)
+        return self._counted(name, super().map_actors(name, made, arguments, items))
+
+    def reduce(self, name: str, work: Work, items: Sequence[Any], *common: Any) -> Any:
+        self._die_at(name)
+        return super().reduce(name, DrivenWork(work, name, self.options), items, *common)
 
     def run(self, work: Work, *arguments: Any, device: str = "cpu") -> Any:
-        result = super().run(work, *arguments, device=device)
-        self._die_at(f"after {name_of(work)}", 1)
+        place = name_of(work)
+        self._die_at(place)
+        result = super().run(DrivenWork(work, place, self.options), *arguments, device=device)
+        self._die_at(f"after {place}")
         return result
 
     @contextmanager
     def clustering_workers(self, actor: Work, *arguments: Any) -> Iterator[list[Worker]]:
-        with super().clustering_workers(actor, *arguments) as workers:
-            yield [WatchedWorker(worker, self._die_at) for worker in workers]
+        made = partial(DyingChunkWorker, actor, self.options.faults.get("large tokens"))
+        with super().clustering_workers(made, *arguments) as workers:
+            yield [partial(self._call, worker) for worker in workers]
+
+    def _call(self, worker: Worker, method: str, *arguments: Any) -> Any:
+        self._die_at(f"large tokens: {method}")
+        return worker(method, *arguments)
 
     def train(self, name: str, worker: Work, settings: Any, folder: str) -> TrainingResult:
-        self._die_at("training", 1)
-        if fault := self.faults.get("training"):
+        self._die_at("training")
+        if fault := self.options.faults.get("training"):
             worker = partial(train_with_fault, worker, self.options.step, fault)
         return super().train(name, worker, settings, folder)
-
-
-class WatchedWorker:
-    """A clustering worker; the driver may die when it calls a method."""
-
-    def __init__(self, worker: Worker, die_at: Callable[[str, int], None]) -> None:
-        self.worker, self.die_at = worker, die_at
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        self.die_at(f"large tokens: {method}", 1)
-        return self.worker.call(method, *arguments)
-
-
-class SmallShards:
-    """Work that cuts small shards on a worker."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        self.__name__ = name_of(work)
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        from msense.stages import embedding_store
-
-        embedding_store.SHARD_BYTES = SMALL
-        return self.work(*arguments, **options)
-
-
-class LastFirst:
-    """Work that is slower for the first items than for the last."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-
-    def __call__(self, *arguments: object) -> object:
-        if arguments and isinstance(arguments[0], dict) and "number" in arguments[0]:
-            time.sleep(0.6 / (1 + arguments[0]["number"]))
-        return self.work(*arguments)
-
-
-class Deadly:
-    """Work, and an actor, that records each item and dies at item 1."""
-
-    def __init__(self, tried: Path, first: int | None = None) -> None:
-        self.tried = tried
-        if first is not None:
-            self(first)
-
-    def __call__(self, item: int) -> Row:
-        with self.tried.open("a") as file:
-            file.write(f"{item}\n")
-        if item == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return {"item": item}
-
-
-class Meeting:
-    """Work that waits, from item `first` on, until it has been called on two nodes."""
-
-    def __init__(self, work: Work, folder: Path, first: int) -> None:
-        self.work, self.folder, self.first = work, folder, first
-
-    def __call__(self, item: Row, *more: Any) -> Any:
-        import ray
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / ray.get_runtime_context().get_node_id()).touch()
-        until = time.monotonic() + 300
-        while item["number"] >= self.first and len(list(self.folder.iterdir())) < 2:
-            if time.monotonic() > until:
-                raise RuntimeError("no call from another node")
-            time.sleep(0.05)
-        return self.work(item, *more)
-
-
-def light_actor(actor: Work, **arguments: Any) -> Any:
-    """Make an actor with a light teacher, on a worker."""
-    from msense.stages import embed, label
-
-    embed.load_teacher = label.load_teacher = lambda settings: LightTeacher()
-    return actor(**arguments)
 
 
 def train_with_fault(worker: Work, step: int, fault: Row, settings: Any, session: Any) -> Any:
@@ -167,7 +187,7 @@ def train_with_fault(worker: Work, step: int, fault: Row, settings: Any, session
 
     def counted(self: Trainer, *arguments: Any) -> dict:
         if next(steps) == step:
-            die_once(fault["flag"], fault.get("hold", False))
+            die_once(**fault)
         return original(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -175,24 +195,19 @@ def train_with_fault(worker: Work, step: int, fault: Row, settings: Any, session
         return worker(settings, session)
 
 
-def run(settings: dict, options: Options) -> dict:
-    """Build, or distill if the settings name a dictionary, on the Ray of this process."""
+def run(settings: dict, options: Options, cluster: dict[str, str] | None = None) -> dict:
+    """Build, or distill if the settings name a dictionary, on a cluster or on the Ray of this process."""
+    os.environ |= cluster or {}  # Ray connects when it is imported
     from msense.config.build import BuildConfig
     from msense.config.distill import DistillConfig
     from msense.pipelines.build import build_dictionary
     from msense.pipelines.distill import distill_student
 
-    executor = DrivenExecutor(RayExecutor.connect(settings.get("workers")), options)
+    executor = DrivenExecutor(options, settings.get("workers"))
     with small_partitions():
         if "dictionary" in settings:
             return distill_student(DistillConfig(**settings), executor)
         return build_dictionary(BuildConfig(**settings), executor)
-
-
-def drive(settings: dict, options: Options, address: str, auth: str) -> None:
-    """Run a job on a cluster, to which Ray connects when it is imported."""
-    os.environ |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": auth}
-    run(settings, options)
 
 
 def start(settings: dict, options: Options, address: str | None = None) -> BaseProcess:
@@ -205,7 +220,7 @@ def start(settings: dict, options: Options, address: str | None = None) -> BaseP
     context.set_forkserver_preload(
         ["driver", "msense.pipelines.build", "msense.pipelines.distill", "ray.data", "torch", "transformers"]
     )
-    arguments = (json.loads(json.dumps(settings)), options, address, os.environ.get("RAY_AUTH_MODE", "token"))
-    process = context.Process(target=drive, args=arguments)
+    cluster = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+    process = context.Process(target=run, args=(json.loads(json.dumps(settings)), options, cluster))
     process.start()
     return process

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,14 @@ class Corpus:
         return storage.read_json(RunFolder(str(self.folder / name)).journal)["drivers"]
 
 
+def wait_until(ready: Callable[[], object], seconds: float = 120) -> None:
+    """Wait in an interruptible way, like the main thread of a driver."""
+    end = time.monotonic() + seconds
+    while not ready() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert ready()
+
+
 def records(made: Corpus, name: str | Path) -> tuple[int, int]:
     """Return the numbers of stored and of distinct occurrences."""
     partitions = [
@@ -138,6 +147,13 @@ def flip_a_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) * 2 // 3] ^= 4
     path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "file truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "file deleted": Path.unlink,
+    "byte flipped": flip_a_byte,
+}
 
 
 def metrics(run: Path | str) -> list[dict[str, float]]:

@@ -8,12 +8,8 @@ from pathlib import Path
 from fuzzing import BYTES, Reader
 
 
-def _key_error() -> None:
-    raise KeyError("a")
-
-
 def _faulty(fail: Callable[[], object]) -> Reader:
-    return Reader(lambda folder: (folder / "a").read_bytes() == b"whole" or fail(), ("a",))
+    return Reader(lambda folder: _read(folder) == b"whole" or fail(), ("a",))
 
 
 def _read(folder: Path) -> bytes:
@@ -24,7 +20,7 @@ READERS = {
     "crash": _faulty(lambda: os._exit(3)),
     "hang": _faulty(lambda: time.sleep(60)),
     "memory": _faulty(lambda: bytearray(BYTES + (64 << 20))),
-    "error": _faulty(_key_error),
+    "error": _faulty(lambda: {}["a"]),
     "read": Reader(_read, ("a",)),
     "hashed": Reader(_read, ("a",), exact=True),
 }

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from fuzzing import Reader
+from task_data import write_contexts as write_task_contexts
 from tiny import exemplars, with_tokenizer, word_piece
 
 from msense import SenseDictionary, SenseEncoder
@@ -25,12 +26,8 @@ from msense.corpus import cut_splits, list_files
 from msense.corpus.labelled import read_labelled
 from msense.corpus.readers import MAX_DOCUMENT_BYTES, Document, read_documents
 from msense.errors import InputError
-from msense.evaluation.cost import Cost
-from msense.evaluation.report import Evaluation, TaskReport, load_report, to_json, write_report
-from msense.evaluation.result import Result
 from msense.evaluation.tasks import coarsewsd, wordsim
 from msense.io import storage
-from msense.io.arrays import save_arrays
 from msense.run.folder import RunFolder
 from msense.run.journal import Journal
 from msense.run.manifest import check_manifest
@@ -38,7 +35,7 @@ from msense.student import load_student
 from msense.teacher.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
 from msense.teacher.model import Teacher
 from msense.teacher.spec import TeacherOptions, load_teacher_info
-from msense.training.label_dataset import LabelManifest, LabelPartition, LabelSet
+from msense.training.label_dataset import LabelSet
 
 TEXTS = ["the river bank", "", "a cat sat on the mat , running", "is near " * 9]
 PARQUET = {"text": [f"a text of {n % 7} words" for n in range(90)], "id": [f"d{n}" for n in range(90)]}
@@ -155,13 +152,6 @@ def word_pairs(folder: Path) -> object:
     return sets
 
 
-def results(folder: Path) -> object:
-    report = load_report(str(folder / "e.json"))
-    if report is None:
-        raise InputError("no report")
-    return to_json(report)
-
-
 # --- undamaged folders
 
 
@@ -170,74 +160,25 @@ def write_dictionary(folder: Path) -> None:
     pq.write_table(exemplars([(0, 0, 0), (2, 1, 0), (2, 1, 1), (7, 3, 0)]), folder / "exemplars.parquet")
 
 
-MANIFEST: dict[str, Any] = {
-    "format": 1,
-    "config": {"senses": 20, "layer": -1},
-    "corpus": ["a"],
-    "inputs": {"a.txt": "3 x"},
-    "teacher": {"name": "t", "dim": 16, "fingerprint": "f"},
-    "pins": {"dtype": "float32", "device": "cpu"},
-}
+MANIFEST: dict[str, Any] = {"format": 1, "config": {"senses": 20, "layer": -1}, "corpus": ["a"]}
+MANIFEST |= {"inputs": {"a.txt": "3 x"}, "teacher": {"name": "t", "dim": 16, "fingerprint": "f"}}
+MANIFEST |= {"pins": {"dtype": "float32", "device": "cpu"}}
 
 
 def write_run(folder: Path) -> None:
     run = RunFolder(str(folder))
     storage.write_json(run.manifest, MANIFEST)
     Journal.begin(run, 2).end("done")
-
     run.publish(run.blocks, lambda path: pq.write_table(pa.table({"piece": [1, 2]}), path), {"stored": 3})
-
-
-def write_labels(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    run = RunFolder(str(folder), "m")
-    sizes = rng.integers(1, 4, 25).astype(np.int32)
-    run.publish(run.label_senses, lambda path: save_arrays(path, {"senses": sizes}))
-    partitions = []
-    for number in range(2):
-        lengths = rng.integers(2, 9, 6)
-        ids = rng.integers(0, 25, lengths.sum()).astype(np.int32)
-        soft = np.stack([np.zeros(len(ids)), np.where(sizes[ids] > 1, 1, 65535)], 1).astype(np.uint16)
-        weights = np.where(soft == [[0, 1]], [[0.75, 0.25]], [[1.0, 0.0]]).astype(np.float16)
-        weights[sizes[ids] == 1] = [1, 0]
-        arrays = {
-            "offsets": np.cumsum([0, *lengths]).astype(np.int64), "ids": ids, "senses": soft[:, 0].copy(),
-            "held_out": np.array([0, 0, 1, 0, 0, 1], np.uint8), "soft_senses": soft, "soft_weights": weights,
-            "pooled": rng.normal(size=(6, 4)).astype(np.float16),
-        }  # fmt: skip
-
-        run.publish(run.label_file(number), partial(save_arrays, arrays=arrays))
-        file = Path(run.label_file(number))
-        counts = {"passages": 6, "tokens": len(ids), "labelled": len(ids), "held_out_passages": 2}
-        partitions.append(LabelPartition(**counts, size=file.stat().st_size, sha256=storage.sha256_of(file)))
-    manifest = LabelManifest(
-        inputs_hash="m", dictionary="d", teacher={"name": "t"}, tokenizer_fingerprint="t", vocab_size=25, dim=4, metric="l2",
-        temperature_unit=1.0, temperature=0.5, train_tokens=None, held_out=0.3, held_out_salt=1, soft_targets=2,
-        pooled=True, pooling="mean", normalize=False, partitions=tuple(partitions),
-    )  # fmt: skip
-    storage.write_json(run.label_manifest, manifest.model_dump(mode="json", by_alias=True))
 
 
 def write_classifier(folder: Path) -> None:
     save_classifier(folder, Classifier(ClassifierConfig(task="sst2", dim=16, pooling="mean", labels=("a", "b"))))
 
 
-def write_results(folder: Path) -> None:
-    rows: dict[str, Result | str] = {
-        "a": Result("accuracy", "draws", [0.5, 0.6], more={"macro F1": 0.4}),
-        "b": Result("accuracy", "texts", gold=["x", "y"], found=["x", "x"]),
-        "c": "has none",
-    }
-    cost = Cost(**{field.name: 1 for field in dataclasses.fields(Cost)})
-    report = Evaluation(list(rows), [TaskReport("t", "k", "w", rows)], {"a": cost}, {"settings": {"seed": 1}})
-    write_report(report, str(folder / "e.json"), plots=False)
-
-
 def write_contexts(folder: Path) -> None:
-    (folder / "bank").mkdir()
-    for part in ("train", "test"):
-        (folder / "bank" / f"{part}.data.txt").write_text("1\tthe bank is\n0\tbank of a river\n" * 5)
-        (folder / "bank" / f"{part}.gold.txt").write_text("a\nb\n" * 5)
+    rows = [("bank", "a"), ("bank", "b")] * 5
+    write_task_contexts(folder, "bank", rows, rows)
 
 
 def _parquet(table: dict[str, list], **options: object) -> bytes:
@@ -256,49 +197,42 @@ YAML = (
 )
 PAIRS = "bank river 3\nbank money 2.5\ncat dog 9\n" * 5
 LABELLED = {"text": PARQUET["text"], "label": [n % 3 for n in range(90)]}
-SINGLE: dict[str, tuple[Callable[[Path], object], str, bytes]] = {  # readers of one file: its name and content
-    "config": (settings, "run.yaml", YAML.encode() + b"output: runs/x\n"),
-    "corpus txt": (corpus, "a.txt", LINES.encode()),
-    "corpus jsonl": (corpus, "a.jsonl", JSONL.encode()),
-    "corpus csv": (corpus, "a.csv", CSV.encode()),
-    "corpus gz": (corpus, "a.jsonl.gz", gzip.compress(JSONL.encode())),
-    "corpus zst": (corpus, "a.txt.zst", pa.Codec("zstd").compress(LINES.encode(), asbytes=True)),
-    "corpus parquet": (corpus, "a.parquet", _parquet(PARQUET, compression="zstd")),
-    "corpus parquet, plain": (corpus, "a.parquet", _parquet(PARQUET, compression="none", data_page_version="2.0")),
-    "labelled csv": (labelled, "train.csv", CSV.encode()),
-    "labelled jsonl": (labelled, "train.jsonl", JSONL.encode()),
-    "labelled parquet": (labelled, "train.parquet", _parquet(LABELLED)),
-    "word pairs": (word_pairs, "set.txt", PAIRS.encode()),
-}
-WHOLE: dict[str, Callable[[Path], object]] = {  # students and teacher come from fixtures
-    "dictionary": write_dictionary,
-    "run folder": write_run,
-    "labels": write_labels,
-    "labels, verified": write_labels,
-    "classifier": write_classifier,
-    "results": write_results,
-    "word contexts": write_contexts,
-    **{
-        name: lambda folder, f=file, c=content: (folder / f).write_bytes(c)
-        for name, (_, file, content) in SINGLE.items()
-    },
-}
+
+
+def single(read: Callable[[Path], object], name: str, content: bytes) -> Reader:
+    """Return the reader of a folder with one file."""
+    return Reader(read, (name,), write=lambda folder: (folder / name).write_bytes(content))
+
+
 _STUDENT = ("config.json", "model.safetensors", "tokenizer.json", "dictionary/config.json")
 _STUDENT += ("dictionary/dictionary.safetensors",)
 _TEACHER = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json")
 _DICTIONARY = ("config.json", "dictionary.safetensors", "exemplars.parquet", "tokenizer/tokenizer.json")
 _LABELS = ("labels/labels.json", "labels/000000.safetensors", "labels/000001.safetensors")
 _RUN = ("manifest.json", "journal.json", "plan/blocks.parquet", "plan/blocks.parquet.done")
+_CLASSIFIER = ("classifier/config.json", "classifier/classifier.safetensors")
 READERS: dict[str, Reader] = {
-    "dictionary": Reader(dictionary, _DICTIONARY),
+    "dictionary": Reader(dictionary, _DICTIONARY, write=write_dictionary),
     "student static": Reader(student, _STUDENT),
     "student layers:1": Reader(student, _STUDENT),
-    "classifier": Reader(classifier, ("classifier/config.json", "classifier/classifier.safetensors")),
+    "classifier": Reader(classifier, _CLASSIFIER, write=write_classifier),
     "teacher": Reader(teacher, (*_TEACHER, "1_Pooling/config.json")),
     "labels": Reader(labels, _LABELS),
     "labels, verified": Reader(partial(labels, verify=True), _LABELS, exact=True),
-    "run folder": Reader(run_folder, _RUN, exact=True),
-    "results": Reader(results, ("e.json",)),
-    "word contexts": Reader(contexts, ("bank/train.data.txt", "bank/test.gold.txt")),
-    **{name: Reader(read, (file,)) for name, (read, file, _) in SINGLE.items()},
+    "run folder": Reader(run_folder, _RUN, exact=True, write=write_run),
+    "word contexts": Reader(contexts, ("bank/train.data.txt", "bank/test.gold.txt"), write=write_contexts),
+    "config": single(settings, "run.yaml", YAML.encode() + b"output: runs/x\n"),
+    "corpus txt": single(corpus, "a.txt", LINES.encode()),
+    "corpus jsonl": single(corpus, "a.jsonl", JSONL.encode()),
+    "corpus csv": single(corpus, "a.csv", CSV.encode()),
+    "corpus gz": single(corpus, "a.jsonl.gz", gzip.compress(JSONL.encode())),
+    "corpus zst": single(corpus, "a.txt.zst", pa.Codec("zstd").compress(LINES.encode(), asbytes=True)),
+    "corpus parquet": single(corpus, "a.parquet", _parquet(PARQUET, compression="zstd")),
+    "corpus parquet, plain": single(
+        corpus, "a.parquet", _parquet(PARQUET, compression="none", data_page_version="2.0")
+    ),
+    "labelled csv": single(labelled, "train.csv", CSV.encode()),
+    "labelled jsonl": single(labelled, "train.jsonl", JSONL.encode()),
+    "labelled parquet": single(labelled, "train.parquet", _parquet(LABELLED)),
+    "word pairs": single(word_pairs, "set.txt", PAIRS.encode()),
 }

@@ -36,23 +36,18 @@ VALUES: list[Any] = [
     *("", "..", "../../outside", "/etc/passwd", "\x1b[31m", "\ud800", "x" * 70_000, "org/kernel", "file:///dev/zero"),
     *([], [[]], {}, {"a": {"b": [1]}}, [1] * 10_000, "NEST"),
 ]
-KINDS = ("flip", "overwrite", "cut", "insert", "append", "value", "drop", "twice", "array", "number", "place")
+KINDS = ("flip", "overwrite", "cut", "insert", "value", "drop", "twice", "array", "number", "place")
 PLACES = ("pipe", "link out", "device", "folder", "nothing", "circle", "empty", "hole")
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader under test.
+    """A reader under test."""
 
-    Attributes:
-        read: reads a folder and returns a value whose repr is its meaning; asserts that it is well formed.
-        files: files that may be damaged.
-        exact: files are hashed: any change must be refused or keep the meaning.
-    """
-
-    read: Callable[[Path], object]
-    files: tuple[str, ...]
-    exact: bool = False
+    read: Callable[[Path], object]  # returns the meaning of a folder, by its repr; asserts that it is well formed
+    files: tuple[str, ...]  # that may be damaged
+    exact: bool = False  # they are hashed: any change must be refused or keep the meaning
+    write: Callable[[Path], object] | None = None  # writes an undamaged folder; None if it takes fixtures
 
 
 def spoil(path: Path, edits: list[Edit], reseal: bool) -> None:
@@ -127,8 +122,6 @@ def damage(raw: bytes, kind: str, where: float, also: float, data: bytes, path: 
         return raw[:place]
     if kind == "insert":
         return raw[:place] + data * (1 + int(also * 50) ** 3) + raw[place:]
-    if kind == "append":
-        return raw + data
     return raw[:place] + bytes(b ^ (1 << data[0] % 8) for b in raw[place : place + 1]) + raw[place + 1 :]
 
 

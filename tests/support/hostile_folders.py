@@ -1,18 +1,23 @@
-"""Corrupted dictionary folders (config, arrays, index, sizes) and the error message expected for each."""
+"""Corrupted dictionary folders and the error message expected for each."""
 
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 from tiny import make
 
 from msense.dictionary import DictionaryFiles
 from msense.dictionary import format as dictionary_format
+from msense.dictionary.contexts import exemplar_schema
 from msense.dictionary.layout import file_layout
 
 CONFIG, DATA = "config.json", "dictionary.safetensors"
+EXEMPLARS, TOKENIZER = "exemplars.parquet", "tokenizer/tokenizer.json"
 INDEX, SECOND = "dictionary.safetensors.index.json", "dictionary-00002-of-00002.safetensors"
 BIG = 1 << 61
 MANY = 1 << 22
@@ -146,11 +151,11 @@ HOSTILE: dict[str, tuple[Corrupt, str]] = {
     "offsets from 1": (array("offsets", 1, 2, 2, 6), "offsets must increase"),
     "offsets decrease": (array("offsets", 0, 4, 2, 6), "offsets must increase"),
     "offsets overflow": (array("offsets", 0, 2**63 - 1, -(2**63), 6), "offsets must increase"),
-    "negative counts": (array("counts", -1), "counts holds the value -1"),
-    "counts that overflow": (array("counts", *[2**62] * 6), "counts holds values up to 4611"),
-    "token counts that overflow": (array("token_counts", *[2**63 - 1] * 3), "token_counts holds values up to"),
-    "NaN distance": (array("spread", NAN), "spread holds"),
-    "negative distance": (array("spread", -1.0), "spread holds"),
+    "negative counts": (array("counts", -1), "counts holds values from -1"),
+    "counts that overflow": (array("counts", *[2**62] * 6), "counts holds values from 4611"),
+    "token counts that overflow": (array("token_counts", *[2**63 - 1] * 3), "token_counts holds values from 9223"),
+    "NaN distance": (array("spread", NAN), "spread holds values from nan"),
+    "negative distance": (array("spread", -1.0), "spread holds values from -1.0"),
 }
 
 WIDE = holes(1, 1 << 13, 1 << 16, offsets={1: 1 << 13}, counts=dict.fromkeys(range(1 << 13), 1))
@@ -158,15 +163,15 @@ SIZES: dict[str, tuple[Corrupt, str]] = {
     "vast vocabulary": (holes(1 << 36, 0), "vocab_size: Input should be less than or equal to 4194304"),
     "vast width": (edit_config(dim=1 << 40), "dim: Input should be less than or equal to 65536"),
     "more senses than possible": (holes(3, 1 << 40, dim=1), "declares 1099511627776 senses, but 3 tokens"),
-    "sparse counts": (holes(1 << 14, 1 << 28, offsets={1 << 14: 1 << 28}), "counts holds the value 0|cannot map"),
-    "all sparse": (holes(MANY, 1 << 36), "counts holds the value 0|cannot map"),
+    "sparse counts": (holes(1 << 14, 1 << 28, offsets={1 << 14: 1 << 28}), "counts holds values from 0|cannot map"),
+    "all sparse": (holes(MANY, 1 << 36), "counts holds values from 0|cannot map"),
     "many tokens, offsets decrease": (
         holes(MANY, 2, counts={0: 1, 1: 1}, offsets={1: 2, MANY: 2}),
         "offsets must increase",
     ),
     "many tokens, negative token count": (
         holes(MANY, 1, counts={0: 1}, offsets={MANY: 1}, token_counts={5: 1 << 63}),
-        "token_counts holds the value -",
+        "token_counts holds values from -",
     ),
     "wide senses": (WIDE, "token 0 has 8192 senses of width 65536, but the maximum is 4096"),
 }
@@ -196,12 +201,159 @@ HOSTILE_INDEX: dict[str, tuple[Corrupt, str]] = {
     "link out": (lambda f: move_out(f, SECOND), "outside the dictionary"),
 }
 
-SCALES = "scales holds values that are NaN, infinite or below 1e-45"
+SCALES = "scales holds values from nan"
 HOSTILE_INT8: dict[str, tuple[Corrupt, str]] = {
     "NaN scale": (array("scales", NAN), SCALES),
     "no scales": (without_tensor("scales"), "scales is None, but should be"),
     "fewer scales": (header("scales", shape=[5]), UNALIGNED),
-    "declared as float16": (edit_config(dtype="float16"), "should be"),
     "declared as int4": (edit_config(dtype="int4"), "dtype: Input should be"),
-    "truncated": (written(DATA, lambda raw: raw[:-1]), "truncated"),
+}
+
+
+# --- exemplars and tokenizers
+
+
+def rows_of(rows: int = 4, token: int = 2, sense: int = 0, text: str = "x", distance: float = 0.0) -> pa.Table:
+    columns: list[list[Any]] = [[token] * rows, [sense] * rows, list(range(rows)), [distance] * rows]
+    columns += [[text] * rows for _ in range(4)]
+    schema = exemplar_schema()
+    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+
+
+def parquet(rows: pa.Table, **options: Any) -> Corrupt:
+    return lambda folder: pq.write_table(rows, folder / EXEMPLARS, **{"row_group_size": 1 << 16, **options})
+
+
+def footer(length: int, size: int) -> Corrupt:
+    """Write a sparse file that ends like a Parquet file with a footer of a given length."""
+
+    def corrupt(folder: Path) -> None:
+        with (folder / EXEMPLARS).open("wb") as file:
+            file.seek(size - 8)
+            file.write(length.to_bytes(4, "little") + b"PAR1")
+
+    return corrupt
+
+
+def not_utf8(folder: Path) -> None:
+    parquet(rows_of(), compression="none")(folder)
+    raw = (folder / EXEMPLARS).read_bytes()
+    assert b"\x01\x00\x00\x00x" in raw
+    (folder / EXEMPLARS).write_bytes(raw.replace(b"\x01\x00\x00\x00x", b"\x01\x00\x00\x00\xff"))
+
+
+def wrong_type(folder: Path) -> None:
+    """Give a column another type in the footer than in the schema; Arrow's metadata objects abort at it."""
+    raw = (folder / EXEMPLARS).read_bytes()
+    start = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+    changed = raw[start:].replace(b"\x15\x02\x19", b"\x15\x7e\x19")
+    assert changed != raw[start:]
+    (folder / EXEMPLARS).write_bytes(raw[:start] + changed)
+
+
+def long_text(folder: Path) -> None:
+    rows = rows_of(1)
+    long = rows.set_column(7, rows.schema.field(7), pa.array(["a" * (65 << 20)]))
+    parquet(long, compression="zstd", write_statistics=["token"], use_dictionary=False)(folder)
+
+
+def small_footer_size(folder: Path) -> None:
+    """Understate the size of the last column in the footer; its page header states the real size."""
+    long_text(folder)
+    raw = bytearray((folder / EXEMPLARS).read_bytes())
+    size = pq.read_metadata(folder / EXEMPLARS).row_group(0).column(7).total_uncompressed_size
+    place = raw.rindex(thrift_number(size))
+    raw[place : place + 4] = thrift_number(1 << 20)
+    (folder / EXEMPLARS).write_bytes(raw)
+    assert pq.read_metadata(folder / EXEMPLARS).row_group(0).column(7).total_uncompressed_size == 1 << 20
+
+
+def thrift_number(value: int) -> bytes:
+    value, out = value << 1, b""
+    while value >= 128:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+MISSING = rows_of().set_column(5, exemplar_schema().field(5), pa.array(["x", None, "x", "x"], pa.string()))
+HOSTILE_EXEMPLARS: dict[str, tuple[Corrupt, str]] = {
+    "truncated": (written(EXEMPLARS, lambda raw: raw[:-100]), "truncated or not a Parquet file"),
+    "not Parquet": (written(EXEMPLARS, lambda _: b"PAR1 not really PAR1"), "cannot read"),
+    "vast footer": (footer((1 << 32) - 1, 1 << 40), "footer has 4294967295 bytes, but the limit is"),
+    "wrong type in the footer": (wrong_type, "do not have the columns"),
+    "middle missing": (written(EXEMPLARS, lambda raw: raw[:40] + raw[140:]), "cannot read"),
+    "foreign sense": (parquet(rows_of(sense=3)), "sense 3, rank 0 of token 2 does not exist"),
+    "foreign token": (parquet(rows_of(token=99)), "tokens 99 to 99, which are out of order or vocabulary"),
+    "tokens decrease": (
+        parquet(pa.concat_tables([rows_of(token=5), rows_of(token=2)]), row_group_size=4),
+        "tokens 2 to 2, which are out of order",
+    ),
+    "missing values": (parquet(MISSING), "word has missing values"),
+    "not UTF-8": (not_utf8, "Invalid UTF8"),
+    "no statistics": (parquet(rows_of(), write_statistics=False), "or no statistics"),
+    "large row group": (parquet(rows_of(70_000), row_group_size=1 << 20), "has 70000 rows, not 1 to 65536"),
+    "too many exemplars": (parquet(rows_of(70_000)), "holds more than 3072 exemplars"),
+    "understated size": (small_footer_size, "decompress to more than 681574.. bytes"),
+    "repeated text": (
+        parquet(rows_of(2000, text="b" * 60_000), write_statistics=["token"]),
+        "decompress to more than 245760000 bytes",
+    ),
+    "delta encoding": (
+        parquet(rows_of(), use_dictionary=False, column_encoding={"left": "DELTA_BYTE_ARRAY"}),
+        "the unsupported encoding DELTA_BYTE_ARRAY",
+    ),
+    "link out": (lambda f: move_out(f, EXEMPLARS), "outside the dictionary"),
+}
+
+
+def tokenizer(**parts: object) -> Corrupt:
+    """Change the tokenizer; the config has no fingerprint, which stands for a forged one."""
+
+    def corrupt(folder: Path) -> None:
+        edit_config(tokenizer_fingerprint="")(folder)
+        edit_json(folder / TOKENIZER, lambda definition: definition.update(parts))
+
+    return corrupt
+
+
+def split(pattern: str) -> dict[str, object]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def repeated(times: int, **step: object) -> Corrupt:
+    return tokenizer(normalizer={"type": "Sequence", "normalizers": [step] * times})
+
+
+def swap(raw: bytes) -> bytes:
+    return raw.replace(b'"bank":2', b'"bank":3').replace(b'"river":3', b'"river":2')
+
+
+def charsmap(text: str) -> Corrupt:
+    return tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": text})
+
+
+def replacing(letter: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": letter}, "content": content}
+
+
+INVALID = "is not a tokenizer"
+BACKTRACKING = tokenizer(normalizer=replacing("b", "x" * 40), pre_tokenizer=split("(x+x+)+y"))
+SEVENTEEN = tokenizer(pre_tokenizer={"type": "Sequence", "pretokenizers": [split("a")] * 17})
+OUTSIDE = {"type": "Unigram", "unk_id": 7, "vocab": [["a", -1.0]], "byte_fallback": False}
+HOSTILE_TOKENIZERS: dict[str, tuple[Corrupt, str]] = {
+    **{
+        f"tokenizer is {text!r}": (written(TOKENIZER, lambda _, text=text: text), INVALID)
+        for text in (b"", b"{", b"[]", b'{"model": 3}', b'{"vocab": {}}', b"\xff")
+    },
+    "deeply nested": (written(TOKENIZER, lambda _: b'{"model": ' + b"[" * 200_000), INVALID),
+    "unknown id outside": (tokenizer(model=OUTSIDE), INVALID),
+    "invalid pattern": (tokenizer(pre_tokenizer=split("(")), INVALID),
+    "large": (lambda f: os.truncate(f / TOKENIZER, 1 << 40), "the limit for 8 tokens"),
+    "large charsmap": (charsmap("A" * (1 << 20) + "A"), "the limit for 8 tokens|inf times longer"),
+    "another tokenizer": (written(TOKENIZER, swap), "not the dictionary's tokenizer: its fingerprint is"),
+    "panics": (tokenizer(pre_tokenizer={"type": "FixedLength", "length": 0}), "fails on 'bank' .*Panic"),
+    "backtracking": (BACKTRACKING, "fails on 'bank' .*retry-limit"),
+    "many patterns": (SEVENTEEN, "matches 17 patterns"),
+    "tenfold growth": (repeated(12, **replacing("a", "a" * 10)), "times longer"),
+    "link out": (lambda f: move_out(f, TOKENIZER), "outside the dictionary"),
 }

@@ -13,20 +13,12 @@ from msense.io import filesystems
 
 Start = Callable[..., Any]
 Fault = Callable[["Server", dict[str, Any], Start], Iterable[bytes]]
-SLOW_DOWN = (
-    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-)
 BUCKET = "s3://bucket"
 KEY, SECRET = "AKIATESTKEYTESTKEY12", "hunter2hunter2hunter2"
 
 
 class Server:
-    """Moto's S3 behind a filter that injects faults.
-
-    Attributes:
-        url: address of the server.
-        seen: "METHOD key" of every request.
-    """
+    """Moto's S3 behind a filter that injects faults; `seen` has the "METHOD key" of every request."""
 
     def __init__(self) -> None:
         self.app = DomainDispatcherApplication(create_backend_app)
@@ -70,13 +62,6 @@ def files(uri: str) -> dict[str, bytes]:
     return {name.removeprefix(f"{path}/"): fs.cat_file(name) for name in names}
 
 
-def throttled(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
-    """The store throttles."""
-    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-    start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))])
-    return [SLOW_DOWN] if environ["REQUEST_METHOD"] != "HEAD" else []
-
-
 def dropped(server: Server, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
     """The connection breaks in the middle of the request."""
     environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
@@ -109,3 +94,6 @@ def answers(status: str, code: str) -> Fault:
         return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
 
     return answer
+
+
+throttled = answers("503 Slow Down", "SlowDown")

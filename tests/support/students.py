@@ -40,10 +40,10 @@ def learnt(student: Student, seed: int = 0) -> Student:
 
 
 def shipped(
-    teacher: Path, folder: Path, kind: str = "static", senses: str = "float32", **options: object
+    teacher: Path, folder: Path, kind: str = "static", senses: str = "float32", prompt: str = "", **options: object
 ) -> tuple[Student, SenseDictionary]:
     """Save a student with changed weights and its dictionary in a folder; return both."""
-    dictionary = dictionary_of(teacher, temperature_unit=20.0, max_length=24)
+    dictionary = dictionary_of(teacher, temperature_unit=20.0, max_length=24, prompt=prompt)
     built = folder.parent / f"{folder.name}-dictionary"
     dictionary.save(built)
     write_tokenizer(built, load_teacher_info(str(teacher), BuildConfig())[1].to_str())

@@ -12,14 +12,14 @@ class OutOfMemoryError(RuntimeError):
     """As torch names it."""
 
 
-ERRORS: dict[str, Exception] = {
-    "InputError": InputError("no such item"),
-    "DictionaryError": DictionaryError("no such dictionary"),
-    "MsenseError": MsenseError("failed"),
-    "OSError": FileNotFoundError(2, "gone", "file"),
-    "MemoryError": MemoryError("no room"),
-    "OutOfMemoryError": OutOfMemoryError("CUDA"),
-    "bug": ZeroDivisionError("a bug"),
+ERRORS: dict[str, tuple[Exception, type[Exception], str]] = {  # name: raised, the kind and message that are reported
+    "InputError": (InputError("no such item"), InputError, "^no such item$"),
+    "DictionaryError": (DictionaryError("no such dictionary"), DictionaryError, "^no such dictionary$"),
+    "MsenseError": (MsenseError("failed"), MsenseError, "^failed$"),
+    "OSError": (FileNotFoundError(2, "gone", "file"), OSError, "gone"),
+    "MemoryError": (MemoryError("no room"), MsenseError, r"out of memory \(MemoryError: no room\)\. .*--workers"),
+    "OutOfMemoryError": (OutOfMemoryError("CUDA"), MsenseError, r"out of memory \(OutOfMemoryError: CUDA\)\. "),
+    "bug": (ZeroDivisionError("a bug"), ZeroDivisionError, "a bug"),
 }
 
 
@@ -28,7 +28,7 @@ def add(item: int, offset: int = 0) -> dict:
 
 
 def fail(item: str, *_: object) -> dict:
-    raise ERRORS[item]
+    raise ERRORS[item][0]
 
 
 def die(item: dict, tried: str) -> dict:
