@@ -385,3 +385,12 @@ def test_invalid_settings_are_refused() -> None:
         KMeansConfig(k=0, n_init=0, tol=1.5, max_rounds=0)
     with pytest.raises(InputError, match="metric is 'l1', but must be one of l2, "):
         KMeansConfig(metric="l1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [GRAM, DIRECT])
+def test_the_scale_of_the_points_changes_nothing(rows: int) -> None:
+    """The tolerance is relative to the inertia."""
+    points = np.random.default_rng(0).normal(size=(rows, 6)).astype(np.float32)
+    config = KMeansConfig(k=8, tol=0.02)
+    small, large = one(points / 2**8, config), one(points * 2**4, config)
+    np.testing.assert_array_equal(small.assignment, large.assignment)

@@ -160,6 +160,10 @@ def test_senses_take_the_majority_label_of_training_contexts(two_senses: SenseDi
     result = coarsewsd.measure(Reader(two_senses), str(tmp_path / "c"))
     assert result.score == result.more["ARI"] == result.more["V-measure"] == result.more["gold centroids"] == 1.0
     assert result.more["most frequent"] == 0.5
+    write_contexts(tmp_path / "d", "word", [("w1", "a")] * 3 + [("w1", "b")], [("w1", "b")] * 3 + [("w1", "a")])
+    assert (
+        coarsewsd.measure(Reader(two_senses), str(tmp_path / "d")).more["most frequent"] == 0.25
+    )  # of the training set
     baselines = coarsewsd.measure(Reader(None), str(tmp_path / "c"))  # without a dictionary
     assert baselines.metric == "gold centroids"
     assert "accuracy" not in baselines.more

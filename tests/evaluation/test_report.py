@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from msense.cli.reports import show_evaluation
 from msense.errors import InputError
+from msense.evaluation import cost as costs
 from msense.evaluation.cost import Cost
 from msense.evaluation.report import (
     Evaluation,
@@ -21,6 +25,7 @@ from msense.evaluation.report import (
     write_report,
 )
 from msense.evaluation.result import Result
+from msense.evaluation.spec import Spec
 from msense.io import storage
 
 
@@ -169,3 +174,13 @@ def test_plots_show_every_model_within_the_picture(
     assert labels[0][:3] == ["teacher  0.790", "replaced:x|y  0.765", "replaced:z  0.740"]
     assert len(labels[0]) == 13
     assert set(labels[1]) == set(labels[0])  # the teacher is a line
+
+
+def test_speed_is_relative_to_the_first_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(parameters=lambda: 1, files=list)
+    monkeypatch.setattr(costs, "_peak", lambda *_: 1)
+    monkeypatch.setattr(costs, "open_model", lambda *_: nullcontext(model))
+    monkeypatch.setattr(costs, "_time_interleaved", lambda *_: {"slow": np.array([4.0]), "fast": np.array([1.0])})
+    own = costs.measure([Spec("slow", "teacher"), Spec("fast", "teacher")], ["a", "b"], "cpu", 1)
+    assert {name: cost.speedup for name, cost in own.items()} == {"slow": 1.0, "fast": 4.0}
+    assert own["fast"].texts_per_s == 2.0

@@ -205,3 +205,20 @@ def test_uris_are_resolved_and_shown_without_secrets_and_invalid_ones_rejected(
         assert "hunter2" not in str(error.value)
     with pytest.raises(InputError, match="nosuch://"):
         filesystems.filesystem("nosuch://x")
+
+
+def test_a_folder_is_uploaded_with_its_own_config_last(root: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    """Readers take a folder with a config.json for complete."""
+    source = tmp_path / "source"
+    for name in ("config.json", "z.bin", "dictionary/config.json", "dictionary/a.bin"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    order: list[str] = []
+    upload = storage.upload
+    monkeypatch.setattr(
+        storage, "upload", lambda path, uri: (order.append(uri.split("target/")[1]), upload(path, uri))[1]
+    )
+    storage.upload_folder(source, storage.join(root, "target"))
+    assert order == ["dictionary/a.bin", "z.bin", "dictionary/config.json", "config.json"]
+    assert storage.read_text(storage.join(root, "target", "dictionary", "config.json")) == "dictionary/config.json"
+    assert storage.read_text(storage.join(root, "target", "config.json")) == "config.json"

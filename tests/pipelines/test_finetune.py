@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,13 +30,14 @@ from msense.evaluation.models import TokenModel, make_model
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
 from msense.evaluation.tasks import classifier as task
-from msense.pipelines.finetune import finetune
+from msense.pipelines.finetune import _name, finetune
 from msense.runtime import Executor
 from msense.runtime.ray_executor import RayExecutor
 from msense.stages.passages import passage_spec
 from msense.student.tokenizer import pad_ids
 from msense.teacher.body import load_body
 from msense.teacher.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
+from msense.teacher.finetuned import save_teacher
 from msense.teacher.spec import load_teacher_info
 from msense.training.finetuner import Finetuner, batches, read_tokenized
 from msense.training.loop import ProcessGroup
@@ -424,3 +426,21 @@ def test_two_workers_on_ray_train_as_one(ray: None, tune: Tune, teacher: Path, t
         assert actual == pytest.approx(expected, rel=1e-2, abs=1e-2)
     actual, expected = (load_classifier(summary.teacher).state_dict() for summary in (two, one))
     torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_training_is_named_after_its_dev_split_too(learned: SimpleNamespace) -> None:
+    settings, (info, _) = learned.settings, load_teacher_info(learned.teacher, BuildConfig())
+    texts = read_split("toy", get_task("toy"), learned.source, TRAIN, "")
+    splits = (None, texts, replace(texts, fingerprints=("another",)))
+    assert len({_name(settings.config, info, texts, dev, settings) for dev in splits}) == 3
+
+
+def test_a_tuned_teacher_copies_no_file_from_outside(make_teacher: MakeTeacher, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(make_teacher("bert", "mean_tokens"), tmp_path / "source"))
+    (tmp_path / "secret").write_text("secret")
+    (source / "special_tokens_map.json").unlink(missing_ok=True)
+    (source / "special_tokens_map.json").symlink_to(tmp_path / "secret")
+    body = load_body(source, "source", torch.float32)
+    save_teacher(tmp_path / "tuned", body, Classifier(known_classifier().config), source, 64, {})
+    assert (tmp_path / "tuned" / "tokenizer.json").is_file()
+    assert not (tmp_path / "tuned" / "special_tokens_map.json").exists()

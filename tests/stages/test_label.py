@@ -271,6 +271,12 @@ def test_the_text_is_read_again_if_the_run_does_not_keep_it(made: Corpus) -> Non
     made.build("dict", max_occurrences=60)
     label(made, made.folder / "kept")
     assert not (made.folder / "kept" / "passages").exists()
+    finished = made.folder / "dict" / "finished.json"
+    original = finished.read_text()
+    storage.write_json(str(finished), {**(storage.read_json(str(finished)) or {}), "made_of": "other inputs"})
+    label(made, made.folder / "others")
+    assert (made.folder / "others" / "passages").exists()
+    finished.write_text(original)
     flip_a_byte(made.folder / "dict" / "passages" / "000000.parquet")
     label(made, made.folder / "again")
     assert (made.folder / "again" / "passages").exists()
@@ -325,3 +331,9 @@ def test_dry_run_and_status(
     assert f"{len(manifest.partitions)} of {len(manifest.partitions)} " in shown
     assert f"{manifest.total('tokens'):,} tokens" in shown
     assert "held out" in shown
+
+
+@pytest.mark.parametrize(("tokens", "bins"), [(9, 1), (10, 2), (14, 2), (15, 3)])
+def test_bins_that_fill_the_wanted_tokens_exactly_are_read(tokens: int, bins: int) -> None:
+    counts = np.array([5, 5, 5], np.int64)
+    assert label_module._last_key(counts, tokens) == (bins << (64 - label_module.KEY_BINS_BITS)) - 1

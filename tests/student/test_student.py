@@ -300,3 +300,15 @@ def test_hostile_weights_are_refused(saved: StudentFiles, tmp_path: Path) -> Non
         spoil(saved.weights)
         with pytest.raises(StudentError, match=match):
             load_student(saved.folder)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+@pytest.mark.parametrize("skip", [0, 1, 2, 5])
+def test_fast_inference_skips_tokens_of_a_prompt_as_the_module_does(pooling: str, skip: int) -> None:
+    student = static_student(pooling)
+    rows = [[1, 2, 3, 4, 5, 6], [7, 8, 1, 1, 1, 2, 3], [3] * 9]
+    ids, mask = padded(rows)
+    with torch.no_grad():
+        expected = student.sentence(student(ids, mask).hidden, mask, skip).numpy()
+    actual = StaticEncoder(student).sentences([np.array(row) for row in rows], skip)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)

@@ -270,3 +270,13 @@ def test_distilling_on_ray_with_two_workers(ray: None, corpus: Corpus) -> None:
     assert encoder.config.dim == SenseDictionary.load(corpus.folder / "dict").dim
     assert encoder.encode(["the bank of the river"]).shape == (1, encoder.config.dim)
     assert encoder.tokens("the bank of the river")[1].token == "bank"
+
+
+def test_the_learning_rate_follows_the_steps_of_all_epochs(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[float] = []
+    step = DDPEngine.step
+    monkeypatch.setattr(DDPEngine, "step", lambda engine, lr: (taken.append(lr), step(engine, lr))[1])
+    given = {"epochs": 2, "batch_tokens": 256, "lr": 1.0, "schedule": "linear", "warmup": 0.0, "clip": 1e-6}
+    corpus.distill("rates", student="static", **given)
+    assert len(taken) > 4
+    assert taken == pytest.approx([lr_factor(number, len(taken), 0.0, "linear") for number in range(len(taken))])
