@@ -15,7 +15,7 @@ from msense.text import is_utf8, redact
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 TrainDtype = Annotated[Literal["auto", "float32", "bfloat16"], Field(description="dtype of the model in training")]
 _SHOWN_ERRORS = 20
-_TEXTS = ("corpus", "text_column", "teacher", "revision", "prompt", "output", "dictionary", "student")
+_TEXTS = ("corpus", "text_column", "id_column", "teacher", "revision", "prompt", "output", "dictionary", "student")
 
 
 def validate_config(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:

@@ -25,7 +25,7 @@ _FREE = {  # without influence on labels and student
     *("local", "workers", "gpus_per_actor", "checkpoint_steps", "log_level", "output", "dry_run", "time_teacher"),
     *("dictionary", "teacher", "corpus", "on_bad_document"),
 }
-_CORPUS_SETTINGS = {"text_column", "dedup"}  # recorded with the text
+_CORPUS_SETTINGS = {"text_column", "id_column", "dedup"}  # recorded with the text
 _REFERENCE: dict[str, Any] = {"objective": {"sense": 1.0}, "heads": "one", "metric": "dot", "soft_targets": 0}
 _REFERENCE |= {"pooled": False, "epochs": 5, "schedule": "cosine", "train_embeddings": True}
 
@@ -42,6 +42,7 @@ class DistillConfig(TeacherJobConfig):
     dictionary: str = Field(description="folder or URI of the dictionary, or of the run that built it")
     corpus: tuple[str, ...] = Field((), description="texts, as for build_dict.py; default: those of the dictionary")
     text_column: str = Field("text", description="with --corpus: text column of jsonl, parquet and csv files")
+    id_column: str = Field("id", description="with --corpus: column of document ids, used if present; none: no ids")
     dedup: bool = Field(False, description="with --corpus: read identical passages once")
     teacher: str | None = Field(None, description="name or folder of the teacher; default: as recorded")
     train_tokens: int | None = Field(None, ge=1, description="tokens to label; default: those that the plan selected")
@@ -102,7 +103,7 @@ class DistillConfig(TeacherJobConfig):
             raise ValueError("must be layers:N with a number from 1, such as layers:2, or a list such as layers:0,2,5")
         return value
 
-    @field_validator("text_column", "dedup")
+    @field_validator("text_column", "id_column", "dedup")
     @classmethod
     def _check_corpus_setting(cls, value: object, info: ValidationInfo) -> object:
         if not info.data.get("corpus", True):

@@ -39,12 +39,12 @@ def passage_keys(document_id: str, count: int, seed: int) -> np.ndarray:
     return np.asarray(z ^ (z >> np.uint64(31)))
 
 
-def cut_points(encoding: Encoding, text: str, length: int, stride: int) -> list[tuple[int, int, int]]:
+def cut_points(offsets: _Offsets, text: str, length: int, stride: int) -> list[tuple[int, int, int]]:
     """Cut one tokenized text into passages.
 
     Args:
-        encoding: tokens of the text, without special tokens.
-        text: the text.
+        offsets: of its tokens, without special tokens.
+        text: the text, or a prompt and the text.
         length: maximum number of tokens in a passage, context included.
         stride: desired context tokens before the body of every passage but the first.
 
@@ -52,10 +52,9 @@ def cut_points(encoding: Encoding, text: str, length: int, stride: int) -> list[
         (context start, body start, end) of each passage, in tokens. Bodies are consecutive. A passage starts after white
         space if possible, else outside a run of letters and digits, else (in a long word) between two characters.
     """
-    total = len(encoding)
+    total = len(offsets)
     if total <= length:
         return [(0, 0, total)] if total else []
-    offsets = encoding.offsets
     cuts, begin, context = [], 0, 0
     while begin < total:
         end = min(total, begin - context + length)
@@ -162,7 +161,7 @@ def write_passages(
     documents = tokens = 0
     with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_statistics=False) as parquet:
         blocks = BlockWriter(parquet)
-        items = read_documents(split, spec.text_column, sample=spec.sample, seed=spec.seed)
+        items = read_documents(split, spec.text_column, spec.sample, spec.seed, spec.id_column)
         for batch in _batches(items, lambda item: len(item.text) if isinstance(item, Document) else 0):
             for item in batch:
                 if not isinstance(item, BadDocument):
@@ -209,16 +208,13 @@ def _slices(text: str) -> Iterator[str]:
 
 def _add_documents(documents: list[Document], spec: PassageSpec, tokenizer: Tokenizer, blocks: BlockWriter) -> int:
     """Tokenize, cut and add documents; return the number of tokens in their passages."""
-    before = np.array((*spec.prefix, *spec.prompt), dtype=np.int32)
-    after = np.array(spec.suffix, dtype=np.int32)
     passages: list[list[tuple[int, np.ndarray]]] = [[] for _ in documents]
     slices = ((number, text) for number, document in enumerate(documents) for text in _slices(document.text))
     for group in _batches(slices, lambda numbered: len(numbered[1])):
-        encodings = tokenizer.encode_batch([text for _, text in group], add_special_tokens=False)
-        for (number, text), encoding in zip(group, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype=np.int32)
-            for context, begin, end in cut_points(encoding, text, spec.body_length, spec.stride):
-                passages[number].append((begin - context, np.concatenate([before, ids[context:end], after])))
+        texts = [spec.prompt_text + text for _, text in group]
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        for (number, _), text, encoding in zip(group, texts, encodings, strict=True):
+            passages[number] += _cut(encoding, text, spec)
     tokens = 0
     for document, its_passages in zip(documents, passages, strict=True):
         keys = passage_keys(document.id, len(its_passages), spec.seed)
@@ -227,3 +223,18 @@ def _add_documents(documents: list[Document], spec: PassageSpec, tokenizer: Toke
             blocks.add(np.uint64(key), document.id, index, context, ids)
             tokens += len(ids)
     return tokens
+
+
+def _cut(encoding: Encoding, text: str, spec: PassageSpec) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield context and token ids of the passages of a prompt and text that were tokenized as one string.
+
+    A token that reaches from the prompt into the text, such as one that starts with the prompt's last space, is text.
+    """
+    ids, offsets = np.array(encoding.ids, dtype=np.int32), encoding.offsets
+    limit, end = min(len(spec.prompt), len(ids)), len(spec.prompt_text)
+    prompt = next((place for place in range(limit) if offsets[place][1] > end), limit) if end else 0
+    frame = np.array((*spec.prefix, *ids[:prompt]), dtype=np.int32), np.array(spec.suffix, dtype=np.int32)
+    length = spec.body_length + len(spec.prompt) - prompt
+    for context, begin, stop in cut_points(offsets[prompt:], text, length, spec.stride):
+        body = ids[prompt + context : prompt + stop]
+        yield prompt - len(spec.prompt) + begin - context, np.concatenate([frame[0], body, frame[1]])

@@ -20,13 +20,14 @@ from msense.io import filesystems
 from msense.io.filesystems import display_uri, error_message, is_credentials_error, storage_error_types
 from msense.text import first_line, is_utf8
 
-FORMATS = ("txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "csv")
+FORMATS = ("txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "csv", "csv.gz", "csv.zst")
 ACCEPTED = (
-    "*.txt and *.jsonl (also .gz and .zst), *.parquet, *.csv, a folder or glob of those, "
+    "*.txt, *.jsonl and *.csv (also .gz and .zst), *.parquet, a folder or glob of those, "
     "hf://dataset[:config][:split], pydocs[:package,...]"
 )
 _CONTENT_KEYS = ("ETag", "etag", "md5Hash", "md5", "blob_id")
 _TIME_KEYS = ("mtime", "LastModified", "updated", "created")
+_HIDDEN = re.compile(r"(^|/)(\.|_(?![^/]*=[^/]*/))")  # as in Spark, pyarrow and datasets; `_key=value/` is a partition
 _LISTING = "a corpus"  # `form` of `read_errors` while files are only listed
 
 
@@ -57,8 +58,8 @@ class SourceFile:
 def list_files(uris: Sequence[str]) -> list[SourceFile]:
     """Return the files of a corpus, sorted by name, whatever the order of the URIs.
 
-    Folders and globs are read recursively. Names that start with a dot, links to folders and files of unknown suffix
-    are skipped.
+    Folders and globs are read recursively. Skipped are names that begin with a dot or an underscore (but not `_key=value`),
+    as other readers of data sets do, links to folders, and files of unknown suffix.
 
     Raises:
         InputError: a URI is unsupported, missing, unreadable or without readable files; a package is not installed; two
@@ -136,7 +137,7 @@ def _read_error(error: Exception, shown: str, form: str) -> MsenseError:
         case ConnectionError() | TimeoutError():
             return MsenseError(f"{shown}: the connection was lost ({reason}); run the same command again")
         case OSError() | pa.ArrowInvalid() | pa.ArrowNotImplementedError():
-            corrupted = "it is corrupted or of another format: restore or exclude it"
+            corrupted = "it is corrupted or of another format: restore, convert or exclude it"
             remedy = "check the path" if form == _LISTING else corrupted
             return InputError(f"{shown}: cannot be read as {form} ({reason}); {remedy}")
     return (InputError if is_credentials_error(error) else MsenseError)(f"{shown}: {error_message(error)}")
@@ -172,7 +173,9 @@ def _list_storage(uri: str) -> tuple[str, list[SourceFile]]:
             _check_listable(folder)
         files = _readable(filesystem, root, infos)
     if not files:
-        raise InputError(f"{display_uri(uri)}: no readable file there; accepted are {ACCEPTED}")
+        raise InputError(
+            f"{display_uri(uri)}: no readable file there; accepted are {ACCEPTED}; names that begin with . or _ are skipped"
+        )
     return _base_name(display_uri(root)), files
 
 
@@ -183,7 +186,7 @@ def _readable(filesystem: AbstractFileSystem, root: str, infos: dict[str, dict[s
     for name, info in infos.items():
         relative = name[root_length:].lstrip("/")
         form = _format_of(relative)
-        if not form or info["type"] == "directory" or re.search(r"(^|/)\.", relative):
+        if not form or info["type"] == "directory" or _HIDDEN.search(relative):
             continue
         if info.get("islink"):  # the target's size and time count
             with read_errors(name, _LISTING):

@@ -4,27 +4,28 @@ Sources are folders (local, s3://, ...) with `SPLIT*.csv`, `.jsonl` or `.parquet
 the whole split.
 """
 
-import csv
+import codecs
 import io
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from msense.corpus import list_files, tables
 from msense.corpus.files import SourceFile, corpus_filesystem, read_errors
+from msense.corpus.readers import Fault, csv_records, parsed
+from msense.corpus.streams import open_text
 from msense.errors import InputError
 from msense.io.filesystems import display_uri
 from msense.io.untrusted import printable
+from msense.text import is_utf8
 
 _MAX_BYTES = 1 << 30  # per file
 _FORMATS = ("csv", "jsonl", "parquet")
-_SCALARS = (tables.is_text, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 
 
 class Columns(NamedTuple):
@@ -108,7 +109,7 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
     if lacking.any():
         raise InputError(f"{where}: row {int(lacking.to_numpy().argmax())} lacks a text or label: fix or remove it")
     for name in names:
-        if not table[name].map(lambda value: isinstance(value, str | int | float)).all():
+        if not table[name].map(lambda value: isinstance(value, str | int | float | Decimal)).all():
             raise InputError(f"{where}: column {name!r} has values other than texts and numbers: convert them")
     *texts, labels = ([str(value) for value in table[name].tolist()] for name in names)
     fingerprints = tuple(f"{file.name} {file.size} {file.fingerprint}" for file in files)
@@ -123,49 +124,67 @@ def _read_file(file: SourceFile, names: Sequence[str]) -> pd.DataFrame:
     filesystem, path = corpus_filesystem(file.uri)
     with read_errors(file.uri, file.format), filesystem.open(path, "rb") as stream:
         try:
-            table = {"csv": _csv, "jsonl": _json, "parquet": _parquet}[file.format](stream)
+            if file.format == "parquet":
+                table = _parquet(stream, shown, names)
+            else:
+                table = (_csv if file.format == "csv" else _json)(open_text(stream, "", shown))
+        except InputError:
+            raise
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"{shown}: cannot be read as {file.format} ({printable(error)}): correct it") from error
-    if missing := [name for name in names if name not in table.columns]:
-        available = ", ".join(map(repr, list(table.columns)[:50])) or "none"
-        raise InputError(
-            f"{shown}: no column {missing[0]!r}; available: {available}; choose with --text-column, --label-column"
-        )
-    return table[list(names)]
+    own = list(table.columns)
+    for name in names if own else ():  # an empty file, as writers of many parts leave, has none
+        if name not in own:
+            raise tables.missing_column(shown, name, own, "with --text-column, --label-column")
+        if (count := own.count(name)) > 1:
+            raise InputError(f"{shown}: {count} columns are named {name!r}; rename or drop some")
+    return table.reindex(columns=list(names)) if not own else table[list(names)]
 
 
-def _json(stream: Any) -> pd.DataFrame:
+def _json(stream: io.BufferedReader) -> pd.DataFrame:
     """Read the objects of a file, one per line."""
-    rows = [json.loads(line.decode("utf-8-sig")) for line in stream if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is not a JSON object")
+    rows = []
+    for number, line in enumerate(stream, 1):
+        if not (line := line.removeprefix(codecs.BOM_UTF8).strip()):
+            continue
+        if isinstance(row := parsed(line), Fault):
+            raise ValueError(f"line {number}: {row.reason}: {row.detail}")
+        rows.append(row)
     return pd.DataFrame(rows, dtype=object)
 
 
-def _parquet(stream: Any) -> pd.DataFrame:
-    """Read the columns of a parquet file that hold texts, numbers or booleans."""
-    table = tables.open_untrusted_parquet(stream, dictionaries=None)
-    names, kinds = table.schema_arrow.names, table.schema_arrow.types
-    if len(set(names)) < len(names):
-        raise ValueError("two columns have the same name")
-    columns: dict[str, list[Any]] = {
-        name: [] for name, kind in zip(names, kinds, strict=True) if any(check(kind) for check in _SCALARS)
-    }
-    for batch in table.iter_batches(1024, columns=list(columns), use_threads=False):
-        for name, values in columns.items():
-            raw = tables.iter_values(batch.column(name))
-            values += [value.decode() if isinstance(value, bytes) else value for value in raw]
+def _parquet(stream: Any, shown: str, names: Sequence[str]) -> pd.DataFrame:
+    """Read columns of texts, numbers or booleans; return an empty table if they are missing or ambiguous."""
+    file = tables.open_parquet(stream, shown)
+    own = file.schema_arrow.names
+    if any(own.count(name) != 1 for name in names):
+        return pd.DataFrame(columns=own)
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for name in names:
+        if not tables.is_scalar(kind := file.schema_arrow.field(name).type):
+            raise ValueError(f"column {name!r} holds {kind}, not texts or numbers")
+    for group in range(file.num_row_groups):
+        for batch in tables.iter_batches(stream, file, names, 1024, group):
+            for name, values in columns.items():
+                raw = tables.iter_values(batch.column(name))
+                values += [value.decode() if isinstance(value, bytes) else value for value in raw]
     return pd.DataFrame(columns, dtype=object)
 
 
-def _csv(stream: Any) -> pd.DataFrame:
+def _csv(stream: io.BufferedReader) -> pd.DataFrame:
     """Read a csv file whose rows have exactly the fields of its header."""
-    reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from error
-    for number, row in enumerate(rows):
-        if None in row or None in row.values():
+    records = csv_records(stream, _MAX_BYTES)
+    header: list[str] = []
+    rows = []
+    for number, record in enumerate(records, -1):
+        if isinstance(record, Fault):
+            raise ValueError(
+                f"row {number}: {record.reason}: {record.detail}" if header else f"header: {record.detail}"
+            )
+        if not is_utf8("".join(record)):
+            raise ValueError("it is not UTF-8: convert it, for example with iconv -t utf-8")
+        header = header or record
+        if record and len(record) != len(header):
             raise ValueError(f"row {number} has not as many fields as the header")
-    return pd.DataFrame(rows, columns=list(reader.fieldnames or []))
+        rows += [record] if record and number >= 0 else []
+    return pd.DataFrame(rows, columns=header, dtype=object)

@@ -21,6 +21,9 @@ class PassageOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text_column: str = Field("text", description="column of the text in jsonl, parquet and csv files")
+    id_column: str = Field(
+        "id", description="column of document ids; id is used only if present; none: rows are numbered"
+    )
     dedup: bool = Field(False, description="read passages of the same content once (ids are then not compared)")
     stride: int = Field(
         0, ge=0, le=MAX_INT32, description="context tokens repeated from the passage before; never sampled twice"
@@ -36,7 +39,8 @@ class PassageSpec:
     """How documents are cut into passages; the same for every input split of a run.
 
     A passage is prefix + prompt + context + body + suffix: prefix and suffix are the tokenizer's special tokens, the
-    context repeats the last tokens of the previous passage (`stride`).
+    context repeats the last tokens of the previous passage (`stride`). Prompt and text are tokenized as one string, as a
+    token may start with the prompt's last space; `prompt` has the tokens of the prompt alone.
 
     Example:
         >>> PassageSpec(max_length=128, prefix=(101,), suffix=(102,)).body_length
@@ -53,6 +57,9 @@ class PassageSpec:
     dedup: bool = False
     text_column: str = "text"
     sample: float = 1.0
+    id_column: str = "id"
+    prompt_text: str = ""
+    skip_frame: bool = False  # never sample or label prefix and suffix, whatever their tokens
 
     def __post_init__(self) -> None:
         if self.body_length < 1:
@@ -81,7 +88,7 @@ class Passages:
     """
 
     keys: np.ndarray  # uint64 [P]
-    context: np.ndarray  # int32 [P], number of context tokens of each passage
+    context: np.ndarray  # int32 [P], tokens between the place after `PassageSpec.prompt` and the body; -1: one fewer
     ids: np.ndarray  # int32 [T]
     offsets: np.ndarray  # int64 [P + 1], start of each passage in ids
 
@@ -103,10 +110,12 @@ class Passages:
         return np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths)
 
     def eligible(self, spec: PassageSpec) -> np.ndarray:
-        """Return which tokens may be sampled and labelled, bool [T]: not prompt, context or excluded tokens."""
-        position = self.positions()
-        start = len(spec.prefix)
-        skipped = (position >= start) & (position < start + len(spec.prompt) + np.repeat(self.context, self.lengths))
+        """Return which tokens may be sampled and labelled, bool [T]: not prompt, context, frame or excluded tokens."""
+        position, start = self.positions(), len(spec.prefix)
+        body = start + len(spec.prompt) + np.repeat(self.context, self.lengths)
+        skipped = (position >= start) & (position < body)
+        if spec.skip_frame:
+            skipped |= (position < start) | (position >= np.repeat(self.lengths, self.lengths) - len(spec.suffix))
         return ~skipped & ~np.isin(self.ids, np.asarray(spec.excluded, dtype=np.int32))
 
     def without(self, rows: np.ndarray) -> "Passages":

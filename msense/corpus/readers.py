@@ -8,32 +8,34 @@ are raised. The result does not depend on the split borders. Memory: about two d
 import csv
 import io
 import json
+import math
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import pyarrow as pa
 import xxhash
 
 from msense.corpus import tables
 from msense.corpus.files import corpus_filesystem, read_errors
 from msense.corpus.pydocs import PARSE_ERRORS, docstrings, source_files
-from msense.corpus.splits import CHUNK_BYTES, UNKNOWN, WHOLE, InputSplit
+from msense.corpus.splits import UNKNOWN, WHOLE, InputSplit
+from msense.corpus.streams import CHUNK_BYTES, open_text
 from msense.errors import InputError
 from msense.io.filesystems import display_uri
 
 MAX_DOCUMENT_BYTES = 16 << 20  # of UTF-8; in jsonl and csv also of the line or record that contains the text
-_BATCH_BYTES = 8 << 20
-_MIN_UNPACKED_BYTES, _MAX_RATIO = 64 << 20, 200  # decompression-bomb limits; text compresses 3 to 20 times
-_CODECS = {"gz": "gzip", "zst": "zstd"}
+ID, NO_ID = "id", "none"  # id columns: the default, which is used if present; none, rows are then numbered
+_BATCH_BYTES, _BATCH_ROWS = 8 << 20, 256
+_CHECKED_RECORDS = 1000  # of jsonl, which together must have the columns, as some writers leave out what is null
 _BOM = b"\xef\xbb\xbf"
+_SPACED_QUOTE = re.compile(' +"')
 
 
 @dataclass(frozen=True)
 class Document:
-    """A non-blank UTF-8 text; its id is "name:row", or its value in the `id` column."""
+    """A non-blank UTF-8 text; its id is "name:row", or its value in the id column ("name#id" if there are several files)."""
 
     id: str
     text: str
@@ -43,24 +45,24 @@ class Document:
 class BadDocument:
     """A row without usable text."""
 
-    id: str  # "name:row", even if there is an `id` column
+    id: str  # "name:row", even if there is an id column
     reason: str  # "empty", "not UTF-8", "too long", "no text", "bad JSON", "bad CSV row" or "unparsable source"
     detail: str
 
 
-class _Fault(NamedTuple):
+class Fault(NamedTuple):
     """Stands for the text of a row that has none."""
 
     reason: str
     detail: str
 
 
-_Row = tuple[object, object]  # value in the `id` column (None: missing); text as str or UTF-8 bytes, or any other value
+_Row = tuple[object, object]  # value in the id column (None: missing); text as str or UTF-8 bytes, or any other value
 _Keep = Callable[[str], bool]
 
 
 def read_documents(
-    split: InputSplit, text_column: str = "text", sample: float = 1.0, seed: int = 0
+    split: InputSplit, text_column: str = "text", sample: float = 1.0, seed: int = 0, id_column: str = ID
 ) -> Iterator[Document | BadDocument]:
     """Yield the documents of an input split in file order.
 
@@ -69,6 +71,7 @@ def read_documents(
         text_column: column (key) of the text in parquet, csv and jsonl.
         sample: fraction of the documents to keep, chosen by a hash of (seed, id); for pydocs, of the source files.
         seed: seed of the sample.
+        id_column: column of ids, of any type but lists and objects; "id" is used if present, "none" numbers the rows.
 
     Raises:
         InputError: the file is missing, not readable, corrupted, or has no such column.
@@ -84,16 +87,34 @@ def read_documents(
         if split.format == "pydocs":
             yield from _read_package(split, keep)
             return
-        for row, (own_id, text) in enumerate(_read_rows(split, text_column), split.first_row):
+        for row, (value, text) in enumerate(_read_rows(split, text_column, id_column), split.first_row):
             automatic = f"{split.name}:{row}"
-            name = automatic if own_id in (None, "") else str(own_id)
+            own_id = None if value is None else _id_text(value)
+            name = f"{split.name}#{own_id}" if own_id and split.qualify_ids else own_id or automatic
             if keep(name):
                 yield _checked(automatic, name, text)
 
 
+def _id_text(value: object) -> str | None:
+    """Return an id as text; None if it is missing."""
+    match value:
+        case bytes():
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return value.hex()
+        case bool():
+            return str(value).lower()
+        case float():  # pandas stores integers with gaps as floats
+            return None if math.isnan(value) else str(int(value) if value.is_integer() else value)
+        case dict() | list():
+            return None
+    return str(value)
+
+
 def _checked(automatic: str, name: str, text: object) -> Document | BadDocument:
     """Return the document of a row, or what is wrong with it."""
-    if isinstance(text, _Fault):
+    if isinstance(text, Fault):
         return BadDocument(automatic, *text)
     if not isinstance(text, str | bytes):
         return BadDocument(automatic, "no text", f"{type(text).__name__} instead of a string")
@@ -110,8 +131,8 @@ def _checked(automatic: str, name: str, text: object) -> Document | BadDocument:
     return Document(name, text)
 
 
-def _too_long() -> _Fault:
-    return _Fault("too long", f"more than {MAX_DOCUMENT_BYTES} bytes")
+def _too_long() -> Fault:
+    return Fault("too long", f"more than {MAX_DOCUMENT_BYTES} bytes")
 
 
 def _read_package(split: InputSplit, keep: _Keep) -> Iterator[Document | BadDocument]:
@@ -130,44 +151,26 @@ def _read_package(split: InputSplit, keep: _Keep) -> Iterator[Document | BadDocu
             yield _checked(document_id, document_id, text)
 
 
-def _read_rows(split: InputSplit, text_column: str) -> Iterator[_Row]:
+def _read_rows(split: InputSplit, text_column: str, id_column: str) -> Iterator[_Row]:
     """Yield every row of a split, good or bad, so that the position in the stream is the row number."""
     kind, _, codec = split.format.partition(".")
     filesystem, path = corpus_filesystem(split.uri)
-    with filesystem.open(path, "rb") as raw, ExitStack() as stack:
+    columns = _Columns(split, text_column, id_column)
+    with filesystem.open(path, "rb") as raw:
         if kind == "parquet":
-            yield from _parquet_rows(raw, split, text_column)
+            yield from _parquet_rows(raw, split, columns)
             return
         # Unlike those of fsspec and Arrow, the `readline` of a BufferedReader takes a limit.
-        unpacked = _Unpacked(stack.enter_context(pa.CompressedInputStream(raw, _CODECS[codec])), raw) if codec else raw
-        stream = io.BufferedReader(unpacked, CHUNK_BYTES)
+        stream = io.BufferedReader(raw, CHUNK_BYTES) if split.start else open_text(raw, codec, display_uri(split.uri))
         if kind == "csv":
-            yield from _csv_rows(stream, split, text_column)
+            yield from _csv_rows(stream, columns)
         elif kind == "jsonl":
-            yield from _json_rows(_lines(stream, split.start, split.stop), split, text_column)
+            yield from _json_rows(_lines(stream, split.start, split.stop), split, columns)
         else:
             yield from ((None, line) for line in _lines(stream, split.start, split.stop))
 
 
-class _Unpacked(io.RawIOBase):
-    """A decompressed stream that raises an error when it is far larger than text could be."""
-
-    def __init__(self, stream: Any, packed: io.RawIOBase) -> None:
-        self._stream, self._packed, self._size = stream, packed, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        chunk = self._stream.read(len(buffer))
-        buffer[: len(chunk)] = chunk
-        self._size += len(chunk)
-        if self._size > _MIN_UNPACKED_BYTES + _MAX_RATIO * self._packed.tell():
-            raise OSError(f"decompressed size exceeds {_MAX_RATIO} times the file size")
-        return len(chunk)
-
-
-def _lines(stream: io.BufferedReader, start: int, stop: int) -> Iterator[bytes | _Fault]:
+def _lines(stream: io.BufferedReader, start: int, stop: int) -> Iterator[bytes | Fault]:
     """Yield the lines that start in bytes [start, stop), without line ends; a fault for each that is too long."""
     position = start
     if start:  # the line of the byte before belongs to the previous split
@@ -194,111 +197,163 @@ def _skip_line(stream: io.BufferedReader, position: int, stop: int) -> int:
     return position
 
 
-def _json_rows(lines: Iterable[bytes | _Fault], split: InputSplit, text_column: str) -> Iterator[_Row]:
-    unchecked = split.start == 0  # only the file's first record must have the column, whatever the split borders
+def _json_rows(lines: Iterable[bytes | Fault], split: InputSplit, columns: "_Columns") -> Iterator[_Row]:
+    seen: dict[str, None] = {}
+    unchecked = _CHECKED_RECORDS if split.start == 0 else 0
     for line in lines:
-        record = line if isinstance(line, _Fault) or not line.strip() else _parsed(line)
+        record = line if isinstance(line, Fault) or not line.strip() else parsed(line)
         if not isinstance(record, dict):
             yield None, record
             continue
         if unchecked:
-            _check_columns(split, text_column, list(record))
-            unchecked = False
-        yield record.get("id"), record.get(text_column)
+            seen |= dict.fromkeys(record)
+            columns.has_scalar_ids(not isinstance(record.get(columns.id), dict | list))
+            unchecked = 0 if columns.are_in(seen) else unchecked - 1
+            if not unchecked:
+                columns.check(list(seen))
+        yield record.get(columns.id), record.get(columns.text)
+    if unchecked and seen:
+        columns.check(list(seen))
 
 
-def _parsed(line: bytes) -> dict[str, object] | _Fault:
+def parsed(line: bytes) -> dict[str, object] | Fault:
     """Return the JSON object of a line, or what is wrong with it."""
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        return _Fault("not UTF-8", str(error))
+        return Fault("not UTF-8", str(error))
     except (ValueError, RecursionError) as error:
-        return _Fault("bad JSON", str(error))
-    return record if isinstance(record, dict) else _Fault("bad JSON", f"a {type(record).__name__}, not an object")
+        return Fault("bad JSON", str(error))
+    return record if isinstance(record, dict) else Fault("bad JSON", f"a {type(record).__name__}, not an object")
 
 
 class _RecordError(Exception):
-    """A skipped csv record; the argument is its `_Fault`."""
+    """A skipped csv record; the argument is its `Fault`."""
 
 
-def _csv_records(stream: io.BufferedReader) -> Iterator[list[str] | _Fault]:
-    """Yield the records of a csv file, the header first."""
+def csv_records(stream: io.BufferedReader, limit: int) -> Iterator[list[str] | Fault]:
+    """Yield the records of a csv file, the header first; what is wrong with a record, or its size if over `limit` bytes.
+
+    Bytes that are not UTF-8 are escaped as surrogates. A blank line is an empty list, none of which come before the header.
+    """
     csv.field_size_limit(sys.maxsize)  # the module's limit is global to the process; _record_lines has its own
     if stream.peek(3).startswith(_BOM):
         stream.read(3)
-    record: list[str] | _Fault | None = []
+    record: list[str] | Fault | None = []
+    is_header = True
     while record is not None:
+        lines: list[str] = []
         try:
-            record = next(csv.reader(_record_lines(stream)), None)
+            record = next(csv.reader(_record_lines(stream, limit, lines), strict=True), None)
+            if record and any(_SPACED_QUOTE.match(cell) for cell in record):
+                record = _without_spaces(record, lines)
         except _RecordError as error:
             record = error.args[0]
         except csv.Error as error:
-            record = _Fault("bad CSV row", str(error))
-        if record is not None:
+            record = Fault("bad CSV row", str(error))
+        if record or (record is not None and not is_header):
+            is_header = False
             yield record
 
 
-def _record_lines(stream: io.BufferedReader) -> Iterator[str]:
+def _without_spaces(record: list[str], lines: list[str]) -> list[str]:
+    """Return a record whose quotes may follow a space, as in `1, "a, b"`; csv.Error if the lines do not hold it whole."""
+    (other,) = csv.reader(lines, strict=True, skipinitialspace=True)
+    return record if [cell.lstrip(" ") for cell in record] == [cell.lstrip(" ") for cell in other] else other
+
+
+def _record_lines(stream: io.BufferedReader, limit: int, lines: list[str]) -> Iterator[str]:
     """Yield the lines of one csv record to `csv.reader`, which requests another line only while a quote is open.
 
     So a record that is too long can be skipped without buffering it: it ends with the first line that makes the number
-    of quotes even.
+    of quotes even. The lines are added to `lines`.
     """
     size = 0
-    while line := stream.readline(MAX_DOCUMENT_BYTES + 2):
-        is_cut = len(line) == MAX_DOCUMENT_BYTES + 2 and not line.endswith(b"\n")
-        if is_cut or size > MAX_DOCUMENT_BYTES:
+    while line := stream.readline(limit + 2):
+        is_cut = len(line) == limit + 2 and not line.endswith(b"\n")
+        if is_cut or size > limit:
             quotes = (size > 0) + line.count(b'"')
             while line and (quotes % 2 or not line.endswith(b"\n")):
                 line = stream.readline(CHUNK_BYTES)
                 quotes += line.count(b'"')
             raise _RecordError(_too_long())
         size += len(line)
-        yield line.decode("utf-8", "surrogateescape")  # invalid bytes are reported when the text is checked
+        lines.append(line.decode("utf-8", "surrogateescape"))  # invalid bytes are reported when the text is checked
+        yield lines[-1]
     if size:
-        raise _RecordError(_Fault("bad CSV row", "the file ends inside a quoted field"))
+        raise _RecordError(Fault("bad CSV row", "the file ends inside a quoted field"))
 
 
-def _csv_rows(stream: io.BufferedReader, split: InputSplit, text_column: str) -> Iterator[_Row]:
-    records = _csv_records(stream)
-    header = next(records, [])
-    names = [] if isinstance(header, _Fault) else header
-    _check_columns(split, text_column, names)
+def _csv_rows(stream: io.BufferedReader, columns: "_Columns") -> Iterator[_Row]:
+    records = csv_records(stream, MAX_DOCUMENT_BYTES)
+    names = next(records, None)
+    if names is None:  # an empty file, as writers of many parts leave
+        return
+    if isinstance(names, Fault):
+        raise InputError(f"{columns.shown}: its header is no csv row ({names.detail}): correct it")
+    columns.check(names)
+    place = names.index(columns.text)
     for record in records:
-        if isinstance(record, _Fault) or not record:  # csv returns an empty list for a blank line
+        if isinstance(record, Fault) or not record:
             yield None, record or ""
+        elif len(record) > len(names) or len(record) == place + 1 < len(names):  # commas or line ends outside quotes
+            yield None, Fault("bad CSV row", f"{len(record)} cells, but the header has {len(names)}")
         else:
             row = dict(zip(names, record, strict=False))
-            yield row.get("id"), row.get(text_column)
+            yield row.get(columns.id), row.get(columns.text)
 
 
-def _parquet_rows(raw: io.RawIOBase, split: InputSplit, text_column: str) -> Iterator[_Row]:
-    table = tables.open_untrusted_parquet(raw, dictionaries=(text_column, "id"))
-    names = table.schema_arrow.names
-    _check_columns(split, text_column, names)
-    columns = [text_column, "id"] if "id" in names else [text_column]
-    for name in columns:
-        kind = table.schema_arrow.types[names.index(name)]
-        if not (tables.is_text(kind) or (name == "id" and (pa.types.is_integer(kind) or pa.types.is_null(kind)))):
-            expected = "strings or integers" if name == "id" else "strings"
-            raise InputError(f"{display_uri(split.uri)}: column {name!r} holds {kind}, not {expected}; cast it")
+def _parquet_rows(raw: io.RawIOBase, split: InputSplit, columns: "_Columns") -> Iterator[_Row]:
+    table = tables.open_parquet(raw, columns.shown)
+    kinds = dict(zip(table.schema_arrow.names, table.schema_arrow.types, strict=True))
+    columns.check(table.schema_arrow.names)
+    if not tables.is_text(kinds[columns.text]):
+        raise InputError(f"{columns.shown}: column {columns.text!r} holds {kinds[columns.text]}, not text; cast it")
+    has_ids = columns.id in kinds and columns.has_scalar_ids(tables.is_scalar(kinds[columns.id]))
+    names = [columns.text, columns.id] if has_ids and columns.id != columns.text else [columns.text]
     for number in range(split.start, split.stop):
         group = table.metadata.row_group(number)
-        rows = min(1024, max(1, group.num_rows * _BATCH_BYTES // max(1, group.total_byte_size)))
-        for batch in table.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
-            texts = tables.iter_values(batch.column(text_column))
-            ids = tables.iter_values(batch.column("id")) if "id" in names else [None] * len(batch)
-            for own_id, text in zip(ids, texts, strict=True):
-                yield own_id.decode("utf-8", "surrogateescape") if isinstance(own_id, bytes) else own_id, text
+        rows = min(_BATCH_ROWS, max(1, group.num_rows * _BATCH_BYTES // max(1, group.total_byte_size)))
+        for batch in tables.iter_batches(raw, table, names, rows, number):
+            texts = tables.iter_values(batch.column(columns.text))
+            ids = tables.iter_values(batch.column(columns.id)) if has_ids else [None] * len(batch)
+            yield from zip(ids, texts, strict=True)
 
 
-def _check_columns(split: InputSplit, text_column: str, names: list[str]) -> None:
-    """Raise if the text column is missing, or it or the `id` column is there twice."""
-    shown = display_uri(split.uri)
-    if text_column not in names:
-        columns = ", ".join(map(repr, names[:50])) or "none"
-        raise InputError(f"{shown}: no column {text_column!r}; available: {columns}; choose one with --text-column")
-    for name in (text_column, "id"):
-        if (count := names.count(name)) > 1:
-            raise InputError(f"{shown}: {count} columns are named {name!r}; rename or drop some")
+@dataclass(frozen=True)
+class _Columns:
+    """Names of the columns of texts and ids."""
+
+    split: InputSplit
+    text: str
+    id: str
+
+    @property
+    def shown(self) -> str:
+        return display_uri(self.split.uri)
+
+    @property
+    def _wanted(self) -> dict[str, str]:
+        """The flags of the columns that a file must have."""
+        return {self.text: "--text-column"} | ({} if self.id in (ID, NO_ID, self.text) else {self.id: "--id-column"})
+
+    def are_in(self, names: Collection[str]) -> bool:
+        """Return whether names are those of all columns that a file must have."""
+        return all(name in names for name in self._wanted)
+
+    def check(self, names: list[str]) -> None:
+        """Raise if the text column is missing, or it or the id column is there twice."""
+        for name, flag in self._wanted.items():
+            if name not in names:
+                raise tables.missing_column(self.shown, name, names, f"one with {flag}")
+        for name in (self.text, self.id):
+            if (count := names.count(name)) > 1:
+                raise InputError(f"{self.shown}: {count} columns are named {name!r}; rename or drop some")
+
+    def has_scalar_ids(self, scalar: bool) -> bool:
+        """Return `scalar`; raise if a column of other values was chosen for ids (the default column is then ignored)."""
+        if not scalar and self.id != ID:
+            raise InputError(
+                f"{self.shown}: column {self.id!r} holds lists or objects, not ids; choose another --id-column"
+            )
+        return scalar

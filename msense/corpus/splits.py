@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from msense.corpus import tables
 from msense.corpus.files import SourceFile, corpus_filesystem, read_errors
 from msense.corpus.pydocs import source_files
+from msense.corpus.streams import CHUNK_BYTES, is_plain
+from msense.io.filesystems import display_uri
 
 WHOLE = -1  # `InputSplit.stop` of a split that is a whole file
 UNKNOWN = -1  # `InputSplit.first_row` before `number_splits`, and the count of a split that needs none
 PYDOCS_FILES = 200  # source files per split of `pydocs`
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,17 @@ class InputSplit:
     start: int  # first byte (txt, jsonl), row group (parquet) or source file (pydocs)
     stop: int  # end of the range, exclusive; `WHOLE` for a whole file
     first_row: int  # number of its first row in the file; `UNKNOWN` until `number_splits`
+    qualify_ids: bool = False  # several files: ids start with the file's name, as they may start anew in each
 
 
 def cut_splits(files: Sequence[SourceFile], split_bytes: int = 16 << 20) -> list[InputSplit]:
     """Cut files into input splits whose borders depend on the files and `split_bytes` only.
 
-    Parquet is cut between row groups (only footers are read), txt and jsonl by bytes; compressed files and csv stay
-    whole.
+    Parquet is cut between row groups (only footers are read), txt and jsonl by bytes; compressed files, csv, and files
+    that are not UTF-8 stay whole.
 
     Raises:
-        InputError: a parquet file without a readable footer.
+        InputError: a parquet file without a readable footer, or a text file of an unknown encoding.
     """
     splits: list[InputSplit] = []
     for file in files:
@@ -50,11 +52,18 @@ def cut_splits(files: Sequence[SourceFile], split_bytes: int = 16 << 20) -> list
         elif file.format == "pydocs":
             count = len(source_files(file.uri.removeprefix("pydocs:")))
             ranges = [(i, min(i + PYDOCS_FILES, count), 0) for i in range(0, count, PYDOCS_FILES)]
-        elif file.format in ("txt", "jsonl") and file.size > split_bytes:
+        elif file.format in ("txt", "jsonl") and file.size > split_bytes and _is_plain(file):
             starts = range(0, file.size, split_bytes)
             ranges = [(i, min(i + split_bytes, file.size), UNKNOWN if i else 0) for i in starts]
-        splits += [InputSplit(file.uri, file.name, file.format, *limits) for limits in ranges]
+        splits += [InputSplit(file.uri, file.name, file.format, *limits, len(files) > 1) for limits in ranges]
     return splits
+
+
+def _is_plain(file: SourceFile) -> bool:
+    """Return whether a text file may be read from any newline on."""
+    filesystem, path = corpus_filesystem(file.uri)
+    with read_errors(file.uri, file.format), filesystem.open(path, "rb") as stream:
+        return is_plain(stream, display_uri(file.uri))
 
 
 def count_rows(split: InputSplit) -> int:
@@ -93,7 +102,7 @@ def _row_group_ranges(file: SourceFile, split_bytes: int) -> list[tuple[int, int
     """Return (start, stop, first_row) of runs of row groups, each of at most `split_bytes` uncompressed or one group."""
     filesystem, path = corpus_filesystem(file.uri)
     with read_errors(file.uri, "parquet"), filesystem.open(path, "rb") as stream:
-        metadata = tables.open_untrusted_parquet(stream).metadata
+        metadata = tables.open_parquet(stream, display_uri(file.uri)).metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     ranges: list[tuple[int, int, int]] = []
     start = first_row = row = size = 0

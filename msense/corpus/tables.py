@@ -1,6 +1,6 @@
-"""Safe reading of untrusted parquet files: the footer is validated first, and repeated texts are stored once.
+"""Text columns of parquet files: which types hold text, and their values as raw bytes.
 
-Memory: the footer and one page, of at most 2 GB by the format.
+Memory: one page, and one batch; a text that is repeated is held once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,67 +9,103 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msense.io.parquet_pages import read_footer
-from msense.io.untrusted import printable
+from msense.corpus.streams import check_pointer
+from msense.errors import InputError
 
-_FOOTER_BYTES = 64 << 20
-_CHECKED_BYTES = 8 << 20  # longer footers are not parsed here, which takes a second per megabyte
+_OPTIONS: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20}  # else Arrow reads whole column chunks
+_ERRORS = (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError)
+_TEXT_TYPES = (
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+    *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary),
+)
 
 
-def open_untrusted_parquet(raw: Any, dictionaries: Sequence[str] | None = ()) -> pq.ParquetFile:
-    """Open an untrusted parquet file.
+def open_parquet(raw: Any, shown: str) -> pq.ParquetFile:
+    """Open a parquet file.
+
+    Column chunks are never looked up in its metadata, as Arrow ends the process if one of them is encrypted or corrupted.
 
     Args:
         raw: seekable binary file.
-        dictionaries: text columns (None: all) to read as dictionaries, which need memory for the distinct values only.
+        shown: the file in messages.
 
     Raises:
-        OSError: the file is truncated, or its footer is corrupted, too long or inconsistent with the file.
+        InputError: the file is the pointer of Git LFS.
+        OSError, ArrowInvalid, ArrowNotImplementedError: the file is corrupted or not a parquet file.
     """
-    size = raw.seek(0, 2)
-    raw.seek(max(0, size - 8))
-    tail = raw.read(8)
-    length = int.from_bytes(tail[:4], "little")
-    if size < 12 or tail[4:] != b"PAR1" or length > size - 12:
-        raise OSError("truncated or not a parquet file")
-    if length > _FOOTER_BYTES:
-        raise OSError(f"the footer has {length} bytes, more than the limit of {_FOOTER_BYTES}")
+    check_pointer(raw, shown)
     try:
-        if length <= _CHECKED_BYTES:
-            raw.seek(size - 8 - length)
-            for group in read_footer(memoryview(raw.read(length))):
-                if any(not (0 <= c.start <= size and 0 <= c.size <= size - c.start) for c in group.columns):
-                    raise ValueError("a column lies outside the file")
-        raw.seek(0)
-        file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)  # else it reads whole column chunks
-        schema = file.schema_arrow
-        texts = [name for name, kind in zip(schema.names, schema.types, strict=True) if is_text(kind)]
-        texts = [name for name in texts if dictionaries is None or name in dictionaries]
-        if not texts or len(set(schema.names)) < len(schema.names):  # the caller rejects duplicate names
-            return file
-        return pq.ParquetFile(raw, metadata=file.metadata, read_dictionary=texts, pre_buffer=False, buffer_size=1 << 20)
-    except ValueError as error:  # includes names that are not UTF-8
-        raise OSError(printable(error)) from error
+        return pq.ParquetFile(raw, **_OPTIONS)
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"a column name is not UTF-8: {error}") from error
+
+
+def iter_batches(
+    raw: Any, file: pq.ParquetFile, names: Sequence[str], rows: int, group: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield the columns of a row group in batches; texts as dictionaries, which need memory for distinct values only.
+
+    Arrow cannot read the delta encodings as dictionaries, and says so when it reaches one. The rest is then read as plain
+    text.
+
+    Args:
+        raw: the seekable binary file.
+        file: the same, opened.
+        names: columns, each of which is in the file once.
+        rows: the most rows of a batch.
+        group: number of the row group.
+
+    Raises:
+        OSError, ArrowInvalid, ArrowNotImplementedError: the row group is corrupted.
+    """
+    options = {"row_groups": [group], "columns": list(names), "use_threads": False}
+    texts = [name for name in names if is_text(file.schema_arrow.field(name).type)]
+    done = 0
+    try:
+        encoded = pq.ParquetFile(raw, metadata=file.metadata, read_dictionary=texts, **_OPTIONS)
+        for batch in encoded.iter_batches(rows, **options):
+            yield batch
+            done += len(batch)
+    except _ERRORS:
+        for batch in file.iter_batches(rows, **options):
+            if len(batch) > done:
+                yield batch.slice(done)
+            done = max(0, done - len(batch))
+
+
+def missing_column(shown: str, name: str, names: Sequence[str], flags: str) -> InputError:
+    """Return the error for a column that a file lacks, with the names of those that it has."""
+    known = ", ".join(map(repr, names[:50]))[:2000] or "none"
+    separated = "" if len(names) != 1 else next((repr(mark) for mark in ";\t|" if mark in names[0]), "")
+    remedy = f"cells are separated by {separated}: convert the file to commas" if separated else f"choose {flags}"
+    return InputError(f"{shown}: no column {name!r}; available: {known}; {remedy}")
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column type holds text, dictionary-encoded or not."""
+    """Return whether a column type holds text: strings or bytes, dictionary-encoded or not."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if isinstance(kind, pa.BaseExtensionType):  # such as arrow.json
+        return pa.types.is_string(kind.storage_type) or pa.types.is_large_string(kind.storage_type)
+    return any(is_type(kind) for is_type in _TEXT_TYPES)
+
+
+def is_scalar(kind: pa.DataType) -> bool:
+    """Return whether a column type holds single values: text, numbers, dates, UUIDs."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    return not pa.types.is_nested(kind)
 
 
 def iter_values(column: pa.Array) -> Iterator[object]:
-    """Yield the values of a column, strings as their raw bytes, which may be invalid UTF-8.
+    """Yield the values of a column of scalars; texts as their raw bytes, which may be invalid UTF-8.
 
     Raises:
         ArrowInvalid: the column is corrupted.
     """
-    encoded = pa.types.is_dictionary(column.type)
-    values = column.dictionary if encoded else column
-    values = values.cast(pa.large_binary()) if is_text(column.type) else values
-    if not encoded:
-        yield from (value.as_py() for value in values)
+    if not pa.types.is_dictionary(column.type):
+        yield from (value.as_py() for value in _raw(column))
         return
+    values = _raw(column.dictionary)
     known: dict[int | None, object] = {None: None}
     for index in column.indices.to_pylist():
         if index not in known:
@@ -77,3 +113,11 @@ def iter_values(column: pa.Array) -> Iterator[object]:
                 raise pa.ArrowInvalid(f"dictionary index {index} of {len(values)} values")
             known[index] = values[index].as_py()
         yield known[index]
+
+
+def _raw(values: pa.Array) -> pa.Array:
+    """Return texts as bytes, other values as they are."""
+    if not is_text(values.type):
+        return values
+    values = values.storage if isinstance(values, pa.ExtensionArray) else values
+    return values.cast(pa.large_binary())

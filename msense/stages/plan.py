@@ -182,7 +182,10 @@ def _duplicates(key_range: tuple[int, int], blocks: Sequence[int], given: PlanIn
     for place in [] if given.options.dedup else later.tolist():
         first = int(np.flatnonzero(all_keys == all_keys[place])[0])
         if (name := _identity(given.run, all_places[place])) == _identity(given.run, all_places[first]):
-            raise InputError(f"document id {name[0]!r} occurs twice: make ids unique, or remove the id column")
+            raise InputError(
+                f"document id {name[0]!r} occurs twice: make ids unique, choose another --id-column, or number the rows "
+                "with --id-column none"
+            )
     return Tally(rows=all_places[later].astype(np.int64))
 
 

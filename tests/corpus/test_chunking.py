@@ -43,7 +43,7 @@ TOKENIZER = letters_tokenizer()
 def test_no_passage_or_context_starts_inside_a_word(words: list[str], length: int, stride: int) -> None:
     text = " ".join(words)
     encoding = TOKENIZER.encode(text, add_special_tokens=False)
-    for context, begin, _ in cut_points(encoding, text, length, stride):
+    for context, begin, _ in cut_points(encoding.offsets, text, length, stride):
         for opening in (context, begin):
             assert opening == 0 or text[encoding.offsets[opening][0] - 1] == " "
 
@@ -57,7 +57,7 @@ def test_no_passage_or_context_starts_inside_a_word(words: list[str], length: in
     ],
 )
 def test_a_cut_prefers_white_space_then_punctuation_then_characters(text: str, length: int, cuts: list) -> None:
-    assert cut_points(TOKENIZER.encode(text, add_special_tokens=False), text, length, 0) == cuts
+    assert cut_points(TOKENIZER.encode(text, add_special_tokens=False).offsets, text, length, 0) == cuts
 
 
 def test_byte_tokens_of_one_character_stay_together() -> None:
@@ -67,7 +67,7 @@ def test_byte_tokens_of_one_character_stay_together() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     text = "日本語日本語"  # three byte tokens per character
-    cuts = cut_points(tokenizer.encode(text, add_special_tokens=False), text, 4, 0)
+    cuts = cut_points(tokenizer.encode(text, add_special_tokens=False).offsets, text, 4, 0)
     assert [end - begin for _, begin, end in cuts] == [3] * 6
 
 
@@ -114,7 +114,7 @@ def test_the_passages_file_contains_the_documents_in_order(tmp_path: Path) -> No
 
 
 def test_context_prompt_and_excluded_tokens_are_never_eligible(tmp_path: Path) -> None:
-    spec = PassageSpec(max_length=8, prefix=(1,), suffix=(2,), prompt=(9,), stride=2, excluded=(4,))
+    spec = PassageSpec(max_length=8, prefix=(1,), suffix=(2,), prompt=(9,), prompt_text="g ", stride=2, excluded=(4,))
     target, _ = write(tmp_path, "ab cd ef gh\n", spec)
     passages = read_block(str(target), 0)
     assert passages.ids.tolist() == [1, 9, 3, 41, 5, 43, 2, 1, 9, 5, 43, 7, 45, 2, 1, 9, 7, 45, 9, 47, 2]
@@ -123,6 +123,9 @@ def test_context_prompt_and_excluded_tokens_are_never_eligible(tmp_path: Path) -
     assert passages.eligible(spec).tolist() == [bool(x) for x in expected]
     excluded = replace(spec, excluded=(1, 2))
     assert not passages.eligible(excluded)[np.isin(passages.ids, [1, 2])].any()
+    frame = replace(spec, skip_frame=True)
+    assert not passages.eligible(frame)[[0, 6, 7, 13, 14, 20]].any()
+    assert passages.eligible(frame).sum() == sum(expected) - 6
 
 
 def test_dedup_gives_equal_passages_equal_keys(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_split_does_not_read_past_its_end_for_a_long_line(memory: AbstractFile
 
 @settings(max_examples=100, deadline=None)
 @given(
-    lines=st.lists(st.tuples(st.text("ab é😀\r\x00\ufeff", max_size=9), st.sampled_from(["\n", "\r\n"])), max_size=12),
+    lines=st.lists(st.tuples(st.text("ab é😀\r\ufeff", max_size=9), st.sampled_from(["\n", "\r\n"])), max_size=12),
     last=st.sampled_from(["", "end", "é"]),
     split_bytes=st.integers(1, 40),
     limit=st.sampled_from([4, 1000]),

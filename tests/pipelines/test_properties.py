@@ -138,7 +138,7 @@ LEARNT = ["The river bank is deep.", "Ein Flüsschen, naïve façade — 日本�
 ODD = ["long" * 40, " " * 50, "\n\n\t", "👩\u200d👩", "🙂🙂", "日本語", "e\u0301", "ﬁ", "\u2028", "\x00", "[SEP]"]
 TEXTS = st.lists(st.one_of(st.text(max_size=25), st.sampled_from([*ODD, *LEARNT])), max_size=12).map("".join)
 WORDY = st.lists(st.text(alphabet="ab.é日🙂", min_size=1, max_size=6), min_size=8, max_size=60).map(" ".join)
-FRAMES = st.sampled_from([((), (), ()), ((7,), (8,), ()), ((7,), (8, 9), (10, 11))])  # prefix, suffix, prompt
+FRAMES = st.sampled_from([((), (), ""), ((7,), (8,), ""), ((7,), (8, 9), "say: ")])  # prefix, suffix, prompt
 TOKENIZERS = {"word pieces": BertWordPieceTokenizer(), "bytes": ByteLevelBPETokenizer()}
 for tokenizer in TOKENIZERS.values():
     tokenizer.train_from_iterator(LEARNT * 3, vocab_size=300, show_progress=False)
@@ -150,9 +150,12 @@ def test_passages_contain_exactly_the_tokens_of_the_texts(
     data: st.DataObject, kind: str, frame: tuple, length: int, sliced: bool
 ) -> None:
     """Concatenated bodies equal the plain tokenization; a context repeats the tokens before its body."""
-    prefix, suffix, prompt = frame
+    prefix, suffix, text_of_prompt = frame
+    sliced &= not text_of_prompt
     stride = data.draw(st.integers(0, length - 1))
-    spec = PassageSpec(length + sum(map(len, frame)), prefix, suffix, prompt, stride=stride)
+    prompt = tuple(TOKENIZERS[kind].encode(text_of_prompt, add_special_tokens=False).ids)
+    longest = length + len(prefix + suffix + prompt)
+    spec = PassageSpec(longest, prefix, suffix, prompt, prompt_text=text_of_prompt, stride=stride)
     texts = [*data.draw(st.lists(WORDY if sliced else TEXTS, max_size=4)), "a b"]
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         for name, value in (("BLOCK_TOKENS", 50), ("BATCH_DOCUMENTS", 3), ("SLICE_CHARACTERS", 40 if sliced else 9999)):
@@ -162,16 +165,22 @@ def test_passages_contain_exactly_the_tokens_of_the_texts(
         counts = write_passages(*cut_splits(list_files([str(corpus)])), spec, TOKENIZERS[kind], target)
         read = Passages.concatenate([read_block(str(target), block) for block in range(len(counts["blocks"]))])
         names = pq.read_table(target)["document_id"].to_pylist()
+    plain: dict[str, list[int]] = {}
+    leads: dict[str, tuple[int, ...]] = {}
+    for name, text in zip(map(str, range(len(texts))), texts, strict=True):
+        whole = TOKENIZERS[kind].encode(text_of_prompt + text, add_special_tokens=False)
+        lead = sum(end <= len(text_of_prompt) for _, end in whole.offsets[: len(prompt)])
+        leads[name], plain[name] = tuple(whole.ids[:lead]), whole.ids[lead:]
     bodies: dict[str, list[int]] = defaultdict(list)
-    for name, context, own in zip(names, read.context, np.split(read.ids, read.offsets[1:-1]), strict=True):
+    for name, column, own in zip(names, read.context, np.split(read.ids, read.offsets[1:-1]), strict=True):
         ids, body = own.tolist(), bodies[name]
-        start, stop = len(prefix + prompt), len(ids) - len(suffix)
-        assert (*ids[:start], *ids[stop:]) == prefix + prompt + suffix
+        start, stop = len(prefix + leads[name]), len(ids) - len(suffix)
+        context = column + len(prompt) - len(leads[name])
+        assert (*ids[:start], *ids[stop:]) == prefix + leads[name] + suffix
         assert len(ids) <= spec.max_length
         assert context <= stride
         assert ids[start : start + context] == body[len(body) - context :]
         body += ids[start + context : stop]
-    plain = {str(n): TOKENIZERS[kind].encode(text, add_special_tokens=False).ids for n, text in enumerate(texts)}
     assert bodies == {name: ids for name, ids in plain.items() if ids and texts[int(name)].strip()}
 
 
