@@ -34,13 +34,13 @@ def special_tokens_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[
     return tuple(whole.ids[: places[0]]), tuple(whole.ids[places[0] + 1 :])
 
 
-def prompt_length(tokenizer: Tokenizer, prompt: str) -> int:
+def prompt_length(tokenizer: Tokenizer, prompt: str, max_length: int | None = None) -> int:
     """Return how many tokens at the start of a text are those of a prompt, as sentence-transformers counts them.
 
-    The tokens of the prompt alone, special tokens included, but for a special token at the end.
+    The tokens of the prompt alone, truncated to `max_length`, special tokens included, but for a special token at the end.
     """
     if not prompt:
         return 0
     ids = tokenizer.encode(prompt).ids
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    return len(ids) - bool(ids and ids[-1] in special)
+    return min(len(ids), max_length or len(ids)) - bool(ids and ids[-1] in special)

@@ -191,7 +191,7 @@ def top_k(
     lowest index), -1 beyond the token's senses; weights float32 [N, top] sum to 1, or to 0 for a token without senses.
     """
     indices = torch.full((len(embeddings), top), -1, dtype=torch.int64, device=embeddings.device)
-    weights = torch.zeros((len(embeddings), top), device=embeddings.device)
+    weights = torch.zeros((len(embeddings), top), dtype=torch.float32, device=embeddings.device)
     for batch, _, score in _scored(token_ids, embeddings, senses, metric):
         best = score.sort(dim=2, descending=True, stable=True)
         values, order = best.values[..., :top], best.indices[..., :top]

@@ -6,6 +6,7 @@ A loaded dictionary memory-maps its centroids and holds the small arrays (20 byt
 
 import os
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, get_args
 
@@ -223,14 +224,15 @@ class SenseDictionary:
         return assignment.top_k(ids, points, self.ragged, self._metric(metric), scale, top)
 
     def _metric(self, given: Metric | None) -> Metric:
-        if given is not None and given not in get_args(Metric):
-            raise InputError(f"metric is {given!r}, but must be one of {', '.join(get_args(Metric))}")
-        return given or self.config.metric
+        metric = self.config.metric if given is None else given
+        if metric not in get_args(Metric):
+            raise InputError(f"metric is {metric!r}, but must be one of {', '.join(get_args(Metric))}")
+        return metric
 
     def _scale(self, temperature: float) -> float:
         """Return the divisor of scores; 0 selects the nearest sense, also where each sense is a single point."""
-        if not 0 < temperature < float("inf"):
-            raise InputError(f"temperature is {temperature}, but must be finite and positive, or None: nearest sense")
+        if not isinstance(temperature, Real) or not 0 < temperature < float("inf"):
+            raise InputError(f"temperature is {temperature!r}, but must be finite and positive, or None: nearest sense")
         scale = temperature * self.config.temperature_unit
         return min(scale, _LARGEST) if scale > _SMALLEST else 0.0  # beyond float32 the weights would be NaN
 

@@ -93,7 +93,7 @@ def measure(number: int, jobs: Sequence[EvaluationJob]) -> dict[str, Any]:
 
 
 def _tokens(model: Any, job: EvaluationJob) -> Result:
-    spec = replace(job.spec, kind="teacher", replace=None)
+    spec = replace(job.spec, kind="teacher", replace=None, layers=0)
     teacher = TeacherModel(spec, job.device, job.threads, like=model.dictionary)
     return tokens.measure(model, teacher, job.task.source, job.columns.texts[0])
 

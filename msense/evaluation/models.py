@@ -159,7 +159,7 @@ class TeacherModel(TokenModel):
                     f"{spec.name}: teacher {self.info.name!r} is not the dictionary's, which has {mismatch}: pass "
                     f"{self.dictionary.config.teacher.name!r} as --teacher"
                 )
-        self.tokenizer.enable_truncation(self.info.max_length)
+        self.tokenizer.enable_truncation(self.info.max_length, direction=self.info.truncation_side)
         self._teacher = Teacher(
             spec.teacher,
             revision=spec.revision,

@@ -20,7 +20,7 @@ from msense.evaluation.dispatch import AGAINST_TEACHER, TEXTS, EvaluationJob, ma
 from msense.evaluation.report import Evaluation, TaskReport, load_report, write_report
 from msense.evaluation.result import Result
 from msense.evaluation.spec import Spec
-from msense.run.folder import resolve_output
+from msense.run.folder import RunFolder, resolve_output
 from msense.runtime import Executor, open_executor
 from msense.student.files import load_student, student_folder
 from msense.teacher.body import resolve_dtype
@@ -79,9 +79,10 @@ def _teacher_of(config: EvaluateConfig) -> str:
     """Return the teacher of the first dictionary or student, or the demo's."""
     for spec in config.specs(""):
         if spec.kind == "replaced":
-            return SenseDictionary.load(spec.source).config.teacher.name
+            return RunFolder(spec.source).teacher_folder() or SenseDictionary.load(spec.source).config.teacher.name
         if spec.kind == "student":
-            return load_student(student_folder(spec.source)).config.teacher.name
+            folder = RunFolder(spec.source).teacher_folder()
+            return folder or load_student(student_folder(spec.source)).config.teacher.name
     return DEMO_TEACHER
 
 

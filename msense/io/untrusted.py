@@ -19,7 +19,19 @@ ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8, "I32": 4, "U16": 2, "I8":
 _JSON_BYTES = 4 << 20
 _HEADER_BYTES = 1 << 20
 _MAX_POSITIONS = 1 << 24  # of a model; some allocate a buffer of this size
-_COUNTS = ("layer", "block", "expert", "depth", "stage")  # words in names of settings that are numbers of modules
+_MODULES = frozenset((  # settings of all model types that are numbers of modules, each with tensors of its own
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "layers", "encoder_layers", "decoder_layers", "num_encoder_layers",
+    "num_decoder_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers", "encoder_num_layers", "decoder_num_layers",
+    "text_encoder_num_layers", "speech_encoder_layers", "t2u_encoder_layers", "t2u_decoder_layers", "vision_layers",
+    "l_layers", "x_layers", "r_layers", "depth", "depths", "num_blocks", "num_encoder_blocks", "num_self_attends_per_block",
+    "block_sizes", "num_hidden_groups", "inner_group_num", "num_feedforward_networks", "num_adapter_layers", "num_conv_layers",
+    "num_mem_blocks", "num_stages", "mit_num_hidden_layers", "conf_num_hidden_layers",
+))  # fmt: skip
+_EXPERTS = frozenset((  # numbers of modules, or of rows of one tensor
+    "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "n_shared_experts", "num_shared_experts",
+    "moe_num_shared_experts", "zero_expert_num",
+))  # fmt: skip
+_MOST_EXPERTS = 1 << 12
 _FETCHED = ("backbone", "use_timm_backbone", "use_pretrained_backbone")  # settings that name models to download
 _Size = Annotated[int, Field(ge=0, lt=1 << 62)]
 TensorSpecs = dict[str, tuple[str, tuple[int, ...]]]  # name: (safetensors dtype, shape)
@@ -151,9 +163,16 @@ def check_model_settings(settings: Any, tensors: int) -> str | None:
             return f"{printable(name)} names another model, which is never fetched"
         elif isinstance(value, int | float) and value > _MAX_POSITIONS and "position" in name:
             return f"{printable(name)} is {printable(value)}, more than any model reads"
-        elif isinstance(value, int | float) and value > tensors and any(word in name for word in _COUNTS):
+        elif isinstance(value, int | float) and value > _most(name, tensors):
             return f"{printable(name)} is {printable(value)}, but its weights have {tensors} tensors"
     return None
+
+
+def _most(name: str, tensors: int) -> float:
+    """Return the largest valid value of a setting of a model with this many tensors."""
+    if name in _EXPERTS:
+        return max(tensors, _MOST_EXPERTS)
+    return tensors if name in _MODULES else math.inf
 
 
 def links_outside(path: Path, folder: Path) -> bool:

@@ -95,7 +95,8 @@ def build_dictionary(config: BuildConfig, executor: Executor | None = None) -> d
         "teacher": asdict(info),
     }
     inputs = BuildInputs(config, files, info, tokenizer, spec, scale)
-    return run_job(config, root, executor, manifest, partial(_run_stages, inputs))
+    teacher = config.teacher or DEMO_TEACHER
+    return run_job(config, root, executor, manifest, teacher, partial(_run_stages, inputs))
 
 
 def _run_stages(given: BuildInputs, context: StageContext, dtype: str) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def distill_student(config: DistillConfig, executor: Executor | None = None) -> 
         "dictionary": source.fingerprint,
         "training": config.of_training(),
     }
-    return run_job(config, resolve_output(config.output), executor, manifest, partial(_run_stages, config, source))
+    run = resolve_output(config.output)
+    return run_job(config, run, executor, manifest, source.teacher, partial(_run_stages, config, source))
 
 
 def _run_stages(config: DistillConfig, source: DistillInputs, context: StageContext, dtype: str) -> dict[str, Any]:

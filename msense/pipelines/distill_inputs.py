@@ -53,8 +53,9 @@ def load_inputs(config: DistillConfig) -> DistillInputs:
             f"no text: {config.dictionary!r} is not in a run folder that records its corpus: give --corpus"
         )
     text, options = _options(config, of, manifest)
-    info, tokenizer = _teacher(options, of, config)
-    head = load_head(config.teacher or of.teacher.name, info)
+    teacher = config.teacher or (run.teacher_folder() if run else None) or of.teacher.name
+    info, tokenizer = _teacher(teacher, options, of, config)
+    head = load_head(teacher, info)
     if config.corpus or manifest is None:
         inputs, corpus, run = fingerprints(list_files(config.corpus)), tuple(map(display_uri, config.corpus)), None
     else:
@@ -63,7 +64,7 @@ def load_inputs(config: DistillConfig) -> DistillInputs:
         dictionary=folder,
         config=of,
         fingerprint=dictionary.fingerprint,
-        teacher=config.teacher or of.teacher.name,
+        teacher=teacher,
         info=info,
         tokenizer=tokenizer,
         spec=passage_spec(info, text),
@@ -107,7 +108,7 @@ def _options(
 ) -> tuple[PlanOptions, TeacherOptions]:
     """Return the settings of the passages and their plan: those of the dictionary's build, or of another corpus."""
     if config.corpus or manifest is None:
-        values = {"text_column": config.text_column, "dedup": config.dedup, "seed": config.seed}
+        values = config.model_dump(include={"text_column", "id_column", "dedup", "seed"})
         values |= {"max_occurrences": of.max_occurrences, "special_tokens": of.special_tokens}
     else:
         values = manifest.get("config", {})
@@ -118,11 +119,12 @@ def _options(
     return validate_config(PlanOptions, text), validate_config(TeacherOptions, teacher)
 
 
-def _teacher(options: TeacherOptions, of: DictionaryConfig, config: DistillConfig) -> tuple[TeacherInfo, Tokenizer]:
+def _teacher(
+    name: str, options: TeacherOptions, of: DictionaryConfig, config: DistillConfig
+) -> tuple[TeacherInfo, Tokenizer]:
     """Load the teacher's metadata and check it against the dictionary."""
     if config.pooled:
         check_pooling(of.pooling)
-    name = config.teacher or of.teacher.name
     try:
         info, tokenizer = load_teacher_info(name, options)
     except InputError as error:

@@ -12,7 +12,7 @@ from msense.corpus import SourceFile
 from msense.io import storage
 from msense.run.folder import RunFolder, locked, remove_temp_files
 from msense.run.journal import Journal
-from msense.run.manifest import check_manifest, inputs_hash
+from msense.run.manifest import check_manifest, inputs_hash, without_defaults
 from msense.runtime import Executor, open_executor
 from msense.runtime.executor import peak_memory
 from msense.stages.base import StageContext
@@ -30,20 +30,25 @@ def run_job(
     root: str,
     executor: Executor | None,
     inputs: dict[str, Any],
+    teacher: str,
     run_stages: Callable[[StageContext, str], dict[str, Any]],
 ) -> dict[str, Any]:
     """Run the stages of a job in its run folder, on `executor` or on what the settings select.
 
-    `inputs` is the manifest without what depends on the executor. `run_stages` returns the summary, from the stages' context
-    and the teacher's dtype; this function adds `driver_peak`, the driver's peak memory in bytes.
+    `inputs` is the manifest without what depends on the executor, `teacher` a name or folder. `run_stages` returns the
+    summary, from the stages' context and the teacher's dtype; this function adds `driver_peak`, the driver's peak memory in
+    bytes.
     """
     with locked(RunFolder(root)):
         executor = executor or open_executor(config.local, config.workers, config.gpus_per_actor)
         dtype: str = config.dtype if config.dtype != "auto" else native_dtype(executor)
         pins = _pins(dtype, executor.resources.device)
-        manifest = json.loads(json.dumps({"format": 1, **inputs, "pins": pins}))  # tuples become lists
+        manifest = without_defaults(
+            json.loads(json.dumps({"format": 1, **inputs, "pins": pins}))
+        )  # tuples become lists
         run = RunFolder(root, inputs_hash(manifest))
         check_manifest(run, manifest)
+        run.remember_teacher(teacher)
         remove_temp_files(run)
         journal = Journal.begin(run, executor.resources.tasks)
         with journal.ending_with_errors():

@@ -78,6 +78,7 @@ class RunFolder:
     progress = _Path("training/progress.json")  # of the current training
     metrics = _Path("metrics.jsonl")  # one line per epoch
     student = _Path("student")
+    teacher = _Path("teacher.json")  # where the teacher's folder was, on the machine of the last driver
     finished = _Path("finished.json")  # written last: the stats of a complete dictionary
 
     passages_file = _numbered("passages/{:06d}.parquet")  # of an input split
@@ -97,6 +98,16 @@ class RunFolder:
     def read_manifest(self) -> dict[str, Any] | None:
         """Return the manifest; None if it is missing, corrupted or incomplete."""
         return storage.read_json(self.manifest, _MANIFEST)
+
+    def remember_teacher(self, name: str) -> None:
+        """Write where the teacher's folder is; a hub name is in the manifest."""
+        if Path(name).is_dir():
+            storage.write_json(self.teacher, {"folder": str(Path(name).absolute())})
+
+    def teacher_folder(self) -> str | None:
+        """Return the teacher's folder if it is still where it was."""
+        folder = (storage.read_json(self.teacher) or {}).get("folder")
+        return folder if isinstance(folder, str) and Path(folder).is_dir() else None
 
     def outputs(self) -> tuple[str, ...]:
         """Return all outputs of the stages, in their order."""

@@ -13,6 +13,20 @@ from msense.run.folder import RunFolder
 
 _COMPARED = ("format", "config", "inputs", "teacher", "dictionary", "pins")  # a build has no dictionary
 _SHOWN = 10
+_ADDED: dict[str, dict[str, Any]] = {  # left out at these values, so that runs of versions without them resume
+    "config": {"id_column": "id", "text.id_column": "id"},
+    "teacher": {"skip": 0, "include_prompt": True, "projections": [], "truncate_dim": None, "truncation_side": "right"},
+}
+
+
+def without_defaults(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest (JSON values) without the entries that older versions do not have, where they change nothing."""
+    kept = {}
+    for part, entries in manifest.items():
+        added = _ADDED.get(part, {})
+        known = isinstance(entries, dict)
+        kept[part] = {k: v for k, v in entries.items() if k not in added or v != added[k]} if known else entries
+    return kept
 
 
 def inputs_hash(manifest: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ The passages are those that the plan needs, or the first by key up to a number o
 the dictionary, one partition (about `PARTITION_BYTES`) and one batch of hidden states.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,10 +34,20 @@ from msense.stages.sampling import select
 from msense.teacher.batching import TOKEN_BUDGET
 from msense.teacher.model import embed_tokens
 from msense.teacher.pooling import load_head
-from msense.training.label_dataset import LabelManifest, LabelPartition, label_columns, label_size
+from msense.training.label_dataset import (
+    HELD_OUT_BY,
+    HeldOutBy,
+    LabelManifest,
+    LabelPartition,
+    label_columns,
+    label_size,
+)
 
+logger = logging.getLogger(__name__)
 PARTITION_BYTES = (1 << 19, 256 << 20)  # minimum and maximum of the target size of a partition
 HELD_OUT_SALT = 0x68656C64  # documents are held out by a hash independent of the passage keys
+HELD_OUT_FACTOR = 3  # by which the held-out share of the text may differ from the wanted one
+_KEY_SALT = np.uint64(0x9E3779B97F4A7C15)  # odd: mixes the lower bits of passage keys into the upper ones
 KEY_BINS_BITS = 20
 ASSIGN_NUMBERS = 1 << 23  # hidden-state elements assigned together, as small batches cost as much as large ones
 _ROW = ("piece", "block", "passages", "tokens")
@@ -60,6 +71,7 @@ class LabelSettings:
     held_out: float
     train_tokens: int | None
     last_key: int | None = None  # of the passages to label; None = those that the plan needs
+    held_out_by: HeldOutBy = "documents"
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,8 @@ def choose_passages(
         chosen = SelectionStats(**executor.run(_write_blocks, counted, settings.run))
         if not chosen.tokens:
             raise InputError("no passage of this text is to be labelled: use another text or --train-tokens")
+        by = _choose_held_out(counted.counts.tolist(), chosen.tokens, settings.held_out)
+        settings = replace(settings, held_out_by=by)
         context.journal.add(name, made=1)
         shown.update(asdict(chosen))
     return settings, chosen
@@ -129,10 +143,32 @@ def _last_key(counts: np.ndarray, tokens: int) -> int:
 
 def _count_passages(splits: list[tuple[int, int]], settings: LabelSettings) -> Tally:
     selector, rows = PassageSelector(settings), []
+    held = np.zeros(len(HELD_OUT_BY), np.int64)  # tokens
     for split, block in ((split, block) for split, count in splits for block in range(count)):
-        chosen, _ = selector(split, block)
-        rows.append((split, block, len(chosen.keys), len(chosen.ids)))
-    return Tally(rows=np.array(rows, dtype=np.int64))
+        passages, chosen = selector(split, block)
+        rows.append((split, block, len(passages.keys), len(passages.ids)))
+        uri = settings.text.passages_file(split)
+        held += [passages.lengths[_held_out(uri, block, settings.held_out, by)[chosen]].sum() for by in HELD_OUT_BY]
+    return Tally(held, np.array(rows, dtype=np.int64))
+
+
+def _choose_held_out(held: list[int], tokens: int, share: float) -> HeldOutBy:
+    """Return what is held out as a whole: documents, or passages if documents give far more or less text than wanted.
+
+    `held` are the tokens held out by document and by passage.
+
+    Raises:
+        InputError: nothing would be left to train on.
+    """
+    by_document = share * tokens / HELD_OUT_FACTOR <= held[0] <= share * tokens * HELD_OUT_FACTOR
+    number = 0 if by_document else 1
+    if held[number] == tokens:
+        raise InputError(f"--held-out {share} leaves nothing of this text to train on: lower it, or use more text")
+    if share and not held[number]:
+        logger.warning("no passage is held out for validation: this text has too few for --held-out %g", share)
+    elif number:
+        logger.info("passages are held out, not documents, as these differ too much in length or are too few")
+    return HELD_OUT_BY[number]
 
 
 def _write_blocks(counted: Tally, run: RunFolder) -> Row:
@@ -166,13 +202,17 @@ class PassageSelector:
         for split, block in zip(partition.splits, partition.blocks, strict=True):
             passages, chosen = self(split, block)
             parts.append(passages)
-            held.append(_held_out(self.settings.text.passages_file(split), block, self.settings.held_out)[chosen])
+            uri, settings = self.settings.text.passages_file(split), self.settings
+            held.append(_held_out(uri, block, settings.held_out, settings.held_out_by)[chosen])
         return Passages.concatenate(parts), np.concatenate(held)
 
 
-def _held_out(uri: str, block: int, share: float) -> np.ndarray:
-    """Return which passages of a block belong to held-out documents, bool [P]."""
-    column = open_parquet(uri).read_row_group(block, columns=["document_id"]).column("document_id").combine_chunks()
+def _held_out(uri: str, block: int, share: float, by: HeldOutBy) -> np.ndarray:
+    """Return which passages of a block are held out, bool [P]: those of held-out documents, or of their own account."""
+    table = open_parquet(uri).read_row_group(block, columns=["key" if by == "passages" else "document_id"])
+    column = table.column(0).combine_chunks()
+    if by == "passages":
+        return np.asarray(column.to_numpy() * _KEY_SALT < np.float64(share) * 2**64)
     documents = column.dictionary_encode()
     drawn = [
         xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"), seed=HELD_OUT_SALT) < share * 2**64
@@ -311,7 +351,7 @@ def _write_manifest(settings: LabelSettings, stats: list[Row]) -> LabelStats:
     sizes = np.diff(dictionary.offsets).astype(np.int32)
     run.publish(run.label_senses, lambda path: save_arrays(path, {"senses": sizes}))
     of_dictionary = ("teacher", "tokenizer_fingerprint", "vocab_size", "dim", "temperature_unit")
-    of_labels = ("metric", "train_tokens", "held_out", "soft_targets", "pooled", "pooled_dim")
+    of_labels = ("metric", "train_tokens", "held_out", "held_out_by", "soft_targets", "pooled", "pooled_dim")
     of_teacher = ("pooling", "normalize")
     manifest = LabelManifest(
         inputs_hash=run.inputs_hash,

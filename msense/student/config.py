@@ -11,6 +11,7 @@ from msense.dictionary.layout import DictionaryConfig, DictionaryFiles, TeacherN
 from msense.errors import StudentError
 from msense.io.untrusted import FrozenModel
 from msense.teacher.pooling import Pooling, ProjectionConfig, sentence_dim
+from msense.teacher.spec import TruncationSide
 
 Heads = Literal["two", "one"]
 
@@ -57,6 +58,7 @@ class StudentConfig(FrozenModel):
     skip: int = Field(default=0, ge=0, le=1 << 20, description="tokens of `prompt` that are not pooled")
     projections: tuple[ProjectionConfig, ...] = Field(default=(), max_length=16, description="layers after pooling")
     truncate_dim: int | None = Field(default=None, gt=0, description="numbers of a sentence vector that are kept")
+    truncation_side: TruncationSide = Field(default="right", description="where a long text loses tokens")
     heads: Heads = "two"
     body: dict[str, Any] | None = Field(default=None, description="the transformer's own config")
     static: StaticSizes | None = None

@@ -146,7 +146,7 @@ class SenseEncoder:
         """
         if replace not in (None, "hard", "soft"):
             raise InputError(f"invalid replace {replace!r}: use None, 'hard' or 'soft'")
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise InputError(f"invalid batch_size {batch_size!r}: use an integer of 1 or more")
         prompt = self._prompt(prompt)
         rows = self._reader.ids(_listed(texts), prompt)
@@ -294,7 +294,8 @@ def _listed(texts: str | Iterable[str]) -> list[str]:
     """Return one text or several as a list."""
     if isinstance(texts, str):
         return [texts]
-    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
+    single = isinstance(texts, bytes | bytearray | memoryview | Mapping) or not isinstance(texts, Iterable)
+    if single or getattr(texts, "ndim", 1) != 1:  # a table of pandas iterates over the names of its columns
         raise InputError(f"texts has type {type(texts).__name__}: give a str, or a list of them")
     return list(texts)
 

@@ -42,11 +42,11 @@ def init_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if settings.kind == "static":
-            student = Student(_config(settings, info, head, dictionary, None))
+            student = Student(_config(settings, info, head, dictionary, None)).float()
             model = load_body(body_folder(teacher, revision), teacher, torch.float32)
         else:
             model = _load_transformer(settings.kind, info, teacher, revision)
-            student = Student(_config(settings, info, head, dictionary, model))
+            student = Student(_config(settings, info, head, dictionary, model)).float()
     student.sentence_head = head
     body = student.body
     if isinstance(body, StaticBody):
@@ -84,6 +84,7 @@ def _config(
             skip=info.skip,
             projections=tuple(projection.config for projection in head.projections),
             truncate_dim=info.truncate_dim,
+            truncation_side=info.truncation_side,
             heads=settings.heads,
             **body,
         )

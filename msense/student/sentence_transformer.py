@@ -59,7 +59,7 @@ class SenseModule(InputModule):
         special = self.tokenizer.num_special_tokens_to_add(is_pair=False)
         if not special < value <= self.student.config.max_length:
             raise InputError(f"invalid max_seq_length {value}: use {special + 1} to {self.student.config.max_length}")
-        self.tokenizer.enable_truncation(value)
+        self._reader.truncate(value)
         self._max_length = value
 
     def get_embedding_dimension(self) -> int:
@@ -115,7 +115,7 @@ class SenseModule(InputModule):
         self.tokenizer.no_truncation()
         with atomic_path(files.tokenizer) as scratch:
             scratch.write_text(self.tokenizer.to_str(), encoding="utf-8")
-        self.tokenizer.enable_truncation(self.max_seq_length)
+        self._reader.truncate(self.max_seq_length)
 
     @classmethod
     def load(cls, model_name_or_path: str, *, subfolder: str = "", **kwargs: Any) -> "SenseModule":

@@ -77,7 +77,7 @@ def token_means(dictionary: SenseDictionary, inputs: Tensor) -> Tensor:
     predicted from the teacher's *input* embeddings, floating point [V, D_in], by a ridge regression fitted on the
     tokens with senses: closer to the teacher than the mean of all tokens, and different for every token.
     """
-    means = torch.zeros(dictionary.vocab_size, dictionary.dim)
+    means = torch.zeros(dictionary.vocab_size, dictionary.dim, dtype=torch.float32)
     sizes = np.diff(dictionary.offsets)
     token = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))
     points = torch.from_numpy(np.bincount(token.numpy(), weights=dictionary.counts, minlength=len(sizes)))

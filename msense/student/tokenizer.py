@@ -36,7 +36,12 @@ class StudentTokenizer:
         if special >= config.max_length:
             excess = f"adds {special} special tokens to a text, but max_length is {config.max_length}"
             raise StudentError(f"{path} {excess}: train the student again")
-        self.tokenizer.enable_truncation(config.max_length)
+        self.truncation_side = config.truncation_side
+        self.truncate(config.max_length)
+
+    def truncate(self, max_length: int) -> None:
+        """Truncate texts to at most `max_length` tokens."""
+        self.tokenizer.enable_truncation(max_length, direction=self.truncation_side)
 
     def ids(self, texts: Sequence[str], prompt: str = "") -> list[np.ndarray]:
         """Return the token ids of prompt + text for each text, int64 [n_i]; raise InputError for invalid text."""

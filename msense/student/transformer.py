@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from msense.errors import StudentError
-from msense.teacher.body import is_encoder_decoder, needs_position_ids
+from msense.teacher.body import PaddedInputs, body_of, probe_ids
 from msense.teacher.files import loading
+from msense.text import first_line
 
 _NOT_SAVED = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 
@@ -23,18 +24,20 @@ class TransformerBody(nn.Module):
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        from transformers import AutoModel
+
         super().__init__()
         config = build_body_config(settings)
+        config.use_cache = False
         with loading("of the student"):
-            self.model = _empty_model(config)
+            model = AutoModel.from_config(config, trust_remote_code=False)
+            self.model = _drop_pooler(body_of(model)).to(torch.float32)
         self.width = int(self.model.config.get_text_config().hidden_size)
-        self.pad = getattr(config, "pad_token_id", None) or 0
-        self.takes_positions = needs_position_ids(self.model)
+        self.inputs = PaddedInputs(self.model)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding table."""
-        table: nn.Module = self.model.get_input_embeddings()
-        return table
+        return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, table: nn.Module) -> None:
         """Replace the embedding table."""
@@ -42,18 +45,11 @@ class TransformerBody(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return embeddings [B, L, width], undefined on padding, of token ids int64 [B, L] with a mask bool [B, L]."""
-        places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self.takes_positions else {}
-        ids = ids.masked_fill(~mask, self.pad)
-        hidden: Tensor = self.model(input_ids=ids, attention_mask=mask.long(), **places).last_hidden_state
-        return hidden
+        return self.inputs.hidden_states(self.model, ids, mask)
 
 
 def build_body_config(settings: dict[str, Any]) -> Any:
-    """Return the transformers config of a student's `body` settings.
-
-    Raises:
-        InputError: the installed transformers does not know the model type or rejects the settings.
-    """
+    """Return the transformers config of a student's `body` settings; raise InputError if transformers rejects them."""
     from transformers import CONFIG_MAPPING
 
     kind = settings.get("model_type")
@@ -62,7 +58,17 @@ def build_body_config(settings: dict[str, Any]) -> Any:
             f"unknown model type {str(kind)[:80]!r} of the student's body: update transformers, or use another student"
         )
     with loading("of the student"):
-        return CONFIG_MAPPING[kind].from_dict({k: v for k, v in settings.items() if k not in _NOT_SAVED})
+        return CONFIG_MAPPING[kind].from_dict({k: _decoded(v) for k, v in settings.items() if k not in _NOT_SAVED})
+
+
+def _decoded(value: Any) -> Any:
+    """Return a setting with its infinite numbers, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        number = value.get("__float__")
+        if len(value) == 1 and number in ("Infinity", "-Infinity", "NaN"):
+            return float(number)
+        return {key: _decoded(inner) for key, inner in value.items()}
+    return [_decoded(inner) for inner in value] if isinstance(value, list) else value
 
 
 def body_settings(model: Any) -> dict[str, Any]:
@@ -72,10 +78,10 @@ def body_settings(model: Any) -> dict[str, Any]:
 
 
 def load_weights(body: TransformerBody, model: Any) -> None:
-    """Copy a model's weights into a body created from its config.
+    """Copy a model's weights into a body created from its config, and freeze those without influence.
 
     Raises:
-        StudentError: names or shapes differ.
+        StudentError: names or shapes differ, or the body computes something else or has no gradients.
     """
     _drop_pooler(model)
     try:
@@ -85,20 +91,56 @@ def load_weights(body: TransformerBody, model: Any) -> None:
             "the selected layers do not form a model of the teacher's type: use the first layers (layers:n), or "
             "include layer 0"
         ) from error
+    _check_body(body, model)
 
 
-def _empty_model(config: Any) -> Any:
-    from transformers import AutoModel
+def _check_body(body: TransformerBody, model: Any) -> None:
+    """Compare a body with the model it was initialized from on a short text, and freeze weights without gradients.
 
-    config.use_cache = False
-    model = AutoModel.from_config(config, trust_remote_code=False)
-    if is_encoder_decoder(model):
-        model = model.encoder
-    return _drop_pooler(model).to(torch.float32)
+    Data-parallel training fails on parameters without gradients, unless they are frozen.
+    """
+    kind = model.config.model_type
+    ids = probe_ids(model.config, 24)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    training = body.training
+    body.eval()
+    try:
+        with torch.no_grad():
+            expected = PaddedInputs(model).hidden_states(model.eval(), ids, mask)
+        hidden = body(ids, mask)
+        named = [(name, p) for name, p in body.named_parameters() if p.requires_grad]
+        weights = torch.linspace(-1, 1, hidden.shape[-1])
+        gradients = torch.autograd.grad((hidden * weights).sum(), [p for _, p in named], allow_unused=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise StudentError(
+            f"a {kind} model cannot be trained ({first_line(error)}): give another encoder by name, or static"
+        ) from error
+    finally:
+        body.train(training)
+    if not torch.allclose(hidden.detach(), expected.float(), rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
+        raise StudentError(
+            f"a {kind} model with the selected layers computes other vectors than the teacher's layers: use the first "
+            "layers (layers:n), give another encoder by name, or static"
+        )
+    if not any(g is not None and bool(g.isfinite().all()) and bool(g.any()) for g in gradients):
+        raise StudentError(f"a {kind} model has no gradients to train with: give another encoder by name, or static")
+    for (name, parameter), gradient in zip(named, gradients, strict=True):
+        if gradient is None and "expert" not in name:  # an expert may be chosen by other texts
+            parameter.requires_grad_(False)
+
+
+class _NoPooler(nn.Module):
+    """In place of a pooler, for models that always call theirs."""
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden
 
 
 def _drop_pooler(model: Any) -> Any:
     """Remove the pooler: data-parallel training fails on parameters without gradients."""
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
+    for name in ("pooler", "contact_head"):  # ESM's, whose size depends on the number of layers
+        if getattr(model, name, None) is not None:
+            setattr(model, name, _NoPooler())
     return model

@@ -1,4 +1,4 @@
-"""The model of a teacher without its heads: loading, positions, and removal of layers."""
+"""The model of a teacher without its heads: loading, padded batches, and removal of layers."""
 
 import copy
 import inspect
@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from msense.errors import InputError, StudentError
 from msense.teacher.files import loading
-from msense.teacher.spec import POSITIONS_AFTER_PADDING
+from msense.teacher.spec import max_positions
+from msense.text import first_line
+
+# model types that read padding: convolutions, Fourier transforms or pooling over neighbouring tokens
+NEEDS_EQUAL_LENGTHS = frozenset({"convbert", "cpmant", "fnet", "funnel", "mobilebert", "nystromformer", "yoso"})
 
 
 def truncate_layers(model: Any, kind: str) -> None:
@@ -31,12 +35,48 @@ def truncate_layers(model: Any, kind: str) -> None:
             "layer): give a smaller encoder by name, or static"
         )
     kept = _parse(kind, count)
-    layers = model.get_submodule(lists[0])  # the outermost list
-    model.set_submodule(lists[0], nn.ModuleList(layers[i] for i in kept))
-    text.num_hidden_layers = len(kept)
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[i] for i in kept]
+    parent_name = lists[0].rpartition(".")[0]  # of the outermost list
+    parent = model.get_submodule(parent_name)
+    for name, layers in list(parent.named_children()):  # some models have a list for each part of a layer
+        if isinstance(layers, nn.ModuleList) and len(layers) == count:
+            setattr(parent, name, nn.ModuleList(layers[i] for i in kept))
+    for name, value in list(vars(parent).items()):
+        if type(value) is int and value == count and "layer" in name:
+            setattr(parent, name, len(kept))
+    try:
+        _truncate_config(text, kept)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise StudentError(
+            f"student {kind!r}: the config of a {config.model_type} model cannot be reduced to these layers "
+            f"({first_line(error)}): give an encoder by name, or static"
+        ) from error
     model.config = config
+
+
+def _truncate_config(config: Any, kept: list[int]) -> None:
+    """Reduce the settings of each layer, and the number of layers, to the kept ones."""
+    count = config.num_hidden_layers
+    single = {str(key): value for key, value in (config.to_dict().get("per_layer_config") or {}).items()}
+    if single:
+        config.per_layer_config = None
+    for name, values in list(vars(config).items()):
+        if isinstance(values, list | tuple) and len(values) == count:
+            setattr(config, name, [values[i] for i in kept])
+    if getattr(config, "attention_types", None):  # GPT Neo's, from which its attention_layers are derived
+        config.attention_types = [[[kind], 1] for kind in config.attention_layers]
+    fixed = isinstance(getattr(type(config), "num_hidden_layers", None), property)  # of what this setting counts
+    setattr(
+        config,
+        "num_encoder_layers" if fixed and hasattr(config, "num_encoder_layers") else "num_hidden_layers",
+        len(kept),
+    )
+    if single:
+        config.per_layer_config = {new: single[str(old)] for new, old in enumerate(kept) if str(old) in single}
+    if getattr(config, "num_blocks", None) == count:  # xLSTM's second name
+        config.num_blocks = len(kept)
+    for name in ("decoder_layers", "num_decoder_layers"):  # of a decoder that is built, but not used
+        if isinstance(value := getattr(config, name, None), int):
+            setattr(config, name, min(value, len(kept)))
 
 
 def _parse(kind: str, count: int) -> list[int]:
@@ -62,16 +102,89 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
-def needs_position_ids(model: Any) -> bool:
-    """Return whether a model needs explicit position ids for input that is padded on the left."""
-    if any(kind in model.config.model_type for kind in POSITIONS_AFTER_PADDING):
-        return False  # these derive positions from the padding token
-    return "position_ids" in inspect.signature(model.forward).parameters
+class PaddedInputs:
+    """How a model reads a padded batch, so that the vectors of a text do not depend on its neighbours.
+
+    Texts are moved to the left and padded with the model's own padding token, so that position ids are the model's own
+    business. A model of `NEEDS_EQUAL_LENGTHS` reads texts of one length at a time, without padding.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+        >>> ids = torch.tensor([[0, 5], [5, 6]])
+        >>> PaddedInputs(model).hidden_states(model, ids, ids > 0).shape
+        torch.Size([2, 2, 8])
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        pad = getattr(config, "pad_token_id", None)
+        self.pad = pad if isinstance(pad, int) and 0 <= pad < int(config.vocab_size) else 0
+        parameters = inspect.signature(model.forward).parameters
+        self.takes_mask = "attention_mask" in parameters
+        self.equal_lengths = config.model_type in NEEDS_EQUAL_LENGTHS
+
+    def hidden_states(self, model: Any, ids: Tensor, mask: Tensor, layer: int | None = None) -> Tensor:
+        """Run a model (or what wraps it) on token ids int64 [B, L] with a mask bool [B, L], padded on either side.
+
+        Returns:
+            The states [B, L, D] of a hidden layer, by default the last one, undefined on padding.
+        """
+        if self.equal_lengths and not mask.all():
+            return self._by_length(model, ids, mask, layer)
+        if mask[:, 0].all():
+            return self._run(model, ids, mask, layer)
+        order = (~mask).long().argsort(dim=1, stable=True)  # moves padding to the right
+        hidden = self._run(model, ids.gather(1, order), mask.gather(1, order), layer)
+        back = order.argsort(dim=1)
+        return hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _by_length(self, model: Any, ids: Tensor, mask: Tensor, layer: int | None) -> Tensor:
+        """Run the texts of each length together, without padding."""
+        lengths = mask.sum(1)
+        parts, rows = [], []
+        for length in lengths.unique().tolist():
+            some = (lengths == length).nonzero()[:, 0]
+            real = mask[some] if length else mask[some].logical_not()  # a text without tokens is read as padding
+            texts = ids[some].masked_fill(~mask[some], self.pad)[real].view(len(some), -1)
+            hidden = self._run(model, texts, torch.ones_like(texts, dtype=torch.bool), layer)
+            padded = hidden.new_zeros(*real.shape, hidden.shape[-1])
+            padded[real] = hidden.flatten(0, 1)
+            parts.append(padded)
+            rows.append(some)
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def _run(self, model: Any, ids: Tensor, mask: Tensor, layer: int | None) -> Tensor:
+        given = {"attention_mask": mask.long()} if self.takes_mask else {}
+        if layer is not None:
+            given["output_hidden_states"] = True
+        output = model(input_ids=ids.masked_fill(~mask, self.pad), **given)
+        hidden: Tensor = output.last_hidden_state if layer is None else output.hidden_states[layer]
+        return hidden
+
+
+def probe_ids(config: Any, length: int) -> Tensor:
+    """Return a text for checks of a model, int64 [1, N]: at most `length` ordinary tokens."""
+    text = config.get_text_config()
+    count = int(text.vocab_size)
+    length = min(length, max_positions(text) or length)
+    return (count // 2 + torch.arange(length) * 7 % max(1, count // 4))[None]  # special tokens are first or last
 
 
 def is_encoder_decoder(model: Any) -> bool:
     """Return whether a model has both parts; only the encoder is used."""
-    return hasattr(model, "encoder") and hasattr(model, "decoder")
+    if not (hasattr(model, "encoder") and hasattr(model, "decoder")):
+        return False
+    return "input_ids" in inspect.signature(model.encoder.forward).parameters  # Funnel's decoder ends its one encoder
+
+
+def body_of(model: Any) -> Any:
+    """Return what embeds a text: the model, or the encoder of an encoder-decoder model."""
+    if not is_encoder_decoder(model):
+        return model
+    if not hasattr(model.encoder, "config"):
+        model.encoder.config = model.config
+    return model.encoder
 
 
 def load_body(folder: Path, name: str, dtype: Any) -> Any:
@@ -89,7 +202,7 @@ def load_body(folder: Path, name: str, dtype: Any) -> Any:
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if is_encoder_decoder(model):
         missing = [key for key in missing if not key.startswith("decoder.")]
-        model = model.encoder
+        model = body_of(model)
     if mismatched or missing:
         if mismatched:
             key, actual, expected = mismatched[0]

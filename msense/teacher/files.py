@@ -31,15 +31,22 @@ POOLING_KEYS = {  # in the config of sentence-transformers' pooling module
     "lasttoken": "pooling_mode_lasttoken",
 }
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")  # of sentence-transformers
-_SUPPORTED = re.compile("(Transformer )?(Pooling )?(Dense )*(Normalize )?")
+_SUPPORTED = re.compile("(Transformer )?(Pooling )?(Dense )*(Normalize )*")
 _BODY_SETTINGS = tuple(  # of the Transformer module; older versions of sentence-transformers named it after the model
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 _TOKENIZER_OPTIONS = (
     *("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "model_max_length", "padding_side"),
-    *("truncation_side", "use_fast"),
+    *("clean_up_tokenization_spaces", "truncation_side", "use_fast"),
 )
+_IGNORED_OPTIONS = (  # of a Transformer module's tokenizer, model and config: they do not change what is computed
+    *("add_pooling_layer", "attn_implementation", "cache_dir", "device_map", "dtype", "local_files_only", "revision"),
+    *("low_cpu_mem_usage", "token", "torch_dtype", "trust_remote_code", "use_cache", "use_safetensors"),
+)
+_IGNORED_PROCESSING = ("padding", "pad_to_multiple_of", "return_tensors", "truncation")
+_TEXT_MODALITY = {"method": "forward", "method_output_name": "last_hidden_state"}
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # of peft
 _JSON_BYTES = 64 << 20
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -149,22 +156,25 @@ def read_settings(folder: Path) -> TeacherFolder:
         )
     body = _inside(folder, paths[kinds.index("Transformer")]) if "Transformer" in kinds else folder
     own = next((settings for name in _BODY_SETTINGS if (settings := read_object(body / name))), {})
-    _check_task(folder, own)
-    pooling = read_object(_inside(folder, paths[kinds.index("Pooling")]) / "config.json") if "Pooling" in kinds else {}
+    _check_transformer(folder, own)
+    options = _tokenizer_options(folder, own)
+    pooling = (
+        read_object(_configured(folder, paths[kinds.index("Pooling")]) / "config.json") if "Pooling" in kinds else {}
+    )
     settings = read_object(folder / "config_sentence_transformers.json")
-    prompts = settings.get("prompts")
-    prompt = prompts.get(str(settings.get("default_prompt_name")), "") if isinstance(prompts, dict) else ""
     return TeacherFolder(
         body=body,
         pooling=_pooling(pooling),
         include_prompt=pooling.get("include_prompt") is not False,
-        projections=tuple(_inside(folder, path) for kind, path in zip(kinds, paths, strict=True) if kind == "Dense"),
+        projections=tuple(
+            _configured(folder, path) for kind, path in zip(kinds, paths, strict=True) if kind == "Dense"
+        ),
         normalize="Normalize" in kinds,
         truncate_dim=_positive(settings.get("truncate_dim")),
-        max_length=_positive(own.get("max_seq_length")),
-        prompt=str(prompt),
+        max_length=_positive(options.get("model_max_length", own.get("max_seq_length"))),
+        prompt=_default_prompt(folder, settings),
         lower_case=own.get("do_lower_case") is True,
-        tokenizer_options=_tokenizer_options(folder, own),
+        tokenizer_options=options,
     )
 
 
@@ -175,38 +185,76 @@ def _module_kind(folder: Path, kind: str) -> str:
         return name
     remedy = "use another teacher"
     if name in ("Router", "Asym"):
-        routes = read_object(folder / "router_config.json").get("types")
-        inner = [str(folder / str(path)) for path in routes] if isinstance(routes, dict) else []
+        routes = _object(read_object(folder / "router_config.json"), "types")
+        inner = [str(folder / path) for path, name in routes.items() if "Transformer" in str(name)]
         remedy = f"give one of its folders as the teacher ({', '.join(inner[:4]) or 'such as that of documents'})"
     elif not kind.startswith("sentence_transformers."):
         remedy = "its code is never run; " + remedy
-    raise InputError(f"teacher {folder.name!r} has the module {kind}, a {name}, which is not supported: {remedy}")
+    raise InputError(f"teacher {folder.name!r} has the module {printable(kind)}, which is not supported: {remedy}")
 
 
-def _check_task(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise InputError for a Transformer module that does not give the token embeddings of a text."""
-    task = settings.get("transformer_task", "feature-extraction")
-    modalities = settings.get("modality_config")
-    if task != "feature-extraction" or (isinstance(modalities, dict) and "text" not in modalities):
+def _default_prompt(folder: Path, settings: dict[str, Any]) -> str:
+    """Return the prompt that sentence-transformers puts before every text by default."""
+    name, prompts = settings.get("default_prompt_name"), {"query": "", "document": ""} | _object(settings, "prompts")
+    if name is None:
+        return ""
+    if name not in prompts:
         raise InputError(
-            f"teacher {folder.name!r} is a model for {task} of {', '.join(modalities or ['text'])}, not an encoder of texts: "
-            "use another teacher"
+            f"{folder / 'config_sentence_transformers.json'} has no prompt {printable(name)!r}, its default_prompt_name: "
+            "correct the name"
         )
+    return str(prompts[name] or "")
+
+
+def _check_transformer(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise InputError for a Transformer module that computes anything but the token embeddings of a text."""
+    task = settings.get("transformer_task", "feature-extraction")
+    modalities = _object(settings, "modality_config")
+    text = modalities.get("text", {} if modalities else _TEXT_MODALITY)
+    if task != "feature-extraction" or text != _TEXT_MODALITY:
+        raise InputError(
+            f"teacher {folder.name!r} is a model for {task} of {', '.join(modalities or ['text'])}, and gives no embedding "
+            "of each token of a text: use another teacher"
+        )
+    if "message" in modalities:
+        raise InputError(
+            f"teacher {folder.name!r} writes every text into the chat template of its tokenizer, which is not supported: "
+            'give another teacher; to read the texts themselves, remove "message" from the modality_config of '
+            f"{_BODY_SETTINGS[0]} and give the template as the prompt"
+        )
+    processing = _object(settings, "processing_kwargs")
+    _check_options(
+        folder,
+        "processes texts",
+        _object(processing, "common") | _object(processing, "text"),
+        _IGNORED_PROCESSING,
+    )
+    for kind in ("model", "config"):
+        options = _object(settings, f"{kind}_args") | _object(settings, f"{kind}_kwargs")
+        _check_options(folder, f"loads its {kind}", options, _IGNORED_OPTIONS)
 
 
 def _tokenizer_options(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the options with which the tokenizer is loaded, in the names of any version of sentence-transformers."""
-    options: dict[str, Any] = {}
-    for key in ("tokenizer_args", "processor_kwargs"):
-        given = settings.get(key)
-        options |= given if isinstance(given, dict) else {}
-    options.pop("trust_remote_code", None)
-    if unknown := sorted(options.keys() - set(_TOKENIZER_OPTIONS)):
-        raise InputError(
-            f"teacher {folder.name!r} loads its tokenizer with the option {unknown[0]!r}, which is not supported: save its "
-            "tokenizer with that option applied"
-        )
+    options = _object(settings, "tokenizer_args") | _object(settings, "processor_kwargs")
+    options = {name: value for name, value in options.items() if name not in _IGNORED_OPTIONS}
+    _check_options(folder, "loads its tokenizer", options, _TOKENIZER_OPTIONS)
     return options
+
+
+def _check_options(folder: Path, what: str, options: dict[str, Any], known: Sequence[str]) -> None:
+    """Raise InputError for options other than the known ones."""
+    if unknown := sorted(options.keys() - set(known)):
+        raise InputError(
+            f"teacher {folder.name!r} {what} with the option {printable(unknown[0])!r}, which is not supported: save it "
+            "with that option applied"
+        )
+
+
+def _object(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a setting that must be a JSON object to count."""
+    value = settings.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _positive(value: object) -> int | None:
@@ -234,12 +282,12 @@ def check_files(name: str, folder: Path) -> None:
     The last are pipes, huge settings files, and configs with more layers than the weights have tensors. Only the
     headers of the weights are read.
     """
-    if (adapter := folder / "adapter_config.json").exists():
-        base = read_object(adapter).get("base_model_name_or_path")
+    if adapters := [file for file in _ADAPTER if (folder / file).exists()]:
+        base = read_object(folder / _ADAPTER[0]).get("base_model_name_or_path")
         raise InputError(
-            f"teacher {name!r} is an adapter (adapter_config.json) of {printable(base or 'a base model')}, which is not "
+            f"teacher {name!r} is an adapter ({', '.join(adapters)}) of {printable(base or 'a base model')}, which is not "
             "applied: merge it into the weights (peft's merge_and_unload, then save_pretrained) and give the new folder; "
-            "if the weights already contain it, remove adapter_config.json"
+            f"if the weights already contain it, remove {' and '.join(adapters)}"
         )
     for file in (file for pattern in _HUB_FILES for file in folder.glob(pattern)):
         if not file.is_file():
@@ -251,7 +299,11 @@ def check_files(name: str, folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         formats = ("bin", "pt", "pth", "h5", "gguf", "onnx")
-        other = next((f" (but {path.name})" for suffix in formats for path in folder.glob(f"*.{suffix}")), "")
+        others = [
+            *(path for suffix in formats for path in folder.glob(f"*.{suffix}")),
+            *folder.glob(f"*/{_ADAPTER[0]}"),
+        ]
+        other = f" (but {others[0].relative_to(folder)})" if others else ""
         raise InputError(
             f"teacher {name!r} has no safetensors weights{other}, the only format that is read: save the model with "
             "save_pretrained, or give another teacher"
@@ -306,6 +358,14 @@ def _inside(folder: Path, name: str) -> Path:
     if not path.is_dir():
         raise InputError(f"{where}, which does not exist: download the teacher again")
     return folder / name
+
+
+def _configured(folder: Path, name: str) -> Path:
+    """Return the existing subfolder of a module with its config.json."""
+    path = _inside(folder, name)
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path / 'config.json'} is missing: download the teacher again")
+    return path
 
 
 def _read_json(file: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from msense.io.untrusted import links_outside
 from msense.teacher.body import is_encoder_decoder
 from msense.teacher.classifier import Classifier, save_classifier
-from msense.teacher.files import POOLING_KEYS, read_settings
+from msense.teacher.files import POOLING_KEYS, TeacherFolder, read_settings
 from msense.text import one_line, redact
 
 _TOKENIZER = (
@@ -51,7 +52,7 @@ def save_teacher(
     settings: dict[str, Any] = {
         "modules.json": _MODULES,
         "1_Pooling/config.json": {"word_embedding_dimension": config.dim, **pooling},
-        "sentence_bert_config.json": {"max_seq_length": max_length},
+        "sentence_bert_config.json": {"max_seq_length": max_length, **_tokenizer_settings(original)},
     }
     if prompt:
         settings["config_sentence_transformers.json"] = {"prompts": {"own": prompt}, "default_prompt_name": "own"}
@@ -59,8 +60,17 @@ def save_teacher(
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(classifier, source, max_length, prompt, figures), encoding="utf-8")
+    card = folder / "README.md"
+    card.write_text(_card(classifier, source, max_length, prompt, figures), encoding="utf-8")
+    for weights in folder.glob("*.safetensors"):  # written readable by their owner only
+        weights.chmod(stat.S_IMODE(card.stat().st_mode))
     save_classifier(folder, classifier)
+
+
+def _tokenizer_settings(original: TeacherFolder) -> dict[str, Any]:
+    """Return how texts are tokenized, as far as it is not in the tokenizer's own files."""
+    settings: dict[str, Any] = {"do_lower_case": True} if original.lower_case else {}
+    return settings | ({"tokenizer_args": original.tokenizer_options} if original.tokenizer_options else {})
 
 
 def _save_body(folder: Path, body: Any) -> None:

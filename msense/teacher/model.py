@@ -10,9 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msense.teacher.batching import Batch, iter_batches
-from msense.teacher.body import load_body, needs_position_ids, truncate_layers
+from msense.errors import InputError, MsenseError
+from msense.teacher.batching import Batch, iter_batches, pad_batch
+from msense.teacher.body import PaddedInputs, load_body, probe_ids, truncate_layers
 from msense.teacher.files import body_folder
+from msense.text import first_line
+
+# the largest mean difference, in parts of the vectors, that rounding in another batch explains
+_ROUNDING = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
 
 
 class Teacher:
@@ -47,9 +52,10 @@ class Teacher:
         model = load_body(body_folder(name, revision), name, getattr(torch, dtype)).to(device)
         if keep is not None:
             truncate_layers(model, keep)
-        self.layer, self.device = layer, device
-        self.takes_positions = needs_position_ids(model)
+        self.layer, self.device, self.dtype = layer, device, dtype
+        self.inputs = PaddedInputs(model)
         self.engine = deepspeed.init_inference(model, dtype=getattr(torch, dtype), replace_with_kernel_inject=False)
+        self._check_neighbours(name)
 
     def embed(self, ids: np.ndarray, mask: np.ndarray) -> Tensor:
         """Compute the hidden states of one batch.
@@ -62,18 +68,35 @@ class Teacher:
             [B, L, D] in the teacher's dtype, on its device; rows of padding are meaningless.
         """
         last = self.layer in (-1, int(self.engine.module.config.get_text_config().num_hidden_layers))
-        optional = {}
-        if not mask[:, 0].all() and self.takes_positions:  # left padding must not shift the positions
-            optional["position_ids"] = torch.from_numpy(np.maximum(mask.cumsum(axis=1) - 1, 0)).to(self.device)
+        given = torch.from_numpy(ids.astype(np.int64)).to(self.device), torch.from_numpy(mask).to(self.device)
         with torch.inference_mode():
-            output = self.engine(
-                input_ids=torch.from_numpy(ids.astype(np.int64)).to(self.device),
-                attention_mask=torch.from_numpy(mask.astype(np.int64)).to(self.device),
-                output_hidden_states=not last,
-                **optional,
+            return self.inputs.hidden_states(self.engine, *given, None if last else self.layer)
+
+    def _check_neighbours(self, name: str) -> None:
+        """Raise InputError for a model that cannot read text alone, or whose vectors depend on the texts in a batch."""
+        short, long, longer = (probe_ids(self.engine.module.config, length).numpy()[0] for length in (6, 12, 14))
+        try:
+            alone = self.embed(*pad_batch([short]))[0].float()
+            beside = [self.embed(*pad_batch([short, other]))[0, : len(short)].float() for other in (long, longer)]
+        except (MsenseError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise InputError(
+                f"teacher {name!r} cannot read text alone ({first_line(error)}): give a text encoder or decoder"
+            ) from error
+        dim = int(self.engine.module.config.get_text_config().hidden_size)
+        if alone.shape != (len(short), dim):
+            raise InputError(
+                f"teacher {name!r}: a text of {len(short)} tokens gives vectors of shape {tuple(alone.shape)}, not one of "
+                f"hidden_size {dim} for each: give another teacher"
             )
-        hidden: Tensor = output.last_hidden_state if last else output.hidden_states[self.layer]
-        return hidden
+        for vectors in beside if bool(alone.isfinite().all()) else ():  # those that read texts refuse the others
+            change = float(((vectors - alone).norm(dim=1) / alone.norm(dim=1).clamp(min=1e-6)).mean())
+            if not change <= _ROUNDING[self.dtype]:  # also true for NaN
+                raise InputError(
+                    f"teacher {name!r}: the vectors of a text change with the other texts of its batch (by {change:.1%}), "
+                    "so that they have no senses of their own: give another teacher"
+                )
 
 
 def embed_tokens(teacher: Teacher, rows: Sequence[np.ndarray], budget: int) -> Iterator[tuple[Batch, Tensor]]:

@@ -17,9 +17,11 @@ from msense.teacher.spec import TeacherInfo
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 POOLINGS = get_args(Pooling)
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    name: getattr(nn, name) for name in ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")
-}
+Activation = Literal[  # modules of torch without weights of their own
+    "Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid", "CELU", "ELU", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU",
+    "LogSigmoid", "Mish", "ReLU6", "SELU", "Softplus", "Softsign", "Tanhshrink",
+]  # fmt: skip
+_ACTIVATIONS: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in get_args(Activation)}
 _PROJECTION = Artefact("teacher", "download it again", InputError)
 _DENSE_INPUT = "sentence_embedding"
 
@@ -89,7 +91,7 @@ class ProjectionConfig(FrozenModel):
     in_features: int = Field(gt=0, le=MAX_DIM)
     out_features: int = Field(gt=0, le=MAX_DIM)
     bias: bool = True
-    activation: Literal["Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid"] = "Tanh"
+    activation: Activation = "Tanh"
     residual: bool = False
 
 
@@ -217,6 +219,6 @@ def _load_projection(folder: Path) -> Projection:
         raise InputError(f"{path} is missing, the only format that is read: save the teacher with safetensors")
     if {key: shape for key, (_, shape) in _PROJECTION.header(path)[0].items()} != expected:
         raise InputError(f"{path} does not match its config.json: download the teacher again")
-    projection = Projection(config)
+    projection = Projection(config).float()  # whatever torch's default dtype is
     projection.load_state_dict({key: tensor.float() for key, tensor in load_file(path).items()})
     return projection.eval().requires_grad_(requires_grad=False)

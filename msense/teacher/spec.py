@@ -22,6 +22,7 @@ from msense.teacher.files import (
 )
 from msense.tokenizer import fingerprint, prompt_length, special_tokens_around
 
+TruncationSide = Literal["right", "left"]
 LONGEST_BY_DEFAULT = 512
 _ATTENTION_KEYS = ("is_causal", "use_bidirectional_attention")  # of a decoder's config
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # a tokenizer needs one of them
@@ -89,6 +90,7 @@ class TeacherInfo:
     include_prompt: bool = True  # whether a prompt's tokens are pooled
     projections: tuple[str, ...] = ()  # fingerprints of the Dense modules after pooling
     truncate_dim: int | None = None  # of the sentence vector
+    truncation_side: TruncationSide = "right"  # where a text that is too long loses tokens
 
 
 def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, Tokenizer]:
@@ -129,6 +131,8 @@ def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, 
     prompt = options.prompt if options.prompt is not None else own.prompt
     is_auto = options.special_tokens == "auto"
     rule = ("include" if pooling == "mean" else "exclude") if is_auto else options.special_tokens
+    limits = max(tokenizer.model_max_length, own.max_length or 0), max_positions(text_config)
+    max_length = _max_length(options.max_length, own.max_length, limits)
     info = TeacherInfo(
         name=name if not Path(name).is_dir() else folder.name,
         revision=folder.name if folder.parent.name == "snapshots" else options.revision,  # a commit, not a branch
@@ -141,18 +145,17 @@ def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, 
         special_tokens=rule,
         normalize=own.normalize,
         prompt=prompt,
-        max_length=_max_length(
-            options.max_length, own.max_length, (tokenizer.model_max_length, max_positions(text_config))
-        ),
+        max_length=max_length,
         prefix=prefix,
         suffix=suffix,
         prompt_ids=tuple(backend.encode(prompt, add_special_tokens=False).ids) if prompt else (),
         excluded=excluded_tokens(tokenizer, rule, is_auto),
         decoder=decoder,
-        skip=0 if own.include_prompt else prompt_length(backend, prompt),
+        skip=0 if own.include_prompt else prompt_length(backend, prompt, max_length),
         include_prompt=own.include_prompt,
         projections=tuple(map(weights_fingerprint, own.projections)),
         truncate_dim=own.truncate_dim,
+        truncation_side="left" if tokenizer.truncation_side == "left" else "right",
     )
     return info, backend
 
@@ -176,13 +179,16 @@ def _load_tokenizer(name: str, own: TeacherFolder) -> Any:
 def _add_lower_case(tokenizer: Tokenizer) -> None:
     """Lower-case texts before anything else, as sentence-transformers does for `do_lower_case`."""
     given = tokenizer.normalizer
-    if '"Lowercase"' not in tokenizer.to_str() and '"lowercase":true' not in tokenizer.to_str():
+    parts = list(given) if isinstance(given, normalizers.Sequence) else [given] if given else []  # type: ignore[call-overload]
+    bert = any(isinstance(part, normalizers.BertNormalizer) and part.lowercase for part in parts)
+    if not bert and not any(isinstance(part, normalizers.Lowercase) for part in parts):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([given] if given else [])])
 
 
 def _check_attention(name: str, config: dict[str, Any]) -> None:
     """Raise InputError for a decoder whose own code, which is never run, may have another attention."""
-    if config.get("auto_map") and not config.keys() & set(_ATTENTION_KEYS):
+    settings = (config, config.get("text_config") or {})
+    if config.get("auto_map") and all(part.get(key) is None for part in settings for key in _ATTENTION_KEYS):
         raise InputError(
             f"teacher {name!r}: config.json names code of its own (auto_map), which is never run and may change the "
             'attention of this decoder: add "is_causal": true (each token sees those before it) or false (it sees all) to '
@@ -246,7 +252,8 @@ def _max_length(requested: int | None, usual: int | None, limits: tuple[int | No
 
 def max_positions(config: Any) -> int | None:
     """Return the maximum number of tokens that a model reads: position embeddings, or blocks that all see each other."""
-    count = getattr(config, "max_position_embeddings", getattr(config, "max_encoder_position_embeddings", None))
+    names = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len")
+    count = next((getattr(config, name) for name in names if hasattr(config, name)), None)
     if not isinstance(count, int) or count <= 0:  # XLNet's is -1
         return None
     if getattr(config, "attention_type", None) == "block_sparse":  # BigBird's, of longer texts

@@ -162,7 +162,7 @@ def read_tokenized(settings: FinetuneSettings, split: str) -> TokenizedSplit:
     data = read_split(config.name, config.data, config.source, split, classifier.joiner)
     options = TeacherOptions(revision=config.revision, max_length=settings.max_length)
     info, tokenizer = load_teacher_info(config.teacher, options)
-    tokenizer.enable_truncation(settings.max_length)
+    tokenizer.enable_truncation(settings.max_length, direction=info.truncation_side)
     encodings = tokenizer.encode_batch_fast([info.prompt + text for text in data.texts])
     rows = [np.array(encoding.ids, np.int64) for encoding in encodings]
     if classifier.labels is None:

@@ -6,7 +6,7 @@ Memory: 17 bytes per passage, 8 more while an epoch is laid out, and one batch. 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ _LONGEST = 1 << 24  # tokens of a passage
 _DTYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "F16": "<f2", "U8": "|u1"}
 _SUM_TOLERANCE = 0.01  # of the sum of weights stored in float16
 LABELS = Artefact("set of labels", "run jobs/distill.py again to regenerate it", InputError)
+HeldOutBy = Literal["documents", "passages"]
+HELD_OUT_BY: tuple[HeldOutBy, ...] = get_args(HeldOutBy)
 _Count = Annotated[int, Field(ge=0, lt=1 << 60)]
 
 
@@ -55,7 +57,8 @@ class LabelManifest(FrozenModel):
     temperature_unit: float = Field(ge=0, le=1e77)
     temperature: float | None = Field(gt=0, description="of the weights of soft targets, if any")
     train_tokens: _Count | None
-    held_out: float = Field(ge=0, lt=1, description="share of the documents")
+    held_out: float = Field(ge=0, lt=1, description="share of the text")
+    held_out_by: HeldOutBy = "documents"
     held_out_salt: int
     soft_targets: int = Field(ge=0, le=MAX_SENSES)
     pooled: bool

@@ -49,6 +49,11 @@ def test_temperature_is_relative_to_the_unit_of_the_dictionary() -> None:
         np.testing.assert_allclose(extreme.replace(ids, x, 0.25), expected, rtol=1e-5)
 
 
+def with_metric(d: SenseDictionary, metric: str) -> SenseDictionary:
+    """Change the metric without validation."""
+    return SenseDictionary(d.config.model_copy(update={"metric": metric}), d._arrays, d.ragged.parts)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -58,6 +63,13 @@ def test_temperature_is_relative_to_the_unit_of_the_dictionary() -> None:
         (lambda d, i, x: d.assign(i, x.astype(int)), "must be floating point"),
         (lambda d, i, x: d.replace(i, x, 0.0), "temperature is 0.0"),
         (lambda d, i, x: d.replace(i, x, float("nan")), "temperature is nan"),
+        (lambda d, i, x: d.replace(i, x, "1"), "temperature is '1'"),
+        (lambda d, i, x: d.assign(i, x, metric="Cosine"), "metric is 'Cosine', but must be one of l2, dot, cosine"),
+        (lambda d, i, x: d.replace(i, x, metric=""), "metric is ''"),
+        (lambda d, i, x: d.top_k(torch.from_numpy(i), torch.from_numpy(x), 1, 1.0, metric="ip"), "metric is 'ip'"),
+        (lambda d, i, x: with_metric(d, "L2").assign(i, x), "metric is 'L2'"),
+        (lambda d, i, x: d.from_embeddings(i, x, metric="euclidean"), "metric is 'euclidean'"),
+        (lambda d, i, x: d.merge(with_metric(d, "L2")), "differ in metric"),
         (lambda d, i, x: d.senses(3), "token 3 is not in the vocabulary"),
         (lambda d, i, x: d.from_embeddings(i + 2**22, x), "1 to 4194304 tokens"),
         (lambda d, i, x: d.lookup("bank"), "no tokenizer"),
@@ -71,6 +83,24 @@ def test_temperature_is_relative_to_the_unit_of_the_dictionary() -> None:
 def test_invalid_arguments_are_reported(call: Callable, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call(make([2, 0, 3]), np.array([0, 1, 2, 0]), np.ones((4, 3), np.float32))
+
+
+@pytest.mark.parametrize("k", [3, SenseBudget(average=2.0), MclConfig()])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_torch_changes_nothing(k: int | SenseBudget | MclConfig, default: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    ids, x = rng.integers(0, 5, 80), rng.normal(size=(80, 3)).astype(np.float32)
+    results = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            d = SenseDictionary.from_embeddings(ids, x, k=k, dtype="float32")
+            weights = d.top_k(torch.from_numpy(ids), torch.from_numpy(x), 2, 0.3)[1]
+            results.append([d.centroids.numpy(), d.replace(ids, x, 0.3), weights.numpy(), d.assign(ids, x)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for before, after in zip(*results, strict=True):
+        np.testing.assert_array_equal(after, before)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))

@@ -97,6 +97,7 @@ def test_command_line_fills_a_table_of_every_model_for_every_task(
     assert tables["coarsewsd"]["rows"]["d"]["metric"] == "accuracy"
     assert tables["coarsewsd"]["rows"]["teacher"]["metric"] == "gold centroids"
     assert tables["t (tokens)"]["rows"]["teacher"]["score"] == pytest.approx(1.0)
+    assert tables["t (tokens)"]["rows"]["truncated:1"]["score"] < 0.999  # compared with the whole teacher
     assert tables["t (tokens)"]["rows"]["s"]["more"]["sense accuracy"] < 1.0
     assert set(tables["task, 2 shots"]["differences"]) == {"d", "s", "truncated:1"}
     assert report["made"]["settings"].items() >= {"seed": 0, "draws": 3}.items()

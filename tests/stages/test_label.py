@@ -300,7 +300,10 @@ def test_dictionary_and_teacher_that_do_not_fit_are_refused(
             label(shared, tmp_path / "run", **given)
 
     refuses(r"no dictionary at .*none", dictionary=str(tmp_path / "none"))
-    refuses(r"teacher 'teacher'[\s\S]*--teacher", teacher=None)
+    moved = shutil.copytree(shared.folder / "dict", tmp_path / "moved")
+    label(shared, tmp_path / "found", dictionary=str(moved), teacher=None)  # where the run remembers it
+    (moved / "teacher.json").write_text('{"folder": "/no/longer/there"}')
+    refuses(r"teacher 'teacher'[\s\S]*--teacher", dictionary=str(moved), teacher=None)
     refuses("is not the one .*the dictionary has tokenizer", teacher=str(make_teacher("llama")))
     alone = shutil.copytree(shared.folder / "dict" / "dictionary", tmp_path / "alone")
     refuses(r"no text: .*alone' .*--corpus", dictionary=str(alone))
@@ -331,6 +334,39 @@ def test_dry_run_and_status(
     assert f"{len(manifest.partitions)} of {len(manifest.partitions)} " in shown
     assert f"{manifest.total('tokens'):,} tokens" in shown
     assert "held out" in shown
+
+
+WORDS_OF_ONE = " ".join(LINES) + " "
+
+
+@pytest.mark.parametrize(
+    ("lines", "share", "by", "held"),
+    [
+        ([WORDS_OF_ONE * 80], 0.2, "passages", (0.05, 0.5)),  # a book in a line
+        ([WORDS_OF_ONE * 80, *LINES * 4], 0.2, "passages", (0.05, 0.5)),  # most of the text in one document
+        (LINES * 40, 0.2, "documents", (0.06, 0.6)),
+        (LINES, 0, "documents", (0, 0)),
+    ],
+    ids=["one document", "one long document", "many documents", "none wanted"],
+)
+def test_the_held_out_share_is_of_the_text(
+    shared: Corpus, tmp_path: Path, lines: list[str], share: float, by: str, held: tuple[float, float]
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    labels = label(shared, tmp_path / "run", corpus=str(tmp_path / "text.txt"), held_out=share, train_tokens=10**6)
+    assert labels.manifest.held_out_by == by
+    assert held[0] <= labels.lengths[labels.held_out()].sum() / labels.lengths.sum() <= held[1]
+
+
+def test_text_that_would_all_be_held_out_is_refused_and_too_little_is_warned_of(
+    shared: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InputError, match=r"--held-out 0\.5 leaves nothing of this text to train on"):
+        label_module._choose_held_out([0, 9], 9, 0.5)
+    (tmp_path / "text.txt").write_text("the bank\n")
+    caplog.set_level("WARNING")
+    label(shared, tmp_path / "one", corpus=str(tmp_path / "text.txt"), held_out=0.001, train_tokens=10**6)
+    assert "no passage is held out" in caplog.text
 
 
 @pytest.mark.parametrize(("tokens", "bins"), [(9, 1), (10, 2), (14, 2), (15, 3)])

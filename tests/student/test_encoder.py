@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -136,7 +137,8 @@ def test_older_students_still_load(shipped_student: tuple, tmp_path: Path) -> No
     shutil.copytree(folder, tmp_path / "s")
     path, modules = tmp_path / "s" / "config.json", tmp_path / "s" / "modules.json"
     config = json.loads(path.read_text())
-    del config["max_length"], config["prompt"]
+    for added in ("max_length", "prompt", "include_prompt", "skip", "projections", "truncate_dim", "truncation_side"):
+        del config[added]
     path.write_text(json.dumps(config))
     loaded = load_student(tmp_path / "s").config
     assert (loaded.max_length, loaded.prompt) == (512, "")
@@ -419,15 +421,58 @@ def test_dtypes(shipped_student: tuple) -> None:
         SenseEncoder.from_pretrained(folder, dtype="int4")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_dtype_of_torch_changes_nothing(shipped_student: tuple, dtype: torch.dtype) -> None:
+    encoder, _, _, folder = shipped_student
+    results = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            for each in (encoder, SenseEncoder.from_pretrained(folder)):
+                every = [each.encode(TEXTS), each.encode(TEXTS, replace="soft"), each.encode(TEXTS, replace="hard")]
+                results.append((every, each.tokens(TEXTS[0])))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for every, tokens in results:
+        assert all(vectors.dtype == np.float32 for vectors in every)
+        np.testing.assert_array_equal(every, results[0][0])
+        assert tokens == results[0][1]
+
+
+def test_texts_of_any_iterable_are_encoded(shipped_student: tuple) -> None:
+    encoder, *_ = shipped_student
+    expected = encoder.encode(["a cat", "money"])
+    column = pd.Series(["a cat", "money"], index=[5, 6])
+    for texts in (
+        ("a cat", "money"),
+        iter(["a cat", "money"]),
+        np.array(["a cat", "money"]),
+        column,
+        column.to_dict().values(),
+    ):
+        np.testing.assert_array_equal(encoder.encode(texts), expected)
+    np.testing.assert_allclose(encoder.encode(["a cat", "money"], batch_size=np.int64(1)), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
+        ({"texts": None}, "texts has type NoneType: give a str, or a list of them"),
+        ({"texts": 3.5}, "texts has type float"),
+        ({"texts": b"a"}, "texts has type bytes"),
+        ({"texts": bytearray(b"a")}, "texts has type bytearray"),
+        ({"texts": {"a": 1}}, "texts has type dict"),
+        ({"texts": np.array("a")}, "texts has type ndarray"),
+        ({"texts": pd.DataFrame({"text": ["a"]})}, "texts has type DataFrame"),
+        ({"texts": ["a", None]}, "text 1 has type NoneType"),
         ({"texts": ["a", 1]}, "text 1 has type int: give a str"),
         ({"texts": ["\ud800"]}, "text 0 contains an unpaired surrogate: decode"),
         ({"prompt": 3}, "the prompt has type int"),
         ({"replace": "firm"}, "invalid replace 'firm'"),
         ({"batch_size": 0}, "invalid batch_size 0"),
-        ({"replace": "soft", "temperature": 0}, "temperature"),
+        ({"batch_size": None}, "invalid batch_size None"),
+        ({"replace": "soft", "temperature": 0}, "temperature is 0"),
+        ({"replace": "soft", "temperature": "1"}, "temperature is '1'"),
     ],
 )
 def test_invalid_arguments_are_refused(shipped_student: tuple, arguments: dict, match: str) -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import sweep, write_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msense.config.build import BuildConfig
 from msense.constants import DEMO_TEACHER
 from msense.errors import InputError
+from msense.io.untrusted import check_model_settings
+from msense.teacher import body
 from msense.teacher.batching import pad_batch, token_batches
 from msense.teacher.body import resolve_dtype
 from msense.teacher.model import Teacher
@@ -133,9 +136,55 @@ def test_padding_changes_no_embedding(make_teacher: MakeTeacher, kind: str, side
     alone = teacher.embed(*pad_batch([short]))[0].numpy()
     np.testing.assert_allclose(teacher.embed(ids, mask)[0].numpy()[mask[0]], alone, atol=1e-5)
     assert np.abs(alone[1] - alone[2]).max() > 1e-3
-    if kind != "roberta":  # which identifies padding by its token
-        junk, _ = pad_batch([short, long], pad=7, side=side)
-        np.testing.assert_allclose(teacher.embed(junk, mask)[0].numpy()[mask[0]], alone, atol=1e-5)
+    junk, _ = pad_batch([short, long], pad=7, side=side)
+    np.testing.assert_allclose(teacher.embed(junk, mask)[0].numpy()[mask[0]], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "lilt", "convbert", "qwen3"])
+def test_a_family_is_read_as_transformers_reads_it(kind: str, tmp_path: Path) -> None:
+    """Of the slow test of all families, those that differ most in positions, padding and settings."""
+    outcome = sweep(kind, tmp_path)
+    assert (outcome.teacher, outcome.student) == ("right", "right"), outcome
+    assert outcome.batch == ("by length" if kind == "convbert" else "right"), outcome
+
+
+def test_an_unknown_model_that_reads_padding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_family(tmp_path, "convbert")
+    monkeypatch.setattr(body, "NEEDS_EQUAL_LENGTHS", frozenset())
+    with pytest.raises(InputError, match="vectors of a text change with the other texts of its batch"):
+        load(folder)
+
+
+def test_a_model_that_reads_more_than_text_is_refused(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, "bros")
+    with pytest.raises(InputError, match="is a bros model, which needs the place of every token on a page"):
+        info_of(folder)
+    with pytest.raises(InputError, match=r"cannot read text alone .*bbox"):
+        load(folder)
+
+
+@pytest.mark.parametrize("layer", [1, -1])
+def test_texts_of_one_length_are_run_without_padding(tmp_path: Path, layer: int) -> None:
+    teacher = load(write_family(tmp_path, "convbert"), layer)
+    rows = [np.arange(4, 4 + n) for n in (5, 3, 5, 1, 0)]
+    for side in ("right", "left"):
+        ids, mask = pad_batch(rows, side=side)
+        hidden = teacher.embed(ids, mask)
+        for row, own, real in zip(rows[:-1], hidden, mask, strict=False):
+            torch.testing.assert_close(own[torch.from_numpy(real)], teacher.embed(*pad_batch([row]))[0])
+
+
+def test_only_numbers_of_modules_are_held_against_the_weights() -> None:
+    for given_settings in (
+        {"max_window_layers": 28},
+        {"block_multiple_of": 256},
+        {"num_experts": 128},
+        {"layer_norm_eps": 99},
+    ):
+        assert check_model_settings(given_settings, tensors=20) is None
+    for name in ("num_hidden_layers", "n_layer", "encoder_layers", "num_experts"):
+        problem = check_model_settings({"text_config": {name: 10**9}}, tensors=20)
+        assert problem == f"{name} is 1000000000, but its weights have 20 tensors"
 
 
 def test_positions_up_to_the_padding_token_are_unavailable(make_teacher: MakeTeacher) -> None:

@@ -97,7 +97,7 @@ def seed_centroids(
     size, number, metric = np.array([len(view)]), np.array([token_id]), config.metric
     seeding.check_points(view, size, number)
     parts = view.split(seeding.BLOCK_ROWS)
-    shift = torch.zeros(view.shape[1], device=device)
+    shift = torch.zeros(view.shape[1], dtype=torch.float32, device=device)
     if metric != "cosine":
         for part in parts:
             shift = shift + seeding.read_points(part, metric, device).double().sum(0)
@@ -147,7 +147,9 @@ def _assigned(
     centroids = torch.from_numpy(state.centroids).to(device) - shift
     offset = centroids.square().sum(1)[:, None]
     rows = min(seeding.BLOCK_ROWS, len(points))
-    buffer = torch.empty(rows, len(shift), device=device)  # allocating new pages costs more than the work
+    buffer = torch.empty(
+        rows, len(shift), dtype=torch.float32, device=device
+    )  # allocating new pages costs more than the work
     for number, block in enumerate(seeding.as_points(points).split(seeding.BLOCK_ROWS)):
         centred = seeding.read_points(block, config.metric, device, buffer[: len(block)]).sub_(shift)
         scores = product(centroids, centred.T)

@@ -86,7 +86,7 @@ def read_points(points: Tensor, metric: Metric, device: Device, out: Tensor | No
     "cosine", points are scaled to length 1 (zero vectors stay zero) and then rounded to it. So float64 sums are exact,
     and independent of their order, while rows x largest |value| stays below 2^29.
     """
-    values = torch.empty(points.shape, device=device) if out is None else out
+    values = torch.empty(points.shape, dtype=torch.float32, device=device) if out is None else out
     values.copy_(points)
     if metric == "cosine":
         wide = values.double()
