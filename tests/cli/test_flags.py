@@ -16,7 +16,8 @@ from msense.config.finetune import FinetuneConfig
 from msense.errors import InputError
 from msense.evaluation.config import EvaluateConfig
 
-BUILD = """--config FILE --corpus a,b.txt c.txt --text-column body --on-bad-document fail --dedup --stride 3 --teacher t
+BUILD = """--config FILE --corpus a,b.txt c.txt --text-column body --id-column none --on-bad-document fail
+--dedup --stride 3 --teacher t
 --revision main --layer -2 --dtype bfloat16 --max-length 64 --prompt query: --senses 7 --max-occurrences 0 --coverage 0.5
 --max-points-per-part 2048 --metric dot --special-tokens include --exemplars 2 --seed 5 --workers 3 --output out --keep
 passages centroids --dry-run --sample 0.5 --time-teacher --local --corpus d.txt"""
@@ -25,7 +26,8 @@ DISTILL = """--dictionary d --corpus a.txt --train-tokens 100 --student static -
 EVALUATE = "--model teacher replaced:d --model truncated:2 --task x=/d y=/e --output e.json --local"
 # fmt: off
 BUILT = {
-    "corpus": ("a,b.txt", "c.txt", "d.txt"), "text_column": "body", "on_bad_document": "fail", "dedup": True, "stride": 3,
+    "corpus": ("a,b.txt", "c.txt", "d.txt"), "text_column": "body", "id_column": "none",
+    "on_bad_document": "fail", "dedup": True, "stride": 3,
     "teacher": "t", "revision": "main", "layer": -2, "dtype": "bfloat16", "max_length": 64, "prompt": "query:", "senses": 7,
     "max_occurrences": 0, "coverage": 0.5, "max_points_per_part": 2048, "metric": "dot", "special_tokens": "include",
     "exemplars": 2, "seed": 5, "workers": 3, "output": "out", "keep": ("passages", "centroids"), "dry_run": True,

@@ -146,7 +146,7 @@ def test_only_what_keep_names_is_left(made: Corpus, keep: tuple[str, ...], monke
         (tokenizer / temporary).write_bytes(b"left by a killed process")
     made.build("run", keep=keep)
     always = {".lock", "bad_documents.jsonl", "dictionary", "finished.json", "journal.json", "manifest.json", "plan"}
-    always |= {"summary.json", "tokenizer.json"} | ({"senses"} if "centroids" in keep else set())
+    always |= {"summary.json", "teacher.json", "tokenizer.json"} | ({"senses"} if "centroids" in keep else set())
     left = {path.name for path in (made.folder / "run").iterdir()}
     assert left | {".lock"} == always | set(keep)
     assert not list((made.folder / "run").rglob(".*.part"))
