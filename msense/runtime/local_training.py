@@ -5,7 +5,6 @@ Checkpoints go to `<folder>/<name>/<checkpoint>/`; `latest.json` beside them nam
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from msense.errors import MsenseError
 from msense.io import storage
+from msense.io.scratch import scratch_folder
 from msense.runtime.executor import TrainingResult, Work
 from msense.runtime.resources import SINGLE_THREADED
 
@@ -87,27 +87,30 @@ class LocalSession:
 def train(name: str, worker: Work, settings: Any, folder: str, workers: int) -> TrainingResult:
     """Train without Ray, see `Executor.train`."""
     target = storage.join(folder, name)
-    arguments = (workers, _free_port(), worker, settings, target)
     try:
-        if workers == 1:
-            histories = [_run_rank(0, *arguments)]
-        else:
-            with SpawnedPool(workers) as pool:
-                running = [pool.submit(_run_rank, rank, *arguments) for rank in range(workers)]
-                histories = [future.result() for future in running]
+        with scratch_folder() as scratch:
+            arguments = (workers, scratch / "rendezvous", worker, settings, target)
+            if workers == 1:
+                histories = [_run_rank(0, *arguments)]
+            else:
+                with SpawnedPool(workers) as pool:
+                    running = [pool.submit(_run_rank, rank, *arguments) for rank in range(workers)]
+                    histories = [future.result() for future in running]
     except Exception as error:  # reported in the words of a training on Ray
         message = str(error).strip() or type(error).__name__
         raise MsenseError(f"training failed: {message.splitlines()[-1]}") from error
     return TrainingResult(histories[0], storage.join(target, _checkpoints(target)[-1]))
 
 
-def _run_rank(rank: int, world: int, port: int, worker: Work, settings: Any, folder: str) -> list[dict[str, float]]:
-    """Run one worker as a member of the process group."""
+def _run_rank(
+    rank: int, world: int, rendezvous: Path, worker: Work, settings: Any, folder: str
+) -> list[dict[str, float]]:
+    """Run one worker as a member of the process group, which meets in a file: a free port may be taken meanwhile."""
     import torch.distributed as dist
 
-    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
     with environment({name: str(value) for name, value in group.items()}):  # also read by DeepSpeed
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
         try:
             history: list[dict[str, float]] = worker(settings, LocalSession(rank, world, folder))
             return history
@@ -119,10 +122,3 @@ def _checkpoints(folder: str) -> list[str]:
     """Return the names of the complete checkpoints, oldest first."""
     latest = storage.read_json(storage.join(folder, _LATEST)) or {}
     return list(latest.get("checkpoints", []))
-
-
-def _free_port() -> int:
-    """Return a free TCP port of the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
