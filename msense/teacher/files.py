@@ -348,14 +348,15 @@ def weights_fingerprint(folder: Path) -> str:
 
 def _inside(folder: Path, name: str) -> Path:
     """Return an existing subfolder; raise for a name that leads out of the folder."""
-    where = f"modules.json of {folder} names the folder {name!r}"
+    where = f"modules.json of {folder} names the folder {printable(name)!r}"
     try:
         path = (folder / name).resolve()
-    except ValueError as error:
-        raise InputError(f"{where}, which is invalid ({error}): restore it") from error
+        exists = path.is_dir()
+    except (ValueError, OSError) as error:  # such as a name that is too long
+        raise InputError(f"{where}, which is invalid ({printable(error)}): restore it") from error
     if not path.is_relative_to(folder.resolve()):
         raise InputError(f"{where}, which is outside the teacher: give a self-contained folder")
-    if not path.is_dir():
+    if not exists:
         raise InputError(f"{where}, which does not exist: download the teacher again")
     return folder / name
 
