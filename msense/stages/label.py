@@ -112,10 +112,11 @@ def choose_passages(
             by_key = executor.get(executor.reduce("labels: keys", _count_keys, slices, settings))
             settings = replace(settings, last_key=_last_key(by_key.counts, settings.train_tokens))
         counted = executor.reduce("labels: passages", _count_passages, slices, settings)
-        chosen = SelectionStats(**executor.run(_write_blocks, counted, settings.run))
+        written = executor.run(_write_blocks, counted, settings.run)
+        chosen = SelectionStats(written["passages"], written["tokens"])
         if not chosen.tokens:
             raise InputError("no passage of this text is to be labelled: use another text or --train-tokens")
-        by = _choose_held_out(counted.counts.tolist(), chosen.tokens, settings.held_out)
+        by = _choose_held_out(written["held"], chosen.tokens, settings.held_out)
         settings = replace(settings, held_out_by=by)
         context.journal.add(name, made=1)
         shown.update(asdict(chosen))
@@ -174,7 +175,9 @@ def _choose_held_out(held: list[int], tokens: int, share: float) -> HeldOutBy:
 def _write_blocks(counted: Tally, run: RunFolder) -> Row:
     passages, tokens = counted.rows[:, 2:].sum(axis=0).tolist()
     write = partial(write_blocks, counted.rows, _ROW)
-    return run.publish(run.label_blocks, write, {"passages": passages, "tokens": tokens})
+    return run.publish(
+        run.label_blocks, write, {"passages": passages, "tokens": tokens, "held": counted.counts.tolist()}
+    )
 
 
 class PassageSelector:

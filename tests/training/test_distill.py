@@ -259,9 +259,6 @@ def test_one_cycle_equals_torchs() -> None:
 
 
 def test_distilling_on_ray_with_two_workers(ray: None, corpus: Corpus) -> None:
-    """The labels are those of "run"; `test_label.py` makes some on Ray."""
-    trained = shutil.ignore_patterns("student", "training", "metrics*")
-    shutil.copytree(corpus.folder / "run", corpus.folder / "ray", ignore=trained)
     given = {"local": False, "workers": 2, "epochs": 2, "batch_tokens": 256, "lr": 5e-3}
     stats = corpus.distill("ray", **given, held_out=0.2, student="static")["stages"]["training"]
     assert stats["epochs"] == 2
