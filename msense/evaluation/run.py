@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     specs = [replace(spec, dtype=dtype) for spec in specs]
     models = {spec.name: model_key(spec) for spec in specs}
     jobs = make_jobs(config, specs, tasks, executor.resources)
-    teacher = digest([teacher_key(specs[0].teacher, specs[0].revision), dtype])
+    teacher = digest([teacher_key(specs[0].teacher, config.revision), dtype])
     keys = {}
     for job in jobs:
         against = teacher if job.task.kind in AGAINST_TEACHER else ""
@@ -122,6 +122,8 @@ def _add_costs(
     first = next((job for job in jobs if job.task.source or job.task.kind == "classifier"), None)
     if first is None:
         logger.info("skipping costs: they need a task with its own texts, which mteb's own tasks do not provide")
+        report.costs.clear()
+        report.made.pop("cost_key", None)
         return
     device = executor.resources.device
     key = digest([list(models.items()), data_key(first.task), first.settings, device, config.cores, versions()])

@@ -37,6 +37,8 @@ def init_student(
         StudentError: dictionary, teacher and student do not match, or a setting is invalid.
         InputError: the teacher cannot be loaded.
     """
+    if not 0 <= settings.prior_count < float("inf"):
+        raise StudentError(f"prior_count is {settings.prior_count}, but must be finite and not negative")
     info, _ = load_teacher_info(teacher, TeacherOptions(revision=revision, prompt=dictionary.config.prompt))
     head = load_head(teacher, info)
     with torch.random.fork_rng(devices=[]):

@@ -5,6 +5,7 @@ static student is held twice, once as `StaticEncoder`.
 """
 
 import logging
+import shutil
 from collections import UserDict
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -105,17 +106,20 @@ class SenseModule(InputModule):
         if self._dictionary is not None and self._dictionary.is_dir():
             SenseDictionary.load(self._dictionary).save(files.dictionary)
         else:
+            shutil.rmtree(files.dictionary, ignore_errors=True)  # of another student
             logger.warning(
                 "%s is saved without the senses of its tokens, which are not at %s: load the whole student to keep them",
                 output_path,
                 self._dictionary,
             )
-        config = self.student.config.model_copy(update={"max_length": self.max_seq_length})
-        save_student(files.folder, self.student, config)
+        files.folder.mkdir(parents=True, exist_ok=True)
+        files.config.unlink(missing_ok=True)
         self.tokenizer.no_truncation()
         with atomic_path(files.tokenizer) as scratch:
             scratch.write_text(self.tokenizer.to_str(), encoding="utf-8")
         self._reader.truncate(self.max_seq_length)
+        config = self.student.config.model_copy(update={"max_length": self.max_seq_length})
+        save_student(files.folder, self.student, config)
 
     @classmethod
     def load(cls, model_name_or_path: str, *, subfolder: str = "", **kwargs: Any) -> "SenseModule":

@@ -1,6 +1,7 @@
 """k-means: planted clusters are recovered, scikit-learn is matched, and the bytes depend on nothing but the points."""
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -378,6 +379,21 @@ def test_blocked_tokens_are_seeded_by_key(monkeypatch: pytest.MonkeyPatch) -> No
 def test_invalid_arrays_are_refused(points: Matrix, sizes: list[int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         cluster_tokens(points, np.array(sizes), np.array([1, 2]), KMeansConfig())
+
+
+@pytest.mark.parametrize("senses", [[2], [2, 3, 4], [-1, 2], [0, 2], [2, 10**6]])
+def test_invalid_numbers_of_senses_are_refused(senses: list[int]) -> None:
+    points, ids = np.zeros((3, 2), np.float16), np.array([1, 2])
+    with pytest.raises(InputError, match=r"one K per token|but must be from 1 to"):
+        cluster_tokens(points, np.array([2, 1]), ids, KMeansConfig(), senses=np.array(senses))
+
+
+def test_a_token_without_points_needs_no_sense() -> None:
+    points, sizes = np.ones((50, 2), np.float16), np.array([0, 50])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = cluster_tokens(points, sizes, np.array([1, 2]), KMeansConfig(), senses=np.array([0, 4]))
+    assert result.sizes.tolist() == [0, 1]
 
 
 def test_invalid_settings_are_refused() -> None:

@@ -177,7 +177,11 @@ def test_sentence_transformers_gives_the_same_vectors(teacher: Path, tmp_path: P
     model.save_pretrained(str(tmp_path / "again"))
     np.testing.assert_allclose(SenseEncoder.from_pretrained(tmp_path / "again").encode(texts), expected, atol=1e-5)
     np.testing.assert_allclose(sentence_transformer(tmp_path / "again").encode(texts), expected, atol=1e-5)
+    assert SenseEncoder.from_pretrained(tmp_path / "again").tokens(TEXTS[0]) == encoder.tokens(TEXTS[0])
     assert not list(tmp_path.rglob("*.py"))
+    shutil.rmtree(tmp_path / "s" / "dictionary")
+    model.save_pretrained(str(tmp_path / "again"))
+    assert not (tmp_path / "again" / "dictionary").exists()  # never that of another student
 
 
 def test_sentence_transformers_truncates_to_max_seq_length(teacher: Path, tmp_path: Path) -> None:

@@ -110,6 +110,10 @@ def test_layers_equal_the_teachers_and_load_unchanged(make_teacher: MakeTeacher,
         ({"kind": "static", "kernel_size": 4}, "must be odd"),
         ({"kind": "static", "units": 0}, "units: Input should be greater than 0"),
         ({"heads": "three"}, "heads: Input should be"),
+        *(
+            ({"kind": "static", "prior_count": n}, "prior_count is .* finite and not neg")
+            for n in (-5.0, np.nan, np.inf)
+        ),
     ],
 )
 def test_invalid_settings_are_refused(teacher: Path, wrong: dict, match: str) -> None:

@@ -19,6 +19,8 @@ from msense.clustering.kmeans import blocks, seeding
 from msense.clustering.kmeans.lloyd import LloydResult, lloyd
 from msense.clustering.kmeans.seeding import Device, KMeansConfig, Points
 from msense.clustering.kmeans.threads import ALONE, Threads, open_threads
+from msense.constants import MAX_SENSES
+from msense.errors import InputError
 
 # all threads share a token of more than SHARED_BLOCKS blocks per thread, if there are few such tokens per thread
 SHARED_BLOCKS, SHARED_TOKENS = 4, 4
@@ -103,7 +105,7 @@ def cluster_tokens(  # noqa: PLR0913 - the package's main entry point
         threads: number of batches (or shares of a token's blocks) computed in parallel, each on one torch thread.
 
     Raises:
-        InputError: the arrays' lengths do not match.
+        InputError: the arrays' lengths do not match, or a K is not from 1 to MAX_SENSES.
         MsenseError: a value is NaN, infinite or above LARGEST_VALUE; names the token.
 
     Example:
@@ -115,6 +117,10 @@ def cluster_tokens(  # noqa: PLR0913 - the package's main entry point
     view = seeding.as_points(points)
     k = np.full(len(token_ids), config.k) if senses is None else senses.astype(np.int64)
     seeding.check_points(view, sizes, token_ids)
+    if k.shape != token_ids.shape:
+        raise InputError(f"senses of shape {k.shape} do not match {len(token_ids)} token ids: pass one K per token")
+    for wrong in np.flatnonzero((k > MAX_SENSES) | (k < (sizes > 0))):
+        raise InputError(f"senses of token {token_ids[wrong]} are {k[wrong]}, but must be from 1 to {MAX_SENSES}")
     with open_threads(threads) as pool:
         distinct = seeding.few_distinct(view, sizes, k, config.metric, seeding.BLOCK_ROWS)
         room = np.where(distinct.few, distinct.distinct, np.minimum(sizes, k))
@@ -152,7 +158,7 @@ def _batches(task: _Task, widths: NDArray[np.int64]) -> Iterator[tuple[NDArray[n
     Where `lloyd` multiplies candidates by points, tokens of a batch have equally many candidates: float32 products of
     another shape may be rounded differently.
     """
-    exact = np.where(widths > GRAM_ROWS, np.log(task.senses).astype(np.int64), 0)
+    exact = np.where(widths > GRAM_ROWS, np.log(np.maximum(task.senses, 1)).astype(np.int64), 0)
     order = np.lexsort((task.senses, exact, -widths))  # the largest first, for an even load of the threads
     order = order[(widths[order] > 0) & (widths[order] <= seeding.BLOCK_ROWS)]
     border = (np.diff(widths[order]) != 0) | (np.diff(exact[order]) != 0)
