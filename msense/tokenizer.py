@@ -37,7 +37,7 @@ def special_tokens_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[
 def prompt_length(tokenizer: Tokenizer, prompt: str, max_length: int | None = None) -> int:
     """Return how many tokens at the start of a text are those of a prompt, as sentence-transformers counts them.
 
-    The tokens of the prompt alone, truncated to `max_length`, special tokens included, but for a special token at the end.
+    The tokens of the prompt alone, truncated to `max_length`, including special tokens, except one at the end.
     """
     if not prompt:
         return 0

@@ -257,9 +257,21 @@ def csv_records(stream: io.BufferedReader, limit: int) -> Iterator[list[str] | F
 
 
 def _without_spaces(record: list[str], lines: list[str]) -> list[str]:
-    """Return a record whose quotes may follow a space, as in `1, "a, b"`; csv.Error if the lines do not hold it whole."""
-    (other,) = csv.reader(lines, strict=True, skipinitialspace=True)
-    return record if [cell.lstrip(" ") for cell in record] == [cell.lstrip(" ") for cell in other] else other
+    """Return a record whose quotes may follow a space, as in `1, "a, b"`.
+
+    Raises:
+        csv.Error: such a quote is not closed, or not at the end of its cell, so that the cells are in doubt.
+    """
+    try:
+        others = list(csv.reader(lines, strict=True, skipinitialspace=True))
+    except csv.Error:
+        others = []
+    if len(others) == 1:
+        same = [cell.lstrip(" ") for cell in record] == [cell.lstrip(" ") for cell in others[0]]
+        return record if same else others[0]
+    if all(cell.count('"') % 2 == 0 for cell in record):  # as in ` "Hello" she said`
+        return record
+    raise csv.Error('a quote after a space is not closed at the end of its cell: write the cell as "...", quotes as ""')
 
 
 def _record_lines(stream: io.BufferedReader, limit: int, lines: list[str]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Byte streams of text files: decompressed, in UTF-8, with lines that end in newlines.
 
-Memory: a few chunks, and the window of a zstd file (up to 2 GB if it was compressed with `--long=31`).
+Memory: a few chunks (up to 16 MiB of a file whose first line is as long and has carriage returns), and the window of a zstd
+file (up to 2 GB if it was compressed with `--long=31`).
 """
 
 import codecs
@@ -55,13 +56,14 @@ def open_text(raw: Any, codec: str, shown: str) -> io.BufferedReader:
         if len(head) >= HEAD_BYTES:
             break
     encoding, ends_in_returns = check_encoding(head[:HEAD_BYTES], shown)
-    ends_in_returns = ends_in_returns and b"\n" not in head[HEAD_BYTES:]
+    if encoding != "utf-8":
+        chunks = _converted(chain([head], chunks), encoding)
+        head = next(chunks, b"")
+    ends_in_returns = ends_in_returns and b"\n" not in head
     while ends_in_returns and len(head) < _LINE_BYTES and (chunk := next(chunks, b"")):
         head += chunk
         ends_in_returns = b"\n" not in chunk
     chunks = chain([head], chunks)
-    if encoding != "utf-8":
-        chunks = _converted(chunks, encoding)
     if ends_in_returns:
         chunks = (chunk.replace(b"\r", b"\n") for chunk in chunks)
     return io.BufferedReader(_Chunks(chunks), CHUNK_BYTES)

@@ -1,6 +1,6 @@
 """Text columns of parquet files: which types hold text, and their values as raw bytes.
 
-Memory: one page, and one batch; a text that is repeated is held once.
+Memory: one page, one batch, and the different texts of a row group in which most are repeated.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from msense.corpus.streams import check_pointer
 from msense.errors import InputError
 
 _OPTIONS: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20}  # else Arrow reads whole column chunks
+_TRIED, _PLAIN_ROWS = 2048, 64  # rows read before texts count as distinct; rows of a batch of plain texts
 _ERRORS = (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError)
 _TEXT_TYPES = (
     *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
@@ -43,10 +44,10 @@ def open_parquet(raw: Any, shown: str) -> pq.ParquetFile:
 def iter_batches(
     raw: Any, file: pq.ParquetFile, names: Sequence[str], rows: int, group: int
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the columns of a row group in batches; texts as dictionaries, which need memory for distinct values only.
+    """Yield the columns of a row group in batches; texts as dictionaries, which hold a repeated text once.
 
-    Arrow cannot read the delta encodings as dictionaries, and says so when it reaches one. The rest is then read as plain
-    text.
+    The rest of a row group is read as plain text once its texts prove to be mostly distinct, as a dictionary grows until the
+    end, or when Arrow reaches a delta encoding, which it cannot read as a dictionary.
 
     Args:
         raw: the seekable binary file.
@@ -66,8 +67,10 @@ def iter_batches(
         for batch in encoded.iter_batches(rows, **options):
             yield batch
             done += len(batch)
+            if done > _TRIED and any(len(batch.column(name).dictionary) > done // 2 for name in texts):
+                raise pa.ArrowNotImplementedError("mostly distinct texts, which a dictionary would collect")
     except _ERRORS:
-        for batch in file.iter_batches(rows, **options):
+        for batch in file.iter_batches(min(rows, _PLAIN_ROWS), **options):
             if len(batch) > done:
                 yield batch.slice(done)
             done = max(0, done - len(batch))
@@ -105,13 +108,13 @@ def iter_values(column: pa.Array) -> Iterator[object]:
     if not pa.types.is_dictionary(column.type):
         yield from (value.as_py() for value in _raw(column))
         return
-    values = _raw(column.dictionary)
+    values = column.dictionary
     known: dict[int | None, object] = {None: None}
     for index in column.indices.to_pylist():
         if index not in known:
             if not 0 <= index < len(values):  # Arrow does not check this
                 raise pa.ArrowInvalid(f"dictionary index {index} of {len(values)} values")
-            known[index] = values[index].as_py()
+            known[index] = _raw(values.slice(index, 1))[0].as_py()
         yield known[index]
 
 

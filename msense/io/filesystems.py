@@ -101,8 +101,8 @@ def storage_error_types(*more: type[Exception]) -> tuple[type[Exception], ...]:
 def storage_errors(uri: str, doing: str = "read", *, staged: bool = False) -> Iterator[None]:
     """Convert errors of a disk or storage client into a MsenseError that names the file, the cause and the remedy.
 
-    Passed through, unless `doing` is "write", are FileNotFoundError, IsADirectoryError and errors of the local disk, on
-    which a `staged` file is before its upload.
+    Passed through, unless `doing` is "write", are FileNotFoundError, IsADirectoryError and errors of the local disk.
+    `staged`: the file is still on the local disk, before its upload.
     """
     try:
         yield

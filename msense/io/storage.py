@@ -101,7 +101,7 @@ def read_text(uri: str, most: int = _MAX_BYTES) -> str:
 def read_json(uri: str, shape: Mapping[str, type] | None = None) -> dict[str, Any] | None:
     """Read a file written by `write_json`; None if it is missing, incomplete, edited, corrupted or not a regular file.
 
-    So is a file without the keys, and types of their values, in `shape`.
+    Also None if a key of `shape` is missing or its value has another type.
     """
     try:
         raw = read_bytes(uri, _MAX_BYTES, ask_store=False)

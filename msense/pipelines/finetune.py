@@ -156,6 +156,8 @@ def _name(
         "metrics": config.data.metrics,  # test splits have no influence
         "classifier": settings.classifier.model_dump(mode="json"),  # includes the teacher's own pooling
     }
+    if info.truncation_side != "right":  # left out otherwise, as older versions did not have it
+        inputs["truncation_side"] = info.truncation_side
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ from msense.corpus import SourceFile
 from msense.io import storage
 from msense.run.folder import RunFolder, locked, remove_temp_files
 from msense.run.journal import Journal
-from msense.run.manifest import check_manifest, inputs_hash, without_defaults
+from msense.run.manifest import add_stages_version, check_manifest, inputs_hash, without_defaults
 from msense.runtime import Executor, open_executor
 from msense.runtime.executor import peak_memory
 from msense.stages.base import StageContext
@@ -43,9 +43,9 @@ def run_job(
         executor = executor or open_executor(config.local, config.workers, config.gpus_per_actor)
         dtype: str = config.dtype if config.dtype != "auto" else native_dtype(executor)
         pins = _pins(dtype, executor.resources.device)
-        manifest = without_defaults(
-            json.loads(json.dumps({"format": 1, **inputs, "pins": pins}))
-        )  # tuples become lists
+        values = json.loads(json.dumps({"format": 1, **inputs, "pins": pins}))  # tuples become lists
+        manifest = without_defaults(values)
+        add_stages_version(RunFolder(root), manifest)
         run = RunFolder(root, inputs_hash(manifest))
         check_manifest(run, manifest)
         run.remember_teacher(teacher)

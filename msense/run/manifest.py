@@ -19,6 +19,17 @@ _ADDED: dict[str, dict[str, Any]] = {  # left out at these values, so that runs 
 }
 
 
+STAGES_VERSION = 2  # of the files between stages: a run that an older version left unfinished cannot be resumed
+
+
+def add_stages_version(run: RunFolder, manifest: dict[str, Any]) -> None:
+    """Pin the version of the stages, unless an older one finished the run (or its labels), which are then kept."""
+    before = run.read_manifest()
+    is_older = before is not None and "stages" not in before["pins"]
+    if not (is_older and (storage.exists(run.finished) or storage.exists(run.label_manifest))):
+        manifest["pins"]["stages"] = STAGES_VERSION
+
+
 def without_defaults(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return a manifest (JSON values) without the entries that older versions do not have, where they change nothing."""
     kept = {}

@@ -22,7 +22,6 @@ from msense.runtime.executor import (
     Work,
     Worker,
     died,
-    merged,
     reported,
     shown_item,
 )
@@ -61,6 +60,7 @@ class LocalExecutor(Executor):
     def map(
         self, name: str, work: Work, items: Sequence[Any], *common: Any, isolated: bool = False, needs: Needs = None
     ) -> Iterator[Row]:
+        common = tuple(map(self.get, common))
         if self.workers == 1 and not (isolated and self.isolate):
             rows: Iterator[Row] = (reported(work, item, *common) for item in items)
         else:
@@ -78,9 +78,12 @@ class LocalExecutor(Executor):
         yield from track(name, rows, len(items))
 
     def reduce(self, name: str, work: Work, items: Sequence[Any], *common: Any) -> Any:
-        total = None
-        for result in self.map(name, work, items, *map(self.get, common)):
-            total = result if total is None else merged(total, result)
+        total: Any = None
+        for result in self.map(name, work, items, *common):
+            if total is None:
+                total = result
+            else:
+                total.merge(result)
         return total
 
     def run(self, work: Work, *arguments: Any, device: str = "cpu") -> Any:

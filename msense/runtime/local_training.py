@@ -23,14 +23,17 @@ _LATEST = "latest.json"
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables; restore all of them on exit."""
-    before = dict(os.environ)
+    """Set environment variables; restore them on exit. Others are left alone, as other threads read them."""
+    before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class SpawnedPool(ProcessPoolExecutor):
@@ -95,6 +98,9 @@ def train(name: str, worker: Work, settings: Any, folder: str, workers: int) -> 
             else:
                 with SpawnedPool(workers) as pool:
                     running = [pool.submit(_run_rank, rank, *arguments) for rank in range(workers)]
+                    errors = [error for future in running if (error := future.exception())]
+                    if errors:  # that of one worker makes others lose their connection
+                        raise next((error for error in errors if isinstance(error, MsenseError | OSError)), errors[0])
                     histories = [future.result() for future in running]
     except Exception as error:  # reported in the words of a training on Ray
         message = str(error).strip() or type(error).__name__
@@ -110,7 +116,7 @@ def _run_rank(
 
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
     with environment({name: str(value) for name, value in group.items()}):  # also read by DeepSpeed
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+        dist.init_process_group("gloo", store=dist.FileStore(str(rendezvous), world), rank=rank, world_size=world)
         try:
             history: list[dict[str, float]] = worker(settings, LocalSession(rank, world, folder))
             return history

@@ -161,7 +161,7 @@ def _choose_held_out(held: list[int], tokens: int, share: float) -> HeldOutBy:
     Raises:
         InputError: nothing would be left to train on.
     """
-    by_document = share * tokens / HELD_OUT_FACTOR <= held[0] <= share * tokens * HELD_OUT_FACTOR
+    by_document = share * tokens / HELD_OUT_FACTOR <= held[0] <= share * tokens * HELD_OUT_FACTOR and held[0] < tokens
     number = 0 if by_document else 1
     if held[number] == tokens:
         raise InputError(f"--held-out {share} leaves nothing of this text to train on: lower it, or use more text")

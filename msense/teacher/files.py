@@ -198,7 +198,7 @@ def _default_prompt(folder: Path, settings: dict[str, Any]) -> str:
     name, prompts = settings.get("default_prompt_name"), {"query": "", "document": ""} | _object(settings, "prompts")
     if name is None:
         return ""
-    if name not in prompts:
+    if not isinstance(name, str) or name not in prompts:
         raise InputError(
             f"{folder / 'config_sentence_transformers.json'} has no prompt {printable(name)!r}, its default_prompt_name: "
             "correct the name"
@@ -211,10 +211,15 @@ def _check_transformer(folder: Path, settings: dict[str, Any]) -> None:
     task = settings.get("transformer_task", "feature-extraction")
     modalities = _object(settings, "modality_config")
     text = modalities.get("text", {} if modalities else _TEXT_MODALITY)
-    if task != "feature-extraction" or text != _TEXT_MODALITY:
+    if task != "feature-extraction" or "text" not in (modalities or ("text",)):
         raise InputError(
-            f"teacher {folder.name!r} is a model for {task} of {', '.join(modalities or ['text'])}, and gives no embedding "
-            "of each token of a text: use another teacher"
+            f"teacher {folder.name!r} is a model for {printable(task)} of {printable(', '.join(modalities or ['text']))}, and "
+            "gives no embedding of each token of a text: use another teacher"
+        )
+    if text != _TEXT_MODALITY:
+        raise InputError(
+            f"teacher {folder.name!r} reads texts by {printable(text)} (modality_config), but msense by {_TEXT_MODALITY}: use "
+            "another teacher"
         )
     if "message" in modalities:
         raise InputError(
@@ -268,7 +273,7 @@ def _pooling(settings: dict[str, Any]) -> str:
     others = (key for key in settings if key.startswith("pooling_mode_") and key not in POOLING_KEYS.values())
     modes += [key.removeprefix("pooling_mode_") for key in others if settings[key] is True]
     named = settings.get("pooling_mode")
-    return "+".join(named) if isinstance(named, list) else str(named or "+".join(modes) or "mean")
+    return "+".join(map(str, named)) if isinstance(named, list) else str(named or "+".join(modes) or "mean")
 
 
 def body_folder(name: str, revision: str | None) -> Path:

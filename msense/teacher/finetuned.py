@@ -70,7 +70,8 @@ def save_teacher(
 def _tokenizer_settings(original: TeacherFolder) -> dict[str, Any]:
     """Return how texts are tokenized, as far as it is not in the tokenizer's own files."""
     settings: dict[str, Any] = {"do_lower_case": True} if original.lower_case else {}
-    return settings | ({"tokenizer_args": original.tokenizer_options} if original.tokenizer_options else {})
+    options = {name: value for name, value in original.tokenizer_options.items() if name != "model_max_length"}
+    return settings | ({"tokenizer_args": options} if options else {})
 
 
 def _save_body(folder: Path, body: Any) -> None:

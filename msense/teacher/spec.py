@@ -114,17 +114,7 @@ def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, 
     if not -layers - 1 <= options.layer <= layers:
         raise InputError(f"layer {options.layer} does not exist: give --layer 0 (embeddings) to {layers}")
     tokenizer = _load_tokenizer(name, own)
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    if own.lower_case:
-        _add_lower_case(backend)
-    token, number = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-    if number >= vocab_size:
-        raise InputError(
-            f"teacher {name!r}: the tokenizer has token {number} ({printable(token)!r}), but the model only {vocab_size} "
-            "embeddings: give a folder whose tokenizer and model belong together"
-        )
+    backend = _backend(name, own, tokenizer, vocab_size)
     check_vocabulary(name, body, vocab_size)
     with loading(f"{name!r} (tokenizer)"):
         prefix, suffix = special_tokens_around(backend)
@@ -176,6 +166,22 @@ def _load_tokenizer(name: str, own: TeacherFolder) -> Any:
     return tokenizer
 
 
+def _backend(name: str, own: TeacherFolder, tokenizer: Any, vocab_size: int) -> Tokenizer:
+    """Return the bare tokenizer, whose tokens must all have an embedding."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    if own.lower_case:
+        _add_lower_case(backend)
+    token, number = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    if number >= vocab_size:
+        raise InputError(
+            f"teacher {name!r}: the tokenizer has token {number} ({printable(token)!r}), but the model only {vocab_size} "
+            "embeddings: give a folder whose tokenizer and model belong together"
+        )
+    return backend
+
+
 def _add_lower_case(tokenizer: Tokenizer) -> None:
     """Lower-case texts before anything else, as sentence-transformers does for `do_lower_case`."""
     given = tokenizer.normalizer
@@ -187,7 +193,8 @@ def _add_lower_case(tokenizer: Tokenizer) -> None:
 
 def _check_attention(name: str, config: dict[str, Any]) -> None:
     """Raise InputError for a decoder whose own code, which is never run, may have another attention."""
-    settings = (config, config.get("text_config") or {})
+    inner = config.get("text_config")
+    settings = (config, inner if isinstance(inner, dict) else {})
     if config.get("auto_map") and all(part.get(key) is None for part in settings for key in _ATTENTION_KEYS):
         raise InputError(
             f"teacher {name!r}: config.json names code of its own (auto_map), which is never run and may change the "
@@ -251,7 +258,7 @@ def _max_length(requested: int | None, usual: int | None, limits: tuple[int | No
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the maximum number of tokens that a model reads: position embeddings, or blocks that all see each other."""
+    """Return the maximum number of tokens that a model reads: position embeddings, or where BigBird's attention turns sparse."""
     names = ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len")
     count = next((getattr(config, name) for name in names if hasattr(config, name)), None)
     if not isinstance(count, int) or count <= 0:  # XLNet's is -1

@@ -123,6 +123,8 @@ class DeepSpeedEngine:
         }
         optimizer = torch.optim.AdamW(parameter_groups(student, weight_decay))
         self.student = student
+        if device == "cpu":  # takes minutes to compile, and a worker killed meanwhile would block all later ones
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
 
     def slice_of_step(self, last: bool) -> AbstractContextManager[Any]:

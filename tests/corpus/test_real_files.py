@@ -72,6 +72,12 @@ def test_text_columns_of_parquet(tmp_path: Path, kind: pa.DataType) -> None:
     assert read_labelled(str(tmp_path), "train").first == LINES
 
 
+def test_distinct_and_repeated_texts_of_a_row_group_are_read_alike(tmp_path: Path) -> None:
+    for rows in ([f"text {n}" for n in range(6000)], LINES * 1500, [f"text {n}" for n in range(3000)] + LINES * 500):
+        path = write_table(tmp_path / "a.parquet", 10_000, text=rows)
+        assert texts(path) == rows
+
+
 UUID = uuid.UUID(int=7)
 DAY = datetime.datetime(2026, 1, 2)
 
@@ -115,7 +121,8 @@ def test_csv_rows_are_never_cut_or_merged(tmp_path: Path) -> None:
         '6,"a ""doubled"" quote"': 'a "doubled" quote',
         '7,5" pipe': '5" pipe',
         '7, "a quote, after a space"': "a quote, after a space",
-        '7, "a" and "b"': "bad CSV row",
+        '7, "a" and "b"': ' "a" and "b"',
+        '7, "a", "b"': "bad CSV row",
         '7, "never closed': "bad CSV row",
         "7, no quote": " no quote",
         '7," a ""quote"""': ' a "quote"',
@@ -128,6 +135,11 @@ def test_csv_rows_are_never_cut_or_merged(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("label,text\n" + "\n".join(rows))
     with pytest.raises(InputError, match=r"line|row"):
         read_labelled(str(tmp_path), "train")
+
+
+def test_a_quote_that_is_closed_in_another_line_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1, "a,"\n2, screen 12"\n3,x\n')
+    assert texts(tmp_path / "a.csv") == ["bad CSV row", "x"]
 
 
 def test_csv_rows_that_end_with_the_text_may_be_cut(tmp_path: Path) -> None:
@@ -259,6 +271,9 @@ def test_files_of_the_old_mac_end_lines_in_returns(tmp_path: Path) -> None:
     for size in (70_000, 700_000):  # a return in a long first line
         (tmp_path / "c.txt").write_bytes(b"a\r" + b"b" * size + b"\nc\n")
         assert texts(tmp_path / "c.txt") == ["a\r" + "b" * size, "c"]
+    lines = ["first", *["x" * 999 + " ਅ Ċ"] * 50]  # characters with a byte of a newline, also after the head
+    (tmp_path / "d.txt").write_bytes("\r".join(lines).encode("utf-16"))
+    assert texts(tmp_path / "d.txt") == lines
     assert texts(tmp_path / "a.csv") == ["hello", "world"]
     assert texts(tmp_path / "b.txt") == texts(tmp_path / "b.txt", split_bytes=3) == ["one", "two", "three"]
 

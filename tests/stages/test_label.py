@@ -363,6 +363,7 @@ def test_text_that_would_all_be_held_out_is_refused_and_too_little_is_warned_of(
 ) -> None:
     with pytest.raises(InputError, match=r"--held-out 0\.5 leaves nothing of this text to train on"):
         label_module._choose_held_out([0, 9], 9, 0.5)
+    assert label_module._choose_held_out([9, 4], 9, 0.5) == "passages"
     (tmp_path / "text.txt").write_text("the bank\n")
     caplog.set_level("WARNING")
     label(shared, tmp_path / "one", corpus=str(tmp_path / "text.txt"), held_out=0.001, train_tokens=10**6)

@@ -185,6 +185,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "own class": (lambda f: of_type("own.Pooling", saved(f)), "module own.Pooling, .* its code is never run"),
     "other order": (lambda f: saved(f, Normalize(), Dense(16, 8)), "lists the modules Transformer, Pooling, Normalize"),
     "chat template": (chat, "writes every text into the chat template"),
+    "another output": (
+        lambda f: changed(f, modality_config={"text": {"method": "encode", "method_output_name": None}}),
+        "reads texts by .*encode.* but msense by",
+    ),
+    "a prompt of no name": (
+        lambda f: changed(f, "config_sentence_transformers.json", default_prompt_name=["a"]),
+        "has no prompt .*correct the name",
+    ),
     "processing": (lambda f: changed(f, processing_kwargs={"text": {"max_length": 6}}), "with the option 'max_length'"),
     "model settings": (lambda f: changed(f, config_args={"num_hidden_layers": 1}), "loads its config with the option"),
     "tokenizer settings": (
@@ -218,6 +226,11 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, case: str) -> 
         load_teacher_info(model, BuildConfig())
 
 
+def test_any_list_of_poolings_is_read(tmp_path: Path) -> None:
+    model = changed(tmp_path, "1_Pooling/config.json", pooling_mode=[1, "mean"])
+    assert load_teacher_info(str(model), BuildConfig())[0].pooling == "1+mean"
+
+
 def test_code_in_a_decoder_that_states_its_attention_is_read_without_it(tmp_path: Path) -> None:
     for causal in (True, False):
         folder = decoder_with_code(tmp_path / str(causal), is_causal=causal)
@@ -239,14 +252,14 @@ def test_dense_modules_are_checked(tmp_path: Path) -> None:
 
 
 def test_a_fine_tuned_teacher_reads_texts_as_before_and_its_files_follow_the_umask(tmp_path: Path) -> None:
-    model = lower_cased(tmp_path, "RoBERTa", tokenizer_args={"truncation_side": "left"}, max_seq_length=9)
+    model = lower_cased(tmp_path, "RoBERTa", tokenizer_args={"truncation_side": "left", "model_max_length": 40})
     config = ClassifierConfig(task="t", dim=16, pooling="mean", labels=("no", "yes"))
     source = load_body(read_settings(model).body, "t", torch.float32)
     save_teacher(tmp_path / "new", source, Classifier(config), model, 9, {})
-    np.testing.assert_allclose(vectors(tmp_path / "new"), vectors(model), atol=1e-6)
     before, after = (load_teacher_info(str(folder), BuildConfig())[0] for folder in (model, tmp_path / "new"))
     assert after.tokenizer_fingerprint == before.tokenizer_fingerprint
     assert after.truncation_side == before.truncation_side == "left"
+    assert (before.max_length, after.max_length) == (40, 9)
     (tmp_path / "empty").touch()
     mode = stat.S_IMODE((tmp_path / "empty").stat().st_mode)
     assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "new").rglob("*") if p.is_file()} == {mode}

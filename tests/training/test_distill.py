@@ -129,13 +129,10 @@ def test_a_finished_training_is_kept(corpus: Corpus) -> None:
 @pytest.fixture(scope="module")
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Torch's process group of this process alone; DeepSpeed keeps a reference to it."""
-    from deepspeed.ops import __compatible_ops__
-
     store = tmp_path_factory.mktemp("store") / "file"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")  # as Ray Train sets it
-        patch.setitem(__compatible_ops__, "deepspeed_shm_comm", False)  # takes minutes to compile
         yield
     dist.destroy_process_group()
 

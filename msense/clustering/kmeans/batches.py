@@ -115,12 +115,8 @@ def cluster_tokens(  # noqa: PLR0913 - the package's main entry point
         (array([2, 1]), array([[5.]], dtype=float32))
     """
     view = seeding.as_points(points)
-    k = np.full(len(token_ids), config.k) if senses is None else senses.astype(np.int64)
     seeding.check_points(view, sizes, token_ids)
-    if k.shape != token_ids.shape:
-        raise InputError(f"senses of shape {k.shape} do not match {len(token_ids)} token ids: pass one K per token")
-    for wrong in np.flatnonzero((k > MAX_SENSES) | (k < (sizes > 0))):
-        raise InputError(f"senses of token {token_ids[wrong]} are {k[wrong]}, but must be from 1 to {MAX_SENSES}")
+    k = np.full(len(token_ids), config.k) if senses is None else _checked_senses(senses, sizes, token_ids)
     with open_threads(threads) as pool:
         distinct = seeding.few_distinct(view, sizes, k, config.metric, seeding.BLOCK_ROWS)
         room = np.where(distinct.few, distinct.distinct, np.minimum(sizes, k))
@@ -150,6 +146,18 @@ def cluster_tokens(  # noqa: PLR0913 - the package's main entry point
         jobs += [partial(_cluster_batch, task, tokens, width) for tokens, width in _batches(task, widths)]
         pool.map(lambda job: job(), jobs)
     return _without_gaps(task)
+
+
+def _checked_senses(
+    senses: NDArray[np.int64], sizes: NDArray[np.int64], token_ids: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return K of each token, int64 [T]; a token without points may have 0."""
+    k = senses.astype(np.int64)
+    if k.shape != token_ids.shape:
+        raise InputError(f"senses of shape {k.shape} do not match {len(token_ids)} token ids: pass one K per token")
+    for wrong in np.flatnonzero((k > MAX_SENSES) | (k < (sizes > 0))):
+        raise InputError(f"senses of token {token_ids[wrong]} are {k[wrong]}, but must be from 1 to {MAX_SENSES}")
+    return k
 
 
 def _batches(task: _Task, widths: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int]]:
