@@ -130,7 +130,7 @@ def test_same_bytes_after_the_corpus_moved_and_in_another_order_of_roots(made: C
     assert made.journal()[-1]["stages"]["passages"] == {"kept": 3, "damaged": 0, "made": 0}
     manifest = (made.folder / "run" / "manifest.json").read_text()
     pins = storage.read_json(RunFolder(str(made.folder / "run")).manifest)["pins"]
-    assert {"dtype", "device", "token_budget", "threads", "tf32", "python", *PINNED_PACKAGES} == set(pins)
+    assert {"stages", "dtype", "device", "token_budget", "threads", "tf32", "python", *PINNED_PACKAGES} == set(pins)
     assert str(made.folder) not in manifest.partition('"inputs"')[2]
 
 
