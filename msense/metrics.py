@@ -22,6 +22,9 @@ LABEL_METRICS: Mapping[str, Callable[..., float]] = {  # of (gold [P], predicted
 METRICS: Mapping[str, Callable[..., float]] = {  # of (gold [P], predicted [P])
     **LABEL_METRICS,
     "Pearson": lambda gold, predicted: _correlation(stats.pearsonr, gold, predicted),
+    "average precision": lambda gold, predicted: (
+        float(metrics.average_precision_score(gold, predicted)) if gold.any() else 0.0
+    ),
     "Spearman": lambda gold, predicted: _correlation(stats.spearmanr, gold, predicted),
 }
 

@@ -1,8 +1,11 @@
-"""Formatting of text for people: sizes, and messages without control characters or secrets."""
+"""Text for people (sizes, messages without control characters or secrets) and for lexical search (its words)."""
 
 import os
 import re
 import unicodedata
+from itertools import pairwise
+
+import regex
 
 _USER = re.compile(r"://[^\s/'\"<>]*@")
 _QUERY = re.compile(r"(://[^\s?#'\"<>)]*)[?#][^\s'\"<>)]*")
@@ -13,6 +16,17 @@ _TOKEN = re.compile(
 _NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL|_AUTH\b", re.IGNORECASE)
 _MAX_MESSAGE = 1000  # characters of a library's message
 _MIN_SECRET = 8  # characters; shorter values such as "true" and numbers are not secrets
+_LETTER = r"[\p{L}\p{M}\p{N}]"
+_SCRIPTS = (
+    r"[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{Line_Break=SA}]"  # without spaces; SA: Thai, Lao, Khmer, ...
+)
+_UNSPACED = regex.compile(rf"[{_LETTER}&&{_SCRIPTS}]+", regex.V1)
+_WORD = regex.compile(
+    rf"[{_LETTER}&&{_SCRIPTS}]+|[{_LETTER}--{_SCRIPTS}]+|\p{{RI}}{{2}}|\p{{Extended_Pictographic}}", regex.V1
+)
+_ASCII_WORD = re.compile("[a-z0-9]+")
+_CHARACTER = regex.compile(r"\X")  # with its combining marks
+_INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}--\u200b]", regex.V1)  # not U+200B, which is a space
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 
 
@@ -78,3 +92,26 @@ def first_line(error: BaseException) -> str:
 def one_line(value: object) -> str:
     """Return text that fits a Markdown table cell: printable characters only, without pipes."""
     return "".join(c if c.isprintable() else " " for c in str(value)).replace("|", "/")
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text in any language, in lower case, for lexical search.
+
+    A word is a run of letters, marks and digits, or an emoji. Runs of scripts that are written without spaces (Chinese, Japanese,
+    Thai, Lao, Khmer, Burmese, ...) give their pairs of adjacent characters instead. Accents are kept.
+
+    Example:
+        >>> words("Die Straße, 東京都")
+        ['die', 'strasse', '東京', '京都']
+    """
+    if text.isascii():  # the same, several times as fast
+        return _ASCII_WORD.findall(text.lower())
+    text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))
+    found: list[str] = _WORD.findall(unicodedata.normalize("NFKC", text.casefold()))
+    return [part for word in found for part in _pairs(word)] if _UNSPACED.search(text) else found
+
+
+def _pairs(word: str) -> list[str]:
+    """Return the pairs of adjacent characters of a word without spaces, and any other word as it is."""
+    characters = _CHARACTER.findall(word) if _UNSPACED.match(word) else []
+    return [a + b for a, b in pairwise(characters)] or [word]

@@ -26,6 +26,7 @@ from msense.text import is_utf8
 
 _MAX_BYTES = 1 << 30  # per file
 _FORMATS = ("csv", "jsonl", "parquet")
+_PAIRS = (("s1", "s2"), ("sentence1", "sentence2"), ("text1", "text2"))  # usual columns of pairs of texts
 
 
 class Columns(NamedTuple):
@@ -116,8 +117,41 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
     return Labelled(list(zip(*texts, strict=True)), np.array(labels), fingerprints)
 
 
+def find_pair_columns(source: str, part: str, labels: Sequence[str]) -> Columns:
+    """Return the columns of pairs of texts in one split of a data set, and the first of the `labels` that it has.
+
+    Raises:
+        InputError: the split is missing or corrupted, or has no such columns.
+    """
+    file = split_files(source, part)[0]
+    own = list(_read_table(file).columns)
+    texts = next((pair for pair in _PAIRS if set(pair) <= set(own)), None)
+    label = next((name for name in labels if name in own), None)
+    if texts is None or label is None:
+        usual = ", ".join("/".join(pair) for pair in _PAIRS)
+        raise InputError(
+            f"{display_uri(file.uri)}: no pair of columns {usual}, or no column {' or '.join(labels)}; available: "
+            f"{', '.join(map(repr, own[:50]))[:2000] or 'none'}; choose with --pair-columns FIRST SECOND LABEL"
+        )
+    return Columns(texts, label)
+
+
 def _read_file(file: SourceFile, names: Sequence[str]) -> pd.DataFrame:
     """Read columns of a file."""
+    shown = display_uri(file.uri)
+    table = _read_table(file, names)
+    own = list(table.columns)
+    for name in names if own else ():  # an empty file, as writers of many parts leave, has none
+        if name not in own:
+            flags = "with --text-column, --label-column or, for pairs, --pair-columns"
+            raise tables.missing_column(shown, name, own, flags)
+        if (count := own.count(name)) > 1:
+            raise InputError(f"{shown}: {count} columns are named {name!r}; rename or drop some")
+    return table.reindex(columns=list(names)) if not own else table[list(names)]
+
+
+def _read_table(file: SourceFile, names: Sequence[str] = ()) -> pd.DataFrame:
+    """Read the columns of a file, of parquet the values of these only."""
     shown = display_uri(file.uri)
     if file.size > _MAX_BYTES:
         raise InputError(f"{shown} has {file.size} bytes, more than the limit of {_MAX_BYTES}: split it")
@@ -125,20 +159,12 @@ def _read_file(file: SourceFile, names: Sequence[str]) -> pd.DataFrame:
     with read_errors(file.uri, file.format), filesystem.open(path, "rb") as stream:
         try:
             if file.format == "parquet":
-                table = _parquet(stream, shown, names)
-            else:
-                table = (_csv if file.format == "csv" else _json)(open_text(stream, "", shown))
+                return _parquet(stream, shown, names)
+            return (_csv if file.format == "csv" else _json)(open_text(stream, "", shown))
         except InputError:
             raise
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"{shown}: cannot be read as {file.format} ({printable(error)}): correct it") from error
-    own = list(table.columns)
-    for name in names if own else ():  # an empty file, as writers of many parts leave, has none
-        if name not in own:
-            raise tables.missing_column(shown, name, own, "with --text-column, --label-column")
-        if (count := own.count(name)) > 1:
-            raise InputError(f"{shown}: {count} columns are named {name!r}; rename or drop some")
-    return table.reindex(columns=list(names)) if not own else table[list(names)]
 
 
 def _json(stream: io.BufferedReader) -> pd.DataFrame:
@@ -154,10 +180,10 @@ def _json(stream: io.BufferedReader) -> pd.DataFrame:
 
 
 def _parquet(stream: Any, shown: str, names: Sequence[str]) -> pd.DataFrame:
-    """Read columns of texts, numbers or booleans; return an empty table if they are missing or ambiguous."""
+    """Read columns of texts, numbers or booleans; return a table without rows if none is given, or one is not there once."""
     file = tables.open_parquet(stream, shown)
     own = file.schema_arrow.names
-    if any(own.count(name) != 1 for name in names):
+    if not names or any(own.count(name) != 1 for name in names):
         return pd.DataFrame(columns=own)
     columns: dict[str, list[Any]] = {name: [] for name in names}
     for name in names:

@@ -16,6 +16,7 @@ from msense.corpus.labelled import split_files
 from msense.dictionary import DictionaryFiles, SenseDictionary
 from msense.evaluation.spec import Spec, TaskSpec
 from msense.evaluation.tasks import mteb
+from msense.evaluation.tasks.beir import data_files
 from msense.io.storage import sha256_of
 from msense.student.config import StudentFiles
 from msense.student.files import student_folder
@@ -23,6 +24,10 @@ from msense.teacher.files import locate
 from msense.teacher.spec import TeacherOptions, load_teacher_info
 
 PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
+OF_TASKS = {
+    "mteb": ("mteb",),
+    "retrieval": ("bm25s", "PyStemmer", "pytrec_eval-terrier"),
+}  # further packages by task kind
 
 
 def digest(values: Any) -> str:
@@ -38,6 +43,7 @@ def versions() -> dict[str, str]:
 def model_key(spec: Spec) -> str:
     """Return a hash of a model's files and settings; reads its weights."""
     key: dict[str, Any] = {"kind": spec.kind, "replace": spec.replace, "metric": spec.metric, "layers": spec.layers}
+    key |= {"stemmer": spec.stemmer} if spec.kind == "bm25" else {}
     if spec.replace == "soft":
         key["temperature"] = spec.temperature
     if spec.kind in ("teacher", "truncated", "model2vec", "replaced"):
@@ -59,10 +65,15 @@ def model_key(spec: Spec) -> str:
 
 def data_key(task: TaskSpec) -> str:
     """Return a hash of a task's data (names, sizes and modification times of its files); InputError if they are missing."""
-    own = version("mteb") if task.kind == "mteb" else ""
+    own = [version(package) for package in OF_TASKS.get(task.kind, ())]
     if not task.source:
         return digest([mteb.task_class(task.name).metadata.name, own]) if task.kind == "mteb" else task.name
-    if task.kind in ("classification", "mteb"):
+    measured = task.of or task.kind
+    if measured == "retrieval":
+        files = [file for part in data_files(task.source, task.split) for file in part]
+    elif measured in ("similarity", "pairs"):
+        files = split_files(task.source, task.split)
+    elif task.kind in ("classification", "mteb"):
         files = [file for part in ("train", "test") for file in split_files(task.source, part)]
     elif task.kind == "classifier" and task.source.startswith("hf://"):
         return task.source

@@ -44,6 +44,12 @@ class EvaluateConfig(JobConfig):
     draws: int = Field(10, ge=2, le=1000, description="random draws of the training texts")
     text_column: str = Field("text", description="column of the text")
     label_column: str = Field("label", description="column of the label")
+    pair_columns: tuple[str, ...] = Field(
+        (),
+        max_length=3,
+        description="columns of pairs of texts: first, second, score or label; default: s1, sentence1 or text1, and so on, and "
+        "score or label",
+    )
     model2vec_python: str | None = Field(
         None, description='Python executable with `pip install "model2vec[distill]"`, if not this one'
     )
@@ -65,6 +71,13 @@ class EvaluateConfig(JobConfig):
     @classmethod
     def _as_list(cls, value: object) -> object:
         return (value,) if isinstance(value, str | int) else value
+
+    @field_validator("pair_columns")
+    @classmethod
+    def _check_pair_columns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) not in (0, 3):
+            raise ValueError("must be three different columns: FIRST SECOND LABEL")
+        return value
 
     @field_validator("output")
     @classmethod

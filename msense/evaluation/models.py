@@ -1,7 +1,7 @@
-"""Models under evaluation: the teacher (plain, replaced by senses, truncated), students, sentence-transformers, model2vec.
+"""Models under evaluation: the teacher (plain, replaced, truncated), students, sentence-transformers, model2vec, and BM25.
 
-Every model returns sentence vectors; teachers and students also return token embeddings. Memory: one model, and the token
-embeddings of one slab of texts.
+Every model but BM25 returns sentence vectors; teachers and students also return token embeddings. Memory: one model, and the
+token embeddings of one slab of texts.
 """
 
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from msense.dictionary import SenseDictionary
 from msense.errors import InputError
 from msense.evaluation.model2vec import Model2Vec
+from msense.evaluation.search import Bm25
 from msense.evaluation.spec import Spec
 from msense.student import load_student
 from msense.student.config import StudentFiles, dictionary_mismatch
@@ -59,10 +60,18 @@ class Model(Protocol):
         """Return sentence vectors, float32 [n, D]."""
 
 
-def make_model(spec: Spec, device: str, threads: int) -> Model:
+def encode_as(model: Model, role: Literal["query", "document"], texts: Sequence[str]) -> np.ndarray:
+    """Return vectors of queries or documents, float32 [n, D], by the model's own method for them if it has one."""
+    own = getattr(model, f"encode_{role}", model.encode)
+    return np.asarray(own(texts), np.float32)
+
+
+def make_model(spec: Spec, device: str, threads: int) -> Model | Bm25:
     """Load a model; InputError if it cannot be loaded, or dictionary and teacher do not match."""
     torch.set_num_threads(threads)
     match spec.kind:
+        case "bm25":
+            return Bm25(spec.stemmer)
         case "student":
             return StudentModel(spec, device)
         case "encoder":
@@ -249,6 +258,14 @@ class SentenceModel:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Return sentence vectors, float32 [n, D]."""
         return np.asarray(self.model.encode(list(texts), show_progress_bar=False), np.float32)
+
+    def encode_query(self, texts: Sequence[str]) -> np.ndarray:
+        """Return vectors of queries, float32 [n, D], with the model's prompt for them."""
+        return np.asarray(self.model.encode_query(list(texts), show_progress_bar=False), np.float32)
+
+    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
+        """Return vectors of documents, float32 [n, D], with the model's prompt for them."""
+        return np.asarray(self.model.encode_document(list(texts), show_progress_bar=False), np.float32)
 
     def parameters(self) -> int:
         """Return the number of weights."""

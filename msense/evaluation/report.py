@@ -28,7 +28,8 @@ class TaskReport:
     name: str  # title of the table
     kind: str  # of the task
     what: str  # one-line description of the measurement
-    rows: dict[str, Result | str]  # result by model, or the reason why there is none
+    rows: dict[str, Result | str]  # result by model (and its fusion with BM25), or the reason why there is none
+    bm25: str = ""  # name of the row of BM25 alone, a second baseline
 
 
 @dataclass
@@ -46,7 +47,9 @@ class Evaluation:
     tasks: list[TaskReport]  # one table each
     costs: dict[str, Cost] = field(default_factory=dict)  # by model
     made: dict[str, Any] = field(default_factory=dict)  # settings, seeds, device and versions
-    gains: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)  # computed differences
+    gains: dict[tuple[str, str, str], Any] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # computed differences
 
     def rows(self, title: str) -> dict[str, Result | str]:
         """Return the rows of a table."""
@@ -104,20 +107,30 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
     report = {"format_version": VERSION, **asdict(evaluation)}
     del report["gains"]
     for task, values in zip(evaluation.tasks, report["tasks"], strict=True):
-        gaps = {name: difference_to_baseline(evaluation, task, name) for name in task.rows}
+        for baseline in _baselines(evaluation, task):
+            gaps = {name: difference_to_baseline(evaluation, task, name, baseline) for name in task.rows}
+            key = "differences" if baseline == evaluation.models[0] else "differences_to_bm25"
+            values[key] = {name: gap._asdict() for name, gap in gaps.items() if gap is not None}
         values["rows"] = {n: row if isinstance(row, str) else row.to_json() for n, row in task.rows.items()}
-        values["differences"] = {name: gap._asdict() for name, gap in gaps.items() if gap is not None}
     return report
 
 
-def difference_to_baseline(evaluation: Evaluation, task: TaskReport, model: str) -> Difference | None:
-    """Return the difference of a model to the first model on a task; None if they cannot be compared."""
-    first, own = task.rows.get(evaluation.models[0]), task.rows.get(model)
-    if model == evaluation.models[0] or not isinstance(first, Result) or not isinstance(own, Result):
+def _baselines(evaluation: Evaluation, task: TaskReport) -> list[str]:
+    """Return the first model and, if it is another row of the table, BM25."""
+    return list(dict.fromkeys([evaluation.models[0], *([task.bm25] if task.bm25 in task.rows else [])]))
+
+
+def difference_to_baseline(
+    evaluation: Evaluation, task: TaskReport, model: str, baseline: str | None = None
+) -> Difference | None:
+    """Return the difference of a row of a task to another, by default the first model's; None if they cannot be compared."""
+    baseline = baseline or evaluation.models[0]
+    first, own = task.rows.get(baseline), task.rows.get(model)
+    if model == baseline or not isinstance(first, Result) or not isinstance(own, Result):
         return None
     if (own.gold is None and len(own.values) < 2) or not comparable(own, first):  # such as words that one model lacks
         return None
-    if (key := (task.name, model)) not in evaluation.gains:
+    if (key := (task.name, model, baseline)) not in evaluation.gains:
         evaluation.gains[key] = difference(own, first, int(evaluation.made.get("settings", {}).get("seed", 0)))
     gap: Difference = evaluation.gains[key]
     return gap
@@ -154,16 +167,19 @@ def _task_table(evaluation: Evaluation, task: TaskReport) -> TextTable:
     results = {name: row for name, row in task.rows.items() if isinstance(row, Result)}
     metrics = list(dict.fromkeys(row.metric for row in results.values()))
     more = dict.fromkeys(name for row in results.values() for name in row.more if name not in metrics)
-    gaps = {name: difference_to_baseline(evaluation, task, name) for name in results}
-    over = [f"over {evaluation.models[0]} [95 %]"] if any(gaps.values()) else []
+    gaps = {
+        f"over {baseline} [95 %]": {name: difference_to_baseline(evaluation, task, name, baseline) for name in results}
+        for baseline in _baselines(evaluation, task)
+    }
+    over = [column for column, own in gaps.items() if any(own.values())]
     head = ["model", *(metrics or ["result"]), *over, *more]
     rows = []
-    for name in evaluation.models:
+    for name, row in task.rows.items():
         if name in results:
             cells = {column: _figure(results[name], column) for column in head[1:]}
-            rows.append([name, *(cells | {column: _gap(gaps[name]) for column in over}).values()])
+            rows.append([name, *(cells | {column: _gap(gaps[column][name]) for column in over}).values()])
         else:
-            rows.append([name, str(task.rows.get(name, NONE)), *[""] * (len(head) - 2)])
+            rows.append([name, str(row), *[""] * (len(head) - 2)])
     drawn = any(row.deviation is not None for row in results.values())
     return TextTable(task.name, task.what + ("; ± standard deviation over draws" if drawn else ""), head, rows)
 
@@ -195,18 +211,24 @@ _COSTS: dict[str, Callable[[Cost], str]] = {  # heading: cell
 }
 
 
+_PLOTTED = ("classification", "classifier", "mteb", "retrieval", "similarity", "pairs")  # task kinds
+
+
 def _plots(evaluation: Evaluation) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of each plot and the arguments of `draw`."""
     costs, first = evaluation.costs, evaluation.models[0]
     for task in evaluation.tasks:
         rows = {name: row for name, row in task.rows.items() if isinstance(row, Result) and name in costs}
-        if task.kind not in ("classification", "classifier", "mteb") or len(rows) < 2:
+        if task.kind not in _PLOTTED or len(rows) < 2:
             continue
         metric = next(iter(rows.values())).metric
         slug = "".join(c if c.isalnum() else "-" for c in task.name)
         points = {name: (costs[name].texts_per_s, row.score, row.deviation or 0.0) for name, row in rows.items()}
         axes = ("texts per second", metric)
-        yield f"{slug}-speed", {"title": f"{task.name}: {metric} against speed", "axes": axes, "points": points}
+        own = task.rows.get(task.bm25)
+        level = (task.bm25, own.score) if isinstance(own, Result) else None
+        title = f"{task.name}: {metric} against speed"
+        yield f"{slug}-speed", {"title": title, "axes": axes, "points": points, "baseline": level}
         megabytes = {name: costs[name].dictionary_bytes / 1e6 for name in rows if costs[name].senses}
         if len(set(megabytes.values())) > 1:
             sized = {name: (x, *points[name][1:]) for name, x in megabytes.items()}

@@ -27,12 +27,14 @@ class Result:
     """
 
     metric: str  # name of the main metric
-    over: str  # what one value belongs to: draws, texts, words or sets
+    over: str  # what one value belongs to: draws, texts, pairs, queries, words or sets
     values: list[float] = field(default_factory=list)  # [n], whose weighted mean is the score; empty with predictions
     weights: list[float] | None = None  # [n]; None: equal weights
-    names: list[str] | None = None  # of the words or sets, if they have any
-    gold: list[Any] | None = None  # true label of every text, for metrics over all texts together
-    found: list[Any] | None = None  # predicted label of every text
+    names: list[str] | None = None  # of the queries, words or sets, if they have any
+    gold: list[Any] | None = (
+        None  # true label of every text, or score of every pair, for metrics over all of them together
+    )
+    found: list[Any] | None = None  # predicted label of every text, or cosine of every pair
     more: dict[str, int | float] = field(default_factory=dict)  # secondary figures
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ class Difference(NamedTuple):
 
 
 def comparable(a: Result, b: Result) -> bool:
-    """Return whether two results have the same metric and the same draws, texts, words or sets with the same weights."""
+    """Return whether two results have the same metric, and the same draws, texts, pairs, ... with the same weights."""
     same = ("metric", "over", "weights", "names", "gold")
     return len(a.values) == len(b.values) and all(getattr(a, name) == getattr(b, name) for name in same)
 

@@ -16,10 +16,12 @@ from msense.errors import InputError
 from msense.evaluation import cost
 from msense.evaluation.cache_keys import data_key, digest, model_key, teacher_key, versions
 from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.dispatch import AGAINST_TEACHER, TEXTS, EvaluationJob, make_jobs, measure
+from msense.evaluation.dispatch import AGAINST_TEACHER, EvaluationJob, make_jobs, measure, texts
 from msense.evaluation.report import Evaluation, TaskReport, load_report, write_report
 from msense.evaluation.result import Result
+from msense.evaluation.search import Bm25
 from msense.evaluation.spec import Spec
+from msense.evaluation.tasks import mteb
 from msense.run.folder import RunFolder, resolve_output
 from msense.runtime import Executor, open_executor
 from msense.student.files import load_student, student_folder
@@ -28,8 +30,14 @@ from msense.text import redact
 
 logger = logging.getLogger(__name__)
 PENDING = "not evaluated yet"
-PACKAGES = {"plots": "matplotlib", "encoder": "sentence_transformers", "mteb": "mteb"}  # optional, by what needs them
-UNFIT = "no token embeddings"
+PACKAGES = {  # optional, with the kinds of models and tasks that need them
+    "matplotlib": {"plots"},
+    "sentence_transformers": {"encoder"},
+    "mteb": {"mteb"},
+    "bm25s": {"retrieval"},
+    "Stemmer": {"retrieval", "bm25"},
+    "pytrec_eval": {"retrieval"},
+}
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -42,6 +50,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     resolve_output(config.output)
     specs, tasks = config.specs(config.teacher or _teacher_of(config)), config.tasks()
     _check_packages({"plots", *(spec.kind for spec in specs), *(task.kind for task in tasks)})
+    for spec in specs:
+        Bm25(spec.stemmer)  # raises for an unknown language
+    tasks = [mteb.with_kind(task) for task in tasks]
     data = {task.title: data_key(task) for task in tasks}  # raises for missing data before anything is loaded
     executor = open_executor(local=config.local, workers=config.workers)
     device, dtype = executor.resources.device, str(config.dtype)
@@ -50,18 +61,21 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     specs = [replace(spec, dtype=dtype) for spec in specs]
     models = {spec.name: model_key(spec) for spec in specs}
     jobs = make_jobs(config, specs, tasks, executor.resources)
-    teacher = digest([teacher_key(specs[0].teacher, config.revision), dtype])
-    keys = {}
+    depends = any(job.task.kind in AGAINST_TEACHER for job in jobs)
+    teacher = digest([teacher_key(specs[0].teacher, config.revision), dtype]) if depends else ""
+    keys: dict[str, str] = {}
     for job in jobs:
         against = teacher if job.task.kind in AGAINST_TEACHER else ""
-        keys[job.key] = digest([models[job.spec.name], data[job.task.title], job.settings, against, versions()])
+        own = digest([models[job.spec.name], data[job.task.title], job.settings, against, versions()])
+        keys |= dict.fromkeys(job.keys, own)
     report = _empty_report(config, specs, jobs, device, keys)
     _reuse(report, config.output)
-    todo = [number for number, job in enumerate(jobs) if report.rows(job.title)[job.spec.name] == PENDING]
+    todo = [n for n, job in enumerate(jobs) if PENDING in (report.rows(job.title)[row] for row in job.rows)]
     logger.info("reusing %d of %d results", len(jobs) - len(todo), len(jobs))
     needs = {"num_gpus": 1.0} if device == "cuda" else None
-    for row in executor.map("evaluation", measure, todo, jobs, needs=needs):
-        report.rows(row["title"])[row["model"]] = Result.from_json(row["result"])
+    for measured in executor.map("evaluation", measure, todo, jobs, needs=needs):
+        for row, result in measured["rows"].items():
+            report.rows(measured["title"])[row] = Result.from_json(result)
         write_report(report, config.output, plots=False)
     if config.cost:
         _add_costs(report, config, jobs, executor, models)
@@ -71,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _check_packages(kinds: set[str]) -> None:
     """Raise InputError for optional packages that kinds of models and tasks need, now rather than after hours."""
-    if missing := [name for kind, name in PACKAGES.items() if kind in kinds and find_spec(name) is None]:
+    if missing := [name for name, own in PACKAGES.items() if own & kinds and find_spec(name) is None]:
         raise InputError(f"this evaluation needs {', '.join(missing)}, not installed: pip install msense[evaluation]")
 
 
@@ -91,8 +105,8 @@ def _empty_report(
 ) -> Evaluation:
     tables: dict[str, TaskReport] = {}
     for job in jobs:
-        table = tables.setdefault(job.title, TaskReport(job.title, job.task.kind, job.description, {}))
-        table.rows[job.spec.name] = PENDING if job.is_possible else UNFIT
+        table = tables.setdefault(job.title, TaskReport(job.title, job.task.kind, job.description, {}, job.bm25.name))
+        table.rows |= dict.fromkeys(job.rows, job.obstacle or PENDING)
     settings = config.model_dump(mode="json", exclude={"output", "local", "workers", "log_level"})
     settings |= {name: [redact(word) for word in settings[name]] for name in ("model", "task")}
     made: dict[str, Any] = {"settings": settings, "teacher": redact(specs[0].teacher), "dtype": specs[0].dtype}
@@ -120,20 +134,23 @@ def _add_costs(
 ) -> None:
     """Measure the costs of all models side by side, unless an earlier run measured the same models."""
     first = next((job for job in jobs if job.task.source or job.task.kind == "classifier"), None)
-    if first is None:
-        logger.info("skipping costs: they need a task with its own texts, which mteb's own tasks do not provide")
+    if first is None or all(job.spec.kind == "bm25" for job in jobs):
+        logger.info(
+            "skipping costs: they need a model with vectors, and a task with its own texts, unlike mteb's own tasks"
+        )
         report.costs.clear()
         report.made.pop("cost_key", None)
         return
     device = executor.resources.device
-    key = digest([list(models.items()), data_key(first.task), first.settings, device, config.cores, versions()])
+    specs = [job.spec for job in jobs if job.title == first.title and job.spec.kind != "bm25"]
+    own = [(spec.name, models[spec.name]) for spec in specs]
+    key = digest([own, data_key(first.task), first.settings, device, config.cores, versions()])
     if report.made.get("cost_key") == key:
         return
     logger.info("measuring costs of all models in turn")
-    specs = [job.spec for job in jobs if job.title == first.title]
     report.costs = executor.run(_cost, specs, first, config.cores, device=device)
     report.made["cost_key"] = key
 
 
 def _cost(specs: list[Spec], job: EvaluationJob, threads: int) -> dict[str, cost.Cost]:
-    return cost.measure(specs, TEXTS[job.task.kind](job), job.device, threads)
+    return cost.measure(specs, texts(job), job.device, threads)

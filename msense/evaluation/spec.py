@@ -13,8 +13,11 @@ from msense.io import storage
 from msense.student.encoder import DEFAULT_TEMPERATURE, Replace
 from msense.text import redact
 
-ModelKind = Literal["teacher", "replaced", "student", "truncated", "model2vec", "encoder"]
-TaskKind = Literal["classification", "classifier", "mteb", "wordsim", "coarsewsd", "tokens"]
+ModelKind = Literal["teacher", "replaced", "student", "truncated", "model2vec", "bm25", "encoder"]
+TaskKind = Literal[
+    "classification", "retrieval", "similarity", "pairs", "classifier", "mteb", "wordsim", "coarsewsd", "tokens"
+]
+OfVectors = Literal["retrieval", "similarity", "pairs"]  # kinds of tasks that mteb measures too, besides classification
 MODELS = {  # syntax: meaning
     "teacher": "the plain teacher",
     "replaced:DIR": "the teacher with every embedding replaced by senses of the dictionary DIR; options: replaced:DIR,soft "
@@ -22,14 +25,21 @@ MODELS = {  # syntax: meaning
     "student:DIR": "a student's sentence vectors; student:DIR,soft or ,hard: with its tokens replaced by senses",
     "truncated:N": "the teacher's first N layers, untrained",
     "model2vec": "model2vec, distilled on the fly from the teacher in --model2vec-python",
+    "bm25": "BM25, for retrieval only; bm25,LANGUAGE stems the words, such as bm25,english",
     "NAME": "any sentence-transformers model, by folder or Hub name",
 }
 TASKS = {
     "NAME=DATA": "text classification by logistic regression on sentence vectors (--shots); DATA is a folder with train and "
     "test as csv, jsonl or parquet, or hf://dataset[:config]",
+    "retrieval:NAME=DATA": "retrieval; DATA is a folder with corpus.jsonl, queries.jsonl and qrels.tsv or qrels/SPLIT.tsv, or "
+    "hf://dataset; retrieval:NAME=DATA,split=SPLIT (default: test)",
+    "similarity:NAME=DATA": "semantic similarity; DATA has pairs of texts with scores in test (or ,split=SPLIT) as csv, jsonl or "
+    "parquet",
+    "pairs:NAME=DATA": "pair classification; the same with labels 0 and 1",
     "classifier:NAME=DATA": "text classification by the teacher's own classifier, trained with jobs/finetune.py; a GLUE task "
     "as NAME sets columns and metrics and needs no =DATA",
-    "mteb:NAME=DATA": "text classification by the mteb package; without =DATA one of its own tasks, from the Hub",
+    "mteb:NAME=DATA": "text classification by the mteb package; mteb:retrieval:NAME=DATA, mteb:similarity:NAME=DATA and "
+    "mteb:pairs:NAME=DATA for the other kinds; without =DATA one of its own tasks, from the Hub",
     "wordsim=DIR": "word similarity: *.txt with lines of word, word, score",
     "coarsewsd=DIR": "word sense disambiguation: DIR/WORD/{train,test}.{data,gold}.txt",
     "tokens:NAME=CORPUS": "token embeddings and senses against the teacher's, on any text that build_dict.py reads",
@@ -56,6 +66,7 @@ class Spec:
     metric: Metric | None = None  # of the replacement; None: the dictionary's
     temperature: float = DEFAULT_TEMPERATURE  # of soft replacement, in units of the mean squared RMS distance
     layers: int = 0  # of a truncated teacher
+    stemmer: str | None = None  # language of BM25's, if any
     python: str | None = None  # executable with model2vec; None: the current one
 
 
@@ -71,17 +82,22 @@ class TaskSpec:
     name: str
     kind: TaskKind
     source: str  # folder, URI or Hub dataset; empty for a task with its own data
+    split: str = "test"  # of retrieval, similarity and pairs
+    of: OfVectors | Literal[""] = ""  # what mteb measures; empty for classification
 
     @property
     def title(self) -> str:
         """Title of its table."""
-        return self.name if self.kind in ("classification", self.name) else f"{self.name} ({self.kind})"
+        kind = f"mteb {self.of}" if self.of and self.source else self.kind
+        return self.name if self.kind in ("classification", self.name) else f"{self.name} ({kind})"
 
 
 def parse_model(word: str) -> Spec:
     """Parse a `--model`, or raise InputError; `LABEL=MODEL` sets its name."""
     labelled = _LABEL.fullmatch(word)
     name, text = labelled.groups() if labelled and not Path(word).exists() else ("", word)
+    if bm25 := re.fullmatch("bm25(?:,([a-z]+))?", text):
+        return Spec(name or text, "bm25", stemmer=bm25[1])
     match text.partition(":"):
         case (("teacher" | "model2vec") as kind, "", _):
             return Spec(name or text, kind)
@@ -125,6 +141,23 @@ def parse_task(word: str) -> TaskSpec:
     left, _, source = word.partition("=")
     given, colon, name = left.partition(":")
     kind = next((known for known in get_args(TaskKind) if known == given), None)
+    of: OfVectors | Literal[""] = ""
+    if kind == "mteb" and ":" in name:
+        wanted, _, name = name.partition(":")
+        of = next((known for known in get_args(OfVectors) if known == wanted), "")
+        if not of or not name or not source:
+            raise InputError(
+                f"--task {redact(word)}: use mteb:NAME, mteb:NAME=DATA or mteb:KIND:NAME=DATA, KIND one of "
+                f"{', '.join(get_args(OfVectors))}"
+            )
+    split = "test"
+    if of or kind in get_args(OfVectors):
+        source, _, chosen = source.partition(",split=")
+        split = chosen or split
+        if not re.fullmatch(r"\w[\w.-]*", split):
+            raise InputError(
+                f"--task {redact(word)}: {redact(split)!r} is not the name of a split: use e.g. ,split=dev"
+            )
     if source and not source.startswith(("hf://", "pydocs")):
         source = storage.absolute(source)
     has_data = name and (kind == "mteb" or (kind == "classifier" and name in GLUE))
@@ -132,7 +165,7 @@ def parse_task(word: str) -> TaskSpec:
         raise InputError(f"--task {redact(word)}: name or data are missing, use NAME=DATA (--help lists all kinds)")
     if colon and kind is None:
         raise InputError(f"--task {redact(word)}: unknown kind {redact(given)!r}, use {', '.join(get_args(TaskKind))}")
-    return TaskSpec(name or given, kind or "classification", source)
+    return TaskSpec(name or given, kind or "classification", source, split, of)
 
 
 def check_names(words: Sequence[str], names: Sequence[str], what: str) -> None:

@@ -66,9 +66,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     keys: list[str] = []
 
     def fake(number: int, jobs: list[dispatch.EvaluationJob]) -> dict:
-        keys.append(jobs[number].key)
+        keys.append(jobs[number].keys[0])
         result = Result("accuracy", "draws", [0.5, 0.6])
-        return {"title": jobs[number].title, "model": jobs[number].spec.name, "result": result.to_json()}
+        return {"title": jobs[number].title, "rows": dict.fromkeys(jobs[number].rows, result.to_json())}
 
     monkeypatch.setattr(run, "measure", fake)
     return keys
@@ -120,8 +120,40 @@ def test_only_missing_and_changed_results_are_computed(
     evaluate(task, shots=["3"])
     assert measured[6:] == measured[4:6]
     report = evaluate(f"coarsewsd={data}/coarse", model=("teacher", "owner/model"))
-    assert report["tasks"][0]["rows"]["owner/model"] == run.UNFIT  # a model without token embeddings
+    assert report["tasks"][0]["rows"]["owner/model"] == "no token embeddings"
     assert measured[8:] == ["coarsewsd | teacher"]
+
+
+def test_models_are_fused_with_bm25_and_compared_with_it(
+    evaluate: Callable[..., dict], student: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["the river bank", "a cat sat on the mat", "money money", "is near", "the dog"]
+    rows = [{"_id": number, "text": text} for number, text in enumerate(texts)]
+    folder = data / "search"
+    folder.mkdir()
+    for name in ("corpus", "queries"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{n}\t{n}\t1\n" for n in range(5)))
+    monkeypatch.setattr(cost, "_peak", lambda *_: 10**8)
+    models, tasks = ("teacher", "bm25", f"s=student:{student}"), (f"retrieval:x={folder}", f"task={data}/task")
+    report = evaluate(*tasks, model=models, cost=True)
+    own, other = report["tasks"]
+    assert list(own["rows"]) == ["teacher", "teacher + bm25", "bm25", "s", "s + bm25"]
+    assert {row["score"] for row in own["rows"].values()} == {1.0}
+    assert own["rows"]["s + bm25"]["names"] == ["0", "1", "2", "3", "4"]
+    assert list(own["differences_to_bm25"]) == ["teacher", "teacher + bm25", "s", "s + bm25"]
+    assert (other["rows"]["bm25"], list(other["differences"])) == ("for retrieval:NAME=DATA only", ["s"])
+    assert set(report["costs"]) == {"teacher", "s"}
+    assert len(list((data.parent / "out").glob("e-x*speed.png"))) == 1
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("a result is computed again"))
+    assert evaluate(*tasks, model=models, cost=True) == report
+    english = ("teacher", "bm25,english", f"s=student:{student}")
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        evaluate(*tasks, model=english)
+    with pytest.raises(InputError, match=r"two rows have the name 'x \(retrieval\) \| teacher \+ bm25'"):
+        evaluate(*tasks, model=("teacher", f"teacher + bm25=student:{student}"))
+    with pytest.raises(InputError, match="bm25,klingon: no such stemmer"):
+        evaluate(*tasks, model=("bm25,klingon",))
 
 
 def test_an_interrupted_run_resumes_with_the_missing_results(
@@ -207,6 +239,9 @@ def test_invalid_settings_are_refused() -> None:
     config = {"model": ("teacher",), "task": ("x=/d",), "shots": ("0",), "output": "e.txt"}
     with pytest.raises(InputError, match=r"shots.0: .*full(.*\n)*.*output: must be a file name ending in \.json"):
         validate_config(EvaluateConfig, config)
+    config = {"model": ("teacher",), "task": ("x=/d",), "pair_columns": ("a", "b")}
+    with pytest.raises(InputError, match=r"pair_columns: .*three different columns"):
+        validate_config(EvaluateConfig, config)
 
 
 def test_missing_data_and_packages_are_reported_before_anything_is_loaded(
@@ -214,12 +249,13 @@ def test_missing_data_and_packages_are_reported_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(InputError, match="nowhere"):
         evaluate(f"task={tmp_path}/nowhere")
-    for package in run.PACKAGES.values():
+    for package in run.PACKAGES:
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        InputError, match=r"matplotlib, sentence_transformers, mteb, .*pip install msense\[evaluation\]"
+        InputError,
+        match=r"matplotlib, sentence_transformers, mteb, bm25s, Stemmer, pytrec_eval, .*msense\[evaluation\]",
     ):
-        evaluate("mteb:x", model=("owner/model",))
+        evaluate("mteb:x", "retrieval:x=/d", model=("owner/model", "bm25,english"))
     assert measured == []
 
 

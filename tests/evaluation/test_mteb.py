@@ -140,7 +140,11 @@ def test_the_tasks_of_the_paper_exist_in_mteb() -> None:
     [
         ("banking77", r"no task 'banking77'; similar names: Banking77Classification, .*mteb:NAME=DIR"),
         ("?", r"similar names: ArxivClassification"),
-        ("STS12", r"STS12 is STS on text: use a task of type Classification"),
+        (
+            "AskUbuntuDupQuestions",
+            r"is Reranking on text, or several tasks: use one of type Classification, Retrieval, STS, Pair",
+        ),
+        ("CQADupstackRetrieval", r"is Retrieval on text, or several tasks"),
     ],
 )
 def test_unknown_and_other_tasks_are_refused(name: str, message: str) -> None:

@@ -1,7 +1,7 @@
 """Text classification by the mteb package (its sampling, logistic regression and scores) on any model of an evaluation.
 
-Data are labelled texts or one of mteb's own tasks from the Hub. mteb is imported lazily and its results cache is disabled.
-Memory: the texts and their vectors.
+`mteb_vectors` has its other kinds of tasks. Data are labelled texts or one of mteb's own tasks from the Hub. mteb is imported
+lazily and its results cache is disabled. Memory: the texts and their vectors.
 """
 
 import json
@@ -10,10 +10,11 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ from threadpoolctl import threadpool_limits
 
 from msense.corpus.labelled import Columns, read_labelled
 from msense.errors import InputError
-from msense.evaluation.models import Model
+from msense.evaluation.models import Model, encode_as
 from msense.evaluation.result import Result
+from msense.evaluation.spec import OfVectors, TaskSpec
 from msense.evaluation.tasks.classification import PARTS, Protocol, check_labels
 from msense.text import first_line, redact
 
@@ -31,6 +33,12 @@ _OF_PAPER = (  # of Wang et al. (2025), by the names in their code; mteb now has
     "Arxiv Banking77 DBpedia Emotion FinancialPhrasebank FrenkEn Imdb CanadaTaxCourtOutcomesLegalBench News Patent "
     "PoemSentiment ToxicChat ToxicConversations TweetSentimentExtraction TweetTopicSingle YelpReviewFull"
 )
+KINDS: dict[str, OfVectors | Literal[""]] = {  # of msense, by mteb's type
+    "Classification": "",
+    "Retrieval": "retrieval",
+    "STS": "similarity",
+    "PairClassification": "pairs",
+}
 PAPER_TASKS = tuple(f"{name}Classification" for name in _OF_PAPER.split())
 
 
@@ -43,11 +51,12 @@ class MtebEncoder:
     @property
     def mteb_model_meta(self) -> Any:
         """Empty metadata: nothing is submitted to mteb's leaderboard."""
-        return _mteb().models.ModelMeta.create_empty()
+        return import_mteb().models.ModelMeta.create_empty()
 
-    def encode(self, inputs: Iterable[Mapping[str, Any]], **_: object) -> np.ndarray:
+    def encode(self, inputs: Iterable[Mapping[str, Any]], *, prompt_type: Any = None, **_: object) -> np.ndarray:
         """Return sentence vectors, float32 [n, D], of batches with texts under `text`; prompts of tasks are ignored."""
-        return self.model.encode([text for batch in inputs for text in batch["text"]])
+        texts = [text for batch in inputs for text in batch["text"]]
+        return self.model.encode(texts) if prompt_type is None else encode_as(self.model, prompt_type.value, texts)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Return the cosine of every pair of rows, float32 [n, m]."""
@@ -68,7 +77,7 @@ def measure(model: Model, name: str, source: str, columns: Columns, protocol: Pr
         InputError: mteb has no such task, or the data are missing, corrupted or of one class.
     """
     shots, draws, seed = protocol
-    task = _local_task(name, source, columns) if source else _own_task(name)
+    task = _local_task(name, source, columns) if source else load_own_task(name)
     task.seed, task.samples_per_label, task.n_experiments = seed, shots or sys.maxsize, draws if shots else 1
     with TemporaryDirectory() as folder, threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
         # such small fits are slower with more BLAS threads; torch's threads, which encode, are unaffected
@@ -76,7 +85,7 @@ def measure(model: Model, name: str, source: str, columns: Columns, protocol: Pr
         warnings.filterwarnings("ignore", ".* is superseded by ")  # as most of the paper's tasks are
         options = {"co2_tracker": False, "cache": None, "show_progress_bar": False}
         predictions = None if shots else folder
-        evaluated = _mteb().evaluate(MtebEncoder(model), task, prediction_folder=predictions, **options)
+        evaluated = import_mteb().evaluate(MtebEncoder(model), task, prediction_folder=predictions, **options)
         predicted = {} if shots else json.loads((Path(folder) / task.prediction_file_name).read_text("utf-8"))
     rows = [row for split in evaluated.task_results[0].scores.values() for row in split]
     return _result(task, rows, predicted)
@@ -84,7 +93,7 @@ def measure(model: Model, name: str, source: str, columns: Columns, protocol: Pr
 
 def _local_task(name: str, source: str, columns: Columns) -> Any:
     """Return labelled texts with splits train and test as an mteb `AbsTaskClassification` with loaded data."""
-    _mteb()
+    import_mteb()
     from datasets import Dataset, DatasetDict
     from mteb.abstasks.classification import AbsTaskClassification
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -116,28 +125,37 @@ def _local_task(name: str, source: str, columns: Columns) -> Any:
 
 
 def task_class(name: str) -> Any:
-    """Return the class of one of mteb's own tasks without loading data; InputError if it is no text classification."""
-    _mteb()
-    from mteb.abstasks.classification import AbsTaskClassification
+    """Return the class of one of mteb's own tasks without loading data; InputError if its type is not one of `KINDS`."""
+    import_mteb()
+    from mteb.abstasks import AbsTaskClassification, AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS
     from mteb.get_tasks import TASK_LIST
 
     known = {task.metadata.name: task for task in TASK_LIST}
     if name not in known:
-        names = [own for own, task in known.items() if task.metadata.type == "Classification"]
+        names = [own for own, task in known.items() if task.metadata.type in KINDS]
         near = get_close_matches(name, names, 5, cutoff=0.4) or PAPER_TASKS[:3]
         raise InputError(
             f"mteb has no task {redact(name)!r}; similar names: {', '.join(near)}. Use one of mteb's names, or your own "
             "data: --task mteb:NAME=DIR"
         )
     task, data = known[name], known[name].metadata
-    if data.type != "Classification" or data.modalities != ["text"] or not issubclass(task, AbsTaskClassification):
+    bases = (AbsTaskClassification, AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS)  # no aggregates of several
+    if data.type not in KINDS or data.modalities != ["text"] or not issubclass(task, bases):
         raise InputError(
-            f"mteb task {name} is {data.type} on {', '.join(data.modalities)}: use a task of type Classification on text"
+            f"mteb task {name} is {data.type} on {', '.join(data.modalities)}, or several tasks: use one of type "
+            f"{', '.join(KINDS)} on text"
         )
     return task
 
 
-def _own_task(name: str) -> Any:
+def with_kind(task: TaskSpec) -> TaskSpec:
+    """Return one of mteb's own tasks with the kind that it measures, any other task as it is; InputError if it is unknown."""
+    if task.kind != "mteb" or task.source:
+        return task
+    return replace(task, of=KINDS[task_class(task.name).metadata.type])
+
+
+def load_own_task(name: str) -> Any:
     """Return one of mteb's own tasks with its data loaded from the Hub."""
     task = task_class(name)()
     from datasets.exceptions import DatasetsError
@@ -149,10 +167,13 @@ def _own_task(name: str) -> Any:
         task.load_data()  # before the seed is set: some tasks sample their test texts with it
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # includes what huggingface_hub raises
         config = f", configuration {data['name']}" if "name" in data else ""
+        kind = KINDS[task.metadata.type]
+        how = "with its splits named train*.csv, .jsonl or .parquet and test*"
+        how = f"in the form that --task {kind}:NAME=DIR takes" if kind else how
         raise InputError(
             f"cannot download the data of mteb task {name} from the Hub ({first_line(error)}): on a connected machine, run "
             f"`hf download --repo-type dataset {data['path']} --revision {data['revision']} --local-dir DIR`{config}; copy "
-            f"DIR here with its splits named train*.csv, .jsonl or .parquet and test*, and pass --task mteb:{name}=DIR"
+            f"DIR here {how}, and pass --task mteb:{f'{kind}:' if kind else ''}{name}=DIR"
         ) from error
     return task
 
@@ -178,7 +199,7 @@ def _unit(vectors: Any) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.as_tensor(vectors, dtype=torch.float32), dim=-1)
 
 
-def _mteb() -> Any:
+def import_mteb() -> Any:
     """Import mteb without the cache folder that it would create in the user's home."""
     with TemporaryDirectory() as folder:
         kept = os.environ.setdefault("MTEB_CACHE", folder)

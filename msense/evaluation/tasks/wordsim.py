@@ -19,6 +19,7 @@ from msense.dictionary.lookup import Vocabulary
 from msense.errors import InputError
 from msense.evaluation.models import Model
 from msense.evaluation.result import Result
+from msense.evaluation.search import unit
 from msense.evaluation.tasks import read_lines
 from msense.io.filesystems import display_uri
 from msense.metrics import METRICS
@@ -57,7 +58,7 @@ def measure(model: Model, source: str) -> Result:
     dictionary: SenseDictionary | None = getattr(model, "dictionary", None)
     look_up = None if dictionary is None else _lookup_of(dictionary)
     names = words(sets)
-    vectors = dict(zip(names, _unit(model.encode([name.replace("_", " ") for name in names])), strict=True))
+    vectors = dict(zip(names, unit(model.encode([name.replace("_", " ") for name in names])), strict=True))
     rows = [
         {"set": name, "gold": pair.score, **_similarities(pair, vectors, look_up)}
         for name, pairs in sets.items()
@@ -139,7 +140,7 @@ def _lookup_of(dictionary: SenseDictionary) -> LookUp:
             parts = [dictionary.senses(token.token_id) for token in match.tokens if token.senses]
             senses = np.concatenate([np.asarray(part.centroids, np.float32) for part in parts])
             counts = np.concatenate([part.counts for part in parts])
-            return Word(_unit(senses), _unit(counts @ senses))
+            return Word(unit(senses), unit(counts @ senses))
         tokens = [dictionary.senses(i) for i in vocabulary.pieces(text)]
         if not tokens or any(not len(token.counts) for token in tokens):
             return None
@@ -150,11 +151,6 @@ def _lookup_of(dictionary: SenseDictionary) -> LookUp:
         choices = np.array(list(itertools.product(*rows)))
         senses = np.asarray(sum(part[choices[:, i]] for i, part in enumerate(own)) / len(own))
         means = [token.counts @ part / token.counts.sum() for token, part in zip(tokens, own, strict=True)]
-        return Word(_unit(senses), _unit(np.mean(means, axis=0)))
+        return Word(unit(senses), unit(np.mean(means, axis=0)))
 
     return look_up
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    norm = np.linalg.norm(rows, axis=-1, keepdims=True)
-    return np.asarray(rows / np.where(norm > 0, norm, 1), np.float32)
