@@ -13,15 +13,18 @@ from msense.io.untrusted import FrozenModel
 from msense.teacher.pooling import Pooling, ProjectionConfig, sentence_dim
 from msense.teacher.spec import TruncationSide
 
-Heads = Literal["two", "one"]
+Heads = Literal["separate", "two", "one"]
+LONGEST = 1 << 20  # maximum length of a student that does not truncate
 
 
 @dataclass(frozen=True)
 class StudentSettings:
     """How to create a student; `init_student` validates the values."""
 
-    kind: str = "layers:2"  # n teacher layers, `layers:0,2,5` for these, `static`, or the name or folder of an encoder
-    heads: Heads = "two"  # a linear head for senses, initialized to identity; "one": senses share the hidden state
+    kind: str = (
+        "layers:2"  # n teacher layers, `layers:0,2,5` for these, `static`, `table`, or an encoder's name or folder
+    )
+    heads: Heads = "two"  # see `DistillConfig.heads`
     units: int = 512  # hidden units of a static student's MLP
     kernel_size: int = 9  # of a static student's convolution, in tokens; odd
     prior_count: float = 5.0  # a static student's token seen n times is trained with weight n / (n + prior_count)
@@ -42,7 +45,7 @@ class StaticSizes(FrozenModel):
 
 
 class StudentConfig(FrozenModel):
-    """A student's config.json: everything but the weights. Exactly one of `body` and `static` is set."""
+    """A student's config.json: everything but the weights. A table has neither `body` nor `static`."""
 
     format_version: Literal[1] = 1
     kind: Annotated[str, Field(max_length=4096)] = Field(description="see StudentSettings")
@@ -52,7 +55,7 @@ class StudentConfig(FrozenModel):
     vocab_size: int = Field(gt=0, le=MAX_VOCABULARY)
     pooling: Pooling = "mean"
     normalize: bool = Field(default=False, description="whether sentence vectors have unit length")
-    max_length: int = Field(default=512, gt=0, le=1 << 20, description="maximum tokens per text, special ones included")
+    max_length: int = Field(default=512, gt=0, le=LONGEST, description="maximum tokens per text, special ones included")
     prompt: Annotated[str, Field(max_length=1 << 16)] = Field(default="", description="prefix of every text")
     include_prompt: bool = Field(default=True, description="whether a prompt's tokens are pooled")
     skip: int = Field(default=0, ge=0, le=1 << 20, description="tokens of `prompt` that are not pooled")
@@ -65,12 +68,19 @@ class StudentConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _one_body(self) -> "StudentConfig":
-        if (self.body is None) == (self.static is None):
-            raise ValueError("exactly one of body and static must be set")
+        if self.body is not None and self.static is not None:
+            raise ValueError("only one of body and static may be set")
+        if (self.is_table and self.heads != "one") or (self.heads == "separate" and self.static is None):
+            raise ValueError(f"heads {self.heads!r} do not exist for {self.kind!r}: use 'one' for a table, else 'two'")
         widths = [self.dim, *(projection.out_features for projection in self.projections)]
         if widths[:-1] != [projection.in_features for projection in self.projections]:
             raise ValueError("the projections do not fit each other")
         return self
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the student is a table of token embeddings, which reads texts whole and without special tokens."""
+        return self.body is None and self.static is None
 
     @property
     def sentence_dim(self) -> int:

@@ -19,7 +19,7 @@ from msense.dictionary import SenseDictionary
 from msense.errors import InputError, MsenseError, StudentError
 from msense.student.config import StudentFiles, check_dictionary
 from msense.student.files import checked_path, load_student, student_folder
-from msense.student.static import StaticBody
+from msense.student.static import TokenTable
 from msense.student.static_inference import StaticEncoder, split_by_size
 from msense.student.student import Student
 from msense.student.tokenizer import StudentTokenizer, pad_ids
@@ -67,7 +67,7 @@ class SenseEncoder:
         student = load_student(folder)
         self.config = student.config
         self._reader = StudentTokenizer(checked_path(self._files, self._files.tokenizer), self.config)
-        static = isinstance(student.body, StaticBody)
+        static = isinstance(student.body, TokenTable)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() and not static else "cpu"))
         auto = "float32" if self.device.type == "cpu" else resolve_dtype("auto", self.device.type)
         fast = static and self.device.type == "cpu"
@@ -104,6 +104,8 @@ class SenseEncoder:
     def dictionary(self) -> SenseDictionary:
         """The student's dictionary, on its device; StudentError if there is none, or that of another student."""
         folder = self._files.dictionary
+        if self.config.is_table:
+            raise StudentError("a table knows no senses: distil a student of another kind, such as static")
         if not folder.is_dir():
             raise StudentError(
                 f"student {self._files.folder} has no dictionary, only sentence vectors: save it again with "
@@ -279,7 +281,7 @@ class SenseEncoder:
     def _senses(self, rows: list[np.ndarray]) -> Tensor:
         """Return the sense embeddings of all tokens of some texts, float32 [N, D]."""
         if isinstance(self._model, StaticEncoder):
-            return torch.from_numpy(self._model.tokens(rows)[1])
+            return torch.from_numpy(self._model.sense_embeddings(rows))
         _, senses, mask = self._forward(self._model, rows)
         return senses[mask]
 

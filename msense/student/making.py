@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from msense.dictionary import SenseDictionary, TeacherName
 from msense.errors import InputError, StudentError
 from msense.io.untrusted import format_errors
-from msense.student.config import StudentConfig, StudentSettings, check_dictionary
-from msense.student.static import StaticBody, confidence, token_means
+from msense.student.config import LONGEST, StudentConfig, StudentSettings, check_dictionary
+from msense.student.static import confidence, token_means
 from msense.student.student import Student
-from msense.student.transformer import body_settings, load_weights
+from msense.student.transformer import TransformerBody, body_settings, load_weights
 from msense.teacher.body import load_body, truncate_layers
 from msense.teacher.files import body_folder
 from msense.teacher.pooling import SentenceHead, load_head
@@ -43,21 +43,25 @@ def init_student(
     head = load_head(teacher, info)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        if settings.kind == "static":
+        if settings.kind in ("static", "table"):
             student = Student(_config(settings, info, head, dictionary, None)).float()
             model = load_body(body_folder(teacher, revision), teacher, torch.float32)
         else:
             model = _load_transformer(settings.kind, info, teacher, revision)
             student = Student(_config(settings, info, head, dictionary, model)).float()
-    student.sentence_head = head
     body = student.body
-    if isinstance(body, StaticBody):
+    if isinstance(body, TransformerBody):
+        load_weights(body, model)
+    else:
         counts = dictionary.token_counts if seen is None else seen
         with torch.no_grad():
             body.means.copy_(token_means(dictionary, model.get_input_embeddings().weight))
             body.confidence.copy_(confidence(dictionary, counts, settings.prior_count))
-    else:
-        load_weights(body, model)
+            if student.config.is_table:  # special tokens surround the training texts
+                special = list({*info.prefix, *info.suffix})
+                body.means[special] = body.confidence[special] = 0.0
+    head.pooling, head.skip = student.config.pooling, student.config.skip
+    student.sentence_head = head
     return student
 
 
@@ -66,8 +70,13 @@ def _config(
 ) -> StudentConfig:
     """Return the student's config; maximum length and prompt are those that the dictionary was built with."""
     length = dictionary.config.max_length or info.max_length
-    if transformer is None:
-        body: dict[str, Any] = {"static": {"units": settings.units, "kernel_size": settings.kernel_size}}
+    own: dict[str, Any] = {name: getattr(info, name) for name in ("pooling", "prompt", "include_prompt", "skip")}
+    if settings.kind == "table":  # a prompt that is not pooled has no influence
+        body: dict[str, Any] = {}
+        own = {"pooling": "mean", "prompt": info.prompt if info.include_prompt else ""}
+        length = LONGEST
+    elif transformer is None:
+        body = {"static": {"units": settings.units, "kernel_size": settings.kernel_size}}
     else:
         body = {"body": body_settings(transformer)}
         length = min(length, max_positions(transformer.config.get_text_config()) or length)
@@ -78,16 +87,13 @@ def _config(
             tokenizer_fingerprint=info.tokenizer_fingerprint,
             dim=info.dim,
             vocab_size=info.vocab_size,
-            pooling=info.pooling,
             normalize=info.normalize,
             max_length=length,
-            prompt=info.prompt,
-            include_prompt=info.include_prompt,
-            skip=info.skip,
             projections=tuple(projection.config for projection in head.projections),
             truncate_dim=info.truncate_dim,
             truncation_side=info.truncation_side,
-            heads=settings.heads,
+            heads="one" if settings.kind == "table" else settings.heads,
+            **own,
             **body,
         )
     except ValidationError as error:

@@ -20,7 +20,7 @@ from msense.errors import InputError, StudentError
 from msense.io.scratch import atomic_path
 from msense.student.config import StudentFiles
 from msense.student.files import checked_path, load_student, save_student
-from msense.student.static import StaticBody
+from msense.student.static import TokenTable
 from msense.student.static_inference import StaticEncoder
 from msense.student.student import Student
 from msense.student.tokenizer import StudentTokenizer, pad_ids
@@ -89,7 +89,7 @@ class SenseModule(InputModule):
     def _fast_encoder(self, ids: Tensor) -> StaticEncoder | None:
         """Return inference tables, rebuilt if a weight has changed, for a static student in float32 on the CPU."""
         body = self.student.body
-        static = isinstance(body, StaticBody) and body.means.dtype == torch.float32
+        static = isinstance(body, TokenTable) and body.means.dtype == torch.float32
         on_cpu = ids.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         if self.training or torch.is_grad_enabled() or not (static and on_cpu):
             self._fast = None  # frees the tables

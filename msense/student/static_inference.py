@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from msense.errors import InputError, StudentError
-from msense.student.static import StaticBody
+from msense.student.static import ContextMixer, StaticBody, TokenTable
 from msense.student.student import Student
 
 CHUNK_TOKENS = 1024  # fits the caches of a core
@@ -32,8 +32,28 @@ class _Chunk(NamedTuple):
     passage: Tensor  # int64 [N + (P - 1)·half], of each row of the convolved stream
 
 
+class _MixerTables:
+    """A `ContextMixer` whose first layer is a table of tokens."""
+
+    def __init__(self, table: Tensor, mixer: ContextMixer) -> None:
+        self.units = _with_border(table @ mixer.project.weight.T)
+        self.passage, self.back = mixer.passage, mixer.back
+        taps = mixer.taps.T[:, None, None]  # as weights [U, 1, 1, window] of U groups
+        self.taps = taps.contiguous(memory_format=torch.channels_last)
+
+    def active(self, chunk: _Chunk, mean: Tensor) -> Tensor:
+        """Return the activations on the convolved stream, float32 [N + (P - 1)·half, U], given passage means [P, D]."""
+        of_passages = torch.addmm(self.passage.bias, mean, self.passage.weight.T)
+        rows, stream = len(chunk.passage), self.units.index_select(0, chunk.stream)
+        length, width = stream.shape
+        # a channels-last view: the convolution then accumulates all taps in registers
+        image = stream.as_strided((1, width, 1, length), (length * width, 1, length * width, width))
+        units = torch.nn.functional.conv2d(image, self.taps, groups=width).reshape(width, rows).T.contiguous()
+        return units.add_(of_passages.index_select(0, chunk.passage)).relu_()
+
+
 class StaticEncoder:
-    """A static student on the CPU, for inference only; equal to the module up to rounding.
+    """A static student or a table on the CPU, for inference only; equal to the module up to rounding.
 
     Example:
         >>> encoder = StaticEncoder(load_student("runs/static/student"))  # doctest: +SKIP
@@ -45,15 +65,14 @@ class StaticEncoder:
         """Copy a student into tables; raise StudentError if it is a transformer."""
         self.config = student.config
         student = copy.deepcopy(student).float().cpu().requires_grad_(False)
-        body, head = student.body, student.head
-        if not isinstance(body, StaticBody):
+        body = student.body
+        if not isinstance(body, TokenTable):
             raise StudentError(f"student {self.config.kind!r} is a transformer: give a static student")
-        self.sentence_head = student.sentence_head
+        self.sentence_head, self._head, self._confidence = student.sentence_head, student.head, body.confidence
         table = body.table()
-        self._tokens, self._units = _with_border(table), _with_border(table @ body.project.weight.T)
-        self._confidence, self._passage, self._back, self._head = body.confidence, body.passage, body.back, head
-        taps = body.taps.T[:, None, None]  # as weights [U, 1, 1, window] of U groups
-        self._taps = taps.contiguous(memory_format=torch.channels_last)
+        self._tokens = _with_border(table)
+        mixers = (body.mixer, body.sense_mixer) if isinstance(body, StaticBody) else (None, None)
+        self._mixer, self._sense_mixer = (None if mixer is None else _MixerTables(table, mixer) for mixer in mixers)
 
     @torch.inference_mode()
     def sentences(self, passages: Sequence[np.ndarray], skip: int | None = None) -> np.ndarray:
@@ -67,28 +86,42 @@ class StaticEncoder:
         nonempty = [i for i, passage in enumerate(passages) if len(passage)]
         done = 0
         for chunk in self._chunks([passages[i] for i in nonempty]):
-            mean = self._mean(chunk)
-            tokens, active, confidence = self._pooled(chunk, mean, self._active(chunk, mean), skip)
-            sentences = torch.addmm(tokens, active, self._back.weight.T).addcmul_(confidence[:, None], self._back.bias)
+            sentences = mean = self._mean(chunk)
+            if (mixer := self._mixer) is not None:
+                tokens, active, confidence = self._pooled(chunk, mean, mixer.active(chunk, mean), skip)
+                sentences = torch.addmm(tokens, active, mixer.back.weight.T)
+                sentences.addcmul_(confidence[:, None], mixer.back.bias)
             vectors[nonempty[done : done + len(sentences)]] = sentences
             done += len(sentences)
         return np.asarray(self.sentence_head.finish(vectors).numpy())
 
+    def hidden(self, passages: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the embeddings of all tokens that are pooled, float32 [N, D]; errors as `sentences`."""
+        return np.asarray(self._mixed(passages, self._mixer).numpy())
+
+    def sense_embeddings(self, passages: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the embeddings of all tokens that are compared with senses, float32 [N, D]; errors as `sentences`."""
+        embeddings = self._mixed(passages, self._sense_mixer or self._mixer)
+        if self._head is not None:
+            embeddings = torch.addmm(self._head.bias, embeddings, self._head.weight.T)
+        return np.asarray(embeddings.numpy())
+
     @torch.inference_mode()
-    def tokens(self, passages: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Return `hidden` and `senses` of all tokens as in StudentOutput, float32 [N, D] each; errors as `sentences`."""
+    def _mixed(self, passages: Sequence[np.ndarray], mixer: _MixerTables | None) -> Tensor:
+        """Return token embeddings with what a mixer adds, float32 [N, D]."""
         chunks = [torch.empty(0, self.config.dim, dtype=torch.float32)]
         for chunk in self._chunks([passage for passage in passages if len(passage)]):
-            active = self._active(chunk, self._mean(chunk)).index_select(0, chunk.places)
-            moved = torch.addmm(self._back.bias, active, self._back.weight.T)
-            chunks.append(self._tokens.index_select(0, chunk.ids).addcmul_(self._confidence[chunk.ids, None], moved))
-        hidden = torch.cat(chunks)
-        senses = hidden if self._head is None else torch.addmm(self._head.bias, hidden, self._head.weight.T)
-        return hidden.numpy(), senses.numpy()
+            chunks.append(self._tokens.index_select(0, chunk.ids))
+            if mixer is not None:
+                active = mixer.active(chunk, self._mean(chunk)).index_select(0, chunk.places)
+                moved = torch.addmm(mixer.back.bias, active, mixer.back.weight.T)
+                chunks[-1].addcmul_(self._confidence[chunk.ids, None], moved)
+        return torch.cat(chunks)
 
     def _chunks(self, passages: Sequence[np.ndarray]) -> Iterator[_Chunk]:
         """Yield groups of whole passages, none of them empty, of about CHUNK_TOKENS tokens."""
-        half, border = self._taps.shape[3] // 2, self.config.vocab_size
+        half = 0 if self._mixer is None else self._mixer.taps.shape[3] // 2
+        border = self.config.vocab_size
         lengths = np.array([len(passage) for passage in passages], np.int64)
         for group in split_by_size(lengths, CHUNK_TOKENS):
             size = lengths[group]
@@ -111,16 +144,6 @@ class StaticEncoder:
         """Return the mean token embedding of each passage, float32 [P, D]."""
         sums = embedding_bag(chunk.ids, self._tokens, chunk.starts, mode="sum")
         return sums.div_(chunk.lengths[:, None])
-
-    def _active(self, chunk: _Chunk, mean: Tensor) -> Tensor:
-        """Return the MLP's activations on the convolved stream, float32 [N + (P - 1)·half, U]."""
-        of_passages = torch.addmm(self._passage.bias, mean, self._passage.weight.T)
-        rows, stream = len(chunk.passage), self._units.index_select(0, chunk.stream)
-        length, width = stream.shape
-        # a channels-last view: the convolution then accumulates all taps in registers
-        image = stream.as_strided((1, width, 1, length), (length * width, 1, length * width, width))
-        units = torch.nn.functional.conv2d(image, self._taps, groups=width).reshape(width, rows).T.contiguous()
-        return units.add_(of_passages.index_select(0, chunk.passage)).relu_()
 
     def _pooled(self, chunk: _Chunk, mean: Tensor, active: Tensor, skip: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return pooled token embeddings [P, D], activations times confidence [P, U], and confidence [P]."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from msense.student.config import StudentConfig
-from msense.student.static import StaticBody
+from msense.student.static import StaticBody, TokenTable
 from msense.student.transformer import TransformerBody
 from msense.teacher.pooling import Projection, SentenceHead
 
@@ -33,13 +33,16 @@ class Student(nn.Module):
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
         self.config = config
-        self.body: StaticBody | TransformerBody
-        if config.static is not None:
-            self.body = StaticBody(config.vocab_size, config.dim, config.static)
+        self.body: TokenTable | TransformerBody
+        if config.is_table:
+            self.body = TokenTable(config.vocab_size, config.dim)
+        elif config.static is not None:
+            separate = config.heads == "separate"
+            self.body = StaticBody(config.vocab_size, config.dim, config.static, separate=separate)
         else:
             self.body = TransformerBody(config.body or {})
         self.adaptor = nn.Linear(self.body.width, config.dim) if self.body.width != config.dim else None
-        self.head = nn.Linear(config.dim, config.dim) if config.heads == "two" else None
+        self.head = nn.Linear(config.dim, config.dim) if config.heads != "one" else None
         if self.head is not None:
             nn.init.eye_(self.head.weight)
             nn.init.zeros_(self.head.bias)
@@ -55,7 +58,12 @@ class Student(nn.Module):
         """Embed token ids int64 [B, L] with a mask bool [B, L], padded on either side."""
         hidden = self.body(ids, mask)
         hidden = hidden if self.adaptor is None else self.adaptor(hidden)
-        return StudentOutput(hidden, hidden if self.head is None else self.head(hidden))
+        if self.head is None:
+            return StudentOutput(hidden, hidden)
+        if self.config.heads == "two":
+            return StudentOutput(hidden, self.head(hidden))
+        assert isinstance(self.body, StaticBody)
+        return StudentOutput(hidden, self.head(self.body.sense_embeddings(ids, mask)))
 
     def sentence(self, hidden: Tensor, mask: Tensor, skip: int | None = None) -> Tensor:
         """Return sentence vectors [B, D'], made of `hidden` [B, L, D] like the teacher's; for `skip` see `pool`."""
@@ -64,14 +72,20 @@ class Student(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """Return the tensors to save; a static student's shift is merged into its means."""
-        state = self.state_dict()
-        if isinstance(self.body, StaticBody):
+        state = {_stored_name(name): value for name, value in self.state_dict().items()}
+        if isinstance(self.body, TokenTable):
             state["body.means"] = self.body.table().detach()
             del state["body.shift.weight"]
         return state
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Load the tensors returned by `weights`; raise RuntimeError if names or shapes differ."""
-        if isinstance(self.body, StaticBody):
+        if isinstance(self.body, TokenTable):
             weights = {**weights, "body.shift.weight": torch.zeros_like(self.body.means)}
-        self.load_state_dict(weights)
+        names = {_stored_name(name): name for name in self.state_dict()}
+        self.load_state_dict({names.get(name, name): value for name, value in weights.items()})
+
+
+def _stored_name(name: str) -> str:
+    """Return a tensor's name in a saved student, where a static body has no separate part for its mixer."""
+    return name.replace("body.mixer.", "body.", 1) if name.startswith("body.mixer.") else name

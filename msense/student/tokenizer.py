@@ -10,7 +10,7 @@ from torch import Tensor
 
 from msense.dictionary.lookup import Vocabulary, tokenizer_errors
 from msense.errors import DictionaryError, InputError, StudentError
-from msense.student.config import StudentConfig
+from msense.student.config import LONGEST, StudentConfig
 from msense.teacher.batching import pad_batch
 from msense.text import is_utf8
 
@@ -18,7 +18,7 @@ _TEXTS_AT_A_TIME = 256
 
 
 class StudentTokenizer:
-    """A student's tokenizer; texts are truncated to `config.max_length` tokens."""
+    """A student's tokenizer; texts are truncated to `config.max_length` tokens, and a table's have no special tokens."""
 
     def __init__(self, path: Path, config: StudentConfig) -> None:
         """Load a tokenizer.json; raise StudentError if it is damaged, another's, or leaves no room for text."""
@@ -28,7 +28,8 @@ class StudentTokenizer:
             raise StudentError(f"{path} is not the student's tokenizer ({error})") from error
         self.tokenizer = vocabulary.tokenizer
         largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-        special = self.tokenizer.num_special_tokens_to_add(is_pair=False)
+        self.special_tokens = not config.is_table
+        special = self.tokenizer.num_special_tokens_to_add(is_pair=False) * self.special_tokens
         if largest >= config.vocab_size:
             raise StudentError(
                 f"{path} has token id {largest}, but the student {config.vocab_size} tokens: copy it again"
@@ -41,23 +42,30 @@ class StudentTokenizer:
 
     def truncate(self, max_length: int) -> None:
         """Truncate texts to at most `max_length` tokens."""
-        self.tokenizer.enable_truncation(max_length, direction=self.truncation_side)
+        if max_length >= LONGEST:
+            self.tokenizer.no_truncation()
+        else:
+            self.tokenizer.enable_truncation(max_length, direction=self.truncation_side)
 
     def ids(self, texts: Sequence[str], prompt: str = "") -> list[np.ndarray]:
         """Return the token ids of prompt + text for each text, int64 [n_i]; raise InputError for invalid text."""
         _check(texts, prompt)
         rows: list[np.ndarray] = []
+        encode = self.tokenizer.encode_batch_fast
         for start in range(0, len(texts), _TEXTS_AT_A_TIME):
             some = [prompt + text for text in texts[start : start + _TEXTS_AT_A_TIME]]
             with tokenizer_errors("fails at a text"):
-                rows += [np.array(encoding.ids, np.int64) for encoding in self.tokenizer.encode_batch_fast(some)]
+                rows += [
+                    np.array(encoding.ids, np.int64)
+                    for encoding in encode(some, add_special_tokens=self.special_tokens)
+                ]
         return rows
 
     def encoding(self, text: str, prompt: str = "") -> Encoding:
         """Return the tokens of one text with their offsets in prompt + text; raise InputError for invalid text."""
         _check([text], prompt)
         with tokenizer_errors("fails at a text"):
-            return self.tokenizer.encode(prompt + text)
+            return self.tokenizer.encode(prompt + text, add_special_tokens=self.special_tokens)
 
 
 def _check(texts: Sequence[str], prompt: str) -> None:

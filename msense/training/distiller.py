@@ -18,7 +18,7 @@ from torch import nn
 from msense.dictionary import SenseDictionary
 from msense.student import Student, StudentSettings, init_student, save_student
 from msense.student.pruning import prune_embeddings, restore_embeddings
-from msense.student.static import StaticBody
+from msense.student.static import TokenTable
 from msense.student.student import StudentOutput
 from msense.teacher.model import Teacher
 from msense.training.engine import DDPEngine, DeepSpeedEngine, Engine, prepare_process
@@ -75,7 +75,7 @@ def build_student(training: DistillationConfig, labels: LabelSet | None = None) 
     trained, held_out = (None, None) if labels is None else labels.token_counts()
     student = init_student(training.student, dictionary, training.teacher, training.revision, trained)
     student = student.to(training.device)
-    if not isinstance(student.body, StaticBody) and not training.train_embeddings:
+    if not isinstance(student.body, TokenTable) and not training.train_embeddings:
         student.body.get_input_embeddings().requires_grad_(False)
     elif trained is not None:
         prune_embeddings(student, torch.from_numpy(np.flatnonzero(trained + held_out)))

@@ -13,6 +13,7 @@ import torch
 import yaml
 from students import KINDS, LONG, TEXTS, ids_of, one, outside, shipped
 from tiny import make
+from tokenizers import Tokenizer
 
 from msense import SenseDictionary, SenseEncoder
 from msense.errors import DictionaryError, InputError, MsenseError, StudentError
@@ -35,6 +36,17 @@ def test_without_a_dictionary_there_are_vectors_only(teacher: Path, tmp_path: Pa
     for use in (lambda: encoder.tokens("bank"), lambda: encoder.encode(TEXTS, replace="hard")):
         with pytest.raises(StudentError, match=r"has no dictionary, .* save it again with senses='float16'"):
             use()
+
+
+def test_a_table_reads_texts_whole_and_says_that_it_has_no_senses(teacher: Path, tmp_path: Path) -> None:
+    student, dictionary = shipped(teacher, tmp_path / "s", "table", senses="none")
+    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
+    ids = Tokenizer.from_file(str(tmp_path / "s" / "tokenizer.json")).encode(LONG, add_special_tokens=False).ids
+    assert len(ids) > 20 * dictionary.config.max_length
+    expected = torch.nn.functional.normalize(student.body.table()[ids].mean(0), dim=0)
+    np.testing.assert_allclose(encoder.encode(LONG, normalize_embeddings=True), expected.detach().numpy(), atol=1e-5)
+    with pytest.raises(StudentError, match="a table knows no senses"):
+        encoder.tokens("bank")
 
 
 def test_a_saved_folder_is_complete_without_code_and_local_paths(teacher: Path, tmp_path: Path) -> None:

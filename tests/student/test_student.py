@@ -197,7 +197,7 @@ def test_static_student_starts_at_token_means_and_unseen_tokens_stay(teacher: Pa
     student, again = (
         init_student(StudentSettings(kind="static", **TINY), d, str(teacher), seen=seen) for _ in range(2)
     )
-    assert torch.equal(student.body.taps, again.body.taps)  # seeded
+    assert torch.equal(student.body.mixer.taps, again.body.mixer.taps)  # seeded
     means = student.body.means[IDS[MASK]].clone()
     hidden, senses = student(IDS, MASK)
     assert torch.equal(hidden[MASK], means)
@@ -209,12 +209,45 @@ def test_static_student_starts_at_token_means_and_unseen_tokens_stay(teacher: Pa
     assert stayed.tolist() == (IDS[MASK] % 3 == 0).tolist()
 
 
+def test_separate_heads_do_not_share_what_they_learn(teacher: Path) -> None:
+    dictionary = dictionary_of(teacher)
+    student = init_student(StudentSettings(kind="static", heads="separate", **TINY), dictionary, str(teacher))
+    learnt(student)
+    trained = {}
+    for name, part in zip(("sentence", "senses"), student(IDS, MASK), strict=True):
+        student.zero_grad(set_to_none=True)
+        part[MASK].square().sum().backward(retain_graph=True)
+        trained[name] = {key for key, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+    mixer = {"project.weight", "taps", "passage.weight", "passage.bias", "back.weight", "back.bias"}
+    assert trained["sentence"] == {"body.shift.weight", *(f"body.mixer.{name}" for name in mixer)}
+    assert trained["senses"] == {"head.weight", "head.bias", *(f"body.sense_mixer.{name}" for name in mixer)}
+
+
+def test_a_table_is_the_mean_of_its_tokens_without_special_ones(make_teacher: MakeTeacher, tmp_path: Path) -> None:
+    folder = make_teacher("bert", pooling="cls")
+    dictionary = dictionary_of(folder)
+    student = init_student(StudentSettings(kind="table"), dictionary, str(folder))
+    assert (student.config.pooling, student.config.heads) == ("mean", "one")
+    hidden = run(student, IDS, MASK)[1]
+    first, last = (IDS[0, [0, -1]]).tolist()  # [CLS] and [SEP]
+    assert not student.body.table()[[first, last]].any()
+    static = init_student(StudentSettings(kind="static", **TINY), dictionary, str(folder))
+    assert torch.equal(hidden[1:3], static.body.means[IDS[0, 1:3]])
+    save_student(tmp_path / "s", student)
+    again = load_student(tmp_path / "s")
+    assert again.config == student.config
+    mean = student.body.table().detach()[[7, 5, 5]].mean(0)
+    np.testing.assert_allclose(StaticEncoder(again).sentences([np.array([7, 5, 5])])[0], mean.numpy(), atol=1e-6)
+    with pytest.raises(ValueError, match="heads 'two' do not exist for 'table'"):
+        StudentConfig.model_validate({**student.config.model_dump(), "heads": "two"})
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(0, 8), max_size=12), max_size=6),
     pooling=POOLINGS,
     normalize=st.booleans(),
-    heads=st.sampled_from(["two", "one"]),
+    heads=st.sampled_from(["separate", "two", "one"]),
     chunk=st.sampled_from([1, 7, 4096]),
     seed=st.integers(0, 3),
 )
@@ -230,7 +263,9 @@ def test_fast_inference_equals_the_module(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("msense.student.static_inference.CHUNK_TOKENS", chunk)
         np.testing.assert_allclose(encoder.sentences(arrays)[kept], sentences[kept], atol=1e-5)
-        for actual, expected in zip(encoder.tokens(arrays), embeddings, strict=True):
+        for actual, expected in zip(
+            (encoder.hidden(arrays), encoder.sense_embeddings(arrays)), embeddings, strict=True
+        ):
             np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
@@ -261,8 +296,8 @@ STATIC = {"static": {"units": 4, "kernel_size": 3}}
         ({"dim": 17}, "does not match config.json"),
         ({"pooling": "max"}, "pooling: Input should be"),
         ({"heads": "one"}, r"head.bias has shape \(16,\) and dtype F32, expected None"),
-        ({"body": None}, "exactly one of body and static"),
-        (STATIC, "exactly one of body and static"),
+        ({"body": None}, "heads 'two' do not exist"),
+        (STATIC, "only one of body and static"),
         ({"static": {"units": 4, "window": 2}, "body": None}, "must be odd"),
         ({**STATIC, "body": None, "vocab_size": 1 << 21}, "does not match config.json"),
         ({"body": {}}, "unknown model type 'None'"),
