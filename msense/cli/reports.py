@@ -27,6 +27,14 @@ def show_build(summary: dict[str, Any]) -> None:
         ("disk: passages", about + size(estimate["passages_bytes"])),
         ("disk: occurrences", about + size(estimate["occurrences_bytes"])),
         ("disk: dictionary", f"{about}{size(estimate['dictionary_bytes'])} and exemplars"),
+        (
+            "disk: embeddings",
+            f"{about}{size(estimate['embeddings_bytes'])} for all tokens read; budget {_budget(estimate)}",
+        ),
+        (
+            "embeddings for labels",
+            f"{about}{estimate['kept_tokens']:,.0f} tokens kept, {about}{estimate['reread_tokens']:,.0f} read again",
+        ),
         ("memory: teacher actor", f"weights and {size(estimate['unit_memory'])} per partition"),
         ("memory: clustering task", about + size(estimate["clustering_memory"])),
         *_resource_rows(estimate, estimate["needed_tokens"]),
@@ -41,13 +49,19 @@ def show_distillation(summary: dict[str, Any]) -> None:
         show_table("Student", [*stage_rows(summary["stages"]), ("student", summary["student"])])
         return
     estimate = summary["estimate"]
+    kinds = {"sentence": "sentences", "run": "runs of sentences", "title": "titles", "query": "queries"}
     rows = [
         ("passages to label", f"{estimate['passages']:,}, {estimate['tokens']:,} tokens"),
+        *(
+            (f"{kinds[name]} to label", f"about {kind['spans']:,}, {kind['tokens']:,} tokens")
+            for name, kind in estimate["kinds"].items()
+        ),
+        ("to be read by the teacher", f"{'about ' * bool(estimate['kinds'])}{estimate['forwarded']:,} tokens"),
         ("disk: senses", size(estimate["labels_bytes"])),
         (f"disk: --soft-targets {estimate['soft_targets']}", f"{size(estimate['soft_targets_bytes'])} more"),
         ("disk: --pooled", f"{size(estimate['pooled_bytes'])} more"),
         ("disk: total with these settings", size(estimate["total_bytes"])),
-        *_resource_rows(estimate, estimate["tokens"]),
+        *_resource_rows(estimate, estimate["forwarded"]),
     ]
     show_table("Dry run: the size of the labels", rows)
 
@@ -64,6 +78,11 @@ def show_evaluation(evaluation: Evaluation) -> None:
     for table in tables(evaluation):
         show_table(table.title, table.rows, table.head, table.what)
         console().print()
+
+
+def _budget(estimate: dict[str, Any]) -> str:
+    """Return the most bytes of embeddings that are kept, as text."""
+    return "unlimited" if estimate["budget_bytes"] is None else size(estimate["budget_bytes"])
 
 
 def _resource_rows(estimate: dict[str, Any], tokens: float) -> list[tuple[str, str]]:

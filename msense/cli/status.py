@@ -45,6 +45,7 @@ def _build_rows(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str
         "passages": f"{_finished(run.passages, '.parquet')} files",
         "plan": _done(run.thresholds),
         "embed": f"{_finished(run.occurrences, '.records')}{of_partitions} partitions",
+        "embeddings": f"{_finished(run.embeddings, '.embeddings')}{of_partitions} partitions",
         **({} if fixed else {"senses": _done(run.senses)}),
         "clustering": f"{_finished(run.centroids, prefix='0')}{of_shards} shards",
     }
@@ -59,21 +60,31 @@ def _build_rows(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str
 
 
 def _distillation_rows(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    totals = storage.read_json(run.partitions)
-    of_partitions = f" of {totals['labels']}" if totals else ""
     rows = [("dictionary", f"fingerprint {manifest['dictionary'][:12]}")]
-    if files := _finished(run.passages, ".parquet"):  # otherwise those of the dictionary's run are used
-        rows += [("passages", f"{files} files"), ("plan", _done(run.thresholds))]
-    rows.append(("labels", f"{_finished(run.labels, '.safetensors', '0')}{of_partitions} partitions"))
-    if labels := storage.read_json(run.label_manifest):
-        names = ("passages", "held_out_passages", "tokens", "labelled", "size")
-        total = {name: sum(partition[name] for partition in labels["units"]) for name in names}
-        text = f"{total['passages']:,} passages ({total['held_out_passages']:,} held out), {total['tokens']:,} tokens"
-        rows.append(("", f"{text}, {total['labelled']:,} with a sense, {size(total['size'])}"))
+    if "training" not in manifest:
+        return rows + _label_rows(run)
+    place = storage.read_json(run.labels_place)  # the labels of older versions are in the run itself
+    rows += _label_rows(RunFolder(place["folder"] if place else run.root))
     finished = storage.exists(run.student)
     if (progress := storage.read_json(run.progress)) and not finished:
         rows.append(("training", format_progress(progress)))
     return [*rows, ("student", run.student if finished else "pending; rerun the distillation command to resume")]
+
+
+def _label_rows(run: RunFolder) -> list[tuple[str, str]]:
+    totals = storage.read_json(run.partitions)
+    of_partitions = f" of {totals['labels']}" if totals else ""
+    rows = []
+    if files := _finished(run.passages, ".parquet"):  # otherwise those of the dictionary's run are used
+        rows += [("passages", f"{files} files"), ("plan", _done(run.thresholds))]
+    rows.append(("labels", f"{_finished(run.labels, '.safetensors', '0')}{of_partitions} partitions in {run.root}"))
+    if labels := storage.read_json(run.label_manifest):
+        names = ("passages", "spans", "held_out_passages", "tokens", "labelled", "size")
+        total = {name: sum(partition.get(name, 0) for partition in labels["units"]) for name in names}
+        text = f"{total['passages'] - total['spans']:,} passages and {total['spans']:,} spans and queries"
+        text += f" ({total['held_out_passages']:,} held out), {total['tokens']:,} tokens"
+        rows.append(("", f"{text}, {total['labelled']:,} with a sense, {size(total['size'])}"))
+    return rows
 
 
 def _done(file: str) -> str:

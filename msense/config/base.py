@@ -15,7 +15,10 @@ from msense.text import is_utf8, redact
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 TrainDtype = Annotated[Literal["auto", "float32", "bfloat16"], Field(description="dtype of the model in training")]
 _SHOWN_ERRORS = 20
-_TEXTS = ("corpus", "text_column", "id_column", "teacher", "revision", "prompt", "output", "dictionary", "student")
+_TEXTS = (
+    *("corpus", "queries", "text_column", "id_column", "teacher", "revision", "prompt"),
+    *("output", "labels", "dictionary", "student"),
+)
 
 
 def validate_config(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:
@@ -63,7 +66,7 @@ class JobConfig(BaseModel):
     local: bool = Field(False, description="run without Ray: in this process, or in N processes with --workers N")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log lines")
 
-    @field_validator("corpus", "keep", mode="before", check_fields=False)
+    @field_validator("corpus", "queries", "keep", mode="before", check_fields=False)
     @classmethod
     def _as_list(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value

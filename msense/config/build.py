@@ -16,10 +16,10 @@ DEMO_CORPUS = "pydocs:pandas,sklearn,torch"
 DEMO_SAMPLE = 0.18  # about 650,000 tokens, one minute of teacher inference on two cores
 DEMO_SEED = 274  # with this seed the sample contains modules that use the demo's five words
 SenseRule = Literal["auto", "mcl"]
-Intermediate = Literal["passages", "occurrences", "centroids"]
+Intermediate = Literal["passages", "embeddings", "occurrences", "centroids"]
 _FREE = {  # without influence on the results
     *("local", "workers", "gpus_per_actor", "task_memory", "log_level", "output", "keep", "dry_run", "time_teacher"),
-    *("corpus", "on_bad_document", "max_points_per_part"),
+    *("corpus", "on_bad_document", "max_points_per_part", "keep_embeddings", "embeddings_budget"),
 }
 
 
@@ -73,7 +73,25 @@ class BuildConfig(PlanOptions, TeacherOptions, TeacherJobConfig):
     exemplars: int = Field(3, ge=0, le=MAX_EXEMPLARS, description="example contexts per sense")
     task_memory: ByteSize | None = Field(None, ge=1, description="memory per clustering task (4GB); default: planned")
     output: str = Field("runs/dictionary", description="run folder or URI; the dictionary is its subfolder dictionary/")
-    keep: tuple[Intermediate, ...] = Field(("passages",), description="intermediate files to keep after the build")
+    keep: tuple[Intermediate, ...] = Field(
+        ("passages", "embeddings"),
+        description="intermediate files to keep after the build; passages and embeddings spare jobs/distill.py reading again",
+    )
+    keep_embeddings: Literal["auto", "all", "sample"] = Field(
+        "auto",
+        description="embeddings to keep for labels: all tokens of the passages read, all while --embeddings-budget lasts (auto), "
+        "or the sampled occurrences only, as long as the build needs them",
+    )
+    embeddings_dtype: Literal["store", "int8"] = Field(
+        "store",
+        description="dtype of kept embeddings, to which those of labels are rounded: --store-dtype, or int8 with a scale per "
+        "token (half the size; another nearest sense for about 0.02 % of the tokens)",
+    )
+    embeddings_budget: ByteSize | None = Field(
+        None,
+        description="for auto: bytes of kept embeddings (40GB); default: a quarter of the disk's free space, 100GB on object "
+        "storage",
+    )
     dry_run: bool = Field(False, description="stop after the plan and print what the run would read, write and need")
 
     @model_validator(mode="before")
@@ -119,6 +137,11 @@ class BuildConfig(PlanOptions, TeacherOptions, TeacherJobConfig):
         if given and rule != "mcl" and not (rule == "auto" and info.data.get("reference")):
             raise ValueError(f"requires --senses mcl, not {rule}: omit it, or give --senses mcl")
         return {name: getattr(config, name) for name in given}
+
+    @property
+    def keeps_embeddings(self) -> bool:
+        """Whether embeddings of all tokens are written; without the passages they would be of no use."""
+        return self.keep_embeddings != "sample" and {"passages", "embeddings"} <= set(self.keep)
 
     def of_results(self) -> dict[str, Any]:
         """Return the settings that the results depend on; changing one of them needs a new run folder."""

@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from msense.config.base import TeacherJobConfig, TrainDtype, parse_pairs
 from msense.constants import MAX_INT32, Metric
+from msense.corpus.spans import SPANS
 
 OBJECTIVES = {
     "sense": "cross-entropy over the senses of the token, under the dictionary's metric",
@@ -20,10 +21,10 @@ Schedule = Literal["cosine", "one-cycle", "linear", "constant"]
 Senses = Literal["float16", "int8", "none"]
 _LAYERS = r"layers:([1-9][0-9]{0,3}|[0-9]{1,4}(,[0-9]{1,4})+)"
 _SENSE_OBJECTIVES = ("sense", "replaced")
-_LABEL_SETTINGS = {"train_tokens", "held_out", "soft_targets", "metric", "pooled", "dtype"}
+_LABEL_SETTINGS = {"train_tokens", "held_out", "soft_targets", "metric", "pooled", "dtype", "spans"}
 _FREE = {  # without influence on labels and student
     *("local", "workers", "gpus_per_actor", "checkpoint_steps", "log_level", "output", "dry_run", "time_teacher"),
-    *("dictionary", "teacher", "corpus", "on_bad_document"),
+    *("dictionary", "teacher", "corpus", "on_bad_document", "queries", "labels"),
 }
 _CORPUS_SETTINGS = {"text_column", "id_column", "dedup"}  # recorded with the text
 _REFERENCE: dict[str, Any] = {"objective": {"sense": 1.0}, "heads": "one", "metric": "dot", "soft_targets": 0}
@@ -41,8 +42,11 @@ class DistillConfig(TeacherJobConfig):
 
     dictionary: str = Field(description="folder or URI of the dictionary, or of the run that built it")
     corpus: tuple[str, ...] = Field((), description="texts, as for build_dict.py; default: those of the dictionary")
-    text_column: str = Field("text", description="with --corpus: text column of jsonl, parquet and csv files")
-    id_column: str = Field("id", description="with --corpus: column of document ids, used if present; none: no ids")
+    queries: tuple[str, ...] = Field((), description="short texts, such as real queries, to label as well; as --corpus")
+    text_column: str = Field(
+        "text", description="of --corpus and --queries: text column of jsonl, parquet and csv files"
+    )
+    id_column: str = Field("id", description="of these: column of document ids, used if present; none: no ids")
     dedup: bool = Field(False, description="with --corpus: read identical passages once")
     teacher: str | None = Field(None, description="name or folder of the teacher; default: as recorded")
     train_tokens: int | None = Field(None, ge=1, description="tokens to label; default: those that the plan selected")
@@ -50,24 +54,33 @@ class DistillConfig(TeacherJobConfig):
     soft_targets: int = Field(0, ge=0, le=MAX_SOFT_TARGETS, description="stored senses per token; 0: nearest only")
     metric: Metric | None = Field(None, description="metric of labels, losses and student; default: the dictionary's")
     temperature: float = Field(1 / 3, gt=0, le=1e6, description="of losses, in units of the squared RMS distance")
+    spans: dict[str, float] = Field(
+        {"sentence": 1.0, "run": 0.5, "title": 1.0},
+        description="share of the sentences, runs of two to four sentences, and first lines or titles of the passages that are "
+        "labelled as texts of their own; none: passages only",
+    )
     pooled: bool = Field(True, strict=True, description="also store the teacher's embedding of each passage")
     student: str = Field(
         "layers:2",
-        description="layers:N (the teacher's first N), layers:0,2,5 (these, from 0), static (no attention), or a model",
+        description="layers:N (the teacher's first N), layers:0,2,5 (these, from 0), static (no attention), table (a vector per "
+        "token, without senses), or a model",
     )
     objective: dict[str, float] = Field(
         {"sense": 10.0, "pooled": 100.0, "replaced": 100.0},
         description="losses with weights: " + "; ".join(f"{name}: {text}" for name, text in OBJECTIVES.items()),
     )
-    heads: Literal["one", "two"] = Field(
+    heads: Literal["one", "two", "separate"] = Field(
         "two",
-        description="one: senses and vectors share a hidden state (default with one of them); two: separate heads",
+        description="how senses and sentence vectors share a student; one: the hidden state (default with one of them); two: all "
+        "but a linear head; separate: only a token table that the senses do not change (static, and its default)",
     )
     train_embeddings: bool = Field(False, description="train token embeddings (of a static student: always trained)")
     epochs: int = Field(10, ge=1, le=10_000, description="passes over the training texts")
     batch_tokens: int = Field(1024, ge=1, le=MAX_INT32, description="tokens per step over all workers, with padding")
     accumulate: int = Field(1, ge=1, le=1024, description="gradient accumulation: slices of a worker's share of a step")
-    lr: float | None = Field(None, gt=0, le=10, description="peak learning rate; default: 3e-3 for static, else 1e-3")
+    lr: float | None = Field(
+        None, gt=0, le=10, description="peak learning rate; default: 3e-3 for static and table, else 1e-3"
+    )
     schedule: Schedule = Field("cosine", description="learning rate after warmup; one-cycle: use --warmup 0.3")
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps with increasing learning rate")
     weight_decay: float = Field(0.01, ge=0, le=1, description="weight decay of AdamW")
@@ -82,6 +95,10 @@ class DistillConfig(TeacherJobConfig):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="random seed")
     ship_senses: Senses = Field("float16", description="dtype of the shipped senses; none: vectors only")
+    labels: str | None = Field(
+        None,
+        description="folder of labels, which students share; default: labels/ of the dictionary's run, else of --output",
+    )
     output: str = Field("runs/student", description="run folder or URI; the student is its subfolder student/")
     dry_run: bool = Field(False, description="stop before labelling and print the size of the labels")
 
@@ -91,10 +108,13 @@ class DistillConfig(TeacherJobConfig):
         if values.get("reference") is True:
             values = {**_REFERENCE, **values}
         if values.get("pooled") is False:
-            values = {"objective": {"sense": 1.0}, **values}
+            values = {"objective": {"sense": 1.0}, "spans": {}, **values}  # nothing is learnt from spans
+        if values.get("student") == "table":
+            values = {"objective": {"pooled": 100.0}, "ship_senses": "none", **values}
         objective = parse_pairs(values.get("objective", "sense pooled"))
         kinds = {name in _SENSE_OBJECTIVES for name in objective} if isinstance(objective, dict) else ()
-        return {"heads": "one", **values} if len(kinds) == 1 else values
+        heads = "one" if len(kinds) == 1 else "separate" if values.get("student") == "static" else "two"
+        return {"heads": heads, **values}
 
     @field_validator("student")
     @classmethod
@@ -103,12 +123,40 @@ class DistillConfig(TeacherJobConfig):
             raise ValueError("must be layers:N with a number from 1, such as layers:2, or a list such as layers:0,2,5")
         return value
 
+    @field_validator("heads")
+    @classmethod
+    def _check_heads(cls, value: str, info: ValidationInfo) -> str:
+        if value == "separate" and info.data.get("student") != "static":
+            raise ValueError("separate exists for static only: omit it, or use two")
+        return value
+
     @field_validator("text_column", "id_column", "dedup")
     @classmethod
     def _check_corpus_setting(cls, value: object, info: ValidationInfo) -> object:
-        if not info.data.get("corpus", True):
+        if not info.data.get("corpus", True) and (info.field_name == "dedup" or not info.data.get("queries")):
             raise ValueError("only applies to another text: give it together with --corpus")
         return value
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, value: str | None) -> str | None:
+        return value and cls._check_output(value)
+
+    @field_validator("spans", mode="before")
+    @classmethod
+    def _parse_spans(cls, value: object) -> object:
+        return {} if value in ("none", ["none"], ("none",)) else parse_pairs(value, 1.0)
+
+    @field_validator("spans")
+    @classmethod
+    def _check_spans(cls, value: dict[str, float]) -> dict[str, float]:
+        if unknown := [name for name in value if name not in SPANS]:
+            raise ValueError(
+                f"unknown kind {unknown[0]}; the kinds are {', '.join(SPANS)}, each with a share such as run=0.5"
+            )
+        if wrong := [name for name, share in value.items() if not 0 <= share <= 1]:
+            raise ValueError(f"the share of {wrong[0]} must be from 0 to 1")
+        return {name: share for name, share in value.items() if share}
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -124,6 +172,8 @@ class DistillConfig(TeacherJobConfig):
             raise ValueError(f"{problem}; the losses are {', '.join(OBJECTIVES)}, each with a weight such as pooled=50")
         if wrong := [name for name, weight in value.items() if not 0 < weight <= 1e9]:
             raise ValueError(f"the weight of {wrong[0]} must be above 0 and at most 1e9")
+        if info.data.get("student") == "table" and list(value) != ["pooled"]:
+            raise ValueError("a table has no context and learns no senses: omit it, or use pooled")
         if wrong := [name for name in ("pooled", "replaced") if name in value and not info.data.get("pooled", True)]:
             raise ValueError(f"{wrong[0]} needs the teacher's embeddings of passages: omit --no-pooled")
         return value
@@ -131,7 +181,7 @@ class DistillConfig(TeacherJobConfig):
     @property
     def highest_rate(self) -> float:
         """The peak learning rate; the default depends on the student."""
-        return self.lr or (3e-3 if self.student == "static" else 1e-3)
+        return self.lr or (3e-3 if self.student in ("static", "table") else 1e-3)
 
     def of_labels(self) -> dict[str, Any]:
         """Return the settings that the labels depend on; changing one of them needs a new run folder."""

@@ -5,10 +5,10 @@ groups ("blocks") of about 32k tokens, the grain of partitions. Memory: one batc
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import xxhash
 from tokenizers import Encoding, Tokenizer
 
 from msense.corpus import BadDocument, Document, InputSplit, read_documents
-from msense.corpus.passages import BLOCK_TOKENS, SCHEMA, PassageSpec
+from msense.corpus.passages import BLOCK_TOKENS, SCHEMA, Passages, PassageSpec
 from msense.errors import InputError
 
 BATCH_DOCUMENTS = 256
@@ -106,20 +106,28 @@ def _between_characters(offsets: _Offsets, text: str, token: int) -> bool:
 _BORDERS = (_after_space, _between_words, _between_characters)
 
 
+class Piece(NamedTuple):
+    """A passage of a document."""
+
+    context: int  # as `Passages.context`
+    ids: np.ndarray  # int32 [L]
+    text: str  # of the body
+
+
 @dataclass
 class BlockWriter:
     """Buffer of passages that writes a row group whenever a block is full."""
 
     writer: pq.ParquetWriter
-    rows: list[tuple[np.uint64, str, int, int, np.ndarray]] = field(default_factory=list)
+    rows: list[tuple[np.uint64, str, int, int, np.ndarray, str]] = field(default_factory=list)
     tokens: int = 0
     blocks: list[int] = field(default_factory=list)  # number of tokens of each block written
     passages: int = 0
 
-    def add(self, key: np.uint64, document_id: str, index: int, context: int, ids: np.ndarray) -> None:
+    def add(self, key: np.uint64, document_id: str, index: int, piece: Piece) -> None:
         """Add one passage; write the block when it is full."""
-        self.rows.append((key, document_id, index, context, ids))
-        self.tokens += len(ids)
+        self.rows.append((key, document_id, index, *piece))
+        self.tokens += len(piece.ids)
         if self.tokens >= BLOCK_TOKENS:
             self.flush()
 
@@ -208,25 +216,41 @@ def _slices(text: str) -> Iterator[str]:
 
 def _add_documents(documents: list[Document], spec: PassageSpec, tokenizer: Tokenizer, blocks: BlockWriter) -> int:
     """Tokenize, cut and add documents; return the number of tokens in their passages."""
-    passages: list[list[tuple[int, np.ndarray]]] = [[] for _ in documents]
+    passages: list[list[Piece]] = [[] for _ in documents]
     slices = ((number, text) for number, document in enumerate(documents) for text in _slices(document.text))
     for group in _batches(slices, lambda numbered: len(numbered[1])):
-        texts = [spec.prompt_text + text for _, text in group]
-        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-        for (number, _), text, encoding in zip(group, texts, encodings, strict=True):
-            passages[number] += _cut(encoding, text, spec)
+        for (number, _), pieces in zip(group, _pieces([text for _, text in group], spec, tokenizer), strict=True):
+            passages[number] += pieces
     tokens = 0
     for document, its_passages in zip(documents, passages, strict=True):
         keys = passage_keys(document.id, len(its_passages), spec.seed)
-        for index, (context, ids) in enumerate(its_passages):
-            key = xxhash.xxh3_64_intdigest(ids.tobytes(), seed=spec.seed) if spec.dedup else keys[index]
-            blocks.add(np.uint64(key), document.id, index, context, ids)
-            tokens += len(ids)
+        for index, piece in enumerate(its_passages):
+            key = xxhash.xxh3_64_intdigest(piece.ids.tobytes(), seed=spec.seed) if spec.dedup else keys[index]
+            blocks.add(np.uint64(key), document.id, index, piece)
+            tokens += len(piece.ids)
     return tokens
 
 
-def _cut(encoding: Encoding, text: str, spec: PassageSpec) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield context and token ids of the passages of a prompt and text that were tokenized as one string.
+def encode_texts(texts: Sequence[str], spec: PassageSpec, tokenizer: Tokenizer) -> Passages:
+    """Return the first passage of each text, with the key 0: the text itself unless it is too long."""
+    first = [
+        next(pieces, Piece(-len(spec.prompt), np.array((*spec.prefix, *spec.suffix), dtype=np.int32), ""))
+        for group in _batches(texts, len)
+        for pieces in _pieces(group, spec, tokenizer)
+    ]
+    keys = np.zeros(len(first), np.uint64)
+    return Passages.of_rows(keys, [piece.context for piece in first], [piece.ids for piece in first])
+
+
+def _pieces(texts: Sequence[str], spec: PassageSpec, tokenizer: Tokenizer) -> Iterator[Iterator[Piece]]:
+    """Yield the passages of each text."""
+    prompted = [spec.prompt_text + text for text in texts]
+    for encoding, text in zip(tokenizer.encode_batch(prompted, add_special_tokens=False), prompted, strict=True):
+        yield _cut(encoding, text, spec)
+
+
+def _cut(encoding: Encoding, text: str, spec: PassageSpec) -> Iterator[Piece]:
+    """Yield the passages of a prompt and text that were tokenized as one string.
 
     A token that reaches from the prompt into the text, such as one that starts with the prompt's last space, is text.
     """
@@ -235,6 +259,13 @@ def _cut(encoding: Encoding, text: str, spec: PassageSpec) -> Iterator[tuple[int
     prompt = next((place for place in range(limit) if offsets[place][1] > end), limit) if end else 0
     frame = np.array((*spec.prefix, *ids[:prompt]), dtype=np.int32), np.array(spec.suffix, dtype=np.int32)
     length = spec.body_length + len(spec.prompt) - prompt
+    last = len(offsets) - prompt
+
+    def character(token: int) -> int:
+        """Return where the text of a token of the body starts."""
+        return len(text) if token == last else max(offsets[prompt + token][0], end) if token else end
+
     for context, begin, stop in cut_points(offsets[prompt:], text, length, spec.stride):
         body = ids[prompt + context : prompt + stop]
-        yield prompt - len(spec.prompt) + begin - context, np.concatenate([frame[0], body, frame[1]])
+        own = text[character(begin) : character(stop)].strip()
+        yield Piece(prompt - len(spec.prompt) + begin - context, np.concatenate([frame[0], body, frame[1]]), own)

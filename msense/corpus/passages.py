@@ -1,5 +1,6 @@
 """Passages as arrays: how they are specified, and how a block of a passages file is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from msense.io.arrays import open_parquet
 
 BLOCK_TOKENS = 1 << 15
 _KINDS = {"key": pa.uint64(), "document_id": pa.string(), "index": pa.int32(), "context": pa.int32()}
-SCHEMA = pa.schema({**_KINDS, "input_ids": pa.list_(pa.int32())})
+SCHEMA = pa.schema({**_KINDS, "input_ids": pa.list_(pa.int32()), "text": pa.string()})  # the text of the body
 
 
 class PassageOptions(BaseModel):
@@ -109,6 +110,12 @@ class Passages:
         """Return the position of each token in its passage, int64 [T]."""
         return np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths)
 
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Return the places in `ids` of the tokens of these rows, one row after the other, int64 [n]."""
+        lengths = self.lengths[rows]
+        starts = np.cumsum(lengths) - lengths
+        return np.repeat(self.offsets[rows] - starts, lengths) + np.arange(lengths.sum())
+
     def eligible(self, spec: PassageSpec) -> np.ndarray:
         """Return which tokens may be sampled and labelled, bool [T]: not prompt, context, frame or excluded tokens."""
         position, start = self.positions(), len(spec.prefix)
@@ -128,6 +135,13 @@ class Passages:
         return Passages(self.keys[kept], self.context[kept], self.ids[np.repeat(kept, self.lengths)], offsets)
 
     @staticmethod
+    def of_rows(keys: np.ndarray, context: Sequence[int], rows: Sequence[np.ndarray]) -> "Passages":
+        """Return passages from the key, the context and the token ids of each."""
+        ids = np.concatenate([np.zeros(0, np.int32), *rows])
+        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        return Passages(keys, np.array(context, dtype=np.int32), ids, offsets)
+
+    @staticmethod
     def concatenate(blocks: "list[Passages]") -> "Passages":
         """Concatenate blocks."""
         starts = np.cumsum([0, *(len(b.ids) for b in blocks)])
@@ -140,7 +154,7 @@ class Passages:
 
 
 def read_block(uri: str, block: int) -> Passages:
-    """Read one block (row group) of a passages file, without the document ids."""
+    """Read one block (row group) of a passages file, without the document ids and texts."""
     table = open_parquet(uri).read_row_group(block, columns=["key", "context", "input_ids"])
     lists = table.column("input_ids").combine_chunks()
     return Passages(
@@ -149,3 +163,9 @@ def read_block(uri: str, block: int) -> Passages:
         lists.flatten().to_numpy(zero_copy_only=False),
         lists.offsets.to_numpy().astype(np.int64),
     )
+
+
+def read_texts(uri: str, block: int) -> tuple[list[str], np.ndarray]:
+    """Read the texts of a block's passages, and the index of each passage in its document, int32 [P]."""
+    table = open_parquet(uri).read_row_group(block, columns=["text", "index"])
+    return table.column("text").to_pylist(), table.column("index").to_numpy()

@@ -4,6 +4,8 @@ The driver passes on paths, and never holds text, embeddings or centroids.
 """
 
 import logging
+import math
+import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +22,8 @@ from msense.corpus.passages import PassageSpec
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.arrays import load_arrays
-from msense.pipelines.dry_run import estimate_resources, estimate_run
+from msense.io.filesystems import filesystem, is_local
+from msense.pipelines.dry_run import estimate_embeddings, estimate_resources, estimate_run
 from msense.pipelines.job import THREADS, fingerprints, run_job
 from msense.run.folder import RunFolder, resolve_output
 from msense.run.journal import timed
@@ -29,17 +32,20 @@ from msense.stages.assemble import assemble, changed_files
 from msense.stages.base import StageContext, run_stage
 from msense.stages.cluster import ClusterStage, clustering_memory
 from msense.stages.distributed_kmeans import LargeTokenStage
-from msense.stages.embed import EmbedSettings, EmbedStage
-from msense.stages.embedding_store import ClusterSettings, cut_partitions, record_type
+from msense.stages.embed import EmbedStage
+from msense.stages.embedding_store import ClusterSettings, cut_partitions, record_type, within_budget
 from msense.stages.exemplars import ExemplarStage
 from msense.stages.passages import PassageStage, PassageStats, passage_spec
 from msense.stages.plan import PlanInput, PlanStage
+from msense.stages.reading import EmbedSettings, vector_dim
 from msense.stages.sense_counts import SenseCountStage
+from msense.teacher.batching import TOKEN_BUDGET
 from msense.teacher.spec import TeacherInfo, load_teacher_info
 
 logger = logging.getLogger(__name__)
 
 REFERENCE_SENSES = 20  # of an encoder, in the paper
+STORE_BUDGET = 100 * 10**9  # bytes of kept embeddings on object storage
 
 
 @dataclass(frozen=True)
@@ -122,12 +128,18 @@ def _run_stages(given: BuildInputs, context: StageContext, dtype: str) -> dict[s
         dtype=dtype,
         device=executor.resources.device,
         store_dtype=config.store_dtype,
+        vector_dim=vector_dim(config.teacher or DEMO_TEACHER, info),
         per_passage=config.per_passage,
         spec=given.spec,
+        token_budget=TOKEN_BUDGET[executor.resources.device],
+        quantized=config.embeddings_dtype == "int8",
         threads=THREADS,
     )
+    embeddings = _embeddings_budget(config, run)
+    partitions = within_budget(partitions, *embedding.kept_sizes, embeddings)
     if config.dry_run:
         estimate = estimate_run(run, info, config, passages, plan, given.scale)
+        estimate |= estimate_embeddings(partitions, embedding, embeddings, given.scale)
         estimate |= estimate_resources(executor, run, embedding, partitions, timed=config.time_teacher)
         largest = max((partition.stored for partition in partitions), default=0)
         estimate["unit_memory"] = largest * record_type(info.dim).itemsize
@@ -162,6 +174,18 @@ def _budget(config: BuildConfig, tokens: int, dim: int) -> int:
             f"{-(-tokens * sense_bytes(dim) // 10**6)}MB, with a new --output"
         )
     return budget
+
+
+def _embeddings_budget(config: BuildConfig, run: RunFolder) -> float:
+    """Return how many bytes of embeddings are kept at most."""
+    if not config.keeps_embeddings or config.keep_embeddings == "all":
+        return math.inf if config.keeps_embeddings else 0
+    if config.embeddings_budget is not None:
+        return config.embeddings_budget
+    if not is_local(run.root):
+        return STORE_BUDGET
+    fs, folder = filesystem(run.embeddings)  # of an earlier driver
+    return shutil.disk_usage(storage.absolute(run.root)).free // 4 + (fs.du(folder) if fs.exists(folder) else 0)
 
 
 def _finished_before(config: BuildConfig, context: StageContext) -> dict[str, Any] | None:
@@ -199,7 +223,7 @@ def cluster_settings(config: BuildConfig, run: RunFolder, info: TeacherInfo, dev
 
 def _remove_intermediates(config: BuildConfig, run: RunFolder) -> None:
     """Remove the intermediate files that `--keep` does not name."""
-    folders = {run.occurrences: "occurrences", run.passages: "passages"}
+    folders = {run.occurrences: "occurrences", run.passages: "passages", run.embeddings: "embeddings"}
     for folder, name in (folders | dict.fromkeys((run.senses_folder, run.centroids), "centroids")).items():
         if name not in config.keep:
             storage.remove(folder)

@@ -16,8 +16,9 @@ from msense.io import storage
 from msense.pipelines.job import fingerprints
 from msense.run.folder import RunFolder
 from msense.stages.passages import passage_spec
+from msense.stages.reading import vector_dim
 from msense.student.config import dictionary_mismatch
-from msense.teacher.pooling import check_pooling, load_head, sentence_dim
+from msense.teacher.pooling import check_pooling
 from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
 
 
@@ -35,9 +36,13 @@ class DistillInputs:
     text: PlanOptions  # settings of the passages and their plan
     text_settings: dict[str, Any]  # the same with the rule for special tokens, as the manifest records them
     inputs: dict[str, str]  # fingerprints of the text's files
+    queries: list[SourceFile]
     corpus: tuple[str, ...]
     run: RunFolder | None  # the run that made the dictionary, if its text is labelled
-    pooled_dim: int  # size of the teacher's sentence vectors
+    pins: dict[str, Any]  # of that run
+    quantized: bool  # whether the embeddings that it kept are int8
+    home: RunFolder | None  # the run that made the dictionary, whatever text is labelled
+    vector_dim: int  # size of the teacher's sentence vectors; 0: none
 
 
 def load_inputs(config: DistillConfig) -> DistillInputs:
@@ -55,11 +60,12 @@ def load_inputs(config: DistillConfig) -> DistillInputs:
     text, options = _options(config, of, manifest)
     teacher = config.teacher or (run.teacher_folder() if run else None) or of.teacher.name
     info, tokenizer = _teacher(teacher, options, of, config)
-    head = load_head(teacher, info)
+    home, pins, quantized = run, {}, False
     if config.corpus or manifest is None:
         inputs, corpus, run = fingerprints(list_files(config.corpus)), tuple(map(display_uri, config.corpus)), None
     else:
-        inputs, corpus = manifest["inputs"], tuple(manifest["corpus"])
+        inputs, corpus, pins = manifest["inputs"], tuple(manifest["corpus"]), manifest["pins"]
+        quantized = manifest.get("config", {}).get("embeddings_dtype") == "int8"
     return DistillInputs(
         dictionary=folder,
         config=of,
@@ -71,9 +77,13 @@ def load_inputs(config: DistillConfig) -> DistillInputs:
         text=text,
         text_settings=text.model_dump(mode="json") | {"special_tokens": options.special_tokens},
         inputs=inputs,
+        queries=list_files(config.queries) if config.queries else [],
         corpus=corpus,
         run=run,
-        pooled_dim=sentence_dim(info.dim, [projection.config for projection in head.projections], info.truncate_dim),
+        pins=pins,
+        quantized=quantized,
+        home=home,
+        vector_dim=vector_dim(teacher, info),
     )
 
 

@@ -4,6 +4,7 @@ For a sample of the documents, everything that grows with the corpus is scaled u
 occur in the sample are missing, so that the size of the dictionary is then a lower bound.
 """
 
+import math
 import time
 from dataclasses import asdict
 
@@ -19,12 +20,10 @@ from msense.run.folder import RunFolder
 from msense.runtime import Executor
 from msense.runtime.executor import Row
 from msense.stages.cluster import clustered_points, clustering_memory
-from msense.stages.embed import EmbedSettings, load_teacher
 from msense.stages.embedding_store import Duplicates, Partition, longest_first, partition_passages, record_type
 from msense.stages.passages import PassageStats
 from msense.stages.plan import PlanStats
-from msense.teacher.batching import TOKEN_BUDGET
-from msense.teacher.model import embed_tokens
+from msense.stages.reading import EmbedSettings, TeacherReader, batches_of
 from msense.teacher.spec import TeacherInfo
 
 TIMED_SECONDS = 10.0
@@ -70,6 +69,16 @@ def _most_senses(points: np.ndarray, config: BuildConfig, dim: int) -> float:
     return float(np.minimum(points, config.senses).sum())
 
 
+def estimate_embeddings(partitions: list[Partition], settings: EmbedSettings, budget: float, share: float) -> Row:
+    """Return what keeping the embeddings of all tokens would take and spare, from the partitions of a share of the corpus."""
+    size = sum(partition.kept_bytes(*settings.kept_sizes) for partition in partitions) / share
+    tokens = sum(partition.tokens for partition in partitions) / share
+    whole = sum(partition.tokens for partition in partitions if partition.kept)
+    kept = whole if share == 1 else tokens * min(1.0, budget / max(1, size))  # the budget is that of the whole
+    limit = None if math.isinf(budget) else budget
+    return {"embeddings_bytes": size, "budget_bytes": limit, "kept_tokens": kept, "reread_tokens": tokens - kept}
+
+
 def estimate_resources(
     executor: Executor, run: RunFolder, settings: EmbedSettings, partitions: list[Partition], *, timed: bool
 ) -> Row:
@@ -93,19 +102,18 @@ class TeacherTimer:
     """Times the teacher on one partition without writing anything."""
 
     def __init__(self, run: RunFolder, settings: EmbedSettings) -> None:
-        self.run, self.settings, self.teacher = run, settings, load_teacher(settings)
+        self.run, self.settings, self.reader = run, settings, TeacherReader(settings)
 
     def __call__(self, item: Row) -> Row:
         """Return tokens and seconds of a short forward pass over a partition's passages, after one warm-up batch."""
         passages = partition_passages(self.run, Partition(**item), Duplicates(self.run))
-        rows = [passages.row(number) for number in range(len(passages.keys))]
+        batches = batches_of(passages, np.arange(len(passages.keys)), self.settings)
         tokens, began = 0, 0.0
-        for number, (batch, hidden) in enumerate(embed_tokens(self.teacher, rows, TOKEN_BUDGET[self.settings.device])):
-            hidden.sum().item()  # waits for a GPU
+        for number, reading in enumerate(self.reader(passages, batches)):  # its checks wait for a GPU
             if number == 0:
                 began = time.monotonic()
                 continue
-            tokens += int(batch.mask.sum())
+            tokens += len(reading.tokens)
             if time.monotonic() - began > TIMED_SECONDS:
                 break
         return {"tokens": tokens, "seconds": time.monotonic() - began if tokens else 0.0}

@@ -12,7 +12,7 @@ from msense.corpus import SourceFile
 from msense.io import storage
 from msense.run.folder import RunFolder, locked, remove_temp_files
 from msense.run.journal import Journal
-from msense.run.manifest import add_stages_version, check_manifest, inputs_hash, without_defaults
+from msense.run.manifest import STAGES_VERSION, check_manifest, inputs_hash, keep_stages_version, without_defaults
 from msense.runtime import Executor, open_executor
 from msense.runtime.executor import peak_memory
 from msense.stages.base import StageContext
@@ -32,27 +32,24 @@ def run_job(
     inputs: dict[str, Any],
     teacher: str,
     run_stages: Callable[[StageContext, str], dict[str, Any]],
+    flag: str = "--output",
 ) -> dict[str, Any]:
-    """Run the stages of a job in its run folder, on `executor` or on what the settings select.
+    """Run the stages of a job in the run folder that a flag sets, on `executor` or on what the settings select.
 
-    `inputs` is the manifest without what depends on the executor, `teacher` a name or folder. `run_stages` returns the
-    summary, from the stages' context and the teacher's dtype; this function adds `driver_peak`, the driver's peak memory in
-    bytes.
+    `inputs` are those of `make_manifest`, `teacher` is a name or folder. `run_stages` returns the summary, from the stages'
+    context and the teacher's dtype; this function adds `driver_peak`, the driver's peak memory in bytes.
     """
-    with locked(RunFolder(root)):
+    with locked(RunFolder(root), flag):
         executor = executor or open_executor(config.local, config.workers, config.gpus_per_actor)
-        dtype: str = config.dtype if config.dtype != "auto" else native_dtype(executor)
-        pins = _pins(dtype, executor.resources.device)
-        values = json.loads(json.dumps({"format": 1, **inputs, "pins": pins}))  # tuples become lists
-        manifest = without_defaults(values)
-        add_stages_version(RunFolder(root), manifest)
+        manifest = make_manifest(config, executor, inputs)
+        keep_stages_version(RunFolder(root), manifest)
         run = RunFolder(root, inputs_hash(manifest))
         check_manifest(run, manifest)
         run.remember_teacher(teacher)
         remove_temp_files(run)
         journal = Journal.begin(run, executor.resources.tasks)
         with journal.ending_with_errors():
-            summary = run_stages(StageContext(run, executor, journal), dtype)
+            summary = run_stages(StageContext(run, executor, journal), manifest["pins"]["dtype"])
         summary["driver_peak"] = peak_memory()
         storage.write_json(run.summary, summary)
         journal.end("dry run" if config.dry_run else "finished")
@@ -60,17 +57,15 @@ def run_job(
     return summary
 
 
-def _pins(dtype: str, device: str) -> dict[str, Any]:
-    """Return what results depend on besides settings and inputs."""
-    return {
-        "dtype": dtype,
-        "device": device,
-        "token_budget": TOKEN_BUDGET[device],
-        "threads": THREADS,
-        "tf32": False,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PINNED_PACKAGES},
-    }
+def make_manifest(config: BuildConfig | DistillConfig, executor: Executor, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest: its inputs, and as `pins` what results depend on besides; pins in the inputs take precedence."""
+    device = executor.resources.device
+    pins: dict[str, Any] = {"dtype": config.dtype, "device": device, "token_budget": TOKEN_BUDGET[device]}
+    pins |= {"threads": THREADS, "tf32": False, "stages": STAGES_VERSION, "python": platform.python_version()}
+    pins |= {name: metadata.version(name) for name in PINNED_PACKAGES} | inputs.get("pins", {})
+    if pins["dtype"] == "auto":
+        pins["dtype"] = native_dtype(executor)
+    return without_defaults(json.loads(json.dumps({"format": 1, **inputs, "pins": pins})))  # tuples become lists
 
 
 def fingerprints(files: list[SourceFile]) -> dict[str, str]:

@@ -63,6 +63,7 @@ class RunFolder:
     duplicates = _Path("plan/duplicates.safetensors")  # passages that `--dedup` drops: input split, block, row
     partitions = _Path("plan/units.json")  # number of partitions and shards
     occurrences = _Path("occurrences")
+    embeddings = _Path("embeddings")
     offsets = _Path("occurrences/index.safetensors")  # int64 [partitions, shards + 1], start of each shard's rows
     senses_folder = _Path("senses")
     senses = _Path("senses/senses.safetensors")  # int64 [V], number of senses of each token
@@ -70,8 +71,9 @@ class RunFolder:
     contexts = _Path("contexts")  # one file per partition, before they are merged
     contexts_index = _Path("contexts/index.parquet")  # places of all exemplars, one row group per partition
     dictionary = _Path("dictionary")
-    labels = _Path("labels")
-    label_blocks = _Path("labels/blocks.parquet")  # per row group of the passages files: what is labelled
+    labels = _Path("labels")  # files of labels; in the run of a dictionary or student: run folders of labels
+    labels_place = _Path("labels.json")  # where the labels of a student are
+    queries = _Path("queries")  # a run folder with the passages of the texts of `--queries`
     label_senses = _Path("labels/senses.safetensors")  # int32 [V], number of senses of each token in the dictionary
     label_manifest = _Path("labels/labels.json")  # written last: the inputs and the partitions of complete labels
     training = _Path("training")  # checkpoints, one folder per training
@@ -84,6 +86,7 @@ class RunFolder:
     passages_file = _numbered("passages/{:06d}.parquet")  # of an input split
     bad_file = _numbered("passages/{:06d}.bad.json")  # bad documents of an input split
     partition_file = _numbered("occurrences/{:06d}.records")  # of a partition
+    embeddings_file = _numbered("embeddings/{:06d}.embeddings")  # of all tokens that the teacher read in a partition
     curves_file = _numbered("senses/{:06d}.safetensors")  # variance curves (MCL: sense counts) of a shard of token ids
     shard_file = _numbered("centroids/{:06d}.safetensors")  # centroids of a shard
     token_file = _numbered("centroids/token-{:08d}.safetensors")  # centroids of a token that is clustered in chunks
@@ -110,13 +113,13 @@ class RunFolder:
         return folder if isinstance(folder, str) and Path(folder).is_dir() else None
 
     def outputs(self) -> tuple[str, ...]:
-        """Return all outputs of the stages, in their order."""
-        folders = (self.passages, self.plan, self.occurrences, self.senses_folder, self.centroids)
-        return (*folders, self.contexts, self.dictionary, self.labels, self.student, self.finished)
+        """Return all outputs of the stages but labels, in their order."""
+        folders = (self.passages, self.plan, self.occurrences, self.embeddings, self.senses_folder, self.centroids)
+        return (*folders, self.contexts, self.dictionary, self.queries, self.student, self.finished)
 
 
-def resolve_output(output: str) -> str:
-    """Return an output as an absolute URI.
+def resolve_output(output: str, flag: str = "--output") -> str:
+    """Return an output, which a flag sets, as an absolute URI.
 
     Raises:
         InputError: the path is relative in a submitted job, whose working directory Ray removes.
@@ -124,21 +127,21 @@ def resolve_output(output: str) -> str:
     local = filesystems.is_local(output)
     if local and SUBMITTED in os.environ and not Path(output.removeprefix("file://")).is_absolute():
         raise InputError(
-            f"--output {output} is relative, and a submitted job runs in a copy of its working directory that Ray removes: "
+            f"{flag} {output} is relative, and a submitted job runs in a copy of its working directory that Ray removes: "
             "give an absolute path or a URI that every node can reach"
         )
     return storage.absolute(output)
 
 
 @contextmanager
-def locked(run: RunFolder) -> Iterator[None]:
-    """Lock a run folder on a local disk or on S3 against a second driver.
+def locked(run: RunFolder, flag: str = "--output") -> Iterator[None]:
+    """Lock a run folder, which a flag sets, on a local disk or on S3 against a second driver.
 
     Raises:
         InputError: another driver holds the lock.
     """
     if not filesystems.is_local(run.root):
-        with leased(run.lock) if filesystems.is_s3(run.root) else nullcontext():
+        with leased(run.lock, flag) if filesystems.is_s3(run.root) else nullcontext():
             yield
         return
     storage.make_folder(run.root)
@@ -148,7 +151,7 @@ def locked(run: RunFolder) -> Iterator[None]:
     except Timeout as error:
         driver = holder.read_text(encoding="utf-8") if holder.is_file() else "unknown process"
         raise InputError(
-            f"another driver works on {run.root} ({driver}): wait for it, or give another --output"
+            f"another driver works on {run.root} ({driver}): wait for it, or give another {flag}"
         ) from error
     with lock:
         holder.write_text(driver_name(), encoding="utf-8")
@@ -162,8 +165,9 @@ def remove_temp_files(run: RunFolder) -> None:
     """Remove the temporary files that killed processes left in a run folder on a local disk."""
     if not filesystems.is_local(run.root):
         return
-    files = (run.manifest, run.journal, run.summary, run.tokenizer, run.bad_documents, run.finished)
+    files = (run.manifest, run.journal, run.summary, run.tokenizer, run.bad_documents, run.labels_place, run.finished)
     paths = [path for file in files for path in Path(run.root).glob(f".{Path(file).name}.*.part")]
+    paths += Path(run.labels).glob(".*.part")  # folders there are runs, where other drivers may be at work
     paths += [path for folder in run.outputs()[:-1] for path in Path(folder).rglob(".*.part")]
     for path in filter(is_scratch, paths):
         path.unlink(missing_ok=True)

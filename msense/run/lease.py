@@ -110,8 +110,10 @@ class Lease:
 
 
 @contextmanager
-def leased(uri: str) -> Iterator[None]:
-    """Hold a lease; if it is lost, the main thread is interrupted, and another thread gets an error on exit only.
+def leased(uri: str, flag: str = "--output") -> Iterator[None]:
+    """Hold a lease on the folder that a flag sets.
+
+    If it is lost, the main thread is interrupted, and another thread gets an error on exit only.
 
     Raises:
         InputError: another driver holds the lease.
@@ -128,7 +130,7 @@ def leased(uri: str) -> Iterator[None]:
             acquired = True
     if not acquired:
         driver = state.name if (state := lease.read()) else "it has just ended"
-        raise InputError(f"another driver works on {root} ({driver}): wait for it, or give another --output")
+        raise InputError(f"another driver works on {root} ({driver}): wait for it, or give another {flag}")
     if not lease.etag:
         yield
         return

@@ -14,20 +14,20 @@ from msense.run.folder import RunFolder
 _COMPARED = ("format", "config", "inputs", "teacher", "dictionary", "pins")  # a build has no dictionary
 _SHOWN = 10
 _ADDED: dict[str, dict[str, Any]] = {  # left out at these values, so that runs of versions without them resume
-    "config": {"id_column": "id", "text.id_column": "id"},
+    "config": {"id_column": "id", "text.id_column": "id", "embeddings_dtype": "store"},
     "teacher": {"skip": 0, "include_prompt": True, "projections": [], "truncate_dim": None, "truncation_side": "right"},
 }
 
 
-STAGES_VERSION = 2  # of the files between stages: a run that an older version left unfinished cannot be resumed
+STAGES_VERSION = 3  # of the files between stages: a run that an older version left unfinished cannot be resumed
 
 
-def add_stages_version(run: RunFolder, manifest: dict[str, Any]) -> None:
-    """Pin the version of the stages, unless an older one finished the run (or its labels), which are then kept."""
+def keep_stages_version(run: RunFolder, manifest: dict[str, Any]) -> None:
+    """Pin the version of the stages that finished the run (or its labels), if any: its results are kept."""
     before = run.read_manifest()
-    is_older = before is not None and "stages" not in before["pins"]
-    if not (is_older and (storage.exists(run.finished) or storage.exists(run.label_manifest))):
-        manifest["pins"]["stages"] = STAGES_VERSION
+    if before is not None and (storage.exists(run.finished) or storage.exists(run.label_manifest)):
+        manifest["pins"].pop("stages", None)
+        manifest["pins"] |= {name: before["pins"][name] for name in ("stages",) if name in before["pins"]}
 
 
 def without_defaults(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -62,22 +62,29 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
             raise InputError(f"{existing[0]} exists without manifest.json, which records its inputs: {remedy}")
         storage.write_json(run.manifest, manifest)
         return
-    if ("dictionary" in before) != ("dictionary" in manifest):
-        other = "a distillation" if "dictionary" in before else "a dictionary"
-        raise InputError(f"{run.root} is the run folder of {other}: give another --output")
+    if kind_of(before) != kind_of(manifest):
+        raise InputError(f"{run.root} is the run folder of {kind_of(before)}: give another --output")
     changes = [c for part in _COMPARED for c in differences(part, before.get(part), manifest.get(part))]
     training = differences("training", before.get("training"), manifest.get("training"))
-    if training and not changes and not storage.exists(run.student):
-        storage.write_json(run.manifest, manifest)  # labels do not depend on the training
-        return
+    if (training or changes) and "training" in manifest and not storage.exists(run.student):
+        same_version = before["pins"].get("stages") == manifest["pins"].get("stages")
+        if not changes or (same_version and not storage.exists(run.label_manifest)):  # labels are elsewhere
+            storage.write_json(run.manifest, manifest)
+            return
     changes += training
-    if changes and not storage.markers(run.passages) and not any(map(storage.exists, run.outputs()[1:])):
+    started = any(map(storage.markers, (run.passages, run.labels))) or any(map(storage.exists, run.outputs()[1:]))
+    if changes and not started:
         storage.remove(run.passages)  # the earlier run failed before it finished anything
         storage.write_json(run.manifest, manifest)
     elif changes:
         shown = "\n".join(f"  {change}" for change in changes[:_SHOWN])
         more = f"\n  ... and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         raise InputError(f"the run in {run.root} has other settings or inputs:\n{shown}{more}\nTo resume it, {remedy}")
+
+
+def kind_of(manifest: dict[str, Any]) -> str:
+    """Return what the run of a manifest makes, for messages."""
+    return "a student" if "training" in manifest else "labels" if "dictionary" in manifest else "a dictionary"
 
 
 def differences(name: str, before: Any, now: Any) -> list[str]:

@@ -1,43 +1,40 @@
 """Stage 3: run the teacher over the needed passages and store the embeddings of the sampled occurrences.
 
 The file of a partition is an array of records sorted by (token, key, passage, position), so that the rows of any shard or
-token are contiguous. Memory of an actor: the teacher, one partition's token ids and its records (about `PARTITION_BYTES`).
+token are contiguous. A second file may keep the embeddings of all tokens, for labels. Memory of an actor: the teacher, one
+partition's token ids, its records (about `PARTITION_BYTES`) and one batch.
 """
 
-import math
 import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from msense.constants import LARGEST_VALUE
 from msense.corpus.passages import Passages, PassageSpec
-from msense.errors import MsenseError
 from msense.io.arrays import load_arrays, save_arrays
 from msense.run.folder import RunFolder
+from msense.run.resume import finished
 from msense.runtime import Executor
 from msense.runtime.executor import Row
-from msense.stages.base import Stage
+from msense.stages.base import Stage, StageContext
 from msense.stages.embedding_store import Duplicates, Partition, longest_first, partition_passages, record_type
+from msense.stages.reading import EmbedSettings, TeacherReader, batches_of, bits, write_reading
 from msense.stages.sampling import select
-from msense.teacher.batching import TOKEN_BUDGET
-from msense.teacher.files import body_folder, weights_fingerprint
-from msense.teacher.model import Teacher, embed_tokens
-from msense.teacher.spec import TeacherInfo
 
 
 @dataclass(frozen=True)
 class EmbedStats:
     """What the teacher read and wrote."""
 
-    tokens: int
+    forwarded: int  # tokens that the teacher read
     occurrences: int
+    kept_bytes: int  # of the embeddings of all tokens
 
 
 def select_occurrences(
@@ -54,35 +51,8 @@ def select_occurrences(
     return records
 
 
-@dataclass(frozen=True)
-class EmbedSettings:
-    """Settings of the teacher actors."""
-
-    teacher: str  # name or folder
-    info: TeacherInfo
-    dtype: str
-    device: str
-    store_dtype: str
-    per_passage: int
-    spec: PassageSpec
-    threads: int = 1  # constant: sums over another number of threads may round differently
-
-
-def load_teacher(settings: EmbedSettings) -> Teacher:
-    """Load the teacher; raise MsenseError if its weights are not those that the run was started with."""
-    name, info = settings.teacher, settings.info
-    given: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "threads": settings.threads}
-    teacher = Teacher(name, revision=info.revision, layer=info.layer, **given)
-    if weights_fingerprint(body_folder(name, info.revision)) != info.fingerprint:
-        raise MsenseError(
-            f"the weights of teacher {name!r} changed during the run, or differ on this node: restore them, or "
-            "start over with another --output"
-        )
-    return teacher
-
-
 class EmbedActor:
-    """Loads the teacher once, and writes the file of each partition it is called with."""
+    """Loads the teacher once, and writes the files of each partition it is called with."""
 
     def __init__(self, run: RunFolder, settings: EmbedSettings) -> None:
         """Load the teacher and the plan of a run; raise MsenseError if the teacher's weights changed."""
@@ -91,7 +61,7 @@ class EmbedActor:
         self.threshold, self.shards = plan["threshold"], plan["shards"]
         self.duplicates = Duplicates(run)
         began = time.time()
-        self.teacher = load_teacher(settings)
+        self.reader = TeacherReader(settings)
         self.start_seconds = time.time() - began
 
     def __call__(self, item: Row) -> Row:
@@ -107,10 +77,20 @@ class EmbedActor:
             "passages": len(needed),
             "tokens": int(passages.lengths[needed].sum()),
             "offsets": np.searchsorted(records["token"], self.shards).tolist(),
+            "kept_bytes": partition.kept_bytes(*settings.kept_sizes) if partition.kept else 0,
         }
+        if partition.kept:
+
+            def keep(path: Path) -> None:
+                with path.open("wb") as file:
+                    self._embed(passages, records, file)
+
+            counts = {name: stats[name] for name in ("passages", "tokens")}
+            self.run.publish(self.run.embeddings_file(partition.number), keep, counts)
+        else:
+            self._embed(passages, records)
 
         def write(path: Path) -> Row:
-            self._embed(passages, records, partition.number)
             with path.open("wb") as file:
                 file.write(records.data)  # numpy's tofile hides errors of the system
             actor = f"{socket.gethostname()}-{os.getpid()}"
@@ -118,36 +98,20 @@ class EmbedActor:
 
         return self.run.publish(self.run.partition_file(partition.number), write, stats)
 
-    def _embed(self, passages: Passages, records: np.ndarray, partition: int) -> None:
-        """Run the teacher and fill in the embeddings of a partition's records."""
+    def _embed(self, passages: Passages, records: np.ndarray, file: BinaryIO | None = None) -> None:
+        """Run the teacher, fill in the embeddings of a partition's records, and write those of all tokens."""
         by_row = np.argsort(records["row"], kind="stable")
         needed, starts = np.unique(records["row"][by_row], return_index=True)
         stops = np.r_[starts[1:], len(by_row)]
-        rows = [passages.row(number) for number in needed]
-        for batch, hidden in embed_tokens(self.teacher, rows, TOKEN_BUDGET[self.settings.device]):
-            target = np.concatenate([by_row[starts[b] : stops[b]] for b in batch.rows])
-            place = np.repeat(np.arange(len(batch.rows)), (stops - starts)[batch.rows])
-            flat = torch.from_numpy(place * batch.mask.shape[1] + records["position"][target]).to(hidden.device)
-            chosen = hidden.flatten(0, 1).index_select(0, flat)
-            as_stored = chosen.to(getattr(torch, self.settings.store_dtype))
-            if not float(as_stored.abs().max()) <= LARGEST_VALUE:  # also false for NaN
-                raise MsenseError(f"partition {partition}: {_problem(float(chosen.abs().max()), self.settings)}")
-            records["embedding"][target] = as_stored.view(torch.uint16).cpu().numpy()
-
-
-def _problem(largest: float, settings: EmbedSettings) -> str:
-    """Return the error message for embeddings whose largest absolute value is this, or NaN."""
-    if largest <= LARGEST_VALUE:
-        return f"an embedding is too large for {settings.store_dtype}: use --store-dtype bfloat16 with a new --output"
-    if largest < math.inf:
-        return f"the teacher's embeddings reach {largest:.3g}, above the limit of {LARGEST_VALUE:g}: check its weights"
-    return not_finite(settings.dtype)
-
-
-def not_finite(dtype: str, problem: str = "NaN or infinite") -> str:
-    """Return the error message for embeddings that a teacher computed in a dtype."""
-    remedy = "" if dtype == "float32" else "use --dtype float32 with a new --output, or "
-    return f"the teacher's {dtype} embeddings are {problem}: {remedy}check its weights"
+        for reading in self.reader(passages, batches_of(passages, needed, self.settings)):
+            place = np.searchsorted(needed, reading.rows)
+            target = np.concatenate([by_row[starts[p] : stops[p]] for p in place])
+            lengths = passages.lengths[reading.rows]
+            first = np.repeat(np.cumsum(lengths) - lengths, (stops - starts)[place])
+            flat = torch.from_numpy(first + records["position"][target]).to(reading.tokens.device)
+            records["embedding"][target] = bits(reading.tokens.index_select(0, flat))
+            if file is not None:
+                write_reading(file, reading, self.settings)
 
 
 class EmbedStage(Stage[EmbedStats]):
@@ -159,6 +123,15 @@ class EmbedStage(Stage[EmbedStats]):
         super().__init__(run, [run.partition_file(partition.number) for partition in partitions])
         self.settings, self.partitions = settings, partitions
 
+    def finished(self, context: StageContext) -> list[Row | None]:
+        """Return the stats of finished partitions; those with kept embeddings need their file as well."""
+        done = super().finished(context)
+        kept = [number for number, stats in enumerate(done) if stats and stats.get("kept_bytes")]
+        files = finished(self.name, self.run, [self.run.embeddings_file(number) for number in kept], context.executor)
+        for number, stats in zip(kept, files, strict=True):
+            done[number] = done[number] if stats is not None else None
+        return done
+
     def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
         """Run the missing partitions through teacher actors, longest first."""
         items = [asdict(partition) for partition in longest_first([self.partitions[number] for number in missing])]
@@ -167,7 +140,7 @@ class EmbedStage(Stage[EmbedStats]):
     def reduce(self, executor: Executor, stats: list[Row]) -> EmbedStats:
         """Write the offset of every shard in every partition, int64 [partitions, shards + 1]; add up the counts."""
         executor.run(_write_index, self.run, [row["offsets"] for row in stats])
-        return EmbedStats(sum(row["tokens"] for row in stats), sum(row["occurrences"] for row in stats))
+        return EmbedStats(*(sum(row[name] for row in stats) for name in ("tokens", "occurrences", "kept_bytes")))
 
 
 def _write_index(run: RunFolder, offsets: list[list[int]]) -> None:

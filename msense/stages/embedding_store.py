@@ -4,7 +4,7 @@ Reading needs 20 + 2 D bytes per row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -98,31 +98,41 @@ class Partition:
     number: int
     splits: list[int]
     blocks: list[int]
-    stored: int  # occurrences; bytes in the label stage
-    tokens: int  # that the teacher reads
+    stored: int = 0  # occurrences
+    passages: int = 0  # that the plan needs
+    tokens: int = 0  # of these passages
+    kept: bool = False  # whether the embeddings of all these tokens are in a file
+    queries: bool = False  # whether the blocks are those of `--queries`
+
+    def kept_bytes(self, token: int, vector: int) -> int:
+        """Return the size of the file of all embeddings and sentence vectors, given the bytes of one."""
+        return self.tokens * token + self.passages * vector
 
 
 def cut_partitions(blocks_file: str, dim: int) -> list[Partition]:
     """Cut the plan's table of blocks into partitions of similar expected size, which depend on data and config only."""
-    table = read_columns(blocks_file, ["piece", "block", "stored", "needed_tokens"])
-    split, block, stored, tokens = (table[name] for name in ("piece", "block", "stored", "needed_tokens"))
+    table = read_columns(blocks_file, ["piece", "block", "stored", "needed", "needed_tokens"])
+    split, block, stored, needed, tokens = table.values()
     size = record_type(dim).itemsize
     target = int(np.clip(stored.sum() * size // TARGET_PARTITIONS, *PARTITION_BYTES)) // size
-    return group_blocks(split, block, stored, tokens, target)
-
-
-def group_blocks(
-    split: np.ndarray, block: np.ndarray, amount: np.ndarray, tokens: np.ndarray, target: int
-) -> list[Partition]:
-    """Group consecutive blocks into partitions of about `target`.
-
-    The arrays, int64 [n], have each block's split, number there, contribution to `target`, and tokens to read.
-    """
-    starts = np.unique((np.cumsum(amount) - amount) // max(1, target), return_index=True)[1]
+    starts = np.unique((np.cumsum(stored) - stored) // max(1, target), return_index=True)[1]
     return [
-        Partition(n, split[a:b].tolist(), block[a:b].tolist(), int(amount[a:b].sum()), int(tokens[a:b].sum()))
-        for n, (a, b) in enumerate(pairwise([*starts, len(amount)]))
+        Partition(
+            number=n,
+            splits=split[a:b].tolist(),
+            blocks=block[a:b].tolist(),
+            stored=int(stored[a:b].sum()),
+            passages=int(needed[a:b].sum()),
+            tokens=int(tokens[a:b].sum()),
+        )
+        for n, (a, b) in enumerate(pairwise([*starts, len(split)]))
     ]
+
+
+def within_budget(partitions: Sequence[Partition], token: int, vector: int, budget: float) -> list[Partition]:
+    """Return the partitions, the first of them `kept`, whose files of embeddings take at most `budget` bytes."""
+    sizes = np.cumsum([partition.kept_bytes(token, vector) for partition in partitions])
+    return [replace(partition, kept=bool(size <= budget)) for partition, size in zip(partitions, sizes, strict=True)]
 
 
 def longest_first(partitions: list[Partition]) -> list[Partition]:

@@ -1,57 +1,52 @@
-"""Stage 6: label every token of the chosen passages with the sense that the teacher assigns to it.
+"""Stage 6: label every token of the chosen passages, and of spans of them, with the sense that the teacher assigns to it.
 
-The passages are those that the plan needs, or the first by key up to a number of tokens. Memory of an actor: the teacher,
-the dictionary, one partition (about `PARTITION_BYTES`) and one batch of hidden states.
+The passages are those that the plan needs, or the first by key up to a number of tokens. Embeddings are rounded as in the
+dictionary's run: those that it kept are read from its files, the others by the teacher in the same batches, so that labels do
+not depend on what was kept. Memory of an actor: the teacher, the dictionary, the texts of one partition and one batch.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 import xxhash
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from msense.constants import NO_SENSE, Metric
-from msense.corpus.passages import Passages, read_block
+from msense.corpus.chunking import encode_texts
+from msense.corpus.passages import Passages, read_block, read_texts
+from msense.corpus.spans import KINDS, MIN_TOKENS, spans_of
 from msense.dictionary import SenseDictionary
 from msense.errors import InputError, MsenseError
 from msense.io import storage
-from msense.io.arrays import load_arrays, open_parquet, read_columns, save_arrays
+from msense.io.arrays import load_arrays, open_parquet, save_arrays
 from msense.run.folder import RunFolder
 from msense.run.journal import timed
 from msense.run.resume import finished
 from msense.runtime import Executor
 from msense.runtime.executor import Row
 from msense.stages.base import Stage, StageContext
-from msense.stages.embed import EmbedSettings, load_teacher, not_finite
-from msense.stages.embedding_store import TARGET_PARTITIONS, Duplicates, Partition, group_blocks
-from msense.stages.plan import Tally, iter_blocks, sliced, write_blocks
+from msense.stages.embedding_store import Duplicates, Partition, longest_first, partition_passages
+from msense.stages.passages import PassageStage
+from msense.stages.plan import Tally, iter_blocks, sliced
+from msense.stages.reading import EmbedSettings, Reading, TeacherReader, batches_of, not_finite, read_kept
 from msense.stages.sampling import select
-from msense.teacher.batching import TOKEN_BUDGET
-from msense.teacher.model import embed_tokens
-from msense.teacher.pooling import load_head
-from msense.training.label_dataset import (
-    HELD_OUT_BY,
-    HeldOutBy,
-    LabelManifest,
-    LabelPartition,
-    label_columns,
-    label_size,
-)
+from msense.training.label_dataset import HELD_OUT_BY, HeldOutBy, LabelManifest, LabelPartition, label_columns
 
 logger = logging.getLogger(__name__)
-PARTITION_BYTES = (1 << 19, 256 << 20)  # minimum and maximum of the target size of a partition
 HELD_OUT_SALT = 0x68656C64  # documents are held out by a hash independent of the passage keys
 HELD_OUT_FACTOR = 3  # by which the held-out share of the text may differ from the wanted one
 _KEY_SALT = np.uint64(0x9E3779B97F4A7C15)  # odd: mixes the lower bits of passage keys into the upper ones
 KEY_BINS_BITS = 20
 ASSIGN_NUMBERS = 1 << 23  # hidden-state elements assigned together, as small batches cost as much as large ones
-_ROW = ("piece", "block", "passages", "tokens")
-_TYPES = {"U16": np.uint16, "F16": np.float16}
+QUERY_BLOCKS = 16  # of a partition of queries
+SAMPLED_BLOCKS = 16  # of which a dry run counts the spans
+_TYPES = {"U8": np.uint8, "U16": np.uint16, "F16": np.float16}
 
 
 @dataclass(frozen=True)
@@ -61,15 +56,16 @@ class LabelSettings:
     run: RunFolder  # where the labels are written
     text: RunFolder  # with the passages and their plan
     embed: EmbedSettings  # teacher and passage layout
+    reads_kept: bool  # whether the embeddings kept in the text's run may be used
     dictionary: str
     fingerprint: str  # of the dictionary
     pooled: bool
-    pooled_dim: int  # size of a sentence vector
     soft_targets: int
     metric: Metric
     temperature: float
     held_out: float
     train_tokens: int | None
+    spans: dict[str, float]  # shares by kind
     last_key: int | None = None  # of the passages to label; None = those that the plan needs
     held_out_by: HeldOutBy = "documents"
 
@@ -88,16 +84,34 @@ class LabelStats:
 
     partitions: int
     passages: int
+    spans: int  # and queries
     tokens: int
     labelled: int  # tokens with a sense
-    held_out: int  # passages
+    held_out: int  # passages and spans
     bytes: int
+    forwarded: int  # tokens that the teacher read
+
+
+class QueryStage(PassageStage):
+    """Writes the passages of queries, of which the first of each query is labelled."""
+
+    name = "queries"
+
+
+def query_partitions(blocks: Sequence[int], first: int) -> list[Partition]:
+    """Group the blocks of the queries, given their number in every file, into partitions numbered from `first`."""
+    places = [(split, block) for split, count in enumerate(blocks) for block in range(count)]
+    groups = [places[start : start + QUERY_BLOCKS] for start in range(0, len(places), QUERY_BLOCKS)]
+    return [
+        Partition(number, [split for split, _ in group], [block for _, block in group], queries=True)
+        for number, group in enumerate(groups, first)
+    ]
 
 
 def choose_passages(
     settings: LabelSettings, blocks: Sequence[int], context: StageContext
 ) -> tuple[LabelSettings, SelectionStats]:
-    """Choose the passages to label, and write the number of each of these numbers of blocks; every driver repeats it.
+    """Choose the passages to label among these numbers of blocks; every driver repeats it.
 
     Returns:
         The settings with the key of the last passage to label, and the numbers chosen.
@@ -111,13 +125,11 @@ def choose_passages(
         if settings.train_tokens is not None:
             by_key = executor.get(executor.reduce("labels: keys", _count_keys, slices, settings))
             settings = replace(settings, last_key=_last_key(by_key.counts, settings.train_tokens))
-        counted = executor.reduce("labels: passages", _count_passages, slices, settings)
-        written = executor.run(_write_blocks, counted, settings.run)
-        chosen = SelectionStats(written["passages"], written["tokens"])
+        counts = executor.get(executor.reduce("labels: passages", _count_passages, slices, settings)).counts.tolist()
+        chosen, held = SelectionStats(*counts[:2]), counts[2:]
         if not chosen.tokens:
             raise InputError("no passage of this text is to be labelled: use another text or --train-tokens")
-        by = _choose_held_out(written["held"], chosen.tokens, settings.held_out)
-        settings = replace(settings, held_out_by=by)
+        settings = replace(settings, held_out_by=_choose_held_out(held, chosen.tokens, settings.held_out))
         context.journal.add(name, made=1)
         shown.update(asdict(chosen))
     return settings, chosen
@@ -143,14 +155,33 @@ def _last_key(counts: np.ndarray, tokens: int) -> int:
 
 
 def _count_passages(splits: list[tuple[int, int]], settings: LabelSettings) -> Tally:
-    selector, rows = PassageSelector(settings), []
-    held = np.zeros(len(HELD_OUT_BY), np.int64)  # tokens
+    """Count the chosen passages, their tokens, and the tokens held out by document and by passage."""
+    selector, counts = TextSelector(settings), np.zeros(2 + len(HELD_OUT_BY), np.int64)
     for split, block in ((split, block) for split, count in splits for block in range(count)):
-        passages, chosen = selector(split, block)
-        rows.append((split, block, len(passages.keys), len(passages.ids)))
-        uri = settings.text.passages_file(split)
-        held += [passages.lengths[_held_out(uri, block, settings.held_out, by)[chosen]].sum() for by in HELD_OUT_BY]
-    return Tally(held, np.array(rows, dtype=np.int64))
+        passages = partition_passages(settings.text, place := Partition(0, [split], [block]), selector.duplicates)
+        chosen = selector.chosen(passages)
+        lengths = passages.lengths[chosen]
+        held = [lengths[selector.held_out(place, by)[chosen]].sum() for by in HELD_OUT_BY]
+        counts += [len(lengths), lengths.sum(), *held]
+    return Tally(counts)
+
+
+def sample_spans(settings: LabelSettings, partitions: Sequence[Partition], tokens: int, executor: Executor) -> Row:
+    """Return the numbers of spans and of their tokens by kind, estimated from a few blocks of so many chosen tokens."""
+    places = [place for partition in partitions for place in zip(partition.splits, partition.blocks, strict=True)]
+    sampled = places[:: max(1, -(-len(places) // SAMPLED_BLOCKS))]
+    counts = executor.get(executor.reduce("labels: spans", _count_spans, sampled, settings)).counts.reshape(2, -1)
+    estimated = np.round(counts * (tokens / max(1, counts[1, 0]))).astype(int)
+    names = [(number, name) for number, name in enumerate(KINDS) if name in settings.spans]
+    return {name: {"spans": int(estimated[0, number]), "tokens": int(estimated[1, number])} for number, name in names}
+
+
+def _count_spans(place: tuple[int, int], settings: LabelSettings) -> Tally:
+    texts = TextSelector(settings)(Partition(0, [place[0]], [place[1]]))
+    kinds, lengths = texts.kinds[texts.wanted], texts.passages.lengths[texts.wanted]
+    return Tally(
+        np.r_[np.bincount(kinds, minlength=len(KINDS)), np.bincount(kinds, lengths, len(KINDS)).astype(np.int64)]
+    )
 
 
 def _choose_held_out(held: list[int], tokens: int, share: float) -> HeldOutBy:
@@ -172,42 +203,102 @@ def _choose_held_out(held: list[int], tokens: int, share: float) -> HeldOutBy:
     return HELD_OUT_BY[number]
 
 
-def _write_blocks(counted: Tally, run: RunFolder) -> Row:
-    passages, tokens = counted.rows[:, 2:].sum(axis=0).tolist()
-    write = partial(write_blocks, counted.rows, _ROW)
-    return run.publish(
-        run.label_blocks, write, {"passages": passages, "tokens": tokens, "held": counted.counts.tolist()}
-    )
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a partition: T passages, then their spans."""
+
+    passages: Passages
+    needed: np.ndarray  # int64, increasing: those that the plan needs, which are read together
+    wanted: np.ndarray  # bool [T], to be labelled
+    kinds: np.ndarray  # uint8 [T], places in `KINDS`
+    held_out: np.ndarray  # bool [T]
 
 
-class PassageSelector:
-    """Reads blocks and selects the passages to label; keeps the plan's thresholds in memory."""
+class TextSelector:
+    """Selects the texts to label; keeps the plan's thresholds in memory."""
 
     def __init__(self, settings: LabelSettings) -> None:
         self.settings = settings
         self.duplicates = Duplicates(settings.text)
         self.threshold = load_arrays(settings.text.thresholds, ("threshold",))["threshold"]
 
-    def __call__(self, split: int, block: int) -> tuple[Passages, np.ndarray]:
-        """Return the passages of a block to label, and which of the block's passages they are, bool [P]."""
-        passages, embed = read_block(self.settings.text.passages_file(split), block), self.settings.embed
-        if self.settings.last_key is not None:
-            chosen = passages.keys <= np.uint64(self.settings.last_key)
-        else:
-            chosen = np.zeros(len(passages.keys), dtype=bool)
-            chosen[passages.rows()[select(passages, self.threshold, embed.spec, embed.per_passage)]] = True
-        chosen[self.duplicates.of(split, block)] = False
-        return passages.without(np.flatnonzero(~chosen)), chosen
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The teacher's tokenizer."""
+        return Tokenizer.from_str(storage.read_text(self.settings.run.tokenizer))
 
-    def partition(self, partition: Partition) -> tuple[Passages, np.ndarray]:
-        """Return the passages of a partition to label, and whether each is held out, bool [P]."""
-        parts, held = [], []
-        for split, block in zip(partition.splits, partition.blocks, strict=True):
-            passages, chosen = self(split, block)
-            parts.append(passages)
-            uri, settings = self.settings.text.passages_file(split), self.settings
-            held.append(_held_out(uri, block, settings.held_out, settings.held_out_by)[chosen])
-        return Passages.concatenate(parts), np.concatenate(held)
+    def __call__(self, partition: Partition) -> Texts:
+        """Return the texts of a partition."""
+        if partition.queries:
+            return self._queries(partition)
+        passages = partition_passages(self.settings.text, partition, self.duplicates)
+        needed, chosen = self._needed(passages), self.chosen(passages)
+        held = self.held_out(partition, self.settings.held_out_by)
+        spans, kinds, of = self._spans(partition, passages.keys, chosen)
+        return Texts(
+            Passages.concatenate([passages, spans]),
+            needed,
+            np.r_[chosen, np.ones(len(kinds), dtype=bool)],
+            np.r_[np.zeros(len(chosen), dtype=np.uint8), kinds],
+            np.r_[held, held[of]],
+        )
+
+    def _needed(self, passages: Passages) -> np.ndarray:
+        """Return the passages that the plan needs, increasing int64."""
+        embed = self.settings.embed
+        return np.unique(passages.rows()[select(passages, self.threshold, embed.spec, embed.per_passage)])
+
+    def chosen(self, passages: Passages) -> np.ndarray:
+        """Return which passages are labelled, bool [P]."""
+        if self.settings.last_key is not None:
+            return np.asarray(passages.keys <= np.uint64(self.settings.last_key))
+        chosen = np.zeros(len(passages.keys), dtype=bool)
+        chosen[self._needed(passages)] = True
+        return chosen
+
+    def held_out(self, partition: Partition, by: HeldOutBy) -> np.ndarray:
+        """Return which passages of a partition are held out, bool [P]."""
+        run, share = self.settings.text, self.settings.held_out
+        places = zip(partition.splits, partition.blocks, strict=True)
+        drop = self.duplicates.of
+        held = [np.delete(_held_out(run.passages_file(p), b, share, by), drop(p, b)) for p, b in places]
+        return np.concatenate(held)
+
+    def _spans(
+        self, partition: Partition, keys: np.ndarray, chosen: np.ndarray
+    ) -> tuple[Passages, np.ndarray, np.ndarray]:
+        """Return the spans of the chosen passages, their kinds, uint8, and the passage of each, int64."""
+        found: list[tuple[int, int, str]] = []
+        start = 0
+        for split, block in zip(partition.splits, partition.blocks, strict=True) if self.settings.spans else ():
+            texts, index = read_texts(self.settings.text.passages_file(split), block)
+            rows = np.delete(np.arange(len(texts)), self.duplicates.of(split, block))
+            for number, row in enumerate(rows.tolist(), start):
+                if chosen[number]:
+                    spans = spans_of(texts[row], int(keys[number]), self.settings.spans, opens_document=index[row] == 0)
+                    found += [(number, kind, text) for kind, text in spans]
+            start += len(rows)
+        spec = self.settings.embed.spec
+        encoded = encode_texts([text for _, _, text in found], spec, self.tokenizer)
+        frame = len(spec.prefix) + len(spec.prompt) + len(spec.suffix)
+        short = np.flatnonzero(encoded.lengths - frame - encoded.context < MIN_TOKENS)
+        of, kinds = np.array([row[:2] for row in found], dtype=np.int64).reshape(-1, 2).T
+        return encoded.without(short), np.delete(kinds, short).astype(np.uint8), np.delete(of, short)
+
+    def _queries(self, partition: Partition) -> Texts:
+        """Return the passages of a partition of queries, the first of each of which is labelled."""
+        run = RunFolder(self.settings.run.queries)
+        places = list(zip(partition.splits, partition.blocks, strict=True))
+        passages = Passages.concatenate([read_block(run.passages_file(split), block) for split, block in places])
+        index = np.concatenate([read_texts(run.passages_file(split), block)[1] for split, block in places])
+        kinds = np.full(len(index), KINDS.index("query"), dtype=np.uint8)
+        held = _drawn(passages.keys, self.settings.held_out)
+        return Texts(passages, np.zeros(0, dtype=np.int64), index == 0, kinds, held)
+
+
+def _drawn(keys: np.ndarray, share: float) -> np.ndarray:
+    """Return which passages with these keys, uint64 [P], are held out of their own account, bool [P]."""
+    return np.asarray(keys * _KEY_SALT < np.float64(share) * 2**64)
 
 
 def _held_out(uri: str, block: int, share: float, by: HeldOutBy) -> np.ndarray:
@@ -215,7 +306,7 @@ def _held_out(uri: str, block: int, share: float, by: HeldOutBy) -> np.ndarray:
     table = open_parquet(uri).read_row_group(block, columns=["key" if by == "passages" else "document_id"])
     column = table.column(0).combine_chunks()
     if by == "passages":
-        return np.asarray(column.to_numpy() * _KEY_SALT < np.float64(share) * 2**64)
+        return _drawn(column.to_numpy(), share)
     documents = column.dictionary_encode()
     drawn = [
         xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"), seed=HELD_OUT_SALT) < share * 2**64
@@ -224,24 +315,13 @@ def _held_out(uri: str, block: int, share: float, by: HeldOutBy) -> np.ndarray:
     return np.array(drawn, dtype=bool)[documents.indices.to_numpy()]
 
 
-def cut_label_partitions(settings: LabelSettings) -> list[Partition]:
-    """Cut the chosen passages into partitions of similar size in bytes; depends on data and config only."""
-    table = read_columns(settings.run.label_blocks, list(_ROW))
-    dim = settings.pooled_dim if settings.pooled else 0
-    size = label_size(table["passages"], table["tokens"], dim, settings.soft_targets)
-    some = size > 0
-    target = int(np.clip(size.sum() // TARGET_PARTITIONS, *PARTITION_BYTES))
-    return group_blocks(table["piece"][some], table["block"][some], size[some], table["tokens"][some], target)
-
-
 class LabelActor:
-    """Loads teacher and dictionary once, and writes the label file of each partition it is called with."""
+    """Loads dictionary and, if it has to read, the teacher once; writes the label file of each partition it is called with."""
 
     def __init__(self, settings: LabelSettings) -> None:
-        """Load teacher and dictionary; raise MsenseError if either differs from the one the run was started with."""
-        self.settings = settings
-        self.chooser = PassageSelector(settings)
-        self.teacher = load_teacher(settings.embed)
+        """Load the dictionary; raise MsenseError if it is not the one that the run was started with."""
+        self.settings, self.forwarded = settings, 0
+        self.selector = TextSelector(settings)
         dictionary = SenseDictionary.load(settings.dictionary)
         if dictionary.fingerprint != settings.fingerprint:
             raise MsenseError(
@@ -249,61 +329,95 @@ class LabelActor:
                 "over with another --output"
             )
         self.dictionary = dictionary.to("cuda") if settings.embed.device == "cuda" else dictionary
-        self.head = load_head(settings.embed.teacher, settings.embed.info).to(settings.embed.device)
+
+    @cached_property
+    def reader(self) -> TeacherReader:
+        """The teacher."""
+        return TeacherReader(self.settings.embed)
 
     def __call__(self, item: Row) -> Row:
         """Write one partition; return its stats."""
         partition = Partition(**item)
-        passages, held = self.chooser.partition(partition)
+        texts = self.selector(partition)
+        kinds = texts.kinds[texts.wanted]
+        labelled = texts.passages.without(np.flatnonzero(~texts.wanted))
+        held = texts.held_out[texts.wanted]
         stats = {
             "number": partition.number,
-            "passages": len(passages.keys),
-            "tokens": len(passages.ids),
+            "passages": len(kinds),
+            "spans": int((kinds > 0).sum()),
+            "tokens": len(labelled.ids),
             "held_out_passages": int(held.sum()),
         }
 
         def write(path: Path) -> Row:
-            arrays = self._label(passages)
-            save_arrays(path, {**arrays, "held_out": held.astype(np.uint8)})
-            labelled = int((arrays["senses"] != NO_SENSE).sum())
-            return {"labelled": labelled, "size": path.stat().st_size, "sha256": storage.sha256_of(path)}
+            self.forwarded = 0
+            arrays = self._label(texts, labelled, self._readings(partition, texts))
+            columns = {
+                "offsets": labelled.offsets,
+                "ids": labelled.ids,
+                "kind": kinds,
+                "held_out": held.astype(np.uint8),
+            }
+            save_arrays(path, {**arrays, **columns})
+            count = int((arrays["senses"] != NO_SENSE).sum())
+            sizes = {"size": path.stat().st_size, "sha256": storage.sha256_of(path)}
+            return {"labelled": count, "forwarded": self.forwarded, **sizes}
 
         return self.settings.run.publish(self.settings.run.label_file(partition.number), write, stats)
 
-    def _label(self, passages: Passages) -> dict[str, np.ndarray]:
-        """Embed passages and return the columns of their label file except `held_out`."""
+    def _readings(self, partition: Partition, texts: Texts) -> Iterator[Reading]:
+        """Yield all wanted texts: the plan's batches that have some, from the kept file if there is one, then the others."""
+        settings, passages, wanted = self.settings.embed, texts.passages, texts.wanted
+        planned = batches_of(passages, texts.needed, settings)
+        others = wanted.copy()
+        others[texts.needed] = False
+        batches = batches_of(passages, np.flatnonzero(others), settings)
+        if partition.kept:
+            file = self.settings.text.embeddings_file(partition.number)
+            yield from read_kept(file, passages, planned, wanted, settings)
+        else:
+            batches = [rows for rows in planned if wanted[rows].any()] + batches
+        if batches:
+            self.forwarded += sum(int(passages.lengths[rows].sum()) for rows in batches)
+            yield from (reading.as_kept(settings) for reading in self.reader(passages, batches))
+
+    def _label(self, texts: Texts, labelled: Passages, readings: Iterator[Reading]) -> dict[str, np.ndarray]:
+        """Return the columns of the label file that depend on embeddings."""
         settings, dim = self.settings, self.settings.embed.info.dim
-        size = settings.pooled_dim if settings.pooled else 0
-        columns = label_columns(len(passages.keys), len(passages.ids), size, settings.soft_targets)
-        arrays = {
-            name: np.full(shape, NO_SENSE if name in ("senses", "soft_senses") else 0, _TYPES[kind])
-            for name, (kind, shape) in columns.items()
-            if kind in _TYPES
+        size = settings.embed.vector_dim if settings.pooled else 0
+        columns = label_columns(len(labelled.keys), len(labelled.ids), size, settings.soft_targets)
+        arrays: dict[str, np.ndarray] = {
+            name: np.full(
+                columns[name][1], NO_SENSE if name in ("senses", "soft_senses") else 0, _TYPES[columns[name][0]]
+            )
+            for name in ("senses", "soft_senses", "soft_weights", "pooled")
+            if name in columns
         }
-        eligible = passages.eligible(settings.embed.spec)
+        place = np.cumsum(texts.wanted) - 1
+        eligible = labelled.eligible(settings.embed.spec)
         held: list[tuple[np.ndarray, Tensor]] = []
-        rows = [passages.row(number) for number in range(len(passages.keys))]
-        for batch, hidden in embed_tokens(self.teacher, rows, TOKEN_BUDGET[settings.embed.device]):
-            mask = torch.from_numpy(batch.mask).to(hidden.device)
-            if settings.pooled:
-                with torch.no_grad():
-                    vectors = self.head(hidden, mask).half()
-                self._check_finite(vectors)
-                arrays["pooled"][batch.rows] = vectors.cpu().numpy()
-            flat = np.concatenate([np.arange(passages.offsets[r], passages.offsets[r + 1]) for r in batch.rows])
-            wanted = eligible[flat]
-            held.append((flat[wanted], hidden[mask][torch.from_numpy(wanted).to(hidden.device)]))
+        for rows, tokens, vectors in readings:
+            chosen = texts.wanted[rows]
+            own = place[rows[chosen]]
+            if "pooled" in arrays and vectors is not None:
+                self._check_finite(vectors[torch.from_numpy(chosen)])
+                arrays["pooled"][own] = vectors.cpu().numpy()[chosen]
+            flat = labelled.places(own)
+            used = np.repeat(chosen, texts.passages.lengths[rows])
+            used[used] = eligible[flat]
+            held.append((flat[eligible[flat]], tokens[torch.from_numpy(used).to(tokens.device)]))
             if sum(len(places) for places, _ in held) * dim >= ASSIGN_NUMBERS:
-                self._assign(passages, held, arrays)
+                self._assign(labelled, held, arrays)
                 held = []
         if held:
-            self._assign(passages, held, arrays)
-        return {**arrays, "offsets": passages.offsets, "ids": passages.ids.astype(np.int32)}
+            self._assign(labelled, held, arrays)
+        return arrays
 
     def _assign(self, passages: Passages, held: list[tuple[np.ndarray, Tensor]], arrays: dict[str, np.ndarray]) -> None:
         """Write the senses of tokens, given by their places in the partition and their embeddings, into the columns."""
-        places, points = np.concatenate([place for place, _ in held]), torch.cat([values for _, values in held])
-        self._check_finite(points)
+        places = np.concatenate([place for place, _ in held])
+        points = torch.cat([values.to(self.settings.embed.device) for _, values in held])
         ids, metric, top = torch.from_numpy(passages.ids[places]), self.settings.metric, self.settings.soft_targets
         arrays["senses"][places] = (
             self.dictionary.assign(ids, points, metric=metric).cpu().numpy()
@@ -313,8 +427,8 @@ class LabelActor:
             arrays["soft_senses"][places] = senses.cpu().numpy()
             arrays["soft_weights"][places] = weights.half().cpu().numpy()
 
-    def _check_finite(self, embeddings: Tensor) -> None:
-        if not embeddings.isfinite().all():
+    def _check_finite(self, vectors: Tensor) -> None:
+        if not vectors.isfinite().all():
             raise MsenseError(not_finite(self.settings.embed.dtype, "NaN, infinite or too large for float16"))
 
 
@@ -333,14 +447,27 @@ class LabelStage(Stage[LabelStats]):
     name = "labels"
 
     def __init__(self, settings: LabelSettings, partitions: Sequence[Partition]) -> None:
-        """Label the partitions of `cut_label_partitions` with the settings of `choose_passages`."""
+        """Label the partitions of the text and of queries with the settings of `choose_passages`."""
         super().__init__(settings.run, [settings.run.label_file(partition.number) for partition in partitions])
         self.settings, self.partitions = settings, partitions
 
     def process(self, executor: Executor, missing: Sequence[int]) -> Iterator[Row]:
-        """Run the missing partitions through teacher actors."""
-        items = [asdict(self.partitions[number]) for number in missing]
-        return executor.map_actors(self.name, LabelActor, {"settings": self.settings}, items)
+        """Run the missing partitions through actors; those whose embeddings are damaged are read again."""
+        text, partitions = self.settings.text, [self.partitions[number] for number in missing]
+        own = [partition for partition in partitions if self.settings.reads_kept and not partition.queries]
+        files = [text.embeddings_file(partition.number) for partition in own]
+        counts = [
+            row and (row["passages"], row["tokens"]) for row in finished("kept embeddings", text, files, executor)
+        ]
+        kept = {p.number for p, count in zip(own, counts, strict=True) if count == (p.passages, p.tokens)}
+        if own:
+            logger.info(
+                "labels: the embeddings of %d of %d partitions were kept; the others are read again",
+                len(kept),
+                len(own),
+            )
+        items = [replace(partition, kept=partition.number in kept) for partition in longest_first(partitions)]
+        return executor.map_actors(self.name, LabelActor, {"settings": self.settings}, list(map(asdict, items)))
 
     def reduce(self, executor: Executor, stats: list[Row]) -> LabelStats:
         """Write the manifest and return its totals."""
@@ -354,7 +481,7 @@ def _write_manifest(settings: LabelSettings, stats: list[Row]) -> LabelStats:
     sizes = np.diff(dictionary.offsets).astype(np.int32)
     run.publish(run.label_senses, lambda path: save_arrays(path, {"senses": sizes}))
     of_dictionary = ("teacher", "tokenizer_fingerprint", "vocab_size", "dim", "temperature_unit")
-    of_labels = ("metric", "train_tokens", "held_out", "held_out_by", "soft_targets", "pooled", "pooled_dim")
+    of_labels = ("metric", "train_tokens", "held_out", "held_out_by", "soft_targets", "pooled", "spans")
     of_teacher = ("pooling", "normalize")
     manifest = LabelManifest(
         inputs_hash=run.inputs_hash,
@@ -362,15 +489,16 @@ def _write_manifest(settings: LabelSettings, stats: list[Row]) -> LabelStats:
         **{name: getattr(dictionary.config, name) for name in of_dictionary},
         **{name: getattr(settings, name) for name in of_labels},
         **{name: getattr(settings.embed.info, name) for name in of_teacher},
+        pooled_dim=settings.embed.vector_dim or None,
         temperature=settings.temperature if settings.soft_targets else None,
         held_out_salt=HELD_OUT_SALT,
         partitions=tuple(LabelPartition(**{name: row[name] for name in LabelPartition.model_fields}) for row in stats),
     )
     storage.write_json(run.label_manifest, manifest.model_dump(mode="json", by_alias=True))
-    return label_stats(manifest)
+    return label_stats(manifest, sum(row["forwarded"] for row in stats))
 
 
-def label_stats(manifest: LabelManifest) -> LabelStats:
-    """Return the totals of finished labels."""
-    counts = ("passages", "tokens", "labelled", "held_out_passages", "size")
-    return LabelStats(len(manifest.partitions), *map(manifest.total, counts))
+def label_stats(manifest: LabelManifest, forwarded: int = 0) -> LabelStats:
+    """Return the totals of finished labels, for which the teacher read so many tokens."""
+    rows, spans, *counts = map(manifest.total, ("passages", "spans", "tokens", "labelled", "held_out_passages", "size"))
+    return LabelStats(len(manifest.partitions), rows - spans, spans, *(*counts, forwarded))

@@ -4,14 +4,13 @@ Memory: the weights, and the activations of one batch.
 """
 
 import os
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from msense.errors import InputError, MsenseError
-from msense.teacher.batching import Batch, iter_batches, pad_batch
+from msense.teacher.batching import pad_batch
 from msense.teacher.body import PaddedInputs, load_body, probe_ids, truncate_layers
 from msense.teacher.files import body_folder
 from msense.text import first_line
@@ -97,13 +96,3 @@ class Teacher:
                     f"teacher {name!r}: the vectors of a text change with the other texts of its batch (by {change:.1%}), "
                     "so that they have no senses of their own: give another teacher"
                 )
-
-
-def embed_tokens(teacher: Teacher, rows: Sequence[np.ndarray], budget: int) -> Iterator[tuple[Batch, Tensor]]:
-    """Run rows of token ids through a teacher in batches of at most `budget` tokens.
-
-    Yields:
-        Each batch, and its hidden states [B, L, D].
-    """
-    for batch in iter_batches(rows, budget):
-        yield batch, teacher.embed(batch.ids, batch.mask)

@@ -115,7 +115,7 @@ class Trainer(TrainingLoop):
         return int(self.labels.lengths[batch].sum())
 
     def backward(self, batch: np.ndarray, report: bool) -> dict[str, float]:
-        """Accumulate gradients; return mean losses and, if requested, this worker's sense accuracy."""
+        """Accumulate gradients; return mean losses and, if requested, this worker's sense accuracy, if the batch has them."""
         training, group = self.training, self.group
         share = batch[group.rank :: group.world]
         slices = [some for some in np.array_split(share, training.accumulate) if len(some)]
@@ -136,9 +136,9 @@ class Trainer(TrainingLoop):
             if report:
                 right.append(self._accuracy(output, some))
         every = group.sum(list(totals.values()), training.device)
-        losses = {name: total / max(1, counts[name]) for name, total in zip(names, every, strict=True)}
-        if report:
-            losses["accuracy"] = float(sum(part.total for part in right)) / max(1, sum(part.count for part in right))
+        losses = {name: total / counts[name] for name, total in zip(names, every, strict=True) if counts[name]}
+        if report and (tokens := sum(part.count for part in right)):
+            losses["accuracy"] = float(sum(part.total for part in right)) / tokens
         return losses
 
     def _losses(self, batch: LabelBatch, model: nn.Module) -> tuple[StudentOutput, dict[str, LossSum]]:
@@ -153,8 +153,11 @@ class Trainer(TrainingLoop):
         return output, compute_losses(training.mix, output, batch, self.space, self.student.sentence, hidden)
 
     def _accuracy(self, output: StudentOutput, batch: LabelBatch) -> LossSum:
+        """Return the sense accuracy on the texts that are no spans."""
+        rows, batch = batch.without_spans()
         ids, labels = batch.ids.flatten().numpy(), hard_labels(batch)
-        return sense_accuracy(output.senses.flatten(0, 1), ids, labels, self.dictionary, self.space.metric)
+        senses = output.senses[rows.to(output.senses.device)].flatten(0, 1)
+        return sense_accuracy(senses, ids, labels, self.dictionary, self.space.metric)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -179,7 +182,8 @@ class Trainer(TrainingLoop):
         """Return the losses and held-out metrics of a batch."""
         output, metrics = self._losses(batch, self.student)
         metrics["accuracy"] = self._accuracy(output, batch)
-        metrics["frequent"] = frequent_sense_accuracy(batch.ids.flatten().numpy(), hard_labels(batch), self.dictionary)
+        whole = batch.without_spans()[1]
+        metrics["frequent"] = frequent_sense_accuracy(whole.ids.flatten().numpy(), hard_labels(whole), self.dictionary)
         if batch.pooled is not None:
             vectors = self.student.sentence(output.hidden, batch.mask.to(output.hidden.device))
             cosine = nn.functional.cosine_similarity(vectors, batch.pooled.to(vectors.device)).sum()
@@ -194,6 +198,6 @@ class Trainer(TrainingLoop):
 
 def _counts(mix: LossWeights, batch: LabelBatch) -> dict[str, int]:
     """Return what each loss of a batch averages over: the number of labelled tokens, of passages, or of tokens."""
-    labelled = int((batch.senses >= 0).sum())
-    kinds = {"sense": labelled, "pooled": len(batch.ids), "replaced": len(batch.ids)}
+    whole = batch.without_spans()[1]
+    kinds = {"sense": int((whole.senses >= 0).sum()), "pooled": len(batch.ids), "replaced": len(whole.ids)}
     return {name: kinds.get(name, int(batch.mask.sum())) for name in mix.weights()}

@@ -1,6 +1,6 @@
 """Checked, memory-mapped reader of a run's labels, and deterministic training batches over them.
 
-Memory: 17 bytes per passage, 8 more while an epoch is laid out, and one batch. Never imports Ray.
+Memory: 18 bytes per passage, 8 more while an epoch is laid out, and one batch. Never imports Ray.
 """
 
 import json
@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from msense.constants import MAX_DIM, MAX_SENSES, MAX_VOCABULARY, NO_SENSE
+from msense.corpus.spans import KINDS, SPANS
 from msense.dictionary.layout import TeacherName
 from msense.errors import InputError
 from msense.io import storage
@@ -27,6 +28,8 @@ _LONGEST = 1 << 24  # tokens of a passage
 _DTYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "F16": "<f2", "U8": "|u1"}
 _SUM_TOLERANCE = 0.01  # of the sum of weights stored in float16
 LABELS = Artefact("set of labels", "run jobs/distill.py again to regenerate it", InputError)
+_SPANS = [KINDS.index(name) for name in SPANS]
+_PER_PASSAGE = ("offsets", "held_out", "kind", "pooled")
 HeldOutBy = Literal["documents", "passages"]
 HELD_OUT_BY: tuple[HeldOutBy, ...] = get_args(HeldOutBy)
 _Count = Annotated[int, Field(ge=0, lt=1 << 60)]
@@ -35,7 +38,8 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 60)]
 class LabelPartition(FrozenModel):
     """Counts and checksum of one label file (one partition)."""
 
-    passages: _Count
+    passages: _Count = Field(description="rows: passages, spans of passages, and queries")
+    spans: _Count = Field(0, description="rows that are not passages")
     tokens: _Count
     labelled: _Count = Field(description="tokens that have a sense")
     held_out_passages: _Count
@@ -61,6 +65,7 @@ class LabelManifest(FrozenModel):
     held_out_by: HeldOutBy = "documents"
     held_out_salt: int
     soft_targets: int = Field(ge=0, le=MAX_SENSES)
+    spans: dict[str, float] | None = Field(None, description="share by kind; null: files without the column `kind`")
     pooled: bool
     pooled_dim: int | None = Field(default=None, gt=0, le=MAX_DIM, description="of a sentence vector; null: dim")
     pooling: str
@@ -72,10 +77,11 @@ class LabelManifest(FrozenModel):
         return sum(getattr(partition, name) for partition in self.partitions)
 
 
-def label_columns(passages: int, tokens: int, dim: int, soft_targets: int) -> TensorSpecs:
+def label_columns(passages: int, tokens: int, dim: int, soft_targets: int, *, kinds: bool = True) -> TensorSpecs:
     """Return the tensors of a file of P passages and N tokens; `dim` 0 means no pooled embeddings.
 
-    `offsets` [P + 1] delimits the passages in `ids`, `senses` (65535 = none), `soft_senses`, `soft_weights` [N, ...].
+    `offsets` [P + 1] delimits the passages in `ids`, `senses` (65535 = none), `soft_senses`, `soft_weights` [N, ...]. `kind`
+    is 0 for a passage, 1 for a sentence of one, 2 for a run of sentences, 3 for a title or first line, 4 for a query.
     """
     columns: TensorSpecs = {
         "offsets": ("I64", (passages + 1,)),
@@ -83,6 +89,7 @@ def label_columns(passages: int, tokens: int, dim: int, soft_targets: int) -> Te
         "senses": ("U16", (tokens,)),
         "held_out": ("U8", (passages,)),
     }
+    columns |= {"kind": ("U8", (passages,))} if kinds else {}
     if soft_targets:
         columns |= {"soft_senses": ("U16", (tokens, soft_targets)), "soft_weights": ("F16", (tokens, soft_targets))}
     return columns | ({"pooled": ("F16", (passages, dim))} if dim else {})
@@ -90,7 +97,7 @@ def label_columns(passages: int, tokens: int, dim: int, soft_targets: int) -> Te
 
 def label_size(passages: Any, tokens: Any, dim: int, soft_targets: int) -> Any:
     """Return the size in bytes of labels for these counts; `dim` 0 means no pooled embeddings."""
-    return tokens * (6 + 4 * soft_targets) + passages * (9 + 2 * dim)
+    return tokens * (6 + 4 * soft_targets) + passages * (10 + 2 * dim)
 
 
 class LabelBatch(NamedTuple):
@@ -102,10 +109,21 @@ class LabelBatch(NamedTuple):
     pooled: Tensor | None  # float32 [B, D']
     soft_senses: Tensor | None  # int64 [B, L, M], -1 = none
     soft_weights: Tensor | None  # float32 [B, L, M], sums to about 1 for each token with a sense
+    spans: Tensor | None = None  # bool [B], whether a row is a part of a passage; None: none is
+
+    def without_spans(self) -> tuple[Tensor, "LabelBatch"]:
+        """Return the rows that are no spans, int64 [B'], and the batch of these; spans repeat the senses of passages."""
+        if self.spans is None or not self.spans.any():
+            return torch.arange(len(self.ids)), self
+        rows = torch.nonzero(~self.spans)[:, 0]
+        return rows, LabelBatch(*(None if part is None else part[rows] for part in self))
 
 
 class LabelSet:
-    """The labels of a run: P passages, numbered in the order of the partitions, with their `lengths` int32 [P].
+    """The labels of a run: P passages, numbered in the order of the partitions.
+
+    Spans of passages and queries count as passages. `lengths` int32 [P] are their tokens, `kinds` uint8 [P] what they are
+    (see `label_columns`).
 
     Example:
         >>> labels = LabelSet.open("runs/student")
@@ -122,14 +140,22 @@ class LabelSet:
         self._first = np.cumsum([0, *(partition.passages for partition in manifest.partitions)])
         self.lengths = np.concatenate([np.diff(columns["offsets"]).astype(np.int32) for columns in self._columns])
         self._held_out = np.concatenate([columns["held_out"] for columns in self._columns]).astype(bool)
+        none = np.zeros(len(self.lengths), np.uint8)
+        self.kinds = none if manifest.spans is None else np.concatenate([columns["kind"] for columns in self._columns])
 
     @classmethod
     def open(cls, run: str, verify: bool = False) -> "LabelSet":
         """Open the labels of a run folder or URI (copied to the user's cache); with `verify`, check all checksums.
 
+        The run of a student names the folder of its labels.
+
         Raises InputError if there are no labels, or a file is missing, truncated, foreign or inconsistent.
         """
         names = RunFolder(storage.absolute(run))
+        if not storage.exists(names.label_manifest) and (
+            place := storage.read_json(names.labels_place, {"folder": str})
+        ):
+            names = RunFolder(place["folder"])
         stored = storage.read_json(names.label_manifest)
         if stored is None:
             problem = "corrupted labels" if storage.exists(names.label_manifest) else "no finished labels"
@@ -189,17 +215,18 @@ class LabelSet:
             columns = self._columns[number]
             start, stop = columns["offsets"][row : row + 2].tolist()
             for name, values in columns.items():
-                per_passage = name in ("offsets", "held_out", "pooled")
+                per_passage = name in _PER_PASSAGE
                 rows[name][place] = values[row] if per_passage else values[start:stop]
         self._check(rows, self._files[int(partition[0])] if len(np.unique(partition)) == 1 else self._files[0].parent)
         ids, mask = map(torch.from_numpy, pad_batch(rows["ids"]))
         pooled = torch.from_numpy(np.stack(rows["pooled"])).float() if "pooled" in rows else None
         soft = [_padded(rows[name], mask) if name in rows else None for name in ("soft_senses", "soft_weights")]
-        return LabelBatch(ids.long(), mask, _padded(rows["senses"], mask), pooled, soft[0], soft[1])
+        spans = torch.from_numpy(np.isin(self.kinds[passages], _SPANS))
+        return LabelBatch(ids.long(), mask, _padded(rows["senses"], mask), pooled, soft[0], soft[1], spans)
 
     def _check(self, rows: dict[str, list[Any]], where: Path) -> None:
         """Raise InputError for out-of-range ids or senses, invalid weights, and values that are not finite."""
-        values = {name: np.concatenate(rows[name]) for name in rows if name not in ("offsets", "held_out", "pooled")}
+        values = {name: np.concatenate(rows[name]) for name in rows if name not in _PER_PASSAGE}
         _check_ids(values["ids"], len(self._sizes), where)
         for name in values.keys() & {"senses", "soft_senses"}:
             senses = values[name]
@@ -232,7 +259,8 @@ def _padded(rows: list[np.ndarray], mask: Tensor) -> Tensor:
 def _map_partition(file: Path, partition: LabelPartition, manifest: LabelManifest) -> dict[str, np.ndarray]:
     """Map one label file and check its passage offsets and held-out flags."""
     dim = (manifest.pooled_dim or manifest.dim) if manifest.pooled else 0
-    columns = _map_columns(file, label_columns(partition.passages, partition.tokens, dim, manifest.soft_targets))
+    counts = partition.passages, partition.tokens
+    columns = _map_columns(file, label_columns(*counts, dim, manifest.soft_targets, kinds=manifest.spans is not None))
     offsets, held_out = columns["offsets"], columns["held_out"]
     unequal = (offsets[0], offsets[-1]) != (0, partition.tokens)
     # read in blocks, so that a huge sparse file fails early
@@ -241,6 +269,8 @@ def _map_partition(file: Path, partition: LabelPartition, manifest: LabelManifes
     flagged = int(held_out.sum(dtype=np.int64))
     if any(p.max(initial=0) > 1 for p in row_blocks(held_out)) or flagged != partition.held_out_passages:
         raise _corrupted(file, "held-out flags do not match the manifest")
+    if any(p.max(initial=0) >= len(KINDS) for p in row_blocks(columns.get("kind", held_out))):
+        raise _corrupted(file, "a row is of an unknown kind")
     return columns
 
 

@@ -86,6 +86,7 @@ class TrainState:
     tokens: int = 0  # read by these steps
     seconds: float = 0.0  # taken by these steps
     sums: dict[str, float] = field(default_factory=dict)  # losses of these steps, by name
+    counts: dict[str, int] = field(default_factory=dict)  # of these steps, those that have the loss
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics of each finished epoch
     workers: int = 1
 
@@ -132,7 +133,7 @@ class TrainingLoop(ABC):
                 if state.step % settings.checkpoint_steps == 0 and state.step < steps[epoch]:
                     yield state
             metrics: dict[str, float] = {"epoch": epoch + 1, "step": sum(steps[: epoch + 1])}
-            metrics |= {f"train_{name}": total / max(1, steps[epoch]) for name, total in state.sums.items()}
+            metrics |= {f"train_{name}": total / state.counts[name] for name, total in state.sums.items()}
             metrics |= {"tokens_per_s": state.tokens / max(state.seconds, 1e-9), **self.evaluate()}
             self.state = state = TrainState(epoch + 1, history=[*state.history, metrics], workers=state.workers)
             if progress is not None:
@@ -154,8 +155,9 @@ class TrainingLoop(ABC):
         state.step += 1
         state.tokens += self.count_tokens(batch)
         state.seconds += time.monotonic() - began
-        for name in self.losses:
+        for name in losses.keys() & set(self.losses):
             state.sums[name] = state.sums.get(name, 0.0) + losses[name]
+            state.counts[name] = state.counts.get(name, 0) + 1
         if progress is not None and report:
             left = (steps - done - 1) * state.seconds / state.step
             speed = {"tokens_per_s": state.tokens / state.seconds, "seconds_left": left}

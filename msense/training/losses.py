@@ -4,7 +4,7 @@ Losses are sums with counts, so that the trainer can divide by the count of the 
 differentiable in the student's embeddings only. For memory see `sense_losses`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,23 +62,36 @@ def compute_losses(
     `space` is `mix.space(dictionary)`, `sentence` the student's pooling of embeddings [B, L, D] and mask [B, L], and `hidden`
     [N, D] the teacher's hidden states where the mask is true, for the losses `mse` and `cosine`.
     """
-    mask = batch.mask.to(output.hidden.device)
-    sentences = None if batch.pooled is None else batch.pooled.to(output.hidden.device)
-    names = mix.weights()
+    names, device = mix.weights(), output.hidden.device
+    mask, sentences = (None if part is None else part.to(device) for part in (batch.mask, batch.pooled))
     losses: dict[str, LossSum] = {}
     if "sense" in names or "replaced" in names:
-        labels = _sense_labels(batch) if "sense" in names else None
-        ids = batch.ids.masked_fill(~batch.mask, -1).view(-1).numpy()  # -1 has no senses: padding is left out
-        loss, means = sense_losses(output.senses.flatten(0, 1), ids, labels, space, replaced="replaced" in names)
-        if loss is not None:
-            losses["sense"] = loss
-        if means is not None:
-            losses["replaced"] = cosine_loss(sentence(means.view_as(output.senses), mask), sentences)
+        losses = _token_losses(names, output, batch, space, sentence)
     if "pooled" in names:
         losses["pooled"] = cosine_loss(sentence(output.hidden, mask), sentences)
     for name, compute in (("mse", mse_loss), ("cosine", cosine_loss)):
         if name in names:
             losses[name] = compute(output.hidden[mask], hidden)
+    return losses
+
+
+def _token_losses(
+    names: Container[str],
+    output: StudentOutput,
+    batch: LabelBatch,
+    space: SenseScorer,
+    sentence: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, LossSum]:
+    """Return the losses `sense` and `replaced`, of the texts that are no spans."""
+    rows, batch = batch.without_spans()
+    senses = output.senses if len(rows) == len(output.senses) else output.senses[rows.to(output.senses.device)]
+    labels = _sense_labels(batch) if "sense" in names else None
+    ids = batch.ids.masked_fill(~batch.mask, -1).view(-1).numpy()  # -1 has no senses: padding is left out
+    loss, means = sense_losses(senses.flatten(0, 1), ids, labels, space, replaced="replaced" in names)
+    losses = {} if loss is None else {"sense": loss}
+    if means is not None:
+        sentences = None if batch.pooled is None else batch.pooled.to(means.device)
+        losses["replaced"] = cosine_loss(sentence(means.view_as(senses), batch.mask.to(means.device)), sentences)
     return losses
 
 

@@ -17,7 +17,7 @@ def test_summaries_show_nested_stats(capsys: pytest.CaptureFixture[str]) -> None
     passages = asdict(PassageStats(3, 5, 7000, {"empty": 2, "not UTF-8": 1})) | {"seconds": 1.25}
     show_build({"stages": {"passages": passages | {"spilled_bytes": 2_000_000}}, "dictionary": "run/dictionary"})
     stages = {
-        "labels": asdict(LabelStats(2, 5, 7000, 6000, 1, 90_000)) | {"seconds": 2.0},
+        "labels": asdict(LabelStats(2, 5, 4, 7000, 6000, 1, 90_000, 800)) | {"seconds": 2.0},
         "training": asdict(TrainStats(2, 30, {"sense": 0.51239, "accuracy": 0.75})) | {"seconds": 3.0},
     }
     show_distillation({"stages": stages, "student": "run/student"})
@@ -25,7 +25,7 @@ def test_summaries_show_nested_stats(capsys: pytest.CaptureFixture[str]) -> None
     shown = " ".join(capsys.readouterr().out.split())
     for text in (
         "passages 1.2 s 3 documents, 5 passages, 7,000 tokens, 2.0 MB spilled skipped 3 bad documents (2 empty, 1 not UTF-8)",
-        "labels 2.0 s 2 partitions, 5 passages, 7,000 tokens, 6,000 labelled, 1 held out, 90 kB",
+        "labels 2.0 s 2 partitions, 5 passages, 4 spans, 7,000 tokens, 6,000 labelled, 1 held out, 90 kB, 800 forwarded",
         "training 3.0 s 2 epochs, 30 steps, held out: sense 0.5124, accuracy 0.75 student run/student",
         "train loss 0.25 seconds 9 teacher t corpus c",
     ):

@@ -35,6 +35,9 @@ def test_defaults_follow_from_other_settings() -> None:
         2,
     )
     assert (distill().heads, distill(objective="sense replaced").heads) == ("two", "one")
+    assert (distill(student="static").heads, distill(student="static", objective="pooled").heads) == ("separate", "one")
+    table = distill(student="table")
+    assert (table.objective, table.heads, table.ship_senses) == ({"pooled": 100.0}, "one", "none")
     assert distill(pooled=False).objective == {"sense": 1.0}
     paper = distill(reference=True)
     assert (paper.objective, paper.heads, paper.pooled, paper.epochs) == ({"sense": 1.0}, "one", False, 5)

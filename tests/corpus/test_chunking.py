@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from msense.corpus import cut_splits, list_files
-from msense.corpus.chunking import cut_points, passage_keys, write_passages
-from msense.corpus.passages import Passages, PassageSpec, read_block
+from msense.corpus.chunking import cut_points, encode_texts, passage_keys, write_passages
+from msense.corpus.passages import Passages, PassageSpec, read_block, read_texts
 from msense.errors import InputError
 from msense.tokenizer import fingerprint, special_tokens_around
 
@@ -111,6 +111,22 @@ def test_the_passages_file_contains_the_documents_in_order(tmp_path: Path) -> No
     assert stats["bad"] == {"empty": 1}
     assert stats["blocks"] == [13]
     assert table.column("key").to_numpy()[1] == passage_keys("a.txt:0", 2, 0)[1]
+    texts, index = read_texts(str(target), 0)
+    assert (texts, index.tolist()) == (["ab cd", "ef", "c"], [0, 1, 0])
+
+
+def test_the_text_of_a_passage_is_that_of_its_body(tmp_path: Path) -> None:
+    """Not of prompt and context; encoded alone it is read like a text of its own."""
+    spec = PassageSpec(max_length=8, prefix=(1,), suffix=(2,), prompt=(9,), prompt_text="g ", stride=2)
+    target, _ = write(tmp_path, "  ab cd ef  gh \n", spec)
+    texts, _ = read_texts(str(target), 0)
+    assert texts == ["ab cd", "ef", "gh"]
+    alone = encode_texts(["ef", "", "ab cd ef gh"], spec, TOKENIZER)
+    assert [alone.row(number).tolist() for number in range(3)] == [[1, 9, 7, 45, 2], [1, 2], [1, 9, 3, 41, 5, 43, 2]]
+    assert alone.context.tolist() == [0, -1, 0]
+    assert alone.eligible(spec).tolist() == [bool(x) for x in (1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1)]
+    assert encode_texts([], spec, TOKENIZER).offsets.tolist() == [0]
+    assert alone.places(np.array([2, 0])).tolist() == [7, 8, 9, 10, 11, 12, 13, 0, 1, 2, 3, 4]
 
 
 def test_context_prompt_and_excluded_tokens_are_never_eligible(tmp_path: Path) -> None:

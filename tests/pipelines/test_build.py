@@ -121,7 +121,12 @@ def test_a_dry_run_estimates_what_the_build_does(tmp_path: Path, corpus: Path, m
     assert (estimate["documents"], estimate["passages"], estimate["tokens"]) == (20, 20, plan["tokens"])
     assert (estimate["needed"], estimate["stored"]) == (plan["needed"], plan["stored"])
     assert estimate["senses"] >= summary["stages"]["dictionary"]["senses"]
-    assert summary["stages"]["embed"]["occurrences"] == estimate["stored"]
+    embedded = summary["stages"]["embed"]
+    assert embedded["occurrences"] == estimate["stored"]
+    assert (embedded["forwarded"], embedded["kept_bytes"]) == (estimate["kept_tokens"], estimate["embeddings_bytes"])
+    assert estimate["budget_bytes"] > estimate["embeddings_bytes"]
+    less = build(tmp_path / "less", dry_run=True, embeddings_budget="1KB", **settings)["estimate"]
+    assert (less["kept_tokens"], less["reread_tokens"]) == (0, estimate["needed_tokens"])
 
 
 def test_memory_of_clustering(tmp_path: Path) -> None:

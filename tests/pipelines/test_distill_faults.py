@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -42,16 +42,30 @@ def test_labels_that_cannot_be_written_are_reported_and_the_next_run_resumes(
 ) -> None:
     with unprivileged(corpus.folder):
         folder = corpus.folder / fault
-        context = full_disk if fault == "disk full" else partial(read_only, folder / "labels")
+
+        def context() -> AbstractContextManager[None]:
+            return full_disk() if fault == "disk full" else read_only(corpus.labels(fault) / "labels")
+
         with pytest.raises(MsenseError, match=rf"cannot write .*labels/.*{CAUSES[fault]}"):
             corpus.distill(fault, disturbed(*INSIDE["labels"][:1], context, INSIDE["labels"][1]), **TRAINING)
-        finished = {path: path.stat().st_mtime_ns for path in (folder / "labels").glob("0*.done")}
+        finished = {path: path.stat().st_mtime_ns for path in (corpus.labels(fault) / "labels").glob("0*.done")}
         assert finished
         corpus.label(fault, **TRAINING)
-    assert corpus.files(fault, "labels", markers=False) == corpus.files("whole", "labels", markers=False)
+    made, whole = (corpus.labels(name) for name in (fault, "whole"))
+    assert corpus.files(made, "labels", markers=False) == corpus.files(whole, "labels", markers=False)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert not list(folder.rglob(".*.part"))
     outcome(fault, "labels", "reported; next run resumes")
+
+
+def test_labels_of_a_dictionary_that_is_read_only(corpus: Corpus) -> None:
+    first = corpus.distill("writer", labels=None, **TRAINING)
+    with unprivileged(corpus.folder):
+        second = corpus.distill("reader", labels=None, **TRAINING, seed=1)
+        with pytest.raises(MsenseError, match=r"no permission .*\n.*dict/labels/.*: give another folder with --labels"):
+            corpus.distill("other reader", labels=None, **{**TRAINING, "held_out": 0.3})
+    assert second["labels"] == first["labels"]
+    assert second["stages"]["labels"]["forwarded"] == 0
 
 
 @pytest.mark.parametrize("fault", CAUSES)
@@ -117,8 +131,9 @@ def test_a_second_driver_and_changed_input_are_refused(corpus: Corpus, outcome: 
         corpus.distill(name, before(INSIDE[stage][0], meanwhile), **TRAINING)
     assert refused == [stage]
     outcome("second driver", stage, "refused")
-    with pytest.raises(InputError, match=r"config\.soft_targets: 0 .*2 [\s\S]*another --output"):
-        corpus.distill(name, **TRAINING, soft_targets=2)
-    with pytest.raises(InputError, match=r"dictionary.*: [\s\S]*another --output"):
-        corpus.distill(name, **TRAINING, dictionary=str(corpus.folder / "other"))
-    outcome("input changed", stage, "refused")
+    given = {"soft_targets": 2, "epochs": 1} if stage == "labels" else {"dictionary": str(corpus.folder / "other")}
+    summary = corpus.distill(name, **{**TRAINING, **given})
+    assert summary["labels"] != str(corpus.labels("whole"))  # a folder of their own, as for any other inputs
+    outcome("input changed", stage, "afresh")
+    with pytest.raises(InputError, match=r"config\.held_out: 0\.2 .*0\.3 [\s\S]*another --output"):
+        corpus.distill(name, **{**TRAINING, **given, "held_out": 0.3})

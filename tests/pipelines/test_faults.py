@@ -30,7 +30,13 @@ pytestmark = pytest.mark.usefixtures("in_process")
 FILES = {
     "passages": ("passages/000000.parquet", "passages/000001.parquet.done", "passages/000000.bad.json"),
     "plan": ("plan/plan.safetensors", "plan/blocks.parquet", "plan/duplicates.safetensors", "plan/plan.safetensors.done"),
-    "embed": ("occurrences/000001.records", "occurrences/000002.records.done", "occurrences/index.safetensors"),
+    "embed": (
+        "occurrences/000001.records",
+        "occurrences/000002.records.done",
+        "occurrences/index.safetensors",
+        "embeddings/000001.embeddings",
+        "embeddings/000002.embeddings.done",
+    ),
     "senses": ("senses/000001.safetensors", "senses/000002.safetensors.done", "senses/senses.safetensors"),
     "clustering": ("centroids/000001.safetensors", "centroids/000002.safetensors.done"),
     "large tokens": ("centroids/token-00000004.safetensors", "centroids/token-00000004.safetensors.done"),
@@ -57,7 +63,7 @@ def test_a_damaged_file_is_regenerated(built: Corpus, tmp_path: Path, damage: st
                 (run / "finished.json").unlink()
             DAMAGES[damage](run / name)
             built.build(str(run), keep=ALL)
-            for below in ("dictionary", "occurrences", "centroids", "passages", "plan"):
+            for below in ("dictionary", "occurrences", "embeddings", "centroids", "passages", "plan"):
                 assert built.files(run, below, markers=False) == built.files("whole", below, markers=False), name
             assert records(built, run) == records(built, "whole")
             stages = built.journal(run)[-1]["stages"]
@@ -95,7 +101,7 @@ def fails_then_resumes(made: Corpus, stage: str, fault: Fault, message: str) -> 
 def test_a_full_disk_is_reported_and_the_run_resumes(made: Corpus, outcome: Outcome) -> None:
     made.build("whole", keep=ALL)
     for stage, file in PLACES.items():
-        where = "dictionary" if stage == "dictionary" else Path(file).parent.name
+        where = "embeddings" if stage == "embed" else "dictionary" if stage == "dictionary" else Path(file).parent.name
         message = rf"cannot write .*{where}.*: no space left \(.*File too large.*\); free some"
         fails_then_resumes(made, stage, full_disk, message)
         outcome("disk full", stage, "reported; next run resumes")

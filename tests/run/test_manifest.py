@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from msense.errors import InputError
 from msense.io import storage
 from msense.run.folder import RunFolder
-from msense.run.manifest import add_stages_version, inputs_hash, without_defaults
+from msense.run.manifest import STAGES_VERSION, check_manifest, inputs_hash, keep_stages_version, without_defaults
 
 OLD = {"format": 1, "config": {"seed": 0}, "inputs": {}, "teacher": {"name": "t"}, "pins": {}}
 
@@ -21,11 +22,32 @@ def test_added_entries_count_only_where_they_differ_from_their_defaults() -> Non
     assert without_defaults({**now, "config": {"id_column": "none"}})["config"] == {"id_column": "none"}
 
 
-@pytest.mark.parametrize(("finished", "kept"), [(None, False), ("finished.json", True), ("labels/labels.json", True)])
-def test_only_a_finished_run_of_an_older_version_is_kept(tmp_path: Path, finished: str | None, kept: bool) -> None:
-    run, manifest = RunFolder(str(tmp_path)), {**OLD, "corpus": [], "pins": {}}
-    storage.write_json(run.manifest, manifest)
+@pytest.mark.parametrize("finished", ["", "finished.json", "labels/labels.json"])
+@pytest.mark.parametrize("version", [{}, {"stages": 2}])
+def test_only_a_finished_run_of_an_older_version_is_kept(tmp_path: Path, version: dict, finished: str) -> None:
+    run, manifest = RunFolder(str(tmp_path)), {**OLD, "corpus": [], "pins": {"stages": STAGES_VERSION}}
+    storage.write_json(run.manifest, {**OLD, "corpus": [], "pins": version})
     if finished:
         storage.write_json(str(tmp_path / finished), {})
-    add_stages_version(run, manifest)
-    assert ("stages" not in manifest["pins"]) == kept
+    keep_stages_version(run, manifest)
+    assert manifest["pins"] == (version if finished else {"stages": STAGES_VERSION})
+
+
+def test_unfinished_runs_of_older_versions_are_refused_and_students_may_change(tmp_path: Path) -> None:
+    def manifest(stages: int, **more: dict) -> dict:
+        return {**OLD, "corpus": [], "dictionary": "d", "training": {"lr": 1}, "pins": {"stages": stages}, **more}
+
+    def check(now: dict) -> None:
+        check_manifest(RunFolder(str(tmp_path)), now)
+
+    check(manifest(2))
+    for name in ("labels/000000.safetensors", "labels/000000.safetensors.done"):  # inside the student's run
+        storage.write_text(str(tmp_path / name), "")
+    with pytest.raises(InputError, match=r"pins\.stages: 2 before, 3 now[\s\S]*another --output"):
+        check(manifest(3))
+    storage.remove(str(tmp_path / "labels"))
+    check(manifest(3))
+    check(manifest(3, config={"seed": 1}))
+    (tmp_path / "student").mkdir()
+    with pytest.raises(InputError, match=r"config\.seed: 1 before, 2 now"):
+        check(manifest(3, config={"seed": 2}))

@@ -37,7 +37,13 @@ def test_progress_is_logged_and_shown_by_status(
             time.sleep(0.01)
     expected = "30 of 1,200 steps, epoch 1, sense 2.5000, accuracy 0.5000, 1,234 tokens/s, 65 s left"
     assert [record.getMessage() for record in caplog.records] == [f"training: {expected}"]
-    manifest = {"teacher": {"name": "t", "dim": 4}, "pins": {"dtype": "f"}, "corpus": [], "dictionary": "d"}
+    manifest = {
+        "teacher": {"name": "t", "dim": 4},
+        "pins": {"dtype": "f"},
+        "corpus": [],
+        "dictionary": "d",
+        "training": {},
+    }
     progress_module.storage.write_json(run.manifest, {**manifest, "config": {}, "inputs": {}})
     show_status(run.root)
     assert "30 of 1,200 steps" in capsys.readouterr().out

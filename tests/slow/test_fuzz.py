@@ -40,6 +40,7 @@ def child(tmp_path_factory: pytest.TempPathFactory, make_teacher: Callable[..., 
         made.build("dict", max_occurrences=60)
         for name in ("labels", "labels, verified"):
             made.label(str(folders[name]), held_out=0.3, soft_targets=2)
+            folders[name] = made.labels(folders[name])
     for name, reader in READERS.items():
         if reader.write is not None:
             folders[name].mkdir()

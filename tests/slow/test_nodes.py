@@ -117,7 +117,8 @@ def finish(process: BaseProcess) -> None:
 
 
 def labels_of(run: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted((run / "labels").iterdir()) if p.suffix != ".done"}
+    (folder,) = (run / "labels").iterdir()
+    return {p.name: p.read_bytes() for p in sorted((folder / "labels").iterdir()) if p.suffix != ".done"}
 
 
 def undisturbed(machines: Callable[[int], Machines], runs: Runs) -> Machines:
@@ -158,7 +159,8 @@ def test_a_node_lost_in_each_stage_of_a_distillation_changes_nothing(
     three = undisturbed(machines, runs)
     given = {"dictionary": str(runs.folder / "whole"), "teacher": str(runs.teacher), "student": "static", "epochs": 2}
     given |= {"batch_tokens": 512, "dtype": "float32", "checkpoint_steps": 5, "workers": 2, "held_out": 0.2}
-    whole, run = ({**given, "output": str(runs.folder / name)} for name in ("whole-student", "student"))
+    outputs = [str(runs.folder / name) for name in ("whole-student", "student")]
+    whole, run = ({**given, "output": output, "labels": f"{output}/labels"} for output in outputs)
     finish(three.drive(whole, Options(runs.log("whole-student"), light=True)))
     lose_nodes(three, run, {"labels": "labels", "training": "training"}, runs.folder / "flags", outcome)
     assert labels_of(Path(run["output"])) == labels_of(Path(whole["output"])) != {}

@@ -33,7 +33,7 @@ class Trainings:
         return driver.run({**self.given, **more, "output": str(self.folder / name)}, options)
 
     def copy_labels(self, name: str) -> Path:
-        """Return a new run that has the labels of the run "whole" and nothing else."""
+        """Return a new run, which shares the labels of the run "whole"."""
         ignored = shutil.ignore_patterns("training", "student", "metrics*")
         return Path(shutil.copytree(self.folder / "whole", self.folder / name, ignore=ignored))
 

@@ -25,6 +25,7 @@ from msense.stages.embedding_store import (
     longest_first,
     record_type,
     stored,
+    within_budget,
 )
 
 
@@ -70,7 +71,7 @@ def test_shards_cover_the_vocabulary_and_large_tokens_stand_alone(stored_counts:
 def test_partitions_are_runs_of_blocks_of_about_equal_output(stored_counts: list[int]) -> None:
     numbers = np.arange(len(stored_counts))
     columns = {"piece": numbers // 7, "block": numbers % 7, "stored": np.array(stored_counts)}
-    columns["needed_tokens"] = 3 * (columns["stored"] % 1000)
+    columns |= {"needed": columns["stored"] % 50, "needed_tokens": 3 * (columns["stored"] % 1000)}
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(pa.table(columns), f"{folder}/blocks.parquet")
         partitions = cut_partitions(f"{folder}/blocks.parquet", dim=384)
@@ -84,6 +85,12 @@ def test_partitions_are_runs_of_blocks_of_about_equal_output(stored_counts: list
     order = longest_first(partitions)
     assert sorted(p.number for p in order) == list(range(len(partitions)))
     assert all(a.tokens >= b.tokens for a, b in pairwise(order))
+    sizes = [768 * p.tokens + 20 * p.passages for p in partitions]
+    for budget in (0, sum(sizes) // 2, sum(sizes)):
+        kept = [p.kept for p in within_budget(partitions, 768, 20, budget)]
+        assert sum(size for size, keep in zip(sizes, kept, strict=True) if keep) <= budget
+        assert kept == sorted(kept, reverse=True)
+    assert all(kept)
 
 
 def test_stored_bits_round_trip() -> None:

@@ -1,12 +1,15 @@
 """Labels: planted truth, the same bytes for any division of work or interruption, and refusal of invalid input."""
 
+import json
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from driver import DrivenExecutor, Options
-from executors import small_partitions, stop
+from executors import before, small_partitions, stop
 from faulty import DAMAGES, WORDS, Corpus, MakeTeacher, Outcome, flip_a_byte
 from tiny import make
 
@@ -18,6 +21,8 @@ from msense.errors import InputError
 from msense.io import storage
 from msense.io.arrays import open_parquet
 from msense.run.folder import RunFolder
+from msense.run.manifest import inputs_hash
+from msense.stages import embedding_store
 from msense.stages import label as label_module
 from msense.teacher.model import Teacher
 from msense.teacher.pooling import check_pooling, pool
@@ -25,7 +30,6 @@ from msense.teacher.spec import load_teacher_info
 from msense.training.label_dataset import LabelSet
 
 pytestmark = pytest.mark.usefixtures("in_process")
-LABELS = ("labels", False)  # files without their markers
 LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on the mat"]
 
 
@@ -41,18 +45,30 @@ def shared(tmp_path_factory: pytest.TempPathFactory, make_teacher: MakeTeacher) 
 
 @pytest.fixture
 def run(shared: Corpus, tmp_path: Path) -> Path:
-    """A copy of the run "run"."""
-    return Path(shutil.copytree(shared.folder / "run", tmp_path / "run"))
+    """A run that has the labels of the run "run" and nothing else."""
+    shutil.copytree(shared.folder / "run" / "labels", tmp_path / "run" / "labels")
+    return tmp_path / "run"
 
 
 def label(made: Corpus, output: Path, **settings: object) -> LabelSet:
-    """Distill until the training begins; return the labels."""
+    """Distill until the training begins; return the labels, which are in a folder of this student alone."""
     made.label(str(output), **{"soft_targets": 2, "held_out": 0.2, **settings})
     return LabelSet.open(str(output))
 
 
+def folder(run: Path) -> Path:
+    """Return the folder of the label files of a run."""
+    (only,) = (run / "labels").iterdir()
+    return only / "labels"
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """Return the contents of the label files of a run."""
+    return {path.name: path.read_bytes() for path in folder(run).iterdir() if path.suffix != ".done"}
+
+
 def times(run: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in (run / "labels").iterdir()}
+    return {path: path.stat().st_mtime_ns for path in folder(run).iterdir()}
 
 
 def planted(folder: Path, teacher: Path) -> tuple[dict[str, int], np.ndarray]:
@@ -133,7 +149,9 @@ def test_whole_documents_are_held_out_and_train_tokens_limit_the_first_by_key(sh
     (tmp_path / "long.txt").write_text("\n".join(" ".join(rng.choice(WORDS, 200)) for _ in range(40)))
     given = {"corpus": (str(tmp_path / "long.txt"),), "held_out": 0.3, "soft_targets": 0}
     everything = label(shared, tmp_path / "all", **given, train_tokens=10**9)
-    column = open_parquet(str(tmp_path / "all" / "passages" / "000000.parquet")).read(columns=["document_id"])
+    column = open_parquet(str(folder(tmp_path / "all").parent / "passages" / "000000.parquet")).read(
+        columns=["document_id"]
+    )
     documents = np.array(column.column("document_id").to_pylist())
     held = np.zeros(len(documents), dtype=bool)
     held[everything.held_out()] = True
@@ -177,21 +195,198 @@ def test_labels_made_on_ray_and_after_a_killed_worker_are_the_same(
     ray: None, made: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two workers on Ray, one of which is killed while it writes a partition, against this process."""
+    monkeypatch.setattr(embedding_store, "PARTITION_BYTES", (1, 1))  # one block per partition
+    given = write_documents(made) | {"soft_targets": 2}
     made.build("dict", senses=3, max_occurrences=60)
-    monkeypatch.setattr(label_module, "PARTITION_BYTES", (1, 1))  # one block per partition
-    label(made, made.folder / "whole")
+    label(made, made.folder / "whole", **given)
     flag, log = made.folder / "flag", made.folder / "log"
     faults = {"labels": {"flag": flag, "at": "write_json"}}
     executor = DrivenExecutor(Options(log, faults), workers=2)
     monkeypatch.setattr(executor, "train", stop)
-    made.label("run", executor, local=False, soft_targets=2, held_out=0.2)
+    made.label("run", executor, local=False, **given)
     assert flag.exists()
-    assert made.files("run", *LABELS) == made.files("whole", *LABELS)
-    partitions = len(list((made.folder / "run" / "labels").glob("0*.safetensors")))
-    assert partitions >= 5
+    assert files(made.folder / "run") == files(made.folder / "whole")
+    partitions = len(list(folder(made.folder / "run").glob("0*.safetensors")))
+    assert partitions >= 4
     begun = log.read_text().splitlines()
     assert sum(line.startswith("labels ") for line in begun) == partitions + 1
     assert not list((made.folder / "run").rglob(".*.part"))
+
+
+@pytest.mark.parametrize("dtype", ["store", "int8"])
+def test_labels_do_not_depend_on_what_was_kept(made: Corpus, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    """All embeddings kept, none, those of half the partitions; and with a damaged file. The teacher reads what is missing."""
+    made.settings["embeddings_dtype"] = dtype
+    whole = made.build("all", max_occurrences=60, keep_embeddings="all")["stages"]["embed"]
+    stored = sum(path.stat().st_size for path in (made.folder / "all" / "embeddings").glob("*.embeddings"))
+    passages = made.build("all", max_occurrences=60)["stages"]["plan"]["needed"]
+    assert stored == whole["kept_bytes"] == whole["forwarded"] * (20 if dtype == "int8" else 32) + passages * 32
+    kept = {"none": {"keep_embeddings": "sample"}, "half": {"embeddings_budget": whole["kept_bytes"] // 2}}
+    for name, settings in kept.items():
+        assert made.build(name, max_occurrences=60, **settings)["stages"]["embed"]["forwarded"] == whole["forwarded"]
+        assert made.files(name) == made.files("all")
+    sizes = {name: len(list((made.folder / name).glob("embeddings/*.embeddings"))) for name in ("all", "half", "none")}
+    assert 1 <= sizes["half"] < sizes["all"]
+    assert sizes["none"] == 0
+    flip_a_byte(
+        Path(shutil.copytree(made.folder / "all", made.folder / "damaged")) / "embeddings" / "000000.embeddings"
+    )
+    everything = {}
+    for tokens in (None, 100, 5000):
+        forwarded = {}
+        for name in ("all", "half", "none", "damaged"):
+            output = made.folder / f"labels-{name}-{tokens}"
+            label(made, output, dictionary=str(made.folder / name), train_tokens=tokens)
+            everything[name, tokens] = files(output)
+            stages = storage.read_json(str(folder(output).parent / "summary.json"))["stages"]
+            forwarded[name] = stages["labels"]["forwarded"]
+            assert everything[name, tokens] == everything["all", tokens]
+        if tokens == 100:  # batches without a chosen passage are not read
+            assert 0 == forwarded["all"] < forwarded["none"] < whole["forwarded"]
+            continue
+        assert forwarded["all"] < forwarded["half"] < forwarded["none"]
+        assert forwarded["all"] < forwarded["damaged"] < forwarded["none"]
+        assert (forwarded["all"] == 0) == (tokens is None)  # else more than the plan needs
+    assert "000000.embeddings is missing or corrupted" in caplog.text
+
+
+# --- spans ------------------------------------------------------------------------------------------------------------
+
+
+def write_documents(made: Corpus) -> dict[str, object]:
+    """Write documents of a title and several sentences, and queries; return the settings of builds and distillations."""
+    rng, lines = np.random.default_rng(2), []
+    for _ in range(60):
+        sentences = [" ".join(rng.choice(WORDS, rng.integers(1, 12))) + rng.choice([".", " !"]) for _ in range(8)]
+        lines.append(json.dumps({"text": "\n".join([" ".join(rng.choice(WORDS, 4)), " ".join(sentences)])}))
+    (made.folder / "a.jsonl").write_text("\n".join(lines))
+    (made.folder / "queries.txt").write_text("\n".join(["the bank", "a cat near the river ?", "the mat " * 99] * 9))
+    made.settings |= {"corpus": (str(made.folder / "a.jsonl"),), "dedup": False}
+    return {"queries": (str(made.folder / "queries.txt"),), "held_out": 0.3}
+
+
+def contains(whole: list[int], part: list[int]) -> bool:
+    return any(whole[start : start + len(part)] == part for start in range(len(whole) - len(part) + 1))
+
+
+def test_spans_and_queries_are_read_once_as_texts_of_their_own(made: Corpus) -> None:
+    given = write_documents(made)
+    read = made.build("dict", max_occurrences=60)["stages"]["embed"]["forwarded"]
+    made.build("none", max_occurrences=60, keep_embeddings="sample")
+    labels = label(made, made.folder / "first", **given)
+    stages = made.distill(
+        "second", labels=str(made.folder / "first" / "labels"), soft_targets=2, student="static", **given
+    )
+    assert stages["stages"]["labels"]["forwarded"] == 0
+    summary = storage.read_json(str(folder(made.folder / "first").parent / "summary.json"))["stages"]["labels"]
+    assert read + summary["forwarded"] <= 1.1 * labels.lengths.sum()  # by the build and both distillations
+    label(made, made.folder / "again", dictionary=str(made.folder / "none"), **given)
+    assert files(made.folder / "again") == files(made.folder / "first")
+
+    rows = [labels.read(np.array([row])) for row in range(len(labels.lengths))]
+    ids, held = [row.ids[0].tolist() for row in rows], np.isin(np.arange(len(rows)), labels.held_out())
+    counts = np.bincount(labels.kinds)
+    assert counts[4] == 27
+    assert min(counts) > 20
+    assert labels.lengths[(labels.kinds > 0) & (labels.kinds < 4)].min() == 5  # three without [CLS] and [SEP]
+    assert labels.lengths[labels.kinds == 4].max() == 64
+    assert 0 < held[labels.kinds == 4].sum() < 27
+    for row in np.flatnonzero((labels.kinds > 0) & (labels.kinds < 4)):
+        of = [number for number in np.flatnonzero(labels.kinds == 0) if contains(ids[number], ids[row][1:-1])]
+        assert held[row] in held[of]
+        assert ids[row] not in [ids[number] for number in of]
+    teacher = Teacher(str(made.teacher), revision=None, layer=-1, dtype="float32", device="cpu")
+    for number in np.flatnonzero(labels.kinds)[::10]:
+        hidden = teacher.embed(rows[number].ids.numpy(), rows[number].mask.numpy())
+        np.testing.assert_allclose(
+            pool(hidden, rows[number].mask, "mean", normalize=False), rows[number].pooled, atol=0.01
+        )
+    fewer = label(made, made.folder / "fewer", **given, spans={"run": 0.3})
+    assert np.bincount(fewer.kinds)[1:4].tolist() == [0, int((fewer.kinds == 2).sum()), 0]
+    assert 0 < (fewer.kinds == 2).sum() < (labels.kinds == 2).sum()
+
+
+def test_a_dry_run_estimates_spans_and_old_dictionaries_are_read_again(made: Corpus) -> None:
+    given = write_documents(made)
+    made.build("dict", max_occurrences=60)
+    estimate = made.distill("dry", dry_run=True, **given)["estimate"]
+    labels = label(made, made.folder / "run", **given, soft_targets=0)
+    for number, name in enumerate(("sentence", "run", "title"), 1):
+        assert estimate["kinds"][name]["spans"] == pytest.approx((labels.kinds == number).sum(), rel=0.2)
+        assert estimate["kinds"][name]["tokens"] == pytest.approx(labels.lengths[labels.kinds == number].sum(), rel=0.2)
+    assert estimate["forwarded"] == sum(kind["tokens"] for kind in estimate["kinds"].values())
+    run = RunFolder(str(made.folder / "dict"))
+    manifest = storage.read_json(run.manifest)
+    storage.write_json(run.manifest, {**manifest, "pins": {**manifest["pins"], "stages": 2}})  # passages have no text
+    label(made, made.folder / "again", **given, soft_targets=0)
+    assert (folder(made.folder / "again").parent / "passages").exists()
+    assert files(made.folder / "again") == files(made.folder / "run")
+    label(made, made.folder / "none", **given, spans={})
+    assert not (folder(made.folder / "none").parent / "passages").exists()
+
+
+# --- sharing ----------------------------------------------------------------------------------------------------------
+
+
+def test_students_share_labels_below_the_dictionary(
+    made: Corpus, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.build("dict", max_occurrences=60)
+    caplog.set_level("INFO")
+    given = {"labels": None, "student": "static", "epochs": 1}
+    refused: list[str] = []
+
+    def meanwhile() -> None:
+        with pytest.raises(
+            InputError, match=rf"another driver .*dict/labels/.* \(process {os.getpid()} on .* --labels"
+        ):
+            made.distill("second", **given)
+        refused.append("second")
+
+    first = made.distill("first", before("labels", meanwhile), **given)
+    assert refused == ["second"]
+    assert Path(first["labels"]).parent == made.folder / "dict" / "labels"
+    second = made.distill("second", **given, seed=1)
+    assert "are finished: nothing is read by the teacher" in caplog.text
+    assert second["labels"] == first["labels"]
+    assert second["stages"]["labels"] | {"seconds": 0} == first["stages"]["labels"] | {"seconds": 0}
+    monkeypatch.setenv("COLUMNS", "300")
+    show_status(first["labels"])
+    assert " 102 passages and 0 spans and queries" in capsys.readouterr().out
+
+
+def test_labels_inside_a_student_of_an_older_version_are_used(made: Corpus) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    made.build("dict", max_occurrences=60)
+    whole = made.distill("run", spans={}, student="static", epochs=1)
+    labels, run = Path(whole["labels"]), RunFolder(str(made.folder / "run"))
+    manifest = storage.read_json(run.manifest)
+    manifest["config"].pop("spans")
+    manifest["pins"]["stages"] = 2
+    storage.write_json(run.manifest, manifest)
+    old = RunFolder(run.root, inputs_hash(manifest))
+    content = storage.read_json(str(labels / "labels" / "labels.json")) | {"made_of": old.inputs_hash}
+    content.pop("spans")
+    for number, partition in enumerate(content["units"]):
+        columns = load_file(labels / "labels" / f"{number:06d}.safetensors")
+        assert not columns.pop("kind").any()
+        old.publish(old.label_file(number), partial(save_file, columns))
+        partition.pop("spans")
+        partition |= {
+            "size": os.stat(old.label_file(number)).st_size,
+            "sha256": storage.sha256_of(old.label_file(number)),
+        }
+    old.publish(old.label_senses, partial(shutil.copy, labels / "labels" / "senses.safetensors"))
+    storage.write_json(old.label_manifest, content)
+    shutil.rmtree(labels)
+    storage.remove(run.labels_place)
+    assert not LabelSet.open(run.root, verify=True).kinds.any()
+    made.distill("run", student="static", epochs=1)
+    assert storage.read_json(run.manifest) == manifest
+    assert (made.folder / "run" / "labels" / "labels.json").exists()
+    with pytest.raises(InputError, match=r"training\.lr: "):
+        made.distill("run", student="static", epochs=1, lr=0.5)
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -202,26 +397,26 @@ def test_labels_made_on_ray_and_after_a_killed_worker_are_the_same(
 def test_a_corrupted_file_is_refused_and_regenerated(
     shared: Corpus, run: Path, name: str, fault: str, outcome: Outcome
 ) -> None:
-    before = shared.files(run, *LABELS)
-    DAMAGES[fault](run / "labels" / name)
+    undamaged = files(run)
+    DAMAGES[fault](folder(run) / name)
     if (fault, name) != ("byte flipped", "senses.safetensors"):  # its only checksum is in the marker
         with pytest.raises(InputError, match=r"jobs/distill\.py"):
-            LabelSet.open(str(run), verify=True)
+            LabelSet.open(str(folder(run).parent), verify=True)
     label(shared, run)
-    assert shared.files(run, *LABELS) == before
+    assert files(run) == undamaged
     outcome(fault, "labels", "regenerated")
 
 
 def test_invalid_values_are_refused(run: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
-    path = run / "labels" / "000000.safetensors"
+    path = folder(run) / "000000.safetensors"
     good = load_file(path)
 
     def refuses(columns: dict, message: str) -> None:
         save_file(columns, path)
         with pytest.raises(InputError, match=rf"labels in .*000000.* are corrupted \(.*{message}.*regenerate"):
-            LabelSet.open(str(run)).read(np.array([0]))
+            LabelSet.open(str(path.parents[1])).read(np.array([0]))
 
     for name, value, message in [
         ("ids", 60_000, "outside the vocabulary of 25"),
@@ -234,6 +429,7 @@ def test_invalid_values_are_refused(run: Path) -> None:
         ("pooled", np.inf, "NaN or infinite"),
         ("offsets", 10**6, "do not increase"),
         ("held_out", 7, "held-out flags"),
+        ("kind", 5, "unknown kind"),
     ]:
         changed = good[name].copy()
         changed.reshape(-1)[1 if name == "offsets" else 0] = value
@@ -241,7 +437,7 @@ def test_invalid_values_are_refused(run: Path) -> None:
     refuses({**good, "more": good["ids"]}, "tensor more is .*, not None")
     refuses({**good, "ids": good["ids"].astype(np.int64)}, r"tensor ids is \('I64', .*, not \('I32', ")
     save_file(good, path)
-    labels = LabelSet.open(str(run))
+    labels = LabelSet.open(str(path.parents[1]))
     for numbers in ([], [-1], [len(labels.lengths)]):
         with pytest.raises(InputError, match="no passages, or a number outside"):
             labels.read(np.array(numbers, np.int64))
@@ -250,37 +446,42 @@ def test_invalid_values_are_refused(run: Path) -> None:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_changed_settings_are_refused_by_name_but_labels_serve_another_training(shared: Corpus, run: Path) -> None:
-    for name, then, now in (("soft_targets", "2", 3), ("held_out", r"0\.2", 0.1), ("pooled", "True", False)):
-        with pytest.raises(InputError, match=rf"config\.{name}: {then} .*{now} [\s\S]*another --output"):
-            label(shared, run, **{name: now})
-    before = times(run)
-    label(shared, run, lr=1e-3)  # nothing has been trained yet
+def test_settings_may_change_until_the_student_is_finished(shared: Corpus, run: Path) -> None:
+    made_at = times(run)
+    label(shared, run, lr=1e-3)
+    assert times(run) == made_at
+    label(shared, run, held_out=0.1)
+    assert len(list((run / "labels").iterdir())) == 2  # those of other settings are in a folder of their own
     (run / "student").mkdir()
-    with pytest.raises(InputError, match=r"training\.lr: 0\.001 .*0\.002 "):
-        label(shared, run, lr=2e-3)
-    assert times(run) == before
+    for name, then, now in (("soft_targets", "2", 3), ("held_out", r"0\.1", 0.3), ("pooled", "True", False)):
+        with pytest.raises(InputError, match=rf"config\.{name}: {then} .*{now} [\s\S]*another --output"):
+            label(shared, run, **{"held_out": 0.1, name: now})
+    with pytest.raises(InputError, match=r"training\.lr: None .*0\.002 "):
+        label(shared, run, held_out=0.1, lr=2e-3)
     with pytest.raises(InputError, match=r"dict is the run folder of a dictionary: .*another --output"):
         label(shared, shared.folder / "dict")
-    with pytest.raises(InputError, match="is the run folder of a distillation"):
+    with pytest.raises(InputError, match="is the run folder of a student"):
         shared.build(str(run))
+    with pytest.raises(InputError, match="is the run folder of labels"):
+        shared.distill(str(next((run / "labels").iterdir())))
 
 
 def test_the_text_is_read_again_if_the_run_does_not_keep_it(made: Corpus) -> None:
     """Labels are the same with and without the dictionary's own passages; a missing or changed text is refused."""
     made.build("dict", max_occurrences=60)
-    label(made, made.folder / "kept")
-    assert not (made.folder / "kept" / "passages").exists()
+    kept, others, again = (made.folder / name for name in ("kept", "others", "again"))
+    label(made, kept)
+    assert not (folder(kept).parent / "passages").exists()
     finished = made.folder / "dict" / "finished.json"
     original = finished.read_text()
     storage.write_json(str(finished), {**(storage.read_json(str(finished)) or {}), "made_of": "other inputs"})
-    label(made, made.folder / "others")
-    assert (made.folder / "others" / "passages").exists()
+    label(made, others)
+    assert (folder(others).parent / "passages").exists()
     finished.write_text(original)
     flip_a_byte(made.folder / "dict" / "passages" / "000000.parquet")
-    label(made, made.folder / "again")
-    assert (made.folder / "again" / "passages").exists()
-    assert made.files("again", *LABELS) == made.files("kept", *LABELS)
+    label(made, again)
+    assert (folder(again).parent / "passages").exists()
+    assert files(again) == files(others) == files(kept)
     assert (made.folder / "dict" / "passages" / "000000.parquet").exists()  # nothing of another run is removed
     shutil.rmtree(made.folder / "dict" / "passages")
     with (made.folder / "corpus" / "a.txt").open("a") as file:
@@ -318,16 +519,21 @@ def test_dictionary_and_teacher_that_do_not_fit_are_refused(
 def test_dry_run_and_status(
     shared: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(label_module, "PARTITION_BYTES", (60_000, 60_000))  # several batches per partition, to be timed
     run, given = tmp_path / "run", {"soft_targets": 2, "held_out": 0.2}
-    estimate = shared.distill(str(run), dry_run=True, time_teacher=True, **given)["estimate"]
-    assert not (run / "labels" / "000000.safetensors").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            embedding_store, "PARTITION_BYTES", (60_000, 60_000)
+        )  # several batches per partition, to be timed
+        timed = shared.distill(str(run), dry_run=True, time_teacher=True, **given)["estimate"]
+    assert timed["tokens_per_second"] > 0
+    estimate = shared.distill(str(run), dry_run=True, **given)["estimate"]
+    assert not list((run / "labels").rglob("*.safetensors"))
+    assert estimate["forwarded"] == 0
     manifest = label(shared, run).manifest
     size = sum(partition.size for partition in manifest.partitions)
     assert estimate["total_bytes"] <= size <= estimate["total_bytes"] + 1000 * estimate["units"]  # headers
     assert (estimate["passages"], estimate["tokens"]) == (manifest.total("passages"), manifest.total("tokens"))
     assert estimate["pooled_bytes"] == 32 * estimate["passages"]
-    assert estimate["tokens_per_second"] > 0
     monkeypatch.setenv("COLUMNS", "300")
     show_status(str(run))
     shown = capsys.readouterr().out

@@ -107,9 +107,9 @@ def meet(folder: Path, wait: bool) -> None:
 def driven_actor(actor: Work, place: str, options: Options, **arguments: Any) -> DrivenWork:
     """Make an actor on a worker."""
     if options.light:
-        from msense.stages import embed, label
+        from msense.stages import reading
 
-        embed.load_teacher = label.load_teacher = lambda settings: LightTeacher()
+        reading.load_teacher = lambda settings: LightTeacher()
     return DrivenWork(actor(**arguments), place, options)
 
 

@@ -36,14 +36,13 @@ def small_partitions() -> Iterator[None]:
     """Cut a small corpus into many blocks, partitions and shards, and run isolated work in this process."""
     from msense import runtime
     from msense.corpus import chunking
-    from msense.stages import embedding_store, label
+    from msense.stages import embedding_store
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "LocalExecutor", partial(LocalExecutor, isolate=False))  # of `open_executor`
         patch.setattr(chunking, "BLOCK_TOKENS", 1500)
-        patch.setattr(embedding_store, "PARTITION_BYTES", (60_000, 60_000))
+        patch.setattr(embedding_store, "PARTITION_BYTES", (15_000, 15_000))
         patch.setattr(embedding_store, "SHARD_BYTES", (60_000, 60_000))
-        patch.setattr(label, "PARTITION_BYTES", (4_000, 4_000))
         yield
 
 

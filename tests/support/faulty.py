@@ -25,7 +25,7 @@ from msense.stages.embedding_store import record_type
 
 MakeTeacher = Callable[..., Path]
 Outcome = Callable[[str, str, str], None]
-ALL = ("passages", "occurrences", "centroids")
+ALL = ("passages", "embeddings", "occurrences", "centroids")
 PLACES = {  # a file of each stage
     "passages": "passages/000001.parquet",
     "plan": "plan/blocks.parquet",
@@ -68,15 +68,19 @@ class Corpus:
             self.build(name, stopping(place, calls), **settings)
 
     def distill(self, name: str, executor: Executor | None = None, **settings: object) -> dict:
-        """Distill the dictionary "dict" into the folder `name`."""
+        """Distill the dictionary "dict" into the folder `name`, with labels of its own unless they are given."""
         given = {"dictionary": str(self.folder / "dict"), "teacher": str(self.teacher), "dtype": "float32"}
-        given |= {"output": str(self.folder / name), "local": True}
+        given |= {"output": str(self.folder / name), "labels": str(self.folder / name / "labels"), "local": True}
         return distill_student(DistillConfig(**{**given, **settings}), executor)
 
     def label(self, name: str, executor: Executor | None = None, **settings: object) -> None:
         """Distill until the training begins."""
         with pytest.raises(StoppedError):
             self.distill(name, executor or stopping("training"), **settings)
+
+    def labels(self, name: str | Path) -> Path:
+        """Return the run folder of the labels of a student."""
+        return Path(storage.read_json(RunFolder(str(self.folder / name)).labels_place)["folder"])
 
     def files(self, name: str | Path, below: str = "dictionary", markers: bool = True) -> dict[str, bytes]:
         """Return the contents of all files of a run's folder."""

@@ -230,6 +230,25 @@ def passages(d: SenseDictionary, rows: slice, left: int = 0) -> tuple[LabelBatch
     return LabelBatch(*columns, sentences[rows], None, None), hidden[rows][torch.from_numpy(mask[rows])]
 
 
+def test_spans_teach_sentence_vectors_only() -> None:
+    d, student = make([3, 0, 2, 5, 1, 4], dim=3, dtype="float32"), static(3)
+    mix = LossWeights(sense=1.0, pooled=1.0, replaced=1.0)
+
+    def sums(rows: slice, spans: list[int] = ()) -> dict[str, LossSum]:
+        batch, _ = passages(d, rows)
+        batch = batch._replace(spans=torch.isin(torch.arange(len(batch.ids)), torch.tensor(spans, dtype=torch.int64)))
+        output = student(batch.ids, batch.mask)
+        return compute_losses(mix, output, batch, mix.space(d), student.sentence)
+
+    mixed, passage, only = sums(slice(0, 8), [0, 1, 2, 3]), sums(slice(4, 8)), sums(slice(0, 4), [0, 1, 2, 3])
+    assert {name: loss.count for name, loss in only.items()} == {"sense": 0, "replaced": 0, "pooled": 4}
+    for name, extra in (("sense", 0), ("replaced", 0), ("pooled", only["pooled"].total)):
+        torch.testing.assert_close(mixed[name].total, passage[name].total + extra, rtol=1e-6, atol=1e-6)
+    normalized_loss(mix, only, {name: loss.count for name, loss in only.items()}).backward()
+    assert student.body.mixer.back.weight.grad.any()
+    assert not student.head.weight.grad.any()
+
+
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_one_batch_of_eight_equals_two_of_four_and_two_workers(mix: LossWeights) -> None:
     d = make([3, 0, 2, 5, 1, 4], dim=3, dtype="float32")
