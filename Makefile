@@ -8,7 +8,7 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 DATA ?= data
 
-.PHONY: install demo results test test-unit test-all check audit format
+.PHONY: install demo results rivals test test-unit test-all check audit format
 
 install: $(STAMP)
 
@@ -26,6 +26,11 @@ demo: install
 # make results DATA=DIR, with banking77/ tweet_emotion/ sst2/ coarsewsd/ wordsim/ wikitext2/; hours on two cores
 results: install
 	$(BIN)/python jobs/reproduce.py --data $(DATA) $(if $(MODEL2VEC_PYTHON),--model2vec-python $(MODEL2VEC_PYTHON))
+
+# make rivals DATA=DIR [SETS="cranfield banking77"], with retrieval/NAME/ and banking77/; less than an hour on two cores
+rivals: install
+	$(BIN)/python jobs/rivals.py $(SETS) --data $(DATA) $(if $(MODEL2VEC_PYTHON),--model2vec-python $(MODEL2VEC_PYTHON)) \
+		$(if $(TOKENLEARN_PYTHON),--tokenlearn-python $(TOKENLEARN_PYTHON))
 
 # without whole runs: no Ray, no servers
 test-unit: install

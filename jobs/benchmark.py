@@ -10,6 +10,7 @@ import json
 import os
 import sys
 
+from benchmarks.sets import DEFAULT_SETS
 from benchmarks.shared import Bench, Figures
 
 from msense.cli.console import run_job
@@ -20,6 +21,8 @@ BENCHMARKS = {  # each a function of that name in the module of that name in job
     "kmeans": "k-means against scikit-learn and FAISS, and its lower bound; shared run",
     "step": "a training step and its losses against alternatives; --data with banking77/",
     "encode": "texts per second of students, teacher and model2vec; --data with banking77/",
+    "once": "how often the teacher reads a text on the way to two students",
+    "tasks": "quality of students of the data sets in --sets, and of --general; --data with retrieval/, banking77/, sts/",
 }
 
 
@@ -40,6 +43,10 @@ def parse(argv: list[str] | None = None) -> Bench:
     add("--senses", type=int, default=20, metavar="K", help="senses per token (default: 20)")
     add("--max-occurrences", type=int, default=1000, metavar="N", help="occurrences per token (default: 1000)")
     add("--output", default="runs/bench", help="folder of the shared run (default: runs/bench)")
+    add("--epochs", type=int, metavar="N", help="of the students of once and tasks (default: that of jobs/distill.py)")
+    add("--sets", nargs="+", default=DEFAULT_SETS, metavar="NAME", help=f"of tasks (default: {' '.join(DEFAULT_SETS)})")
+    add("--general", metavar="DIR", help="run folder of a student, which tasks evaluates on --sets and --sts")
+    add("--sts", nargs="+", default=["stsb,split=dev"], metavar="NAME", help="sets in sts/ (default: stsb,split=dev)")
     return parser.parse_args(argv, Bench())
 
 

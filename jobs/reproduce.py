@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.artifacts import ArtifactCache, data_folder
+from benchmarks.sets import evaluate_models
 
 from msense.cli.console import run_job, show_table
-from msense.cli.reports import show_evaluation
 from msense.config.base import validate_config
 from msense.config.finetune import FinetuneConfig
 from msense.constants import DEMO_TEACHER
 from msense.errors import InputError
-from msense.evaluation.config import EvaluateConfig
 from msense.evaluation.report import Evaluation, difference_to_baseline
 from msense.evaluation.result import Result
-from msense.evaluation.run import evaluate
 from msense.evaluation.tasks.coarsewsd import read_contexts, words
 from msense.pipelines.finetune import finetune
 
@@ -65,11 +63,8 @@ class Maker(argparse.Namespace):
 
     def evaluate(self, name: str, models: Sequence[str], tasks: Sequence[str], **more: Any) -> Evaluation:
         """Evaluate, by default without costs, and print the results."""
-        given: dict[str, Any] = {"model": models, "task": tasks, "output": str(self.output / f"{name}.json")}
-        given |= {"teacher": DEMO_TEACHER, "workers": self.workers, "model2vec_python": self.model2vec_python}
-        evaluation = evaluate(validate_config(EvaluateConfig, {"cost": False, **given, **more}))
-        show_evaluation(evaluation)
-        return evaluation
+        given = {"workers": self.workers, "model2vec_python": self.model2vec_python, **more}
+        return evaluate_models(models, tasks, self.output / f"{name}.json", **given)
 
     def peers(self) -> list[str]:
         """Return model2vec as a model if its Python is known."""

@@ -1,8 +1,8 @@
-"""Dictionaries and students for benchmarks and results, made by the jobs and cached in a folder."""
+"""Dictionaries, students and other models for benchmarks and results, made in a folder and reused."""
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,11 @@ from msense.config.base import validate_config
 from msense.config.build import BuildConfig
 from msense.config.distill import DistillConfig
 from msense.constants import DEMO_TEACHER
-from msense.dictionary import SenseDictionary
 from msense.errors import InputError
 from msense.pipelines.build import build_dictionary
 from msense.pipelines.distill import distill_student
-from msense.run.folder import RunFolder
 
-INPUTS = "made_of.json"  # the inputs of a student
+INPUTS = "made_of.json"  # what the files of a folder were made of
 
 
 def data_folder(data: str | Path | None, name: str) -> Path:
@@ -25,6 +23,24 @@ def data_folder(data: str | Path | None, name: str) -> Path:
     folder = Path(data or "", name)
     if data is None or not folder.is_dir():
         raise InputError(f"{folder}/ does not exist: give as --data the folder that contains {name}/")
+    return folder
+
+
+def made_once(folder: Path, inputs: dict[str, Any], make: Callable[[Path], None]) -> Path:
+    """Return a folder that `make` fills, unless it exists already.
+
+    Raises:
+        InputError: the existing folder was made of other inputs.
+    """
+    content, new = json.dumps(inputs, sort_keys=True) + "\n", folder.with_name(f".{folder.name}.new")
+    if not folder.exists():
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        make(new)
+        (new / INPUTS).write_text(content, encoding="utf-8")
+        new.rename(folder)
+    elif (folder / INPUTS).read_text(encoding="utf-8") != content:
+        raise InputError(f"{folder} was made from other inputs or with other settings: remove it")
     return folder
 
 
@@ -45,28 +61,13 @@ class ArtifactCache:
         build_dictionary(validate_config(BuildConfig, given))
         return output
 
-    def labels(self, dictionary: Path) -> Path:
-        """Return the run folder of the labels that all students of a dictionary share."""
-        return self.folder / f"labels-{dictionary.name}"
-
     def student(self, dictionary: Path, name: str, **settings: Any) -> Path:
-        """Distill a student; return its folder, which also has the metrics of its training.
+        """Distill a student on the labels that all students of a dictionary share; return its run folder.
 
         Raises:
             InputError: the existing student was made from another dictionary or with other settings.
         """
-        kept, labels = self.folder / name, str(self.labels(dictionary))
-        settings |= {"dictionary": str(dictionary), "teacher": self.teacher, "output": labels, "workers": self.workers}
-        config = validate_config(DistillConfig, settings)
-        inputs = {"dictionary": SenseDictionary.load(dictionary).fingerprint, "labels": config.of_labels()}
-        content = json.dumps({**inputs, "training": config.of_training()}, sort_keys=True) + "\n"
-        if not kept.exists():
-            distill_student(config)
-            run, new = RunFolder(labels), kept.with_suffix(".new")
-            shutil.move(run.student, new)
-            shutil.move(run.metrics, new / "metrics.jsonl")
-            (new / INPUTS).write_text(content)
-            new.rename(kept)
-        elif (kept / INPUTS).read_text() != content:
-            raise InputError(f"the student in {kept} was made from another dictionary or other settings: remove it")
-        return kept
+        output = self.folder / name
+        settings |= {"dictionary": str(dictionary), "teacher": self.teacher, "workers": self.workers}
+        distill_student(validate_config(DistillConfig, settings | {"output": str(output)}))
+        return output

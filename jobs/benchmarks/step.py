@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,17 +37,17 @@ Ways = dict[str, Callable[[], None]]
 
 def step(bench: Bench) -> Figures:
     """Measure both kinds of student."""
-    bench.student("static")  # makes the labels
+    labels = bench.student("static")  # refers to them
     prepare_process(1)  # as a training worker does
-    measured = {name: _measure(_trainer(bench, kind)) for name, kind in STUDENTS.items()}
+    measured = {name: _measure(_trainer(bench, kind, labels)) for name, kind in STUDENTS.items()}
     figures = {f"distill.{key}_{name}": value for name, own in measured.items() for key, value in own.items()}
     return figures | {"distill.step_ratio": figures["distill.step_ratio_layers2"]}
 
 
-def _trainer(bench: Bench, kind: str) -> Trainer:
+def _trainer(bench: Bench, kind: str, labels: Path) -> Trainer:
     """Return the default training of `jobs/distill.py`, in this process."""
     config = DistillConfig(dictionary=str(bench.dictionary), teacher=DEMO_TEACHER, student=kind, epochs=1)
-    run, executor = RunFolder(str(bench.cache.labels(bench.dictionary))), LocalExecutor(1, "cpu")
+    run, executor = RunFolder(str(labels)), LocalExecutor(1, "cpu")
     training = distillation_config(config, load_inputs(config), run, executor, resolve_dtype("auto", "cpu"))
     training, label_set = replace(training, threads=1), LabelSet.open(run.root)
     engine = DDPEngine(build_student(training, label_set), config.weight_decay, config.clip)

@@ -16,6 +16,7 @@ from msense.evaluation.result import Result
 sys.path.append(str(Path(__file__).parents[2] / "jobs"))
 
 import reproduce
+from benchmarks import sets
 from benchmarks.artifacts import ArtifactCache
 
 SCORES = {"teacher": 0.9, "replaced": 0.895, "replaced K 50": 0.88, "layers2": 0.86, "static": 0.89}
@@ -36,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
             tables.append(TaskReport(task.title + shots, task.kind, "x", dict(rows)))
         return Evaluation([spec.name for spec in specs], tables)
 
-    monkeypatch.setattr(reproduce, "evaluate", evaluate)
+    monkeypatch.setattr(sets, "evaluate", evaluate)
     monkeypatch.setattr(reproduce, "finetune", lambda config: {"teacher": "/t", "corpus": "/c"})
     monkeypatch.setattr(ArtifactCache, "dictionary", lambda self, senses: self.folder / f"dictionary-{senses}")
     monkeypatch.setattr(ArtifactCache, "student", lambda self, d, name, **s: self.folder / name)
