@@ -27,7 +27,7 @@ class StudentSettings:
     heads: Heads = "two"  # see `DistillConfig.heads`
     units: int = 512  # hidden units of a static student's MLP
     kernel_size: int = 9  # of a static student's convolution, in tokens; odd
-    prior_count: float = 5.0  # a static student's token seen n times is trained with weight n / (n + prior_count)
+    prior_count: float = 0.0  # a static student's token seen n times is trained with weight n / (n + prior_count)
     seed: int = 0  # of the random initialization
 
 

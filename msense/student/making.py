@@ -56,8 +56,7 @@ def init_student(
         counts = dictionary.token_counts if seen is None else seen
         with torch.no_grad():
             body.means.copy_(token_means(dictionary, model.get_input_embeddings().weight))
-            prior_count = 0.0 if student.config.is_table else settings.prior_count
-            body.confidence.copy_(confidence(dictionary, counts, prior_count))
+            body.confidence.copy_(confidence(dictionary, counts, settings.prior_count))
             if student.config.is_table:  # special tokens surround the training texts
                 special = list({*info.prefix, *info.suffix})
                 body.means[special] = body.confidence[special] = 0.0
