@@ -7,8 +7,9 @@ STAMP := $(VENV)/.installed
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 DATA ?= data
+OUTPUT ?= runs/general
 
-.PHONY: install demo results rivals test test-unit test-all check audit format
+.PHONY: install demo general results rivals test test-unit test-all check audit format
 
 install: $(STAMP)
 
@@ -22,6 +23,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python jobs/build_dict.py --output runs/demo
 	$(BIN)/python -m msense show runs/demo key cell kernel tree
+
+# students of varied text: make general CORPUS=DIR [OUTPUT=runs/general]; run it again to resume
+general: install
+	$(BIN)/python jobs/build_dict.py --config jobs/configs/general-dictionary.yaml --corpus $(CORPUS) --output $(OUTPUT)/dictionary
+	for student in table static layers:2; do \
+		$(BIN)/python jobs/distill.py --config jobs/configs/general-student.yaml --dictionary $(OUTPUT)/dictionary \
+			--student $$student --output $(OUTPUT)/$$student || exit 1; \
+	done
 
 # make results DATA=DIR, with banking77/ tweet_emotion/ sst2/ coarsewsd/ wordsim/ wikitext2/; hours on two cores
 results: install
