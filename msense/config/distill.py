@@ -123,6 +123,13 @@ class DistillConfig(TeacherJobConfig):
             raise ValueError("must be layers:N with a number from 1, such as layers:2, or a list such as layers:0,2,5")
         return value
 
+    @field_validator("ship_senses")
+    @classmethod
+    def _check_ship_senses(cls, value: str, info: ValidationInfo) -> str:
+        if value != "none" and info.data.get("student") == "table":
+            raise ValueError("a table knows no senses: omit it, or use none")
+        return value
+
     @field_validator("heads")
     @classmethod
     def _check_heads(cls, value: str, info: ValidationInfo) -> str:

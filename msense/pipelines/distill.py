@@ -27,14 +27,12 @@ from msense.runtime import Executor
 from msense.runtime.executor import Row
 from msense.stages.base import StageContext, run_stage
 from msense.stages.embedding_store import Partition, cut_partitions
-from msense.stages.label import (
+from msense.stages.label import LabelStage, are_finished, label_stats
+from msense.stages.label_texts import (
     LabelSettings,
-    LabelStage,
     QueryStage,
     SelectionStats,
-    are_finished,
     choose_passages,
-    label_stats,
     query_partitions,
     sample_spans,
 )

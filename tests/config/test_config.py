@@ -58,6 +58,16 @@ def test_all_errors_are_reported_at_once() -> None:
         assert part in str(caught.value)
     with pytest.raises(InputError, match="--no-pooled"):
         distill(pooled=False, objective="pooled")
+    wrong = {"student": "table", "objective": "sense", "ship_senses": "int8", "heads": "separate", "spans": "word"}
+    with pytest.raises(InputError) as caught:
+        distill(**wrong)
+    for part in (
+        "objective: a table has no context",
+        "ship_senses: a table knows no senses",
+        "heads: separate",
+        "spans: ",
+    ):
+        assert part in str(caught.value)
     for weights in (["sense=0"], ["sense=nan"], ["sense="], []):
         with pytest.raises(InputError, match="objective"):
             distill(objective=weights)

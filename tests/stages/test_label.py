@@ -22,8 +22,7 @@ from msense.io import storage
 from msense.io.arrays import open_parquet
 from msense.run.folder import RunFolder
 from msense.run.manifest import inputs_hash
-from msense.stages import embedding_store
-from msense.stages import label as label_module
+from msense.stages import embedding_store, label_texts
 from msense.teacher.model import Teacher
 from msense.teacher.pooling import check_pooling, pool
 from msense.teacher.spec import load_teacher_info
@@ -568,8 +567,8 @@ def test_text_that_would_all_be_held_out_is_refused_and_too_little_is_warned_of(
     shared: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(InputError, match=r"--held-out 0\.5 leaves nothing of this text to train on"):
-        label_module._choose_held_out([0, 9], 9, 0.5)
-    assert label_module._choose_held_out([9, 4], 9, 0.5) == "passages"
+        label_texts._choose_held_out([0, 9], 9, 0.5)
+    assert label_texts._choose_held_out([9, 4], 9, 0.5) == "passages"
     (tmp_path / "text.txt").write_text("the bank\n")
     caplog.set_level("WARNING")
     label(shared, tmp_path / "one", corpus=str(tmp_path / "text.txt"), held_out=0.001, train_tokens=10**6)
@@ -579,4 +578,4 @@ def test_text_that_would_all_be_held_out_is_refused_and_too_little_is_warned_of(
 @pytest.mark.parametrize(("tokens", "bins"), [(9, 1), (10, 2), (14, 2), (15, 3)])
 def test_bins_that_fill_the_wanted_tokens_exactly_are_read(tokens: int, bins: int) -> None:
     counts = np.array([5, 5, 5], np.int64)
-    assert label_module._last_key(counts, tokens) == (bins << (64 - label_module.KEY_BINS_BITS)) - 1
+    assert label_texts._last_key(counts, tokens) == (bins << (64 - label_texts.KEY_BINS_BITS)) - 1
