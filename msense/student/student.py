@@ -15,7 +15,7 @@ class StudentOutput(NamedTuple):
     """Embeddings of a batch; rows of padding are undefined."""
 
     hidden: Tensor  # [B, L, D], pooled to sentence vectors
-    senses: Tensor  # [B, L, D], compared with sense centroids; the same tensor as `hidden` with heads="one"
+    senses: Tensor  # [B', L, D], compared with sense centroids; the same tensor as `hidden` with heads="one" and all rows
 
 
 class Student(nn.Module):
@@ -54,16 +54,29 @@ class Student(nn.Module):
             truncate_dim=config.truncate_dim,
         ).requires_grad_(requires_grad=False)  # the teacher's own
 
-    def forward(self, ids: Tensor, mask: Tensor) -> StudentOutput:
-        """Embed token ids int64 [B, L] with a mask bool [B, L], padded on either side."""
+    def forward(self, ids: Tensor, mask: Tensor, sense_rows: Tensor | None = None) -> StudentOutput:
+        """Embed token ids int64 [B, L] with a mask bool [B, L], padded on either side.
+
+        `sense_rows`, int64 [B'], are the texts whose senses are wanted; default: all.
+        """
         hidden = self.body(ids, mask)
         hidden = hidden if self.adaptor is None else self.adaptor(hidden)
-        if self.head is None:
-            return StudentOutput(hidden, hidden)
-        if self.config.heads == "two":
-            return StudentOutput(hidden, self.head(hidden))
+        rows = slice(None) if sense_rows is None else sense_rows
+        if self.config.heads == "separate":
+            assert isinstance(self.body, StaticBody)
+            senses = self.body.sense_embeddings(ids[rows], mask[rows])
+        else:
+            senses = hidden if sense_rows is None else hidden[rows]
+        return StudentOutput(hidden, senses if self.head is None else self.head(senses))
+
+    def separate_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that only the senses depend on, and that depend on nothing else."""
+        if self.config.heads != "separate":
+            return []
+        assert self.head is not None
         assert isinstance(self.body, StaticBody)
-        return StudentOutput(hidden, self.head(self.body.sense_embeddings(ids, mask)))
+        assert self.body.sense_mixer is not None
+        return [*self.body.sense_mixer.parameters(), *self.head.parameters()]
 
     def sentence(self, hidden: Tensor, mask: Tensor, skip: int | None = None) -> Tensor:
         """Return sentence vectors [B, D'], made of `hidden` [B, L, D] like the teacher's; for `skip` see `pool`."""

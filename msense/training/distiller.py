@@ -61,7 +61,8 @@ def train_student(training: DistillationConfig, session: Session) -> list[dict[s
     if training.deepspeed_stage:
         engine: Engine = DeepSpeedEngine(student, *given, training.deepspeed_stage, training.device)
     else:  # some objectives do not use the sense head
-        engine = DDPEngine(student, *given, partial(session.wrap, find_unused_parameters=True, broadcast_buffers=False))
+        wrap = partial(session.wrap, find_unused_parameters=True, broadcast_buffers=False)
+        engine = DDPEngine(student, *given, wrap, student.separate_parameters())
     return run_worker(Trainer(training, engine, labels, ProcessGroup(session.rank, session.world)), session)
 
 
@@ -144,9 +145,10 @@ class Trainer(TrainingLoop):
     def _losses(self, batch: LabelBatch, model: nn.Module) -> tuple[StudentOutput, dict[str, LossSum]]:
         """Return the student's output for a batch, and its losses."""
         training, device = self.training, self.training.device
-        mask = batch.mask.to(device)
+        mask, rows = batch.mask.to(device), batch.without_spans()[0]
+        rows = None if len(rows) == len(mask) else rows.to(device)
         with torch.autocast(device, torch.bfloat16, enabled=training.dtype == "bfloat16"):
-            output = StudentOutput(*(part.float() for part in model(batch.ids.to(device), mask)))
+            output = StudentOutput(*(part.float() for part in model(batch.ids.to(device), mask, rows)))
         hidden = None
         if self.teacher is not None:
             hidden = self.teacher.embed(batch.ids.numpy(), batch.mask.numpy())[mask].float()
@@ -154,10 +156,9 @@ class Trainer(TrainingLoop):
 
     def _accuracy(self, output: StudentOutput, batch: LabelBatch) -> LossSum:
         """Return the sense accuracy on the texts that are no spans."""
-        rows, batch = batch.without_spans()
+        batch = batch.without_spans()[1]
         ids, labels = batch.ids.flatten().numpy(), hard_labels(batch)
-        senses = output.senses[rows.to(output.senses.device)].flatten(0, 1)
-        return sense_accuracy(senses, ids, labels, self.dictionary, self.space.metric)
+        return sense_accuracy(output.senses.flatten(0, 1), ids, labels, self.dictionary, self.space.metric)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

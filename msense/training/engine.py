@@ -7,7 +7,7 @@ Memory: four times the model; ZeRO shards the optimizer's half of it over the wo
 import ctypes
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
 class DDPEngine:
     """AdamW; `wrap` may add DDP, so that `model` is the wrapped `student`.
 
+    The gradients of `apart` are clipped by themselves, and do not count for the other parameters.
+
     Example:
         >>> engine = DDPEngine(student, weight_decay=0.01, clip=1.0)
         >>> engine.backward(loss)
@@ -48,10 +50,17 @@ class DDPEngine:
     every_rank = False  # whether each worker writes a part of a checkpoint
 
     def __init__(
-        self, student: nn.Module, weight_decay: float, clip: float, wrap: Callable[[Any], Any] | None = None
+        self,
+        student: nn.Module,
+        weight_decay: float,
+        clip: float,
+        wrap: Callable[[Any], Any] | None = None,
+        apart: Sequence[nn.Parameter] = (),
     ) -> None:
         self.student: Any = student
         self.model, self.clip = wrap(student) if wrap else student, clip
+        rest = {id(parameter) for parameter in apart}
+        self.clipped = [[own for own in student.parameters() if id(own) not in rest], list(apart)]
         self.optimizer = torch.optim.AdamW(parameter_groups(student, weight_decay), fused=True)
 
     def slice_of_step(self, last: bool) -> AbstractContextManager[Any]:
@@ -65,7 +74,8 @@ class DDPEngine:
     def step(self, lr: float) -> None:
         """Clip the accumulated gradients, take a step and clear them; raise MsenseError if one is not finite."""
         if self.clip:
-            _check_norm(float(nn.utils.clip_grad_norm_(self.student.parameters(), self.clip, foreach=True)))
+            for part in self.clipped:
+                _check_norm(float(nn.utils.clip_grad_norm_(part, self.clip, foreach=True)))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

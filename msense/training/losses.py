@@ -59,7 +59,7 @@ def compute_losses(
 ) -> dict[str, LossSum]:
     """Return the losses that have a weight in `mix` by name, unweighted; `normalized_loss` combines them.
 
-    `space` is `mix.space(dictionary)`, `sentence` the student's pooling of embeddings [B, L, D] and mask [B, L], and `hidden`
+    `output` has the senses of the texts that are no spans. `space` is `mix.space(dictionary)`, `sentence` the student's pooling of embeddings [B, L, D] and mask [B, L], and `hidden`
     [N, D] the teacher's hidden states where the mask is true, for the losses `mse` and `cosine`.
     """
     names, device = mix.weights(), output.hidden.device
@@ -83,8 +83,7 @@ def _token_losses(
     sentence: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, LossSum]:
     """Return the losses `sense` and `replaced`, of the texts that are no spans."""
-    rows, batch = batch.without_spans()
-    senses = output.senses if len(rows) == len(output.senses) else output.senses[rows.to(output.senses.device)]
+    senses, batch = output.senses, batch.without_spans()[1]
     labels = _sense_labels(batch) if "sense" in names else None
     ids = batch.ids.masked_fill(~batch.mask, -1).view(-1).numpy()  # -1 has no senses: padding is left out
     loss, means = sense_losses(senses.flatten(0, 1), ids, labels, space, replaced="replaced" in names)

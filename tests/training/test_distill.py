@@ -24,6 +24,8 @@ from msense.training.label_dataset import LabelSet
 from msense.training.loop import lr_factor
 from msense.training.losses import LossWeights
 
+MIXER = ("project.weight", "taps", "passage.weight", "passage.bias", "back.weight", "back.bias")
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory, make_teacher: MakeTeacher) -> Corpus:
@@ -50,7 +52,8 @@ def trainer_of(training: DistillationConfig) -> Trainer:
     labels = LabelSet.open(training.run)
     student, given = build_student(training, labels), (training.weight_decay, training.clip)
     stage = training.deepspeed_stage
-    engine = DeepSpeedEngine(student, *given, stage, "cpu") if stage else DDPEngine(student, *given)
+    apart = student.separate_parameters()
+    engine = DeepSpeedEngine(student, *given, stage, "cpu") if stage else DDPEngine(student, *given, apart=apart)
     return Trainer(training, engine, labels)
 
 
@@ -80,6 +83,16 @@ def test_students_learn_sentences_and_senses(training: DistillationConfig, kind:
         began, ended = (student.body.model.state_dict() for student in (untrained.student, trainer.student))
         unchanged = {name for name, tensor in began.items() if torch.equal(tensor, ended[name])}
         assert unchanged == {"embeddings.word_embeddings.weight"}
+
+
+def test_sentence_vectors_pay_nothing_for_separate_senses(training: DistillationConfig) -> None:
+    bodies = []
+    for mix in (LossWeights(pooled=100), LossWeights(sense=10, pooled=100, replaced=100)):
+        student = trained(replace(training, mix=mix, student=StudentSettings(kind="static", heads="separate"))).student
+        bodies.append({name: value for name, value in student.body.state_dict().items() if "sense" not in name})
+    alone, both = bodies
+    assert set(alone) == {"means", "confidence", "shift.weight", *(f"mixer.{name}" for name in MIXER)}
+    assert all(torch.equal(both[name], value) for name, value in alone.items())
 
 
 @pytest.mark.parametrize(("kind", "stop"), [("static", 1), ("layers:1", 3)])

@@ -237,7 +237,7 @@ def test_spans_teach_sentence_vectors_only() -> None:
     def sums(rows: slice, spans: list[int] = ()) -> dict[str, LossSum]:
         batch, _ = passages(d, rows)
         batch = batch._replace(spans=torch.isin(torch.arange(len(batch.ids)), torch.tensor(spans, dtype=torch.int64)))
-        output = student(batch.ids, batch.mask)
+        output = student(batch.ids, batch.mask, batch.without_spans()[0])
         return compute_losses(mix, output, batch, mix.space(d), student.sentence)
 
     mixed, passage, only = sums(slice(0, 8), [0, 1, 2, 3]), sums(slice(4, 8)), sums(slice(0, 4), [0, 1, 2, 3])
