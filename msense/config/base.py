@@ -13,7 +13,10 @@ from msense.errors import InputError
 from msense.text import is_utf8, redact
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
-TrainDtype = Annotated[Literal["auto", "float32", "bfloat16"], Field(description="dtype of the model in training")]
+TrainDtype = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    Field(description="dtype that training computes in; auto: bfloat16 on GPUs that support it, otherwise float32"),
+]
 _SHOWN_ERRORS = 20
 _TEXTS = (
     *("corpus", "queries", "text_column", "id_column", "teacher", "revision", "prompt"),
