@@ -15,7 +15,7 @@ from msense.text import is_utf8, redact
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 TrainDtype = Annotated[
     Literal["auto", "float32", "bfloat16"],
-    Field(description="dtype that training computes in; auto: bfloat16 on GPUs that support it, otherwise float32"),
+    Field(description="dtype that training computes in; auto: bfloat16 where it is faster, otherwise float32"),
 ]
 _SHOWN_ERRORS = 20
 _TEXTS = (
@@ -106,7 +106,7 @@ class TeacherJobConfig(JobConfig):
     on_bad_document: Literal["skip", "fail"] = Field("skip", description="list bad documents, or fail at the first")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="teacher's dtype; auto: bfloat16 if supported, otherwise float16 on a GPU and float32 on a CPU",
+        description="teacher's dtype; auto: bfloat16 where it is fast, otherwise float16 on a GPU and float32 on a CPU",
     )
     gpus_per_actor: float = Field(1.0, gt=0, le=1, description="GPUs per teacher actor; with 0.5, two actors share one")
     time_teacher: bool = Field(

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import platform
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -94,12 +95,18 @@ def _parse(kind: str, count: int) -> list[int]:
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """Return the dtype that `auto` stands for: bfloat16 where the device supports it natively."""
+    """Return the dtype that `auto` stands for: bfloat16 where the device multiplies matrices of it faster than float32.
+
+    Of x86 CPUs only those with AMX do: AVX-512 BF16 alone takes 1.5 times as long as float32 (MiniLM, one thread).
+    """
     if dtype != "auto":
         return dtype
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        supported = supported and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if supported else "float32"
 
 
 class PaddedInputs:

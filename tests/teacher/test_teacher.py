@@ -1,6 +1,7 @@
 """The teacher: settings of its folder, special-token rules, batching, and hidden states unaffected by padding."""
 
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -214,7 +215,11 @@ def test_token_batches_hold_every_passage_once_within_the_budget(lengths: list[i
     assert [lengths[i] for b in batches for i in b] == sorted(lengths)
 
 
-def test_auto_dtype_is_native_to_the_device() -> None:
-    expected = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
-    assert resolve_dtype("auto", "cpu") == expected
+@pytest.mark.parametrize(("supported", "amx"), [(True, True), (True, False), (False, False)])
+def test_auto_dtype_is_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, supported: bool, amx: bool) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    for machine, fast in (("x86_64", amx), ("AMD64", amx), ("aarch64", supported)):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert resolve_dtype("auto", "cpu") == ("bfloat16" if fast else "float32")
     assert resolve_dtype("float16", "cpu") == "float16"
