@@ -52,7 +52,7 @@ def blocks(page: str) -> list[Block]:
     later = [*found[1:], {"kind": "", "text": ""}]
     return [
         Block(page, own["mark"] or "", own["kind"], own["text"], after["text"] if after["kind"] == "text" else "")
-        for own, after in zip(found, later, strict=True)
+        for own, after in zip(found, later, strict=False)
     ]
 
 
