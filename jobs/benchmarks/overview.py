@@ -40,7 +40,7 @@ def measure(run: Path, student: Path, word: str, texts: Sequence[str]) -> Values
     senses = dictionary.assign(np.full(len(points), token), points).tolist()
     centre = points.mean(0)
     axes = np.linalg.svd(points - centre, full_matrices=False)[2][:2]
-    vectors = encoder.encode(texts, normalize_embeddings=True)
+    vectors = np.asarray(encoder.encode(texts, normalize_embeddings=True))
     return {
         "word": word,
         "plane": ((points - centre) @ axes.T).round(2).tolist(),
@@ -101,8 +101,9 @@ def draw(values: Values, output: Path) -> None:
     page = figure.add_axes((0, 0, 1, 1))
     page.set(xlim=(0, SIZE[0]), ylim=(0, SIZE[1]))
     page.axis("off")
-    frame = {"boxstyle": "round,pad=0,rounding_size=0.15", "fc": "white", "ec": "#d0d7de"}
-    page.add_patch(FancyBboxPatch((0.05, 0.05), SIZE[0] - 0.1, SIZE[1] - 0.1, **frame))
+    rounded = "round,pad=0,rounding_size=0.15"
+    card = FancyBboxPatch((0.05, 0.05), SIZE[0] - 0.1, SIZE[1] - 0.1, rounded, facecolor="white", edgecolor="#d0d7de")
+    page.add_patch(card)
     own = values["senses"][-len(values["texts"]) :]
     colours = dict(zip(own, COLOURS, strict=True))
     titles = ("Text", "Teacher", "Sense dictionary", "Student")
