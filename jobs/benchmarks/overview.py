@@ -3,7 +3,7 @@
 From left to right: texts with one word, the teacher's embeddings of its occurrences in a corpus and in these texts, coloured by
 sense, the senses with the words that stand near them, and what a student returns for the texts. RUN is the run folder of a
 dictionary with its passages, STUDENT that of a student of it. The README's picture was made from the training contexts of
-CoarseWSD-20 with `--senses 20`, and from a `static` student of it.
+the word in CoarseWSD-20, with `--senses 4`, and from a `static` student of eight epochs.
 """
 
 import argparse
@@ -22,11 +22,15 @@ import pyarrow.parquet as pq
 import msense
 
 OUTPUT = Path(__file__).parents[2] / ".github" / "images" / "overview.svg"
-TEXTS = ("we bathed in a hot spring", "the roses bloom in spring", "a bent spring in the lock")
-OCCURRENCES, NUMBERS = 300, 40
-SIZE, LEFT = (10.0, 4.15), (0.25, 2.5, 5.2, 7.75)  # inches; the columns
-COLOURS = ("#0072b2", "#d55e00", "#009e73")  # of Okabe and Ito, told apart by colour-blind people too
-GREY, INK, PALE = "#b8bec6", "#24292f", "#57606a"
+TEXTS = (
+    "the festival is held each spring",
+    "flowers of spring, summer and autumn",
+    "the village has a mineral spring",
+)
+OCCURRENCES, NUMBERS, RARE = 300, 40, 5  # words in fewer contexts than RARE hardly count
+SIZE, LEFT = (10.0, 4.15), (0.25, 2.5, 5.1, 7.75)  # inches; the columns
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of Okabe and Ito, told apart by colour-blind people too
+INK, PALE = "#24292f", "#57606a"
 MONO = {"family": "DejaVu Sans Mono", "size": 10.5}
 Values = dict[str, Any]
 
@@ -45,9 +49,10 @@ def measure(run: Path, student: Path, word: str, texts: Sequence[str]) -> Values
         "word": word,
         "plane": ((points - centre) @ axes.T).round(2).tolist(),
         "senses": senses,
-        "number": len(dictionary.senses(token).counts),
         "counts": dictionary.senses(token).counts.tolist(),
-        "near": {sense: near_words(contexts, np.array(senses[: len(ids)]) == sense, word) for sense in set(senses)},
+        "near": {
+            sense: near_words(contexts, np.array(senses[: len(ids)]) == sense, word) for sense in range(len(COLOURS))
+        },
         "texts": list(texts),
         "named": [[t.sense, t.probability] for text in texts for t in encoder.tokens(text) if t.token_id == token],
         "vectors": vectors[:, :NUMBERS].round(4).tolist(),
@@ -66,10 +71,10 @@ def occurrences(run: Path, word: str, token: int) -> Iterator[tuple[str, list[in
 def near_words(contexts: Sequence[str], chosen: np.ndarray, word: str) -> list[str]:
     """Return words whose share of the chosen contexts is highest above their share of all, in contexts of the word."""
     windows = [text[max(0, at - 60) : at + 60] for text in contexts for at in [text.find(word)]]
-    near = [set(re.findall("[a-z]{4,}", window)) - {word} for window in windows]
+    near = [set(re.findall("[a-z]{5,}", window)) - {word} for window in windows]
     every = Counter(itertools.chain(*near))
     own = Counter(itertools.chain(*(words for words, yes in zip(near, chosen, strict=True) if yes)))
-    return sorted(own, key=lambda w: -own[w] * own[w] / (every[w] + 1))[:6]
+    return sorted(own, key=lambda near: -own[near] / (every[near] + RARE))[:3]
 
 
 def embed(teacher: str, ids: Sequence[list[int]], texts: Sequence[str], token: int) -> np.ndarray:
@@ -104,29 +109,24 @@ def draw(values: Values, output: Path) -> None:
     rounded = "round,pad=0,rounding_size=0.15"
     card = FancyBboxPatch((0.05, 0.05), SIZE[0] - 0.1, SIZE[1] - 0.1, rounded, facecolor="white", edgecolor="#d0d7de")
     page.add_patch(card)
-    own = values["senses"][-len(values["texts"]) :]
-    colours = dict(zip(own, COLOURS, strict=True))
+    senses = sorted(map(int, values["near"]))
+    colours = dict(zip(senses, COLOURS, strict=True))
     titles = ("Text", "Teacher", "Sense dictionary", "Student")
-    notes = (
-        "without labels",
-        f"embeddings of “{values['word']}”",
-        f"{len(own)} of its {values['number']} senses",
-        "sense and vector",
-    )
+    notes = ("without labels", f"embeddings of “{values['word']}”", f"senses of “{values['word']}”", "sense and vector")
     for x, title, note in zip(LEFT, titles, notes, strict=True):
         page.text(x, 3.72, title, weight="bold", size=13)
         page.text(x, 3.46, note, size=10, color=PALE)
     for x in LEFT[1:]:
         page.annotate("", (x - 0.1, 1.75), (x - 0.36, 1.75), arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1.8})
-    for number, (sense, text) in enumerate(zip(own, values["texts"], strict=True)):
-        y = 2.95 - 1.02 * number
-        sentence(page, LEFT[0], y, text, values["word"], INK)
-        page.plot(LEFT[2] + 0.07, y + 0.01, "o", color=colours[sense], ms=9)
-        page.text(LEFT[2] + 0.22, y, f"{values['counts'][sense]:,} occurrences", va="center", size=10)
-        near = textwrap.wrap(", ".join(values["near"][str(sense)][:5]), 23)
-        page.text(LEFT[2], y - 0.21, "\n".join(near[:2]), va="top", size=10, color=PALE, linespacing=1.25)
-        outputs(page, y, values, number, colours)
-    left, bottom, width, height = LEFT[1], 0.3, 2.3, 2.95
+    for number, text in enumerate(values["texts"]):
+        sentence(page, LEFT[0], 2.95 - 1.02 * number, text, values["word"], INK)
+        outputs(page, 2.95 - 1.02 * number, values, number, colours)
+    for number, (sense, colour) in enumerate(colours.items()):
+        y = 2.95 - 0.77 * number
+        page.plot(LEFT[2] + 0.07, y + 0.01, "o", color=colour, ms=9)
+        page.text(LEFT[2] + 0.22, y, f"{values['counts'][sense]:,} occurrences, near", va="center", size=10)
+        page.text(LEFT[2] + 0.22, y - 0.25, ", ".join(values["near"][str(sense)]), va="center", size=9.3, color=PALE)
+    left, bottom, width, height = LEFT[1], 0.3, 2.2, 2.95
     box = (left / SIZE[0], bottom / SIZE[1], width / SIZE[0], height / SIZE[1])
     scatter(figure.add_axes(box), values, colours)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -146,12 +146,10 @@ def sentence(page: Any, x: float, y: float, text: str, word: str, colour: str) -
 def scatter(axes: Any, values: Values, colours: dict[int, str]) -> None:
     """Draw the occurrences in the plane of the first principal axes; those in the texts are ringed."""
     plane, senses = np.array(values["plane"]), np.array(values["senses"])
-    other = ~np.isin(senses, list(colours))
-    axes.scatter(*plane[other].T, s=10, color=GREY, lw=0)
     for sense, colour in colours.items():
-        axes.scatter(*plane[senses == sense].T, s=16, color=colour, lw=0)
-    for number, colour in enumerate(colours.values()):
-        axes.scatter(*plane[len(plane) - len(colours) + number], s=90, color=colour, edgecolors=INK, lw=1.5)
+        axes.scatter(*plane[senses == sense].T, s=14, color=colour, lw=0)
+    own = len(values["texts"])
+    axes.scatter(*plane[-own:].T, s=90, c=[colours[sense] for sense in senses[-own:]], edgecolors=INK, lw=1.5)
     axes.set(xticks=[], yticks=[], facecolor="#f6f8fa")
     axes.spines[:].set_visible(False)
 
@@ -159,12 +157,11 @@ def scatter(axes: Any, values: Values, colours: dict[int, str]) -> None:
 def outputs(page: Any, y: float, values: Values, number: int, colours: dict[int, str]) -> None:
     """Draw what the student returns for one text: the sense of the word, and the sentence vector."""
     sense, probability = values["named"][number]
-    page.plot(LEFT[3] + 0.07, y + 0.01, "o", color=colours.get(sense, GREY), ms=9)
+    page.plot(LEFT[3] + 0.07, y + 0.01, "o", color=colours[sense], ms=9)
     page.text(LEFT[3] + 0.22, y, f"probability {probability:.2f}", va="center", size=10)
     strip = np.array(values["vectors"][number])[None]
-    place = (LEFT[3], LEFT[3] + 2.0, y - 0.5, y - 0.26)
-    page.imshow(strip, cmap="PuOr", vmin=-0.12, vmax=0.12, extent=place, aspect="auto", zorder=3)
-    page.set(xlim=(0, SIZE[0]), ylim=(0, SIZE[1]))
+    edges = np.linspace(LEFT[3], LEFT[3] + 2.0, strip.shape[1] + 1), (y - 0.5, y - 0.26)
+    page.pcolormesh(*edges, strip, cmap="PuOr", vmin=-0.12, vmax=0.12, zorder=3)
 
 
 def main() -> None:
