@@ -9,7 +9,7 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 DATA ?= data
 OUTPUT ?= runs/general
 
-.PHONY: install demo general results rivals test test-unit test-all check audit format
+.PHONY: install demo general results rivals test test-unit test-all check docs audit format
 
 install: $(STAMP)
 
@@ -56,6 +56,11 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the pages and a reference of the Python interface, in site/; fails on warnings and broken links
+docs: install
+	$(BIN)/pip install -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict -f .github/mkdocs.yml
 
 audit:
 	$(PYTHON) -m venv .audit

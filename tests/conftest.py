@@ -44,28 +44,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def outcome() -> Callable[[str, str, str], None]:
-    """Record the outcome of a fault in a stage and compare it with the README."""
+    """Record the outcome of a fault in a stage, which the test has checked."""
 
     def note(fault: str, stage: str, observed: str) -> None:
         OUTCOMES[fault, stage] = observed
-        assert fault_table.in_readme().get((fault, stage)) == observed
 
     return note
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if OUTCOMES:
-        terminalreporter.section("faults")
-        terminalreporter.write_line(fault_table.table(OUTCOMES))
-
-
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """After a run of all tests, fail if the README has cells that none has observed."""
+    """After a run of all tests, write the table of faults."""
     chosen = session.config.option
-    whole = not (chosen.markexpr or chosen.keyword or chosen.file_or_dir)
-    if whole and exitstatus == 0 and fault_table.in_readme() != OUTCOMES:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        session.config.get_terminal_writer().line("the README's table of faults has cells that no test has observed")
+    whole = OUTCOMES and not hasattr(session.config, "workerinput")  # a worker of xdist runs a part of the tests
+    if whole and exitstatus == 0 and not (chosen.markexpr or chosen.keyword or chosen.file_or_dir):
+        fault_table.write(OUTCOMES)
 
 
 @pytest.fixture
