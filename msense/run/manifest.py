@@ -19,7 +19,7 @@ _ADDED: dict[str, dict[str, Any]] = {  # left out at these values, so that runs 
 }
 
 
-STAGES_VERSION = 3  # of the files between stages: a run that an older version left unfinished cannot be resumed
+STAGES_VERSION = 4  # of the files between stages: a run that an older version left unfinished cannot be resumed
 
 
 def keep_stages_version(run: RunFolder, manifest: dict[str, Any]) -> None:
