@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from msense.clustering.selection import PLACE
 from msense.corpus.passages import token_places
-from msense.dictionary.contexts import exemplar_schema
+from msense.dictionary.contexts import exemplar_schema, write_exemplars
 from msense.io import storage
 from msense.io.arrays import load_arrays, open_parquet
 from msense.run.folder import RunFolder
@@ -27,7 +27,6 @@ from msense.stages.base import Stage
 from msense.stages.embedding_store import Duplicates, Partition
 from msense.text import excerpt, word_borders
 
-ROW_GROUP = 1 << 16  # reading one token loads the row groups that contain it
 LONGEST_TEXT = 4096  # characters
 CONTEXT_TOKENS = 24  # tokens of context on each side, where only tokens are known
 _COLUMNS = (
@@ -162,4 +161,4 @@ def collect_contexts(files: list[str], target: Path) -> None:
     """Merge the contexts of all partitions into one local file, sorted by token, sense and rank."""
     table = pa.concat_tables([open_parquet(file).read() for file in files])
     table = table.sort_by([(name, "ascending") for name in ("token", "sense", "rank")])
-    pq.write_table(table, target, compression="zstd", row_group_size=ROW_GROUP, write_statistics=["token"])
+    write_exemplars(table, target)
