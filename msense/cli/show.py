@@ -54,8 +54,8 @@ def _show_token(console: Console, dictionary: SenseDictionary, token: TokenMatch
         console.print(Text(line), soft_wrap=True)
         for exemplar in contexts.get(sense, [])[:exemplars]:
             width = max(console.width - _INDENT, 8)
-            line = Text(" " * _INDENT).append_text(_context(exemplar, width, width // 2 - 2))
-            console.print(line, no_wrap=True, overflow="crop")
+            example = Text(" " * _INDENT).append_text(_context(exemplar, width, width // 2 - 2))
+            console.print(example, no_wrap=True, overflow="crop")
     if token.senses > limit:
         console.print(Text(f"  {token.senses - limit} more senses: --senses {token.senses}"), soft_wrap=True)
 
