@@ -1,8 +1,11 @@
-"""Text for people (sizes, messages without control characters or secrets) and for lexical search (its words)."""
+"""Text for people (sizes, messages without control characters or secrets, excerpts) and for lexical search (its words)."""
 
 import os
 import re
 import unicodedata
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from itertools import pairwise
 
 import regex
@@ -25,6 +28,8 @@ _WORD = regex.compile(
     rf"[{_LETTER}&&{_SCRIPTS}]+|[{_LETTER}--{_SCRIPTS}]+|\p{{RI}}{{2}}|\p{{Extended_Pictographic}}", regex.V1
 )
 _ASCII_WORD = re.compile("[a-z0-9]+")
+_BORDER = regex.compile(r"\b", regex.WORD | regex.V1)  # of Unicode's default words (UAX 29)
+_EXCERPT = 120  # characters of an excerpt before, in, and after its word
 _CHARACTER = regex.compile(r"\X")  # with its combining marks
 _INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}--\u200b]", regex.V1)  # not U+200B, which is a space
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
@@ -115,3 +120,42 @@ def _pairs(word: str) -> list[str]:
     """Return the pairs of adjacent characters of a word without spaces, and any other word as it is."""
     characters = _CHARACTER.findall(word) if _UNSPACED.match(word) else []
     return [a + b for a, b in pairwise(characters)] or [word]
+
+
+def word_borders(text: str) -> Sequence[int]:
+    """Return the places between Unicode's default words (UAX 29), increasing, from 0 to the length of the text.
+
+    White space and punctuation count as words. Scripts that are written without spaces have borders between characters.
+    """
+    return array("i", [0, *(match.start() for match in _BORDER.finditer(text)), len(text)])
+
+
+def whole_word(text: str, borders: Sequence[int], start: int, stop: int) -> tuple[int, int]:
+    """Return the place of the words that characters [start, stop) are part of, or [start, stop) if it is white space.
+
+    `borders` are those of the text. White space around the characters is left out.
+    """
+    own = text[start:stop]
+    if not own.strip():
+        return start, stop
+    first, last = start + len(own) - len(own.lstrip()), start + len(own.rstrip())
+    return borders[bisect_right(borders, first) - 1], borders[bisect_left(borders, last)]
+
+
+def excerpt(text: str, borders: Sequence[int], start: int, stop: int) -> tuple[str, str, str]:
+    """Return the whole word that characters [start, stop) are part of, and the text before and after it: (left, word, right).
+
+    Each has at most 120 characters; left and right are cut between words, if there are any.
+
+    Example:
+        >>> excerpt("A naïve idea", word_borders("A naïve idea"), 4, 7)
+        ('A ', 'naïve', ' idea')
+    """
+    first, last = whole_word(text, borders, start, stop)
+    first = max(first, start - _EXCERPT // 2)
+    last = min(last, first + _EXCERPT)
+    begin = borders[bisect_left(borders, max(0, first - _EXCERPT))]
+    end = borders[bisect_right(borders, min(len(text), last + _EXCERPT)) - 1]
+    begin = begin if begin < first else max(0, first - _EXCERPT)
+    end = end if end > last else min(len(text), last + _EXCERPT)
+    return text[begin:first], text[first:last], text[last:end]

@@ -17,7 +17,7 @@ import xxhash
 from tokenizers import Encoding, Tokenizer
 
 from msense.corpus import BadDocument, Document, InputSplit, read_documents
-from msense.corpus.passages import BLOCK_TOKENS, SCHEMA, Passages, PassageSpec
+from msense.corpus.passages import BLOCK_TOKENS, SCHEMA, Passages, PassageSpec, as_gaps
 from msense.errors import InputError
 
 BATCH_DOCUMENTS = 256
@@ -112,6 +112,8 @@ class Piece(NamedTuple):
     context: int  # as `Passages.context`
     ids: np.ndarray  # int32 [L]
     text: str  # of the body
+    gaps: np.ndarray  # int32 [L], with `lengths` the place of each token in the text, as in the passages file
+    lengths: np.ndarray  # int32 [L]
 
 
 @dataclass
@@ -119,7 +121,7 @@ class BlockWriter:
     """Buffer of passages that writes a row group whenever a block is full."""
 
     writer: pq.ParquetWriter
-    rows: list[tuple[np.uint64, str, int, int, np.ndarray, str]] = field(default_factory=list)
+    rows: list[tuple[Any, ...]] = field(default_factory=list)  # in the order of the columns
     tokens: int = 0
     blocks: list[int] = field(default_factory=list)  # number of tokens of each block written
     passages: int = 0
@@ -233,8 +235,9 @@ def _add_documents(documents: list[Document], spec: PassageSpec, tokenizer: Toke
 
 def encode_texts(texts: Sequence[str], spec: PassageSpec, tokenizer: Tokenizer) -> Passages:
     """Return the first passage of each text, with the key 0: the text itself unless it is too long."""
+    frame, none = np.array((*spec.prefix, *spec.suffix), dtype=np.int32), np.zeros(0, dtype=np.int32)
     first = [
-        next(pieces, Piece(-len(spec.prompt), np.array((*spec.prefix, *spec.suffix), dtype=np.int32), ""))
+        next(pieces, Piece(-len(spec.prompt), frame, "", none, none))
         for group in _batches(texts, len)
         for pieces in _pieces(group, spec, tokenizer)
     ]
@@ -260,6 +263,7 @@ def _cut(encoding: Encoding, text: str, spec: PassageSpec) -> Iterator[Piece]:
     frame = np.array((*spec.prefix, *ids[:prompt]), dtype=np.int32), np.array(spec.suffix, dtype=np.int32)
     length = spec.body_length + len(spec.prompt) - prompt
     last = len(offsets) - prompt
+    bounds = np.array(offsets, dtype=np.int32).reshape(-1, 2)
 
     def character(token: int) -> int:
         """Return where the text of a token of the body starts."""
@@ -267,5 +271,11 @@ def _cut(encoding: Encoding, text: str, spec: PassageSpec) -> Iterator[Piece]:
 
     for context, begin, stop in cut_points(offsets[prompt:], text, length, spec.stride):
         body = ids[prompt + context : prompt + stop]
-        own = text[character(begin) : character(stop)].strip()
-        yield Piece(prompt - len(spec.prompt) + begin - context, np.concatenate([frame[0], body, frame[1]]), own)
+        passage, before = np.concatenate([frame[0], body, frame[1]]), len(frame[0]) + begin - context
+        first, last_character = character(begin), character(stop)
+        first += len(text[first:last_character]) - len(text[first:last_character].lstrip())
+        own = text[first:last_character].rstrip()
+        places = np.zeros((len(passage), 2), dtype=np.int32)
+        places[before : before + stop - begin] = (bounds[prompt + begin : prompt + stop] - first).clip(0, len(own))
+        places[before + stop - begin :] = len(own)
+        yield Piece(prompt - len(spec.prompt) + begin - context, passage, own, *as_gaps(*places.T))

@@ -1,9 +1,10 @@
-"""Reader of exemplars.parquet from an untrusted dictionary; loads only the row groups that contain the requested token.
+"""Writer of exemplars.parquet, and its reader from an untrusted dictionary, which loads only the row groups of a token.
 
 Texts stay dictionary-encoded until their decoded size is known: a few bytes can repeat a long text a million times.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-_GROUP_ROWS = 1 << 16  # the writer's row group size
+_GROUP_ROWS = 1 << 16  # limit of a row group
+_LEAST_GROUP_ROWS = 1 << 12  # written to a row group, of which each takes 700 bytes of the footer
+_GROUPS, _SENSES_A_GROUP, _MAX_GROUPS = (
+    32,
+    1 << 10,
+    1 << 11,
+)  # limits of the groups written: a constant and one per senses
 _BATCH_ROWS = 1024  # read at once
 _ALL_TEXT_BYTES, _TEXT_RATIO = 64 << 20, 100  # limit of all texts: a constant plus a multiple of their stored size
 _ROW_BYTES = 32  # of a row without its texts
@@ -34,6 +41,17 @@ def exemplar_schema() -> "pa.Schema":
 
     numbers = [("token", pa.int32()), ("sense", pa.int32()), ("rank", pa.int32()), ("distance", pa.float32())]
     return pa.schema(numbers + [(name, pa.string()) for name in _TEXTS])
+
+
+def write_exemplars(table: "pa.Table", path: Path) -> None:
+    """Write exemplars, sorted by token, sense and rank, in small row groups, as reading a token loads those with it."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    senses = pc.sum(pc.equal(table["rank"], 0)).as_py() or 0
+    groups = min(_GROUPS + senses // _SENSES_A_GROUP, _MAX_GROUPS)  # the footer's size is limited
+    rows = min(max(-(-len(table) // groups), _LEAST_GROUP_ROWS), _GROUP_ROWS)
+    pq.write_table(table, path, compression="zstd", row_group_size=rows, write_statistics=["token"])
 
 
 def read_exemplars(files: DictionaryFiles, offsets: np.ndarray, token: int | None = None) -> "pa.Table":

@@ -21,7 +21,7 @@ from msense.constants import Metric
 from msense.dictionary import assignment
 from msense.dictionary.assignment import RaggedSenses
 from msense.dictionary.checks import validate_inputs
-from msense.dictionary.contexts import Exemplar, exemplar_schema, read_exemplars
+from msense.dictionary.contexts import Exemplar, exemplar_schema, read_exemplars, write_exemplars
 from msense.dictionary.format import open_dictionary, write_dictionary
 from msense.dictionary.layout import Arrays, DictionaryConfig, DictionaryFiles, Stored
 from msense.dictionary.lookup import Match, Vocabulary
@@ -138,10 +138,8 @@ class SenseDictionary:
         files.folder.mkdir(parents=True, exist_ok=True)
         files.config.unlink(missing_ok=True)
         if self._exemplars is not None:
-            import pyarrow.parquet as pq
-
             with atomic_path(files.exemplars) as scratch:
-                pq.write_table(self._exemplars, scratch, row_group_size=1 << 16, write_statistics=["token"])
+                write_exemplars(self._exemplars, scratch)
         else:
             copy_file(self._optional("exemplars"), files.exemplars)
         target = files.tokenizer.resolve()

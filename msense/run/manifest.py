@@ -19,7 +19,7 @@ _ADDED: dict[str, dict[str, Any]] = {  # left out at these values, so that runs 
 }
 
 
-STAGES_VERSION = 3  # of the files between stages: a run that an older version left unfinished cannot be resumed
+STAGES_VERSION = 4  # of the files between stages: a run that an older version left unfinished cannot be resumed
 
 
 def keep_stages_version(run: RunFolder, manifest: dict[str, Any]) -> None:
@@ -79,7 +79,10 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
     elif changes:
         shown = "\n".join(f"  {change}" for change in changes[:_SHOWN])
         more = f"\n  ... and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
-        raise InputError(f"the run in {run.root} has other settings or inputs:\n{shown}{more}\nTo resume it, {remedy}")
+        other = any(change.startswith("pins.stages:") for change in changes)
+        version = "\nAnother version of msense started it; only that version can resume it." if other else ""
+        message = f"the run in {run.root} has other settings or inputs:\n{shown}{more}{version}"
+        raise InputError(f"{message}\nTo resume it, {remedy}")
 
 
 def kind_of(manifest: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
-"""Decode the contexts of the exemplars, the points nearest to each centroid, which clustering keeps as positions.
+"""Write the contexts of the exemplars, the points nearest to each centroid, which clustering keeps as positions.
 
-Their passages are read again, one partition per task; the final merge holds all exemplars (about 300 bytes each).
+A context is the original text around the whole word that a token is part of. Passages are read again, one partition per task,
+but no documents; the final merge holds all exemplars (about 300 bytes each).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from msense.clustering.selection import PLACE
-from msense.dictionary.contexts import exemplar_schema
+from msense.corpus.passages import token_places
+from msense.dictionary.contexts import exemplar_schema, write_exemplars
 from msense.io import storage
 from msense.io.arrays import load_arrays, open_parquet
 from msense.run.folder import RunFolder
@@ -23,14 +25,21 @@ from msense.runtime import Executor
 from msense.runtime.executor import Row
 from msense.stages.base import Stage
 from msense.stages.embedding_store import Duplicates, Partition
+from msense.text import excerpt, word_borders
 
-ROW_GROUP = 1 << 16  # reading one token loads the row groups that contain it
 LONGEST_TEXT = 4096  # characters
-CONTEXT_TOKENS = 24  # tokens of context on each side
+CONTEXT_TOKENS = 24  # tokens of context on each side, where only tokens are known
+_COLUMNS = (
+    "document_id",
+    "input_ids",
+    "text",
+    "gaps",
+    "lengths",
+)  # of passages; runs of older versions lack the last ones
 
 
 class ExemplarStage(Stage[list[str]]):
-    """Decodes the contexts of all exemplars; the result is their files, one per partition."""
+    """Writes the contexts of all exemplars; the result is their files, one per partition."""
 
     name = "exemplars"
 
@@ -76,8 +85,8 @@ def _write_partition(item: Row, run: RunFolder) -> Row:
     passages = _passages(run, partition, np.unique(np.array(rows, np.int64)))
     texts = []
     for row, position in zip(rows, positions, strict=True):
-        left, *others = _context(tokenizer, passages[row]["input_ids"], position)
-        texts.append((left[-LONGEST_TEXT:], *(text[:LONGEST_TEXT] for text in (*others, passages[row]["document_id"]))))
+        left, *others = context_of(tokenizer, passages[row], position)
+        texts.append((left[-LONGEST_TEXT:], *(text[:LONGEST_TEXT] for text in (*others, passages[row].document_id))))
     columns = {name: places.column(name) for name in PLACE[:4]}
     columns["distance"] = pc.sqrt(columns["distance"])  # squared until here: the roots of unequal squares may be equal
     for number, name in enumerate(schema.names[4:]):
@@ -86,20 +95,53 @@ def _write_partition(item: Row, run: RunFolder) -> Row:
     return {"number": partition.number + 1}
 
 
-def _passages(run: RunFolder, partition: Partition, wanted: np.ndarray) -> dict[int, Row]:
-    """Return document id and token ids of the passages in the sorted rows `wanted` of a partition, by row."""
+@dataclass(frozen=True)
+class Passage:
+    """A passage with the characters [start, stop) of its text that each of its L tokens stands for."""
+
+    document_id: str
+    ids: list[int]
+    text: str
+    starts: np.ndarray  # int64 [L]
+    stops: np.ndarray  # int64 [L]
+    borders: Sequence[int]  # of the text's words
+
+    @classmethod
+    def of_row(cls, row: Row) -> "Passage":
+        """Return a row of a passages file; without places if those of its tokens are unknown."""
+        starts, stops = token_places(*(np.array(row.get(name, ()), np.int64) for name in ("gaps", "lengths")))
+        text = row.get("text", "")
+        return cls(row["document_id"], row["input_ids"], text, starts, stops, word_borders(text))
+
+
+def _passages(run: RunFolder, partition: Partition, wanted: np.ndarray) -> dict[int, Passage]:
+    """Return the passages in the sorted rows `wanted` of a partition, by row."""
     duplicates, start = Duplicates(run), 0
-    passages: dict[int, Row] = {}
+    passages: dict[int, Passage] = {}
     for split, block in zip(partition.splits, partition.blocks, strict=True):
-        table = open_parquet(run.passages_file(split)).read_row_group(block, columns=["document_id", "input_ids"])
+        table = open_parquet(run.passages_file(split)).read_row_group(block, columns=list(_COLUMNS))
         kept = np.delete(np.arange(len(table)), duplicates.of(split, block))
         rows = wanted[(wanted >= start) & (wanted < start + len(kept))]
-        passages.update(zip(rows.tolist(), table.take(kept[rows - start]).to_pylist(), strict=True))
+        read = map(Passage.of_row, table.take(kept[rows - start]).to_pylist())
+        passages.update(zip(rows.tolist(), read, strict=True))
         start += len(kept)
     return passages
 
 
-def _context(tokenizer: Tokenizer, ids: list[int], position: int) -> tuple[str, str, str]:
+def context_of(tokenizer: Tokenizer, passage: Passage, position: int) -> tuple[str, str, str]:
+    """Return the original text (left, word, right) around the whole word that the token at a position is part of.
+
+    The word of a token without text, such as [CLS], is the token. If no token of the passage has a place in its text, all
+    three are decoded.
+    """
+    if not (passage.stops > passage.starts).any():
+        return decoded_context(tokenizer, passage.ids, position)
+    start, stop = int(passage.starts[position]), int(passage.stops[position])
+    left, word, right = excerpt(passage.text, passage.borders, start, stop)
+    return left, word or tokenizer.decode([passage.ids[position]], skip_special_tokens=False), right
+
+
+def decoded_context(tokenizer: Tokenizer, ids: list[int], position: int) -> tuple[str, str, str]:
     """Return the decoded text (left, token, right) around a position.
 
     The three are differences of growing decodings of the same window, which preserves the spaces of the text.
@@ -119,4 +161,4 @@ def collect_contexts(files: list[str], target: Path) -> None:
     """Merge the contexts of all partitions into one local file, sorted by token, sense and rank."""
     table = pa.concat_tables([open_parquet(file).read() for file in files])
     table = table.sort_by([(name, "ascending") for name in ("token", "sense", "rank")])
-    pq.write_table(table, target, compression="zstd", row_group_size=ROW_GROUP, write_statistics=["token"])
+    write_exemplars(table, target)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from msense.dictionary import SenseDictionary
+from msense.dictionary.contexts import Exemplar
 from msense.errors import InputError, MsenseError, StudentError
 from msense.student.config import StudentFiles, check_dictionary
 from msense.student.files import checked_path, load_student, student_folder
@@ -45,7 +46,18 @@ class TokenSense:
     end: int  # exclusive
     sense: int  # index of its nearest sense; -1 for a token without senses
     probability: float  # softmax(score / (temperature · unit)) among the token's senses; 0 without senses
-    exemplar: str | None  # nearest corpus context of that sense, the token in brackets, if the dictionary has one
+    nearest: Exemplar | None  # example of that sense, if the dictionary has one
+
+    @property
+    def exemplar(self) -> str | None:
+        """The nearest example in the corpus's own text, on one line, its word in brackets."""
+        if (own := self.nearest) is None:
+            return None
+        word = own.word.lstrip()
+        space = " " * (
+            len(own.word) - len(word)
+        )  # of dictionaries of older versions, some tokens include the space before
+        return f"{clean(own.left)}{space}[{clean(word).strip()}]{clean(own.right)}"
 
 
 class SenseEncoder:
@@ -189,7 +201,7 @@ class SenseEncoder:
         most = int(np.diff(dictionary.offsets)[ids].max(initial=1))  # probabilities are over all senses of a token
         numbers, weights = dictionary.top_k(torch.from_numpy(ids), embeddings[kept], most, DEFAULT_TEMPERATURE)
         senses, shares = numbers[:, 0].tolist(), weights[:, 0].tolist()
-        examples = _examples(dictionary, set(zip(ids.tolist(), senses, strict=True)))
+        examples = _nearest_exemplars(dictionary, set(zip(ids.tolist(), senses, strict=True)))
         return [
             TokenSense(
                 token=encoding.tokens[place],
@@ -198,7 +210,7 @@ class SenseEncoder:
                 end=encoding.offsets[place][1] - len(prompt),
                 sense=sense,
                 probability=share,
-                exemplar=examples.get((encoding.ids[place], sense)),
+                nearest=examples.get((encoding.ids[place], sense)),
             )
             for place, sense, share in zip(kept, senses, shares, strict=True)
         ]
@@ -310,13 +322,11 @@ def _with_progress(groups: list[list[np.ndarray]]) -> Iterable[list[np.ndarray]]
     return track(groups, "encode", console=Console(stderr=True))
 
 
-def _examples(dictionary: SenseDictionary, pairs: set[tuple[int, int]]) -> dict[tuple[int, int], str]:
-    """Return the nearest context of each (token, sense) that has one, on one line, its word in brackets."""
-    examples: dict[tuple[int, int], str] = {}
+def _nearest_exemplars(dictionary: SenseDictionary, pairs: set[tuple[int, int]]) -> dict[tuple[int, int], Exemplar]:
+    """Return the nearest exemplar of each (token, sense) that has one."""
+    nearest: dict[tuple[int, int], Exemplar] = {}
     for token in {token for token, sense in pairs if sense >= 0}:
         for exemplar in dictionary.exemplars(token):  # ordered by distance
-            if (pair := (token, exemplar.sense)) in pairs and pair not in examples:
-                word = exemplar.word.lstrip()
-                space = " " * (len(exemplar.word) - len(word))  # some tokens include the space before the word
-                examples[pair] = f"{clean(exemplar.left)}{space}[{clean(word).strip()}]{clean(exemplar.right)}"
-    return examples
+            if (pair := (token, exemplar.sense)) in pairs:
+                nearest.setdefault(pair, exemplar)
+    return nearest

@@ -1,5 +1,6 @@
 """`python -m msense show`: output and exit codes."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ from rich.cells import cell_len
 from tiny import make, with_tokenizer, word_piece
 
 from msense.__main__ import main
+from msense.cli.show import show_text
 from msense.dictionary import DictionaryFiles, SenseDictionary
 from msense.dictionary.contexts import exemplar_schema
 from msense.text import clean
@@ -106,6 +108,43 @@ def test_a_missing_dictionary_is_bad_input(tmp_path: Path, capsys: pytest.Captur
     make([1]).save(tmp_path)  # a dictionary without a tokenizer
     assert main(["show", str(tmp_path), "bank"]) == 2
     assert "no tokenizer" in capsys.readouterr().err
+
+
+def test_a_text_is_shown_by_whole_words_with_the_senses_of_their_tokens(
+    shipped_student: tuple, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    encoder, _, dictionary, folder = shipped_student
+    text = "The Bank,\nnear \x1b zzz dogs!"
+    assert show_text(str(folder), text) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["word", "sense", "prob", "nearest", "example"]
+    tokens = iter(encoder.tokens(text))
+    for label, line in zip(["The", "Bank", ",", "near", "␣", "zzz", "dogs", "  dog·", "  ·s", "!"], lines, strict=True):
+        assert line[:6].rstrip() == label
+        if label == "dogs":  # of two tokens, which follow
+            assert line == label
+            continue
+        token = next(tokens)
+        if token.sense < 0:
+            assert line.split()[1:] == ["-", "no", "senses"]
+            continue
+        single = len(dictionary.senses(token.token_id).counts) == 1
+        assert line[6:].split(maxsplit=2)[:2] == [str(token.sense), "only" if single else f"{token.probability:.0%}"]
+        assert line[6:].split(maxsplit=2)[2] == f"a river [bank] of {token.token_id}.{token.sense}.0"
+    assert len({line.index("[bank]") for line in lines if "[bank]" in line}) == 1
+
+
+def test_what_a_text_lacks_is_explained(
+    shipped_student: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(shipped_student[3], tmp_path / "s")
+    (folder / "dictionary" / "exemplars.parquet").unlink()
+    assert show_text(str(folder), "near " * 30) == 0
+    out = capsys.readouterr().out
+    assert "the text is truncated: the student reads 24 tokens\nno examples: the student's dictionary has none" in out
+    assert show_text(str(folder), " ") == 1
+    assert "the text has no tokens" in capsys.readouterr().out
 
 
 USAGE = [(["show", "--help"], "--exemplars"), (["show", "x"], "WORD"), ([], "COMMAND")]

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from msense.clustering.budget import SenseBudget
 from msense.clustering.mcl import MclConfig
 from msense.dictionary import DictionaryFiles, SenseDictionary, TeacherName
+from msense.dictionary.contexts import write_exemplars
 from msense.dictionary.layout import DTYPES
 from msense.errors import DictionaryError, InputError
 
@@ -236,6 +237,16 @@ def test_the_same_tokenizer_serialized_differently_is_accepted(tmp_path: Path, d
     del definition[dropped]
     path.write_text(json.dumps(definition, indent=2))
     assert d.lookup("bank").tokens == [(2, "bank", 1), (7, "Bank", 1)]
+
+
+def test_exemplars_are_written_in_small_row_groups_with_a_footer_that_is_read(tmp_path: Path) -> None:
+    make([1] * 300 + [64]).save(tmp_path)
+    rows = [(token, 0, rank) for token in range(300) for rank in range(500)]
+    write_exemplars(exemplars([*rows, *((300, sense, 0) for sense in range(64))]), tmp_path / "exemplars.parquet")
+    assert pq.read_metadata(tmp_path / "exemplars.parquet").num_row_groups == 32
+    read = SenseDictionary.load(tmp_path)
+    assert [e.rank for e in read.exemplars(299)] == list(range(500))
+    assert [e.sense for e in read.exemplars(300)] == list(range(64))
 
 
 def test_exemplars_are_saved_and_renumbered_by_merge(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from msense.stages.passages import PassageStats
 MakeTeacher = Callable[..., Path]
 in_process = pytest.mark.usefixtures("in_process")
 
-LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on the mat, a dog sat near"]
+LINES = ["The bank of the River is deep...", "money is in the bank", "a cat sat on the mat, a dog sat near"]
 LINES += ["the river runs full !"]
 
 
@@ -87,9 +87,8 @@ def test_exemplars_show_the_word_in_its_document(tmp_path: Path, corpus: Path, m
     for row in mine:
         name, line = row["document_id"].split(":")
         text = (corpus / name).read_text().splitlines()[int(line)]
-        context = (row["left"] + row["word"] + row["right"]).replace(" ", "")
-        assert row["word"].strip() == "river"
-        assert context == text.replace(" ", "")
+        assert row["word"] in ("river", "River")
+        assert row["left"] + row["word"] + row["right"] == text
     assert [r["distance"] for r in mine if r["sense"] == 0] == sorted(r["distance"] for r in mine if r["sense"] == 0)
 
 

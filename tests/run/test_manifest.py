@@ -43,7 +43,7 @@ def test_unfinished_runs_of_older_versions_are_refused_and_students_may_change(t
     check(manifest(2))
     for name in ("labels/000000.safetensors", "labels/000000.safetensors.done"):  # inside the student's run
         storage.write_text(str(tmp_path / name), "")
-    with pytest.raises(InputError, match=r"pins\.stages: 2 before, 3 now[\s\S]*another --output"):
+    with pytest.raises(InputError, match=r"pins\.stages: 2 before, 3 now\nAnother version[\s\S]*another --output"):
         check(manifest(3))
     storage.remove(str(tmp_path / "labels"))
     check(manifest(3))
