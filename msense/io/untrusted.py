@@ -119,8 +119,10 @@ class Artefact:
                 self.refuse(f"{path} ({size} bytes) is truncated or not a safetensors file: {self.remedy}")
             raw = file.read(length)
         try:
-            json.loads(raw, object_pairs_hook=reject_duplicate_keys)
-            header = _HEADER.validate_json(raw, strict=True)
+            parsed = json.loads(raw, object_pairs_hook=reject_duplicate_keys)
+            if isinstance(parsed, dict) and isinstance(parsed.get("__metadata__"), dict):  # of transformers; unused
+                del parsed["__metadata__"]
+            header = _HEADER.validate_json(json.dumps(parsed), strict=True)
         except (ValueError, RecursionError) as error:
             reason = format_errors(error) if isinstance(error, ValidationError) else printable(error)
             raise self.error(f"{path} has an invalid header: {reason}; {self.remedy}") from error

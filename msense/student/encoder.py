@@ -17,8 +17,9 @@ from torch import Tensor
 
 from msense.dictionary import SenseDictionary
 from msense.errors import InputError, MsenseError, StudentError
-from msense.student.config import StudentFiles, check_dictionary
+from msense.student.config import check_dictionary
 from msense.student.files import checked_path, load_student, student_folder
+from msense.student.layout import StudentFiles
 from msense.student.static import TokenTable
 from msense.student.static_inference import StaticEncoder, split_by_size
 from msense.student.student import Student

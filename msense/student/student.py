@@ -15,7 +15,9 @@ class StudentOutput(NamedTuple):
     """Embeddings of a batch; rows of padding are undefined."""
 
     hidden: Tensor  # [B, L, D], pooled to sentence vectors
-    senses: Tensor  # [B', L, D], compared with sense centroids; the same tensor as `hidden` with heads="one" and all rows
+    senses: (
+        Tensor  # [B', L, D], compared with sense centroids; the same tensor as `hidden` with heads="one" and all rows
+    )
 
 
 class Student(nn.Module):
@@ -94,7 +96,9 @@ class Student(nn.Module):
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Load the tensors returned by `weights`; raise RuntimeError if names or shapes differ."""
         if isinstance(self.body, TokenTable):
-            weights = {**weights, "body.shift.weight": torch.zeros_like(self.body.means)}
+            fixed = {"body.confidence": torch.ones_like(self.body.confidence)}  # without influence on a table
+            fixed["body.shift.weight"] = torch.zeros_like(self.body.means)
+            weights = fixed | weights
         names = {_stored_name(name): name for name in self.state_dict()}
         self.load_state_dict({names.get(name, name): value for name, value in weights.items()})
 

@@ -37,6 +37,7 @@ class StudentTokenizer:
         if special >= config.max_length:
             excess = f"adds {special} special tokens to a text, but max_length is {config.max_length}"
             raise StudentError(f"{path} {excess}: train the student again")
+        self.rows = largest + 1  # of an embedding table of all its tokens
         self.truncation_side = config.truncation_side
         self.truncate(config.max_length)
 
