@@ -1,7 +1,7 @@
 """What sentence vectors are stored and compared as: precisions and similarities, equal to those of sentence-transformers."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from msense.errors import InputError
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
-Vectors = np.ndarray | Tensor | Sequence[np.ndarray] | Sequence[Tensor]
+Vectors: TypeAlias = np.ndarray | Tensor | Sequence[np.ndarray] | Sequence[Tensor]
 
 
 def check_precision(precision: str) -> None:
@@ -54,18 +54,18 @@ def similarity(a: Vectors, b: Vectors, kind: Similarity = "cosine") -> Tensor:
         >>> similarity(np.eye(2), np.array([[0.0, 3.0]])).tolist()
         [[0.0], [1.0]]
     """
-    a, b = _rows(a), _rows(b)
+    left, right = _rows(a), _rows(b)
     if kind in ("euclidean", "manhattan"):
-        return -torch.cdist(a, b, p=2.0 if kind == "euclidean" else 1.0)
-    return _scaled(a, kind) @ _scaled(b, kind).T
+        return -torch.cdist(left, right, p=2.0 if kind == "euclidean" else 1.0)
+    return _scaled(left, kind) @ _scaled(right, kind).T
 
 
 def similarity_pairwise(a: Vectors, b: Vectors, kind: Similarity = "cosine") -> Tensor:
     """Return the similarity of each vector of a [n, D] with the same row of b [n, D], float32 [n]."""
-    a, b = _rows(a), _rows(b)
+    left, right = _rows(a), _rows(b)
     if kind in ("euclidean", "manhattan"):
-        return -torch.linalg.vector_norm(a - b, ord=2 if kind == "euclidean" else 1, dim=1)
-    return (_scaled(a, kind) * _scaled(b, kind)).sum(1)
+        return -torch.linalg.vector_norm(left - right, ord=2 if kind == "euclidean" else 1, dim=1)
+    return (_scaled(left, kind) * _scaled(right, kind)).sum(1)
 
 
 def _rows(vectors: Vectors) -> Tensor:
