@@ -121,7 +121,7 @@ def _read_config(files: StudentFiles) -> StudentConfig:
 
 
 def _read_student(files: StudentFiles, config: StudentConfig) -> Student:
-    specs, _ = STUDENT.header(checked_path(files, files.weights))
+    specs, _ = STUDENT.header(checked_path(files, files.weights), metadata=True)
     if problem := check_model_settings(config.body, len(specs)):
         STUDENT.refuse(f"{files.folder}: in config.json, {problem}: {STUDENT.remedy}")
     with torch.device("meta"):
@@ -143,7 +143,8 @@ def _read_tensors(path: Path, names: dict[str, str], empty: Student, *, portable
     expected = {stored: every[name] for name, stored in names.items()}
     shapes = {stored: tuple(tensor.shape) for stored, tensor in expected.items()}
     whole = {stored for stored, tensor in expected.items() if not tensor.is_floating_point()}  # buffers
-    specs = {name: spec for name, spec in STUDENT.header(path)[0].items() if not (portable and name.startswith(UNUSED))}
+    found, _ = STUDENT.header(path, metadata=True)
+    specs = {name: spec for name, spec in found.items() if not (portable and name.startswith(UNUSED))}
     table = portable and "body.means" in names
     for name in sorted(shapes.keys() | specs.keys()):
         dtype, shape = specs.get(name, ("F32", None))
