@@ -11,7 +11,8 @@ from rich.text import Text
 from msense.dictionary import SenseDictionary
 from msense.dictionary.contexts import Exemplar
 from msense.dictionary.lookup import TokenMatch
-from msense.student.encoder import SenseEncoder, TokenSense
+from msense.student.encoder import SenseEncoder
+from msense.student.token_senses import TokenSense
 from msense.text import clean, whole_word, word_borders
 
 _INDENT = 4
@@ -131,12 +132,9 @@ def _notes(text: str, tokens: Sequence[TokenSense], max_length: int) -> Iterator
 
 def _context(exemplar: Exemplar, width: int, before: int) -> Text:
     """Return a context in one line of `width` columns; its word starts at column `before`, whatever its text."""
-    left, word, right = (
-        clean(text) for text in (exemplar.left[-4 * width :], exemplar.word, exemplar.right[: 4 * width])
-    )
-    space = " " * (
-        len(word) - len(word.lstrip())
-    )  # of dictionaries of older versions, some tokens include the space before
+    parts = exemplar.left[-4 * width :], exemplar.word, exemplar.right[: 4 * width]
+    left, word, right = map(clean, parts)
+    space = " " * (len(word) - len(word.lstrip()))  # some tokens of older dictionaries include the space before
     left = _end(left + space, before)
     line = Text(" " * (before - cell_len(left)) + left)
     line.append(f"[{_cut(word.strip() or _SPACE, width - before - 2)}]", style="bold")

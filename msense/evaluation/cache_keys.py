@@ -18,8 +18,8 @@ from msense.evaluation.spec import Spec, TaskSpec
 from msense.evaluation.tasks import mteb
 from msense.evaluation.tasks.beir import data_files
 from msense.io.storage import sha256_of
-from msense.student.config import StudentFiles
 from msense.student.files import student_folder
+from msense.student.layout import StudentFiles
 from msense.teacher.files import locate
 from msense.teacher.spec import TeacherOptions, load_teacher_info
 
@@ -52,7 +52,7 @@ def model_key(spec: Spec) -> str:
         key["dictionary"] = SenseDictionary.load(spec.source).fingerprint
     if spec.kind == "student":
         files = StudentFiles(student_folder(spec.source))
-        own = [sha256_of(path) for path in (files.weights, files.config)]
+        own = [sha256_of(path) for path in files.model_files()]
         shipped = DictionaryFiles(files.dictionary).fingerprint() if files.dictionary.is_dir() else ""
         key["student"] = digest([own, shipped])
     if spec.kind == "encoder":

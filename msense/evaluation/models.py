@@ -23,9 +23,10 @@ from msense.evaluation.model2vec import Model2Vec
 from msense.evaluation.search import Bm25
 from msense.evaluation.spec import Spec
 from msense.student import load_student
-from msense.student.config import StudentFiles, dictionary_mismatch
+from msense.student.config import dictionary_mismatch
 from msense.student.encoder import SenseEncoder
 from msense.student.files import student_folder
+from msense.student.layout import StudentFiles
 from msense.student.tokenizer import StudentTokenizer
 from msense.teacher.batching import TOKEN_BUDGET, Batch, iter_batches
 from msense.teacher.body import resolve_dtype
@@ -240,8 +241,7 @@ class StudentModel(TokenModel):
 
     def files(self) -> list[Path]:
         """Return weights, tokenizer and config."""
-        files = StudentFiles(self._folder)
-        return [files.weights, files.tokenizer, files.config]
+        return StudentFiles(self._folder).model_files()
 
 
 class SentenceModel:

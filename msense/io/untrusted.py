@@ -110,8 +110,11 @@ class Artefact:
         except ValidationError as error:
             raise self.error(f"{path} is invalid: {format_errors(error)}; {self.remedy}") from error
 
-    def header(self, path: Path) -> tuple[TensorSpecs, dict[str, int]]:
-        """Return the tensors of a safetensors file, which must fill it without gaps, and the byte offset of each."""
+    def header(self, path: Path, *, metadata: bool = False) -> tuple[TensorSpecs, dict[str, int]]:
+        """Return the tensors of a safetensors file, which must fill it without gaps, and the byte offset of each.
+
+        `metadata`: ignore texts beside them, such as transformers writes, in place of refusing them.
+        """
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -119,8 +122,10 @@ class Artefact:
                 self.refuse(f"{path} ({size} bytes) is truncated or not a safetensors file: {self.remedy}")
             raw = file.read(length)
         try:
-            json.loads(raw, object_pairs_hook=reject_duplicate_keys)
-            header = _HEADER.validate_json(raw, strict=True)
+            parsed = json.loads(raw, object_pairs_hook=reject_duplicate_keys)
+            if metadata and isinstance(parsed, dict) and isinstance(parsed.get("__metadata__"), dict):
+                del parsed["__metadata__"]
+            header = _HEADER.validate_json(json.dumps(parsed), strict=True)
         except (ValueError, RecursionError) as error:
             reason = format_errors(error) if isinstance(error, ValidationError) else printable(error)
             raise self.error(f"{path} has an invalid header: {reason}; {self.remedy}") from error

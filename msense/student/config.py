@@ -1,13 +1,12 @@
-"""Settings of a new student, its config.json, and the file names of its folder."""
+"""Settings of a new student, and its config.json."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from msense.constants import MAX_DIM, MAX_VOCABULARY
-from msense.dictionary.layout import DictionaryConfig, DictionaryFiles, TeacherName
+from msense.dictionary.layout import DictionaryConfig, TeacherName
 from msense.errors import StudentError
 from msense.io.untrusted import FrozenModel
 from msense.teacher.pooling import Pooling, ProjectionConfig, sentence_dim
@@ -115,24 +114,3 @@ def check_dictionary(student: StudentConfig, dictionary: DictionaryConfig) -> No
             f"the dictionary does not match the student and teacher {student.teacher.name!r}: it has {mismatch}; give the "
             f"dictionary used for training, or teacher {dictionary.teacher.name!r} as it was when that was built"
         )
-
-
-class StudentFiles:
-    """Paths of all files of a student folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = folder / "config.json"  # written last, so that an incomplete folder is never loaded
-        self.weights = folder / "model.safetensors"
-        self.tokenizer = folder / "tokenizer.json"
-        self.dictionary = folder / "dictionary"  # optional
-        self.card = folder / "README.md"
-        self.modules = folder / "modules.json"  # for sentence-transformers: the class that loads the folder
-        self.settings = folder / "config_sentence_transformers.json"  # for sentence-transformers: prompts
-
-    def present(self, *, exemplars: bool) -> list[Path]:
-        """Return the existing files of a saved student, with or without the exemplars, which quote the corpus."""
-        own = [self.config, self.weights, self.tokenizer, self.card, self.modules, self.settings]
-        dictionary = DictionaryFiles(self.dictionary)
-        shared = [path for path in dictionary.present() if exemplars or path != dictionary.exemplars]
-        return [path for path in own if path.is_file()] + shared

@@ -1,67 +1,54 @@
 """Encode texts with a saved student: sentence vectors, and a sense for every token.
 
-The interface follows sentence-transformers' `encode`. Memory: the student, all token ids and vectors, and the
-embeddings of one batch, or with replacement up to 16 · `_REPLACED` bytes of them. The dictionary is memory-mapped on
+The interface follows sentence-transformers'. Memory: the student, the vectors, and the token ids and embeddings of a
+batch of `_CHUNK` texts, or with replacement up to 16 · `_REPLACED` bytes of embeddings. The dictionary is memory-mapped on
 first use. Never imports Ray.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from msense.dictionary import SenseDictionary
-from msense.dictionary.contexts import Exemplar
-from msense.errors import InputError, MsenseError, StudentError
-from msense.student.config import StudentFiles, check_dictionary
+from msense.errors import InputError, StudentError
+from msense.student.config import check_dictionary
 from msense.student.files import checked_path, load_student, student_folder
+from msense.student.hub import push
+from msense.student.layout import StudentFiles
+from msense.student.settings import read_settings
 from msense.student.static import TokenTable
 from msense.student.static_inference import StaticEncoder, split_by_size
+from msense.student.streaming import check_positive, check_texts, chunks, map_in_order, progress_bar
 from msense.student.student import Student
+from msense.student.token_senses import DEFAULT_TEMPERATURE, TokenSense, kept_tokens, token_senses
 from msense.student.tokenizer import StudentTokenizer, pad_ids
+from msense.student.vectors import Precision, Vectors, check_precision, quantize, similarity, similarity_pairwise
 from msense.teacher.batching import TOKEN_BUDGET, token_batches
 from msense.teacher.body import resolve_dtype
-from msense.text import clean, first_line, redact
 from msense.tokenizer import prompt_length
 
-DEFAULT_TEMPERATURE = 1 / 3  # in units of the dictionary's mean squared distance
+_CHUNK = 1 << 14  # texts that are tokenized, sorted by length and computed together
 _STATIC_TOKENS = 1 << 16  # tokens per step of a static student's progress bar
 _REPLACED = 1 << 23  # numbers replaced at once: replacement is faster with more occurrences of each token
+# names of prompts by kind of text; the first that exists counts, as in sentence-transformers
+_PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus")}
 Replace = Literal["hard", "soft"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
-@dataclass(frozen=True)
-class TokenSense:
-    """A token of a text and its sense."""
-
-    token: str  # as written in the vocabulary
-    token_id: int
-    start: int  # offset in the text, in characters
-    end: int  # exclusive
-    sense: int  # index of its nearest sense; -1 for a token without senses
-    probability: float  # softmax(score / (temperature · unit)) among the token's senses; 0 without senses
-    nearest: Exemplar | None  # example of that sense, if the dictionary has one
-
-    @property
-    def exemplar(self) -> str | None:
-        """The nearest example in the corpus's own text, on one line, its word in brackets."""
-        if (own := self.nearest) is None:
-            return None
-        word = own.word.lstrip()
-        space = " " * (
-            len(own.word) - len(word)
-        )  # of dictionaries of older versions, some tokens include the space before
-        return f"{clean(own.left)}{space}[{clean(word).strip()}]{clean(own.right)}"
-
-
 class SenseEncoder:
     """A student (`config`) with its tokenizer and dictionary on a `device`; create it with `from_pretrained`.
+
+    Attributes:
+        prompts: prefixes of texts by name, as sentence-transformers stores them.
+        default_prompt_name: the one of `encode`; None: no prompt.
+        similarity_fn_name: cosine, dot, euclidean or manhattan.
+        truncate_dim: numbers of every vector that are kept; None: all.
 
     Example:
         >>> encoder = SenseEncoder.from_pretrained("runs/student/student")  # doctest: +SKIP
@@ -71,13 +58,21 @@ class SenseEncoder:
         [('a', 4), ('river', 0), ('bank', 2)]
     """
 
-    def __init__(self, folder: Path, *, device: str | None = None, dtype: Dtype = "auto") -> None:
+    def __init__(
+        self, folder: Path, *, device: str | None = None, dtype: Dtype = "auto", truncate_dim: int | None = None
+    ) -> None:
         """Load a local folder; see `from_pretrained`."""
         if dtype not in get_args(Dtype):
             raise InputError(f"invalid dtype {dtype!r}: use one of {get_args(Dtype)}")
+        if truncate_dim is not None:
+            check_positive("truncate_dim", truncate_dim)
         self._files = StudentFiles(folder)
         student = load_student(folder)
-        self.config = student.config
+        self.config, self.truncate_dim = student.config, truncate_dim
+        self._settings = read_settings(self._files, self.config)
+        self.prompts = {name: prompt or "" for name, prompt in self._settings.prompts.items()}
+        self.default_prompt_name = self._settings.default_prompt_name
+        self.similarity_fn_name = self._settings.similarity_fn_name or "cosine"
         self._reader = StudentTokenizer(checked_path(self._files, self._files.tokenizer), self.config)
         static = isinstance(student.body, TokenTable)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() and not static else "cpu"))
@@ -95,6 +90,7 @@ class SenseEncoder:
         device: str | None = None,
         dtype: Dtype = "auto",
         token: str | None = None,
+        truncate_dim: int | None = None,
     ) -> "SenseEncoder":
         """Load a saved student.
 
@@ -105,12 +101,14 @@ class SenseEncoder:
             dtype: in which a transformer computes; auto: float32 on a CPU, bfloat16 elsewhere. Vectors are float32, and
                 so are all numbers of a static student on a CPU.
             token: for a private hub repository; default: the one stored on this machine.
+            truncate_dim: numbers of every vector that are kept by default.
 
         Raises:
             StudentError: the student is unavailable, or a file is missing, truncated, malformed, inconsistent, or
                 links out of the folder.
         """
-        return cls(student_folder(name_or_dir, revision, token), device=device, dtype=dtype)
+        folder = student_folder(name_or_dir, revision, token)
+        return cls(folder, device=device, dtype=dtype, truncate_dim=truncate_dim)
 
     @cached_property
     def dictionary(self) -> SenseDictionary:
@@ -131,25 +129,31 @@ class SenseEncoder:
         self,
         texts: str | Iterable[str],
         *,
+        prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
+        precision: Precision = "float32",
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
         replace: Replace | None = None,
         temperature: float = DEFAULT_TEMPERATURE,
     ) -> np.ndarray | Tensor | list[Tensor]:
-        """Return sentence vectors, float32 [n, D'], or [D'] for a single text; D' is `config.sentence_dim`.
+        """Return sentence vectors, float32 [n, D'], or [D'] for a single text; D' is `get_sentence_embedding_dimension()`.
 
         Args:
-            texts: one text or n; each is truncated to `config.max_length` tokens.
-            prompt: prefix of each text; default: the one used in training.
+            texts: one text or n, each truncated to `config.max_length` tokens; an iterator is read in chunks.
+            prompt_name: of `prompts`; default: `default_prompt_name`.
+            prompt: prefix of each text, in place of a named one.
             batch_size: maximum texts per batch of a transformer; long texts make smaller batches.
             show_progress_bar: on stderr; default: no.
-            convert_to_numpy: if false, return a list of tensors [D].
+            precision: of the vectors; see `vectors.quantize`.
+            convert_to_numpy: if false, return a list of tensors [D'].
             convert_to_tensor: return one tensor on the encoder's device; overrides `convert_to_numpy`.
             normalize_embeddings: scale every vector to unit length.
+            truncate_dim: numbers of every vector that are kept; default: the encoder's.
             replace: before pooling, replace each token embedding by its nearest sense ("hard") or a softmax-weighted
                 mean of its token's senses ("soft"); tokens without senses are unchanged.
             temperature: of soft replacement, in units of the dictionary's mean squared distance.
@@ -158,29 +162,90 @@ class SenseEncoder:
             InputError: a text or an argument is invalid.
             StudentError: `replace` is set and the student has no dictionary.
         """
+        check_precision(precision)
         if replace not in (None, "hard", "soft"):
             raise InputError(f"invalid replace {replace!r}: use None, 'hard' or 'soft'")
-        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise InputError(f"invalid batch_size {batch_size!r}: use an integer of 1 or more")
-        prompt = self._prompt(prompt)
-        rows = self._reader.ids(_listed(texts), prompt)
-        skip = self._skip(prompt)
-        vectors = torch.empty(len(rows), self.config.sentence_dim, dtype=torch.float32, device=self.device)
-        with torch.no_grad(), self._autocast():
-            groups = self._groups(rows, batch_size, replaced=replace is not None)
-            for group in _with_progress(groups) if show_progress_bar else groups:
-                batches = [[rows[i] for i in batch] for batch in group]
-                if replace is None:
-                    pooled = torch.cat([self._pooled(batch, skip) for batch in batches])
-                else:
-                    pooled = self._replaced(batches, skip, temperature if replace == "soft" else None)
-                vectors[torch.from_numpy(np.concatenate(group)).to(self.device)] = pooled
-        if normalize_embeddings:
-            vectors = torch.nn.functional.normalize(vectors, dim=1)
-        result = vectors[0] if isinstance(texts, str) else vectors
-        if convert_to_tensor or (isinstance(texts, str) and not convert_to_numpy):
+        check_positive("batch_size", batch_size)
+        width = self._width(truncate_dim)
+        single = isinstance(texts, str)
+        every = [texts] if isinstance(texts, str) else texts
+        check_texts(every)
+        prompt = self._prompt(prompt, prompt_name)
+        vectors = [torch.empty(0, width, dtype=torch.float32, device=self.device)]
+        with torch.no_grad(), self._autocast(), progress_bar(every, shown=show_progress_bar) as advance:
+            for chunk in chunks(every, _CHUNK):
+                found = self._vectors(chunk, prompt, batch_size, replace, temperature, advance)[:, :width]
+                vectors.append(torch.nn.functional.normalize(found, dim=1) if normalize_embeddings else found)
+        result = torch.cat(vectors[1:] or vectors)
+        if precision != "float32":
+            result = torch.from_numpy(quantize(result.cpu().numpy(), precision)).to(self.device)
+        result = result[0] if single else result
+        if convert_to_tensor or (single and not convert_to_numpy):
             return result
         return result.cpu().numpy() if convert_to_numpy else list(result)
+
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> np.ndarray | Tensor | list[Tensor]:
+        """Return the vectors of queries as `encode` does, by default with the prompt named "query" if there is one."""
+        return self.encode(texts, **self._named("query", options))
+
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> np.ndarray | Tensor | list[Tensor]:
+        """Return the vectors of documents as `encode` does, by default with the prompt "document" if there is one."""
+        return self.encode(texts, **self._named("document", options))
+
+    def encode_many(
+        self,
+        texts: Iterable[str],
+        *,
+        chunk_size: int = _CHUNK,
+        num_workers: int = 1,
+        show_progress_bar: bool | None = None,
+        **options: Any,
+    ) -> Iterator[np.ndarray]:
+        """Yield the vectors of any number of texts in their order, in bounded memory.
+
+        Args:
+            texts: any iterable, such as a generator; at most `num_workers` + 1 chunks of it are held.
+            chunk_size: texts per yielded array.
+            num_workers: threads that encode chunks; with several, set torch's own to one (`torch.set_num_threads`).
+            show_progress_bar: on stderr, with a total if `texts` has a length; default: no.
+            **options: of `encode`; int8 and uint8, whose ranges are those of all vectors, are refused.
+
+        Yields:
+            float32 [m, D'] (or another precision) of up to `chunk_size` texts.
+
+        Raises:
+            InputError: a text or an argument is invalid.
+        """
+        check_texts(texts)
+        check_positive("chunk_size", chunk_size)
+        check_positive("num_workers", num_workers)
+        if options.get("precision") in ("int8", "uint8"):
+            raise InputError("the ranges of int8 and uint8 are those of all vectors: use encode, or quantize later")
+
+        def encoded() -> Iterator[np.ndarray]:
+            def encode(chunk: list[str]) -> np.ndarray:
+                return np.asarray(self.encode(chunk, **options))
+
+            with progress_bar(texts, shown=show_progress_bar) as advance:
+                for vectors in map_in_order(encode, chunks(texts, chunk_size), num_workers):
+                    advance(len(vectors))
+                    yield vectors
+
+        return encoded()
+
+    def similarity(self, a: Vectors, b: Vectors) -> Tensor:
+        """Return the similarities, float32 [n, m], of vectors [n, D] and [m, D], by `similarity_fn_name`."""
+        return similarity(a, b, self.similarity_fn_name)
+
+    def similarity_pairwise(self, a: Vectors, b: Vectors) -> Tensor:
+        """Return the similarity, float32 [n], of each vector of a, [n, D], with that of b, by `similarity_fn_name`."""
+        return similarity_pairwise(a, b, self.similarity_fn_name)
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """Return the size D' of the vectors."""
+        return self._width(None)
+
+    get_embedding_dimension = get_sentence_embedding_dimension  # its name since sentence-transformers 5.4
 
     def tokens(self, text: str, *, prompt: str | None = None) -> list[TokenSense]:
         """Return the tokens of a text, truncated to `config.max_length`, without special tokens and those of the prompt.
@@ -190,30 +255,22 @@ class SenseEncoder:
             StudentError: the student has no dictionary.
             DictionaryError: the dictionary is damaged.
         """
-        dictionary, prompt = self.dictionary, self._prompt(prompt)
+        dictionary, prompt = self.dictionary, self._prompt(prompt, None)
         encoding = self._reader.encoding(text, prompt)
-        every = np.array(encoding.ids, np.int64)
         with torch.no_grad(), self._autocast():
-            embeddings = self._senses([every])
-        places = zip(encoding.special_tokens_mask, encoding.offsets, strict=True)
-        kept = [i for i, (special, (a, b)) in enumerate(places) if not special and b > max(a, len(prompt))]
-        ids = every[kept]
-        most = int(np.diff(dictionary.offsets)[ids].max(initial=1))  # probabilities are over all senses of a token
-        numbers, weights = dictionary.top_k(torch.from_numpy(ids), embeddings[kept], most, DEFAULT_TEMPERATURE)
-        senses, shares = numbers[:, 0].tolist(), weights[:, 0].tolist()
-        examples = _nearest_exemplars(dictionary, set(zip(ids.tolist(), senses, strict=True)))
-        return [
-            TokenSense(
-                token=encoding.tokens[place],
-                token_id=encoding.ids[place],
-                start=max(encoding.offsets[place][0] - len(prompt), 0),
-                end=encoding.offsets[place][1] - len(prompt),
-                sense=sense,
-                probability=share,
-                nearest=examples.get((encoding.ids[place], sense)),
-            )
-            for place, sense, share in zip(kept, senses, shares, strict=True)
-        ]
+            embeddings = self._senses([np.array(encoding.ids, np.int64)])
+        kept = kept_tokens(encoding, prompt)
+        return token_senses(dictionary, encoding, kept, embeddings[kept], prompt)
+
+    def save_onnx(self, path: str | Path) -> None:
+        """Write the student as ONNX; see `onnx_export.save_onnx`. "onnx/model.onnx" in its folder is its usual place.
+
+        Raises:
+            StudentError: the student reads padding, or torch cannot export it.
+        """
+        from msense.student.onnx_export import save_onnx
+
+        save_onnx(load_student(self._files.folder), Path(path))
 
     def push_to_hub(
         self, repo_id: str, *, private: bool = False, exemplars: bool = False, token: str | None = None
@@ -226,26 +283,54 @@ class SenseEncoder:
             StudentError: a file links outside the folder.
             MsenseError: the name is invalid, or the hub is unavailable or refuses.
         """
-        from huggingface_hub import HfApi
+        return push(self._files, repo_id, private=private, exemplars=exemplars, token=token)
 
-        files, folder = self._files.present(exemplars=exemplars), self._files.folder
-        names = [checked_path(self._files, path).relative_to(folder).as_posix() for path in files]
-        message = "Add a student trained with msense"
-        try:
-            api = HfApi(token=token)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            uploaded = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message=message
-            )
-        except (OSError, ValueError) as error:
-            raise MsenseError(
-                f"cannot push to {redact(repo_id)!r} ({first_line(error)}): check the name (owner/model), the connection "
-                "and your write access (hf auth login)"
-            ) from error
-        return str(uploaded)
+    def _prompt(self, given: str | None, name: str | None) -> str:
+        """Return a given prompt, or that of a name, or the default one; InputError for an unknown name."""
+        name = self.default_prompt_name if name is None else name
+        if given is not None or name is None:
+            return given or ""
+        if name not in self.prompts:
+            raise InputError(f"no prompt {name!r}: use one of {tuple(self.prompts)}, or give `prompt` itself")
+        return self.prompts[name]
 
-    def _prompt(self, given: str | None) -> str:
-        return self.config.prompt if given is None else given
+    def _named(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Return options with the name of the prompt for a kind of texts, unless they have one."""
+        if options.get("prompt") is not None or options.get("prompt_name") is not None:
+            return options
+        return {**options, "prompt_name": next((name for name in _PROMPT_NAMES[kind] if name in self.prompts), None)}
+
+    def _width(self, truncate_dim: int | None) -> int:
+        """Return the size of the vectors; InputError if it is invalid."""
+        given = self.truncate_dim if truncate_dim is None else truncate_dim
+        if given is None:
+            return self.config.sentence_dim
+        check_positive("truncate_dim", given)
+        return min(given, self.config.sentence_dim)
+
+    def _vectors(
+        self,
+        texts: list[str],
+        prompt: str,
+        batch_size: int,
+        replace: Replace | None,
+        temperature: float,
+        advance: Callable[[int], None],
+    ) -> Tensor:
+        """Return the sentence vectors of a chunk, float32 [n, D']; report finished texts."""
+        rows = self._reader.ids(texts, prompt)
+        skip = self._skip(prompt)
+        vectors = torch.empty(len(rows), self.config.sentence_dim, dtype=torch.float32, device=self.device)
+        for group in self._groups(rows, batch_size, replaced=replace is not None):
+            batches = [[rows[i] for i in batch] for batch in group]
+            if replace is None:
+                pooled = torch.cat([self._pooled(batch, skip) for batch in batches])
+            else:
+                pooled = self._replaced(batches, skip, temperature if replace == "soft" else None)
+            places = np.concatenate(group)
+            vectors[torch.from_numpy(places).to(self.device)] = pooled
+            advance(len(places))
+        return vectors
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
@@ -302,31 +387,3 @@ class SenseEncoder:
         ids, mask = (tensor.to(self.device) for tensor in pad_ids(rows))
         output = model(ids, mask)
         return output.hidden.float(), output.senses.float(), mask
-
-
-def _listed(texts: str | Iterable[str]) -> list[str]:
-    """Return one text or several as a list."""
-    if isinstance(texts, str):
-        return [texts]
-    single = isinstance(texts, bytes | bytearray | memoryview | Mapping) or not isinstance(texts, Iterable)
-    if single or getattr(texts, "ndim", 1) != 1:  # a table of pandas iterates over the names of its columns
-        raise InputError(f"texts has type {type(texts).__name__}: give a str, or a list of them")
-    return list(texts)
-
-
-def _with_progress(groups: list[list[np.ndarray]]) -> Iterable[list[np.ndarray]]:
-    """Iterate with a progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(groups, "encode", console=Console(stderr=True))
-
-
-def _nearest_exemplars(dictionary: SenseDictionary, pairs: set[tuple[int, int]]) -> dict[tuple[int, int], Exemplar]:
-    """Return the nearest exemplar of each (token, sense) that has one."""
-    nearest: dict[tuple[int, int], Exemplar] = {}
-    for token in {token for token, sense in pairs if sense >= 0}:
-        for exemplar in dictionary.exemplars(token):  # ordered by distance
-            if (pair := (token, exemplar.sense)) in pairs:
-                nearest.setdefault(pair, exemplar)
-    return nearest

@@ -1,8 +1,10 @@
-"""Read and write a student's config.json and model.safetensors; nothing in a folder is trusted or executed.
+"""Read and write a student's config and tensors in either layout; nothing in a folder is trusted or executed.
 
 Shapes are compared with a student on the meta device first: memory is about twice the size of the file.
 """
 
+import json
+import os
 from pathlib import Path
 
 import torch
@@ -11,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from msense.errors import InputError, StudentError
 from msense.io import storage
 from msense.io.scratch import atomic_path
-from msense.io.untrusted import Artefact, check_model_settings, printable
-from msense.student.config import StudentConfig, StudentFiles
+from msense.io.untrusted import Artefact, check_model_settings, printable, reject_duplicate_keys
+from msense.student.config import StudentConfig
+from msense.student.layout import StudentFiles
+from msense.student.portable import UNUSED, tensor_files
 from msense.student.student import Student
+from msense.student.transformer import without_identity
 from msense.teacher.files import local_or_hub_folder
 
 STUDENT = Artefact("student", "copy or train it again", StudentError)
@@ -21,7 +26,7 @@ LARGEST_WEIGHT = 1e9  # far above trained weights, and small enough that sums of
 _BUFFER_BYTES = 256 << 20
 _DTYPES = ("F32", "F16", "BF16")
 _INTEGERS = ("I64", "I32", "U8")  # of tables that a few models keep beside their weights
-_HUB_FILES = ["*.json", "*.safetensors", "README.md", "dictionary/*"]
+_HUB_FILES = ["*.json", "*.safetensors", "README.md", "dictionary/*", "senses/*"]
 
 
 def student_folder(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -31,7 +36,7 @@ def student_folder(name: str | Path, revision: str | None = None, token: str | N
     InputError if nothing exists at the URI, StudentError if there is no such folder or hub repository.
     """
     of_run = storage.join(str(name), "student")
-    if storage.exists(storage.join(of_run, "config.json")):
+    if any(storage.exists(storage.join(of_run, file)) for file in ("modules.json", "config.json")):
         name = of_run
     if isinstance(name, str) and "://" in name:
         return storage.local_copy(name)
@@ -40,20 +45,37 @@ def student_folder(name: str | Path, revision: str | None = None, token: str | N
 
 
 def save_student(folder: str | Path, student: Student, config: StudentConfig | None = None) -> None:
-    """Write a student's weights and config (default: its own), replacing an existing one."""
-    files = StudentFiles(Path(folder))
+    """Write a student's weights and config (default: its own) alone, as in a checkpoint, replacing an existing one."""
+    StudentFiles(Path(folder), portable=True).config.unlink(missing_ok=True)
+    files = StudentFiles(Path(folder), portable=False)
     files.folder.mkdir(parents=True, exist_ok=True)
     files.config.unlink(missing_ok=True)
-    weights: dict[str, torch.Tensor] = {}
-    places: set[int] = set()
-    for name, tensor in student.weights().items():
-        own = tensor.detach().cpu().contiguous()
-        weights[name] = own.clone() if own.data_ptr() in places else own  # safetensors refuses shared weights
-        places.add(own.data_ptr())
-    with atomic_path(files.weights) as scratch:
-        save_file(weights, scratch)
+    save_weights(files, student)
+    save_config(files, config or student.config)
+
+
+def save_weights(files: StudentFiles, student: Student, rows: int | None = None) -> None:
+    """Write a student's tensors; of a portable table, the first `rows`."""
+    tensors = student.weights()
+    for path, names in tensor_files(student, files).items():
+        weights: dict[str, torch.Tensor] = {}
+        places: set[int] = set()
+        for name, stored in names.items():
+            own = tensors[name].detach()[: rows if files.portable and name == "body.means" else None].cpu().contiguous()
+            weights[stored] = own.clone() if own.data_ptr() in places else own  # safetensors refuses shared weights
+            places.add(own.data_ptr())
+        path.parent.mkdir(exist_ok=True)
+        with atomic_path(path) as scratch:
+            save_file(weights, scratch, metadata={"format": "pt"})
+
+
+def save_config(files: StudentFiles, config: StudentConfig) -> None:
+    """Write a student's config, without that of a portable student's body, which has its own file."""
+    if files.portable and config.body is not None:
+        config = config.model_copy(update={"body": {}})
+    files.config.parent.mkdir(exist_ok=True)
     with atomic_path(files.config) as scratch:
-        scratch.write_text((config or student.config).model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
+        scratch.write_text(config.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
 
 
 def load_student(folder: str | Path) -> Student:
@@ -64,8 +86,7 @@ def load_student(folder: str | Path) -> Student:
     """
     files = StudentFiles(Path(folder))
     try:
-        config = STUDENT.read_config(checked_path(files, files.config), StudentConfig)
-        return _read_weights(checked_path(files, files.weights), config)
+        return _read_student(files, _read_config(files))
     except StudentError:
         raise
     except (InputError, OSError, UnicodeError) as error:  # InputError: transformers rejects the body's settings
@@ -79,29 +100,68 @@ def checked_path(files: StudentFiles, path: Path) -> Path:
     return STUDENT.inside(path, files.folder)
 
 
-def _read_weights(path: Path, config: StudentConfig) -> Student:
-    specs, _ = STUDENT.header(path)
+def _read_config(files: StudentFiles) -> StudentConfig:
+    """Return a student's config, with the settings of its body."""
+    if files.portable and not os.path.lexists(files.config):
+        STUDENT.refuse(
+            f"{files.config} is missing: sentence-transformers copies only its own files when it saves a model, so copy "
+            f"the folder {files.config.parent.name}/ of the student that was loaded into {files.folder}, or save it again"
+        )
+    config = STUDENT.read_config(checked_path(files, files.config), StudentConfig)
+    if not files.portable or config.body is None:
+        return config
+    path = checked_path(files, files.body_config)
+    try:
+        settings = json.loads(STUDENT.read_json(path), object_pairs_hook=reject_duplicate_keys)
+    except (ValueError, RecursionError) as error:
+        raise StudentError(f"{path} is not JSON ({printable(error)}): {STUDENT.remedy}") from error
+    if not isinstance(settings, dict):
+        STUDENT.refuse(f"{path} is not the config of a transformer: {STUDENT.remedy}")
+    return config.model_copy(update={"body": without_identity(settings)})
+
+
+def _read_student(files: StudentFiles, config: StudentConfig) -> Student:
+    specs, _ = STUDENT.header(checked_path(files, files.weights), metadata=True)
     if problem := check_model_settings(config.body, len(specs)):
-        STUDENT.refuse(f"{path.parent}: in config.json, {problem}: {STUDENT.remedy}")
+        STUDENT.refuse(f"{files.folder}: in config.json, {problem}: {STUDENT.remedy}")
     with torch.device("meta"):
         empty = Student(config)
     size = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())  # not in the file
-    if size > _BUFFER_BYTES + 2 * path.stat().st_size:
-        STUDENT.refuse(f"{path.parent}: config.json requires {size} bytes of buffers: {STUDENT.remedy}")
-    shapes = {name: tuple(tensor.shape) for name, tensor in empty.weights().items()}
-    whole = {name for name, tensor in empty.weights().items() if not tensor.is_floating_point()}  # buffers
+    if size > _BUFFER_BYTES + 2 * files.weights.stat().st_size:
+        STUDENT.refuse(f"{files.folder}: config.json requires {size} bytes of buffers: {STUDENT.remedy}")
+    weights: dict[str, torch.Tensor] = {}
+    for path, names in tensor_files(empty, files).items():
+        weights |= _read_tensors(checked_path(files, path), names, empty, portable=files.portable)
+    student = Student(config).float()  # whatever torch's default dtype is
+    student.load_weights(weights)
+    return student.eval()
+
+
+def _read_tensors(path: Path, names: dict[str, str], empty: Student, *, portable: bool) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file, whose `names` there are given; a portable table may lack rows of unused tokens."""
+    every = empty.weights()
+    expected = {stored: every[name] for name, stored in names.items()}
+    shapes = {stored: tuple(tensor.shape) for stored, tensor in expected.items()}
+    whole = {stored for stored, tensor in expected.items() if not tensor.is_floating_point()}  # buffers
+    found, _ = STUDENT.header(path, metadata=True)
+    specs = {name: spec for name, spec in found.items() if not (portable and name.startswith(UNUSED))}
+    table = portable and "body.means" in names
     for name in sorted(shapes.keys() | specs.keys()):
         dtype, shape = specs.get(name, ("F32", None))
+        if table and shape and name in shapes and shape[0] <= shapes[name][0]:
+            shapes[name] = (shape[0], *shapes[name][1:])
         if shape != shapes.get(name) or dtype not in (_INTEGERS if name in whole else _DTYPES):
             difference = (
                 f"{printable(name)} has shape {shape} and dtype {printable(dtype)}, expected {shapes.get(name)}"
             )
             STUDENT.refuse(f"{path} does not match config.json: {difference} and {_DTYPES}: {STUDENT.remedy}")
-    weights = {name: tensor if name in whole else tensor.float() for name, tensor in load_file(path).items()}
+    stored = load_file(path)
+    weights = {name: stored[own] if own in whole else stored[own].float() for name, own in names.items()}
     for name, tensor in weights.items():
         if not (tensor.abs() <= LARGEST_WEIGHT).all():  # also false for NaN
-            problem = f"{name} has values that are NaN, infinite or above {LARGEST_WEIGHT:g}"
+            problem = f"{names[name]} has values that are NaN, infinite or above {LARGEST_WEIGHT:g}"
             STUDENT.refuse(f"{path}: {problem}: train the student again")
-    student = Student(config).float()  # whatever torch's default dtype is
-    student.load_weights(weights)
-    return student.eval()
+    if table:
+        means = weights["body.means"]
+        weights["body.means"] = torch.nn.functional.pad(means, (0, 0, 0, len(every["body.means"]) - len(means)))
+    return weights

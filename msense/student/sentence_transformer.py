@@ -18,8 +18,8 @@ from torch import Tensor
 from msense.dictionary import SenseDictionary
 from msense.errors import InputError, StudentError
 from msense.io.scratch import atomic_path
-from msense.student.config import StudentFiles
 from msense.student.files import checked_path, load_student, save_student
+from msense.student.layout import StudentFiles
 from msense.student.static import TokenTable
 from msense.student.static_inference import StaticEncoder
 from msense.student.student import Student
@@ -102,7 +102,7 @@ class SenseModule(InputModule):
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
         """Write student, tokenizer and dictionary; sentence-transformers writes the rest."""
-        files = StudentFiles(Path(output_path))
+        files = StudentFiles(Path(output_path), portable=False)
         if self._dictionary is not None and self._dictionary.is_dir():
             SenseDictionary.load(self._dictionary).save(files.dictionary)
         else:
@@ -130,7 +130,7 @@ class SenseModule(InputModule):
         config, *_ = [cls.load_file_path(model_name_or_path, name, **options) for name in names]
         if config is None:
             raise StudentError(f"{model_name_or_path} has no config.json: give the folder or hub name of a student")
-        files = StudentFiles(Path(config).parent)
+        files = StudentFiles(Path(config).parent, portable=False)
         student = load_student(files.folder)
         return cls(student, StudentTokenizer(checked_path(files, files.tokenizer), student.config), files.dictionary)
 

@@ -1,8 +1,9 @@
 """Write a complete student folder: weights, tokenizer, dictionary, model card, files of sentence-transformers."""
 
-import json
+import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,14 +14,20 @@ from msense.dictionary.card import base_model, markdown_table
 from msense.dictionary.layout import Stored
 from msense.errors import StudentError
 from msense.io.scratch import atomic_path, copy_file
-from msense.student.config import StudentConfig, StudentFiles, check_dictionary
-from msense.student.files import save_student
+from msense.student.config import StudentConfig, check_dictionary
+from msense.student.files import save_config, save_weights
+from msense.student.layout import StudentFiles
+from msense.student.portable import find_obstacle, prompt_settings, write_json, write_modules
 from msense.student.student import Student
 from msense.student.tokenizer import StudentTokenizer
 from msense.text import one_line, redact
 
+logger = logging.getLogger(__name__)
 StoredSenses = Stored | Literal["none"]
 _MODULE = "msense.student.sentence_transformer.SenseModule"  # the class that sentence-transformers loads
+_STATIC = (
+    "a static student is a convolution and an MLP over token embeddings, for which sentence-transformers has no module"
+)
 _CARD = """---
 {metadata}
 ---
@@ -44,7 +51,26 @@ encoder.encode(["a river bank", "a bank account"])    # float32 [2, {dim}]
 encoder.tokens("a river bank")                        # token, sense, probability, example; requires the dictionary
 ```
 
-With sentence-transformers (msense must be installed):
+{usage}
+## Licence
+
+The student is derived from the weights of {teacher} and is subject to their licence: read it before you share this
+folder. `{dictionary}/exemplars.parquet`, if present, quotes the corpus and is subject to the corpus's licence.
+"""
+
+_PORTABLE = """With sentence-transformers (without msense; `senses/` has what only msense reads: copy it along with the rest):
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/or/name")
+model.encode(["a river bank", "a bank account"])
+```
+"""
+_TABLE = """
+model2vec reads the same folder, `StaticModel.from_pretrained("path/or/name")`; it leaves out unknown tokens and prompts.
+"""
+_OWN_CLASS = """With sentence-transformers (msense must be installed):
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -53,13 +79,8 @@ model = SentenceTransformer("path/or/name", trust_remote_code=True)
 model.encode(["a river bank", "a bank account"])
 ```
 
-sentence-transformers 6 requires `trust_remote_code=True` because `modules.json` names a class of another package,
-`{module}` of the installed msense. This folder contains no code: check that it has no `.py` file.
-
-## Licence
-
-The student is derived from the weights of {teacher} and is subject to their licence: read it before you share this
-folder. `dictionary/exemplars.parquet`, if present, quotes the corpus and is subject to the corpus's licence.
+The flag is needed because {obstacle}: `modules.json` names a class of the installed msense, `{module}`. This folder contains
+no code: check that it has no `.py` file.
 """
 
 
@@ -71,7 +92,10 @@ def save_pretrained(
     senses: StoredSenses = "float16",
     figures: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a folder that `SenseEncoder` and sentence-transformers load, replacing an existing one; config.json last.
+    """Write a folder that `SenseEncoder` and sentence-transformers load, replacing an existing one; the config last.
+
+    A table, and a transformer where possible, is a model of sentence-transformers itself (see `StudentFiles`): it needs
+    neither msense nor remote code there.
 
     Of the dictionary, which must have a tokenizer, centroids are stored as `senses`; "none" leaves it out (sentence vectors
     only). `figures` are metrics for the model card.
@@ -90,32 +114,62 @@ def save_pretrained(
     source = dictionary.tokenizer_file
     if source is None:
         raise StudentError("the dictionary has no tokenizer: load one that was built from a teacher")
-    StudentTokenizer(source, config)  # validates the tokenizer before anything is written
-    files = StudentFiles(Path(folder))
-    files.folder.mkdir(parents=True, exist_ok=True)
-    files.config.unlink(missing_ok=True)
-    copy_file(source, files.tokenizer)
+    reader = StudentTokenizer(source, config)  # validates the tokenizer before anything is written
+    old = StudentFiles(Path(folder))
+    stale = set(old.present(exemplars=True)) if old.config.is_file() and old.modules.is_file() else set()
+    for portable in (False, True):
+        StudentFiles(old.folder, portable=portable).config.unlink(missing_ok=True)
+    old.folder.mkdir(parents=True, exist_ok=True)
+    for path in old.dense_files() if stale else ():
+        path.unlink()
+    files, obstacle = _write_model(old.folder, student, config, source, reader)
+    stale |= set(StudentFiles(old.folder, portable=True).model_files()) - set(files.model_files())
     if senses == "none":
         shutil.rmtree(files.dictionary, ignore_errors=True)
     else:
         dictionary.save(files.dictionary, dtype=senses)
-    prompts = {"default": config.prompt} if config.prompt else {}
-    settings = {
-        "model_type": "SentenceTransformer",
-        "prompts": prompts,
-        "default_prompt_name": next(iter(prompts), None),
-    }
-    settings["similarity_fn_name"] = "cosine"
-    modules = [{"idx": 0, "name": "0", "path": "", "type": _MODULE}]
-    texts = {files.modules: json.dumps(modules, indent=1) + "\n", files.settings: json.dumps(settings, indent=1) + "\n"}
-    for path, text in {**texts, files.card: student_card(config, senses, figures or {})}.items():
-        with atomic_path(path) as scratch:
-            scratch.write_text(text, encoding="utf-8")
-    save_student(folder, student, config)
+    with atomic_path(files.card) as scratch:
+        scratch.write_text(student_card(config, senses, figures or {}, obstacle), encoding="utf-8")
+    _remove(stale - set(files.present(exemplars=True)))
+    save_config(files, config)
 
 
-def student_card(config: StudentConfig, senses: str, figures: Mapping[str, float]) -> str:
-    """Return the model card (Markdown with YAML front matter) of a student whose dictionary is stored as `senses`."""
+def _write_model(
+    folder: Path, student: Student, config: StudentConfig, source: Path, reader: StudentTokenizer
+) -> tuple[StudentFiles, str | None]:
+    """Write all that gives vectors but the student's config; return the files, and why they are not portable."""
+    obstacle = _STATIC if config.static is not None else None
+    if obstacle is None:
+        files = StudentFiles(folder, portable=True)
+        copy_file(source, files.tokenizer)
+        save_weights(files, student, reader.rows)
+        write_modules(files, student, config, reader.tokenizer)
+        obstacle = None if config.is_table else find_obstacle(files, student, reader)
+        if obstacle is None:
+            return files, None
+        logger.warning("the student needs trust_remote_code=True in sentence-transformers: %s", obstacle)
+    files = StudentFiles(folder, portable=False)
+    copy_file(source, files.tokenizer)
+    save_weights(files, student)
+    write_json(files.modules, [{"idx": 0, "name": "0", "path": "", "type": _MODULE}])
+    write_json(files.settings, prompt_settings(config))
+    return files, obstacle
+
+
+def _remove(paths: set[Path]) -> None:
+    """Remove files, and the folders that they leave empty."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.parent.rmdir()
+            path.parent.parent.rmdir()
+
+
+def student_card(config: StudentConfig, senses: str, figures: Mapping[str, float], obstacle: str | None = None) -> str:
+    """Return the model card (Markdown with YAML front matter) of a student whose dictionary is stored as `senses`.
+
+    `obstacle` is why the student is not portable; None if it is.
+    """
     teacher = redact(config.teacher.name)
     metadata = ModelCardData(
         library_name="sentence-transformers",
@@ -123,21 +177,26 @@ def student_card(config: StudentConfig, senses: str, figures: Mapping[str, float
         tags=["sentence-transformers", "msense", "feature-extraction", "sentence-similarity"],
         base_model=base_model(teacher),
     )
+    dictionary = StudentFiles(Path(), portable=obstacle is None).dictionary.as_posix()
     stats = {
         "student": redact(config.kind),
         "teacher": teacher + (f" (revision {config.teacher.revision})" if config.teacher.revision else ""),
         "dimension": config.sentence_dim,
         "pooling": config.pooling + (", normalized" if config.normalize else ""),
-        "maximum length": f"{config.max_length} tokens",
+        "maximum length": "unlimited" if config.is_table else f"{config.max_length} tokens",
         "prompt": repr(config.prompt) if config.prompt else "none",
-        "dictionary": "not included" if senses == "none" else f"in `dictionary/`, stored as {senses}",
+        "dictionary": "not included" if senses == "none" else f"in `{dictionary}/`, stored as {senses}",
     }
     metrics = markdown_table({name: f"{value:.6g}" for name, value in figures.items()})
+    usage = _PORTABLE + _TABLE * config.is_table
+    if obstacle is not None:
+        usage = _OWN_CLASS.format(obstacle=one_line(obstacle), module=_MODULE)
     return _CARD.format(
         metadata=metadata.to_yaml(),
         teacher=one_line(teacher),
         stats=markdown_table(stats),
         evaluation=f"\n## Evaluation\n\n| | |\n|---|---|\n{metrics}\n" if figures else "",
         dim=config.sentence_dim,
-        module=_MODULE,
+        usage=usage,
+        dictionary=dictionary,
     )

@@ -19,6 +19,7 @@ from msense.student.static import ContextMixer, StaticBody, TokenTable
 from msense.student.student import Student
 
 CHUNK_TOKENS = 1024  # fits the caches of a core
+TABLE_TOKENS = 1 << 16  # of a table, which makes no intermediate rows
 
 
 class _Chunk(NamedTuple):
@@ -123,7 +124,7 @@ class StaticEncoder:
         half = 0 if self._mixer is None else self._mixer.taps.shape[3] // 2
         border = self.config.vocab_size
         lengths = np.array([len(passage) for passage in passages], np.int64)
-        for group in split_by_size(lengths, CHUNK_TOKENS):
+        for group in split_by_size(lengths, TABLE_TOKENS if self._mixer is None else CHUNK_TOKENS):
             size = lengths[group]
             ids = np.concatenate([passages[i] for i in group]).astype(np.int64, copy=False)
             if not 0 <= ids.min() <= ids.max() < border:

@@ -96,7 +96,9 @@ class Student(nn.Module):
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Load the tensors returned by `weights`; raise RuntimeError if names or shapes differ."""
         if isinstance(self.body, TokenTable):
-            weights = {**weights, "body.shift.weight": torch.zeros_like(self.body.means)}
+            fixed = {"body.confidence": torch.ones_like(self.body.confidence)}  # without influence on a table
+            fixed["body.shift.weight"] = torch.zeros_like(self.body.means)
+            weights = fixed | weights
         names = {_stored_name(name): name for name in self.state_dict()}
         self.load_state_dict({names.get(name, name): value for name, value in weights.items()})
 

@@ -1,6 +1,7 @@
 """Tokenize texts with a student's tokenizer, whose tokenizer.json is validated first."""
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from msense.student.config import LONGEST, StudentConfig
 from msense.teacher.batching import pad_batch
 from msense.text import is_utf8
 
-_TEXTS_AT_A_TIME = 256
+_TEXTS_AT_A_TIME = 1024
 
 
 class StudentTokenizer:
@@ -37,6 +38,7 @@ class StudentTokenizer:
         if special >= config.max_length:
             excess = f"adds {special} special tokens to a text, but max_length is {config.max_length}"
             raise StudentError(f"{path} {excess}: train the student again")
+        self.rows = largest + 1  # of an embedding table of all its tokens
         self.truncation_side = config.truncation_side
         self.truncate(config.max_length)
 
@@ -53,12 +55,13 @@ class StudentTokenizer:
         rows: list[np.ndarray] = []
         encode = self.tokenizer.encode_batch_fast
         for start in range(0, len(texts), _TEXTS_AT_A_TIME):
-            some = [prompt + text for text in texts[start : start + _TEXTS_AT_A_TIME]]
+            some = texts[start : start + _TEXTS_AT_A_TIME]
+            some = [prompt + text for text in some] if prompt else list(some)
             with tokenizer_errors("fails at a text"):
-                rows += [
-                    np.array(encoding.ids, np.int64)
-                    for encoding in encode(some, add_special_tokens=self.special_tokens)
-                ]
+                encodings = encode(some, add_special_tokens=self.special_tokens)
+            ends = list(accumulate(map(len, encodings)))
+            ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, ends[-1])
+            rows += [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         return rows
 
     def encoding(self, text: str, prompt: str = "") -> Encoding:

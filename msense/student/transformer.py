@@ -58,7 +58,7 @@ def build_body_config(settings: dict[str, Any]) -> Any:
             f"unknown model type {str(kind)[:80]!r} of the student's body: update transformers, or use another student"
         )
     with loading("of the student"):
-        return CONFIG_MAPPING[kind].from_dict({k: _decoded(v) for k, v in settings.items() if k not in _NOT_SAVED})
+        return CONFIG_MAPPING[kind].from_dict({k: _decoded(v) for k, v in without_identity(settings).items()})
 
 
 def _decoded(value: Any) -> Any:
@@ -73,7 +73,11 @@ def _decoded(value: Any) -> Any:
 
 def body_settings(model: Any) -> dict[str, Any]:
     """Return a model's config in the form stored in a student's config.json."""
-    settings = json.loads(model.config.to_json_string(use_diff=False))
+    return without_identity(json.loads(model.config.to_json_string(use_diff=False)))
+
+
+def without_identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's settings without those that do not change what it computes."""
     return {k: v for k, v in settings.items() if k not in _NOT_SAVED}
 
 

@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -21,6 +22,7 @@ from msense.student import encoder as encoder_module
 from msense.student import init_student, load_student, save_pretrained
 from msense.student.config import StudentSettings
 from msense.student.files import student_folder
+from msense.student.layout import StudentFiles
 from msense.student.shipping import student_card
 from msense.student.tokenizer import pad_ids
 from msense.teacher.batching import TOKEN_BUDGET
@@ -55,11 +57,12 @@ def test_a_saved_folder_is_complete_without_code_and_local_paths(teacher: Path, 
     names = ("README.md", "config.json", "dictionary.safetensors", "exemplars.parquet", "tokenizer/tokenizer.json")
     assert files == {
         *("README.md", "config.json", "config_sentence_transformers.json", "model.safetensors", "modules.json"),
-        *("tokenizer.json", *(f"dictionary/{name}" for name in names)),
+        *("1_Pooling/config.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("senses/config.json", "senses/head.safetensors", *(f"senses/dictionary/{name}" for name in names)),
     }
     assert load_student(tmp_path / "s").config == student.config.model_copy(update={"kind": teacher.name})
     for senses in ("int8", "float16"):
-        assert SenseDictionary.load(tmp_path / "s" / "dictionary").config.dtype == senses
+        assert SenseDictionary.load(tmp_path / "s").config.dtype == senses
         save_pretrained(tmp_path / "s", student, dictionary)  # float16 by default
     for path in (tmp_path / "s").rglob("*"):
         assert path.is_dir() or str(teacher.parent).encode() not in path.read_bytes(), path
@@ -70,13 +73,15 @@ def test_the_card_has_metadata_and_metrics_and_cannot_be_broken_out_of(shipped_s
     figures = {"held-out sense accuracy": 0.8125, "a |\n# evil": 1.0, "{x}": 2.0}
     for teacher, base in (("org/name", "org/name"), ("a: b\n---\n# evil", None)):
         named = config.model_copy(update={"teacher": config.teacher.model_copy(update={"name": teacher})})
-        card = student_card(named, "int8", figures)
+        card = student_card(named, "int8", figures, "it has\nlayers")
         metadata = yaml.safe_load(card.split("---\n")[1])
         assert metadata["library_name"] == "sentence-transformers"
         assert metadata.get("base_model") == base
         assert "\n# evil" not in card
     for expected in ("| held-out sense accuracy | 0.8125 |", "| {x} | 2 |", "trust_remote_code=True", "stored as int8"):
         assert expected in card
+    assert "because it has layers: `modules.json` names" in card
+    assert "trust_remote_code" not in student_card(config, "int8", figures)
 
 
 def test_an_interrupted_save_leaves_no_student(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,12 +128,23 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "other tokenizer": (lambda f: other_tokenizer(f / "tokenizer.json"), "not the student's tokenizer .*fingerprint"),
     "tokenizer outside": (lambda f: outside(f / "tokenizer.json"), "outside the student"),
-    "no room for text": (lambda f: edit(f / "config.json", max_length=2), "adds 2 special tokens to a text"),
+    "no room for text": (lambda f: edit(StudentFiles(f).config, max_length=2), "adds 2 special tokens to a text"),
+    "prompts": (
+        lambda f: edit(f / "config_sentence_transformers.json", prompts={"a": 3}),
+        r"prompts.a: .*valid string",
+    ),
+    "default prompt": (
+        lambda f: edit(f / "config_sentence_transformers.json", default_prompt_name="none"),
+        "has no prompt of its default_prompt_name",
+    ),
     "other dictionary": (
-        lambda f: other_dictionary(f / "dictionary"),
+        lambda f: other_dictionary(StudentFiles(f).dictionary),
         "does not match the student .*: it has tokenizer",
     ),
-    "dictionary outside": (lambda f: outside(f / "dictionary" / "dictionary.safetensors"), "outside the dictionary"),
+    "dictionary outside": (
+        lambda f: outside(StudentFiles(f).dictionary / "dictionary.safetensors"),
+        "outside the dictionary",
+    ),
 }
 
 
@@ -144,94 +160,12 @@ def test_hostile_folders_are_refused(shipped_student: tuple, tmp_path: Path, cas
         SenseEncoder.from_pretrained(tmp_path / "s").tokens("bank river the a cat")
 
 
-def test_older_students_still_load(shipped_student: tuple, tmp_path: Path) -> None:
-    encoder, _, _, folder = shipped_student
-    shutil.copytree(folder, tmp_path / "s")
-    path, modules = tmp_path / "s" / "config.json", tmp_path / "s" / "modules.json"
-    config = json.loads(path.read_text())
-    for added in ("max_length", "prompt", "include_prompt", "skip", "projections", "truncate_dim", "truncation_side"):
-        del config[added]
-    path.write_text(json.dumps(config))
-    loaded = load_student(tmp_path / "s").config
-    assert (loaded.max_length, loaded.prompt) == (512, "")
-    name = "msense.student.sentence_transformer.SenseModule"
-    assert name in modules.read_text()
-    modules.write_text(modules.read_text().replace(name, "msense.sentence_module.SenseModule"))
-    np.testing.assert_allclose(sentence_transformer(tmp_path / "s").encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
-
-
 def test_max_length_is_limited_by_the_positions(teacher: Path, tmp_path: Path) -> None:
     _, dictionary = shipped(teacher, tmp_path / "s")
     config = dictionary.config.model_copy(update={"max_length": 99})
     long = SenseDictionary(config, dictionary._arrays, dictionary.ragged.parts)
     lengths = [init_student(StudentSettings(kind=kind), long, str(teacher)).config.max_length for kind in KINDS]
     assert lengths == [99, 64]
-
-
-def sentence_transformer(folder: Path) -> object:
-    return pytest.importorskip("sentence_transformers").SentenceTransformer(
-        str(folder), trust_remote_code=True, device="cpu"
-    )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_sentence_transformers_gives_the_same_vectors(teacher: Path, tmp_path: Path, kind: str) -> None:
-    shipped(teacher, tmp_path / "s", kind, prompt="the river ")
-    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
-    model = sentence_transformer(tmp_path / "s")
-    texts = [*TEXTS, LONG]
-    expected = encoder.encode(texts)
-    np.testing.assert_allclose(model.encode(texts), expected, atol=1e-5)
-    np.testing.assert_allclose(model.encode(texts, prompt=""), encoder.encode(texts, prompt=""), atol=1e-5)
-    np.testing.assert_allclose(model.encode(TEXTS[0]), expected[0], atol=1e-5)
-    assert model.get_sentence_embedding_dimension() == 16
-    assert model.max_seq_length == 24
-    model.save_pretrained(str(tmp_path / "again"))
-    np.testing.assert_allclose(SenseEncoder.from_pretrained(tmp_path / "again").encode(texts), expected, atol=1e-5)
-    np.testing.assert_allclose(sentence_transformer(tmp_path / "again").encode(texts), expected, atol=1e-5)
-    assert SenseEncoder.from_pretrained(tmp_path / "again").tokens(TEXTS[0]) == encoder.tokens(TEXTS[0])
-    assert not list(tmp_path.rglob("*.py"))
-    shutil.rmtree(tmp_path / "s" / "dictionary")
-    model.save_pretrained(str(tmp_path / "again"))
-    assert not (tmp_path / "again" / "dictionary").exists()  # never that of another student
-
-
-def test_sentence_transformers_truncates_to_max_seq_length(teacher: Path, tmp_path: Path) -> None:
-    shipped(teacher, tmp_path / "s", "static")
-    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
-    model = sentence_transformer(tmp_path / "s")
-    model.max_seq_length = 5
-    short, long = "the river bank", "the river bank near money"
-    np.testing.assert_allclose(model.encode([long, short]), encoder.encode([short, short]), atol=1e-5)
-    model.save_pretrained(str(tmp_path / "again"))
-    again = sentence_transformer(tmp_path / "again")
-    assert again.max_seq_length == 5
-    np.testing.assert_allclose(again.encode(long), encoder.encode(short), atol=1e-5)
-    for wrong in (2, 25):
-        with pytest.raises(InputError, match=f"invalid max_seq_length {wrong}: use 3 to 24"):
-            model.max_seq_length = wrong
-
-
-def test_sentence_transformers_uses_the_fast_path_of_static_students(teacher: Path, tmp_path: Path) -> None:
-    shipped(teacher, tmp_path / "s", "static")
-    model = sentence_transformer(tmp_path / "s")
-    features = model.preprocess([*TEXTS, LONG])
-    trained = model(features)  # with gradients: the module itself
-    assert trained["sentence_embedding"].requires_grad
-    model.eval()
-    with torch.no_grad():
-        fast = model(features)
-        assert callable(fast.data["token_embeddings"])  # not computed yet
-        model[0].student.body.means.add_(1.0)
-        changed = model(features)["sentence_embedding"]
-        model.train()
-        slow = model(features)["sentence_embedding"]
-    torch.testing.assert_close(fast["sentence_embedding"], trained["sentence_embedding"].detach(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(changed, slow, atol=1e-5, rtol=0)
-    assert not torch.allclose(changed, fast["sentence_embedding"], atol=0.1)
-    tokens = sentence_transformer(tmp_path / "s").encode(TEXTS, output_value="token_embeddings")
-    for actual, expected in zip(tokens, trained["token_embeddings"], strict=False):
-        torch.testing.assert_close(actual, expected[: len(actual)].detach())
 
 
 def test_push_uploads_a_students_own_files_without_exemplars(
@@ -241,23 +175,27 @@ def test_push_uploads_a_students_own_files_without_exemplars(
     api.return_value.upload_folder.return_value = "https://hub/commit"
     monkeypatch.setattr("huggingface_hub.HfApi", api)
     shutil.copytree(shipped_student[3], tmp_path / "s")
-    for name in ("training.json", "secret.txt", "evil.py", "dictionary/notes.json"):
+    own = StudentFiles(tmp_path / "s").config.parent.relative_to(tmp_path / "s")
+    for name in ("training.json", "secret.txt", "evil.py", own / "dictionary/notes.json"):
         (tmp_path / "s" / name).write_text("{}")
     encoder = SenseEncoder.from_pretrained(tmp_path / "s")
     assert encoder.push_to_hub("me/student", private=True, token="hf_secret") == "https://hub/commit"
+    dictionary = ("README.md", "config.json", "dictionary.safetensors", "tokenizer/tokenizer.json")
     files = [
-        *("README.md", "config.json", "config_sentence_transformers.json"),
-        *("dictionary/README.md", "dictionary/config.json", "dictionary/dictionary.safetensors"),
-        *("dictionary/tokenizer/tokenizer.json", "model.safetensors", "modules.json", "tokenizer.json"),
+        *("README.md", "config.json", "config_sentence_transformers.json", "model.safetensors", "modules.json"),
+        *("tokenizer.json", *((own / "dictionary" / name).as_posix() for name in dictionary)),
     ]
+    if encoder.config.kind == "layers:1":
+        files += ["1_Pooling/config.json", "senses/config.json", "senses/head.safetensors"]
+        files += ["sentence_bert_config.json", "tokenizer_config.json"]
     api.assert_called_with(token="hf_secret")
     api().create_repo.assert_called_with("me/student", private=True, exist_ok=True)
     uploaded = api().upload_folder.call_args.kwargs
     assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/student", tmp_path / "s")
-    assert sorted(uploaded["allow_patterns"]) == files
+    assert sorted(uploaded["allow_patterns"]) == sorted(files)
     encoder.push_to_hub("me/student", exemplars=True)
     uploaded = api().upload_folder.call_args.kwargs
-    assert sorted(uploaded["allow_patterns"]) == sorted([*files, "dictionary/exemplars.parquet"])
+    assert sorted(uploaded["allow_patterns"]) == sorted([*files, (own / "dictionary/exemplars.parquet").as_posix()])
     api().create_repo.side_effect = OSError("no route")
     with pytest.raises(MsenseError, match=r"cannot push to 'me/student' \(no route\): check the name") as refusal:
         encoder.push_to_hub("me/student", token="hf_secret")
@@ -328,7 +266,7 @@ def test_small_batches_change_nothing(
     encoder, *_ = shipped_student
     texts = [*TEXTS, LONG] * 9
     plain, replaced, tokens = encoder.encode(texts), encoder.encode(texts, replace="soft"), encoder.tokens(LONG)
-    for name, value in {"_STATIC_TOKENS": 16, "_REPLACED": 16 * 30}.items():
+    for name, value in {"_STATIC_TOKENS": 16, "_REPLACED": 16 * 30, "_CHUNK": 17}.items():
         monkeypatch.setattr(encoder_module, name, value)
     monkeypatch.setattr("msense.student.tokenizer._TEXTS_AT_A_TIME", 4)
     monkeypatch.setitem(TOKEN_BUDGET, "cpu", 20)
@@ -413,6 +351,79 @@ def test_prompts(teacher: Path, tmp_path: Path, kind: str) -> None:
         assert [(t.token, t.start, t.end) for t in tokens] == [("bank", 0, 4), ("money", 5, 10)]
 
 
+def test_named_prompts(teacher: Path, tmp_path: Path) -> None:
+    shipped(teacher, tmp_path / "s")
+    edit(tmp_path / "s" / "config_sentence_transformers.json", prompts={"query": "the cat ", "x": "a "})
+    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
+    assert (encoder.prompts, encoder.default_prompt_name) == ({"query": "the cat ", "x": "a "}, None)
+    plain, query, x = (encoder.encode(TEXTS, prompt=prompt) for prompt in ("", "the cat ", "a "))
+    np.testing.assert_array_equal(encoder.encode(TEXTS), plain)
+    np.testing.assert_array_equal(encoder.encode(TEXTS, prompt_name="x"), x)
+    np.testing.assert_array_equal(encoder.encode_query(TEXTS), query)
+    np.testing.assert_array_equal(encoder.encode_query(TEXTS, prompt="a "), x)
+    np.testing.assert_array_equal(encoder.encode_document(TEXTS), plain)
+
+
+def test_truncated_vectors(shipped_student: tuple) -> None:
+    whole, short = shipped_student[0], SenseEncoder.from_pretrained(shipped_student[3], truncate_dim=5)
+    vectors = whole.encode(TEXTS)
+    np.testing.assert_array_equal(short.encode(TEXTS), vectors[:, :5])
+    np.testing.assert_array_equal(whole.encode(TEXTS, truncate_dim=3), vectors[:, :3])
+    np.testing.assert_array_equal(short.encode(TEXTS, truncate_dim=99), vectors)
+    assert short.get_sentence_embedding_dimension() == short.get_embedding_dimension() == 5
+    unit = short.encode(TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-6)
+    with pytest.raises(InputError, match="invalid truncate_dim -1"):
+        SenseEncoder.from_pretrained(shipped_student[3], truncate_dim=-1)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_encode_many_reads_few_chunks_ahead(shipped_student: tuple, num_workers: int, capfd: Any) -> None:
+    encoder, read = shipped_student[0], []
+    texts = [f"{text} cat" for text in TEXTS] * 20
+
+    def read_texts() -> Iterator[str]:
+        for text in texts:
+            read.append(text)
+            yield text
+
+    parts = encoder.encode_many(read_texts(), chunk_size=7, num_workers=num_workers, show_progress_bar=True)
+    first = next(parts)
+    assert (len(first), len(read)) == (7, 7 * (1 if num_workers == 1 else num_workers + 1))
+    vectors = np.concatenate([first, *parts])
+    assert "encode" in capfd.readouterr().err
+    np.testing.assert_allclose(vectors, encoder.encode(texts), atol=1e-5)
+    assert [part.shape for part in encoder.encode_many(texts, chunk_size=100, truncate_dim=3)] == [(100, 3), (40, 3)]
+    assert [part.dtype for part in encoder.encode_many(["a", "b"], precision="binary")] == [np.int8]
+    for wrong, match in (
+        ({"texts": "a"}, "texts has type str"),
+        ({"chunk_size": 0}, "invalid chunk_size 0"),
+        ({"num_workers": 0}, "invalid num_workers 0"),
+        ({"precision": "int8"}, "the ranges of int8 and uint8 are those of all vectors"),
+    ):
+        with pytest.raises(InputError, match=match):
+            encoder.encode_many(**{"texts": ["a"], **wrong})
+    with pytest.raises(InputError, match="text 0 has type int"):
+        list(encoder.encode_many([3], num_workers=num_workers))
+
+
+@pytest.mark.parametrize("kind", ["static", "layers:1", "table"])
+def test_onnx_gives_the_same_vectors(teacher: Path, tmp_path: Path, kind: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX is optional: pip install 'msense[onnx]'")
+    shipped(teacher, tmp_path / "s", kind, prompt="the river ")
+    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
+    before = encoder.encode(TEXTS)
+    encoder.save_onnx(tmp_path / "s" / "onnx" / "model.onnx")
+    np.testing.assert_array_equal(encoder.encode(TEXTS), before)
+    session = onnxruntime.InferenceSession(str(tmp_path / "s" / "onnx" / "model.onnx"))
+    for texts in (TEXTS, TEXTS[:1], [LONG, "a"]):
+        ids, mask = pad_ids(encoder._reader.ids(texts, "the river "))
+        inputs = {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()}
+        tokens, vectors = session.run(["token_embeddings", "sentence_embedding"], inputs)
+        np.testing.assert_allclose(vectors, encoder.encode(texts), atol=1e-4)
+        assert tokens.shape == (*ids.shape, 16)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pooling_is_the_teachers(make_teacher: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     student, _ = shipped(make_teacher("llama", pooling="lasttoken"), tmp_path / "s", kind)
@@ -487,6 +498,10 @@ def test_texts_of_any_iterable_are_encoded(shipped_student: tuple) -> None:
         ({"replace": "firm"}, "invalid replace 'firm'"),
         ({"batch_size": 0}, "invalid batch_size 0"),
         ({"batch_size": None}, "invalid batch_size None"),
+        ({"truncate_dim": 0}, "invalid truncate_dim 0: use an integer of 1 or more"),
+        ({"prompt_name": "none"}, r"no prompt 'none': use one of \(\), or give `prompt`"),
+        ({"precision": "int4"}, "invalid precision 'int4'"),
+        ({"precision": "int8"}, "one vector has no range for int8: encode several texts"),
         ({"replace": "soft", "temperature": 0}, "temperature is 0"),
         ({"replace": "soft", "temperature": "1"}, "temperature is '1'"),
     ],

@@ -17,7 +17,8 @@ from tiny import make
 from msense.config.build import BuildConfig
 from msense.errors import InputError, StudentError
 from msense.student import StaticEncoder, Student, init_student, load_student, save_student
-from msense.student.config import StaticSizes, StudentConfig, StudentFiles, StudentSettings
+from msense.student.config import StaticSizes, StudentConfig, StudentSettings
+from msense.student.layout import StudentFiles
 from msense.student.static import confidence, token_means
 from msense.teacher.batching import pad_batch
 from msense.teacher.body import truncate_layers

@@ -1,10 +1,13 @@
 """Small students with random weights, and their saved folders."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import save_file
 from tiny import WORDS, exemplars, make
 from tokenizers import Tokenizer
 
@@ -54,6 +57,21 @@ def shipped(
     student = learnt(init_student(StudentSettings(kind=kind, **SMALL), dictionary, str(teacher)))
     save_pretrained(folder, student, dictionary, senses=senses, **options)
     return student, dictionary
+
+
+def write_old(folder: Path, student: Student, dictionary: SenseDictionary) -> None:
+    """Write a student as msense did before tables and transformers had the layout of sentence-transformers."""
+    dictionary.save(folder / "dictionary")
+    shutil.copyfile(dictionary.tokenizer_file, folder / "tokenizer.json")
+    save_file(
+        {name: tensor.detach().clone() for name, tensor in student.weights().items()}, folder / "model.safetensors"
+    )
+    config = student.config
+    settings = {"prompts": {"default": config.prompt} if config.prompt else {}, "similarity_fn_name": "cosine"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings | {"default_prompt_name": None}))
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "msense.student.sentence_transformer.SenseModule"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "config.json").write_text(config.model_dump_json(by_alias=True))
 
 
 def ids_of(folder: Path, text: str) -> np.ndarray:

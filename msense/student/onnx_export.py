@@ -1,0 +1,67 @@
+"""A student as an ONNX model, from token ids to sentence vectors, for onnxruntime and transformers.js."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from msense.errors import MsenseError, StudentError
+from msense.io.scratch import atomic_path
+from msense.student.student import Student
+from msense.student.transformer import TransformerBody
+from msense.text import first_line
+
+OPSET = 17  # of onnxruntime since 1.12 and of transformers.js
+_INPUTS, _OUTPUTS = ["input_ids", "attention_mask"], ["token_embeddings", "sentence_embedding"]
+
+
+class _Export(nn.Module):
+    """A student without what depends on the values of its inputs, padded on the right."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        student, mask = self.student, attention_mask.bool()
+        if isinstance(student.body, TransformerBody):
+            given = {"attention_mask": attention_mask} if student.body.inputs.takes_mask else {}
+            hidden = student.body.model(input_ids=input_ids, **given).last_hidden_state
+        else:
+            hidden = student.body(input_ids, mask)
+        hidden = hidden if student.adaptor is None else student.adaptor(hidden)
+        return hidden, student.sentence(hidden, mask)
+
+
+def save_onnx(student: Student, path: Path) -> None:
+    """Write a student as ONNX: inputs int64 [B, L] padded on the right, token embeddings [B, L, D] and vectors [B, D'].
+
+    A prompt belongs to the texts: add `config.prompt` before they are tokenized.
+
+    Raises:
+        StudentError: the student reads padding, or torch cannot export it.
+        MsenseError: the package onnx is missing.
+    """
+    body = student.body
+    if isinstance(body, TransformerBody):
+        if body.inputs.equal_lengths:
+            raise StudentError(
+                f"a {body.model.config.model_type} model reads padding, so that ONNX would not: give another"
+            )
+        body.model.set_attn_implementation("eager")
+    if find_spec("onnx") is None:
+        raise MsenseError("torch writes ONNX with the package onnx, which is missing: pip install 'msense[onnx]'")
+    ids = torch.ones(2, 7, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    axes = {name: {0: "batch", 1: "length"} for name in (*_INPUTS, _OUTPUTS[0])} | {_OUTPUTS[1]: {0: "batch"}}
+    names = {"input_names": _INPUTS, "output_names": _OUTPUTS, "dynamic_axes": axes}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with torch.no_grad(), atomic_path(path) as scratch:
+            torch.onnx.export(
+                _Export(student).eval(), (ids, mask), str(scratch), opset_version=OPSET, dynamo=False, **names
+            )
+    except (RuntimeError, ValueError, TypeError, torch.onnx.errors.OnnxExporterError) as error:
+        raise StudentError(f"torch cannot export student {student.config.kind!r} ({first_line(error)})") from error

@@ -1,0 +1,48 @@
+"""Precisions and similarities: known values, and those of sentence-transformers."""
+
+import numpy as np
+import pytest
+import torch
+
+from msense.errors import InputError
+from msense.student.vectors import quantize, similarity, similarity_pairwise
+
+VECTORS = np.random.default_rng(0).normal(size=(9, 20)).astype(np.float32)
+VECTORS[:, 3] = 1.5  # without a range
+
+
+def test_precisions_known_by_hand() -> None:
+    vectors = np.array([[0.0, 1, -1], [255, 1, 1]])
+    assert quantize(vectors, "uint8").tolist() == [[0, 0, 0], [255, 0, 255]]
+    assert quantize(vectors, "int8").tolist() == [[-128, -128, -128], [127, -128, 127]]
+    assert quantize(vectors, "ubinary").tolist() == [[0b01000000], [0b11100000]]
+    assert quantize(vectors, "binary").tolist() == [[64 - 128], [224 - 128]]
+    with pytest.raises(InputError, match="one vector has no range for uint8"):
+        quantize(vectors[:1], "uint8")
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "uint8", "binary", "ubinary"])
+def test_precisions_are_those_of_sentence_transformers(precision: str) -> None:
+    util = pytest.importorskip("sentence_transformers.util")
+    for vectors in (VECTORS, VECTORS[:0]):
+        expected = util.quantize_embeddings(vectors, precision)
+        np.testing.assert_array_equal(quantize(vectors, precision), expected, strict=True)
+
+
+def test_similarities_known_by_hand() -> None:
+    a, b = np.array([[3.0, 4], [0, 2]]), torch.tensor([[0.0, 1.0]])
+    assert similarity(a, b)[:, 0].tolist() == pytest.approx([0.8, 1.0])
+    assert similarity(a, b, "dot").tolist() == [[4], [2]]
+    assert similarity(a[0], list(b), "euclidean").tolist() == [[pytest.approx(-(18**0.5))]]
+    assert similarity_pairwise(a, a[::-1].copy(), "manhattan").tolist() == [-5, -5]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "dot", "euclidean", "manhattan"])
+def test_similarities_are_those_of_sentence_transformers(kind: str) -> None:
+    util = pytest.importorskip("sentence_transformers.util")
+    names = {"cosine": "cos_sim", "dot": "dot_score"}
+    name = names.get(kind, f"{kind}_sim")
+    other = VECTORS[::-1].copy()
+    for function, pairs in ((similarity, ""), (similarity_pairwise, "pairwise_")):
+        expected = getattr(util, f"{pairs}{name}")(VECTORS, other)
+        torch.testing.assert_close(function(VECTORS, other, kind), expected, atol=1e-4, rtol=0)
