@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msense.constants import DEFAULT_TEMPERATURE, Replace
 from msense.dictionary import SenseDictionary
 from msense.errors import InputError, MsenseError, StudentError
 from msense.student.config import StudentFiles, check_dictionary
@@ -28,10 +29,8 @@ from msense.teacher.body import resolve_dtype
 from msense.text import clean, first_line, redact
 from msense.tokenizer import prompt_length
 
-DEFAULT_TEMPERATURE = 1 / 3  # in units of the dictionary's mean squared distance
 _STATIC_TOKENS = 1 << 16  # tokens per step of a static student's progress bar
 _REPLACED = 1 << 23  # numbers replaced at once: replacement is faster with more occurrences of each token
-Replace = Literal["hard", "soft"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
