@@ -17,7 +17,6 @@ from rich.text import Text
 
 from msense.constants import LISTED_BAD_DOCUMENTS
 from msense.errors import InputError, MsenseError
-from msense.io.filesystems import error_message, s3_errors, storage_error_types
 from msense.text import clean, plain, size
 
 logger = logging.getLogger("msense")
@@ -37,13 +36,25 @@ def run_job(job: Callable[[], int | None]) -> int:
     except InputError as error:
         sys.stderr.write(plain(f"error: {error}\n"))
         return 2
-    except storage_error_types(MsenseError) as error:
-        message = error_message(error) if isinstance(error, s3_errors()) else error
-        logger.error("failed: %s\n%s", message, _RESUME)
+    except _expected_errors() as error:
+        logger.error("failed: %s\n%s", _message(error), _RESUME)
         return 1
     except KeyboardInterrupt:
         logger.error("stopped. %s", _RESUME)
         return 130
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Return the types of errors that end a job without a traceback."""
+    from msense.io.filesystems import storage_error_types  # slow to import, and rarely needed
+
+    return storage_error_types(MsenseError)
+
+
+def _message(error: Exception) -> str:
+    from msense.io.filesystems import error_message, s3_errors
+
+    return error_message(error) if isinstance(error, s3_errors()) else str(error)
 
 
 def show_table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = (), note: str = "") -> None:

@@ -7,8 +7,10 @@ all unknown flags and invalid values at once.
 import inspect
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -83,11 +85,12 @@ class Job(Generic[JobT]):
         """Run the job with flags as cyclopts splits them, and print its result."""
         config = self.parse(given, unknown)
         logging.getLogger("msense").setLevel(config.log_level.upper())
-        result = self.run(config)
-        if given.get("json"):
-            sys.stdout.write(json.dumps(self.to_json(result)) + "\n")
-        else:
-            self.show(result)
+        if not given.get("json"):
+            self.show(self.run(config))
+            return
+        with _stdout_to_stderr():
+            result = self.run(config)
+        sys.stdout.write(json.dumps(self.to_json(result)) + "\n")
 
     def parse(self, given: Mapping[str, Any], unknown: Sequence[str] = ()) -> JobT:
         """Return the settings of flags, as cyclopts splits them, and of the files of `--config`.
@@ -123,6 +126,20 @@ def call(app: App, words: Sequence[str]) -> int:
     elif unknown:
         raise InputError(f"unknown argument {unknown[0]!r} (--help describes all flags)")
     return command(**bound.arguments) or 0
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what libraries and other processes print on stdout to stderr."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _is_list(field: FieldInfo) -> bool:

@@ -59,8 +59,9 @@ def compute_losses(
 ) -> dict[str, LossSum]:
     """Return the losses that have a weight in `mix` by name, unweighted; `normalized_loss` combines them.
 
-    `output` has the senses of the texts that are no spans. `space` is `mix.space(dictionary)`, `sentence` the student's pooling of embeddings [B, L, D] and mask [B, L], and `hidden`
-    [N, D] the teacher's hidden states where the mask is true, for the losses `mse` and `cosine`.
+    `output` has the senses of the texts that are no spans. `space` is `mix.space(dictionary)`, `sentence` the student's
+    pooling of embeddings [B, L, D] and mask [B, L], and `hidden` [N, D] the teacher's hidden states where the mask is
+    true, for the losses `mse` and `cosine`.
     """
     names, device = mix.weights(), output.hidden.device
     mask, sentences = (None if part is None else part.to(device) for part in (batch.mask, batch.pooled))

@@ -14,7 +14,18 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ABSENT = ("ray", "deepspeed", "pandas", "sklearn", "scipy", "xxhash", "s3fs", "gcsfs", "datasets", "sentence_transformers")
+ABSENT = (
+    "ray",
+    "deepspeed",
+    "pandas",
+    "sklearn",
+    "scipy",
+    "xxhash",
+    "s3fs",
+    "gcsfs",
+    "datasets",
+    "sentence_transformers",
+)
 USE = """
 import importlib.util, sys
 import msense
@@ -26,7 +37,9 @@ print("senses", len(encoder.dictionary), "of", sum(sense is not None for sense i
 print("lookup", SenseDictionary.load("dictionary").lookup("bank").found)
 print("absent", *(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
 """
-BUILD_API = "from msense.config.build import BuildConfig as C; from msense.pipelines.build import build_dictionary as b; b(C())"
+BUILD_API = (
+    "from msense.config.build import BuildConfig as C; from msense.pipelines.build import build_dictionary as b; b(C())"
+)
 
 
 def main() -> None:
