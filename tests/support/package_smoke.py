@@ -33,9 +33,9 @@ assert not {"torch", "transformers"} & set(sys.modules), "import msense is slow"
 from msense import SenseDictionary, SenseEncoder
 encoder = SenseEncoder.from_pretrained("student")
 print("vectors", encoder.encode(["the bank of the river", ""]).shape)
-print("senses", len(encoder.dictionary), "of", sum(sense is not None for sense in encoder.tokens("the bank")), "tokens")
-print("lookup", SenseDictionary.load("dictionary").lookup("bank").found)
-print("absent", *(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
+print("senses of", *(sense.token for sense in encoder.tokens("the bank")))
+print("dictionary", SenseDictionary.load("dictionary").lookup(sys.argv[1]).explain())
+print("absent", *(name for name in sys.argv[2:] if importlib.util.find_spec(name) is None))
 """
 BUILD_API = (
     "from msense.config.build import BuildConfig as C; from msense.pipelines.build import build_dictionary as b; b(C())"
@@ -54,9 +54,9 @@ def main() -> None:
         check_contents([name.partition("/")[2] for name in archive.getnames()])
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        make_student(place)
+        word = make_student(place)
         python = install(wheel.resolve(), place / "venv", given.python)
-        use(place, python)
+        use(place, python, word)
 
 
 def check_contents(names: list[str]) -> None:
@@ -66,14 +66,16 @@ def check_contents(names: list[str]) -> None:
     report("contents", f"{len(names)} files")
 
 
-def make_student(folder: Path) -> None:
-    """Write student/ (with its senses) and dictionary/, of a random teacher."""
+def make_student(folder: Path) -> str:
+    """Write student/ (with its senses) and dictionary/, of a random teacher; return a word with senses."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
     from conftest import write_teacher
     from students import shipped
+    from tiny import WORDS
 
-    shipped(write_teacher(folder / "teacher"), folder / "student")
+    _, dictionary = shipped(write_teacher(folder / "teacher"), folder / "student")
     (folder / "student-dictionary").rename(folder / "dictionary")
+    return next(word for word in WORDS if dictionary.lookup(word).found)
 
 
 def install(wheel: Path, venv: Path, python: str) -> Path:
@@ -86,16 +88,16 @@ def install(wheel: Path, venv: Path, python: str) -> Path:
     return own
 
 
-def use(place: Path, python: Path) -> None:
+def use(place: Path, python: Path, word: str) -> None:
     """Use the student, the dictionary and the command line."""
-    used = run([python, "-I", "-c", USE, *ABSENT], place)
+    used = run([python, "-I", "-c", USE, word, *ABSENT], place)
     absent = used.splitlines()[-1].split()[1:]
     assert absent == list(ABSENT), f"installed with the base: {set(ABSENT) - set(absent)}"
     report("student", used)
     msense = python.with_name("msense")
     for words in (["--help"], *([name, "--help"] for name in ("build", "distill", "finetune", "evaluate", "make"))):
         report("help", run([msense, *words], place).splitlines()[2])
-    report("show", run([msense, "show", "dictionary", "bank"], place).splitlines()[0])
+    report("show", run([msense, "show", "dictionary", word], place).splitlines()[0])
     report("version", run([python, "-I", "-m", "msense", "--version"], place))
     command = 'pip install "msense[build]"'
     report("build", refused := run([msense, "build", "--output", "run"], place, code=2))
