@@ -73,8 +73,11 @@ def make_student(folder: Path) -> str:
     from students import shipped
     from tiny import WORDS
 
-    _, dictionary = shipped(write_teacher(folder / "teacher"), folder / "student")
+    from msense import SenseDictionary
+
+    shipped(write_teacher(folder / "teacher"), folder / "student")
     (folder / "student-dictionary").rename(folder / "dictionary")
+    dictionary = SenseDictionary.load(folder / "dictionary")
     return next(word for word in WORDS if dictionary.lookup(word).found)
 
 
