@@ -9,7 +9,7 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 DATA ?= data
 OUTPUT ?= runs/general
 
-.PHONY: install demo general results rivals test test-unit test-all check docs audit format
+.PHONY: install demo general results rivals test test-unit test-all check docs audit format package package-test
 
 install: $(STAMP)
 
@@ -21,15 +21,15 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/python jobs/build_dict.py --output runs/demo
-	$(BIN)/python -m msense show runs/demo key cell kernel tree
+	$(BIN)/msense build --config demo --output runs/demo
+	$(BIN)/msense show runs/demo key cell kernel tree
 
 # students of varied text: make general CORPUS=DIR [OUTPUT=runs/general]; run it again to resume
 general: install
-	$(BIN)/python jobs/build_dict.py --config jobs/configs/general-dictionary.yaml --corpus $(CORPUS) --output $(OUTPUT)/dictionary
+	$(BIN)/msense build --config general-dictionary --corpus $(CORPUS) --output $(OUTPUT)/dictionary
 	for student in table static layers:2; do \
-		$(BIN)/python jobs/distill.py --config jobs/configs/general-student.yaml --dictionary $(OUTPUT)/dictionary \
-			--student $$student --output $(OUTPUT)/$$student || exit 1; \
+		$(BIN)/msense distill --config general-student --dictionary $(OUTPUT)/dictionary --student $$student \
+			--output $(OUTPUT)/$$student || exit 1; \
 	done
 
 # make results DATA=DIR, with banking77/ tweet_emotion/ sst2/ coarsewsd/ wordsim/ wikitext2/; hours on two cores
@@ -61,6 +61,17 @@ check: install
 docs: install
 	$(BIN)/pip install -c constraints.txt -e ".[docs]"
 	$(BIN)/mkdocs build --strict -f .github/mkdocs.yml
+
+# wheel and sdist in dist/
+package:
+	rm -rf dist build
+	$(PYTHON) -m venv .package
+	.package/bin/pip install build
+	.package/bin/python -m build --outdir dist .
+
+# the wheel in a clean environment, outside the checkout: make package-test [PYTHON=python3.13]
+package-test: install package
+	$(BIN)/python tests/support/package_smoke.py dist --python $(PYTHON)
 
 audit:
 	$(PYTHON) -m venv .audit

@@ -1,21 +1,8 @@
-"""Label a text with the senses that a dictionary's teacher sees in it, and train a small student on the labels.
-
-Without --corpus, the text is that of the dictionary. Run the same command again after an interruption to resume.
-"""
+"""`msense distill` as a file: `ray job submit -- python jobs/distill.py ...`, with the same flags."""
 
 import sys
 
-from msense.cli.console import run_job
-from msense.cli.flags import parse_flags
-from msense.cli.reports import show_distillation
-from msense.config.distill import DistillConfig
-from msense.pipelines.distill import distill_student
-
-
-def main() -> None:
-    """Distill a student and print a summary."""
-    show_distillation(distill_student(parse_flags(DistillConfig, __doc__)))
-
+from msense.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(main))
+    sys.exit(main(["distill", *sys.argv[1:]]))

@@ -1,21 +1,8 @@
-"""Evaluate every model on every task, and print one table per task plus a table of costs.
-
-Run the same command again after an interruption to resume.
-"""
+"""`msense evaluate` as a file: `ray job submit -- python jobs/evaluate.py ...`, with the same flags."""
 
 import sys
 
-from msense.cli.console import run_job
-from msense.cli.flags import parse_flags
-from msense.cli.reports import show_evaluation
-from msense.evaluation.config import EvaluateConfig
-from msense.evaluation.run import evaluate
-
-
-def main() -> None:
-    """Evaluate models and print the results."""
-    show_evaluation(evaluate(parse_flags(EvaluateConfig, __doc__)))
-
+from msense.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(main))
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

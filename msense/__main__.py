@@ -1,56 +1,114 @@
-"""`python -m msense`: inspect a dictionary (`show`) or a run folder (`status`).
+"""The command line: `msense COMMAND`, or `python -m msense COMMAND`. A command is imported when it is used.
 
-Text from a dictionary is printed without control characters and never interpreted as markup.
+Exit codes: 0 success, 1 failure or no match, 2 wrong usage or bad input, 130 Ctrl-C.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
+from typing import Annotated
 
-from rich.console import Console
-from rich.text import Text
+from cyclopts import App, Parameter, validators
 
-from msense.cli.show import show_words
-from msense.errors import InputError, MsenseError
-from msense.text import plain
+from msense.cli.console import run_job
+from msense.cli.flags import call, config_names
+from msense.constants import VERSION
+
+_RESUMES = "Run the same command again after an interruption to resume."
+_JOBS = {  # module of msense.cli: help, whose first sentence is in the list of commands
+    "make": f"""Make a student from a text in one command, and measure it.
+
+Builds a dictionary in OUTPUT/dictionary, distills a student in OUTPUT/student, and prints how close the student is to the
+teacher, how well it tells senses apart, and how fast it is. {_RESUMES}
+
+Settings of `msense build` and `msense distill` without a flag here are given with --config.""",
+    "build": f"""Build a sense dictionary: embed a text with a teacher, and cluster the embeddings of every token.
+
+Without --corpus and --teacher, the demo is built: docstrings of installed Python packages, read by all-MiniLM-L6-v2.
+{_RESUMES}""",
+    "distill": f"""Distill a student: label a text with a teacher's senses and vectors, and train on the labels.
+
+Without --corpus, the text is that of the dictionary. {_RESUMES}""",
+    "finetune": f"""Fine-tune a teacher with a classifier, as the teacher of a dictionary and of students for one task.
+
+{_RESUMES}""",
+    "evaluate": f"""Evaluate models on tasks: one table per task, with confidence intervals, and a table of costs.
+
+{_RESUMES}""",
+}
+_EXAMPLES = """\
+Examples:
+  msense make texts/ --teacher BAAI/bge-small-en-v1.5 --student static --output runs/mine
+  msense build --output runs/demo     the demo, in two minutes on two cores
+  msense show runs/demo key cell
+
+Configurations for --config:
+"""
+_SHOW_EXAMPLES = """\
+Examples:
+  msense show runs/demo key cell
+  msense show runs/demo key --senses 3 --exemplars 5"""
+_STATUS_EXAMPLES = """\
+Examples:
+  msense status runs/demo
+  msense status s3://BUCKET/runs/mine --json"""
+_Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 success, 1 failure or no match, 2 wrong usage or bad input."""
-    parser = argparse.ArgumentParser(prog="python -m msense", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    show = commands.add_parser(
-        "show",
-        help="print the senses of words with example contexts",
-        description="Print the senses of words, most frequent first, with the contexts nearest to each centroid.",
-        epilog="Example: python -m msense show runs/dictionary key cell --senses 5",
+    """Run a command and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return run_job(partial(call, make_app(), words)) or (0 if words else 2)
+
+
+def make_app() -> App:
+    """Return the command line; the jobs are not imported yet."""
+    configs = "\n".join(f"  {name:<20} {use}" for name, use in config_names().items())
+    app = App(
+        name="msense",
+        help="Sense dictionaries from large teacher models, and small, fast students that speak in them.",
+        help_format="plaintext",
+        help_epilogue=_EXAMPLES + configs,
+        version=VERSION,
     )
-    show.add_argument("dictionary", metavar="DICTIONARY", help="folder or URI of a dictionary or run")
-    show.add_argument("words", metavar="WORD", nargs="+", help="words to look up, in upper and lower case")
-    for flag, default, name in (("--exemplars", 3, "contexts per sense"), ("--senses", 6, "senses per token")):
-        text = f"maximum {name} (default: %(default)s)"
-        show.add_argument(flag, type=_count, default=default, metavar="N", help=text)
-    status = commands.add_parser(
-        "status", help="print the progress of a run", description="Print the progress of a run."
-    )
-    status.add_argument("run", metavar="RUN", help="folder or URI of a run")
-    given = parser.parse_args(arguments)
-    try:
-        if given.command == "show":
-            return show_words(given.dictionary, given.words, given.exemplars, given.senses)
-        from msense.cli.status import show_status
-
-        show_status(given.run)
-    except MsenseError as error:
-        Console(stderr=True).print(Text(plain(f"error: {error}")), soft_wrap=True)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
+    for number, (name, text) in enumerate(_JOBS.items()):
+        app.command(f"msense.cli.{name}:app", name=name, help=text, sort_key=number)
+    app.command(show, help_epilogue=_SHOW_EXAMPLES, sort_key=len(_JOBS), version_flags=())
+    app.command(status, help_epilogue=_STATUS_EXAMPLES, sort_key=len(_JOBS), version_flags=())
+    app.register_install_completion_command(help="Install completion for bash, zsh or fish, and exit.")
+    return app
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative integer")
-    return int(text)
+def show(
+    dictionary: str,
+    words: Annotated[list[str], Parameter(consume_multiple=True, negative=())],
+    *,
+    exemplars: _Count = 3,
+    senses: _Count = 6,
+) -> int:
+    """Show the senses of words, most frequent first, with the contexts nearest to each.
+
+    Args:
+        dictionary: folder or URI of a dictionary, or of the run that built it
+        words: words to look up, in upper and lower case
+        exemplars: maximum contexts per sense
+        senses: maximum senses per token
+    """
+    from msense.cli.show import show_words
+
+    return show_words(dictionary, words, exemplars, senses)
+
+
+def status(run: str, *, json: Annotated[bool, Parameter(negative=())] = False) -> None:
+    """Show the progress of a run, and what its latest drivers did.
+
+    Args:
+        run: folder or URI of a run
+        json: print it as one JSON object
+    """
+    from msense.cli.status import show_status
+
+    show_status(run, as_json=json)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,61 @@
-"""Metrics of predictions against gold labels, by name."""
+"""Metrics of predictions against gold labels, by name. SciPy and scikit-learn, of an extra, are imported when one is computed."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from sklearn import metrics
+
+
+def _accuracy(gold: np.ndarray, predicted: np.ndarray, weights: np.ndarray | None = None) -> float:
+    return float(np.average(gold == predicted, weights=weights))
+
+
+def _macro_f1(gold: np.ndarray, predicted: np.ndarray, weights: np.ndarray | None = None) -> float:
+    return _of_sklearn("f1_score", gold, predicted, average="macro", sample_weight=weights, zero_division=0)
+
+
+def _f1(gold: np.ndarray, predicted: np.ndarray, weights: np.ndarray | None = None) -> float:
+    return _of_sklearn("f1_score", gold == "1", predicted == "1", sample_weight=weights, zero_division=0)
+
+
+def _matthews(gold: np.ndarray, predicted: np.ndarray, weights: np.ndarray | None = None) -> float:
+    return _of_sklearn("matthews_corrcoef", gold, predicted, sample_weight=weights)
+
+
+def _average_precision(gold: np.ndarray, predicted: np.ndarray) -> float:
+    return _of_sklearn("average_precision_score", gold, predicted) if gold.any() else 0.0
+
+
+def _pearson(gold: np.ndarray, predicted: np.ndarray) -> float:
+    return _correlation("pearsonr", gold, predicted)
+
+
+def _spearman(gold: np.ndarray, predicted: np.ndarray) -> float:
+    return _correlation("spearmanr", gold, predicted)
+
 
 LABEL_METRICS: Mapping[str, Callable[..., float]] = {  # of (gold [P], predicted [P], weights [P] or None)
-    "accuracy": lambda gold, predicted, weights=None: float(np.average(gold == predicted, weights=weights)),
-    "macro F1": lambda gold, predicted, weights=None: float(
-        metrics.f1_score(gold, predicted, average="macro", sample_weight=weights, zero_division=0)
-    ),
-    "F1": lambda gold, predicted, weights=None: float(
-        metrics.f1_score(gold == "1", predicted == "1", sample_weight=weights, zero_division=0)
-    ),
-    "Matthews": lambda gold, predicted, weights=None: float(
-        metrics.matthews_corrcoef(gold, predicted, sample_weight=weights)
-    ),
+    "accuracy": _accuracy,
+    "macro F1": _macro_f1,
+    "F1": _f1,
+    "Matthews": _matthews,
 }
 METRICS: Mapping[str, Callable[..., float]] = {  # of (gold [P], predicted [P])
     **LABEL_METRICS,
-    "Pearson": lambda gold, predicted: _correlation(stats.pearsonr, gold, predicted),
-    "average precision": lambda gold, predicted: (
-        float(metrics.average_precision_score(gold, predicted)) if gold.any() else 0.0
-    ),
-    "Spearman": lambda gold, predicted: _correlation(stats.spearmanr, gold, predicted),
+    "Pearson": _pearson,
+    "average precision": _average_precision,
+    "Spearman": _spearman,
 }
 
 
-def _correlation(function: Callable[..., Any], gold: np.ndarray, predicted: np.ndarray) -> float:
-    """Return a correlation; 0 if one side is constant or empty."""
+def _of_sklearn(name: str, *arguments: Any, **options: Any) -> float:
+    return float(getattr(import_module("sklearn.metrics"), name)(*arguments, **options))
+
+
+def _correlation(name: str, gold: np.ndarray, predicted: np.ndarray) -> float:
+    """Return a correlation of SciPy; 0 if one side is constant or empty."""
     gold, predicted = gold.astype(np.float64), predicted.astype(np.float64)
-    return float(function(gold, predicted)[0]) if len(gold) and np.ptp(gold) and np.ptp(predicted) else 0.0
+    if not len(gold) or not np.ptp(gold) or not np.ptp(predicted):
+        return 0.0
+    return float(getattr(import_module("scipy.stats"), name)(gold, predicted)[0])

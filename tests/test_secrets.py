@@ -1,6 +1,5 @@
 """Credentials in URIs, in the environment and in library errors: no job logs or writes them."""
 
-import importlib.util
 import logging
 import re
 import shutil
@@ -13,10 +12,9 @@ from faulty import ALL, Corpus
 from fsspec.implementations.local import LocalFileSystem
 from task_data import write_task
 
-from msense.cli.console import run_job
+from msense.__main__ import main
 from msense.text import first_line, plain, redact
 
-ROOT = Path(__file__).parents[1]
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "AKIA1111AAAA2222BBBB",
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLE",
@@ -38,20 +36,14 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(secrets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a job as from the command line and check that no output or file contains a secret."""
+    """Run a command as from the command line and check that no output or file contains a secret."""
 
-    def call(job: str, *flags: object) -> int:
-        spec = importlib.util.spec_from_file_location(f"{job}_job", ROOT / "jobs" / f"{job}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [f"{job}.py", *map(str, flags)])
+    def call(command: str, *flags: object) -> int:
         monkeypatch.setattr(logging.root, "handlers", [])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         capfd.readouterr()
         try:
-            code = run_job(module.main)
-        except SystemExit as stop:
-            code = stop.code
+            code = main([command, *map(str, flags)])
         except (RuntimeError, ValueError, LookupError, TypeError):  # as the interpreter does with uncaught exceptions
             sys.excepthook(*sys.exc_info())
             code = 1
@@ -91,14 +83,14 @@ def test_no_job_reveals_secrets(made: Corpus, run: Run, broken_store: Callable[.
     task = write_task(root / "task", {part: [("the river", "a"), ("the bank", "b")] * 4 for part in ("train", "test")})
     remote = f"s3://me:{IN_URI}@bucket/x?token={IN_URI}"
     build = ("--corpus", corpus, *small, "--max-occurrences", 40, "--keep", *ALL)
-    assert run("build_dict", *build, "--output", root / "dict") == 0
+    assert run("build", *build, "--output", root / "dict") == 0
     student = ("--student", "static", "--epochs", 1)
     assert run("distill", "--dictionary", root / "dict", *small, *student, "--output", root / "student") == 0
     models = ("teacher", f"s=student:{root / 'student'}")
     evaluated = ("--task", f"t={task}", "--shots", 2, "--draws", 2, "--no-cost", "--output", root / "e.json")
     assert run("evaluate", "--model", *models, *small, *evaluated) == 0
-    assert run("build_dict", "--corpus", remote, *small, "--output", root / "b2") == 2
-    assert run("build_dict", "--corpus", corpus, "--teacher", remote, "--local", "--output", root / "b3") == 2
+    assert run("build", "--corpus", remote, *small, "--output", root / "b2") == 2
+    assert run("build", "--corpus", corpus, "--teacher", remote, "--local", "--output", root / "b3") == 2
     assert run("distill", "--dictionary", remote, "--output", root / "d2") != 0
     assert run("evaluate", "--model", f"student:{remote}", "--task", f"t={remote}", "--output", root / "e2.json") != 0
     tuned = (*teacher, "--local", "--output", root / "f")
@@ -106,11 +98,11 @@ def test_no_job_reveals_secrets(made: Corpus, run: Run, broken_store: Callable[.
     broken_store("train.csv")
     assert run("finetune", "--task", f"sst2={task}", *tuned) == 2
     broken_store("a.txt")
-    assert run("build_dict", "--corpus", corpus, *small, "--output", root / "b4") != 0
+    assert run("build", "--corpus", corpus, *small, "--output", root / "b4") != 0
     shutil.rmtree(root / "b4", ignore_errors=True)
     broken_store("b.txt", RuntimeError)  # an unexpected exception
     (corpus / "a.txt").unlink()
-    assert run("build_dict", "--corpus", corpus, *small, "--output", root / "b5") != 0
+    assert run("build", "--corpus", corpus, *small, "--output", root / "b5") != 0
 
 
 def test_known_secrets_are_blanked(secrets: None) -> None:

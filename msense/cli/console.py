@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from msense.corpus.chunking import LISTED_BAD_DOCUMENTS
+from msense.constants import LISTED_BAD_DOCUMENTS
 from msense.errors import InputError, MsenseError
-from msense.io.filesystems import error_message, s3_errors, storage_error_types
 from msense.text import clean, plain, size
 
 logger = logging.getLogger("msense")
@@ -25,26 +24,37 @@ WIDTH = 120  # columns of a file or pipe
 _RESUME = "Finished work is kept: run the same command again to resume."
 
 
-def run_job(job: Callable[[], None]) -> int:
-    """Run a job and return its exit code; expected errors are logged without a traceback."""
+def run_job(job: Callable[[], int | None]) -> int:
+    """Run a job and return its exit code, 0 for None; expected errors are printed without a traceback."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_SafeFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("msense").setLevel(logging.INFO)
     sys.excepthook = _print_traceback
     try:
-        job()
+        return job() or 0
     except InputError as error:
-        logger.error("error: %s", error)
+        sys.stderr.write(plain(f"error: {error}\n"))
         return 2
-    except storage_error_types(MsenseError) as error:
-        message = error_message(error) if isinstance(error, s3_errors()) else error
-        logger.error("failed: %s\n%s", message, _RESUME)
+    except _expected_errors() as error:
+        logger.error("failed: %s\n%s", _message(error), _RESUME)
         return 1
     except KeyboardInterrupt:
         logger.error("stopped. %s", _RESUME)
         return 130
-    return 0
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Return the types of errors that end a job without a traceback."""
+    from msense.io.filesystems import storage_error_types  # slow to import, and rarely needed
+
+    return storage_error_types(MsenseError)
+
+
+def _message(error: Exception) -> str:
+    from msense.io.filesystems import error_message, s3_errors
+
+    return error_message(error) if isinstance(error, s3_errors()) else str(error)
 
 
 def show_table(title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = (), note: str = "") -> None:

@@ -1,16 +1,21 @@
-"""Settings from flags and the YAML file of `--config`: flags override the file, and the file overrides the defaults.
+"""Jobs as commands: settings from flags and YAML files; flags override files, and files override the defaults.
 
 cyclopts splits the command line and prints the help. It passes values on as text, so that pydantic converts them and reports
 all unknown flags and invalid values at once.
 """
 
 import inspect
+import json
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from cyclopts import App, CycloptsError, Group, Parameter, Token
@@ -23,69 +28,125 @@ from msense.errors import InputError
 from msense.text import redact
 
 JobT = TypeVar("JobT", bound=JobConfig)
-COMMON = (  # flags that the help lists first
-    *("config", "dictionary", "model", "task", "corpus", "teacher", "student", "senses", "objective", "epochs", "lr"),
-    *("output", "workers", "local", "dry_run"),
-)
-_COMMON_GROUP, _EXPERT_GROUP = Group.create_ordered("Common options"), Group.create_ordered("Expert options")
-_CONFIG = FieldInfo(annotation=Path, default=None, description="YAML file of settings, which flags override")
+CONFIGS = files("msense") / "configs"
+_OF_ALL = {  # flags that are no settings
+    "config": FieldInfo(
+        annotation=tuple[Path, ...],
+        default=(),
+        description="YAML files of settings, or names of configurations that come with msense (see --help of msense); later "
+        "ones override earlier ones, and flags override all",
+    ),
+    "json": FieldInfo(annotation=bool, default=False, description="print the result as one JSON object"),
+}
 _MAX_YAML_BYTES = 1 << 20
 # PyYAML raises most of these for values that do not match their tag
 _YAML_ERRORS = (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError, ArithmeticError)
 
 
-def parse_flags(model: type[JobT], description: str | None, argv: Sequence[str] | None = None) -> JobT:
-    """Return the settings of the command line and of the YAML file of `--config`, and apply the log level.
+@dataclass(frozen=True)
+class Job(Generic[JobT]):
+    """A command whose flags are the fields of a model of settings."""
 
-    Each field of `model` becomes a flag. `--help` prints `description` and the flags, and ends the process.
+    model: type[JobT]
+    run: Callable[[JobT], Any]
+    show: Callable[[Any], None]  # prints the result of `run` as tables
+    to_json: Callable[[Any], Mapping[str, Any]] = dict  # of the result of `run`
+    positional: str = ""  # the field whose values may be given without its flag
+
+    def app(self, name: str, examples: str) -> App:
+        """Return the command; `examples` are command lines that its help ends with."""
+
+        def job(**given: Any) -> None:
+            self.start(given, given.pop("unknown"))
+
+        fields = {**self.model.model_fields, **_OF_ALL}
+        keyword, either = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        greedy = not self.positional  # reports several values of a flag that takes one, instead of an unknown argument
+        parameters = []
+        for own, group in self._groups().items():
+            kind = either if own == self.positional else keyword
+            flag = _flag(fields[own], group, greedy=greedy)
+            parameters.append(inspect.Parameter(own, kind, default=None, annotation=flag))
+        hidden = inspect.Parameter("unknown", keyword, annotation=Annotated[list[str], Parameter(parse=False)])
+        job.__signature__ = inspect.Signature([*parameters, hidden])  # type: ignore[attr-defined]
+        app = App(name=name, help_format="plaintext", version_flags=(), help_epilogue=f"Examples:\n{examples}")
+        app.default(job)
+        return app
+
+    def _groups(self) -> dict[str, Group]:
+        """Return the group of every flag in the help, in the order of the help."""
+        groups: dict[str, Group] = {}
+        for title, names in self.model.help_groups.items():
+            group = Group.create_ordered(title)
+            groups |= dict.fromkeys((*names, *(() if groups else _OF_ALL)), group)
+        return groups
+
+    def start(self, given: Mapping[str, Any], unknown: Sequence[str] = ()) -> None:
+        """Run the job with flags as cyclopts splits them, and print its result."""
+        config = self.parse(given, unknown)
+        logging.getLogger("msense").setLevel(config.log_level.upper())
+        if not given.get("json"):
+            self.show(self.run(config))
+            return
+        with _stdout_to_stderr():
+            result = self.run(config)
+        sys.stdout.write(json.dumps(self.to_json(result)) + "\n")
+
+    def parse(self, given: Mapping[str, Any], unknown: Sequence[str] = ()) -> JobT:
+        """Return the settings of flags, as cyclopts splits them, and of the files of `--config`.
+
+        Raises:
+            InputError: flags, keys or values are invalid; the message lists every error.
+        """
+        values: dict[str, Any] = {}
+        for file in given.get("config") or ():
+            values |= read_config(file)
+        # unknown flags are no settings, and quoted so that errors call them flags
+        values |= dict.fromkeys(repr(token.partition("=")[0]) for token in unknown)
+        for name, value in given.items():
+            if name not in _OF_ALL:
+                single = isinstance(value, list) and len(value) == 1 and not _is_list(self.model.model_fields[name])
+                values[name] = value[0] if single else value
+        return validate_config(self.model, values)
+
+
+def call(app: App, words: Sequence[str]) -> int:
+    """Run a command line and return its exit code.
 
     Raises:
-        InputError: flags, keys or values are invalid; the message lists every error.
-
-    Example:
-        >>> parse_flags(BuildConfig, "Build.", ["--corpus", "a.txt", "b.txt", "--no-dedup"]).corpus
-        ('a.txt', 'b.txt')
+        InputError: wrong usage.
     """
-    fields = {"config": _CONFIG, **model.model_fields}
-    given = _split_arguments(fields, description, sys.argv[1:] if argv is None else argv)
-    values = _read_yaml(given.pop("config")) if "config" in given else {}
-    config = validate_config(model, values | given)
-    logging.getLogger("msense").setLevel(config.log_level.upper())
-    return config
-
-
-def _split_arguments(fields: dict[str, FieldInfo], description: str | None, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the text of every given flag by its field, and unknown arguments as quoted names, which are no settings."""
-
-    def job(**_: Any) -> None:
-        """Stand for the job in the parser."""
-
-    places = {name: COMMON.index(name) if name in COMMON else len(COMMON) for name in fields}
-    keyword, names = inspect.Parameter.KEYWORD_ONLY, sorted(fields, key=places.__getitem__)
-    flags = [inspect.Parameter(n, keyword, default=None, annotation=_flag(n, fields[n])) for n in names]
-    job.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
-    app = App(help=description or "", help_format="plaintext", version_flags=(), group_commands=_COMMON_GROUP)
-    app.default(job)
     try:
-        command, bound, unknown, _ = app.parse_known_args(argv, console=console())
+        command, bound, unknown, ignored = app.parse_known_args(words, console=console())
     except CycloptsError as error:  # such as --dedup=maybe
         error.verbose = False
         raise InputError(f"{error} (--help describes all flags)") from error
-    if command is not job:  # the command that prints the help
-        command(*bound.args, **bound.kwargs)
-        raise SystemExit(0)
-    given: dict[str, Any] = dict.fromkeys(repr(token.partition("=")[0]) for token in unknown)
-    for name, value in bound.arguments.items():
-        single = isinstance(value, list) and len(value) == 1 and not _is_list(fields[name])
-        given[name] = value[0] if single else value
-    return given
+    if "unknown" in ignored:  # of a job, which reports them with all other errors
+        bound.arguments["unknown"] = unknown
+    elif unknown:
+        raise InputError(f"unknown argument {unknown[0]!r} (--help describes all flags)")
+    return command(**bound.arguments) or 0
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what libraries and other processes print on stdout to stderr."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _is_list(field: FieldInfo) -> bool:
     return get_origin(field.annotation) in (tuple, dict)
 
 
-def _flag(name: str, field: FieldInfo) -> Any:
+def _flag(field: FieldInfo, group: Group, *, greedy: bool) -> Any:
     """Return the annotation of a flag: its type on the command line, and its help."""
     default = field.default
     if isinstance(default, dict):
@@ -95,13 +156,13 @@ def _flag(name: str, field: FieldInfo) -> Any:
     text = " ".join(default) if isinstance(default, list | tuple) else str("" if default is None else default)
     shared: dict[str, Any] = {
         "help": ("(required) " if field.is_required() else "") + (field.description or ""),
-        "group": _COMMON_GROUP if name in COMMON else _EXPERT_GROUP,
+        "group": group,
         "show_default": False if field.is_required() or default is False or not text else lambda _: text,
     }
     if field.annotation is bool:
         return Annotated[bool | None, Parameter(**shared, allow_repeating=True)]
     options: dict[str, Any] = {} if _is_list(field) else {"converter": _last_values}
-    options |= {"metavar": _metavar(field.annotation), "consume_multiple": True, "negative": ()}
+    options |= {"metavar": _metavar(field.annotation), "consume_multiple": greedy or _is_list(field), "negative": ()}
     return Annotated[list[str] | None, Parameter(**shared, **options)]
 
 
@@ -124,10 +185,22 @@ def _metavar(annotation: Any) -> str:
     return {int: "N", float: "F", ByteSize: "BYTES", Path: "FILE"}.get(annotation, "TEXT")
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
-    """Read a YAML mapping; keys may be written with - or _."""
+def config_names() -> dict[str, str]:
+    """Return the configurations that come with msense: names, and the first line of each file."""
+    own = sorted((file for file in CONFIGS.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file.read_text().split("\n")[0].strip("# :.") for file in own}
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """Read a YAML mapping, of a file or of a configuration that comes with msense; keys may be written with - or _.
+
+    Raises:
+        InputError: there is no such file or configuration, or its content is no mapping of settings.
+    """
     try:
         path = Path(file)
+        if path.suffix == "" and path.name == file and file in config_names():
+            path = Path(str(CONFIGS / f"{file}.yaml"))
         if path.exists() and not path.is_file():  # opening a pipe would block
             raise ValueError("not a regular file")
         if (size := path.stat().st_size) > _MAX_YAML_BYTES:
@@ -137,5 +210,6 @@ def _read_yaml(file: str) -> dict[str, Any]:
             raise ValueError(f"a {type(values).__name__} instead of settings")
     except (*_YAML_ERRORS, yaml.YAMLError) as error:
         message = f"cannot read the config file {file!r}: {redact(str(error))}"
-        raise InputError(f"{message}\nIt must be UTF-8 text with lines `setting: value`.") from error
+        remedy = f"It must be UTF-8 text with lines `setting: value`, or one of {', '.join(config_names())}."
+        raise InputError(f"{message}\n{remedy}") from error
     return {str(key).replace("-", "_"): value for key, value in (values or {}).items()}

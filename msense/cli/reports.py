@@ -1,10 +1,12 @@
 """Tables that the jobs print when they end."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msense.cli.console import console, show_table, stage_rows
-from msense.evaluation.report import Evaluation, tables
 from msense.text import size
+
+if TYPE_CHECKING:
+    from msense.evaluation.report import Evaluation
 
 
 def show_build(summary: dict[str, Any]) -> None:
@@ -73,8 +75,10 @@ def show_finetuning(summary: dict[str, Any]) -> None:
     show_table("Fine-tuned teacher", rows)
 
 
-def show_evaluation(evaluation: Evaluation) -> None:
+def show_evaluation(evaluation: "Evaluation") -> None:
     """Print one table per task, and the table of costs."""
+    from msense.evaluation.report import tables  # slow to import
+
     for table in tables(evaluation):
         show_table(table.title, table.rows, table.head, table.what)
         console().print()

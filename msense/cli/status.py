@@ -1,12 +1,15 @@
-"""`python -m msense status RUN`: progress of a run, from its done-markers, manifest and journal."""
+"""`msense status RUN`: progress of a run, from its done-markers, manifest and journal."""
 
-from typing import Any
+import json
+import sys
+from typing import Any, NamedTuple
 
 from msense.cli.console import show_table
 from msense.errors import InputError
 from msense.io import storage
 from msense.io.untrusted import printable
 from msense.run.folder import RunFolder
+from msense.run.manifest import kind_of
 from msense.run.progress import format_progress
 from msense.text import size
 
@@ -14,20 +17,38 @@ DRIVERS_SHOWN = 10
 _RENAMED = {"occurrences": "embed"}  # stages in the summaries of older versions
 
 
-def show_status(run: str) -> None:
+class Progress(NamedTuple):
+    """How much of a stage is done."""
+
+    done: int
+    total: int | None  # None: not known yet
+    unit: str = ""  # empty: a single step
+
+    @property
+    def text(self) -> str:
+        """The progress in words."""
+        if not self.unit:
+            return "done" if self.done else "pending"
+        return f"{self.done}{'' if self.total is None else f' of {self.total}'} {self.unit}"
+
+
+def show_status(run: str, *, as_json: bool = False) -> None:
     """Print the progress of every stage of a run, and what its latest drivers did; raise InputError if it is not a run."""
     folder = RunFolder(storage.absolute(run))
     manifest = folder.read_manifest()
     if manifest is None:
         raise InputError(f"{run} is not a run folder: it has no valid manifest.json; give the --output of a build")
     try:
+        drivers = (storage.read_json(folder.journal) or {}).get("drivers", [])
+        if as_json:
+            sys.stdout.write(json.dumps(_as_json(folder, manifest, drivers)) + "\n")
+            return
         teacher = manifest["teacher"]
         rows = [
             ("teacher", f"{teacher['name']} ({teacher['dim']} dimensions, {manifest['pins']['dtype']})"),
             ("corpus", " ".join(manifest["corpus"])),
             *(_distillation_rows if "dictionary" in manifest else _build_rows)(folder, manifest),
         ]
-        drivers = (storage.read_json(folder.journal) or {}).get("drivers", [])
         rows += [_driver_row(number, record) for number, record in list(enumerate(drivers, 1))[-DRIVERS_SHOWN:]]
         show_table(f"Run {run}", rows)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -35,22 +56,43 @@ def show_status(run: str) -> None:
         raise InputError(f"{run} has records of another version of msense ({cause}): use that version") from error
 
 
+def _as_json(run: RunFolder, manifest: dict[str, Any], drivers: list[Any]) -> dict[str, Any]:
+    """Return the status as JSON values: `stages` has items done and in total (null: not known yet) by stage."""
+    kind = kind_of(manifest)
+    result = {"a dictionary": run.finished, "labels": run.label_manifest, "a student": run.student}[kind]
+    counts = _build_progress(run, manifest) if kind == "a dictionary" else _label_progress(_labels_of(run, manifest))
+    return {
+        "run": run.root,
+        "makes": kind.removeprefix("a "),
+        "teacher": manifest["teacher"]["name"],
+        "corpus": manifest["corpus"],
+        "finished": storage.exists(result),
+        "stages": {name: {"done": own.done, "total": own.total} for name, own in counts.items()},
+        "summary": (storage.read_json(run.summary) or {}).get("stages"),
+        "training": storage.read_json(run.progress),
+        "drivers": drivers,
+    }
+
+
+def _build_progress(run: RunFolder, manifest: dict[str, Any]) -> dict[str, Progress]:
+    totals = storage.read_json(run.partitions) or {}
+    partitions, shards = totals.get("units"), totals.get("shards")
+    fixed = isinstance(manifest.get("config", {}).get("senses", 0), int)
+    return {
+        "passages": Progress(_finished(run.passages, ".parquet"), None, "files"),
+        "plan": _done(run.thresholds),
+        "embed": Progress(_finished(run.occurrences, ".records"), partitions, "partitions"),
+        "embeddings": Progress(_finished(run.embeddings, ".embeddings"), partitions, "partitions"),
+        **({} if fixed else {"senses": _done(run.senses)}),
+        "clustering": Progress(_finished(run.centroids, prefix="0"), shards, "shards"),
+    }
+
+
 def _build_rows(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     finished = storage.read_json(run.finished)
     stages = {_RENAMED.get(name, name): stats for name, stats in (finished or {"stages": {}})["stages"].items()}
-    totals = storage.read_json(run.partitions)
-    of_partitions, of_shards = (f" of {totals['units']}", f" of {totals['shards']}") if totals else ("", "")
-    fixed = isinstance(manifest.get("config", {}).get("senses", 0), int)
-    counts = {
-        "passages": f"{_finished(run.passages, '.parquet')} files",
-        "plan": _done(run.thresholds),
-        "embed": f"{_finished(run.occurrences, '.records')}{of_partitions} partitions",
-        "embeddings": f"{_finished(run.embeddings, '.embeddings')}{of_partitions} partitions",
-        **({} if fixed else {"senses": _done(run.senses)}),
-        "clustering": f"{_finished(run.centroids, prefix='0')}{of_shards} shards",
-    }
     done = {name: f"done, {stats['seconds']:,.1f} s" for name, stats in stages.items()}
-    rows = [(name, done.get(name, text)) for name, text in counts.items()]
+    rows = [(name, done.get(name, own.text)) for name, own in _build_progress(run, manifest).items()]
     if not finished:
         return [*rows, ("dictionary", "pending; rerun the build command to resume")]
     stats = stages["dictionary"]
@@ -60,24 +102,33 @@ def _build_rows(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str
 
 
 def _distillation_rows(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [("dictionary", f"fingerprint {manifest['dictionary'][:12]}")]
+    rows = [("dictionary", f"fingerprint {manifest['dictionary'][:12]}"), *_label_rows(_labels_of(run, manifest))]
     if "training" not in manifest:
-        return rows + _label_rows(run)
-    place = storage.read_json(run.labels_place)  # the labels of older versions are in the run itself
-    rows += _label_rows(RunFolder(place["folder"] if place else run.root))
+        return rows
     finished = storage.exists(run.student)
     if (progress := storage.read_json(run.progress)) and not finished:
         rows.append(("training", format_progress(progress)))
     return [*rows, ("student", run.student if finished else "pending; rerun the distillation command to resume")]
 
 
-def _label_rows(run: RunFolder) -> list[tuple[str, str]]:
-    totals = storage.read_json(run.partitions)
-    of_partitions = f" of {totals['labels']}" if totals else ""
-    rows = []
+def _labels_of(run: RunFolder, manifest: dict[str, Any]) -> RunFolder:
+    """Return the run folder of the labels; those of older versions are in the student's run itself."""
+    place = storage.read_json(run.labels_place) if "training" in manifest else None
+    return RunFolder(place["folder"]) if place else RunFolder(run.root)
+
+
+def _label_progress(run: RunFolder) -> dict[str, Progress]:
+    totals = storage.read_json(run.partitions) or {}
+    counts = {}
     if files := _finished(run.passages, ".parquet"):  # otherwise those of the dictionary's run are used
-        rows += [("passages", f"{files} files"), ("plan", _done(run.thresholds))]
-    rows.append(("labels", f"{_finished(run.labels, '.safetensors', '0')}{of_partitions} partitions in {run.root}"))
+        counts = {"passages": Progress(files, None, "files"), "plan": _done(run.thresholds)}
+    done = _finished(run.labels, ".safetensors", "0")
+    return counts | {"labels": Progress(done, totals.get("labels"), "partitions")}
+
+
+def _label_rows(run: RunFolder) -> list[tuple[str, str]]:
+    rows = [(name, own.text) for name, own in _label_progress(run).items()]
+    rows[-1] = ("labels", f"{rows[-1][1]} in {run.root}")
     if labels := storage.read_json(run.label_manifest):
         names = ("passages", "spans", "held_out_passages", "tokens", "labelled", "size")
         total = {name: sum(partition.get(name, 0) for partition in labels["units"]) for name in names}
@@ -87,8 +138,8 @@ def _label_rows(run: RunFolder) -> list[tuple[str, str]]:
     return rows
 
 
-def _done(file: str) -> str:
-    return "done" if storage.stats_of(file) else "pending"
+def _done(file: str) -> Progress:
+    return Progress(int(storage.stats_of(file) is not None), 1)
 
 
 def _finished(folder: str, suffix: str = "", prefix: str = "") -> int:

@@ -5,7 +5,7 @@ import os.path
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -13,6 +13,7 @@ from msense.errors import InputError
 from msense.text import is_utf8, redact
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+HelpGroups = dict[str, tuple[str, ...]]  # of flags, by title
 TrainDtype = Annotated[
     Literal["auto", "float32", "bfloat16"],
     Field(description="dtype that training computes in; auto: bfloat16 where it is faster, otherwise float32"),
@@ -64,6 +65,7 @@ class JobConfig(BaseModel):
     """Settings of every job."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    help_groups: ClassVar[HelpGroups] = {}  # every field in the order of the help, common ones first
 
     workers: int | None = Field(None, ge=1, description="workers; default: one per GPU (or CPU), 1 with --local")
     local: bool = Field(False, description="run without Ray: in this process, or in N processes with --workers N")

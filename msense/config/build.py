@@ -1,12 +1,12 @@
 """Settings of a dictionary build."""
 
 from dataclasses import fields
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import ByteSize, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
 from msense.clustering.budget import DEFAULT_BUDGET, SenseBudget
-from msense.config.base import TeacherJobConfig, parse_pairs
+from msense.config.base import HelpGroups, TeacherJobConfig, parse_pairs
 from msense.constants import DEMO_TEACHER, MAX_EXEMPLARS, MAX_INT32, MAX_SENSES, Metric
 from msense.corpus.passages import PassageOptions
 from msense.teacher.spec import TeacherOptions
@@ -42,12 +42,28 @@ class PlanOptions(PassageOptions):
 
 
 class BuildConfig(PlanOptions, TeacherOptions, TeacherJobConfig):
-    """Settings of `jobs/build_dict.py`; each field is a flag and a key of the YAML file.
+    """Settings of `msense build`; each field is a flag and a key of the YAML file.
 
     Example:
         >>> BuildConfig(corpus=("texts.txt",), reference=True).metric
         'dot'
     """
+
+    help_groups: ClassVar[HelpGroups] = {
+        "Common options": ("corpus", "teacher", "senses", "output", "workers", "local", "dry_run"),
+        "Text": ("text_column", "id_column", "dedup", "stride", "sample", "on_bad_document"),
+        "Teacher": (
+            *("revision", "layer", "max_length", "prompt", "special_tokens", "dtype", "gpus_per_actor", "time_teacher"),
+        ),
+        "Senses": (
+            *("sense_budget", "mcl", "metric", "n_init", "max_occurrences", "coverage", "exemplars", "reference"),
+        ),
+        "Disk and memory": (
+            *("store_dtype", "keep", "keep_embeddings", "embeddings_dtype", "embeddings_budget", "max_points_per_part"),
+            "task_memory",
+        ),
+        "Run": ("seed", "log_level"),
+    }
 
     corpus: tuple[str, ...] = Field(
         (),
@@ -75,7 +91,7 @@ class BuildConfig(PlanOptions, TeacherOptions, TeacherJobConfig):
     output: str = Field("runs/dictionary", description="run folder or URI; the dictionary is its subfolder dictionary/")
     keep: tuple[Intermediate, ...] = Field(
         ("passages", "embeddings"),
-        description="intermediate files to keep after the build; passages and embeddings spare jobs/distill.py reading again",
+        description="intermediate files to keep after the build; passages and embeddings spare `msense distill` reading again",
     )
     keep_embeddings: Literal["auto", "all", "sample"] = Field(
         "auto",

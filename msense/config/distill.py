@@ -1,11 +1,11 @@
 """Settings of a distillation."""
 
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from msense.config.base import TeacherJobConfig, TrainDtype, parse_pairs
+from msense.config.base import HelpGroups, TeacherJobConfig, TrainDtype, parse_pairs
 from msense.constants import MAX_INT32, Metric
 from msense.corpus.spans import SPANS
 
@@ -32,7 +32,7 @@ _REFERENCE |= {"pooled": False, "epochs": 5, "schedule": "cosine", "train_embedd
 
 
 class DistillConfig(TeacherJobConfig):
-    """Settings of `jobs/distill.py`; each field is a flag and a key of the YAML file.
+    """Settings of `msense distill`; each field is a flag and a key of the YAML file.
 
     Example:
         >>> config = DistillConfig(dictionary="runs/demo", student="static", objective="sense pooled=10")
@@ -40,8 +40,29 @@ class DistillConfig(TeacherJobConfig):
         ({'sense': 1.0, 'pooled': 10.0}, 0.003)
     """
 
+    help_groups: ClassVar[HelpGroups] = {
+        "Common options": ("dictionary", "student", "corpus", "epochs", "output", "workers", "local", "dry_run"),
+        "Text": (
+            "queries",
+            "text_column",
+            "id_column",
+            "dedup",
+            "spans",
+            "train_tokens",
+            "held_out",
+            "on_bad_document",
+        ),
+        "Labels": ("teacher", "dtype", "soft_targets", "pooled", "labels", "gpus_per_actor", "time_teacher"),
+        "Losses": ("objective", "heads", "metric", "temperature", "reference"),
+        "Training": (
+            *("lr", "batch_tokens", "schedule", "warmup", "weight_decay", "clip", "accumulate", "train_embeddings"),
+            *("student_dtype", "deepspeed_stage", "checkpoint_steps"),
+        ),
+        "Run": ("ship_senses", "seed", "log_level"),
+    }
+
     dictionary: str = Field(description="folder or URI of the dictionary, or of the run that built it")
-    corpus: tuple[str, ...] = Field((), description="texts, as for build_dict.py; default: those of the dictionary")
+    corpus: tuple[str, ...] = Field((), description="texts, as for `msense build`; default: those of the dictionary")
     queries: tuple[str, ...] = Field((), description="short texts, such as real queries, to label as well; as --corpus")
     text_column: str = Field(
         "text", description="of --corpus and --queries: text column of jsonl, parquet and csv files"

@@ -1,10 +1,10 @@
 """Settings of a fine-tuning."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from msense.config.base import JobConfig, TrainDtype
+from msense.config.base import HelpGroups, JobConfig, TrainDtype
 from msense.constants import DEMO_TEACHER
 from msense.corpus.glue import GLUE, GlueTask, get_task
 from msense.corpus.labelled import Columns
@@ -14,13 +14,21 @@ _FREE = {"local", "workers", "output", "log_level"}  # without influence on the 
 
 
 class FinetuneConfig(JobConfig):
-    """Settings of `jobs/finetune.py`; each field is a flag and a key of the YAML file.
+    """Settings of `msense finetune`; each field is a flag and a key of the YAML file.
 
     Example:
         >>> config = FinetuneConfig(task="sentiment=data/sentiment", epochs=2)
         >>> config.name, config.source
         ('sentiment', 'data/sentiment')
     """
+
+    help_groups: ClassVar[HelpGroups] = {
+        "Common options": ("task", "teacher", "epochs", "lr", "output", "workers", "local"),
+        "Text": ("text_column", "label_column", "regression"),
+        "Teacher": ("revision", "pooling", "max_length"),
+        "Training": ("batch_size", "warmup", "weight_decay", "clip", "dropout", "train_dtype"),
+        "Run": ("seed", "log_level"),
+    }
 
     task: str = Field(
         description="NAME=DATA, where DATA is a folder with train and optionally dev or validation as csv, jsonl or "

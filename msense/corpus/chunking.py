@@ -13,16 +13,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 from tokenizers import Encoding, Tokenizer
 
+from msense.constants import LISTED_BAD_DOCUMENTS
 from msense.corpus import BadDocument, Document, InputSplit, read_documents
 from msense.corpus.passages import BLOCK_TOKENS, SCHEMA, Passages, PassageSpec, as_gaps
 from msense.errors import InputError
+from msense.hashing import hash64
 
 BATCH_DOCUMENTS = 256
 SLICE_CHARACTERS = 1 << 18
-LISTED_BAD_DOCUMENTS = 100
 _ItemT = TypeVar("_ItemT")
 _Offsets = list[tuple[int, int]]  # characters [start, stop) of each token
 
@@ -32,7 +32,7 @@ def passage_keys(document_id: str, count: int, seed: int) -> np.ndarray:
 
     The index is mixed in with the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
     """
-    base = xxhash.xxh3_64_intdigest(document_id.encode("utf-8", "surrogatepass"), seed=seed)
+    base = hash64(document_id.encode("utf-8", "surrogatepass"), seed=seed)
     z = np.uint64(base) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -227,7 +227,7 @@ def _add_documents(documents: list[Document], spec: PassageSpec, tokenizer: Toke
     for document, its_passages in zip(documents, passages, strict=True):
         keys = passage_keys(document.id, len(its_passages), spec.seed)
         for index, piece in enumerate(its_passages):
-            key = xxhash.xxh3_64_intdigest(piece.ids.tobytes(), seed=spec.seed) if spec.dedup else keys[index]
+            key = hash64(piece.ids.tobytes(), seed=spec.seed) if spec.dedup else keys[index]
             blocks.add(np.uint64(key), document.id, index, piece)
             tokens += len(piece.ids)
     return tokens

@@ -10,10 +10,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from msense.corpus import list_files, tables
 from msense.corpus.files import SourceFile, corpus_filesystem, read_errors
@@ -23,6 +22,9 @@ from msense.errors import InputError
 from msense.io.filesystems import display_uri
 from msense.io.untrusted import printable
 from msense.text import is_utf8
+
+if TYPE_CHECKING:
+    import pandas as pd  # of an extra
 
 _MAX_BYTES = 1 << 30  # per file
 _FORMATS = ("csv", "jsonl", "parquet")
@@ -95,6 +97,8 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
     Raises:
         InputError: the split is missing, corrupted or empty, lacks a column, or a text or label is missing.
     """
+    import pandas as pd
+
     columns = columns or Columns()
     if columns.label in columns.texts:
         raise InputError(
@@ -136,7 +140,7 @@ def find_pair_columns(source: str, part: str, labels: Sequence[str]) -> Columns:
     return Columns(texts, label)
 
 
-def _read_file(file: SourceFile, names: Sequence[str]) -> pd.DataFrame:
+def _read_file(file: SourceFile, names: Sequence[str]) -> "pd.DataFrame":
     """Read columns of a file."""
     shown = display_uri(file.uri)
     table = _read_table(file, names)
@@ -150,7 +154,7 @@ def _read_file(file: SourceFile, names: Sequence[str]) -> pd.DataFrame:
     return table.reindex(columns=list(names)) if not own else table[list(names)]
 
 
-def _read_table(file: SourceFile, names: Sequence[str] = ()) -> pd.DataFrame:
+def _read_table(file: SourceFile, names: Sequence[str] = ()) -> "pd.DataFrame":
     """Read the columns of a file, of parquet the values of these only."""
     shown = display_uri(file.uri)
     if file.size > _MAX_BYTES:
@@ -167,8 +171,10 @@ def _read_table(file: SourceFile, names: Sequence[str] = ()) -> pd.DataFrame:
             raise InputError(f"{shown}: cannot be read as {file.format} ({printable(error)}): correct it") from error
 
 
-def _json(stream: io.BufferedReader) -> pd.DataFrame:
+def _json(stream: io.BufferedReader) -> "pd.DataFrame":
     """Read the objects of a file, one per line."""
+    import pandas as pd
+
     rows = []
     for number, line in enumerate(stream, 1):
         if not (line := line.removeprefix(codecs.BOM_UTF8).strip()):
@@ -179,8 +185,10 @@ def _json(stream: io.BufferedReader) -> pd.DataFrame:
     return pd.DataFrame(rows, dtype=object)
 
 
-def _parquet(stream: Any, shown: str, names: Sequence[str]) -> pd.DataFrame:
+def _parquet(stream: Any, shown: str, names: Sequence[str]) -> "pd.DataFrame":
     """Read columns of texts, numbers or booleans; return a table without rows if none is given, or one is not there once."""
+    import pandas as pd
+
     file = tables.open_parquet(stream, shown)
     own = file.schema_arrow.names
     if not names or any(own.count(name) != 1 for name in names):
@@ -197,8 +205,10 @@ def _parquet(stream: Any, shown: str, names: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(columns, dtype=object)
 
 
-def _csv(stream: io.BufferedReader) -> pd.DataFrame:
+def _csv(stream: io.BufferedReader) -> "pd.DataFrame":
     """Read a csv file whose rows have exactly the fields of its header."""
+    import pandas as pd
+
     records = csv_records(stream, _MAX_BYTES)
     header: list[str] = []
     rows = []

@@ -15,14 +15,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import xxhash
-
 from msense.corpus import tables
 from msense.corpus.files import corpus_filesystem, read_errors
 from msense.corpus.pydocs import PARSE_ERRORS, docstrings, source_files
 from msense.corpus.splits import UNKNOWN, WHOLE, InputSplit
 from msense.corpus.streams import CHUNK_BYTES, open_text
 from msense.errors import InputError
+from msense.hashing import hash64
 from msense.io.filesystems import display_uri
 
 MAX_DOCUMENT_BYTES = 16 << 20  # of UTF-8; in jsonl and csv also of the line or record that contains the text
@@ -81,7 +80,7 @@ def read_documents(
     limit = int(sample * 2**64)
 
     def keep(name: str) -> bool:
-        return xxhash.xxh3_64_intdigest(f"{seed} {name}".encode("utf-8", "surrogatepass")) < limit
+        return hash64(f"{seed} {name}".encode("utf-8", "surrogatepass")) < limit
 
     with read_errors(split.uri, split.format):
         if split.format == "pydocs":

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 import regex
-import xxhash
+
+from msense.hashing import hash64
 
 KINDS = ("passage", "sentence", "run", "title", "query")  # numbers in the column `kind` of labels
 SPANS = KINDS[1:4]
@@ -80,4 +81,4 @@ def _runs(cut: list[tuple[int, int]], key: int) -> Iterator[tuple[int, int]]:
 
 def _draw(key: int, name: str, number: int) -> int:
     """Return 64 bits that depend on a passage's key, a name and a number."""
-    return xxhash.xxh3_64_intdigest(f"{key} {name} {number}".encode())
+    return hash64(f"{key} {name} {number}".encode())

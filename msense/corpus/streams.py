@@ -16,11 +16,6 @@ from typing import Any
 
 from msense.errors import InputError
 
-if sys.version_info >= (3, 14):
-    from compression.zstd import DecompressionParameter, ZstdError, ZstdFile
-else:
-    from backports.zstd import DecompressionParameter, ZstdError, ZstdFile
-
 CHUNK_BYTES = 1 << 18
 HEAD_BYTES = 1 << 16  # decides on encoding and line ends
 _LINE_BYTES = 16 << 20  # a first line with carriage returns may be as long
@@ -135,17 +130,26 @@ def _decodes(data: bytes, encoding: str) -> bool:
 
 def _decompressed(raw: Any, codec: str) -> Iterator[bytes]:
     """Yield the decompressed chunks of a file of one or several members or frames."""
-    options: dict[int, int] = {DecompressionParameter.window_log_max: _LONGEST_WINDOW}
+    opened, errors = (gzip.GzipFile(fileobj=raw), zlib.error) if codec == "gz" else _open_zstd(raw)
     size = 0
-    with gzip.GzipFile(fileobj=raw) if codec == "gz" else ZstdFile(raw, options=options) as stream:
+    with opened as stream:
         try:
             while chunk := stream.read(CHUNK_BYTES):
                 size += len(chunk)
                 if size > _MIN_UNPACKED_BYTES + _MAX_RATIO * raw.tell():
                     raise OSError(f"its decompressed size exceeds {_MAX_RATIO} times its own")
                 yield chunk
-        except (EOFError, zlib.error, ZstdError) as error:
+        except (EOFError, errors) as error:
             raise OSError(str(error)) from error
+
+
+def _open_zstd(raw: Any) -> tuple[Any, type[Exception]]:
+    """Return a stream of a zstd file and the type of its errors; the package is of the extra `build`."""
+    if sys.version_info >= (3, 14):
+        from compression.zstd import DecompressionParameter, ZstdError, ZstdFile
+    else:
+        from backports.zstd import DecompressionParameter, ZstdError, ZstdFile
+    return ZstdFile(raw, options={DecompressionParameter.window_log_max: _LONGEST_WINDOW}), ZstdError
 
 
 def _converted(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:

@@ -3,14 +3,13 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from msense.config.base import JobConfig
+from msense.config.base import HelpGroups, JobConfig
 from msense.constants import MAX_INT32
-from msense.evaluation.spec import MODELS, TASKS, Spec, TaskSpec, check_names, parse_model, parse_task
-from msense.evaluation.tasks.mteb import PAPER_TASKS
+from msense.evaluation.spec import MODELS, PAPER_TASKS, TASKS, Spec, TaskSpec, check_names, parse_model, parse_task
 
 ALL_OF_PAPER = "mteb:paper"
 _MODELS, _TASKS = ("; ".join(f"{word}: {meaning}" for word, meaning in known.items()) for known in (MODELS, TASKS))
@@ -18,13 +17,20 @@ Shots = Annotated[str, Field(pattern="^(full|[1-9][0-9]{0,8})$", coerce_numbers_
 
 
 class EvaluateConfig(JobConfig):
-    """Settings of `jobs/evaluate.py`; each field is a flag and a YAML key.
+    """Settings of `msense evaluate`; each field is a flag and a YAML key.
 
     Example:
         >>> config = EvaluateConfig(model=("teacher", "truncated:2"), task=("banking77=data/banking77",))
         >>> [spec.name for spec in config.specs("all-MiniLM-L6-v2")]
         ['teacher', 'truncated:2']
     """
+
+    help_groups: ClassVar[HelpGroups] = {
+        "Common options": ("model", "task", "teacher", "output", "workers", "local"),
+        "Text": ("shots", "draws", "text_column", "label_column", "pair_columns"),
+        "Models": ("revision", "dtype", "model2vec_python", "cost", "threads"),
+        "Run": ("seed", "log_level"),
+    }
 
     model: tuple[str, ...] = Field(
         min_length=1,

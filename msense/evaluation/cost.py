@@ -67,6 +67,13 @@ def measure(specs: Sequence[Spec], texts: Sequence[str], device: str, threads: i
     return costs
 
 
+def compare_speed(specs: Sequence[Spec], texts: Sequence[str], device: str, threads: int) -> dict[str, float]:
+    """Return the texts per second of every model by name, timed side by side; median over rounds."""
+    with ExitStack() as stack:
+        models = {spec.name: stack.enter_context(open_model(spec, device, threads)) for spec in specs}
+        return {name: len(texts) / float(np.median(own)) for name, own in _time_interleaved(models, texts).items()}
+
+
 def _time_interleaved(models: dict[str, Any], texts: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the seconds of each model, float64 [rounds]; models alternate within a round."""
     for model in models.values():

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
-from scipy import stats
 
 from msense.metrics import LABEL_METRICS, METRICS
 
@@ -95,6 +94,8 @@ def difference(a: Result, b: Result, seed: int = 0) -> Difference:
     data, statistic = _of_values(a, b) if a.gold is None else _of_texts(a, b)
     if len(data[0]) < 2:  # every resample is the sample itself
         return Difference(gain, gain, gain)
+    from scipy import stats  # of an extra, and slow to import
+
     interval = stats.bootstrap(
         data,
         statistic,

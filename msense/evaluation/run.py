@@ -7,12 +7,10 @@ reused if its key (weights, dictionary, data, settings, versions) is unchanged. 
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 from msense.constants import DEMO_TEACHER
 from msense.dictionary import SenseDictionary
-from msense.errors import InputError
 from msense.evaluation import cost
 from msense.evaluation.cache_keys import data_key, digest, model_key, teacher_key, versions
 from msense.evaluation.config import EvaluateConfig
@@ -22,6 +20,7 @@ from msense.evaluation.result import Result
 from msense.evaluation.search import Bm25
 from msense.evaluation.spec import Spec
 from msense.evaluation.tasks import mteb
+from msense.extras import require
 from msense.run.folder import RunFolder, resolve_output
 from msense.runtime import Executor, open_executor
 from msense.student.files import load_student, student_folder
@@ -85,8 +84,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _check_packages(kinds: set[str]) -> None:
     """Raise InputError for optional packages that kinds of models and tasks need, now rather than after hours."""
-    if missing := [name for name, own in PACKAGES.items() if own & kinds and find_spec(name) is None]:
-        raise InputError(f"this evaluation needs {', '.join(missing)}, not installed: pip install msense[evaluation]")
+    require("evaluation", "this evaluation", tuple(name for name, own in PACKAGES.items() if own & kinds))
 
 
 def _teacher_of(config: EvaluateConfig) -> str:

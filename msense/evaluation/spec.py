@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from msense.constants import Metric
+from msense.constants import DEFAULT_TEMPERATURE, Metric, Replace
 from msense.corpus.glue import GLUE
 from msense.errors import InputError
 from msense.io import storage
-from msense.student.encoder import DEFAULT_TEMPERATURE, Replace
 from msense.text import redact
 
 ModelKind = Literal["teacher", "replaced", "student", "truncated", "model2vec", "bm25", "encoder"]
@@ -36,14 +35,19 @@ TASKS = {
     "similarity:NAME=DATA": "semantic similarity; DATA has pairs of texts with scores in test (or ,split=SPLIT) as csv, jsonl or "
     "parquet",
     "pairs:NAME=DATA": "pair classification; the same with labels 0 and 1",
-    "classifier:NAME=DATA": "text classification by the teacher's own classifier, trained with jobs/finetune.py; a GLUE task "
+    "classifier:NAME=DATA": "text classification by the teacher's own classifier, trained with `msense finetune`; a GLUE task "
     "as NAME sets columns and metrics and needs no =DATA",
     "mteb:NAME=DATA": "text classification by the mteb package; mteb:retrieval:NAME=DATA, mteb:similarity:NAME=DATA and "
     "mteb:pairs:NAME=DATA for the other kinds; without =DATA one of its own tasks, from the Hub",
     "wordsim=DIR": "word similarity: *.txt with lines of word, word, score",
     "coarsewsd=DIR": "word sense disambiguation: DIR/WORD/{train,test}.{data,gold}.txt",
-    "tokens:NAME=CORPUS": "token embeddings and senses against the teacher's, on any text that build_dict.py reads",
+    "tokens:NAME=CORPUS": "token embeddings and senses against the teacher's, on any text that `msense build` reads",
 }
+_OF_PAPER = (  # of Wang et al. (2025), by the names in their code; mteb now has a `.v2` of most
+    "Arxiv Banking77 DBpedia Emotion FinancialPhrasebank FrenkEn Imdb CanadaTaxCourtOutcomesLegalBench News Patent "
+    "PoemSentiment ToxicChat ToxicConversations TweetSentimentExtraction TweetTopicSingle YelpReviewFull"
+)
+PAPER_TASKS = tuple(f"{name}Classification" for name in _OF_PAPER.split())
 _LABEL = re.compile(r"([A-Za-z0-9][\w ,.+-]{0,60})=(.+)", re.DOTALL)  # no colon or slash, which models contain
 
 

@@ -15,15 +15,18 @@ from fsspec import AbstractFileSystem
 from safetensors import SafetensorError
 
 from msense.errors import InputError, MsenseError
+from msense.extras import install_command
 from msense.text import first_line
 
 S3_CREDENTIALS = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an IAM role"
 S3_ATTEMPTS = 6
 _S3 = ("s3", "s3a")
 _BUCKET = re.compile(r"(?:^|::)(s3|s3a|gs|gcs)://([^/]*)")
-STORE_PACKAGES = {  # of object stores
-    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs",
-}  # fmt: skip
+OBJECT_STORES = {  # scheme: what installs its client
+    **dict.fromkeys(("s3", "s3a"), install_command("s3")),
+    **dict.fromkeys(("gs", "gcs"), install_command("gcs")),
+    **dict.fromkeys(("az", "abfs"), "pip install adlfs"),
+}
 
 
 def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
@@ -37,7 +40,7 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     try:
         fs, path = fsspec.core.url_to_fs(uri, **_options(scheme))
     except ImportError as error:
-        remedy = f"pip install {STORE_PACKAGES[scheme]}" if scheme in STORE_PACKAGES else str(error)
+        remedy = OBJECT_STORES.get(scheme, str(error))
         raise InputError(f"{display_uri(uri)}: {scheme}:// needs a package that is not installed: {remedy}") from error
     except ValueError as error:
         raise InputError(f"{display_uri(uri)}: {error}; use a local path, or s3://, gs:// or hf://") from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from msense.errors import InputError
-from msense.io.filesystems import STORE_PACKAGES, display_uri, filesystem, is_local, open_file, storage_errors
+from msense.io.filesystems import OBJECT_STORES, display_uri, filesystem, is_local, open_file, storage_errors
 from msense.io.scratch import atomic_path, scratch_folder
 from msense.io.untrusted import reject_duplicate_keys
 
@@ -54,7 +54,7 @@ def remove(uri: str) -> None:
 def make_folder(uri: str) -> None:
     """Create a folder and its parents; object stores have no folders, and their client would create a bucket."""
     fs, path = filesystem(uri)
-    if uri.partition("://")[0] not in STORE_PACKAGES:
+    if uri.partition("://")[0] not in OBJECT_STORES:
         with storage_errors(uri, "write"):
             fs.makedirs(path, exist_ok=True)
 

@@ -20,6 +20,7 @@ from msense.constants import DEMO_TEACHER, MAX_TOKEN_NUMBERS
 from msense.corpus import SourceFile, display_uri, list_files
 from msense.corpus.passages import PassageSpec
 from msense.errors import InputError
+from msense.extras import require
 from msense.io import storage
 from msense.io.arrays import load_arrays
 from msense.io.filesystems import filesystem, is_local
@@ -74,6 +75,7 @@ def build_dictionary(config: BuildConfig, executor: Executor | None = None) -> d
         >>> summary = build_dictionary(BuildConfig(corpus=("texts.txt",), teacher="encoder", output="run", local=True))
         >>> dictionary = SenseDictionary.load(summary["dictionary"])
     """
+    require("build", "building a dictionary")
     scale = config.sample if config.dry_run else 1.0
     if not config.corpus and config.teacher:
         raise InputError("no corpus: give the location of the text with --corpus (--help lists the supported formats)")

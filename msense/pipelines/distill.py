@@ -15,6 +15,7 @@ from typing import Any
 from msense.config.distill import DistillConfig
 from msense.corpus import display_uri, list_files
 from msense.errors import InputError, MsenseError
+from msense.extras import require
 from msense.io import storage
 from msense.pipelines.distill_inputs import DistillInputs, list_original_text, load_inputs
 from msense.pipelines.dry_run import estimate_resources
@@ -65,6 +66,7 @@ def distill_student(config: DistillConfig, executor: Executor | None = None) -> 
         >>> summary = distill_student(DistillConfig(dictionary="run", student="static", output="student", local=True))
         >>> encoder = SenseEncoder.from_pretrained(summary["student"])
     """
+    require("train", "distilling a student")
     source = load_inputs(config)
     root = resolve_output(config.output)
     inputs = _label_inputs(config, source) | {"training": config.of_training()}

@@ -109,7 +109,7 @@ def _folders(given: str) -> tuple[str, RunFolder | None]:
             run = RunFolder(root)
             return folder, run if root and run.dictionary == folder and storage.exists(run.finished) else None
     raise InputError(
-        f"there is no dictionary at {display_uri(given)}: give a dictionary folder, or a finished run of build_dict.py"
+        f"there is no dictionary at {display_uri(given)}: give a dictionary folder, or a finished run of `msense build`"
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from msense.config.finetune import FinetuneConfig
 from msense.corpus.glue import DEV, TRAIN, Texts, pair_separator, read_split
 from msense.errors import InputError
+from msense.extras import require
 from msense.io import storage
 from msense.io.storage import join
 from msense.pipelines.job import training_dtype
@@ -29,7 +30,7 @@ from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
 from msense.training.finetuner import TEACHER, FinetuneSettings, train_teacher
 
 logger = logging.getLogger(__name__)
-CORPUS = "corpus.jsonl"  # the training texts, as a corpus for build_dict.py
+CORPUS = "corpus.jsonl"  # the training texts, as a corpus for `msense build`
 DONE = "training.json"
 
 
@@ -46,6 +47,7 @@ def finetune(config: FinetuneConfig, executor: Executor | None = None) -> dict[s
         >>> summary = finetune(FinetuneConfig(task="sst2", output="runs/teacher"))
         >>> summary["epochs"][-1]["train_loss"]
     """
+    require("train", "fine-tuning a teacher")
     run = RunFolder(resolve_output(config.output))
     options = TeacherOptions(revision=config.revision, max_length=config.max_length)
     info, tokenizer = load_teacher_info(config.teacher, options)
@@ -102,7 +104,7 @@ def _check_folder(config: FinetuneConfig, run: RunFolder, teacher: str) -> None:
     if Path(config.teacher).is_dir() and Path(config.teacher).resolve() == Path(teacher).resolve():
         raise InputError(f"--teacher {config.teacher} is the folder to be written: give another --output")
     if storage.exists(teacher) and not storage.exists(run.training):
-        raise InputError(f"{teacher} exists, but was not written by jobs/finetune.py: give another --output")
+        raise InputError(f"{teacher} exists, but was not written by `msense finetune`: give another --output")
 
 
 def _labels(config: FinetuneConfig, texts: Texts) -> tuple[str, ...] | None:

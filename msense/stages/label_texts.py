@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import xxhash
 from tokenizers import Tokenizer
 
 from msense.constants import Metric
@@ -17,6 +16,7 @@ from msense.corpus.chunking import encode_texts
 from msense.corpus.passages import Passages, read_block, read_texts
 from msense.corpus.spans import KINDS, MIN_TOKENS, spans_of
 from msense.errors import InputError
+from msense.hashing import hash64
 from msense.io import storage
 from msense.io.arrays import load_arrays, open_parquet
 from msense.run.folder import RunFolder
@@ -286,7 +286,7 @@ def _held_out(uri: str, block: int, share: float, by: HeldOutBy) -> np.ndarray:
         return _drawn(column.to_numpy(), share)
     documents = column.dictionary_encode()
     drawn = [
-        xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"), seed=HELD_OUT_SALT) < share * 2**64
+        hash64(name.encode("utf-8", "surrogatepass"), seed=HELD_OUT_SALT) < share * 2**64
         for name in documents.dictionary.to_pylist()
     ]
     return np.array(drawn, dtype=bool)[documents.indices.to_numpy()]

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from msense.constants import LISTED_BAD_DOCUMENTS
 from msense.corpus import (
     WHOLE,
     InputSplit,
@@ -22,7 +23,7 @@ from msense.corpus import (
     display_uri,
     number_splits,
 )
-from msense.corpus.chunking import LISTED_BAD_DOCUMENTS, write_passages
+from msense.corpus.chunking import write_passages
 from msense.corpus.passages import PassageOptions, PassageSpec
 from msense.errors import InputError
 from msense.io import storage

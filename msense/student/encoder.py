@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msense.constants import DEFAULT_TEMPERATURE, Replace
 from msense.dictionary import SenseDictionary
 from msense.errors import InputError, StudentError
 from msense.student.config import check_dictionary
@@ -25,7 +26,7 @@ from msense.student.static import TokenTable
 from msense.student.static_inference import StaticEncoder, split_by_size
 from msense.student.streaming import check_positive, check_texts, chunks, map_in_order, progress_bar
 from msense.student.student import Student
-from msense.student.token_senses import DEFAULT_TEMPERATURE, TokenSense, kept_tokens, token_senses
+from msense.student.token_senses import TokenSense, kept_tokens, token_senses
 from msense.student.tokenizer import StudentTokenizer, pad_ids
 from msense.student.vectors import Precision, Vectors, check_precision, quantize, similarity, similarity_pairwise
 from msense.teacher.batching import TOKEN_BUDGET, token_batches
@@ -37,7 +38,6 @@ _STATIC_TOKENS = 1 << 16  # tokens per step of a static student's progress bar
 _REPLACED = 1 << 23  # numbers replaced at once: replacement is faster with more occurrences of each token
 # names of prompts by kind of text; the first that exists counts, as in sentence-transformers
 _PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus")}
-Replace = Literal["hard", "soft"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 

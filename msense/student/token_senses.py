@@ -8,11 +8,10 @@ import torch
 from tokenizers import Encoding
 from torch import Tensor
 
+from msense.constants import DEFAULT_TEMPERATURE
 from msense.dictionary import SenseDictionary
 from msense.dictionary.contexts import Exemplar
 from msense.text import clean
-
-DEFAULT_TEMPERATURE = 1 / 3  # in units of the dictionary's mean squared distance
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def load_classifier(folder: str | Path) -> Classifier:
     inner = Path(folder, FOLDER)
     if not inner.is_dir():
         raise InputError(
-            f"{folder} has no classifier: fine-tune a teacher with jobs/finetune.py and give its output as --teacher"
+            f"{folder} has no classifier: fine-tune a teacher with `msense finetune` and give its output as --teacher"
         )
     config_path, weights_path = (CLASSIFIER.inside(inner / name, Path(folder)) for name in (CONFIG, WEIGHTS))
     config = CLASSIFIER.read_config(config_path, ClassifierConfig)

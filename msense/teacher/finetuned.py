@@ -121,8 +121,8 @@ The body and its tokenizer load like those of any encoder; `classifier/` compute
 this teacher, and students trained on them, are evaluated with that classifier:
 
 ```
-python jobs/build_dict.py --teacher THIS_FOLDER --corpus corpus.jsonl --output runs/senses
-python jobs/evaluate.py --teacher THIS_FOLDER --model teacher --model replaced:runs/senses --task classifier:NAME=DATA
+msense build --teacher THIS_FOLDER --corpus corpus.jsonl --output runs/senses
+msense evaluate --teacher THIS_FOLDER --model teacher --model replaced:runs/senses --task classifier:NAME=DATA
 ```
 
 ## Licence

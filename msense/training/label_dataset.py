@@ -27,7 +27,7 @@ POOL_BATCHES = 64  # batches whose passages are sorted by length together
 _LONGEST = 1 << 24  # tokens of a passage
 _DTYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "F16": "<f2", "U8": "|u1"}
 _SUM_TOLERANCE = 0.01  # of the sum of weights stored in float16
-LABELS = Artefact("set of labels", "run jobs/distill.py again to regenerate it", InputError)
+LABELS = Artefact("set of labels", "run `msense distill` again to regenerate it", InputError)
 _SPANS = [KINDS.index(name) for name in SPANS]
 _PER_PASSAGE = ("offsets", "held_out", "kind", "pooled")
 HeldOutBy = Literal["documents", "passages"]
@@ -159,7 +159,7 @@ class LabelSet:
         stored = storage.read_json(names.label_manifest)
         if stored is None:
             problem = "corrupted labels" if storage.exists(names.label_manifest) else "no finished labels"
-            raise InputError(f"{run} has {problem} (labels/labels.json): run jobs/distill.py on it again")
+            raise InputError(f"{run} has {problem} (labels/labels.json): run `msense distill` on it again")
         manifest = LABELS.valid(Path(names.label_manifest), LabelManifest, json.dumps(stored).encode())
         folder = storage.local_copy(names.labels)
         file = folder / Path(names.label_senses).name
@@ -292,4 +292,4 @@ def _map_columns(file: Path, expected: TensorSpecs) -> dict[str, np.ndarray]:
 
 
 def _corrupted(path: Path, why: str) -> InputError:
-    return InputError(f"the labels in {path} are corrupted ({why}): run jobs/distill.py again to regenerate them")
+    return InputError(f"the labels in {path} are corrupted ({why}): run `msense distill` again to regenerate them")

@@ -4,24 +4,21 @@ Every run also checks that there is no traceback, control character or secret on
 folder, and no dictionary unless the exit code is 0.
 """
 
-import importlib.util
 import json
 import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from msense.cli.console import run_job
+from msense.__main__ import main
 from msense.corpus import cut_splits
 
 MakeTeacher = Callable[..., Path]
@@ -48,14 +45,6 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
-def job() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_dict_job", Path(__file__).parents[2] / "jobs/build_dict.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def good_teacher(make_teacher: MakeTeacher) -> Path:
     return make_teacher("bert")
 
@@ -66,20 +55,16 @@ def teacher(tmp_path: Path, good_teacher: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, job: ModuleType, teacher: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, teacher: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Return a function that runs the job with valid settings, overridden by the given flags."""
 
     def call(*flags: object) -> Outcome:
         (tmp_path / "good.txt").write_text("\n".join(LINES * 3))
         good = ["--local", "--teacher", teacher, "--output", tmp_path / "run"]
         good += [] if "--corpus" in flags else ["--corpus", tmp_path / "good.txt"]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in ("build_dict.py", *good, "--exemplars", 0, *flags)])
         monkeypatch.setattr(logging.root, "handlers", [])  # so that log lines go to stderr, as for a user
         capfd.readouterr()
-        try:
-            code = run_job(job.main)
-        except SystemExit as stop:  # --help
-            code = stop.code
+        code = main([str(word) for word in ("build", *good, "--exemplars", 0, *flags)])
         text = "".join(capfd.readouterr())
         assert "Traceback" not in text
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)

@@ -147,18 +147,6 @@ def test_what_a_text_lacks_is_explained(
     assert "the text has no tokens" in capsys.readouterr().out
 
 
-USAGE = [(["show", "--help"], "--exemplars"), (["show", "x"], "WORD"), ([], "COMMAND")]
-
-
-@pytest.mark.parametrize(("arguments", "text"), [*USAGE, (["show", "x", "y", "--senses", "-1"], "'-1'")])
-def test_usage(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    captured = capsys.readouterr()
-    assert text in captured.out + captured.err
-    assert stopped.value.code == (0 if "--help" in arguments else 2)
-
-
 def test_clean() -> None:
     assert clean("plain text, \x1b[1;31mred\x1b[m, \x1bcreset") == "plain text, red, reset"
     assert clean("\x1b]8;;http://x\x1b\\link\x1b]8;;\x07") == "link"

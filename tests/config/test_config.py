@@ -1,9 +1,6 @@
 """Settings: validation, values that follow from others, and which settings the results depend on."""
 
-from pathlib import Path
-
 import pytest
-import yaml
 
 from msense.config.base import validate_config
 from msense.config.build import BuildConfig
@@ -71,14 +68,3 @@ def test_all_errors_are_reported_at_once() -> None:
     for weights in (["sense=0"], ["sense=nan"], ["sense="], []):
         with pytest.raises(InputError, match="objective"):
             distill(objective=weights)
-
-
-def test_named_configurations_are_valid() -> None:
-    files = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
-    assert {path.stem.rpartition("-")[2] for path in files} == {"dictionary", "student"}
-    for path in files:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if path.stem.endswith("-student"):
-            validate_config(DistillConfig, {**values, "dictionary": "runs/dictionary"})
-        else:
-            validate_config(BuildConfig, values)

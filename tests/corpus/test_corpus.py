@@ -127,7 +127,7 @@ def test_fingerprints_change_with_the_content_and_contain_no_path(tmp_path: Path
 
 def test_a_missing_storage_package_is_named(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(InputError, match=r"gs://b/a.txt: gs:// needs .* not installed: pip install gcsfs$"):
+    with pytest.raises(InputError, match=r"gs://b/a.txt: gs:// needs .* not installed: pip install \"msense\[gcs\]\"$"):
         list_files(["gs://b/a.txt"])
 
 

@@ -16,9 +16,10 @@ from task_data import Encoder, write_task
 from msense.corpus.labelled import Columns
 from msense.errors import InputError
 from msense.evaluation.result import Result
+from msense.evaluation.spec import PAPER_TASKS
 from msense.evaluation.tasks import classification, mteb
 from msense.evaluation.tasks.classification import Protocol
-from msense.evaluation.tasks.mteb import PAPER_TASKS, MtebEncoder, measure
+from msense.evaluation.tasks.mteb import MtebEncoder, measure
 from msense.metrics import METRICS
 
 CLASSES, TRAIN, TEST = 4, 20, 30

@@ -88,7 +88,7 @@ def link(folder: Path) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (shutil.rmtree, "has no classifier.*jobs/finetune.py"),
+    "missing": (shutil.rmtree, "has no classifier.*`msense finetune`"),
     "no weights": (lambda f: (f / "classifier.safetensors").unlink(), "is missing"),
     "link": (link, "outside the classifier"),
     "duplicate label": (config_of(labels=["a", "a"]), "labels.*twice"),
@@ -371,7 +371,7 @@ def test_nothing_of_a_previous_teacher_remains(tune: Tune, make_teacher: MakeTea
 def test_input_and_foreign_folders_are_not_replaced(tune: Tune, teacher: Path, tmp_path: Path) -> None:
     source = toy(tmp_path / "toy")
     shutil.copytree(teacher, tmp_path / "out" / "teacher")
-    with pytest.raises(InputError, match=r"not written by jobs/finetune\.py"):
+    with pytest.raises(InputError, match="not written by `msense finetune`"):
         tune(source)
     with pytest.raises(InputError, match="is the folder to be written"):
         tune(source, teacher=str(tmp_path / "out" / "teacher"))

@@ -3,10 +3,10 @@
 import logging
 
 import pytest
+from command_line import parse_flags
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msense.cli.flags import parse_flags
 from msense.config.build import BuildConfig
 from msense.errors import InputError
 from msense.runtime.ray_executor import RayExecutor
@@ -102,9 +102,9 @@ def test_planned_work_fits(nodes: list[Node], workers: int | None, share: float)
 
 
 def test_settings() -> None:
-    assert parse_flags(BuildConfig, "x", ["--task-memory", "4GB"]).task_memory == 4 * GB
+    assert parse_flags(BuildConfig, ["--task-memory", "4GB"]).task_memory == 4 * GB
     with pytest.raises(InputError, match=r"gpus_per_actor.*\n.*task_memory"):
-        parse_flags(BuildConfig, "x", ["--gpus-per-actor", "2", "--task-memory", "much"])
+        parse_flags(BuildConfig, ["--gpus-per-actor", "2", "--task-memory", "much"])
 
 
 def test_the_resources_of_a_local_ray(ray: None) -> None:

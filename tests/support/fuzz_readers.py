@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from command_line import parse_flags
 from fuzzing import Reader
 from task_data import write_contexts as write_task_contexts
 from tiny import exemplars, with_tokenizer, word_piece
 
 from msense import SenseDictionary, SenseEncoder
-from msense.cli.flags import parse_flags
 from msense.cli.status import show_status
 from msense.config.build import BuildConfig
 from msense.corpus import cut_splits, list_files
@@ -110,7 +110,7 @@ def run_folder(folder: Path) -> object:
 
 
 def settings(folder: Path) -> object:
-    return parse_flags(BuildConfig, "", ["--config", str(folder / "run.yaml")]).model_dump()
+    return parse_flags(BuildConfig, ["--config", str(folder / "run.yaml")]).model_dump()
 
 
 def corpus(folder: Path) -> object:

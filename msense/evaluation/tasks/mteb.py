@@ -25,21 +25,16 @@ from msense.corpus.labelled import Columns, read_labelled
 from msense.errors import InputError
 from msense.evaluation.models import Model, encode_as
 from msense.evaluation.result import Result
-from msense.evaluation.spec import OfVectors, TaskSpec
+from msense.evaluation.spec import PAPER_TASKS, OfVectors, TaskSpec
 from msense.evaluation.tasks.classification import PARTS, Protocol, check_labels
 from msense.text import first_line, redact
 
-_OF_PAPER = (  # of Wang et al. (2025), by the names in their code; mteb now has a `.v2` of most
-    "Arxiv Banking77 DBpedia Emotion FinancialPhrasebank FrenkEn Imdb CanadaTaxCourtOutcomesLegalBench News Patent "
-    "PoemSentiment ToxicChat ToxicConversations TweetSentimentExtraction TweetTopicSingle YelpReviewFull"
-)
 KINDS: dict[str, OfVectors | Literal[""]] = {  # of msense, by mteb's type
     "Classification": "",
     "Retrieval": "retrieval",
     "STS": "similarity",
     "PairClassification": "pairs",
 }
-PAPER_TASKS = tuple(f"{name}Classification" for name in _OF_PAPER.split())
 
 
 class MtebEncoder:

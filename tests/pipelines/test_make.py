@@ -1,0 +1,43 @@
+"""`msense make`: from a text to a measured student, and the same command again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from msense import SenseDictionary, SenseEncoder
+from msense.__main__ import main
+
+LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on the mat", "the river runs full !"]
+
+
+def test_make_builds_distills_measures_and_resumes(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(f"{a} {b}" for a in LINES for b in LINES) * 4)
+    (tmp_path / "small.yaml").write_text("epochs: 2\nsenses: 2\nheld_out: 0.3\n")
+    output = tmp_path / "out"
+    words = ["make", str(tmp_path / "texts.txt"), "--teacher", str(teacher), "--student", "static", "--local"]
+    words += ["--config", str(tmp_path / "small.yaml"), "--output", str(output)]
+    assert main(words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("cosine to the teacher", "always the most frequent sense", "times the teacher", f"{output}/student"):
+        assert text in shown
+    assert f"msense show {output}/dictionary WORD" in shown
+    written = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    assert main([*words, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == written
+    assert made["teacher"] == str(teacher)
+    assert set(made["held_out"]) >= {"accuracy", "frequent", "pooled_cosine"}
+    assert min(made["texts_per_second"].values()) > 0
+    assert made["texts_per_second"].keys() == {"teacher", "student"}
+    assert SenseEncoder.from_pretrained(made["student"]).encode(["the bank"]).shape == (1, 16)
+    assert len(SenseDictionary.load(made["dictionary"]))
+    assert main(["status", made["student"], "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["makes"], status["finished"], status["stages"]["labels"]) == (
+        "student",
+        True,
+        {"done": 1, "total": 1},
+    )
