@@ -13,6 +13,7 @@ from cyclopts import App, Parameter, validators
 from msense.cli.console import run_job
 from msense.cli.flags import call, config_names
 from msense.constants import VERSION
+from msense.errors import InputError
 
 _RESUMES = "Run the same command again after an interruption to resume."
 _JOBS = {  # module of msense.cli: help, whose first sentence is in the list of commands
@@ -47,7 +48,8 @@ Configurations for --config:
 _SHOW_EXAMPLES = """\
 Examples:
   msense show runs/demo key cell
-  msense show runs/demo key --senses 3 --exemplars 5"""
+  msense show runs/demo key --senses 3 --exemplars 5
+  msense show runs/student --text "The key fits the lock."\n"""
 _STATUS_EXAMPLES = """\
 Examples:
   msense status runs/demo
@@ -81,22 +83,28 @@ def make_app() -> App:
 
 def show(
     dictionary: str,
-    words: Annotated[list[str], Parameter(consume_multiple=True, negative=())],
+    words: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     *,
+    text: str | None = None,
     exemplars: _Count = 3,
     senses: _Count = 6,
 ) -> int:
-    """Show the senses of words, most frequent first, with the contexts nearest to each.
+    """Show the senses of words, most frequent first, with the contexts nearest to each; or those in a text.
 
     Args:
-        dictionary: folder or URI of a dictionary, or of the run that built it
+        dictionary: folder or URI of a dictionary, or of the run that built it; with --text, of a student
         words: words to look up, in upper and lower case
+        text: a text whose words are shown with the senses that the student sees in it
         exemplars: maximum contexts per sense
         senses: maximum senses per token
     """
-    from msense.cli.show import show_words
+    from msense.cli.show import show_text, show_words
 
-    return show_words(dictionary, words, exemplars, senses)
+    if (text is None) == (not words):
+        raise InputError(
+            "give either words to look up or --text: msense show DICTIONARY WORD, msense show STUDENT --text TEXT"
+        )
+    return show_words(dictionary, words or [], exemplars, senses) if text is None else show_text(dictionary, text)
 
 
 def status(run: str, *, json: Annotated[bool, Parameter(negative=())] = False) -> None:

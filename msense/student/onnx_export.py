@@ -1,12 +1,12 @@
 """A student as an ONNX model, from token ids to sentence vectors, for onnxruntime and transformers.js."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from msense.errors import MsenseError, StudentError
+from msense.errors import StudentError
+from msense.extras import require
 from msense.io.scratch import atomic_path
 from msense.student.student import Student
 from msense.student.transformer import TransformerBody
@@ -41,8 +41,9 @@ def save_onnx(student: Student, path: Path) -> None:
 
     Raises:
         StudentError: the student reads padding, or torch cannot export it.
-        MsenseError: the package onnx is missing.
+        InputError: the package onnx is missing.
     """
+    require("onnx", "torch.onnx.export")
     body = student.body
     if isinstance(body, TransformerBody):
         if body.inputs.equal_lengths:
@@ -50,8 +51,6 @@ def save_onnx(student: Student, path: Path) -> None:
                 f"a {body.model.config.model_type} model reads padding, so that ONNX would not: give another"
             )
         body.model.set_attn_implementation("eager")
-    if find_spec("onnx") is None:
-        raise MsenseError("torch writes ONNX with the package onnx, which is missing: pip install 'msense[onnx]'")
     ids = torch.ones(2, 7, dtype=torch.int64)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0

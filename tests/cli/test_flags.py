@@ -70,6 +70,12 @@ MODELS: dict[str, type[JobConfig]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _without_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print help as into a file, whatever the terminal of the tests."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.mark.parametrize(("name", "work", "flags", "expected"), COMMANDS, ids=[command[0] for command in COMMANDS])
 def test_commands_accept_every_flag_of_the_contract(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, work: str, flags: str, expected: dict[str, Any]
@@ -172,7 +178,8 @@ def test_the_first_help_lists_commands_and_configurations_without_importing_them
     ("words", "message"),
     [
         (["biuld"], 'Unknown command "biuld". Did you mean "build"?'),
-        (["show", "x"], "requires an argument"),
+        (["show", "x"], "give either words to look up or --text"),
+        (["show", "x", "y", "--text", "z"], "give either words to look up or --text"),
         (["show", "x", "y", "--senses", "-1"], "-1"),
         (["show", "x", "y", "--sense", "1"], "--sense"),
         (["status", "/nowhere"], "/nowhere is not a run folder"),

@@ -13,6 +13,7 @@ from msense.__main__ import main
 from msense.cli.show import show_text
 from msense.dictionary import DictionaryFiles, SenseDictionary
 from msense.dictionary.contexts import exemplar_schema
+from msense.student.layout import StudentFiles
 from msense.text import clean
 
 BANK, CAPITAL_BANK = 2, 7
@@ -139,7 +140,7 @@ def test_what_a_text_lacks_is_explained(
     shipped_student: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(shipped_student[3], tmp_path / "s")
-    (folder / "dictionary" / "exemplars.parquet").unlink()
+    (StudentFiles(folder).dictionary / "exemplars.parquet").unlink()
     assert show_text(str(folder), "near " * 30) == 0
     out = capsys.readouterr().out
     assert "the text is truncated: the student reads 24 tokens\nno examples: the student's dictionary has none" in out

@@ -409,7 +409,8 @@ def test_encode_many_reads_few_chunks_ahead(shipped_student: tuple, num_workers:
 
 @pytest.mark.parametrize("kind", ["static", "layers:1", "table"])
 def test_onnx_gives_the_same_vectors(teacher: Path, tmp_path: Path, kind: str) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX is optional: pip install 'msense[onnx]'")
+    import onnxruntime
+
     shipped(teacher, tmp_path / "s", kind, prompt="the river ")
     encoder = SenseEncoder.from_pretrained(tmp_path / "s")
     before = encoder.encode(TEXTS)
