@@ -15,6 +15,7 @@ from msense.hashing import hash64
 KINDS = ("passage", "sentence", "run", "title", "query")  # numbers in the column `kind` of labels
 SPANS = KINDS[1:4]
 MIN_TOKENS = 3  # of a span, without special ones
+MIN_PASSAGE = 32  # tokens of a passage with spans: shorter ones are as short as queries themselves
 RUN_SENTENCES = (2, 4)
 _SCRIPTS = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")  # written without spaces
 _SPACELESS = "".join(rf"\p{{Script={name}}}" for name in _SCRIPTS)

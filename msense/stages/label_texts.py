@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from msense.constants import Metric
 from msense.corpus.chunking import encode_texts
 from msense.corpus.passages import Passages, read_block, read_texts
-from msense.corpus.spans import KINDS, MIN_TOKENS, spans_of
+from msense.corpus.spans import KINDS, MIN_PASSAGE, MIN_TOKENS, spans_of
 from msense.errors import InputError
 from msense.hashing import hash64
 from msense.io import storage
@@ -211,7 +211,7 @@ class TextSelector:
         passages = partition_passages(self.settings.text, partition, self.duplicates)
         needed, chosen = self._needed(passages), self.chosen(passages)
         held = self.held_out(partition, self.settings.held_out_by)
-        spans, kinds, of = self._spans(partition, passages.keys, chosen)
+        spans, kinds, of = self._spans(partition, passages, chosen)
         return Texts(
             Passages.concatenate([passages, spans]),
             needed,
@@ -242,22 +242,23 @@ class TextSelector:
         return np.concatenate(held)
 
     def _spans(
-        self, partition: Partition, keys: np.ndarray, chosen: np.ndarray
+        self, partition: Partition, passages: Passages, chosen: np.ndarray
     ) -> tuple[Passages, np.ndarray, np.ndarray]:
         """Return the spans of the chosen passages, their kinds, uint8, and the passage of each, int64."""
         found: list[tuple[int, int, str]] = []
-        start = 0
+        spec, start = self.settings.embed.spec, 0
+        frame = len(spec.prefix) + len(spec.prompt) + len(spec.suffix)
+        chosen = chosen & (passages.lengths - frame - passages.context >= MIN_PASSAGE)
         for split, block in zip(partition.splits, partition.blocks, strict=True) if self.settings.spans else ():
             texts, index = read_texts(self.settings.text.passages_file(split), block)
             rows = np.delete(np.arange(len(texts)), self.duplicates.of(split, block))
             for number, row in enumerate(rows.tolist(), start):
                 if chosen[number]:
-                    spans = spans_of(texts[row], int(keys[number]), self.settings.spans, opens_document=index[row] == 0)
+                    key, first = int(passages.keys[number]), index[row] == 0
+                    spans = spans_of(texts[row], key, self.settings.spans, opens_document=first)
                     found += [(number, kind, text) for kind, text in spans]
             start += len(rows)
-        spec = self.settings.embed.spec
         encoded = encode_texts([text for _, _, text in found], spec, self.tokenizer)
-        frame = len(spec.prefix) + len(spec.prompt) + len(spec.suffix)
         short = np.flatnonzero(encoded.lengths - frame - encoded.context < MIN_TOKENS)
         of, kinds = np.array([row[:2] for row in found], dtype=np.int64).reshape(-1, 2).T
         return encoded.without(short), np.delete(kinds, short).astype(np.uint8), np.delete(of, short)

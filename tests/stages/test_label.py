@@ -258,6 +258,9 @@ def write_documents(made: Corpus) -> dict[str, object]:
     for _ in range(60):
         sentences = [" ".join(rng.choice(WORDS, rng.integers(1, 12))) + rng.choice([".", " !"]) for _ in range(8)]
         lines.append(json.dumps({"text": "\n".join([" ".join(rng.choice(WORDS, 4)), " ".join(sentences)])}))
+    lines += [
+        json.dumps({"text": f"{first} ran fast. {second} slept."}) for first in WORDS[-5:] for second in WORDS[-5:]
+    ]
     (made.folder / "a.jsonl").write_text("\n".join(lines))
     (made.folder / "queries.txt").write_text("\n".join(["the bank", "a cat near the river ?", "the mat " * 99] * 9))
     made.settings |= {"corpus": (str(made.folder / "a.jsonl"),), "dedup": False}
@@ -285,6 +288,7 @@ def test_spans_and_queries_are_read_once_as_texts_of_their_own(made: Corpus) -> 
     rows = [labels.read(np.array([row])) for row in range(len(labels.lengths))]
     ids, held = [row.ids[0].tolist() for row in rows], np.isin(np.arange(len(rows)), labels.held_out())
     counts = np.bincount(labels.kinds)
+    assert (labels.lengths[labels.kinds == 0] < 16).sum() > 10
     assert counts[4] == 27
     assert min(counts) > 20
     assert labels.lengths[(labels.kinds > 0) & (labels.kinds < 4)].min() == 5  # three without [CLS] and [SEP]
@@ -293,6 +297,7 @@ def test_spans_and_queries_are_read_once_as_texts_of_their_own(made: Corpus) -> 
     for row in np.flatnonzero((labels.kinds > 0) & (labels.kinds < 4)):
         of = [number for number in np.flatnonzero(labels.kinds == 0) if contains(ids[number], ids[row][1:-1])]
         assert held[row] in held[of]
+        assert max(labels.lengths[of]) >= 32 + 2  # shorter passages have no spans
         assert ids[row] not in [ids[number] for number in of]
     teacher = Teacher(str(made.teacher), revision=None, layer=-1, dtype="float32", device="cpu")
     for number in np.flatnonzero(labels.kinds)[::10]:
