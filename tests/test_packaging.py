@@ -146,5 +146,6 @@ def test_hints_name_extras_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"a plot needs packages that are not installed \(matplotlib\): pip install"):
         require("evaluation", "a plot", ("matplotlib",))
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # imported by another test
     with pytest.raises(InputError, match=r's3:// needs a package that is not installed: pip install "msense\[s3\]"'):
         filesystem("s3://bucket/x")

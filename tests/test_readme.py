@@ -10,9 +10,9 @@ from typing import NamedTuple
 import flag_tables
 import pytest
 import tiny
-from conftest import write_teacher
 from fault_table import write as write_faults
 from task_data import write_task
+from teachers import write_teacher
 
 from msense.__main__ import main
 

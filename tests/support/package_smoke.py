@@ -69,8 +69,8 @@ def check_contents(names: list[str]) -> None:
 def make_student(folder: Path) -> str:
     """Write student/ (with its senses) and dictionary/, of a random teacher; return a word with senses."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
-    from conftest import write_teacher
     from students import shipped
+    from teachers import write_teacher
     from tiny import WORDS
 
     from msense import SenseDictionary
