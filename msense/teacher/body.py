@@ -97,16 +97,23 @@ def _parse(kind: str, count: int) -> list[int]:
 def resolve_dtype(dtype: str, device: str) -> str:
     """Return the dtype that `auto` stands for: bfloat16 where the device multiplies matrices of it faster than float32.
 
-    Of x86 CPUs only those with AMX do: AVX-512 BF16 alone takes 1.5 times as long as float32 (MiniLM, one thread).
+    Intel's CPUs do with AMX only: with AVX-512 BF16 alone they take 1.5 times as long as in float32 (MiniLM, one thread, a
+    Xeon), while AMD's are 2.4 times as fast (an EPYC).
     """
     if dtype != "auto":
         return dtype
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        supported = supported and torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if supported else "float32"
+    slow = _is_intel() and not torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if supported and not slow else "float32"
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return "GenuineIntel" in platform.processor()
 
 
 class PaddedInputs:

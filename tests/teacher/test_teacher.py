@@ -1,7 +1,6 @@
 """The teacher: settings of its folder, special-token rules, batching, and hidden states unaffected by padding."""
 
 import json
-import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -219,7 +218,7 @@ def test_token_batches_hold_every_passage_once_within_the_budget(lengths: list[i
 def test_auto_dtype_is_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, supported: bool, amx: bool) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    for machine, fast in (("x86_64", amx), ("AMD64", amx), ("aarch64", supported)):
-        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
-        assert resolve_dtype("auto", "cpu") == ("bfloat16" if fast else "float32")
+    for intel in (True, False):
+        monkeypatch.setattr(body, "_is_intel", lambda intel=intel: intel)
+        assert resolve_dtype("auto", "cpu") == ("bfloat16" if supported and (amx or not intel) else "float32")
     assert resolve_dtype("float16", "cpu") == "float16"
