@@ -139,43 +139,6 @@ def test_a_finished_training_is_kept(corpus: Corpus) -> None:
     assert "held out accuracy" in (run / "student" / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Torch's process group of this process alone; DeepSpeed keeps a reference to it."""
-    store = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")  # as Ray Train sets it
-        yield
-    dist.destroy_process_group()
-
-
-SLOW = [pytest.param(stage, "layers:1", marks=pytest.mark.slow) for stage in (2, 3)]
-
-
-@pytest.mark.parametrize(("stage", "kind"), [(1, "static"), *SLOW])
-def test_deepspeed_equals_adamw_and_resumes(
-    training: DistillationConfig, process_group: None, tmp_path: Path, stage: int, kind: str
-) -> None:
-    plain = replace(training, accumulate=3, epochs=2, student=StudentSettings(kind=kind))
-    training = replace(plain, deepspeed_stage=stage)
-    whole, expected = (trained(settings).state.history[1] for settings in (training, plain))
-    trained(training, stop=1).save(tmp_path)
-    resumed = trained(training, tmp_path).state.history[1]
-    for name in ("train_sense", "train_pooled", "held_out_sense", "held_out_accuracy"):
-        assert resumed[name] == pytest.approx(whole[name], rel=1e-5)
-        assert whole[name] == pytest.approx(expected[name], rel=1e-3)
-    file = str(tmp_path / "state.json")
-    state = storage.read_json(file)
-    storage.write_json(file, {**state, "workers": 2})
-    with pytest.raises(InputError, match=r"was written by 2 workers, .*: use --workers 2, or delete the checkpoint"):
-        trainer_of(training).restore(tmp_path)
-    storage.write_json(file, state)
-    shutil.rmtree(tmp_path / "zero")
-    with pytest.raises(InputError, match=r"the checkpoint .* is corrupted"):
-        trainer_of(training).restore(tmp_path)
-
-
 def test_slices_of_a_batch_add_up_to_it(training: DistillationConfig) -> None:
     one, many = (trained(replace(training, accumulate=n), stop=1).state.history[0] for n in (1, 4))
     for name in ("train_sense", "train_pooled", "held_out_sense", "held_out_pooled"):
@@ -287,3 +250,41 @@ def test_the_learning_rate_follows_the_steps_of_all_epochs(corpus: Corpus, monke
     corpus.distill("rates", student="static", **given)
     assert len(taken) > 4
     assert taken == pytest.approx([lr_factor(number, len(taken), 0.0, "linear") for number in range(len(taken))])
+
+
+# last: DeepSpeed keeps its process group, with which no other training in this process can start
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Torch's process group of this process alone; DeepSpeed keeps a reference to it."""
+    store = tmp_path_factory.mktemp("store") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # as Ray Train sets it
+        yield
+    dist.destroy_process_group()
+
+
+SLOW = [pytest.param(stage, "layers:1", marks=pytest.mark.slow) for stage in (2, 3)]
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(1, "static"), *SLOW])
+def test_deepspeed_equals_adamw_and_resumes(
+    training: DistillationConfig, process_group: None, tmp_path: Path, stage: int, kind: str
+) -> None:
+    plain = replace(training, accumulate=3, epochs=2, student=StudentSettings(kind=kind))
+    training = replace(plain, deepspeed_stage=stage)
+    whole, expected = (trained(settings).state.history[1] for settings in (training, plain))
+    trained(training, stop=1).save(tmp_path)
+    resumed = trained(training, tmp_path).state.history[1]
+    for name in ("train_sense", "train_pooled", "held_out_sense", "held_out_accuracy"):
+        assert resumed[name] == pytest.approx(whole[name], rel=1e-5)
+        assert whole[name] == pytest.approx(expected[name], rel=1e-3)
+    file = str(tmp_path / "state.json")
+    state = storage.read_json(file)
+    storage.write_json(file, {**state, "workers": 2})
+    with pytest.raises(InputError, match=r"was written by 2 workers, .*: use --workers 2, or delete the checkpoint"):
+        trainer_of(training).restore(tmp_path)
+    storage.write_json(file, state)
+    shutil.rmtree(tmp_path / "zero")
+    with pytest.raises(InputError, match=r"the checkpoint .* is corrupted"):
+        trainer_of(training).restore(tmp_path)
