@@ -1,5 +1,6 @@
 """Print the senses of words (`python -m msense show DICTIONARY WORD ...`), or those of the tokens of a text."""
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -133,7 +134,7 @@ def _notes(text: str, tokens: Sequence[TokenSense], max_length: int) -> Iterator
 def _context(exemplar: Exemplar, width: int, before: int) -> Text:
     """Return a context in one line of `width` columns; its word starts at column `before`, whatever its text."""
     parts = exemplar.left[-4 * width :], exemplar.word, exemplar.right[: 4 * width]
-    left, word, right = map(clean, parts)
+    left, word, right = (re.sub(r"\s+", " ", clean(part)) for part in parts)  # text is often indented
     space = " " * (len(word) - len(word.lstrip()))  # some tokens of older dictionaries include the space before
     left = _end(left + space, before)
     line = Text(" " * (before - cell_len(left)) + left)

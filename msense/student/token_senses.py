@@ -1,5 +1,6 @@
 """The tokens of a text with their senses, as `SenseEncoder.tokens` returns them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class TokenSense:
             return None
         word = own.word.lstrip()
         space = " " * (len(own.word) - len(word))  # some tokens of older dictionaries include the space before
-        return f"{clean(own.left)}{space}[{clean(word).strip()}]{clean(own.right)}"
+        return re.sub(r"\s+", " ", f"{clean(own.left)}{space}[{clean(word).strip()}]{clean(own.right)}")
 
 
 def kept_tokens(encoding: Encoding, prompt: str) -> list[int]:
