@@ -20,7 +20,7 @@ _JOBS = {  # module of msense.cli: help, whose first sentence is in the list of 
     "make": f"""Make a student from a text in one command, and measure it.
 
 Builds a dictionary in OUTPUT/dictionary, distills a student in OUTPUT/student, and prints how close the student is to the
-teacher, how well it tells senses apart, and how fast it is. {_RESUMES}
+teacher, how often it gives a token the sense that the teacher gives it, and how fast it is. {_RESUMES}
 
 Settings of `msense build` and `msense distill` without a flag here are given with --config.""",
     "build": f"""Build a sense dictionary: embed a text with a teacher, and cluster the embeddings of every token.

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 from msense.__main__ import main
 from msense.errors import InputError
-from msense.extras import EXTRAS, install_command, require
+from msense.io.extras import EXTRAS, install_command, require
 from msense.io.filesystems import filesystem
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ TEXTS = (
 )
 OCCURRENCES, NUMBERS, RARE = 300, 40, 5  # words in fewer contexts than RARE hardly count
 SIZE, LEFT = (10.0, 4.15), (0.25, 2.5, 5.1, 7.75)  # inches; the columns
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of Okabe and Ito, told apart by colour-blind people too
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # of Okabe and Ito, which colour-blind people can distinguish
 INK, PALE = "#24292f", "#57606a"
 MONO = {"family": "DejaVu Sans Mono", "size": 10.5}
 Values = dict[str, Any]

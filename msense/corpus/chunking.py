@@ -19,7 +19,7 @@ from msense.constants import LISTED_BAD_DOCUMENTS
 from msense.corpus import BadDocument, Document, InputSplit, read_documents
 from msense.corpus.passages import BLOCK_TOKENS, SCHEMA, Passages, PassageSpec, as_gaps
 from msense.errors import InputError
-from msense.hashing import hash64
+from msense.io.hashing import hash64
 
 BATCH_DOCUMENTS = 256
 SLICE_CHARACTERS = 1 << 18

@@ -21,8 +21,8 @@ from msense.corpus.pydocs import PARSE_ERRORS, docstrings, source_files
 from msense.corpus.splits import UNKNOWN, WHOLE, InputSplit
 from msense.corpus.streams import CHUNK_BYTES, open_text
 from msense.errors import InputError
-from msense.hashing import hash64
 from msense.io.filesystems import display_uri
+from msense.io.hashing import hash64
 
 MAX_DOCUMENT_BYTES = 16 << 20  # of UTF-8; in jsonl and csv also of the line or record that contains the text
 ID, NO_ID = "id", "none"  # id columns: the default, which is used if present; none, rows are then numbered

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import regex
 
-from msense.hashing import hash64
+from msense.io.hashing import hash64
 
 KINDS = ("passage", "sentence", "run", "title", "query")  # numbers in the column `kind` of labels
 SPANS = KINDS[1:4]

@@ -20,7 +20,7 @@ from msense.evaluation.result import Result
 from msense.evaluation.search import Bm25
 from msense.evaluation.spec import Spec
 from msense.evaluation.tasks import mteb
-from msense.extras import require
+from msense.io.extras import require
 from msense.run.folder import RunFolder, resolve_output
 from msense.runtime import Executor, open_executor
 from msense.student.files import load_student, student_folder

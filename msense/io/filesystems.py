@@ -15,7 +15,7 @@ from fsspec import AbstractFileSystem
 from safetensors import SafetensorError
 
 from msense.errors import InputError, MsenseError
-from msense.extras import install_command
+from msense.io.extras import install_command
 from msense.text import first_line
 
 S3_CREDENTIALS = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an IAM role"

@@ -20,9 +20,9 @@ from msense.constants import DEMO_TEACHER, MAX_TOKEN_NUMBERS
 from msense.corpus import SourceFile, display_uri, list_files
 from msense.corpus.passages import PassageSpec
 from msense.errors import InputError
-from msense.extras import require
 from msense.io import storage
 from msense.io.arrays import load_arrays
+from msense.io.extras import require
 from msense.io.filesystems import filesystem, is_local
 from msense.pipelines.dry_run import estimate_embeddings, estimate_resources, estimate_run
 from msense.pipelines.job import THREADS, fingerprints, run_job

@@ -15,8 +15,8 @@ from typing import Any
 from msense.config.distill import DistillConfig
 from msense.corpus import display_uri, list_files
 from msense.errors import InputError, MsenseError
-from msense.extras import require
 from msense.io import storage
+from msense.io.extras import require
 from msense.pipelines.distill_inputs import DistillInputs, list_original_text, load_inputs
 from msense.pipelines.dry_run import estimate_resources
 from msense.pipelines.job import THREADS, fingerprints, make_manifest, run_job, training_dtype

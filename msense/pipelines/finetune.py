@@ -17,8 +17,8 @@ import numpy as np
 from msense.config.finetune import FinetuneConfig
 from msense.corpus.glue import DEV, TRAIN, Texts, pair_separator, read_split
 from msense.errors import InputError
-from msense.extras import require
 from msense.io import storage
+from msense.io.extras import require
 from msense.io.storage import join
 from msense.pipelines.job import training_dtype
 from msense.run.folder import RunFolder, locked, resolve_output

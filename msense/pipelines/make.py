@@ -15,7 +15,7 @@ from msense.constants import DEMO_TEACHER
 from msense.dictionary import SenseDictionary
 from msense.evaluation.cost import compare_speed
 from msense.evaluation.spec import Spec
-from msense.extras import require
+from msense.io.extras import require
 from msense.pipelines.build import build_dictionary
 from msense.pipelines.distill import distill_student
 from msense.training.label_dataset import LabelSet

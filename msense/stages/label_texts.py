@@ -16,9 +16,9 @@ from msense.corpus.chunking import encode_texts
 from msense.corpus.passages import Passages, read_block, read_texts
 from msense.corpus.spans import KINDS, MIN_PASSAGE, MIN_TOKENS, spans_of
 from msense.errors import InputError
-from msense.hashing import hash64
 from msense.io import storage
 from msense.io.arrays import load_arrays, open_parquet
+from msense.io.hashing import hash64
 from msense.run.folder import RunFolder
 from msense.run.journal import timed
 from msense.runtime import Executor

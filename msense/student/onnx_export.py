@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from msense.errors import StudentError
-from msense.extras import require
+from msense.io.extras import require
 from msense.io.scratch import atomic_path
 from msense.student.student import Student
 from msense.student.transformer import TransformerBody

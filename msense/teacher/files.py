@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from msense.constants import DEMO_TEACHER
 from msense.errors import InputError, is_panic
-from msense.extras import require
 from msense.io import storage
+from msense.io.extras import require
 from msense.io.untrusted import check_model_settings, printable
 from msense.text import first_line, redact
 

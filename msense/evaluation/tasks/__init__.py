@@ -1,8 +1,8 @@
 """The tasks that models are evaluated on, a module each."""
 
 from msense.corpus.files import read_errors
-from msense.extras import NEEDED_BY_EVALUATIONS, require
 from msense.io import storage
+from msense.io.extras import NEEDED_BY_EVALUATIONS, require
 
 require("evaluation", "an evaluation", NEEDED_BY_EVALUATIONS)
 _MAX_BYTES = 64 << 20  # of a text file
