@@ -15,9 +15,7 @@ class StudentOutput(NamedTuple):
     """Embeddings of a batch; rows of padding are undefined."""
 
     hidden: Tensor  # [B, L, D], pooled to sentence vectors
-    senses: (
-        Tensor  # [B', L, D], compared with sense centroids; the same tensor as `hidden` with heads="one" and all rows
-    )
+    senses: Tensor  # [B', L, D], of the rows wanted, compared with sense centroids; with heads="one" those of `hidden`
 
 
 class Student(nn.Module):

@@ -61,8 +61,7 @@ def train_student(training: DistillationConfig, session: Session) -> list[dict[s
     if training.deepspeed_stage:
         engine: Engine = DeepSpeedEngine(student, *given, training.deepspeed_stage, training.device)
     else:  # some objectives do not use the sense head
-        wrap = partial(session.wrap, find_unused_parameters=True, broadcast_buffers=False)
-        engine = DDPEngine(student, *given, wrap, student.separate_parameters())
+        engine = DDPEngine(student, *given, partial(session.wrap, find_unused_parameters=True, broadcast_buffers=False))
     return run_worker(Trainer(training, engine, labels, ProcessGroup(session.rank, session.world)), session)
 
 

@@ -7,7 +7,7 @@ Memory: four times the model; ZeRO shards the optimizer's half of it over the wo
 import ctypes
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
 class DDPEngine:
     """AdamW; `wrap` may add DDP, so that `model` is the wrapped `student`.
 
-    The gradients of `apart` are clipped by themselves, and do not count for the other parameters.
+    The gradients of a student's separate senses are clipped by themselves, and do not count for the other parameters.
 
     Example:
         >>> engine = DDPEngine(student, weight_decay=0.01, clip=1.0)
@@ -50,17 +50,13 @@ class DDPEngine:
     every_rank = False  # whether each worker writes a part of a checkpoint
 
     def __init__(
-        self,
-        student: nn.Module,
-        weight_decay: float,
-        clip: float,
-        wrap: Callable[[Any], Any] | None = None,
-        apart: Sequence[nn.Parameter] = (),
+        self, student: nn.Module, weight_decay: float, clip: float, wrap: Callable[[Any], Any] | None = None
     ) -> None:
         self.student: Any = student
         self.model, self.clip = wrap(student) if wrap else student, clip
-        rest = {id(parameter) for parameter in apart}
-        self.clipped = [[own for own in student.parameters() if id(own) not in rest], list(apart)]
+        apart = student.separate_parameters() if isinstance(student, Student) else []
+        of_senses = set(map(id, apart))
+        self.clipped = [own for own in student.parameters() if id(own) not in of_senses], apart
         self.optimizer = torch.optim.AdamW(parameter_groups(student, weight_decay), fused=True)
 
     def slice_of_step(self, last: bool) -> AbstractContextManager[Any]:
@@ -112,7 +108,10 @@ class DDPEngine:
 
 
 class DeepSpeedEngine:
-    """DeepSpeed engine; stage 1 shards the optimizer state over the workers, 2 also gradients, 3 also weights."""
+    """DeepSpeed engine; stage 1 shards the optimizer state over the workers, 2 also gradients, 3 also weights.
+
+    All gradients are clipped together, so that separate senses change the steps of the other parameters.
+    """
 
     every_rank = True
 

@@ -52,8 +52,7 @@ def trainer_of(training: DistillationConfig) -> Trainer:
     labels = LabelSet.open(training.run)
     student, given = build_student(training, labels), (training.weight_decay, training.clip)
     stage = training.deepspeed_stage
-    apart = student.separate_parameters()
-    engine = DeepSpeedEngine(student, *given, stage, "cpu") if stage else DDPEngine(student, *given, apart=apart)
+    engine = DeepSpeedEngine(student, *given, stage, "cpu") if stage else DDPEngine(student, *given)
     return Trainer(training, engine, labels)
 
 
