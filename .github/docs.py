@@ -10,11 +10,12 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = (  # public modules and classes
-    *("msense.SenseEncoder", "msense.student.encoder.TokenSense", "msense.student.save_pretrained"),
+    *("msense.SenseEncoder", "msense.student.token_senses.TokenSense", "msense.student.save_pretrained"),
     *("msense.SenseDictionary", "msense.dictionary.sense_dictionary.Senses", "msense.dictionary.DictionaryConfig"),
     *("msense.clustering.budget.SenseBudget", "msense.clustering.mcl.MclConfig"),
     *("msense.config.build.BuildConfig", "msense.pipelines.build.build_dictionary"),
     *("msense.config.distill.DistillConfig", "msense.pipelines.distill.distill_student"),
+    *("msense.config.make.MakeConfig", "msense.pipelines.make.make_student"),
     *("msense.config.finetune.FinetuneConfig", "msense.pipelines.finetune.finetune"),
     *("msense.evaluation.config.EvaluateConfig", "msense.evaluation.run.evaluate"),
     "msense.errors",

@@ -4,6 +4,7 @@ The runs are kept in a folder beside the shared run's, and reused.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from msense.pipelines.build import build_dictionary
 from msense.pipelines.distill import distill_student
 from msense.run.folder import RunFolder
 
+RECORD = "seconds.json"  # of a run that was timed
 SPANS = {"": "none", "_spans": DistillConfig.model_fields["spans"].default}  # by the end of a figure's name
 
 
@@ -46,13 +48,18 @@ def _distill(settings: dict[str, Any]) -> None:
 
 
 def timed(output: Path, settings: dict[str, Any], job: Callable[[dict[str, Any]], None]) -> float:
-    """Return the wall time in seconds of a job with these settings and this output; of its record if it was done before."""
-    record, given = output.with_name(f"{output.name}.json"), json.loads(json.dumps(settings))
+    """Return the wall time in seconds of a job with these settings and this output; of its record if it was done before.
+
+    The record is in the run folder. An interrupted job begins anew, but finds the labels that it had finished.
+    """
+    record, given = output / RECORD, json.loads(json.dumps(settings))
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     if known.get("settings") != given:
+        shutil.rmtree(output, ignore_errors=True)
         began = time.perf_counter()
         job({**settings, "output": str(output)})
         known = {"settings": given, "seconds": time.perf_counter() - began}
+        record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(known), encoding="utf-8")
     return float(known["seconds"])
 

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import re
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 import msense
+from msense.cli.console import run_job
+from msense.errors import InputError
 
 OUTPUT = Path(__file__).parents[2] / ".github" / "images" / "overview.svg"
 TEXTS = (
@@ -38,8 +41,17 @@ Values = dict[str, Any]
 def measure(run: Path, student: Path, word: str, texts: Sequence[str]) -> Values:
     """Return what the picture shows, as JSON values."""
     dictionary, encoder = msense.SenseDictionary.load(run), msense.SenseEncoder.from_pretrained(student)
-    token = dictionary.lookup(word).tokens[0].token_id
-    contexts, ids = zip(*occurrences(run, word, token), strict=True)
+    match = dictionary.lookup(word)
+    if not match.tokens or not (found := list(occurrences(run, word, match.tokens[0].token_id))):
+        raise InputError(
+            f"{match.explain()} The passages of {run} do not contain it as a word: give another with --word"
+        )
+    token = match.tokens[0].token_id
+    if len(dictionary.senses(token).counts) > len(COLOURS):
+        raise InputError(
+            f"{word!r} has more than {len(COLOURS)} senses: build the dictionary with --senses {len(COLOURS)}"
+        )
+    contexts, ids = zip(*found, strict=True)
     points = embed(dictionary.config.teacher.name, ids, texts, token)
     senses = dictionary.assign(np.full(len(points), token), points).tolist()
     centre = points.mean(0)
@@ -186,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_job(main))

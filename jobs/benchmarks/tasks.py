@@ -3,11 +3,11 @@
 Students, dictionaries and evaluations are kept in a folder beside the shared run's, and reused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.artifacts import ArtifactCache, data_folder
-from benchmarks.sets import STUDENTS, TextSet, as_models, distill_all, evaluate_models, open_set, score
+from benchmarks.sets import STUDENTS, as_models, distill_all, evaluate_models, open_set, score
 from benchmarks.shared import Bench, Figures
 from msense.errors import InputError
 from msense.evaluation.report import TaskReport
@@ -19,6 +19,7 @@ def tasks(bench: Bench) -> Figures:
     """Evaluate `table`, `static` and `layers:2` on every data set, then the general student, if given, on all of them."""
     folder = Path(f"{bench.run.root}-tasks")
     sets = [open_set(bench.data, name, folder / name) for name in bench.sets]
+    similarities = _similarities(bench)
     figures: Figures = {}
     for own in sets:
         cache = ArtifactCache(folder / own.name, [own.corpus], bench.workers)
@@ -29,7 +30,10 @@ def tasks(bench: Bench) -> Figures:
         (task,) = results.tasks
         figures |= retrieval_figures(own.name, task, list(STUDENTS)) if lexical else _distill_figures(own.name, task)
     figures |= _means(figures, [own.name for own in sets if own.is_retrieval])
-    return figures | (_general(bench, sets, folder / "general.json") if bench.general else {})
+    if not bench.general:
+        return figures
+    output = folder / "general.json"
+    return figures | _general(bench, {f"general.{own.name}": own.task for own in sets} | similarities, output)
 
 
 def retrieval_figures(name: str, task: TaskReport, students: Sequence[str]) -> Figures:
@@ -58,17 +62,23 @@ def _distill_figures(name: str, task: TaskReport) -> Figures:
     return figures | gaps
 
 
-def _general(bench: Bench, sets: Sequence[TextSet], output: Path) -> Figures:
-    """Return the scores of the general student and the teacher, and the points between them."""
-    words = [word.partition(",") for word in bench.sts]
-    sts = [f"similarity:{name}={data_folder(bench.data, f'sts/{name}')}{comma}{rest}" for name, comma, rest in words]
+def _similarities(bench: Bench) -> dict[str, str]:
+    """Return the similarity tasks of the general student, by the names of their figures; InputError if it is missing."""
+    if not bench.general:
+        return {}
     if not Path(bench.general).is_dir():
         raise InputError(f"--general {bench.general}: there is no such folder; give the run folder of a student")
+    words = [word.partition(",") for word in bench.sts]
+    folders = {name: data_folder(bench.data, f"sts/{name}") for name, *_ in words}
+    return {f"sts.{name}": f"similarity:{name}={folders[name]}{comma}{rest}" for name, comma, rest in words}
+
+
+def _general(bench: Bench, named: Mapping[str, str], output: Path) -> Figures:
+    """Return the scores of the general student and the teacher on tasks by name, and the points between them."""
     models = ["teacher", f"general=student:{Path(bench.general).absolute()}"]
-    results = evaluate_models(models, [*(own.task for own in sets), *sts], output, workers=bench.workers)
-    names = [f"general.{own.name}" for own in sets] + [f"sts.{name}" for name, *_ in words]
+    results = evaluate_models(models, list(named.values()), output, workers=bench.workers)
     figures: Figures = {}
-    for name, task in zip(names, results.tasks, strict=True):
+    for name, task in zip(named, results.tasks, strict=True):
         teacher, own = score(task, "teacher"), score(task, "general")
         figures |= {name: own, f"{name}.teacher": teacher, f"{name}.gap": 100 * (teacher - own)}
     return figures

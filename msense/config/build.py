@@ -81,7 +81,7 @@ class BuildConfig(PlanOptions, TeacherOptions, TeacherJobConfig):
         f"{DEFAULT_BUDGET.average:g}", description="for auto: average senses per token (5), or total bytes (60MB, 2GB)"
     )
     mcl: dict[str, float] = Field(
-        {}, description="options of mcl, such as inflation=1.65 expansion=2 share=0.1 least=5 (see the README)"
+        {}, description="options of mcl: expansion, inflation, share, large_share, large, least; such as inflation=1.8"
     )
     n_init: int = Field(1, ge=1, le=1000, description="k-means runs per token, of which the best is kept")
     max_points_per_part: int = Field(131072, ge=1024, le=MAX_INT32, description="points per chunk of a large token")

@@ -32,7 +32,7 @@ def child(tmp_path_factory: pytest.TempPathFactory, make_teacher: Callable[..., 
     root = tmp_path_factory.mktemp("whole")
     teacher = make_teacher("bert", pooling="mean_tokens")
     folders = {"teacher": teacher, **{name: root / name for name in READERS if name != "teacher"}}
-    for kind in ("static", "layers:1"):
+    for kind in ("static", "layers:1", "table"):
         shipped(teacher, folders[f"student {kind}"], kind)
     (root / "made").mkdir()
     made = Corpus(root / "made", teacher)

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from msense.config.build import BuildConfig
 from msense.config.distill import DistillConfig
 from msense.config.finetune import FinetuneConfig
+from msense.config.make import MakeConfig
 from msense.evaluation.config import EvaluateConfig
 
 CONFIGS: dict[str, type[BaseModel]] = {
@@ -16,6 +17,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "distill": DistillConfig,
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
+    "make": MakeConfig,
 }
 
 
@@ -52,6 +54,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _cell(field: FieldInfo) -> str:
-    """Return a description that is one cell, whose signs are no markup."""
-    text = (field.description or "").replace("|", "\\|")
-    return "".join(f"\\{sign}" if sign in "*<>[]" else sign for sign in text)
+    """Return a description that is one cell, whose signs are no markup outside of code."""
+    parts = (field.description or "").replace("|", "\\|").split("`")
+    parts[::2] = ["".join(f"\\{sign}" if sign in "*<>[]" else sign for sign in part) for part in parts[::2]]
+    return "`".join(parts)

@@ -64,7 +64,7 @@ def student(folder: Path) -> object:
     vectors = encoder.encode(TEXTS)
     assert vectors.shape == (len(TEXTS), encoder.config.dim)
     assert np.isfinite(vectors).all()
-    tokens = encoder.tokens(TEXTS[2])
+    tokens = [] if encoder.config.is_table else encoder.tokens(TEXTS[2])
     assert all(0 <= t.start <= t.end <= len(TEXTS[2]) and 0 <= t.probability <= 1.0001 for t in tokens)
     return encoder.config.model_dump(), digest(vectors), tokens, digest(*load_student(folder).state_dict().values())
 
@@ -204,8 +204,11 @@ def single(read: Callable[[Path], object], name: str, content: bytes) -> Reader:
     return Reader(read, (name,), write=lambda folder: (folder / name).write_bytes(content))
 
 
-_STUDENT = ("config.json", "model.safetensors", "tokenizer.json", "dictionary/config.json")
-_STUDENT += ("dictionary/dictionary.safetensors",)
+_MODEL = ("model.safetensors", "tokenizer.json", "modules.json", "config_sentence_transformers.json")
+_STATIC = (*_MODEL, "config.json", "dictionary/config.json", "dictionary/dictionary.safetensors")
+_TABLE = (*_MODEL, "senses/config.json")
+_LAYERS = (*_TABLE, "config.json", "1_Pooling/config.json", "senses/head.safetensors")
+_LAYERS += ("senses/dictionary/config.json", "senses/dictionary/dictionary.safetensors")
 _TEACHER = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json")
 _DICTIONARY = ("config.json", "dictionary.safetensors", "exemplars.parquet", "tokenizer/tokenizer.json")
 _LABELS = ("labels/labels.json", "labels/000000.safetensors", "labels/000001.safetensors")
@@ -213,8 +216,9 @@ _RUN = ("manifest.json", "journal.json", "plan/blocks.parquet", "plan/blocks.par
 _CLASSIFIER = ("classifier/config.json", "classifier/classifier.safetensors")
 READERS: dict[str, Reader] = {
     "dictionary": Reader(dictionary, _DICTIONARY, write=write_dictionary),
-    "student static": Reader(student, _STUDENT),
-    "student layers:1": Reader(student, _STUDENT),
+    "student static": Reader(student, _STATIC),
+    "student layers:1": Reader(student, _LAYERS),
+    "student table": Reader(student, _TABLE),
     "classifier": Reader(classifier, _CLASSIFIER, write=write_classifier),
     "teacher": Reader(teacher, (*_TEACHER, "1_Pooling/config.json")),
     "labels": Reader(labels, _LABELS),
