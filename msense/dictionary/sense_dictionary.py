@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
 _SAVE_BYTES = 64 << 20
-_INSIDE = ("senses/dictionary", "dictionary")  # where a portable student and a run have it
+_INSIDE = ("senses/dictionary", "dictionary")  # where a portable student, and another student or a run, have it
 _SMALLEST, _LARGEST = 1e-37, 1e38  # range of float32 divisors
 
 
@@ -100,7 +100,7 @@ class SenseDictionary:
 
     @classmethod
     def load(cls, source: str | Path) -> "SenseDictionary":
-        """Load a dictionary from the folder or URI of a dictionary, run or portable student; a URI's files are cached.
+        """Load a dictionary from the folder or URI of a dictionary, run or student; a URI's files are cached.
 
         Raises:
             DictionaryError: a file is missing, truncated, foreign, links out of the folder or contradicts another.
@@ -113,11 +113,8 @@ class SenseDictionary:
             source = next((uri for uri in inside if storage.exists(storage.join(uri, "config.json"))), str(source))
             source = storage.local_copy(source)
         folder = Path(source)
-        of_student, of_run = (DictionaryFiles(folder / name) for name in _INSIDE)
-        if os.path.lexists(of_student.config):  # beside the config of another model
-            folder = of_student.folder
-        elif not os.path.lexists(DictionaryFiles(folder).config) and os.path.lexists(of_run.config):
-            folder = of_run.folder
+        inner = (folder / name for name in _INSIDE)  # a student's stands beside the config of its model
+        folder = next((own for own in inner if os.path.lexists(DictionaryFiles(own).config)), folder)
         try:
             config, arrays, centroids, scales = open_dictionary(folder)
         except OSError as error:

@@ -1,6 +1,6 @@
 """Encode texts with a saved student: sentence vectors, and a sense for every token.
 
-The interface follows sentence-transformers'. Memory: the student, the vectors, and the token ids and embeddings of a
+The interface follows sentence-transformers'. Memory: the student, the vectors twice, and the token ids and embeddings of a
 batch of `_CHUNK` texts, or with replacement up to 16 · `_REPLACED` bytes of embeddings. The dictionary is memory-mapped on
 first use. Never imports Ray.
 """
@@ -27,10 +27,11 @@ from msense.student.static_inference import StaticEncoder, split_by_size
 from msense.student.streaming import check_positive, check_texts, chunks, map_in_order, progress_bar
 from msense.student.student import Student
 from msense.student.token_senses import TokenSense, kept_tokens, token_senses
-from msense.student.tokenizer import StudentTokenizer, pad_ids
+from msense.student.tokenizer import StudentTokenizer, check_chunk, check_text, pad_ids
 from msense.student.vectors import Precision, Vectors, check_precision, quantize, similarity, similarity_pairwise
 from msense.teacher.batching import TOKEN_BUDGET, token_batches
 from msense.teacher.body import resolve_dtype
+from msense.text import first_line
 from msense.tokenizer import prompt_length
 
 _CHUNK = 1 << 14  # texts that are tokenized, sorted by length and computed together
@@ -75,7 +76,7 @@ class SenseEncoder:
         self.similarity_fn_name = self._settings.similarity_fn_name or "cosine"
         self._reader = StudentTokenizer(checked_path(self._files, self._files.tokenizer), self.config)
         static = isinstance(student.body, TokenTable)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() and not static else "cpu"))
+        self.device = _device(device or ("cuda" if torch.cuda.is_available() and not static else "cpu"))
         auto = "float32" if self.device.type == "cpu" else resolve_dtype("auto", self.device.type)
         fast = static and self.device.type == "cpu"
         self._bfloat16 = not fast and (auto if dtype == "auto" else dtype) == "bfloat16"
@@ -173,7 +174,8 @@ class SenseEncoder:
         prompt = self._prompt(prompt, prompt_name)
         vectors = [torch.empty(0, width, dtype=torch.float32, device=self.device)]
         with torch.no_grad(), self._autocast(), progress_bar(every, shown=show_progress_bar) as advance:
-            for chunk in chunks(every, _CHUNK):
+            for number, chunk in enumerate(chunks(every, _CHUNK)):
+                check_chunk(chunk, number * _CHUNK)
                 found = self._vectors(chunk, prompt, batch_size, replace, temperature, advance)[:, :width]
                 vectors.append(torch.nn.functional.normalize(found, dim=1) if normalize_embeddings else found)
         result = torch.cat(vectors[1:] or vectors)
@@ -208,7 +210,8 @@ class SenseEncoder:
             chunk_size: texts per yielded array.
             num_workers: threads that encode chunks; with several, set torch's own to one (`torch.set_num_threads`).
             show_progress_bar: on stderr, with a total if `texts` has a length; default: no.
-            **options: of `encode`; int8 and uint8, whose ranges are those of all vectors, are refused.
+            **options: of `encode`, but none of those that choose its type; int8 and uint8, whose ranges are those of all
+                vectors, are refused.
 
         Yields:
             float32 [m, D'] (or another precision) of up to `chunk_size` texts.
@@ -221,13 +224,18 @@ class SenseEncoder:
         check_positive("num_workers", num_workers)
         if options.get("precision") in ("int8", "uint8"):
             raise InputError("the ranges of int8 and uint8 are those of all vectors: use encode, or quantize later")
+        if unknown := options.keys() & {"convert_to_numpy", "convert_to_tensor"}:
+            raise InputError(f"encode_many yields arrays, and has no {unknown.pop()}: use encode")
+        self.encode([], **options)  # raises for invalid options now, not when the first vectors are read
 
         def encoded() -> Iterator[np.ndarray]:
-            def encode(chunk: list[str]) -> np.ndarray:
+            def encode(numbered: tuple[int, list[str]]) -> np.ndarray:
+                number, chunk = numbered
+                check_chunk(chunk, number * chunk_size)
                 return np.asarray(self.encode(chunk, **options))
 
             with progress_bar(texts, shown=show_progress_bar) as advance:
-                for vectors in map_in_order(encode, chunks(texts, chunk_size), num_workers):
+                for vectors in map_in_order(encode, enumerate(chunks(texts, chunk_size)), num_workers):
                     advance(len(vectors))
                     yield vectors
 
@@ -288,9 +296,12 @@ class SenseEncoder:
     def _prompt(self, given: str | None, name: str | None) -> str:
         """Return a given prompt, or that of a name, or the default one; InputError for an unknown name."""
         name = self.default_prompt_name if name is None else name
-        if given is not None or name is None:
-            return given or ""
-        if name not in self.prompts:
+        if given is not None:
+            check_text("the prompt", given)
+            return given
+        if name is None:
+            return ""
+        if not isinstance(name, str) or name not in self.prompts:
             raise InputError(f"no prompt {name!r}: use one of {tuple(self.prompts)}, or give `prompt` itself")
         return self.prompts[name]
 
@@ -387,3 +398,14 @@ class SenseEncoder:
         ids, mask = (tensor.to(self.device) for tensor in pad_ids(rows))
         output = model(ids, mask)
         return output.hidden.float(), output.senses.float(), mask
+
+
+def _device(name: str) -> torch.device:
+    """Return a device on which torch can compute here; raise InputError for another."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise InputError(f"device {name!r} is not available ({first_line(error)}): use cpu") from error
+    if device.type == "meta":
+        raise InputError("device 'meta' holds no numbers: use cpu")
+    return device

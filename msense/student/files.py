@@ -19,7 +19,7 @@ from msense.student.layout import StudentFiles
 from msense.student.portable import UNUSED, tensor_files
 from msense.student.student import Student
 from msense.student.transformer import without_identity
-from msense.teacher.files import local_or_hub_folder
+from msense.teacher.files import local_or_hub_folder, module_kinds, read_settings
 
 STUDENT = Artefact("student", "copy or train it again", StudentError)
 LARGEST_WEIGHT = 1e9  # far above trained weights, and small enough that sums of products stay finite in float32
@@ -35,6 +35,8 @@ def student_folder(name: str | Path, revision: str | None = None, token: str | N
     `token` is for a private repository; default: the one stored on this machine. It is never stored or logged. Raises
     InputError if nothing exists at the URI, StudentError if there is no such folder or hub repository.
     """
+    if not str(name):
+        raise StudentError("no student is named: give a folder, a URI or a hub name")
     of_run = storage.join(str(name), "student")
     if any(storage.exists(storage.join(of_run, file)) for file in ("modules.json", "config.json")):
         name = of_run
@@ -105,7 +107,8 @@ def _read_config(files: StudentFiles) -> StudentConfig:
     if files.portable and not os.path.lexists(files.config):
         STUDENT.refuse(
             f"{files.config} is missing: sentence-transformers copies only its own files when it saves a model, so copy "
-            f"the folder {files.config.parent.name}/ of the student that was loaded into {files.folder}, or save it again"
+            f"the folder {files.config.parent.name}/ of the student that was loaded into {files.folder}, or save it again; a "
+            "model that msense did not train is no student"
         )
     config = STUDENT.read_config(checked_path(files, files.config), StudentConfig)
     if not files.portable or config.body is None:
@@ -129,12 +132,35 @@ def _read_student(files: StudentFiles, config: StudentConfig) -> Student:
     size = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())  # not in the file
     if size > _BUFFER_BYTES + 2 * files.weights.stat().st_size:
         STUDENT.refuse(f"{files.folder}: config.json requires {size} bytes of buffers: {STUDENT.remedy}")
+    if files.portable:
+        _check_modules(files, empty)
     weights: dict[str, torch.Tensor] = {}
     for path, names in tensor_files(empty, files).items():
         weights |= _read_tensors(checked_path(files, path), names, empty, portable=files.portable)
     student = Student(config).float()  # whatever torch's default dtype is
     student.load_weights(weights)
     return student.eval()
+
+
+def _check_modules(files: StudentFiles, student: Student) -> None:
+    """Raise StudentError if sentence-transformers reads other settings than the student's config has."""
+    config = student.config
+    expected: dict[str, object] = {"layers after pooling": len(config.projections) + (student.adaptor is not None)}
+    expected |= {"normalization": config.normalize}
+    if config.is_table:
+        kinds = [kind.rpartition(".")[2] for kind in module_kinds(checked_path(files, files.modules))]
+        found: dict[str, object] = {"layers after pooling": kinds.count("Dense"), "normalization": "Normalize" in kinds}
+    else:
+        own = read_settings(files.folder)
+        found = {"layers after pooling": len(own.projections), "normalization": own.normalize, "pooling": own.pooling}
+        found |= {"include_prompt": own.include_prompt, "max_length": own.max_length or config.max_length}
+        expected |= {name: getattr(config, name) for name in ("pooling", "include_prompt", "max_length")}
+    for name, value in expected.items():
+        if found[name] != value:
+            STUDENT.refuse(
+                f"{files.config} has {name} {value}, but the files of sentence-transformers beside it {found[name]}: make them "
+                "equal, or copy the student again"
+            )
 
 
 def _read_tensors(path: Path, names: dict[str, str], empty: Student, *, portable: bool) -> dict[str, torch.Tensor]:

@@ -31,6 +31,7 @@ class StudentFiles:
         self.dictionary = own / "dictionary"  # optional
         self.card = folder / "README.md"
         self.settings = folder / "config_sentence_transformers.json"  # for sentence-transformers: prompts
+        self.onnx = folder / "onnx" / "model.onnx"  # optional
         # of a portable student only:
         self.head = own / "head.safetensors"  # the sense head, if it has one
         self.body_config = folder / "config.json"  # of a transformer, as transformers writes it
@@ -52,7 +53,7 @@ class StudentFiles:
 
     def present(self, *, exemplars: bool) -> list[Path]:
         """Return the existing files of a saved student, with or without the exemplars, which quote the corpus."""
-        own = [path for path in (self.card, self.modules, self.settings) if path.is_file()]
+        own = [path for path in (self.card, self.modules, self.settings, self.onnx) if path.is_file()]
         dictionary = DictionaryFiles(self.dictionary)
         shared = [path for path in dictionary.present() if exemplars or path != dictionary.exemplars]
         return self.model_files() + own + shared

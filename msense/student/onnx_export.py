@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from msense.errors import StudentError
+from msense.errors import InputError, StudentError
 from msense.io.extras import require
 from msense.io.scratch import atomic_path
 from msense.student.student import Student
@@ -41,14 +41,17 @@ def save_onnx(student: Student, path: Path) -> None:
 
     Raises:
         StudentError: the student reads padding, or torch cannot export it.
-        InputError: the package onnx is missing.
+        InputError: the package onnx is missing, or the path is a folder or cannot be written.
     """
     require("onnx", "torch.onnx.export")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give a file, such as {path / 'model.onnx'}")
     body = student.body
     if isinstance(body, TransformerBody):
         if body.inputs.equal_lengths:
             raise StudentError(
-                f"a {body.model.config.model_type} model reads padding, so that ONNX would not: give another"
+                f"a {body.model.config.model_type} model reads padding, which an ONNX model of several texts cannot leave "
+                "out: export a student of another family, or a static one"
             )
         body.model.set_attn_implementation("eager")
     ids = torch.ones(2, 7, dtype=torch.int64)
@@ -56,7 +59,10 @@ def save_onnx(student: Student, path: Path) -> None:
     mask[1, 4:] = 0
     axes = {name: {0: "batch", 1: "length"} for name in (*_INPUTS, _OUTPUTS[0])} | {_OUTPUTS[1]: {0: "batch"}}
     names = {"input_names": _INPUTS, "output_names": _OUTPUTS, "dynamic_axes": axes}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     try:
         with torch.no_grad(), atomic_path(path) as scratch:
             torch.onnx.export(

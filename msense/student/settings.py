@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from msense.io.untrusted import printable
 from msense.student.config import StudentConfig
 from msense.student.files import STUDENT, checked_path
 from msense.student.layout import StudentFiles
@@ -31,5 +32,6 @@ def read_settings(files: StudentFiles, config: StudentConfig) -> EncoderSettings
     path = checked_path(files, files.settings)
     settings = STUDENT.valid(path, EncoderSettings, STUDENT.read_json(path))
     if settings.default_prompt_name is not None and settings.default_prompt_name not in settings.prompts:
-        STUDENT.refuse(f"{path} has no prompt of its default_prompt_name: {STUDENT.remedy}")
+        name = printable(settings.default_prompt_name)
+        STUDENT.refuse(f"{path} has no prompt {name!r}, its default_prompt_name: correct the name")
     return settings

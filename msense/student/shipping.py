@@ -115,15 +115,17 @@ def save_pretrained(
     if source is None:
         raise StudentError("the dictionary has no tokenizer: load one that was built from a teacher")
     reader = StudentTokenizer(source, config)  # validates the tokenizer before anything is written
-    old = StudentFiles(Path(folder))
-    stale = set(old.present(exemplars=True)) if old.config.is_file() and old.modules.is_file() else set()
-    for portable in (False, True):
-        StudentFiles(old.folder, portable=portable).config.unlink(missing_ok=True)
+    layouts = [StudentFiles(Path(folder), portable=portable) for portable in (False, True)]
+    # of a former student, also of one that was not wholly written; another folder's files stay
+    own = layouts[0].modules.is_file()
+    stale = {path for old in layouts for path in old.present(exemplars=True)} if own else set()
+    for old in layouts:
+        old.config.unlink(missing_ok=True)
     old.folder.mkdir(parents=True, exist_ok=True)
-    for path in old.dense_files() if stale else ():
-        path.unlink()
+    for path in (*old.dense_files(), old.onnx) if own else ():
+        path.unlink(missing_ok=True)
     files, obstacle = _write_model(old.folder, student, config, source, reader)
-    stale |= set(StudentFiles(old.folder, portable=True).model_files()) - set(files.model_files())
+    stale |= set(layouts[1].model_files()) - set(files.model_files())
     if senses == "none":
         shutil.rmtree(files.dictionary, ignore_errors=True)
     else:
@@ -188,7 +190,7 @@ def student_card(config: StudentConfig, senses: str, figures: Mapping[str, float
         "dictionary": "not included" if senses == "none" else f"in `{dictionary}/`, stored as {senses}",
     }
     metrics = markdown_table({name: f"{value:.6g}" for name, value in figures.items()})
-    usage = _PORTABLE + _TABLE * config.is_table
+    usage = _PORTABLE + (_TABLE if config.is_table and not (config.projections or config.truncate_dim) else "")
     if obstacle is not None:
         usage = _OWN_CLASS.format(obstacle=one_line(obstacle), module=_MODULE)
     return _CARD.format(

@@ -1,5 +1,6 @@
 """Texts in chunks, of which a few are held at once, computed by several threads in their order, with a progress bar."""
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,23 +8,33 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
+from msense.constants import MAX_INT32
 from msense.errors import InputError
+from msense.student.tokenizer import check_text
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
 def check_texts(texts: Any) -> None:
-    """Raise InputError for what is no iterable of texts."""
+    """Raise InputError for what is no iterable of texts, and for a list of which one is not."""
     single = isinstance(texts, str | bytes | bytearray | memoryview | Mapping) or not isinstance(texts, Iterable)
     if single or getattr(texts, "ndim", 1) != 1:  # a table of pandas iterates over the names of its columns
         raise InputError(f"texts has type {type(texts).__name__}: give a str, or a list of them")
+    if isinstance(texts, list | tuple):
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                check_text(f"text {number}", text)
 
 
 def check_positive(name: str, value: object) -> None:
-    """Raise InputError for a value that is not an integer of 1 or more."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
-        raise InputError(f"invalid {name} {value!r}: use an integer of 1 or more")
+    """Raise InputError for a value that is not an integer from 1 to 2^31 - 1."""
+    try:
+        valid = not isinstance(value, bool) and 1 <= operator.index(value) <= MAX_INT32  # type: ignore[arg-type]
+    except TypeError:
+        valid = False
+    if not valid:
+        raise InputError(f"invalid {name} {value!r}: use an integer from 1 to {MAX_INT32}")
 
 
 def chunks(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:

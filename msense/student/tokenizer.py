@@ -49,9 +49,14 @@ class StudentTokenizer:
         else:
             self.tokenizer.enable_truncation(max_length, direction=self.truncation_side)
 
-    def ids(self, texts: Sequence[str], prompt: str = "") -> list[np.ndarray]:
-        """Return the token ids of prompt + text for each text, int64 [n_i]; raise InputError for invalid text."""
-        _check(texts, prompt)
+    def ids(self, texts: Sequence[str], prompt: str = "", first: int = 0) -> list[np.ndarray]:
+        """Return the token ids of prompt + text for each text, int64 [n_i].
+
+        Raises:
+            InputError: a text is invalid; the error numbers the texts from `first`.
+        """
+        check_text("the prompt", prompt)
+        check_chunk(texts, first)
         rows: list[np.ndarray] = []
         encode = self.tokenizer.encode_batch_fast
         for start in range(0, len(texts), _TEXTS_AT_A_TIME):
@@ -66,19 +71,25 @@ class StudentTokenizer:
 
     def encoding(self, text: str, prompt: str = "") -> Encoding:
         """Return the tokens of one text with their offsets in prompt + text; raise InputError for invalid text."""
-        _check([text], prompt)
+        check_text("the prompt", prompt)
+        check_text("the text", text)
         with tokenizer_errors("fails at a text"):
             return self.tokenizer.encode(prompt + text, add_special_tokens=self.special_tokens)
 
 
-def _check(texts: Sequence[str], prompt: str) -> None:
-    """Raise InputError for values that the tokenizer cannot read."""
-    for number, text in enumerate((prompt, *texts), -1):
-        name = f"text {number}" if number >= 0 else "the prompt"
-        if not isinstance(text, str):
-            raise InputError(f"{name} has type {type(text).__name__}: give a str; read files first")
-        if not text.isascii() and not is_utf8(text):
-            raise InputError(f"{name} contains an unpaired surrogate: decode its source with errors='replace'")
+def check_chunk(texts: Sequence[str], first: int) -> None:
+    """Raise InputError for texts, numbered from `first`, that the tokenizer cannot read."""
+    for number, text in enumerate(texts, first):
+        if not isinstance(text, str) or not text.isascii():
+            check_text(f"text {number}", text)
+
+
+def check_text(name: str, text: object) -> None:
+    """Raise InputError for a value that is no text, or that UTF-8 cannot encode."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} has type {type(text).__name__}: give a str (of a file, its contents)")
+    if not is_utf8(text):
+        raise InputError(f"{name} contains an unpaired surrogate: decode its source with errors='replace'")
 
 
 def pad_ids(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

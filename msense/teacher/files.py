@@ -142,13 +142,9 @@ def read_settings(folder: Path) -> TeacherFolder:
     Raises:
         InputError: a file is corrupted, or a module is not supported.
     """
-    modules = _read_json(folder / "modules.json")
+    modules = _read_modules(folder / "modules.json")
     if modules is None:
         return TeacherFolder(folder)
-    if not (isinstance(modules, list) and all(isinstance(m, dict) for m in modules)):
-        raise InputError(
-            f"{folder / 'modules.json'} is not a list of modules: restore it, or remove it to read the model alone"
-        )
     kinds = [_module_kind(folder, str(module.get("type", ""))) for module in modules]
     paths = [str(module.get("path", "")) for module in modules]
     if not _SUPPORTED.fullmatch("".join(f"{kind} " for kind in kinds if kind != "Dropout")):
@@ -178,6 +174,22 @@ def read_settings(folder: Path) -> TeacherFolder:
         lower_case=own.get("do_lower_case") is True,
         tokenizer_options=options,
     )
+
+
+def module_kinds(path: Path) -> list[str]:
+    """Return the class names in a modules.json; raise InputError if there is none, or it is corrupted."""
+    modules = _read_modules(path)
+    if modules is None:
+        raise InputError(f"{path} is missing: restore it")
+    return [str(module.get("type", "")) for module in modules]
+
+
+def _read_modules(path: Path) -> list[dict[str, Any]] | None:
+    """Return the modules that a modules.json lists; None if there is no such file."""
+    modules = _read_json(path)
+    if modules is not None and not (isinstance(modules, list) and all(isinstance(m, dict) for m in modules)):
+        raise InputError(f"{path} is not a list of modules: restore it, or remove it to read the model alone")
+    return modules
 
 
 def _module_kind(folder: Path, kind: str) -> str:

@@ -51,13 +51,15 @@ def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool, skip: int =
     check_pooling(how)
     hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
     if skip:
-        mask = mask & (mask.cumsum(1) > skip)
+        mask = mask & (mask.long().cumsum(1) > skip)
     if how == "mean":
         vectors = hidden.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
     else:
-        columns = torch.arange(mask.shape[1], device=mask.device)
-        ends = columns.masked_fill(~mask, len(columns)).amin(1) if how == "cls" else (columns * mask).amax(1)
-        vectors = hidden[torch.arange(len(hidden), device=hidden.device), ends.clamp(max=len(columns) - 1)]
+        length = mask.shape[1]  # never the length of a tensor, nor an index of rows: ONNX would store their sizes
+        columns = torch.arange(length, device=mask.device)
+        ends = columns.masked_fill(~mask, length).amin(1) if how == "cls" else (columns * mask).amax(1)
+        places = ends.clamp(max=length - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
+        vectors = hidden.gather(1, places)[:, 0]
         vectors = vectors.masked_fill(~mask.any(1)[:, None], 0)
     return torch.nn.functional.normalize(vectors, dim=1) if normalize else vectors
 

@@ -93,6 +93,22 @@ def test_an_interrupted_save_leaves_no_student(teacher: Path, tmp_path: Path, mo
         SenseEncoder.from_pretrained(tmp_path / "s")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_a_former_student_stays(teacher: Path, tmp_path: Path, kind: str) -> None:
+    for former in KINDS:
+        folder = tmp_path / former
+        shipped(teacher, folder, former)
+        if former != "table":
+            SenseEncoder.from_pretrained(folder).save_onnx(StudentFiles(folder).onnx)
+            assert StudentFiles(folder).onnx in StudentFiles(folder).present(exemplars=False)
+        StudentFiles(folder).config.unlink()  # as an interrupted save leaves it
+        shipped(teacher, folder, kind)
+        shipped(teacher, tmp_path / "new", kind)
+        names = [{path.relative_to(own) for path in own.rglob("*")} for own in (folder, tmp_path / "new")]
+        assert names[0] == names[1]
+        assert SenseDictionary.load(folder).config == SenseDictionary.load(StudentFiles(folder).dictionary).config
+
+
 def test_mismatches_are_refused_before_anything_is_written(teacher: Path, tmp_path: Path) -> None:
     student, dictionary = shipped(teacher, tmp_path / "s")
     config = (tmp_path / "s" / "config.json").read_bytes()
@@ -128,14 +144,17 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "other tokenizer": (lambda f: other_tokenizer(f / "tokenizer.json"), "not the student's tokenizer .*fingerprint"),
     "tokenizer outside": (lambda f: outside(f / "tokenizer.json"), "outside the student"),
-    "no room for text": (lambda f: edit(StudentFiles(f).config, max_length=2), "adds 2 special tokens to a text"),
+    "no room for text": (
+        lambda f: edit(StudentFiles(f).config, max_length=2),
+        "adds 2 special tokens to a text|has max_length 2, but",
+    ),
     "prompts": (
         lambda f: edit(f / "config_sentence_transformers.json", prompts={"a": 3}),
         r"prompts.a: .*valid string",
     ),
     "default prompt": (
         lambda f: edit(f / "config_sentence_transformers.json", default_prompt_name="none"),
-        "has no prompt of its default_prompt_name",
+        r"has no prompt 'none', its default_prompt_name: correct the name",
     ),
     "other dictionary": (
         lambda f: other_dictionary(StudentFiles(f).dictionary),
@@ -400,28 +419,55 @@ def test_encode_many_reads_few_chunks_ahead(shipped_student: tuple, num_workers:
         ({"chunk_size": 0}, "invalid chunk_size 0"),
         ({"num_workers": 0}, "invalid num_workers 0"),
         ({"precision": "int8"}, "the ranges of int8 and uint8 are those of all vectors"),
+        ({"precision": "int4"}, "invalid precision 'int4'"),
+        ({"batch_size": 0}, "invalid batch_size 0"),
+        ({"chunk_size": 1 << 80}, "invalid chunk_size 12089"),
+        ({"convert_to_tensor": True}, "encode_many yields arrays, and has no convert_to_tensor"),
+        ({"texts": ["a", None]}, "text 1 has type NoneType"),
     ):
         with pytest.raises(InputError, match=match):
             encoder.encode_many(**{"texts": ["a"], **wrong})
-    with pytest.raises(InputError, match="text 0 has type int"):
-        list(encoder.encode_many([3], num_workers=num_workers))
+    with pytest.raises(InputError, match="text 8 has type int"):
+        list(encoder.encode_many(iter(["a"] * 8 + [3]), chunk_size=3, num_workers=num_workers))
 
 
-@pytest.mark.parametrize("kind", ["static", "layers:1", "table"])
-def test_onnx_gives_the_same_vectors(teacher: Path, tmp_path: Path, kind: str) -> None:
+def test_errors_number_the_texts_of_all_chunks(shipped_student: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msense.student.encoder._CHUNK", 3)
+    for texts in (["a"] * 7 + [None], iter(["a"] * 7 + [None]), iter(["a"] * 7 + ["\ud800"])):
+        with pytest.raises(InputError, match=r"^text 7 (has type NoneType|contains an unpaired surrogate)"):
+            shipped_student[0].encode(texts)
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+def test_devices_that_are_not_there_are_refused(shipped_student: tuple, device: str) -> None:
+    with pytest.raises(InputError, match=f"device '{device}'"):
+        SenseEncoder.from_pretrained(shipped_student[3], device=device)
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [*((kind, pooling) for kind in ("static", "layers:1") for pooling in POOLINGS), ("table", "mean")],
+)
+def test_onnx_gives_the_same_vectors(
+    make_teacher: Callable[..., Path], tmp_path: Path, kind: str, pooling: str, include_prompt: bool
+) -> None:
     import onnxruntime
 
-    shipped(teacher, tmp_path / "s", kind, prompt="the river ")
+    teacher = make_teacher("bert", pooling=pooling)
+    edit(teacher / "1_Pooling" / "config.json", include_prompt=include_prompt)
+    student, _ = shipped(teacher, tmp_path / "s", kind, prompt="the river ")
+    assert (student.config.pooling, student.config.include_prompt) == (pooling, include_prompt or kind == "table")
     encoder = SenseEncoder.from_pretrained(tmp_path / "s")
     before = encoder.encode(TEXTS)
     encoder.save_onnx(tmp_path / "s" / "onnx" / "model.onnx")
     np.testing.assert_array_equal(encoder.encode(TEXTS), before)
     session = onnxruntime.InferenceSession(str(tmp_path / "s" / "onnx" / "model.onnx"))
-    for texts in (TEXTS, TEXTS[:1], [LONG, "a"]):
-        ids, mask = pad_ids(encoder._reader.ids(texts, "the river "))
+    for texts in (TEXTS, TEXTS[:1], [LONG, "a"], ["a cat"] * 3):
+        ids, mask = pad_ids(encoder._reader.ids(texts, encoder.config.prompt))
         inputs = {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()}
         tokens, vectors = session.run(["token_embeddings", "sentence_embedding"], inputs)
-        np.testing.assert_allclose(vectors, encoder.encode(texts), atol=1e-4)
+        np.testing.assert_allclose(vectors, encoder.encode(texts), atol=1e-5)
         assert tokens.shape == (*ids.shape, 16)
 
 
@@ -496,10 +542,13 @@ def test_texts_of_any_iterable_are_encoded(shipped_student: tuple) -> None:
         ({"texts": ["a", 1]}, "text 1 has type int: give a str"),
         ({"texts": ["\ud800"]}, "text 0 contains an unpaired surrogate: decode"),
         ({"prompt": 3}, "the prompt has type int"),
+        ({"prompt": False}, "the prompt has type bool"),
+        ({"prompt_name": ["query"]}, r"no prompt \['query'\]"),
+        ({"batch_size": np.array([3])}, "invalid batch_size array"),
         ({"replace": "firm"}, "invalid replace 'firm'"),
         ({"batch_size": 0}, "invalid batch_size 0"),
         ({"batch_size": None}, "invalid batch_size None"),
-        ({"truncate_dim": 0}, "invalid truncate_dim 0: use an integer of 1 or more"),
+        ({"truncate_dim": 0}, "invalid truncate_dim 0: use an integer from 1 to 2147483647"),
         ({"prompt_name": "none"}, r"no prompt 'none': use one of \(\), or give `prompt`"),
         ({"precision": "int4"}, "invalid precision 'int4'"),
         ({"precision": "int8"}, "one vector has no range for int8: encode several texts"),

@@ -94,6 +94,37 @@ def test_students_open_in_sentence_transformers_without_a_flag(
     assert not list(tmp_path.rglob("*.py"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "file", "changes", "match"),
+    [
+        ("layers:1", "sentence_bert_config.json", {"max_seq_length": 6}, "max_length 24, .* beside it 6"),
+        (
+            "layers:1",
+            "1_Pooling/config.json",
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+            "cls",
+        ),
+        ("layers:1", "1_Pooling/config.json", {"include_prompt": False}, "include_prompt True, .* beside it False"),
+        ("layers:1", "modules.json", "Normalize", "normalization False, .* beside it True"),
+        ("table", "modules.json", "Normalize", "normalization False, .* beside it True"),
+        ("table", "modules.json", "Dense", "layers after pooling 0, .* beside it 1"),
+    ],
+)
+def test_settings_that_only_one_reader_would_see_are_refused(
+    make_teacher: Callable[..., Path], tmp_path: Path, kind: str, file: str, changes: Any, match: str
+) -> None:
+    shipped(make_teacher("bert", pooling="mean_tokens"), tmp_path / "s", kind, prompt="the river ")
+    path = tmp_path / "s" / file
+    content = json.loads(path.read_text())
+    if isinstance(changes, str):
+        content.append({"idx": 9, "name": "9", "path": "", "type": f"sentence_transformers.models.{changes}"})
+    else:
+        content |= changes
+    path.write_text(json.dumps(content))
+    with pytest.raises(StudentError, match=match):
+        SenseEncoder.from_pretrained(tmp_path / "s")
+
+
 def test_transformers_reads_the_body_and_weights_are_stored_once(teacher: Path, tmp_path: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 

@@ -1,5 +1,7 @@
 """Precisions and similarities: known values, and those of sentence-transformers."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -46,3 +48,24 @@ def test_similarities_are_those_of_sentence_transformers(kind: str) -> None:
     for function, pairs in ((similarity, ""), (similarity_pairwise, "pairwise_")):
         expected = getattr(util, f"{pairs}{name}")(VECTORS, other)
         torch.testing.assert_close(function(VECTORS, other, kind), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("compare", [similarity, similarity_pairwise])
+def test_what_is_no_vectors_of_one_size_is_refused(compare: Callable[..., torch.Tensor]) -> None:
+    one = np.ones((2, 3))
+    for wrong, match in (
+        ((one, one, "euclidian"), "invalid similarity 'euclidian': use one of"),
+        ((one, np.ones((2, 4))), "vectors have 3 and 4 numbers"),
+        ((["a text", "b"], one), "no vectors to compare"),
+        ((None, one), "no vectors to compare"),
+        (([[1.0], [1.0, 2.0]], one), "no vectors to compare"),
+        ((np.ones((1, 2, 3)), one), r"vectors have shape \(1, 2, 3\)"),
+        ((np.float32(3), one), r"vectors have shape \(\)"),
+    ):
+        with pytest.raises(InputError, match=match):
+            compare(*wrong)
+    assert similarity([], one).shape == (0, 2)
+    assert similarity(one, np.ones((0, 3)), "manhattan").shape == (2, 0)
+    assert similarity_pairwise([], []).shape == (0,)
+    with pytest.raises(InputError, match="3 and 2 vectors are no pairs"):
+        similarity_pairwise(np.ones((3, 3)), one)
