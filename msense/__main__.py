@@ -19,10 +19,8 @@ _RESUMES = "Run the same command again after an interruption to resume."
 _JOBS = {  # module of msense.cli: help, whose first sentence is in the list of commands
     "make": f"""Make a student from a text in one command, and measure it.
 
-Builds a dictionary in OUTPUT/dictionary, distills a student in OUTPUT/student, and prints how close the student is to the
-teacher, how often it gives a token the sense that the teacher gives it, and how fast it is. {_RESUMES}
-
-Settings of `msense build` and `msense distill` without a flag here are given with --config.""",
+Builds a dictionary in OUTPUT/dictionary, distills a student in OUTPUT/student, and prints how close the student is to \
+the teacher, how often it gives a token the sense that the teacher gives it, and how fast it is. {_RESUMES}""",
     "build": f"""Build a sense dictionary: embed a text with a teacher, and cluster the embeddings of every token.
 
 Without --corpus and --teacher, the demo is built: docstrings of installed Python packages, read by all-MiniLM-L6-v2.
@@ -60,7 +58,9 @@ _Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    return run_job(partial(call, make_app(), words)) or (0 if words else 2)
+    return run_job(partial(call, make_app(), words), resumes=words[:1] != [] and words[0] in _JOBS) or (
+        0 if words else 2
+    )
 
 
 def make_app() -> App:

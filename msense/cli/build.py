@@ -10,7 +10,7 @@ EXAMPLES = """\
   msense build --output runs/demo
   msense build --corpus texts/ --teacher BAAI/bge-base-en-v1.5 --output runs/mine --dry-run
   msense build --config cluster --corpus s3://BUCKET/texts --teacher NAME --output s3://BUCKET/runs/mine
-Next: msense show runs/demo bank; msense distill --dictionary runs/demo"""
+Next: msense show runs/demo key; msense distill --dictionary runs/demo"""
 
 
 def run(config: BuildConfig) -> dict[str, Any]:

@@ -24,8 +24,12 @@ WIDTH = 120  # columns of a file or pipe
 _RESUME = "Finished work is kept: run the same command again to resume."
 
 
-def run_job(job: Callable[[], int | None]) -> int:
-    """Run a job and return its exit code, 0 for None; expected errors are printed without a traceback."""
+def run_job(job: Callable[[], int | None], *, resumes: bool = True) -> int:
+    """Run a job and return its exit code, 0 for None; expected errors are printed without a traceback.
+
+    With `resumes`, failures say that the same command goes on.
+    """
+    note = _RESUME if resumes else ""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_SafeFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler])
@@ -37,10 +41,10 @@ def run_job(job: Callable[[], int | None]) -> int:
         sys.stderr.write(plain(f"error: {error}\n"))
         return 2
     except _expected_errors() as error:
-        logger.error("failed: %s\n%s", _message(error), _RESUME)
+        logger.error("%s", f"failed: {_message(error)}\n{note}".rstrip())
         return 1
     except KeyboardInterrupt:
-        logger.error("stopped. %s", _RESUME)
+        logger.error("%s", f"stopped. {note}".rstrip())
         return 130
 
 

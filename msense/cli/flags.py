@@ -59,7 +59,7 @@ class Job(Generic[JobT]):
         def job(**given: Any) -> None:
             self.start(given, given.pop("unknown"))
 
-        fields = {**self.model.model_fields, **_OF_ALL}
+        fields = {**self.model.flag_fields(), **_OF_ALL}
         keyword, either = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
         greedy = not self.positional  # reports several values of a flag that takes one, instead of an unknown argument
         parameters = []
@@ -98,6 +98,8 @@ class Job(Generic[JobT]):
         Raises:
             InputError: flags, keys or values are invalid; the message lists every error.
         """
+        if given.get("config") == []:  # as with an unset variable
+            raise InputError("--config: no value; give a file, or omit the flag")
         values: dict[str, Any] = {}
         for file in given.get("config") or ():
             values |= read_config(file)
@@ -105,7 +107,7 @@ class Job(Generic[JobT]):
         values |= dict.fromkeys(repr(token.partition("=")[0]) for token in unknown)
         for name, value in given.items():
             if name not in _OF_ALL:
-                single = isinstance(value, list) and len(value) == 1 and not _is_list(self.model.model_fields[name])
+                single = isinstance(value, list) and len(value) == 1 and not _is_list(self.model.flag_fields()[name])
                 values[name] = value[0] if single else value
         return validate_config(self.model, values)
 

@@ -14,6 +14,7 @@ from msense.run.progress import format_progress
 from msense.text import size
 
 DRIVERS_SHOWN = 10
+_OF_MAKE = ("dictionary", "student")  # the runs in a folder of `msense make`
 _RENAMED = {"occurrences": "embed"}  # stages in the summaries of older versions
 
 
@@ -37,7 +38,15 @@ def show_status(run: str, *, as_json: bool = False) -> None:
     folder = RunFolder(storage.absolute(run))
     manifest = folder.read_manifest()
     if manifest is None:
-        raise InputError(f"{run} is not a run folder: it has no valid manifest.json; give the --output of a build")
+        inner = [own for name in _OF_MAKE if storage.exists(RunFolder(own := storage.join(run, name)).manifest)]
+        if inner and not as_json:
+            for own in inner:
+                show_status(own)
+            return
+        raise InputError(
+            f"{run} is not a run folder: it has no valid manifest.json; give "
+            + (" or ".join(inner) or "the --output of a build, a distillation or msense make")
+        )
     try:
         drivers = (storage.read_json(folder.journal) or {}).get("drivers", [])
         if as_json:
@@ -69,7 +78,7 @@ def _as_json(run: RunFolder, manifest: dict[str, Any], drivers: list[Any]) -> di
         "finished": storage.exists(result),
         "stages": {name: {"done": own.done, "total": own.total} for name, own in counts.items()},
         "summary": (storage.read_json(run.summary) or {}).get("stages"),
-        "training": storage.read_json(run.progress),
+        "training": None if storage.exists(result) else storage.read_json(run.progress),
         "drivers": drivers,
     }
 
@@ -78,7 +87,7 @@ def _build_progress(run: RunFolder, manifest: dict[str, Any]) -> dict[str, Progr
     totals = storage.read_json(run.partitions) or {}
     partitions, shards = totals.get("units"), totals.get("shards")
     fixed = isinstance(manifest.get("config", {}).get("senses", 0), int)
-    return {
+    counts = {
         "passages": Progress(_finished(run.passages, ".parquet"), None, "files"),
         "plan": _done(run.thresholds),
         "embed": Progress(_finished(run.occurrences, ".records"), partitions, "partitions"),
@@ -86,6 +95,10 @@ def _build_progress(run: RunFolder, manifest: dict[str, Any]) -> dict[str, Progr
         **({} if fixed else {"senses": _done(run.senses)}),
         "clustering": Progress(_finished(run.centroids, prefix="0"), shards, "shards"),
     }
+    if storage.exists(run.finished):  # the files between stages are deleted
+        for name, own in counts.items():
+            counts[name] = own._replace(done=own.done if own.total is None else own.total)
+    return counts
 
 
 def _build_rows(run: RunFolder, manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -155,5 +168,6 @@ def _driver_row(number: int, record: dict[str, Any]) -> tuple[str, str]:
         if "made" not in counts and not counts.get("kept"):
             texts.append("started")
         stages.append(f"{stage} {' + '.join(texts) or 'nothing to do'}")
+    stages = stages or ["no stage begun"]
     outcome = record["outcome"].split("\n")[0] or f"no outcome recorded: running or killed (process {record['pid']})"
     return f"driver {number}", f"{record['began']}, {record['host']}: {'; '.join(stages)}. {outcome}"

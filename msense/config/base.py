@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from msense.errors import InputError
 from msense.text import is_utf8, redact
@@ -30,13 +31,14 @@ def validate_config(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     try:
         return model(**values)
     except ValidationError as error:
+        known = model.flag_fields() if issubclass(model, JobConfig) else model.model_fields
         errors = error.errors(include_url=False, include_context=False)
-        lines = [f"  {_error_line(entry, model.model_fields)}" for entry in errors[:_SHOWN_ERRORS]]
+        lines = [f"  {error_line(entry, known)}" for entry in errors[:_SHOWN_ERRORS]]
         lines += [f"  and {len(errors) - _SHOWN_ERRORS} more"] if len(errors) > _SHOWN_ERRORS else []
         raise InputError("invalid settings (--help describes all settings):\n" + "\n".join(lines)) from error
 
 
-def _error_line(error: Any, known: Iterable[str]) -> str:
+def error_line(error: Any, known: Iterable[str]) -> str:
     """Return the setting, what is wrong with it, and its value."""
     name = redact(".".join(str(part) for part in error["loc"]))
     message = error["msg"].removeprefix("Value error, ")
@@ -67,13 +69,20 @@ class JobConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     help_groups: ClassVar[HelpGroups] = {}  # every field in the order of the help, common ones first
 
+    @classmethod
+    def flag_fields(cls) -> dict[str, FieldInfo]:
+        """Return the settings that have flags."""
+        return dict(cls.model_fields)
+
     workers: int | None = Field(None, ge=1, description="workers; default: one per GPU (or CPU), 1 with --local")
     local: bool = Field(False, description="run without Ray: in this process, or in N processes with --workers N")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log lines")
 
     @field_validator("corpus", "queries", "keep", mode="before", check_fields=False)
     @classmethod
-    def _as_list(cls, value: object) -> object:
+    def _as_list(cls, value: object, info: ValidationInfo) -> object:
+        if value == [] and info.field_name != "keep":  # as with an unset variable
+            raise ValueError("no value; give one, or omit the setting")
         return (value,) if isinstance(value, str) else value
 
     @field_validator(*_TEXTS, check_fields=False)
@@ -92,6 +101,8 @@ class JobConfig(BaseModel):
         scheme, separator, rest = value.rpartition("://")
         if separator and "@" in rest.partition("/")[0]:
             raise ValueError("contains credentials; remove them and configure them in the storage client")
+        if separator and not rest.strip("/"):
+            raise ValueError("names no bucket or folder; give one, such as s3://bucket/run")
         if scheme in ("hf", "http", "https"):
             raise ValueError(f"{scheme}:// is read-only; give a local folder, s3:// or gs://")
         if scheme in ("", "file"):

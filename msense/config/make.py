@@ -3,18 +3,30 @@
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field
+from pydantic.fields import FieldInfo
 
-from msense.config.base import HelpGroups, JobConfig, validate_config
+from msense.config.base import HelpGroups, JobConfig, error_line, validate_config
 from msense.config.build import BuildConfig
 from msense.config.distill import DistillConfig
 from msense.errors import InputError
 
-_SET_HERE = {"dictionary", "dry_run", "time_teacher"}
-_OF_CORPUS = {"text_column", "id_column", "dedup"}  # which only the build reads
+_SET_HERE = {"dictionary", "dry_run", "time_teacher"}  # settings of the steps that have no meaning here
+_OF_CORPUS = {"text_column", "id_column", "dedup"}  # of a text that the build has read; the first two also of queries
+
+
+def _help_groups() -> HelpGroups:
+    """Return the common settings, then all others that `msense build` and `msense distill` have."""
+    common = ("corpus", "teacher", "student", "epochs", "output", "workers", "local", "log_level")
+    groups: HelpGroups = {"Common options": common}
+    shown = {*common, *_SET_HERE}
+    for title, model in (("Options of msense build", BuildConfig), ("Options of msense distill", DistillConfig)):
+        groups[title] = tuple(name for own in model.help_groups.values() for name in own if name not in shown)
+        shown |= {*groups[title]}
+    return groups
 
 
 class MakeConfig(JobConfig):
-    """Settings of `msense make`; further ones are passed on to the build and to the distillation, as each knows them.
+    """Settings of `msense make`; those of `msense build` and `msense distill` are passed on to them.
 
     Example:
         >>> build, distill = MakeConfig(corpus=("texts/",), output="run", epochs=3).steps()
@@ -23,9 +35,7 @@ class MakeConfig(JobConfig):
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    help_groups: ClassVar[HelpGroups] = {
-        "Common options": ("corpus", "teacher", "student", "output", "workers", "local", "log_level"),
-    }
+    help_groups: ClassVar[HelpGroups] = _help_groups()
 
     corpus: tuple[str, ...] = Field(
         min_length=1,
@@ -36,6 +46,12 @@ class MakeConfig(JobConfig):
     student: str = Field("static", description=DistillConfig.model_fields["student"].description)
     output: str = Field("runs/mine", description="folder or URI of the runs dictionary/ and student/")
 
+    @classmethod
+    def flag_fields(cls) -> dict[str, FieldInfo]:
+        """Return the settings that have flags: its own, and those of the build and the distillation."""
+        steps = {**DistillConfig.model_fields, **BuildConfig.model_fields, **cls.model_fields}
+        return {name: field for name, field in steps.items() if name not in _SET_HERE}
+
     def steps(self) -> tuple[BuildConfig, DistillConfig]:
         """Return the settings of the build and of the distillation.
 
@@ -43,16 +59,21 @@ class MakeConfig(JobConfig):
             InputError: a setting is invalid, or known to neither.
         """
         given = self.model_dump(exclude_unset=True)
-        known = (BuildConfig.model_fields.keys() | DistillConfig.model_fields.keys()) - _SET_HERE
-        if unknown := [name for name in given if name not in known]:
-            raise InputError(
-                f"unknown setting {unknown[0]}: give settings of `msense build` and `msense distill`, such as `epochs: 3`, in "
-                "a file with --config"
-            )
+        known = self.flag_fields()
+        lines = [
+            f"{name}: not a setting of `msense make`; use it with `msense build` and `msense distill`"
+            if name in _SET_HERE
+            else error_line({"loc": (name,), "type": "extra_forbidden", "msg": ""}, known)
+            for name in given
+            if name not in known
+        ]
+        if lines:
+            raise InputError("invalid settings (--help describes all settings):\n" + "\n".join(f"  {x}" for x in lines))
         root = self.output.rstrip("/")
         places = {"dictionary": f"{root}/dictionary", "output": f"{root}/student", "student": self.student}
         build = {name: value for name, value in given.items() if name in BuildConfig.model_fields}
-        own = DistillConfig.model_fields.keys() - _OF_CORPUS - {"corpus", "teacher"}
+        unread = {"dedup"} if "queries" in given else _OF_CORPUS
+        own = DistillConfig.model_fields.keys() - unread - {"corpus", "teacher"}
         distill: dict[str, Any] = {name: value for name, value in given.items() if name in own}
         return (
             validate_config(BuildConfig, {**build, "output": places["dictionary"]}),

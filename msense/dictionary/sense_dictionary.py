@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
 _SAVE_BYTES = 64 << 20
-_INSIDE = ("senses/dictionary", "dictionary")  # where a portable student, and another student or a run, have it
+_INSIDE = (  # where a portable student, another student or a run, and the output of `msense make` have it
+    *("senses/dictionary", "dictionary", "dictionary/dictionary"),
+)
 _SMALLEST, _LARGEST = 1e-37, 1e38  # range of float32 divisors
 
 

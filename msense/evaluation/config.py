@@ -75,7 +75,7 @@ class EvaluateConfig(JobConfig):
 
     @field_validator("model", "task", "shots", mode="before")
     @classmethod
-    def _as_list(cls, value: object) -> object:
+    def _as_tuple(cls, value: object) -> object:
         return (value,) if isinstance(value, str | int) else value
 
     @field_validator("pair_columns")

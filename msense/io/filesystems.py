@@ -95,9 +95,15 @@ def s3_errors() -> tuple[type[Exception], ...]:
     return tuple(getattr(sys.modules[module], name) for module, name in types.items() if module in sys.modules)
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of the hub's client that are not OSErrors, such as of the network; empty if it is not imported."""
+    modules = (sys.modules[module] for module in ("httpx", "httpx2") if module in sys.modules)
+    return tuple(module.HTTPError for module in modules)
+
+
 def storage_error_types(*more: type[Exception]) -> tuple[type[Exception], ...]:
     """Return the errors that a disk or storage client may raise, and `more`."""
-    return (OSError, *s3_errors(), *more)
+    return (OSError, *s3_errors(), *hub_errors(), *more)
 
 
 @contextmanager
@@ -126,10 +132,12 @@ def error_message(error: Exception, *, local: bool = False) -> str:
     message = first_line(error)
     code = re.search(r"os error (\d+)", message)  # safetensors has it in the message only
     number = int(code[1]) if code else getattr(error, "errno", None)
+    if isinstance(error, hub_errors()):
+        return f"the Hugging Face Hub is unavailable ({message}): check the connection, or try again later"
     if isinstance(error, s3_errors()):
         if is_credentials_error(error):
             return f"S3 denied access ({message}): set credentials: {S3_CREDENTIALS}"
-        return f"S3 is unavailable after all retries ({message}): run the same command again later"
+        return f"the store is unavailable after all retries ({message}): run the same command again later"
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no space left ({message}); free some space, or choose an --output with more"
     if isinstance(error, PermissionError) or number in (errno.EACCES, errno.EPERM, errno.EROFS):

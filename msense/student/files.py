@@ -37,9 +37,11 @@ def student_folder(name: str | Path, revision: str | None = None, token: str | N
     """
     if not str(name):
         raise StudentError("no student is named: give a folder, a URI or a hub name")
-    of_run = storage.join(str(name), "student")
-    if any(storage.exists(storage.join(of_run, file)) for file in ("modules.json", "config.json")):
-        name = of_run
+    for inner in ("student", "student/student"):  # of the run that made it, and of the output of `msense make`
+        own = storage.join(str(name), inner)
+        if any(storage.exists(storage.join(own, file)) for file in ("modules.json", "config.json")):
+            name = own
+            break
     if isinstance(name, str) and "://" in name:
         return storage.local_copy(name)
     text = str(name.absolute() if isinstance(name, Path) else name)

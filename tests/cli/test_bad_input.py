@@ -97,7 +97,7 @@ def folder(path: Path) -> Path:
 
 # fmt: off
 CORPORA: list[tuple[str, Prepare, int, str]] = [
-    ("no corpus given", lambda d: [], 2, r"no corpus: give the location of the text with --corpus"),
+    ("no corpus given", lambda d: [], 2, "corpus: no value; give one"),
     ("an empty name", lambda d: "", 2, r"corpus: is empty; give a value"),
     ("a name with control characters", lambda d: f"{d}/{ESCAPE}/a.txt", 2, r"/red1m/a.txt: no readable file there"),
     ("a name with a NUL", lambda d: f"{d}/a\0b", 2, r"corpus: contains a NUL character or is not UTF-8; use"),

@@ -154,8 +154,8 @@ def test_every_help_opens_with_a_sentence_and_ends_with_examples_that_parse(
 def test_the_help_describes_every_setting_in_one_group(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = MODELS[name]
     listed = [field for names in model.help_groups.values() for field in names]
-    assert sorted(listed) == sorted(model.model_fields)
-    assert all(field.description for field in model.model_fields.values())
+    assert sorted(listed) == sorted(model.flag_fields())
+    assert all(field.description for field in model.flag_fields().values())
     main([name, "--help"])
     text = capsys.readouterr().out
     common, _, _ = text.partition("─ " + list(model.help_groups)[1] if len(model.help_groups) > 1 else "Examples")
@@ -183,8 +183,12 @@ def test_the_first_help_lists_commands_and_configurations_without_importing_them
         (["show", "x", "y", "--senses", "-1"], "-1"),
         (["show", "x", "y", "--sense", "1"], "--sense"),
         (["status", "/nowhere"], "/nowhere is not a run folder"),
-        (["build", "--corpus"], "no corpus"),
-        (["make", "texts", "--epochs", "3"], "--epochs"),
+        (["build", "--corpus"], "corpus: no value"),
+        (["build", "--config"], "--config: no value"),
+        (["build", "--output", "s3://"], "output: names no bucket"),
+        (["make", "texts", "--epochs", "0"], "epochs: Input should be greater"),
+        (["make", "texts", "--epoch", "3"], "Unknown option: --epoch. Did you mean --epochs?"),
+        (["make", "texts", "--dry-run"], "Unknown option: --dry-run"),
         (["make"], "corpus: required"),
         (["distill", "--config", "nothing"], "one of bge, cluster, demo"),
     ],
@@ -231,10 +235,15 @@ def test_make_passes_settings_on_to_the_steps_that_know_them() -> None:
     assert (distill.dictionary, distill.output, distill.student) == ("o/dictionary", "o/student", "layers:2")
     assert (distill.epochs, distill.seed, distill.heads, distill.local, distill.teacher) == (3, 5, "one", True, None)
     assert (distill.corpus, distill.dedup) == ((), False)
-    with pytest.raises(
-        InputError, match=r"unknown setting colour: give settings of `msense build` and `msense distill`"
-    ):
-        MakeConfig(corpus=("a",), colour="red").steps()
+    _, distill = MakeConfig(corpus=("a",), text_column="body", queries=("q.jsonl",)).steps()
+    assert (distill.queries, distill.text_column) == (("q.jsonl",), "body")
+    with pytest.raises(InputError) as caught:
+        MakeConfig(corpus=("a",), colour="red", epohcs=3, dry_run=True).steps()
+    assert str(caught.value).splitlines()[1:] == [
+        "  colour: unknown setting",
+        "  epohcs: unknown setting; did you mean epochs?",
+        "  dry_run: not a setting of `msense make`; use it with `msense build` and `msense distill`",
+    ]
     with pytest.raises(InputError, match="epochs: Input should be greater than or equal to 1"):
         MakeConfig(corpus=("a",), epochs=0).steps()
 

@@ -134,7 +134,7 @@ def test_lasting_faults_of_the_store_are_reported_and_the_run_resumes(
     for number, (stage, place) in enumerate(PLACES.items()):
         s3.spoil(f"^PUT bucket/run/{place}$", fault, 10**6)
         where = "dictionary" if stage == "dictionary" else place
-        cause = "the store is busy" if fault is throttled else "S3 is unavailable"
+        cause = "the store is busy" if fault is throttled else "the store is unavailable"
         with pytest.raises(MsenseError, match=rf"cannot write s3://bucket/run/{where}.*: {cause}") as caught:
             built.build(output=f"{BUCKET}/run", keep=ALL)
         assert SECRET not in str(caught.value)
@@ -164,7 +164,7 @@ def test_interrupted_reads_are_retried(s3: Server, reported: list[str]) -> None:
         assert read()
     s3.spoil("^GET bucket/x$", cut, 10**6)
     assert run_job(lambda: storage.read_range(f"{BUCKET}/x", 0, len(data)) and None) == 1
-    assert "cannot read s3://bucket/x: S3 is unavailable after all retries" in reported[0]
+    assert "cannot read s3://bucket/x: the store is unavailable after all retries" in reported[0]
 
 
 def test_interrupted_downloads_of_large_files_continue(s3: Server, tmp_path: Path) -> None:

@@ -133,8 +133,13 @@ def _read_judgements(files: list[SourceFile]) -> Judgements:
         query, document, score = _id(row.get(_COLUMNS[0])), _id(row.get(_COLUMNS[1])), _score(row.get(_COLUMNS[2]))
         if query is None or document is None or score is None:
             raise InputError(
-                f"{where}: not a judgement of query-id, corpus-id and score, separated by tabs, the score a whole number of "
-                f"at most {_MAX_SCORE}: correct it"
+                f"{where}: not a judgement of query-id, corpus-id and score, separated by tabs, the score a whole number from "
+                f"-{_MAX_SCORE} to {_MAX_SCORE}: correct it; a first line of names must be these three"
+            )
+        if judgements[query].setdefault(document, score) != score:
+            raise InputError(
+                f"{where}: query {printable(query)!r} and document {printable(document)!r} have another score in an earlier "
+                "row: keep one"
             )
         judgements[query][document] = score
     return dict(judgements)
@@ -167,13 +172,16 @@ def _iter_rows(files: list[SourceFile], names: tuple[str, ...]) -> Iterator[tupl
             if kind == "parquet":
                 yield from ((shown, row) for row in _parquet_rows(stream, shown, names))
                 continue
+            columns: tuple[str, ...] = ()  # of a tsv file: those that its first line names, or the usual ones
             for number, line in _lines(open_text(stream, codec, shown), shown):
                 where = f"{shown}, line {number}"
                 if kind == "tsv":
                     cells = line.decode("utf-8", "replace").split("\t")
-                    is_header = number == 1 and _score(cells[-1]) is None
-                    if not is_header:
-                        yield where, dict(zip(names, cells, strict=True)) if len(cells) == len(names) else {}
+                    if not columns and sorted(cell.strip() for cell in cells) == sorted(names):
+                        columns = tuple(cell.strip() for cell in cells)
+                        continue
+                    columns = columns or names
+                    yield where, dict(zip(columns, cells, strict=True)) if len(cells) == len(columns) else {}
                 elif isinstance(row := parsed(line), Fault):
                     raise InputError(f"{where}: {row.reason}: {printable(row.detail)}; correct it")
                 else:
