@@ -7,7 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from msense.config.base import HelpGroups, TeacherJobConfig, TrainDtype, parse_pairs
 from msense.constants import MAX_INT32, Metric
-from msense.corpus.spans import SPANS
+from msense.corpus.spans import MIN_PASSAGE, SPANS
 
 OBJECTIVES = {
     "sense": "cross-entropy over the senses of the token, under the dictionary's metric",
@@ -77,8 +77,8 @@ class DistillConfig(TeacherJobConfig):
     temperature: float = Field(1 / 3, gt=0, le=1e6, description="of losses, in units of the squared RMS distance")
     spans: dict[str, float] = Field(
         {"sentence": 1.0, "run": 0.5, "title": 1.0},
-        description="share of the sentences, runs of two to four sentences, and first lines or titles of the passages that are "
-        "labelled as texts of their own; none: passages only",
+        description="share of the sentences, runs of two to four sentences, and first lines or titles that are labelled as texts "
+        f"of their own, of passages of {MIN_PASSAGE} or more tokens; none: passages only",
     )
     pooled: bool = Field(True, strict=True, description="also store the teacher's embedding of each passage")
     student: str = Field(

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Any
 
 from msense.errors import InputError
+from msense.io.extras import require
 
 CHUNK_BYTES = 1 << 18
 HEAD_BYTES = 1 << 16  # decides on encoding and line ends
@@ -148,6 +149,7 @@ def _open_zstd(raw: Any) -> tuple[Any, type[Exception]]:
     if sys.version_info >= (3, 14):
         from compression.zstd import DecompressionParameter, ZstdError, ZstdFile
     else:
+        require("build", "reading a .zst file", ("backports.zstd",))
         from backports.zstd import DecompressionParameter, ZstdError, ZstdFile
     return ZstdFile(raw, options={DecompressionParameter.window_log_max: _LONGEST_WINDOW}), ZstdError
 

@@ -18,6 +18,13 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # extra: top-level packages that it inst
 NEEDED_BY_EVALUATIONS = (*_BUILD, *_SCORES)  # whatever their models and tasks
 
 
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
 def install_command(extra: str) -> str:
     """Return the command that installs an extra.
 
@@ -36,7 +43,7 @@ def require(extra: str, what: str, packages: tuple[str, ...] | None = None) -> N
         what: what needs them, as the subject of the message.
         packages: some of the extra's packages; None: all.
     """
-    if missing := [name for name in (EXTRAS[extra] if packages is None else packages) if find_spec(name) is None]:
+    if missing := [name for name in (EXTRAS[extra] if packages is None else packages) if not _is_installed(name)]:
         raise InputError(
             f"{what} needs packages that are not installed ({', '.join(missing)}): {install_command(extra)}"
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from msense.config.distill import DistillConfig
 from msense.corpus import display_uri, list_files
+from msense.corpus.spans import MIN_PASSAGE
 from msense.errors import InputError, MsenseError
 from msense.io import storage
 from msense.io.extras import require
@@ -68,6 +69,11 @@ def distill_student(config: DistillConfig, executor: Executor | None = None) -> 
     """
     require("train", "distilling a student")
     source = load_inputs(config)
+    if "spans" in config.model_fields_set and config.spans and source.spec.body_length < MIN_PASSAGE:
+        raise InputError(
+            f"a passage has at most {source.spec.body_length} tokens of text, and spans are taken of passages of {MIN_PASSAGE} "
+            "or more: build a dictionary with a larger --max-length, or give --spans none"
+        )
     root = resolve_output(config.output)
     inputs = _label_inputs(config, source) | {"training": config.of_training()}
     inputs.pop("pins")  # of labels
@@ -79,6 +85,14 @@ def distill_student(config: DistillConfig, executor: Executor | None = None) -> 
 def _has_own_labels(run: RunFolder) -> bool:
     """Return whether the run of a student has finished labels in itself, as those of older versions."""
     return storage.exists(run.label_manifest)
+
+
+def _labels_of(run: RunFolder) -> RunFolder | None:
+    """Return the folder of the labels of a finished student, which an older version may have made; None if it is gone."""
+    place = storage.read_json(run.labels_place) if storage.exists(run.student) else None
+    folder = place["folder"] if place else ""
+    manifest = storage.read_json(RunFolder(folder).label_manifest) if folder else None
+    return RunFolder(folder, manifest["made_of"]) if manifest else None
 
 
 def _label_inputs(config: DistillConfig, source: DistillInputs) -> dict[str, Any]:
@@ -113,7 +127,7 @@ def _run_stages(config: DistillConfig, source: DistillInputs, context: StageCont
     if not storage.exists(run.student):
         executor.run(check_student, training)
     own = _has_own_labels(run) and not config.dry_run
-    folder = run if own else labels_folder(config, source, executor)
+    folder = run if own else _labels_of(run) or labels_folder(config, source, executor)
     if not own and not config.dry_run:
         storage.write_json(run.labels_place, {"folder": folder.root})
     if config.dry_run or not are_finished(folder, executor):

@@ -25,7 +25,7 @@ STAGES_VERSION = 4  # of the files between stages: a run that an older version l
 def keep_stages_version(run: RunFolder, manifest: dict[str, Any]) -> None:
     """Pin the version of the stages that finished the run (or its labels), if any: its results are kept."""
     before = run.read_manifest()
-    if before is not None and (storage.exists(run.finished) or storage.exists(run.label_manifest)):
+    if before is not None and any(map(storage.exists, (run.finished, run.label_manifest, run.student))):
         manifest["pins"].pop("stages", None)
         manifest["pins"] |= {name: before["pins"][name] for name in ("stages",) if name in before["pins"]}
 
@@ -80,9 +80,12 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
         shown = "\n".join(f"  {change}" for change in changes[:_SHOWN])
         more = f"\n  ... and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         other = any(change.startswith("pins.stages:") for change in changes)
-        version = "\nAnother version of msense started it; only that version can resume it." if other else ""
-        message = f"the run in {run.root} has other settings or inputs:\n{shown}{more}{version}"
-        raise InputError(f"{message}\nTo resume it, {remedy}")
+        message = f"the run in {run.root} has other settings or inputs:\n{shown}{more}\n"
+        if other:
+            own = f" ({before['pins']['msense']})" if "msense" in before["pins"] else ""
+            again = f"To start a new run, give another --output or delete {run.root}"
+            raise InputError(f"{message}Only the version of msense that began it{own} can resume it. {again}")
+        raise InputError(f"{message}To resume it, {remedy}")
 
 
 def kind_of(manifest: dict[str, Any]) -> str:

@@ -29,13 +29,8 @@ from msense.text import excerpt, word_borders
 
 LONGEST_TEXT = 4096  # characters
 CONTEXT_TOKENS = 24  # tokens of context on each side, where only tokens are known
-_COLUMNS = (
-    "document_id",
-    "input_ids",
-    "text",
-    "gaps",
-    "lengths",
-)  # of passages; runs of older versions lack the last ones
+# of passages; runs of older versions lack the last ones
+_COLUMNS = ("document_id", "input_ids", "text", "gaps", "lengths")
 
 
 class ExemplarStage(Stage[list[str]]):
@@ -131,7 +126,8 @@ def _passages(run: RunFolder, partition: Partition, wanted: np.ndarray) -> dict[
 def context_of(tokenizer: Tokenizer, passage: Passage, position: int) -> tuple[str, str, str]:
     """Return the original text (left, word, right) around the whole word that the token at a position is part of.
 
-    The word of a token without text, such as [CLS], is the token. If no token of the passage has a place in its text, all
+    The text is that of the passage alone, without the tokens of the passage before that --stride repeats as context. The word
+    of a token without text, such as [CLS], is the token. If no token of the passage has a place in its text, all
     three are decoded.
     """
     if not (passage.stops > passage.starts).any():

@@ -22,7 +22,7 @@ def test_added_entries_count_only_where_they_differ_from_their_defaults() -> Non
     assert without_defaults({**now, "config": {"id_column": "none"}})["config"] == {"id_column": "none"}
 
 
-@pytest.mark.parametrize("finished", ["", "finished.json", "labels/labels.json"])
+@pytest.mark.parametrize("finished", ["", "finished.json", "labels/labels.json", "student"])
 @pytest.mark.parametrize("version", [{}, {"stages": 2}])
 def test_only_a_finished_run_of_an_older_version_is_kept(tmp_path: Path, version: dict, finished: str) -> None:
     run, manifest = RunFolder(str(tmp_path)), {**OLD, "corpus": [], "pins": {"stages": STAGES_VERSION}}
@@ -43,7 +43,10 @@ def test_unfinished_runs_of_older_versions_are_refused_and_students_may_change(t
     check(manifest(2))
     for name in ("labels/000000.safetensors", "labels/000000.safetensors.done"):  # inside the student's run
         storage.write_text(str(tmp_path / name), "")
-    with pytest.raises(InputError, match=r"pins\.stages: 2 before, 3 now\nAnother version[\s\S]*another --output"):
+    with pytest.raises(
+        InputError,
+        match=r"pins\.stages: 2 before, 3 now\nOnly the version of msense that began it can[\s\S]*another --output",
+    ):
         check(manifest(3))
     storage.remove(str(tmp_path / "labels"))
     check(manifest(3))

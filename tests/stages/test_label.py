@@ -310,6 +310,28 @@ def test_spans_and_queries_are_read_once_as_texts_of_their_own(made: Corpus) -> 
     assert 0 < (fewer.kinds == 2).sum() < (labels.kinds == 2).sum()
 
 
+@pytest.mark.parametrize("prompt", ["", "the river "])
+def test_spans_are_of_passages_with_32_tokens_of_their_own(made: Corpus, prompt: str) -> None:
+    rng, room = np.random.default_rng(3), 64 - 2 - len(prompt.split())
+    lines, last = [], {}
+    for tokens in (30, 31, 32, 33, room + 31, room + 32):  # the last two: a second passage, after 8 tokens of context
+        parts = [" ".join(rng.choice(WORDS[:-5], count - 1)) + "." for count in (tokens - 11, 11)]
+        lines.append(" ".join(parts))
+        last[tokens] = parts[1]
+    (made.folder / "a.txt").write_text("\n".join(lines))
+    made.build("dict", corpus=(str(made.folder / "a.txt"),), max_occurrences=60, prompt=prompt, stride=8, dedup=False)
+    labels = label(made, made.folder / "run", spans={"sentence": 1})
+    spans = [labels.read(np.array([row])).ids[0].tolist() for row in np.flatnonzero(labels.kinds)]
+    tokenizer = load_teacher_info(str(made.teacher), BuildConfig())[1]
+    ids = {tokens: tokenizer.encode(text, add_special_tokens=False).ids for tokens, text in last.items()}
+    assert all(len(own) == 11 for own in ids.values())
+    found = [tokens for tokens, own in ids.items() if any(contains(span, own) for span in spans)]
+    assert found == [32, 33, room + 32]
+    made.build("short", max_occurrences=60, max_length=15)
+    with pytest.raises(InputError, match="at most 13 tokens of text, and spans are taken of passages of 32 or more"):
+        label(made, made.folder / "none", dictionary=str(made.folder / "short"), spans={"run": 1})
+
+
 def test_a_dry_run_estimates_spans_and_old_dictionaries_are_read_again(made: Corpus) -> None:
     given = write_documents(made)
     made.build("dict", max_occurrences=60)
@@ -391,6 +413,19 @@ def test_labels_inside_a_student_of_an_older_version_are_used(made: Corpus) -> N
     assert (made.folder / "run" / "labels" / "labels.json").exists()
     with pytest.raises(InputError, match=r"training\.lr: "):
         made.distill("run", student="static", epochs=1, lr=0.5)
+
+
+def test_a_finished_student_of_an_older_version_keeps_its_labels(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    made.build("dict", max_occurrences=60)
+    given = {"student": "static", "epochs": 1, "spans": {}}
+    with monkeypatch.context() as patch:
+        patch.setattr("msense.pipelines.job.STAGES_VERSION", 3)
+        first = made.distill("run", **given)
+    written = {path: path.stat().st_mtime_ns for path in (made.folder / "run").rglob("*.safetensors")}
+    again = made.distill("run", **given)
+    assert (again["labels"], again["student"]) == (first["labels"], first["student"])
+    assert {path: path.stat().st_mtime_ns for path in (made.folder / "run").rglob("*.safetensors")} == written
+    assert made.distill("other", labels=str(made.folder / "run" / "labels"), **given)["labels"] != first["labels"]
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -94,6 +94,37 @@ def test_sentence_vectors_pay_nothing_for_separate_senses(training: Distillation
     assert all(torch.equal(both[name], value) for name, value in alone.items())
 
 
+def test_gradients_of_senses_are_clipped_and_checked_by_themselves(training: DistillationConfig) -> None:
+    own = replace(training, student=StudentSettings(kind="static", heads="separate"), mix=LossWeights(sense=1, pooled=50))
+    engine = trainer_of(own).engine
+    shared, senses = engine.clipped
+    assert len(shared) > 2
+    assert len(senses) == len(MIXER) + 2
+
+    def step(gradient: float) -> None:
+        for parameter in (*shared, *senses):
+            parameter.grad = torch.full_like(parameter, gradient)
+        engine.step(lr=0.0)
+
+    norms: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.optimizer, "step", lambda: norms.extend(norm_of(part) for part in engine.clipped))
+        step(1e3)
+        step(1e-9)
+    assert norms[:2] == pytest.approx([1.0, 1.0], rel=1e-4)
+    assert max(norms[2:]) < 1e-3
+    for part in engine.clipped:
+        for parameter in (*shared, *senses):
+            parameter.grad = torch.zeros_like(parameter)
+        part[-1].grad.fill_(float("nan"))
+        with pytest.raises(MsenseError, match="not finite"):
+            engine.step(lr=0.0)
+
+
+def norm_of(parameters: list[torch.Tensor]) -> float:
+    return float(torch.linalg.vector_norm(torch.stack([own.grad.norm() for own in parameters])))
+
+
 @pytest.mark.parametrize(("kind", "stop"), [("static", 1), ("layers:1", 3)])
 def test_a_resumed_training_gives_the_same_numbers(
     training: DistillationConfig, tmp_path: Path, kind: str, stop: int
