@@ -3,7 +3,7 @@
 The MLP's first layer becomes a table of tokens. Everything after its activation is linear, so sentence vectors need one
 product with the second layer per passage instead of one per token. Passages of similar length are padded together: the
 table's row of padding is zero, as the convolution's border is, and padding has no weight in a sentence vector. Memory:
-(V + 1)·(D + U) numbers of the tables, and about 4·U·`CHUNK_TOKENS` + 4·(D + U) per passage of a group.
+(V + 1)·(D + U) numbers of the tables, about 3·U·`CHUNK_TOKENS` per thread, and 4·(D + U) per passage of a group.
 """
 
 import copy
@@ -21,7 +21,7 @@ from msense.student.student import Student
 from msense.teacher.batching import token_batches
 from msense.teacher.pooling import Pooling
 
-CHUNK_TOKENS = 512  # padded tokens whose activations are held: they fit the caches of a core
+CHUNK_TOKENS = 512  # padded tokens per thread whose activations are held: they fit the caches of a core
 GROUP_TOKENS = 1 << 15  # whose passages are multiplied at once
 
 
@@ -149,7 +149,7 @@ class StaticEncoder:
                     f"token ids from {ids.min()} to {ids.max()} exceed the student's vocabulary, 0 to "
                     f"{self.config.vocab_size - 1}: use the student's tokenizer"
                 )
-            batches = list(token_batches(size, CHUNK_TOKENS))
+            batches = list(token_batches(size, CHUNK_TOKENS * torch.get_num_threads()))
             widths = np.repeat([max(1, size[batch[-1]]) for batch in batches], [len(batch) for batch in batches])
             padded = np.full(widths.sum(), self.config.vocab_size)
             padded[_places(size, widths)] = ids
@@ -165,11 +165,11 @@ class StaticEncoder:
         means = tokens if all_tokens else self._sums(group, self._shares(group, "mean", 0))
         of_passages = mixer.of_passages(means)
         shares = shares * self._confidence[group.ids]
-        units, total = torch.empty_like(of_passages), of_passages.new_empty(len(of_passages), 1)
+        units = torch.empty_like(of_passages)
         for batch, part, width in group.parts():
             weights = shares[part].view(-1, 1, width)
             torch.bmm(weights, mixer.active(group.ids[part], of_passages[batch]), out=units[batch][:, None])
-            torch.sum(weights, dim=2, out=total[batch])
+        total = embedding_bag(torch.arange(len(shares)), shares[:, None], torch.from_numpy(group.starts), mode="sum")
         return torch.addmm(tokens, units, mixer.back.weight.T).addcmul_(total, mixer.back.bias)
 
     def _sums(self, group: _Group, shares: Tensor) -> Tensor:
