@@ -236,8 +236,6 @@ def _list_pydocs(uri: str) -> tuple[str, list[SourceFile]]:
 
 def _list_hub(uri: str) -> tuple[str, list[SourceFile]]:
     """Return the name of a Hub dataset and the parquet files to which the Hub converted one of its splits."""
-    from huggingface_hub import errors
-
     shown = display_uri(uri)
     parts = uri.removeprefix("hf://").split(":")
     if len(parts) > 3 or not parts[0] or "@" in uri:
@@ -259,7 +257,7 @@ def _list_hub(uri: str) -> tuple[str, list[SourceFile]]:
         infos = filesystem.ls(f"{root}/{config}/{split}", detail=True, expand_info=True)
     except InputError:
         raise
-    except (OSError, ValueError, errors.HTTPError) as error:
+    except storage_error_types(ValueError) as error:
         raise InputError(
             f"{shown}: the Hub provides no parquet files for it ({first_line(error)}); check owner/name and the network; "
             "log in to reach a private or gated dataset: hf auth login"
