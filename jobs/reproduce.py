@@ -1,4 +1,4 @@
-"""Reproduce the README's results: `python jobs/reproduce.py --data DATA [NAME ...]`.
+"""Reproduce the earlier results of jobs/benchmarks/README.md: `python jobs/reproduce.py --data DATA [NAME ...]`.
 
 The jobs write dictionaries, teachers and students into --output, with evaluations next to them as NAME.json, NAME.md and
 plots; existing ones are reused. A final table compares every figure with its target, and the last line of the output is the

@@ -30,7 +30,7 @@ from msense.stages.cluster import ClusterStage
 from msense.stages.embedding_store import ClusterSettings, Range, read_ranges, stored
 from msense.teacher.spec import load_teacher_info
 
-FAISS = {"niter": 8, "nredo": 8}  # the cheapest with scikit-learn's inertia on the README's corpus
+FAISS = {"niter": 8, "nredo": 8}  # the cheapest with scikit-learn's inertia on WikiText-2
 LARGE = 200  # least points per token in `over_limit`
 TURNS = 5
 
