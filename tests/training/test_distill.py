@@ -95,7 +95,9 @@ def test_sentence_vectors_pay_nothing_for_separate_senses(training: Distillation
 
 
 def test_gradients_of_senses_are_clipped_and_checked_by_themselves(training: DistillationConfig) -> None:
-    own = replace(training, student=StudentSettings(kind="static", heads="separate"), mix=LossWeights(sense=1, pooled=50))
+    own = replace(
+        training, student=StudentSettings(kind="static", heads="separate"), mix=LossWeights(sense=1, pooled=50)
+    )
     engine = trainer_of(own).engine
     shared, senses = engine.clipped
     assert len(shared) > 2
