@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from msense.dictionary.layout import DictionaryFiles
 from msense.errors import InputError, StudentError
 from msense.io import storage
 from msense.io.scratch import atomic_path
@@ -89,6 +90,11 @@ def load_student(folder: str | Path) -> Student:
         StudentError: a file is missing, truncated, malformed, inconsistent, or links out of the folder.
     """
     files = StudentFiles(Path(folder))
+    places = [files.folder] if files.weights.exists() else [files.folder, files.folder / "dictionary"]
+    if any(path.exists() for place in places for path in (DictionaryFiles(place).arrays, DictionaryFiles(place).index)):
+        raise StudentError(
+            f"{files.folder} is a dictionary or the run that built it: give a student, made by msense distill"
+        )
     try:
         return _read_student(files, _read_config(files))
     except StudentError:

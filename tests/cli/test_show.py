@@ -153,3 +153,10 @@ def test_clean() -> None:
     assert clean("\x1b]8;;http://x\x1b\\link\x1b]8;;\x07") == "link"
     assert clean("a\tb\nc\u2028d") == "a b c d"
     assert clean("\x9b31mx\x00\x7f\u200b\u202e\ud800") == "31mx"
+
+
+def test_a_dictionary_is_no_student(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder, tmp_path / "run" / "dictionary")
+    for place in (folder, tmp_path / "run"):
+        assert main(["show", str(place), "--text", "the bank"]) == 2
+        assert f"{place} is a dictionary or the run that built it: give a student" in capsys.readouterr().err
