@@ -12,8 +12,9 @@ LINES = ["the bank of the river is deep", "money is in the bank", "a cat sat on 
 
 
 def test_make_builds_distills_measures_and_resumes(
-    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # paths are long
     (tmp_path / "texts.txt").write_text("\n".join(f"{a} {b}" for a in LINES for b in LINES) * 4)
     (tmp_path / "small.yaml").write_text("epochs: 2\nsenses: 2\nheld_out: 0.3\n")
     output = tmp_path / "out"
