@@ -38,7 +38,7 @@ Without --corpus, the text is that of the dictionary. {_RESUMES}""",
 _EXAMPLES = """\
 Examples:
   msense make texts/ --teacher BAAI/bge-small-en-v1.5 --student static --output runs/mine
-  msense build --output runs/demo     the demo, in two minutes on two cores
+  msense build --output runs/demo     the demo, in three minutes on two cores
   msense show runs/demo key cell
 
 Configurations for --config:
