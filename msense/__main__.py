@@ -58,9 +58,8 @@ _Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    return run_job(partial(call, make_app(), words), resumes=words[:1] != [] and words[0] in _JOBS) or (
-        0 if words else 2
-    )
+    resumes = bool(words) and words[0] in _JOBS
+    return run_job(partial(call, make_app(), words), resumes=resumes) or (0 if words else 2)
 
 
 def make_app() -> App:

@@ -90,7 +90,8 @@ def load_student(folder: str | Path) -> Student:
         StudentError: a file is missing, truncated, malformed, inconsistent, or links out of the folder.
     """
     files = StudentFiles(Path(folder))
-    places = [files.folder] if files.weights.exists() else [files.folder, files.folder / "dictionary"]
+    made = files.weights.exists() or files.config.exists()  # a student, if a damaged one
+    places = [files.folder] if made else [files.folder, files.folder / "dictionary"]
     if any(path.exists() for place in places for path in (DictionaryFiles(place).arrays, DictionaryFiles(place).index)):
         raise StudentError(
             f"{files.folder} is a dictionary or the run that built it: give a student, made by msense distill"

@@ -225,3 +225,12 @@ def test_reading_a_corpus_does_not_import_torch() -> None:
     code = "import sys, msense.corpus.passages, msense.stages.passages; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_missing_zstd_package_is_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt.zst").write_bytes(zstd(b"some text\n"))
+    monkeypatch.setattr("msense.io.extras._is_installed", lambda package: "zstd" not in package)
+    with pytest.raises(
+        InputError, match=r'reading a .zst file needs .*backports.zstd.*: pip install "msense\[build\]"'
+    ):
+        read(tmp_path)

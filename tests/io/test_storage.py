@@ -222,3 +222,16 @@ def test_a_folder_is_uploaded_with_its_own_config_last(root: str, tmp_path: Path
     assert order == ["dictionary/a.bin", "z.bin", "dictionary/config.json", "config.json"]
     assert storage.read_text(storage.join(root, "target", "dictionary", "config.json")) == "dictionary/config.json"
     assert storage.read_text(storage.join(root, "target", "config.json")) == "config.json"
+
+
+def test_an_unreachable_hub_is_reported_with_its_remedy() -> None:
+    import huggingface_hub.errors  # noqa: F401 - imports the client whose errors are meant
+
+    (error_type,) = filesystems.hub_errors()
+    with (
+        pytest.raises(
+            MsenseError, match=r"cannot read hf://owner/name: the Hugging Face Hub is unavailable \(no route\)"
+        ),
+        filesystems.storage_errors("hf://owner/name"),
+    ):
+        raise error_type("no route")

@@ -141,6 +141,7 @@ def other_dictionary(folder: Path) -> None:
 
 
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "other tokenizer": (lambda f: other_tokenizer(f / "tokenizer.json"), "not the student's tokenizer .*fingerprint"),
     "tokenizer outside": (lambda f: outside(f / "tokenizer.json"), "outside the student"),
