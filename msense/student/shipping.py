@@ -132,7 +132,7 @@ def save_pretrained(
         dictionary.save(files.dictionary, dtype=senses)
     with atomic_path(files.card) as scratch:
         scratch.write_text(student_card(config, senses, figures or {}, obstacle), encoding="utf-8")
-    _remove(stale - set(files.present(exemplars=True)))
+    _remove(stale - set(files.present(exemplars=True)), old.folder)
     save_config(files, config)
 
 
@@ -158,13 +158,14 @@ def _write_model(
     return files, obstacle
 
 
-def _remove(paths: set[Path]) -> None:
-    """Remove files, and the folders that they leave empty."""
+def _remove(paths: set[Path], root: Path) -> None:
+    """Remove files below `root`, and the folders that they leave empty."""
     for path in paths:
         path.unlink(missing_ok=True)
+    folders = {parent for path in paths for parent in path.parents if root in parent.parents}
+    for folder in sorted(folders, reverse=True):  # those within a folder before it
         with suppress(OSError):
-            path.parent.rmdir()
-            path.parent.parent.rmdir()
+            folder.rmdir()
 
 
 def student_card(config: StudentConfig, senses: str, figures: Mapping[str, float], obstacle: str | None = None) -> str:
