@@ -31,6 +31,9 @@ Without --corpus, the text is that of the dictionary. {_RESUMES}""",
     "finetune": f"""Fine-tune a teacher with a classifier, as the teacher of a dictionary and of students for one task.
 
 {_RESUMES}""",
+    "merge-teacher": """Merge LoRA adapters into a base model: a plain teacher folder, as of LLM2Vec.
+
+How the teacher reads a text is written into the folder, so that every command and sentence-transformers read it alike.""",
     "evaluate": f"""Evaluate models on tasks: one table per task, with confidence intervals, and a table of costs.
 
 {_RESUMES}""",
@@ -73,7 +76,7 @@ def make_app() -> App:
         version=VERSION,
     )
     for number, (name, text) in enumerate(_JOBS.items()):
-        app.command(f"msense.cli.{name}:app", name=name, help=text, sort_key=number)
+        app.command(f"msense.cli.{name.replace('-', '_')}:app", name=name, help=text, sort_key=number)
     app.command(show, help_epilogue=_SHOW_EXAMPLES, sort_key=len(_JOBS), version_flags=())
     app.command(status, help_epilogue=_STATUS_EXAMPLES, sort_key=len(_JOBS), version_flags=())
     app.register_install_completion_command(help="Install completion for bash, zsh or fish, and exit.")

@@ -23,11 +23,11 @@ from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
 from msense.cli.console import console
-from msense.config.base import JobConfig, validate_config
+from msense.config.base import CommandConfig, validate_config
 from msense.errors import InputError
 from msense.text import redact
 
-JobT = TypeVar("JobT", bound=JobConfig)
+JobT = TypeVar("JobT", bound=CommandConfig)
 CONFIGS = files("msense") / "configs"
 _OF_ALL = {  # flags that are no settings
     "config": FieldInfo(
@@ -161,7 +161,7 @@ def _flag(field: FieldInfo, group: Group, *, greedy: bool) -> Any:
         "group": group,
         "show_default": False if field.is_required() or default is False or not text else lambda _: text,
     }
-    if field.annotation is bool:
+    if field.annotation in (bool, bool | None):
         return Annotated[bool | None, Parameter(**shared, allow_repeating=True)]
     options: dict[str, Any] = {} if _is_list(field) else {"converter": _last_values}
     options |= {"metavar": _metavar(field.annotation), "consume_multiple": greedy or _is_list(field), "negative": ()}

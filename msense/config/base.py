@@ -22,7 +22,7 @@ TrainDtype = Annotated[
 _SHOWN_ERRORS = 20
 _TEXTS = (
     *("corpus", "queries", "text_column", "id_column", "teacher", "revision", "prompt"),
-    *("output", "labels", "dictionary", "student"),
+    *("output", "labels", "dictionary", "student", "adapter"),
 )
 
 
@@ -31,7 +31,7 @@ def validate_config(model: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     try:
         return model(**values)
     except ValidationError as error:
-        known = model.flag_fields() if issubclass(model, JobConfig) else model.model_fields
+        known = model.flag_fields() if issubclass(model, CommandConfig) else model.model_fields
         errors = error.errors(include_url=False, include_context=False)
         lines = [f"  {error_line(entry, known)}" for entry in errors[:_SHOWN_ERRORS]]
         lines += [f"  and {len(errors) - _SHOWN_ERRORS} more"] if len(errors) > _SHOWN_ERRORS else []
@@ -63,8 +63,8 @@ def parse_pairs(value: object, default: object = "") -> object:
     return {name: text if separator else default for name, separator, text in pairs}
 
 
-class JobConfig(BaseModel):
-    """Settings of every job."""
+class CommandConfig(BaseModel):
+    """Settings of every command that has them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     help_groups: ClassVar[HelpGroups] = {}  # every field in the order of the help, common ones first
@@ -74,8 +74,6 @@ class JobConfig(BaseModel):
         """Return the settings that have flags."""
         return dict(cls.model_fields)
 
-    workers: int | None = Field(None, ge=1, description="workers; default: one per GPU (or CPU), 1 with --local")
-    local: bool = Field(False, description="run without Ray: in this process, or in N processes with --workers N")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log lines")
 
     @field_validator("corpus", "queries", "keep", mode="before", check_fields=False)
@@ -111,6 +109,13 @@ class JobConfig(BaseModel):
             if os.path.isfile(existing):
                 raise ValueError(f"{existing} is a file; give a new or existing folder")
         return value
+
+
+class JobConfig(CommandConfig):
+    """Settings of the commands that run on Ray or in several processes."""
+
+    workers: int | None = Field(None, ge=1, description="workers; default: one per GPU (or CPU), 1 with --local")
+    local: bool = Field(False, description="run without Ray: in this process, or in N processes with --workers N")
 
 
 class TeacherJobConfig(JobConfig):

@@ -47,7 +47,8 @@ _IGNORED_OPTIONS = (  # of a Transformer module's tokenizer, model and config: t
 )
 _IGNORED_PROCESSING = ("padding", "pad_to_multiple_of", "return_tensors", "truncation")
 _TEXT_MODALITY = {"method": "forward", "method_output_name": "last_hidden_state"}
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # of peft
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of peft
+_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
 _JSON_BYTES = 64 << 20
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -355,10 +356,10 @@ def check_vocabulary(name: str, folder: Path, vocab_size: int) -> None:
         )
 
 
-def weights_fingerprint(folder: Path) -> str:
+def weights_fingerprint(folder: Path, config: str = "config.json") -> str:
     """Return the SHA-256 of the config and weight files, in hexadecimal."""
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for file in [folder / config, *sorted(folder.glob("*.safetensors"))]:
         digest.update(file.name.encode())
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
