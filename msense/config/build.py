@@ -53,7 +53,8 @@ class BuildConfig(PlanOptions, TeacherOptions, TeacherJobConfig):
         "Common options": ("corpus", "teacher", "senses", "output", "workers", "local", "dry_run"),
         "Text": ("text_column", "id_column", "dedup", "stride", "sample", "on_bad_document"),
         "Teacher": (
-            *("revision", "layer", "max_length", "prompt", "special_tokens", "dtype", "gpus_per_actor", "time_teacher"),
+            *("revision", "layer", "attention", "max_length", "prompt", "special_tokens", "dtype", "gpus_per_actor"),
+            "time_teacher",
         ),
         "Senses": (
             *("sense_budget", "mcl", "metric", "n_init", "max_occurrences", "coverage", "exemplars", "reference"),

@@ -29,6 +29,7 @@ _FREE = {  # without influence on labels and student
 _CORPUS_SETTINGS = {"text_column", "id_column", "dedup"}  # recorded with the text
 _REFERENCE: dict[str, Any] = {"objective": {"sense": 1.0}, "heads": "one", "metric": "dot", "soft_targets": 0}
 _REFERENCE |= {"pooled": False, "epochs": 5, "schedule": "cosine", "train_embeddings": True}
+_REFERENCE_OPTIMIZER: dict[str, Any] = {"lr": 4.5e-5, "warmup": 300.0, "weight_decay": 1e-4, "clip": 0.0}
 
 
 class DistillConfig(TeacherJobConfig):
@@ -53,12 +54,12 @@ class DistillConfig(TeacherJobConfig):
             "on_bad_document",
         ),
         "Labels": ("teacher", "dtype", "soft_targets", "pooled", "labels", "gpus_per_actor", "time_teacher"),
-        "Losses": ("objective", "heads", "metric", "temperature", "reference"),
+        "Losses": ("objective", "heads", "student_pooling", "metric", "temperature", "reference"),
         "Training": (
             *("lr", "batch_tokens", "schedule", "warmup", "weight_decay", "clip", "accumulate", "train_embeddings"),
             *("student_dtype", "deepspeed_stage", "checkpoint_steps"),
         ),
-        "Run": ("ship_senses", "seed", "log_level"),
+        "Run": ("ship_senses", "ship_dtype", "seed", "log_level"),
     }
 
     dictionary: str = Field(description="folder or URI of the dictionary, or of the run that built it")
@@ -86,6 +87,11 @@ class DistillConfig(TeacherJobConfig):
         description="layers:N (the teacher's first N), layers:0,2,5 (these, from 0), static (no attention), table (a vector per "
         "token, without senses), or a model",
     )
+    student_pooling: Literal["auto", "mean", "teacher"] = Field(
+        "auto",
+        description="how the student pools token embeddings: their mean, or as the teacher (its first or last token, for "
+        "example); auto: the mean for static and table, else as the teacher",
+    )
     objective: dict[str, float] = Field(
         {"sense": 10.0, "pooled": 100.0, "replaced": 100.0},
         description="losses with weights: " + "; ".join(f"{name}: {text}" for name, text in OBJECTIVES.items()),
@@ -103,7 +109,9 @@ class DistillConfig(TeacherJobConfig):
         None, gt=0, le=10, description="peak learning rate; default: 3e-3 for static and table, else 1e-3"
     )
     schedule: Schedule = Field("cosine", description="learning rate after warmup; one-cycle: use --warmup 0.3")
-    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps with increasing learning rate")
+    warmup: float = Field(
+        0.05, ge=0, le=1e9, description="steps with increasing learning rate: a fraction below 1, or their number"
+    )
     weight_decay: float = Field(0.01, ge=0, le=1, description="weight decay of AdamW")
     clip: float = Field(1.0, ge=0, le=1e6, description="maximum gradient norm; 0: no clipping")
     student_dtype: TrainDtype = "auto"
@@ -112,10 +120,14 @@ class DistillConfig(TeacherJobConfig):
     reference: bool = Field(
         False,
         strict=True,
-        description="the paper's choices where none is given: sense loss, bare dot product, one head, hard labels, 5 epochs",
+        description="the paper's choices where none is given: sense loss, bare dot product, one head, hard labels, 5 epochs, "
+        "learning rate 4.5e-5, 300 warm-up steps, weight decay 1e-4, no clipping",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="random seed")
     ship_senses: Senses = Field("float16", description="dtype of the shipped senses; none: vectors only")
+    ship_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="dtype of the shipped weights; two bytes each suit large students"
+    )
     labels: str | None = Field(
         None,
         description="folder of labels, which students share; default: labels/ of the dictionary's run, else of --output",
@@ -127,7 +139,8 @@ class DistillConfig(TeacherJobConfig):
     @classmethod
     def _derive_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("reference") is True:
-            values = {**_REFERENCE, **values}
+            attention = values.get("student") not in ("static", "table")  # the paper has no students without
+            values = {**_REFERENCE, **(_REFERENCE_OPTIMIZER if attention else {}), **values}
         if values.get("pooled") is False:
             values = {"objective": {"sense": 1.0}, "spans": {}, **values}  # nothing is learnt from spans
         if values.get("student") == "table":
@@ -149,6 +162,13 @@ class DistillConfig(TeacherJobConfig):
     def _check_ship_senses(cls, value: str, info: ValidationInfo) -> str:
         if value != "none" and info.data.get("student") == "table":
             raise ValueError("a table knows no senses: omit it, or use none")
+        return value
+
+    @field_validator("student_pooling")
+    @classmethod
+    def _check_pooling(cls, value: str, info: ValidationInfo) -> str:
+        if value == "teacher" and info.data.get("student") == "table":
+            raise ValueError("the vectors of a table are means: omit it, or use mean")
         return value
 
     @field_validator("heads")

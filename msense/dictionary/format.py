@@ -88,7 +88,8 @@ def write_dictionary(
     for old in files.array_files() - current:  # those of an older dictionary that was split differently
         old.unlink(missing_ok=True)
     _write_text(files.card, model_card(config, arrays))
-    _write_text(files.config, config.model_dump_json(indent=1))
+    added = {"attention"} if config.attention == "auto" else set()  # older versions read no other fields
+    _write_text(files.config, config.model_dump_json(indent=1, exclude=added))
 
 
 def write_tokenizer(folder: Path | str, tokenizer_json: str) -> None:

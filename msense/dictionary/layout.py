@@ -58,6 +58,7 @@ class DictionaryConfig(FrozenModel):
     pooling: _Name = Field(default="mean", description="a mode of sentence-transformers: mean, cls, lasttoken, ...")
     normalize: bool = Field(default=False, description="whether the teacher normalizes sentence vectors")
     prompt: _Text = ""
+    attention: Literal["auto", "causal", "bidirectional"] = Field("auto", description="the setting of the build")
     max_length: _Natural = Field(default=0, description="maximum passage length in tokens, 0 = unknown")
     max_occurrences: _Natural = Field(description="limit of occurrences clustered per token, 0 = all")
     seed: _Int64 = 0

@@ -160,6 +160,7 @@ class TeacherModel(TokenModel):
         if (given := self.dictionary or like) is not None:
             own = given.config
             settings |= {"layer": own.layer, "prompt": own.prompt, "max_length": own.max_length or None}
+            settings["attention"] = own.attention
         self.info, self.tokenizer = load_teacher_info(spec.teacher, TeacherOptions(**settings))
         self.dim, self.prompt = self.info.dim, self.info.prompt
         if self.dictionary is not None:
@@ -178,6 +179,7 @@ class TeacherModel(TokenModel):
             device=device,
             threads=threads,
             keep=f"layers:{spec.layers}" if spec.layers else None,
+            attention=self.info.attention,
         )
         self.module = self._teacher.engine.module
         self._head = load_head(spec.teacher, self.info)

@@ -146,7 +146,7 @@ def _run_stages(config: DistillConfig, source: DistillInputs, context: StageCont
             labels = LabelSet.open(folder.root)
             context.journal.add("labels", kept=len(labels.manifest.partitions), damaged=0, made=0)
             shown.update(asdict(label_stats(labels.manifest)))
-    run_stage(TrainStage(run, training, labels, config.ship_senses), context)
+    run_stage(TrainStage(run, training, labels, config.ship_senses, config.ship_dtype), context)
     return {"stages": context.summary, "student": run.student, "labels": folder.root}
 
 
@@ -319,7 +319,9 @@ def distillation_config(
         teacher=source.teacher,
         revision=source.info.revision,
         teacher_dtype=dtype,
-        student=StudentSettings(kind=config.student, heads=config.heads, seed=config.seed),
+        student=StudentSettings(
+            kind=config.student, heads=config.heads, seed=config.seed, pooling=config.student_pooling
+        ),
         mix=LossWeights(metric=config.metric, temperature=None if config.reference else config.temperature, **weights),
         lr=config.highest_rate,
         dtype=training_dtype(config.student_dtype, executor),

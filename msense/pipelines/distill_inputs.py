@@ -124,7 +124,7 @@ def _options(
         values = manifest.get("config", {})
     text = {name: value for name, value in values.items() if name in PlanOptions.model_fields}
     teacher: dict[str, Any] = {"layer": of.layer, "max_length": of.max_length or None, "prompt": of.prompt}
-    teacher |= {"revision": of.teacher.revision}
+    teacher |= {"revision": of.teacher.revision, "attention": of.attention}
     teacher |= {"special_tokens": values["special_tokens"]} if "special_tokens" in values else {}
     return validate_config(PlanOptions, text), validate_config(TeacherOptions, teacher)
 

@@ -8,8 +8,9 @@ from msense.errors import InputError
 from msense.io.untrusted import printable
 from msense.teacher.files import ADAPTER_CONFIG, locate, read_object
 from msense.teacher.merging import Reading, merge_folders
+from msense.teacher.pooling import Pooling
 
-_POOLING = {"mean": "mean", "bos_token": "cls", "eos_token": "lasttoken"}  # LLM2Vec's names
+_POOLING: dict[str, Pooling] = {"mean": "mean", "bos_token": "cls", "eos_token": "lasttoken"}  # LLM2Vec's names
 _LLM2VEC = "llm2vec_config.json"
 
 

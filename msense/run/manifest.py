@@ -14,8 +14,12 @@ from msense.run.folder import RunFolder
 _COMPARED = ("format", "config", "inputs", "teacher", "dictionary", "pins")  # a build has no dictionary
 _SHOWN = 10
 _ADDED: dict[str, dict[str, Any]] = {  # left out at these values, so that runs of versions without them resume
-    "config": {"id_column": "id", "text.id_column": "id", "embeddings_dtype": "store"},
-    "teacher": {"skip": 0, "include_prompt": True, "projections": [], "truncate_dim": None, "truncation_side": "right"},
+    "config": {"id_column": "id", "text.id_column": "id", "embeddings_dtype": "store", "attention": "auto"},
+    "teacher": {
+        **{"skip": 0, "include_prompt": True, "projections": [], "truncate_dim": None, "truncation_side": "right"},
+        "attention": "auto",
+    },
+    "training": {"student_pooling": "auto", "ship_dtype": "float32"},
 }
 
 

@@ -73,7 +73,7 @@ def _config(info: TeacherInfo, config: BuildConfig, quality: dict[str, float]) -
     shared = ("tokenizer_fingerprint", "layer", "dim", "vocab_size", "special_tokens", "pooling", "normalize")
     return DictionaryConfig(
         teacher=TeacherName(name=info.name, revision=info.revision, fingerprint=info.fingerprint),
-        **{name: getattr(info, name) for name in (*shared, "prompt", "max_length")},
+        **{name: getattr(info, name) for name in (*shared, "prompt", "max_length", "attention")},
         **config.model_dump(include={"senses", "metric", "max_occurrences", "seed"}),
         dtype=config.store_dtype,
         temperature_unit=quality["mean_squared_spread"],

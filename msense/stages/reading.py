@@ -74,7 +74,7 @@ def load_teacher(settings: EmbedSettings) -> Teacher:
     """Load the teacher; raise MsenseError if its weights are not those that the run was started with."""
     name, info = settings.teacher, settings.info
     given: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "threads": settings.threads}
-    teacher = Teacher(name, revision=info.revision, layer=info.layer, **given)
+    teacher = Teacher(name, revision=info.revision, layer=info.layer, attention=info.attention, **given)
     if weights_fingerprint(body_folder(name, info.revision)) != info.fingerprint:
         raise MsenseError(
             f"the weights of teacher {name!r} changed during the run, or differ on this node: restore them, or "

@@ -19,6 +19,7 @@ from msense.runtime import Executor
 from msense.runtime.executor import Row
 from msense.stages.base import Stage, StageContext
 from msense.student import load_student, save_pretrained
+from msense.student.files import WeightDtype
 from msense.student.shipping import StoredSenses
 from msense.training.distiller import STUDENT, DistillationConfig, build_student, train_student
 from msense.training.label_dataset import LabelSet
@@ -46,10 +47,17 @@ class TrainStage(Stage[TrainStats]):
 
     name = "training"
 
-    def __init__(self, run: RunFolder, training: DistillationConfig, labels: LabelSet, senses: StoredSenses) -> None:
-        """Train on `labels` and ship the student's dictionary as `senses` says."""
+    def __init__(
+        self,
+        run: RunFolder,
+        training: DistillationConfig,
+        labels: LabelSet,
+        senses: StoredSenses,
+        dtype: WeightDtype = "float32",
+    ) -> None:
+        """Train on `labels`; ship the student's dictionary as `senses` says, and its weights as `dtype`."""
         super().__init__(run, [join(run.student, "training.json")])  # metrics of all epochs, written after the student
-        self.training, self.senses = training, senses
+        self.training, self.senses, self.dtype = training, senses, dtype
         self.training_name = _name(training, labels)
 
     def finished(self, context: StageContext) -> list[Row | None]:
@@ -65,7 +73,8 @@ class TrainStage(Stage[TrainStats]):
         with display_progress(self.run):
             result = executor.train(self.training_name, train_student, self.training, self.run.training)
         epochs = result.history
-        executor.run(save_student_folder, result.checkpoint, self.training, self.run.student, self.senses, epochs[-1])
+        stored = (self.senses, self.dtype)
+        executor.run(save_student_folder, result.checkpoint, self.training, self.run.student, stored, epochs[-1])
         storage.write_json(self.outputs[0], {"name": self.training_name, "epochs": epochs})
         storage.remove(join(self.run.training, self.training_name))
         yield {"number": 0, "epochs": epochs}
@@ -78,15 +87,20 @@ class TrainStage(Stage[TrainStats]):
 
 
 def save_student_folder(
-    checkpoint: str, training: DistillationConfig, uri: str, senses: StoredSenses, metrics: dict[str, float]
+    checkpoint: str,
+    training: DistillationConfig,
+    uri: str,
+    stored: tuple[StoredSenses, WeightDtype],
+    metrics: dict[str, float],
 ) -> None:
     """Write the self-contained folder of the student in a checkpoint to `uri`; the model card shows `metrics`."""
+    senses, dtype = stored
     dictionary = SenseDictionary.load(training.dictionary)
     if training.mix.metric is not None:
         dictionary.config = dictionary.config.model_copy(update={"metric": training.mix.metric})
     figures = {name.replace("_", " "): value for name, value in metrics.items() if name.startswith("held_out")}
     with storage.local_folder(checkpoint) as given, scratch_folder() as scratch:
-        save_pretrained(scratch, load_student(given / STUDENT), dictionary, senses=senses, figures=figures)
+        save_pretrained(scratch, load_student(given / STUDENT), dictionary, senses=senses, dtype=dtype, figures=figures)
         storage.upload_folder(scratch, uri)
 
 
@@ -95,4 +109,6 @@ def _name(training: DistillationConfig, labels: LabelSet) -> str:
     settings = asdict(training) | {"run": labels.manifest.inputs_hash, "dictionary": labels.manifest.dictionary}
     for name in ("threads", "teacher", "device", "checkpoint_steps"):
         settings.pop(name)
+    if settings["student"]["pooling"] == "auto":  # as in versions without it
+        del settings["student"]["pooling"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from msense.teacher.pooling import Pooling, ProjectionConfig, sentence_dim
 from msense.teacher.spec import TruncationSide
 
 Heads = Literal["separate", "two", "one"]
+StudentPooling = Literal["auto", "mean", "teacher"]
 LONGEST = 1 << 20  # maximum length of a student that does not truncate
 
 
@@ -26,6 +27,7 @@ class StudentSettings:
     heads: Heads = "two"  # see `DistillConfig.heads`
     units: int = 512  # hidden units of a static student's MLP
     kernel_size: int = 9  # of a static student's convolution, in tokens; odd
+    pooling: StudentPooling = "auto"  # see `DistillConfig.student_pooling`
     prior_count: float = 0.0  # a static student's token seen n times is trained with weight n / (n + prior_count)
     seed: int = 0  # of the random initialization
 

@@ -6,6 +6,7 @@ Shapes are compared with a student on the meta device first: memory is about twi
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ STUDENT = Artefact("student", "copy or train it again", StudentError)
 LARGEST_WEIGHT = 1e9  # far above trained weights, and small enough that sums of products stay finite in float32
 _BUFFER_BYTES = 256 << 20
 _DTYPES = ("F32", "F16", "BF16")
+WeightDtype = Literal["float32", "float16", "bfloat16"]
 _INTEGERS = ("I64", "I32", "U8")  # of tables that a few models keep beside their weights
 _HUB_FILES = ["*.json", "*.safetensors", "README.md", "dictionary/*", "senses/*"]
 
@@ -59,19 +61,35 @@ def save_student(folder: str | Path, student: Student, config: StudentConfig | N
     save_config(files, config or student.config)
 
 
-def save_weights(files: StudentFiles, student: Student, rows: int | None = None) -> None:
-    """Write a student's tensors; of a portable table, the first `rows`."""
+def save_weights(
+    files: StudentFiles, student: Student, rows: int | None = None, dtype: WeightDtype = "float32"
+) -> None:
+    """Write a student's tensors in a dtype; of a portable table, the first `rows`.
+
+    Raises:
+        StudentError: a weight is too large for the dtype.
+    """
     tensors = student.weights()
     for path, names in tensor_files(student, files).items():
         weights: dict[str, torch.Tensor] = {}
         places: set[int] = set()
         for name, stored in names.items():
             own = tensors[name].detach()[: rows if files.portable and name == "body.means" else None].cpu().contiguous()
+            own = _rounded(name, own, dtype)
             weights[stored] = own.clone() if own.data_ptr() in places else own  # safetensors refuses shared weights
             places.add(own.data_ptr())
         path.parent.mkdir(exist_ok=True)
         with atomic_path(path) as scratch:
             save_file(weights, scratch, metadata={"format": "pt"})
+
+
+def _rounded(name: str, tensor: torch.Tensor, dtype: WeightDtype) -> torch.Tensor:
+    if dtype == "float32" or not tensor.is_floating_point():
+        return tensor
+    rounded = tensor.to(getattr(torch, dtype))
+    if not rounded.isfinite().all():
+        raise StudentError(f"weight {name} has values that {dtype} cannot hold: use bfloat16 or float32")
+    return rounded
 
 
 def save_config(files: StudentFiles, config: StudentConfig) -> None:

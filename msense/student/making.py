@@ -1,6 +1,6 @@
 """Initialize students from a teacher, another encoder or a dictionary's token means.
 
-Memory: the weights of both models, and gradients of the student's.
+Memory: the student's weights in float32 and their gradients; of the teacher, only what the student has is read.
 """
 
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from msense.dictionary import SenseDictionary, TeacherName
 from msense.errors import InputError, StudentError
@@ -15,11 +16,10 @@ from msense.io.untrusted import format_errors
 from msense.student.config import LONGEST, StudentConfig, StudentSettings, check_dictionary
 from msense.student.static import confidence, token_means
 from msense.student.student import Student
-from msense.student.transformer import TransformerBody, body_settings, load_weights
-from msense.teacher.body import load_body, truncate_layers
-from msense.teacher.files import body_folder
-from msense.teacher.pooling import SentenceHead, load_head
-from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info, max_positions
+from msense.student.transformer import BodySource, TransformerBody, load_weights, read_source
+from msense.teacher.body import load_stored, truncate_layers
+from msense.teacher.pooling import POOLINGS, SentenceHead, load_head
+from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
 
 
 def init_student(
@@ -39,23 +39,25 @@ def init_student(
     """
     if not 0 <= settings.prior_count < float("inf"):
         raise StudentError(f"prior_count is {settings.prior_count}, but must be finite and not negative")
-    info, _ = load_teacher_info(teacher, TeacherOptions(revision=revision, prompt=dictionary.config.prompt))
+    own = dictionary.config
+    options = TeacherOptions(revision=revision, prompt=own.prompt, attention=own.attention)
+    info, _ = load_teacher_info(teacher, options)
     head = load_head(teacher, info)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if settings.kind in ("static", "table"):
             student = Student(_config(settings, info, head, dictionary, None)).float()
-            model = load_body(body_folder(teacher, revision), teacher, torch.float32)
+            table = _token_table(teacher, info)
         else:
-            model = _load_transformer(settings.kind, info, teacher, revision)
-            student = Student(_config(settings, info, head, dictionary, model)).float()
+            source = _load_transformer(settings.kind, info, teacher)
+            student = Student(_config(settings, info, head, dictionary, source)).float()
     body = student.body
     if isinstance(body, TransformerBody):
-        load_weights(body, model)
+        load_weights(body, source)
     else:
         counts = dictionary.token_counts if seen is None else seen
         with torch.no_grad():
-            body.means.copy_(token_means(dictionary, model.get_input_embeddings().weight))
+            body.means.copy_(token_means(dictionary, table))
             body.confidence.copy_(confidence(dictionary, counts, settings.prior_count))
             if student.config.is_table:  # special tokens surround the training texts
                 special = list({*info.prefix, *info.suffix})
@@ -66,20 +68,26 @@ def init_student(
 
 
 def _config(
-    settings: StudentSettings, info: TeacherInfo, head: SentenceHead, dictionary: SenseDictionary, transformer: Any
+    settings: StudentSettings,
+    info: TeacherInfo,
+    head: SentenceHead,
+    dictionary: SenseDictionary,
+    source: BodySource | None,
 ) -> StudentConfig:
     """Return the student's config; maximum length and prompt are those that the dictionary was built with."""
     length = dictionary.config.max_length or info.max_length
     own: dict[str, Any] = {name: getattr(info, name) for name in ("pooling", "prompt", "include_prompt", "skip")}
+    if settings.pooling == "mean" or (settings.pooling == "auto" and source is None and info.pooling in POOLINGS):
+        own["pooling"] = "mean"  # without attention, the first or the last token knows nothing of the text
     if settings.kind == "table":  # a prompt that is not pooled has no influence
         body: dict[str, Any] = {}
         own = {"pooling": "mean", "prompt": info.prompt if info.include_prompt else ""}
         length = LONGEST
-    elif transformer is None:
+    elif source is None:
         body = {"static": {"units": settings.units, "kernel_size": settings.kernel_size}}
     else:
-        body = {"body": body_settings(transformer)}
-        length = min(length, max_positions(transformer.config.get_text_config()) or length)
+        body = {"body": source.settings}
+        length = min(length, source.max_positions or length)
     try:
         config = StudentConfig(
             kind=settings.kind,
@@ -104,15 +112,23 @@ def _config(
     return config
 
 
-def _load_transformer(kind: str, info: TeacherInfo, teacher: str, revision: str | None) -> Any:
-    """Load the transformer that the student is initialized from."""
+def _token_table(teacher: str, info: TeacherInfo) -> Tensor:
+    """Return the teacher's token embeddings, float32 [V, D]."""
+    table: Tensor = load_stored(teacher, info.revision, info.attention).get_input_embeddings().weight.detach()
+    return table.float()
+
+
+def _load_transformer(kind: str, info: TeacherInfo, teacher: str) -> BodySource:
+    """Load what the student's transformer is initialized from."""
     if kind.startswith("layers:"):
-        model = load_body(body_folder(teacher, revision), teacher, torch.float32)
+        model = load_stored(teacher, info.revision, info.attention)
         truncate_layers(model, kind)
-        return model
+        return read_source(model)
     try:
         own, _ = load_teacher_info(kind, TeacherOptions())
-        model = load_body(body_folder(kind, None), kind, torch.float32)
+        source = read_source(load_stored(kind, None))
+    except StudentError:
+        raise
     except InputError as error:
         raise StudentError(f"cannot load student {kind!r}: {error}") from error
     if own.tokenizer_fingerprint != info.tokenizer_fingerprint:
@@ -121,4 +137,4 @@ def _load_transformer(kind: str, info: TeacherInfo, teacher: str, revision: str 
             f"teacher {info.name!r} ({info.tokenizer_fingerprint[:12]}, {info.vocab_size} tokens), which the senses "
             "belong to: give an encoder with the same tokenizer, layers:n or static"
         )
-    return model
+    return source

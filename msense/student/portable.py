@@ -31,7 +31,11 @@ _ENCODERS = (
     "longt5",
     "switch_transformers",
 )  # of which sentence-transformers runs the encoder only
-_ROUNDING = 1e-5
+_ROUNDING = {
+    "float32": 1e-5,
+    "float16": 0.01,
+    "bfloat16": 0.1,
+}  # in parts of the largest number, by dtype of the weights
 UNUSED = ("pooler.", "contact_head.")  # tensors that transformers adds to a body
 
 
@@ -147,8 +151,8 @@ def _tokenizer_settings(config: StudentConfig, tokenizer: Tokenizer, body: Trans
     return settings | ({"pad_token": pad} if pad is not None else {})
 
 
-def find_obstacle(files: StudentFiles, student: Student, reader: StudentTokenizer) -> str | None:
-    """Return why the written body of a student gives other vectors to sentence-transformers; None if it does not.
+def find_obstacle(files: StudentFiles, student: Student, reader: StudentTokenizer, dtype: str) -> str | None:
+    """Return why the body of a student, written in a dtype, gives other vectors to sentence-transformers; None if not.
 
     Texts of several lengths are compared, padded together as sentence-transformers does.
     """
@@ -166,7 +170,7 @@ def find_obstacle(files: StudentFiles, student: Student, reader: StudentTokenize
     try:
         with torch.random.fork_rng(devices=[]), _silent():
             model = load_body(files.folder, str(files.folder), torch.float32)
-        return _compare(files, model, student, reader)
+        return _compare(files, model, student, reader, _ROUNDING[dtype])
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except InputError:  # names the folder, which is not to be published
@@ -192,7 +196,9 @@ def _silent() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _compare(files: StudentFiles, model: nn.Module, student: Student, reader: StudentTokenizer) -> str | None:
+def _compare(
+    files: StudentFiles, model: nn.Module, student: Student, reader: StudentTokenizer, rounding: float
+) -> str | None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
@@ -214,6 +220,6 @@ def _compare(files: StudentFiles, model: nn.Module, student: Student, reader: St
     expected = student.body(ids, mask)
     student.train(training)
     difference = float((actual - expected)[mask].abs().max() / expected[mask].abs().max().clamp(min=1.0))
-    if not difference <= _ROUNDING:
+    if not difference <= rounding:
         return f"its vectors differ in a padded batch of sentence-transformers (by {difference:.2g})"
     return None

@@ -15,7 +15,7 @@ from msense.dictionary.layout import Stored
 from msense.errors import StudentError
 from msense.io.scratch import atomic_path, copy_file
 from msense.student.config import StudentConfig, check_dictionary
-from msense.student.files import save_config, save_weights
+from msense.student.files import WeightDtype, save_config, save_weights
 from msense.student.layout import StudentFiles
 from msense.student.portable import find_obstacle, prompt_settings, write_json, write_modules
 from msense.student.student import Student
@@ -90,6 +90,7 @@ def save_pretrained(
     dictionary: SenseDictionary,
     *,
     senses: StoredSenses = "float16",
+    dtype: WeightDtype = "float32",
     figures: Mapping[str, float] | None = None,
 ) -> None:
     """Write a folder that `SenseEncoder` and sentence-transformers load, replacing an existing one; the config last.
@@ -98,10 +99,11 @@ def save_pretrained(
     neither msense nor remote code there.
 
     Of the dictionary, which must have a tokenizer, centroids are stored as `senses`; "none" leaves it out (sentence vectors
-    only). `figures` are metrics for the model card.
+    only). The weights are stored as `dtype`. `figures` are metrics for the model card.
 
     Raises:
-        StudentError: student and dictionary do not match, or the dictionary has no tokenizer.
+        StudentError: student and dictionary do not match, the dictionary has no tokenizer, or a weight exceeds the range of
+            `dtype`.
         DictionaryError: the centroids exceed the range of `senses`.
     """
     allowed = (*get_args(Stored), "none")
@@ -124,7 +126,7 @@ def save_pretrained(
     old.folder.mkdir(parents=True, exist_ok=True)
     for path in (*old.dense_files(), old.onnx) if own else ():
         path.unlink(missing_ok=True)
-    files, obstacle = _write_model(old.folder, student, config, source, reader)
+    files, obstacle = _write_model(old.folder, student, config, source, reader, dtype)
     stale |= set(layouts[1].model_files()) - set(files.model_files())
     if senses == "none":
         shutil.rmtree(files.dictionary, ignore_errors=True)
@@ -137,22 +139,22 @@ def save_pretrained(
 
 
 def _write_model(
-    folder: Path, student: Student, config: StudentConfig, source: Path, reader: StudentTokenizer
+    folder: Path, student: Student, config: StudentConfig, source: Path, reader: StudentTokenizer, dtype: WeightDtype
 ) -> tuple[StudentFiles, str | None]:
     """Write all that gives vectors but the student's config; return the files, and why they are not portable."""
     obstacle = _STATIC if config.static is not None else None
     if obstacle is None:
         files = StudentFiles(folder, portable=True)
         copy_file(source, files.tokenizer)
-        save_weights(files, student, reader.rows)
+        save_weights(files, student, reader.rows, dtype)
         write_modules(files, student, config, reader.tokenizer)
-        obstacle = None if config.is_table else find_obstacle(files, student, reader)
+        obstacle = None if config.is_table else find_obstacle(files, student, reader, dtype)
         if obstacle is None:
             return files, None
         logger.warning("the student needs trust_remote_code=True in sentence-transformers: %s", obstacle)
     files = StudentFiles(folder, portable=False)
     copy_file(source, files.tokenizer)
-    save_weights(files, student)
+    save_weights(files, student, dtype=dtype)
     write_json(files.modules, [{"idx": 0, "name": "0", "path": "", "type": _MODULE}])
     write_json(files.settings, prompt_settings(config))
     return files, obstacle

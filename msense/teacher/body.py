@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from msense.errors import InputError, StudentError
-from msense.teacher.files import loading
-from msense.teacher.spec import max_positions
+from msense.teacher.files import body_folder, loading, stored_dtype
+from msense.teacher.spec import Attention, max_positions
 from msense.text import first_line
 
 # model types that read padding: convolutions, Fourier transforms or pooling over neighbouring tokens
@@ -201,17 +201,37 @@ def body_of(model: Any) -> Any:
     return model.encoder
 
 
-def load_body(folder: Path, name: str, dtype: Any) -> Any:
-    """Load a teacher's model; of an encoder-decoder model, the encoder.
+def set_attention(config: Any, attention: Attention) -> None:
+    """Change a model's config so that the model has this attention; "auto" leaves it as it is."""
+    text = config.get_text_config()
+    if attention != "auto" and attention != configured_attention(config):
+        text.is_causal = attention == "causal"
+        if hasattr(text, "use_bidirectional_attention"):
+            text.use_bidirectional_attention = attention == "bidirectional"
+
+
+def configured_attention(config: Any) -> Attention:
+    """Return the attention that a model's config names; "auto" if it names none."""
+    text = config.get_text_config()
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", None) is False:
+        return "bidirectional"
+    return "causal" if getattr(text, "is_causal", None) is True else "auto"
+
+
+def load_body(folder: Path, name: str, dtype: Any, attention: Attention = "auto") -> Any:
+    """Load a teacher's model; of an encoder-decoder model, the encoder. See `TeacherOptions` for its attention.
 
     Raises:
         InputError: loading fails, or the checkpoint would leave parts of the model at random values.
     """
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
 
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with loading(repr(name)):
-        model, report = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        set_attention(config, attention)
+        given = {"config": config, "dtype": dtype, "trust_remote_code": False}
+        model, report = AutoModel.from_pretrained(folder, **given, **options)
     mismatched = sorted(item for item in report["mismatched_keys"] if "pooler" not in item[0])
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if is_encoder_decoder(model):
@@ -229,3 +249,9 @@ def load_body(folder: Path, name: str, dtype: Any) -> Any:
         raise InputError(f"teacher {name!r}: {problem}: give a folder whose weights and config.json belong together")
     model.config.use_cache = False
     return model.eval()
+
+
+def load_stored(name: str, revision: str | None, attention: Attention = "auto") -> Any:
+    """Load a teacher's model in the dtype of its file, from which only the weights that are used are then read."""
+    folder = body_folder(name, revision)
+    return load_body(folder, name, getattr(torch, stored_dtype(folder)), attention)

@@ -49,6 +49,7 @@ _IGNORED_PROCESSING = ("padding", "pad_to_multiple_of", "return_tensors", "trunc
 _TEXT_MODALITY = {"method": "forward", "method_output_name": "last_hidden_state"}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of peft
 _ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
+ATTENTION_KEYS = ("is_causal", "use_bidirectional_attention")  # of a decoder's config
 _JSON_BYTES = 64 << 20
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -354,6 +355,16 @@ def check_vocabulary(name: str, folder: Path, vocab_size: int) -> None:
             f"teacher {name!r}: config.json specifies {vocab_size} tokens, more than the weights can hold: give a folder "
             "whose weights and config.json belong together"
         )
+
+
+def stored_dtype(folder: Path) -> str:
+    """Return the dtype of a folder's weights, in which loading maps them into memory; float32 if they have several."""
+    kinds = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as opened:
+            kinds |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    floating = kinds & {"F64", "F32", "F16", "BF16"}
+    return {"F16": "float16", "BF16": "bfloat16"}.get(min(floating), "float32") if len(floating) == 1 else "float32"
 
 
 def weights_fingerprint(folder: Path, config: str = "config.json") -> str:

@@ -147,12 +147,12 @@ def _write_tokenizer(folders: Sequence[Path], output: Path, reading: Reading) ->
     }
     parts = {f"<{kind}>": ids for kind, ids in around.items() if ids}
     template = " ".join([*(p for p in parts if p == "<before>"), "$A", *(p for p in parts if p == "<after>")])
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=template,
         special_tokens=[
             {"id": part, "ids": ids, "tokens": [tokenizer.id_to_token(number) for number in ids]}
             for part, ids in parts.items()
-        ],  # type: ignore[list-item]
+        ],
     )
     with atomic_path(output / "tokenizer.json") as scratch:
         scratch.write_text(tokenizer.to_str(), encoding="utf-8")
@@ -166,7 +166,7 @@ def _write_pooling(output: Path, settings: Mapping[str, Any], reading: Reading) 
         for number, (path, kind) in enumerate(kinds.items())
     ]
     (output / "1_Pooling").mkdir(exist_ok=True)
-    pooling = {key: mode == reading.pooling for mode, key in POOLING_KEYS.items()}
+    pooling: dict[str, Any] = {key: mode == reading.pooling for mode, key in POOLING_KEYS.items()}
     pooling |= {"word_embedding_dimension": settings.get("hidden_size"), "include_prompt": reading.include_prompt}
     _write_json(output / "1_Pooling" / "config.json", pooling)
     _write_json(output / "sentence_bert_config.json", {"max_seq_length": reading.max_length, "do_lower_case": False})

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from msense.errors import InputError, MsenseError
 from msense.teacher.batching import pad_batch
-from msense.teacher.body import PaddedInputs, load_body, probe_ids, truncate_layers
+from msense.teacher.body import PaddedInputs, configured_attention, load_body, probe_ids, truncate_layers
 from msense.teacher.files import body_folder
+from msense.teacher.spec import Attention
 from msense.text import first_line
 
 # the largest mean difference, in parts of the vectors, that rounding in another batch explains
 _ROUNDING = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
+# the same within a batch of one shape, where only a mixture of experts rounds otherwise
+_CAUSAL_ROUNDING = {"float32": 1e-5, "float16": 0.01, "bfloat16": 0.05}
 
 
 class Teacher:
@@ -29,7 +32,7 @@ class Teacher:
         torch.Size([1, 3, 384])
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that loading a teacher depends on
         self,
         name: str,
         *,
@@ -39,8 +42,13 @@ class Teacher:
         device: str,
         threads: int = 1,
         keep: str | None = None,
+        attention: Attention = "auto",
     ) -> None:
-        """Load a teacher; `keep` truncates it, for example `layers:2` to its first two layers."""
+        """Load a teacher; `keep` truncates it, for example `layers:2` to its first two layers.
+
+        Raises:
+            InputError: it cannot be loaded, cannot read text alone, or does not have the attention of its settings.
+        """
         os.environ.setdefault("DS_ACCELERATOR", device)  # read when DeepSpeed is first imported
         import deepspeed
         from transformers.utils import logging as transformers_logging
@@ -48,13 +56,14 @@ class Teacher:
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         transformers_logging.disable_progress_bar()
-        model = load_body(body_folder(name, revision), name, getattr(torch, dtype)).to(device)
+        model = load_body(body_folder(name, revision), name, getattr(torch, dtype), attention).to(device)
         if keep is not None:
             truncate_layers(model, keep)
         self.layer, self.device, self.dtype = layer, device, dtype
         self.inputs = PaddedInputs(model)
         self.engine = deepspeed.init_inference(model, dtype=getattr(torch, dtype), replace_with_kernel_inject=False)
         self._check_neighbours(name)
+        self._check_attention(name, configured_attention(model.config))
 
     def embed(self, ids: np.ndarray, mask: np.ndarray) -> Tensor:
         """Compute the hidden states of one batch.
@@ -96,3 +105,18 @@ class Teacher:
                     f"teacher {name!r}: the vectors of a text change with the other texts of its batch (by {change:.1%}), "
                     "so that they have no senses of their own: give another teacher"
                 )
+
+    def _check_attention(self, name: str, attention: Attention) -> None:
+        """Raise InputError unless the last token of a text moves those before it, or does not, as its settings say."""
+        text = probe_ids(self.engine.module.config, 8).numpy()[0]
+        changed = np.r_[text[:-1], text[0]]
+        if attention == "auto" or len(text) < 2:
+            return
+        first, other = (self.embed(*pad_batch([ids]))[0, :-1].float() for ids in (text, changed))
+        change = float(((first - other).norm(dim=1) / first.norm(dim=1).clamp(min=1e-6)).mean())
+        if (change > _CAUSAL_ROUNDING[self.dtype]) != (attention == "bidirectional"):
+            does = "ignore" if attention == "bidirectional" else "see"
+            raise InputError(
+                f"teacher {name!r}: its attention should be {attention}, but its tokens {does} those after them: correct "
+                "is_causal in config.json or --attention, or give another teacher"
+            )

@@ -11,6 +11,7 @@ from msense.constants import MAX_DIM, MAX_VOCABULARY
 from msense.errors import InputError
 from msense.io.untrusted import printable
 from msense.teacher.files import (
+    ATTENTION_KEYS,
     TeacherFolder,
     check_files,
     check_vocabulary,
@@ -23,8 +24,8 @@ from msense.teacher.files import (
 from msense.tokenizer import fingerprint, prompt_length, special_tokens_around
 
 TruncationSide = Literal["right", "left"]
+Attention = Literal["auto", "causal", "bidirectional"]
 LONGEST_BY_DEFAULT = 512
-_ATTENTION_KEYS = ("is_causal", "use_bidirectional_attention")  # of a decoder's config
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # a tokenizer needs one of them
 # model types whose position ids start after the padding token's id, as RoBERTa's do
 POSITIONS_AFTER_PADDING = (
@@ -63,6 +64,11 @@ class TeacherOptions(BaseModel):
     special_tokens: Literal["auto", "include", "exclude"] = Field(
         "auto", description="whether [CLS], [SEP] and the like have senses; auto: as the teacher's pooling uses them"
     )
+    attention: Attention = Field(
+        "auto",
+        description="a decoder's attention: each token sees those before it (causal) or all (bidirectional, as LLM2Vec's); "
+        "auto: as config.json says",
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class TeacherInfo:
     projections: tuple[str, ...] = ()  # fingerprints of the Dense modules after pooling
     truncate_dim: int | None = None  # of the sentence vector
     truncation_side: TruncationSide = "right"  # where a text that is too long loses tokens
+    attention: Attention = "auto"  # as in `TeacherOptions`
 
 
 def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, Tokenizer]:
@@ -108,7 +115,12 @@ def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, 
     with loading(repr(name)):
         text_config = AutoConfig.from_pretrained(body, trust_remote_code=False).get_text_config()
     decoder = _is_decoder(text_config.model_type)
-    if decoder:
+    if not decoder and options.attention == "causal":
+        raise InputError(
+            f"teacher {name!r} is no decoder: a {text_config.model_type} model sees the tokens after each token by design; "
+            "omit --attention"
+        )
+    if decoder and options.attention == "auto":
         _check_attention(name, read_object(body / "config.json"))
     layers, dim, vocab_size = _sizes(name, text_config)
     if not -layers - 1 <= options.layer <= layers:
@@ -146,6 +158,7 @@ def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, 
         projections=tuple(map(weights_fingerprint, own.projections)),
         truncate_dim=own.truncate_dim,
         truncation_side="left" if tokenizer.truncation_side == "left" else "right",
+        attention=options.attention,
     )
     return info, backend
 
@@ -195,11 +208,11 @@ def _check_attention(name: str, config: dict[str, Any]) -> None:
     """Raise InputError for a decoder whose own code, which is never run, may have another attention."""
     inner = config.get("text_config")
     settings = (config, inner if isinstance(inner, dict) else {})
-    if config.get("auto_map") and all(part.get(key) is None for part in settings for key in _ATTENTION_KEYS):
+    if config.get("auto_map") and all(part.get(key) is None for part in settings for key in ATTENTION_KEYS):
         raise InputError(
             f"teacher {name!r}: config.json names code of its own (auto_map), which is never run and may change the "
-            'attention of this decoder: add "is_causal": true (each token sees those before it) or false (it sees all) to '
-            "config.json, as that code does"
+            "attention of this decoder: give --attention causal (each token sees those before it) or bidirectional (it sees "
+            'all), as that code does, or add "is_causal": true or false to config.json'
         )
 
 

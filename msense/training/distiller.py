@@ -103,8 +103,8 @@ class Trainer(TrainingLoop):
         self.teacher: Teacher | None = None
         if training.mix.mse or training.mix.cosine:
             where: dict[str, Any] = {"device": training.device, "threads": training.threads}
-            layer, dtype = self.dictionary.config.layer, training.teacher_dtype
-            self.teacher = Teacher(training.teacher, revision=training.revision, layer=layer, dtype=dtype, **where)
+            where |= {"layer": self.dictionary.config.layer, "attention": self.dictionary.config.attention}
+            self.teacher = Teacher(training.teacher, revision=training.revision, dtype=training.teacher_dtype, **where)
 
     def batches(self, epoch: int) -> Iterator[np.ndarray]:
         """Yield the passages of each step."""

@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy, mse_loss
 from msense.config.finetune import FinetuneConfig
 from msense.corpus.glue import DEV, TRAIN, read_split
 from msense.metrics import METRICS
-from msense.student.transformer import TransformerBody, body_settings, load_weights
+from msense.student.transformer import TransformerBody, load_weights, read_source
 from msense.teacher.batching import iter_batches, pad_batch
-from msense.teacher.body import load_body
+from msense.teacher.body import load_stored
 from msense.teacher.classifier import Classifier, ClassifierConfig
-from msense.teacher.files import body_folder, locate
+from msense.teacher.files import locate
 from msense.teacher.finetuned import save_teacher
 from msense.teacher.spec import TeacherOptions, load_teacher_info
 from msense.training.engine import DDPEngine, prepare_process
@@ -57,9 +57,9 @@ class TeacherWithClassifier(nn.Module):
         config = settings.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            model = load_body(body_folder(config.teacher, config.revision), config.teacher, torch.float32)
-            self.body = TransformerBody(body_settings(model))
-            load_weights(self.body, model)
+            source = read_source(load_stored(config.teacher, config.revision))
+            self.body = TransformerBody(source.settings)
+            load_weights(self.body, source)
             self.classifier = Classifier(settings.classifier, config.dropout)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class TrainingSettings:
     epochs: int
     lr: float  # peak learning rate
     schedule: str
-    warmup: float  # share of the steps
+    warmup: float  # see `lr_factor`
     weight_decay: float
     clip: float  # maximum gradient norm, 0 = no clipping
     dtype: str  # float32, or bfloat16 for autocast
@@ -189,9 +189,11 @@ class TrainingLoop(ABC):
 def lr_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
     """Return the learning-rate factor of a step: linear warm-up, then cosine, linear or constant.
 
+    `warmup` is a fraction of the steps if below 1, else a number of steps.
+
     `one-cycle` rises from 1/25 and falls to 1/250,000, both along a cosine (Smith and Topin 2019; defaults of PyTorch).
     """
-    warm = warmup * steps
+    warm = warmup * steps if warmup < 1 else min(warmup, steps)
     if step < warm:
         return _cosine(1 / 25, 1.0, step / warm) if schedule == "one-cycle" else (step + 1) / (warm + 1)
     done = (step - warm) / max(1.0, steps - warm)

@@ -1,0 +1,112 @@
+"""Attention of decoders: as the config or `--attention` says, proven by a probe, kept by dictionaries and students."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from architectures import write_family
+from students import dictionary_of
+from teachers import write_teacher
+from transformers import AutoModel
+
+from msense.config.build import BuildConfig
+from msense.errors import InputError
+from msense.student import StudentSettings, init_student, load_student, save_student
+from msense.teacher.batching import pad_batch
+from msense.teacher.model import Teacher
+from msense.teacher.spec import Attention, TeacherOptions, load_teacher_info
+
+QUICK = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3", "mixtral")
+SLOW = (
+    "qwen2",
+    "gemma",
+    "olmo2",
+    "gpt_neox",
+    "falcon",
+    "opt",
+    "bloom",
+    "mpt",
+    "gptj",
+    "qwen3_moe",
+    "gpt_oss",
+    "cohere",
+)
+SLOW += ("starcoder2", "smollm3")
+FAMILIES = [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
+REFUSED = {("mpt", "bidirectional")}
+TEXT = np.array([2, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 3])
+CHANGED = np.r_[TEXT[:-2], 30, 3]
+
+
+def load(folder: Path, attention: Attention) -> Teacher:
+    return Teacher(str(folder), revision=None, layer=-1, dtype="float32", device="cpu", attention=attention)
+
+
+def moved(first: torch.Tensor, other: torch.Tensor) -> float:
+    """Return how far the first tokens differ, in parts of their length."""
+    return float((first - other)[:8].norm() / first[:8].norm())
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_late_tokens_move_early_ones_or_do_not(tmp_path: Path, kind: str, attention: Attention) -> None:
+    folder = write_family(tmp_path / "teacher", kind)
+    if (kind, attention) in REFUSED:
+        with pytest.raises(InputError, match=f"attention should be {attention}|cannot read text alone"):
+            load(folder, attention)
+        return
+    teacher = load(folder, attention)
+    alone = teacher.embed(*pad_batch([TEXT]))[0]
+    for side in ("right", "left"):
+        rows = slice(0, len(TEXT)) if side == "right" else slice(-len(TEXT), None)
+        batch = teacher.embed(*pad_batch([CHANGED, TEXT, np.tile(TEXT, 3)], side=side))
+        torch.testing.assert_close(batch[1, rows], alone, atol=1e-4, rtol=1e-4)
+        change = moved(alone, batch[0, rows])
+        assert change > 1e-3 if attention == "bidirectional" else change < 1e-5
+
+    dictionary = dictionary_of(folder, max_length=80)
+    dictionary.config = dictionary.config.model_copy(update={"attention": attention})
+    save_student(tmp_path / "s", init_student(StudentSettings(kind="layers:2"), dictionary, str(folder)))
+    student = load_student(tmp_path / "s")
+    with torch.no_grad():
+        first, other = (student.body(*map(torch.from_numpy, pad_batch([row])))[0] for row in (TEXT, CHANGED))
+    assert (moved(first, other) > 1e-3) == (attention == "bidirectional")
+
+
+def test_a_config_that_says_bidirectional_is_read_so(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    teacher, other = load(folder, "auto"), load(folder, "causal")
+    assert moved(*(teacher.embed(*pad_batch([row]))[0] for row in (TEXT, CHANGED))) > 1e-3
+    assert moved(*(other.embed(*pad_batch([row]))[0] for row in (TEXT, CHANGED))) < 1e-6
+
+
+def test_a_model_without_the_attention_of_its_settings_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="is no decoder: a bert model sees the tokens after each token by design"):
+        load_teacher_info(str(write_teacher(tmp_path / "bert")), TeacherOptions(attention="causal"))
+    folder = write_family(tmp_path / "llama", "llama")
+    model = AutoModel.from_pretrained(folder)
+    real = type(model).forward
+
+    def causal(self: torch.nn.Module, *arguments: object, **given: object) -> object:
+        self.config.is_causal = True
+        return real(self, *arguments, **given)
+
+    monkeypatch.setattr(type(model), "forward", causal)  # as a version of transformers that ignores the setting
+    with pytest.raises(InputError, match=r"should be bidirectional, but its tokens ignore those after them"):
+        load(folder, "bidirectional")
+
+
+def test_code_of_its_own_needs_a_word_about_attention(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, "llama")
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModel": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="give --attention causal"):
+        load_teacher_info(str(folder), TeacherOptions())
+    info, _ = load_teacher_info(str(folder), BuildConfig(attention="bidirectional"))
+    assert (info.attention, info.decoder) == ("bidirectional", True)
