@@ -113,9 +113,9 @@ def _config(
 
 
 def _token_table(teacher: str, info: TeacherInfo) -> Tensor:
-    """Return the teacher's token embeddings, float32 [V, D]."""
+    """Return the teacher's token embeddings [V, D_in] as stored."""
     table: Tensor = load_stored(teacher, info.revision, info.attention).get_input_embeddings().weight.detach()
-    return table.float()
+    return table
 
 
 def _load_transformer(kind: str, info: TeacherInfo, teacher: str) -> BodySource:

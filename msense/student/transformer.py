@@ -1,7 +1,9 @@
 """Transformer bodies of students: a Hugging Face encoder, or some of the teacher's layers; never runs remote code."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,13 +143,13 @@ def _check_body(body: TransformerBody, source: BodySource) -> None:
     Data-parallel training fails on parameters without gradients, unless they are frozen.
     """
     kind = source.settings["model_type"]
-    training = body.training
+    training, table = body.training, body.get_input_embeddings()
     body.eval()
+    table.requires_grad_(False)  # the largest gradient, and every text has it
+    named = {name: p for name, p in body.named_parameters() if p.requires_grad}
     try:
         hidden = body(source.ids, torch.ones_like(source.ids, dtype=torch.bool))
-        named = [(name, p) for name, p in body.named_parameters() if p.requires_grad]
-        weights = torch.linspace(-1, 1, hidden.shape[-1])
-        gradients = torch.autograd.grad((hidden * weights).sum(), [p for _, p in named], allow_unused=True)
+        useful = _useful((hidden * torch.linspace(-1, 1, hidden.shape[-1])).sum(), named)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -156,17 +158,34 @@ def _check_body(body: TransformerBody, source: BodySource) -> None:
         ) from error
     finally:
         body.train(training)
+        table.requires_grad_(True)
     change = (hidden.detach() - source.hidden).norm(dim=-1) / source.hidden.norm(dim=-1).clamp(min=1e-6)
     if not float(change.mean()) <= _DIFFERENCE:  # also true for NaN
         raise StudentError(
             f"a {kind} model with the selected layers computes other vectors than the teacher's layers: use the first "
             "layers (layers:n), give another encoder by name, or static"
         )
-    if not any(g is not None and bool(g.isfinite().all()) and bool(g.any()) for g in gradients):
+    if not any(useful.values()):
         raise StudentError(f"a {kind} model has no gradients to train with: give another encoder by name, or static")
-    for (name, parameter), gradient in zip(named, gradients, strict=True):
-        if gradient is None and "expert" not in name:  # an expert may be chosen by other texts
+    for name, parameter in named.items():
+        if name not in useful and "expert" not in name:  # an expert may be chosen by other texts
             parameter.requires_grad_(False)
+
+
+def _useful(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, bool]:
+    """Return which parameters have a gradient, and whether it is finite and not zero; one gradient in memory at a time."""
+    useful: dict[str, bool] = {}
+
+    def note(name: str, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        useful[name] = gradient is not None and bool(gradient.isfinite().all()) and bool(gradient.any())
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(partial(note, name)) for name, p in parameters.items()]
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return useful
 
 
 class _NoPooler(nn.Module):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from students import KINDS, LONG, TEXTS, ids_of, one, outside, shipped
+from students import KINDS, LONG, TEXTS, dictionary_of, ids_of, one, outside, shipped
 from tiny import make
 from tokenizers import Tokenizer
 
@@ -479,6 +479,43 @@ def test_pooling_is_the_teachers(make_teacher: Callable[..., Path], tmp_path: Pa
     assert encoder.config.pooling == "lasttoken"
     expected = np.stack([one(student, ids_of(tmp_path / "s", text)) for text in TEXTS])
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "lasttoken"])
+def test_a_student_without_attention_pools_the_mean(make_teacher: Callable[..., Path], pooling: str) -> None:
+    teacher = make_teacher("bert", pooling=pooling)
+    expected = {
+        ("static", "auto"): "mean",
+        ("static", "teacher"): pooling,
+        ("layers:1", "auto"): pooling,
+        ("layers:1", "mean"): "mean",
+        ("table", "auto"): "mean",
+    }
+    for (kind, own), found in expected.items():
+        settings = StudentSettings(kind=kind, pooling=own)
+        student = init_student(settings, dictionary_of(teacher, max_length=24), str(teacher))
+        assert (student.config.pooling, student.sentence_head.pooling) == (found, found)
+
+
+@pytest.mark.parametrize("kind", ["static", "layers:1", "table"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_in_two_bytes(teacher: Path, tmp_path: Path, kind: str, dtype: str) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    senses = "none" if kind == "table" else "float32"
+    student, _ = shipped(teacher, tmp_path / "s", kind, senses)
+    exact = SenseEncoder.from_pretrained(tmp_path / "s").encode(TEXTS)
+    shipped(teacher, tmp_path / "half", kind, senses, dtype=dtype)
+    sizes = [StudentFiles(tmp_path / name).weights.stat().st_size for name in ("s", "half")]
+    assert sizes[1] < 0.7 * sizes[0]
+    vectors = SenseEncoder.from_pretrained(tmp_path / "half").encode(TEXTS)
+    assert 0 < np.abs(vectors - exact).max() < 0.05 * np.abs(exact).max()
+    assert StudentFiles(tmp_path / "half").portable == StudentFiles(tmp_path / "s").portable
+    other = SentenceTransformer(str(tmp_path / "half"), trust_remote_code=kind == "static", device="cpu")
+    np.testing.assert_allclose(other.encode(TEXTS), vectors, atol=0.1 * np.abs(exact).max())
+    next(student.parameters()).data[0] = 1e6
+    with pytest.raises(StudentError, match="float16 cannot hold"):
+        save_pretrained(tmp_path / "large", student, SenseDictionary.load(tmp_path / "s-dictionary"), dtype="float16")
 
 
 def test_dtypes(shipped_student: tuple) -> None:

@@ -54,7 +54,8 @@ def shipped(
     rows = [(token, s, r) for token, size in enumerate(sizes) for s in range(size) for r in (0, 1)]
     pq.write_table(exemplars(rows), DictionaryFiles(built).exemplars)
     dictionary = SenseDictionary.load(built)
-    student = learnt(init_student(StudentSettings(kind=kind, **SMALL), dictionary, str(teacher)))
+    settings = StudentSettings(kind=kind, pooling="teacher", **SMALL)
+    student = learnt(init_student(settings, dictionary, str(teacher)))
     save_pretrained(folder, student, dictionary, senses=senses, **options)
     return student, dictionary
 

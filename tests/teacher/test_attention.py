@@ -91,13 +91,14 @@ def test_a_model_without_the_attention_of_its_settings_is_refused(
         load_teacher_info(str(write_teacher(tmp_path / "bert")), TeacherOptions(attention="causal"))
     folder = write_family(tmp_path / "llama", "llama")
     model = AutoModel.from_pretrained(folder)
-    real = type(model).forward
+    real = type(model.layers[0].self_attn).forward
 
-    def causal(self: torch.nn.Module, *arguments: object, **given: object) -> object:
-        self.config.is_causal = True
-        return real(self, *arguments, **given)
+    def causal(self: torch.nn.Module, hidden_states: torch.Tensor, **given: object) -> object:
+        length = hidden_states.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool).tril().expand(len(hidden_states), 1, -1, -1)
+        return real(self, hidden_states, **given | {"attention_mask": mask})
 
-    monkeypatch.setattr(type(model), "forward", causal)  # as a version of transformers that ignores the setting
+    monkeypatch.setattr(type(model.layers[0].self_attn), "forward", causal)  # as a version of transformers that ignores the setting
     with pytest.raises(InputError, match=r"should be bidirectional, but its tokens ignore those after them"):
         load(folder, "bidirectional")
 
