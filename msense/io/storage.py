@@ -221,6 +221,11 @@ def upload_folder(folder: Path, uri: str) -> None:
         upload(path, target)
 
 
+def user_cache() -> Path:
+    """Return the folder of what msense keeps for this user between runs, which may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msense"
+
+
 def local_copy(uri: str) -> Path:
     """Return a local path to a file or folder; a remote one is copied once into the user's cache.
 
@@ -235,7 +240,7 @@ def local_copy(uri: str) -> Path:
         infos = fs.find(path, detail=True)
     tags = {name: str(info.get("ETag") or info.get("etag") or info.get("mtime")) for name, info in infos.items()}
     identity = json.dumps([(name, info.get("size"), tags[name]) for name, info in sorted(infos.items())])
-    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "msense"
+    base = user_cache()
     target = base / hashlib.sha256((uri + identity).encode()).hexdigest()[:32]
     if not target.exists():
         base.mkdir(parents=True, exist_ok=True)

@@ -98,7 +98,9 @@ def test_a_model_without_the_attention_of_its_settings_is_refused(
         mask = torch.ones(length, length, dtype=torch.bool).tril().expand(len(hidden_states), 1, -1, -1)
         return real(self, hidden_states, **given | {"attention_mask": mask})
 
-    monkeypatch.setattr(type(model.layers[0].self_attn), "forward", causal)  # as a version of transformers that ignores the setting
+    monkeypatch.setattr(
+        type(model.layers[0].self_attn), "forward", causal
+    )  # as a version of transformers that ignores the setting
     with pytest.raises(InputError, match=r"should be bidirectional, but its tokens ignore those after them"):
         load(folder, "bidirectional")
 
