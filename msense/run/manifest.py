@@ -15,7 +15,10 @@ _COMPARED = ("format", "config", "inputs", "teacher", "dictionary", "pins")  # a
 _SHOWN = 10
 _ADDED: dict[str, dict[str, Any]] = {  # left out at these values, so that runs of versions without them resume
     "config": {"id_column": "id", "text.id_column": "id", "embeddings_dtype": "store"},
-    "teacher": {"skip": 0, "include_prompt": True, "projections": [], "truncate_dim": None, "truncation_side": "right"},
+    "teacher": {
+        **{"skip": 0, "include_prompt": True, "projections": [], "truncate_dim": None, "truncation_side": "right"},
+        "include_frame": True,
+    },
 }
 
 

@@ -70,7 +70,8 @@ def _config(
 ) -> StudentConfig:
     """Return the student's config; maximum length and prompt are those that the dictionary was built with."""
     length = dictionary.config.max_length or info.max_length
-    own: dict[str, Any] = {name: getattr(info, name) for name in ("pooling", "prompt", "include_prompt", "skip")}
+    names = ("pooling", "prompt", "include_prompt", "include_frame", "skip")
+    own: dict[str, Any] = {name: getattr(info, name) for name in names}
     if settings.kind == "table":  # a prompt that is not pooled has no influence
         body: dict[str, Any] = {}
         own = {"pooling": "mean", "prompt": info.prompt if info.include_prompt else ""}
