@@ -44,3 +44,20 @@ def prompt_length(tokenizer: Tokenizer, prompt: str, max_length: int | None = No
     ids = tokenizer.encode(prompt).ids
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return min(len(ids), max_length or len(ids)) - bool(ids and ids[-1] in special)
+
+
+def skipped_tokens(
+    tokenizer: Tokenizer, prompt: str, max_length: int | None = None, *, include_prompt: bool, include_frame: bool
+) -> int:
+    """Return how many tokens at the start of a text are not pooled.
+
+    Those of a prompt are, unless `include_prompt`, as sentence-transformers counts them. Unless `include_frame`, all before
+    the text are, as LLM2Vec counts them: those of the tokenizer's template, and those of a prompt without a space at its end,
+    which is the text's.
+    """
+    if include_frame:
+        return 0 if include_prompt else prompt_length(tokenizer, prompt, max_length)
+    own = prompt.rstrip(" ")
+    count = len(special_tokens_around(tokenizer)[0])
+    count += len(tokenizer.encode(own, add_special_tokens=False).ids) if own else 0
+    return min(count, max_length or count)

@@ -29,8 +29,8 @@ class MergeConfig(CommandConfig):
     )
     llm2vec: Literal["llama3", "mistral"] | None = Field(
         None,
-        description="read as LLM2Vec does: bidirectional attention, its text around every text, mean of the tokens after a "
-        "prompt; llm2vec_config.json of an adapter sets pooling and length; flags override",
+        description="read as LLM2Vec does: bidirectional attention, its text around every text, mean of the tokens of a text "
+        "and of what follows, without prompt; llm2vec_config.json of an adapter sets pooling and length; flags override",
     )
     attention: Literal["auto", "causal", "bidirectional"] = Field(
         "auto", description="what each token sees: those before it, or all; auto: as the base's config.json says"

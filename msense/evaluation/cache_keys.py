@@ -85,6 +85,7 @@ def data_key(task: TaskSpec) -> str:
 def teacher_key(name: str, revision: str | None) -> str:
     """Return a hash of a teacher: weights, tokenizer, pooling, prompt, maximum length, and its classifier if any."""
     info, _ = load_teacher_info(name, TeacherOptions(revision=revision))
-    stats = {key: value for key, value in asdict(info).items() if key not in ("name", "revision")}
+    unused = ("name", "revision", "include_frame")  # the last is in `skip`, and older keys are without it
+    stats = {key: value for key, value in asdict(info).items() if key not in unused}
     head = locate(name, revision) / "classifier"  # glob of a missing folder is empty
     return digest([stats, [sha256_of(path) for path in sorted(head.glob("*")) if path.is_file()]])

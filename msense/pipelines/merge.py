@@ -10,7 +10,12 @@ from msense.teacher.files import ADAPTER_CONFIG, locate, read_object
 from msense.teacher.merging import Reading, merge_folders
 from msense.teacher.pooling import Pooling
 
-_POOLING: dict[str, Pooling] = {"mean": "mean", "bos_token": "cls", "eos_token": "lasttoken"}  # LLM2Vec's names
+_POOLING: dict[str, Pooling] = {  # by LLM2Vec's names
+    "mean": "mean",
+    "bos_token": "cls",
+    "eos_token": "lasttoken",
+    "last_token": "lasttoken",
+}
 _LLM2VEC = "llm2vec_config.json"
 
 
@@ -19,11 +24,12 @@ class Frame(NamedTuple):
 
     before: str = ""
     after: str = ""
+    end: str = ""  # after all, if LLM2Vec pools an EOS token
 
 
 FRAMES = {  # of the models that LLM2Vec was trained with
     "llama3": Frame("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-    "mistral": Frame("[INST] ", " [/INST]"),
+    "mistral": Frame("[INST] ", " [/INST]", " </s>"),
 }
 
 
@@ -66,7 +72,9 @@ def reading(config: MergeConfig, llm2vec: dict[str, Any]) -> Reading:
             if mode not in _POOLING:
                 raise InputError(f"{_LLM2VEC}: pooling_mode {printable(mode)} is not supported: give --pooling")
             pooling = _POOLING[mode]
-        include = llm2vec.get("skip_instruction", True) is False if include is None else include
+            frame = frame._replace(after=frame.after + frame.end) if mode == "eos_token" else frame
+        # the first token, which is before any instruction, is pooled with it
+        include = pooling == "cls" or llm2vec.get("skip_instruction", True) is False if include is None else include
         if length is None and isinstance(given := llm2vec.get("max_length"), int) and given >= 4:
             length = given
     return Reading(
@@ -75,5 +83,6 @@ def reading(config: MergeConfig, llm2vec: dict[str, Any]) -> Reading:
         after=frame.after if config.after is None else config.after,
         pooling=pooling or "mean",
         include_prompt=True if include is None else include,
+        include_frame=config.llm2vec is None or include is not False,
         max_length=length,
     )

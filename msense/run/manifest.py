@@ -18,6 +18,7 @@ _ADDED: dict[str, dict[str, Any]] = {  # left out at these values, so that runs 
     "teacher": {
         **{"skip": 0, "include_prompt": True, "projections": [], "truncate_dim": None, "truncation_side": "right"},
         "attention": "auto",
+        "include_frame": True,
     },
     "training": {"student_pooling": "auto", "ship_dtype": "float32"},
 }

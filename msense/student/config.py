@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+from tokenizers import Tokenizer
 
 from msense.constants import MAX_DIM, MAX_VOCABULARY
 from msense.dictionary.layout import DictionaryConfig, TeacherName
@@ -11,6 +12,7 @@ from msense.errors import StudentError
 from msense.io.untrusted import FrozenModel
 from msense.teacher.pooling import Pooling, ProjectionConfig, sentence_dim
 from msense.teacher.spec import TruncationSide
+from msense.tokenizer import skipped_tokens
 
 Heads = Literal["separate", "two", "one"]
 StudentPooling = Literal["auto", "mean", "teacher"]
@@ -60,6 +62,7 @@ class StudentConfig(FrozenModel):
     prompt: Annotated[str, Field(max_length=1 << 16)] = Field(default="", description="prefix of every text")
     include_prompt: bool = Field(default=True, description="whether a prompt's tokens are pooled")
     skip: int = Field(default=0, ge=0, le=1 << 20, description="tokens of `prompt` that are not pooled")
+    include_frame: bool = Field(default=True, description="whether the tokenizer's tokens before a text are pooled")
     projections: tuple[ProjectionConfig, ...] = Field(default=(), max_length=16, description="layers after pooling")
     truncate_dim: int | None = Field(default=None, gt=0, description="numbers of a sentence vector that are kept")
     truncation_side: TruncationSide = Field(default="right", description="where a long text loses tokens")
@@ -77,6 +80,10 @@ class StudentConfig(FrozenModel):
         if widths[:-1] != [projection.in_features for projection in self.projections]:
             raise ValueError("the projections do not fit each other")
         return self
+
+    def skipped(self, tokenizer: Tokenizer, prompt: str) -> int:
+        """Return how many tokens of a text with a prompt are not pooled."""
+        return skipped_tokens(tokenizer, prompt, include_prompt=self.include_prompt, include_frame=self.include_frame)
 
     @property
     def is_table(self) -> bool:

@@ -32,7 +32,6 @@ from msense.student.vectors import Precision, Vectors, check_precision, quantize
 from msense.teacher.batching import TOKEN_BUDGET, token_batches
 from msense.teacher.body import resolve_dtype
 from msense.text import first_line
-from msense.tokenizer import prompt_length
 
 _CHUNK = 1 << 14  # texts that are tokenized, sorted by length and computed together
 _STATIC_TOKENS = 1 << 16  # tokens per step of a static student's progress bar
@@ -330,7 +329,7 @@ class SenseEncoder:
     ) -> Tensor:
         """Return the sentence vectors of a chunk, float32 [n, D']; report finished texts."""
         rows = self._reader.ids(texts, prompt)
-        skip = self._skip(prompt)
+        skip = self.config.skipped(self._reader.tokenizer, prompt)
         vectors = torch.empty(len(rows), self.config.sentence_dim, dtype=torch.float32, device=self.device)
         for group in self._groups(rows, batch_size, replaced=replace is not None):
             batches = [[rows[i] for i in batch] for batch in group]
@@ -363,10 +362,6 @@ class SenseEncoder:
         ]
         sizes = np.array([lengths[batch].sum() for batch in batches], np.int64)
         return [[batches[i] for i in group] for group in split_by_size(sizes, limit if replaced else 1)]
-
-    def _skip(self, prompt: str) -> int:
-        """Return how many tokens of a text with this prompt are not pooled."""
-        return 0 if self.config.include_prompt else prompt_length(self._reader.tokenizer, prompt)
 
     def _pooled(self, rows: list[np.ndarray], skip: int) -> Tensor:
         """Return the sentence vectors of a batch, float32 [B, D']."""

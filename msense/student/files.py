@@ -98,7 +98,8 @@ def save_config(files: StudentFiles, config: StudentConfig) -> None:
         config = config.model_copy(update={"body": {}})
     files.config.parent.mkdir(exist_ok=True)
     with atomic_path(files.config) as scratch:
-        scratch.write_text(config.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
+        added = {"include_frame"} if config.include_frame else None  # which older versions refuse
+        scratch.write_text(config.model_dump_json(indent=1, by_alias=True, exclude=added) + "\n", encoding="utf-8")
 
 
 def load_student(folder: str | Path) -> Student:

@@ -41,7 +41,7 @@ def init_student(
         raise StudentError(f"prior_count is {settings.prior_count}, but must be finite and not negative")
     own = dictionary.config
     options = TeacherOptions(revision=revision, prompt=own.prompt, attention=own.attention)
-    info, _ = load_teacher_info(teacher, options)
+    info, tokenizer = load_teacher_info(teacher, options)
     head = load_head(teacher, info)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -60,7 +60,8 @@ def init_student(
             body.means.copy_(token_means(dictionary, table))
             body.confidence.copy_(confidence(dictionary, counts, settings.prior_count))
             if student.config.is_table:  # special tokens surround the training texts
-                special = list({*info.prefix, *info.suffix})
+                added = tokenizer.get_added_tokens_decoder()  # a frame may have ordinary words
+                special = [i for i in {*info.prefix, *info.suffix} if i in added]
                 body.means[special] = body.confidence[special] = 0.0
     head.pooling, head.skip = student.config.pooling, student.config.skip
     student.sentence_head = head
@@ -76,7 +77,8 @@ def _config(
 ) -> StudentConfig:
     """Return the student's config; maximum length and prompt are those that the dictionary was built with."""
     length = dictionary.config.max_length or info.max_length
-    own: dict[str, Any] = {name: getattr(info, name) for name in ("pooling", "prompt", "include_prompt", "skip")}
+    names = ("pooling", "prompt", "include_prompt", "include_frame", "skip")
+    own: dict[str, Any] = {name: getattr(info, name) for name in names}
     if settings.pooling == "mean" or (settings.pooling == "auto" and source is None and info.pooling in POOLINGS):
         own["pooling"] = "mean"  # without attention, the first or the last token knows nothing of the text
     if settings.kind == "table":  # a prompt that is not pooled has no influence

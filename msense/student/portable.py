@@ -159,6 +159,8 @@ def find_obstacle(files: StudentFiles, student: Student, reader: StudentTokenize
     from transformers import AutoModel
 
     assert isinstance(student.body, TransformerBody)
+    if not student.config.include_frame:
+        return "sentence-transformers pools the tokens that the tokenizer puts before a text"
     config = student.body.model.config
     kind = config.model_type
     if kind in NEEDS_EQUAL_LENGTHS:

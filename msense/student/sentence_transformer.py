@@ -24,7 +24,6 @@ from msense.student.static import TokenTable
 from msense.student.static_inference import StaticEncoder
 from msense.student.student import Student
 from msense.student.tokenizer import StudentTokenizer, pad_ids
-from msense.tokenizer import prompt_length
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ class SenseModule(InputModule):
     def preprocess(self, inputs: list[str], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:
         """Return the token ids int64 [B, L] of texts, and their mask."""
         ids, mask = pad_ids(self._reader.ids(inputs, prompt or ""))
-        skip = 0 if self.student.config.include_prompt else prompt_length(self.tokenizer, prompt or "")
+        skip = self.student.config.skipped(self.tokenizer, prompt or "")
         return {"input_ids": ids, "attention_mask": mask.long(), "prompt_length": skip}
 
     def forward(self, features: dict[str, Any], **_: Any) -> MutableMapping[str, Any]:

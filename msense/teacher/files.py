@@ -34,6 +34,7 @@ POOLING_KEYS = {  # in the config of sentence-transformers' pooling module
     "mean": "pooling_mode_mean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
+INCLUDE_FRAME = "include_frame"  # in config_sentence_transformers.json; sentence-transformers ignores it
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")  # of sentence-transformers
 _SUPPORTED = re.compile("(Transformer )?(Pooling )?(Dense )*(Normalize )*")
 _BODY_SETTINGS = tuple(  # of the Transformer module; older versions of sentence-transformers named it after the model
@@ -134,6 +135,7 @@ class TeacherFolder:
     body: Path  # folder of weights and tokenizer
     pooling: str = "mean"
     include_prompt: bool = True  # whether the prompt's tokens are pooled
+    include_frame: bool = True  # whether those that the tokenizer puts before a text are; if not, nor are the prompt's
     projections: tuple[Path, ...] = ()  # folders of the Dense modules after pooling, in order
     normalize: bool = False
     truncate_dim: int | None = None  # of the sentence vector
@@ -171,6 +173,7 @@ def read_settings(folder: Path) -> TeacherFolder:
         body=body,
         pooling=_pooling(pooling),
         include_prompt=pooling.get("include_prompt") is not False,
+        include_frame=settings.get(INCLUDE_FRAME) is not False,
         projections=tuple(
             _configured(folder, path) for kind, path in zip(kinds, paths, strict=True) if kind == "Dense"
         ),

@@ -20,13 +20,22 @@ from msense.errors import InputError
 from msense.io.scratch import atomic_path
 from msense.io.untrusted import printable
 from msense.teacher.adapters import LoraLayer, bare_name, read_adapter
-from msense.teacher.files import ADAPTER_CONFIG, POOLING_KEYS, check_files, loading, read_object, weights_fingerprint
+from msense.teacher.files import (
+    ADAPTER_CONFIG,
+    INCLUDE_FRAME,
+    POOLING_KEYS,
+    check_files,
+    loading,
+    read_object,
+    weights_fingerprint,
+)
 from msense.tokenizer import special_tokens_around
 
 logger = logging.getLogger(__name__)
 HEADS = ("lm_head.", "score.", "classifier.")  # tensors that no hidden state depends on
 MERGED = "merged.json"  # what a folder was made of
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TEXTS = ("Which is it, 7?", "a", "the end of the second one.")  # to see what tokens surround any text
 _CODE = ("auto_map", "_name_or_path", "custom_pipelines")
 
 
@@ -39,6 +48,7 @@ class Reading:
     after: str = ""
     pooling: str = "mean"
     include_prompt: bool = True
+    include_frame: bool = True  # whether `before` is pooled, and what the tokenizer itself puts there
     max_length: int | None = None
 
 
@@ -141,10 +151,8 @@ def _write_tokenizer(folders: Sequence[Path], output: Path, reading: Reading) ->
     with loading(f"{source.name!r} (tokenizer)"):
         tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
         first, last = special_tokens_around(tokenizer)
-    around = {
-        "before": [*first, *tokenizer.encode(reading.before, add_special_tokens=False).ids],
-        "after": [*tokenizer.encode(reading.after, add_special_tokens=False).ids, *last],
-    }
+    before, after = _tokens_around(tokenizer, reading.before, reading.after)
+    around = {"before": [*first, *before], "after": [*after, *last]}
     parts = {f"<{kind}>": ids for kind, ids in around.items() if ids}
     template = " ".join([*(p for p in parts if p == "<before>"), "$A", *(p for p in parts if p == "<after>")])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -156,6 +164,31 @@ def _write_tokenizer(folders: Sequence[Path], output: Path, reading: Reading) ->
     )
     with atomic_path(output / "tokenizer.json") as scratch:
         scratch.write_text(tokenizer.to_str(), encoding="utf-8")
+
+
+def _tokens_around(tokenizer: Tokenizer, before: str, after: str) -> tuple[list[int], list[int]]:
+    """Return the tokens of what surrounds texts: as beside a text, if any text has the same beside it, else as alone.
+
+    SentencePiece's tokenizers put a space before any text, of which those alone would have one too many.
+    """
+    found = [_beside(tokenizer, before, text, after) for text in _TEXTS]
+    if found[0] is not None and all(tokens == found[0] for tokens in found):
+        return found[0]
+    alone = [tokenizer.encode(text, add_special_tokens=False).ids if text else [] for text in (before, after)]
+    return alone[0], alone[1]
+
+
+def _beside(tokenizer: Tokenizer, before: str, text: str, after: str) -> tuple[list[int], list[int]] | None:
+    """Return the tokens before and after a text; None if the text has other tokens between them than alone."""
+    own = tokenizer.encode(text, add_special_tokens=False).ids
+    whole = tokenizer.encode(before + text + after, add_special_tokens=False)
+    begin, end = len(before.rstrip()), len(before + text)
+    for first in range(len(whole.ids) - len(own) + 1):
+        last = first + len(own)
+        within = whole.offsets[first][0] >= begin and whole.offsets[last - 1][1] <= end
+        if within and whole.ids[first:last] == own:
+            return whole.ids[:first], whole.ids[last:]
+    return None
 
 
 def _write_pooling(output: Path, settings: Mapping[str, Any], reading: Reading) -> None:
@@ -170,6 +203,8 @@ def _write_pooling(output: Path, settings: Mapping[str, Any], reading: Reading) 
     pooling |= {"word_embedding_dimension": settings.get("hidden_size"), "include_prompt": reading.include_prompt}
     _write_json(output / "1_Pooling" / "config.json", pooling)
     _write_json(output / "sentence_bert_config.json", {"max_seq_length": reading.max_length, "do_lower_case": False})
+    if not reading.include_frame:
+        _write_json(output / "config_sentence_transformers.json", {"prompts": {}, INCLUDE_FRAME: False})
     _write_json(output / "modules.json", modules)
 
 

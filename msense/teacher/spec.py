@@ -21,7 +21,7 @@ from msense.teacher.files import (
     read_settings,
     weights_fingerprint,
 )
-from msense.tokenizer import fingerprint, prompt_length, special_tokens_around
+from msense.tokenizer import fingerprint, skipped_tokens, special_tokens_around
 
 TruncationSide = Literal["right", "left"]
 Attention = Literal["auto", "causal", "bidirectional"]
@@ -92,12 +92,13 @@ class TeacherInfo:
     prompt_ids: tuple[int, ...]
     excluded: tuple[int, ...]
     decoder: bool = False  # a causal language model
-    skip: int = 0  # tokens at the start of a passage that the sentence vector is not pooled from: those of a prompt
+    skip: int = 0  # tokens at the start of a passage that the sentence vector is not pooled from; see `skipped_tokens`
     include_prompt: bool = True  # whether a prompt's tokens are pooled
     projections: tuple[str, ...] = ()  # fingerprints of the Dense modules after pooling
     truncate_dim: int | None = None  # of the sentence vector
     truncation_side: TruncationSide = "right"  # where a text that is too long loses tokens
     attention: Attention = "auto"  # as in `TeacherOptions`
+    include_frame: bool = True  # whether the tokens that the tokenizer puts before a text are pooled
 
 
 def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, Tokenizer]:
@@ -153,8 +154,11 @@ def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, 
         prompt_ids=tuple(backend.encode(prompt, add_special_tokens=False).ids) if prompt else (),
         excluded=excluded_tokens(tokenizer, rule, is_auto),
         decoder=decoder,
-        skip=0 if own.include_prompt else prompt_length(backend, prompt, max_length),
+        skip=skipped_tokens(
+            backend, prompt, max_length, include_prompt=own.include_prompt, include_frame=own.include_frame
+        ),
         include_prompt=own.include_prompt,
+        include_frame=own.include_frame,
         projections=tuple(map(weights_fingerprint, own.projections)),
         truncate_dim=own.truncate_dim,
         truncation_side="left" if tokenizer.truncation_side == "left" else "right",

@@ -14,9 +14,16 @@ OLD = {"format": 1, "config": {"seed": 0}, "inputs": {}, "teacher": {"name": "t"
 
 def test_added_entries_count_only_where_they_differ_from_their_defaults() -> None:
     added = {"skip": 0, "include_prompt": True, "projections": [], "truncate_dim": None, "truncation_side": "right"}
+    added["include_frame"] = True
     now = {**OLD, "config": {"seed": 0, "id_column": "id"}, "teacher": {"name": "t", **added}}
     assert without_defaults(now) == OLD
-    for teacher in ({"skip": 3}, {"include_prompt": False}, {"projections": ["a"]}, {"truncate_dim": 8}):
+    for teacher in (
+        {"skip": 3},
+        {"include_prompt": False},
+        {"projections": ["a"]},
+        {"truncate_dim": 8},
+        {"include_frame": False},
+    ):
         changed = {**now, "teacher": {**now["teacher"], **teacher}}
         assert inputs_hash(without_defaults(changed)) != inputs_hash(OLD)
     assert without_defaults({**now, "config": {"id_column": "none"}})["config"] == {"id_column": "none"}
