@@ -21,7 +21,7 @@ TrainDtype = Annotated[
 ]
 _SHOWN_ERRORS = 20
 _TEXTS = (
-    *("corpus", "queries", "text_column", "id_column", "teacher", "revision", "prompt"),
+    *("corpus", "queries", "text_column", "id_column", "prompt_column", "teacher", "revision", "prompt"),
     *("output", "labels", "dictionary", "student", "adapter"),
 )
 

@@ -51,7 +51,7 @@ class BuildConfig(PlanOptions, TeacherOptions, TeacherJobConfig):
 
     help_groups: ClassVar[HelpGroups] = {
         "Common options": ("corpus", "teacher", "senses", "output", "workers", "local", "dry_run"),
-        "Text": ("text_column", "id_column", "dedup", "stride", "sample", "on_bad_document"),
+        "Text": ("text_column", "id_column", "prompt_column", "dedup", "stride", "sample", "on_bad_document"),
         "Teacher": (
             *("revision", "layer", "attention", "max_length", "prompt", "special_tokens", "dtype", "gpus_per_actor"),
             "time_teacher",

@@ -26,7 +26,7 @@ _FREE = {  # without influence on labels and student
     *("local", "workers", "gpus_per_actor", "checkpoint_steps", "log_level", "output", "dry_run", "time_teacher"),
     *("dictionary", "teacher", "corpus", "on_bad_document", "queries", "labels"),
 }
-_CORPUS_SETTINGS = {"text_column", "id_column", "dedup"}  # recorded with the text
+_CORPUS_SETTINGS = {"text_column", "id_column", "prompt_column", "dedup"}  # recorded with the text
 _REFERENCE: dict[str, Any] = {"objective": {"sense": 1.0}, "heads": "one", "metric": "dot", "soft_targets": 0}
 _REFERENCE |= {"pooled": False, "epochs": 5, "schedule": "cosine", "train_embeddings": True}
 _REFERENCE_OPTIMIZER: dict[str, Any] = {"lr": 4.5e-5, "warmup": 300.0, "weight_decay": 1e-4, "clip": 0.0}
@@ -47,6 +47,7 @@ class DistillConfig(TeacherJobConfig):
             "queries",
             "text_column",
             "id_column",
+            "prompt_column",
             "dedup",
             "spans",
             "train_tokens",
@@ -69,6 +70,11 @@ class DistillConfig(TeacherJobConfig):
         "text", description="of --corpus and --queries: text column of jsonl, parquet and csv files"
     )
     id_column: str = Field("id", description="of these: column of document ids, used if present; none: no ids")
+    prompt_column: str | None = Field(
+        None,
+        description="of these: column of the instruction before each text, as for `msense build`; default: the dictionary's "
+        "prompt for all",
+    )
     dedup: bool = Field(False, description="with --corpus: read identical passages once")
     teacher: str | None = Field(None, description="name or folder of the teacher; default: as recorded")
     train_tokens: int | None = Field(None, ge=1, description="tokens to label; default: those that the plan selected")
@@ -178,7 +184,7 @@ class DistillConfig(TeacherJobConfig):
             raise ValueError("separate exists for static only: omit it, or use two")
         return value
 
-    @field_validator("text_column", "id_column", "dedup")
+    @field_validator("text_column", "id_column", "prompt_column", "dedup")
     @classmethod
     def _check_corpus_setting(cls, value: object, info: ValidationInfo) -> object:
         if not info.data.get("corpus", True) and (info.field_name == "dedup" or not info.data.get("queries")):

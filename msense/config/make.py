@@ -11,7 +11,8 @@ from msense.config.distill import DistillConfig
 from msense.errors import InputError
 
 _SET_HERE = {"dictionary", "dry_run", "time_teacher"}  # settings of the steps that have no meaning here
-_OF_CORPUS = {"text_column", "id_column", "dedup"}  # of a text that the build has read; the first two also of queries
+# of a text that the build has read; the columns also of queries
+_OF_CORPUS = {"text_column", "id_column", "prompt_column", "dedup"}
 
 
 def _help_groups() -> HelpGroups:

@@ -7,6 +7,7 @@ groups ("blocks") of about 32k tokens, the grain of partitions. Memory: one batc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,11 +18,13 @@ from tokenizers import Encoding, Tokenizer
 
 from msense.constants import LISTED_BAD_DOCUMENTS
 from msense.corpus import BadDocument, Document, InputSplit, read_documents
-from msense.corpus.passages import BLOCK_TOKENS, SCHEMA, Passages, PassageSpec, as_gaps
+from msense.corpus.passages import BLOCK_TOKENS, PROMPTED_SCHEMA, SCHEMA, Passages, PassageSpec, as_gaps
 from msense.errors import InputError
 from msense.io.hashing import hash64
+from msense.tokenizer import skipped_tokens
 
 BATCH_DOCUMENTS = 256
+CACHED_PROMPTS = 256  # of at most `MAX_PROMPT` characters
 SLICE_CHARACTERS = 1 << 18
 _ItemT = TypeVar("_ItemT")
 _Offsets = list[tuple[int, int]]  # characters [start, stop) of each token
@@ -116,6 +119,26 @@ class Piece(NamedTuple):
     lengths: np.ndarray  # int32 [L]
 
 
+class Prompt(NamedTuple):
+    """What stands before a text."""
+
+    text: str
+    tokens: int  # of it alone
+    length: int  # tokens at the start of a passage that are not pooled where those of prompts are not
+
+
+def prompt_reader(spec: PassageSpec, tokenizer: Tokenizer) -> Callable[[str | None], Prompt]:
+    """Return a function that returns the prompt of a document, given its own text, or None for that of the spec."""
+
+    @lru_cache(CACHED_PROMPTS)
+    def read(text: str) -> Prompt:
+        tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
+        counted = {"include_prompt": False, "include_frame": spec.include_frame}
+        return Prompt(text, tokens, skipped_tokens(tokenizer, text, spec.max_length, **counted))
+
+    return lambda text: read(spec.prompt_text if text is None else text)
+
+
 @dataclass
 class BlockWriter:
     """Buffer of passages that writes a row group whenever a block is full."""
@@ -126,9 +149,9 @@ class BlockWriter:
     blocks: list[int] = field(default_factory=list)  # number of tokens of each block written
     passages: int = 0
 
-    def add(self, key: np.uint64, document_id: str, index: int, piece: Piece) -> None:
-        """Add one passage; write the block when it is full."""
-        self.rows.append((key, document_id, index, *piece))
+    def add(self, key: np.uint64, document_id: str, index: int, piece: Piece, prompt: tuple[str, int] | None) -> None:
+        """Add one passage, with its prompt's text and length in a file that has them; write the block when it is full."""
+        self.rows.append((key, document_id, index, *piece, *(prompt or ())))
         self.tokens += len(piece.ids)
         if self.tokens >= BLOCK_TOKENS:
             self.flush()
@@ -137,10 +160,11 @@ class BlockWriter:
         """Write the buffered passages as one block."""
         if not self.rows:
             return
+        schema = self.writer.schema
         columns = [
-            pa.array(column, kind) for column, kind in zip(zip(*self.rows, strict=True), SCHEMA.types, strict=True)
+            pa.array(column, kind) for column, kind in zip(zip(*self.rows, strict=True), schema.types, strict=True)
         ]
-        table = pa.Table.from_arrays(columns, schema=SCHEMA)
+        table = pa.Table.from_arrays(columns, schema=schema)
         self.writer.write_table(table, row_group_size=len(self.rows))
         self.blocks.append(self.tokens)
         self.passages += len(self.rows)
@@ -169,10 +193,13 @@ def write_passages(
     bad: Counter[str] = Counter()
     listed: list[dict[str, str]] = []
     documents = tokens = 0
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_statistics=False) as parquet:
+    schema = SCHEMA if spec.prompt_column is None else PROMPTED_SCHEMA
+    prompt_of = prompt_reader(spec, tokenizer)
+    with pq.ParquetWriter(path, schema, compression="zstd", write_statistics=False) as parquet:
         blocks = BlockWriter(parquet)
-        items = read_documents(split, spec.text_column, spec.sample, spec.seed, spec.id_column)
-        for batch in _batches(items, lambda item: len(item.text) if isinstance(item, Document) else 0):
+        read = read_documents(split, spec.text_column, spec.sample, spec.seed, spec.id_column, spec.prompt_column)
+        items = (_with_room(item, spec, prompt_of) if isinstance(item, Document) else item for item in read)
+        for batch in _batches(items, _characters):
             for item in batch:
                 if not isinstance(item, BadDocument):
                     continue
@@ -184,10 +211,27 @@ def write_passages(
                     listed.append(asdict(item))
             good = [item for item in batch if isinstance(item, Document)]
             documents += len(good)
-            tokens += _add_documents(good, spec, tokenizer, blocks)
+            prompts = [prompt_of(item.prompt) for item in good]
+            tokens += _add_documents(good, prompts, spec, tokenizer, blocks)
         blocks.flush()
     counts = {"documents": documents, "passages": blocks.passages, "tokens": tokens, "blocks": blocks.blocks}
     return {**counts, "bad": dict(bad), "listed": listed}
+
+
+def _with_room(
+    document: Document, spec: PassageSpec, prompt_of: Callable[[str | None], Prompt]
+) -> Document | BadDocument:
+    """Return a document, or what is wrong with it if its prompt leaves no room for text."""
+    tokens = prompt_of(document.prompt).tokens
+    if spec.room(tokens) > spec.stride:
+        return document
+    needed = f" and a stride of {spec.stride}" if spec.stride else ""
+    detail = f"{tokens} tokens of prompt leave no room for text{needed} in passages of {spec.max_length} tokens"
+    return BadDocument(document.id, "long prompt", detail)
+
+
+def _characters(item: Document | BadDocument) -> int:
+    return len(item.text) + len(item.prompt or "") if isinstance(item, Document) else 0
 
 
 def _batches(items: Iterable[_ItemT], characters: Callable[[_ItemT], int]) -> Iterator[list[_ItemT]]:
@@ -216,52 +260,64 @@ def _slices(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _add_documents(documents: list[Document], spec: PassageSpec, tokenizer: Tokenizer, blocks: BlockWriter) -> int:
-    """Tokenize, cut and add documents; return the number of tokens in their passages."""
+def _add_documents(
+    documents: list[Document], prompts: list[Prompt], spec: PassageSpec, tokenizer: Tokenizer, blocks: BlockWriter
+) -> int:
+    """Tokenize, cut and add documents with their prompts; return the number of tokens in their passages."""
     passages: list[list[Piece]] = [[] for _ in documents]
     slices = ((number, text) for number, document in enumerate(documents) for text in _slices(document.text))
     for group in _batches(slices, lambda numbered: len(numbered[1])):
-        for (number, _), pieces in zip(group, _pieces([text for _, text in group], spec, tokenizer), strict=True):
+        cut = _pieces([(text, prompts[number]) for number, text in group], spec, tokenizer)
+        for (number, _), pieces in zip(group, cut, strict=True):
             passages[number] += pieces
     tokens = 0
-    for document, its_passages in zip(documents, passages, strict=True):
+    for document, prompt, its_passages in zip(documents, prompts, passages, strict=True):
+        own = None if spec.prompt_column is None else (prompt.text, prompt.length)
         keys = passage_keys(document.id, len(its_passages), spec.seed)
         for index, piece in enumerate(its_passages):
             key = hash64(piece.ids.tobytes(), seed=spec.seed) if spec.dedup else keys[index]
-            blocks.add(np.uint64(key), document.id, index, piece)
+            blocks.add(np.uint64(key), document.id, index, piece, own)
             tokens += len(piece.ids)
     return tokens
 
 
-def encode_texts(texts: Sequence[str], spec: PassageSpec, tokenizer: Tokenizer) -> Passages:
-    """Return the first passage of each text, with the key 0: the text itself unless it is too long."""
+def encode_texts(
+    texts: Sequence[str], spec: PassageSpec, tokenizer: Tokenizer, prompts: Sequence[str] | None = None
+) -> Passages:
+    """Return the first passage of each text, with the key 0: the text itself unless it is too long.
+
+    `prompts` are those of the texts; None: all have that of the spec.
+    """
     frame, none = np.array((*spec.prefix, *spec.suffix), dtype=np.int32), np.zeros(0, dtype=np.int32)
+    given = list(map(prompt_reader(spec, tokenizer), [None] * len(texts) if prompts is None else prompts))
     first = [
         next(pieces, Piece(-len(spec.prompt), frame, "", none, none))
-        for group in _batches(texts, len)
+        for group in _batches(zip(texts, given, strict=True), lambda pair: len(pair[0]) + len(pair[1].text))
         for pieces in _pieces(group, spec, tokenizer)
     ]
-    keys = np.zeros(len(first), np.uint64)
-    return Passages.of_rows(keys, [piece.context for piece in first], [piece.ids for piece in first])
+    keys, lengths = np.zeros(len(first), np.uint64), np.array([prompt.length for prompt in given], dtype=np.int32)
+    own = None if prompts is None else lengths
+    return Passages.of_rows(keys, [piece.context for piece in first], [piece.ids for piece in first], own)
 
 
-def _pieces(texts: Sequence[str], spec: PassageSpec, tokenizer: Tokenizer) -> Iterator[Iterator[Piece]]:
-    """Yield the passages of each text."""
-    prompted = [spec.prompt_text + text for text in texts]
-    for encoding, text in zip(tokenizer.encode_batch(prompted, add_special_tokens=False), prompted, strict=True):
-        yield _cut(encoding, text, spec)
+def _pieces(texts: Sequence[tuple[str, Prompt]], spec: PassageSpec, tokenizer: Tokenizer) -> Iterator[Iterator[Piece]]:
+    """Yield the passages of each text with its prompt."""
+    prompted = [prompt.text + text for text, prompt in texts]
+    encodings = tokenizer.encode_batch(prompted, add_special_tokens=False)
+    for encoding, whole, (_, prompt) in zip(encodings, prompted, texts, strict=True):
+        yield _cut(encoding, whole, prompt, spec)
 
 
-def _cut(encoding: Encoding, text: str, spec: PassageSpec) -> Iterator[Piece]:
+def _cut(encoding: Encoding, text: str, given: Prompt, spec: PassageSpec) -> Iterator[Piece]:
     """Yield the passages of a prompt and text that were tokenized as one string.
 
     A token that reaches from the prompt into the text, such as one that starts with the prompt's last space, is text.
     """
     ids, offsets = np.array(encoding.ids, dtype=np.int32), encoding.offsets
-    limit, end = min(len(spec.prompt), len(ids)), len(spec.prompt_text)
+    limit, end = min(given.tokens, len(ids)), len(given.text)
     prompt = next((place for place in range(limit) if offsets[place][1] > end), limit) if end else 0
     frame = np.array((*spec.prefix, *ids[:prompt]), dtype=np.int32), np.array(spec.suffix, dtype=np.int32)
-    length = spec.body_length + len(spec.prompt) - prompt
+    length = spec.room(prompt)
     last = len(offsets) - prompt
     bounds = np.array(offsets, dtype=np.int32).reshape(-1, 2)
 

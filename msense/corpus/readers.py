@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from msense.errors import InputError
 from msense.io.filesystems import display_uri
 from msense.io.hashing import hash64
 
+MAX_PROMPT = 1 << 16  # characters, as in the config of a student
 MAX_DOCUMENT_BYTES = 16 << 20  # of UTF-8; in jsonl and csv also of the line or record that contains the text
 ID, NO_ID = "id", "none"  # id columns: the default, which is used if present; none, rows are then numbered
 _BATCH_BYTES, _BATCH_ROWS = 8 << 20, 256
@@ -38,30 +39,38 @@ class Document:
 
     id: str
     text: str
+    prompt: str | None = None  # its instruction, "" for none; None: that of all documents
 
 
 @dataclass(frozen=True)
 class BadDocument:
     """A row without usable text."""
 
-    id: str  # "name:row", even if there is an id column
-    reason: str  # "empty", "not UTF-8", "too long", "no text", "bad JSON", "bad CSV row" or "unparsable source"
+    id: str  # "name:row", even if there is an id column; of a prompt without room for text, the document's
+    # "empty", "not UTF-8", "too long", "no text", "bad JSON", "bad CSV row", "unparsable source", "bad prompt" or "long prompt"
+    reason: str
     detail: str
 
 
 class Fault(NamedTuple):
-    """Stands for the text of a row that has none."""
+    """Stands for the text or the prompt of a row that has none."""
 
     reason: str
     detail: str
 
 
-_Row = tuple[object, object]  # value in the id column (None: missing); text as str or UTF-8 bytes, or any other value
+# id and text as str or UTF-8 bytes, or any other value; the same of the prompt; None: missing
+_Row = tuple[object, object, object]
 _Keep = Callable[[str], bool]
 
 
 def read_documents(
-    split: InputSplit, text_column: str = "text", sample: float = 1.0, seed: int = 0, id_column: str = ID
+    split: InputSplit,
+    text_column: str = "text",
+    sample: float = 1.0,
+    seed: int = 0,
+    id_column: str = ID,
+    prompt_column: str | None = None,
 ) -> Iterator[Document | BadDocument]:
     """Yield the documents of an input split in file order.
 
@@ -71,6 +80,7 @@ def read_documents(
         sample: fraction of the documents to keep, chosen by a hash of (seed, id); for pydocs, of the source files.
         seed: seed of the sample.
         id_column: column of ids, of any type but lists and objects; "id" is used if present, "none" numbers the rows.
+        prompt_column: column of the documents' prompts, if they have their own.
 
     Raises:
         InputError: the file is missing, not readable, corrupted, or has no such column.
@@ -86,12 +96,13 @@ def read_documents(
         if split.format == "pydocs":
             yield from _read_package(split, keep)
             return
-        for row, (value, text) in enumerate(_read_rows(split, text_column, id_column), split.first_row):
+        rows = _read_rows(split, _Columns(split, text_column, id_column, prompt_column))
+        for row, (value, text, prompt) in enumerate(rows, split.first_row):
             automatic = f"{split.name}:{row}"
             own_id = None if value is None else _id_text(value)
             name = f"{split.name}#{own_id}" if own_id and split.qualify_ids else own_id or automatic
             if keep(name):
-                yield _checked(automatic, name, text)
+                yield _checked(automatic, name, text, prompt)
 
 
 def _id_text(value: object) -> str | None:
@@ -111,7 +122,7 @@ def _id_text(value: object) -> str | None:
     return str(value)
 
 
-def _checked(automatic: str, name: str, text: object) -> Document | BadDocument:
+def _checked(automatic: str, name: str, text: object, prompt: object = None) -> Document | BadDocument:
     """Return the document of a row, or what is wrong with it."""
     if isinstance(text, Fault):
         return BadDocument(automatic, *text)
@@ -127,7 +138,21 @@ def _checked(automatic: str, name: str, text: object) -> Document | BadDocument:
         return BadDocument(automatic, *_too_long())
     if not text.strip():
         return BadDocument(automatic, "empty", "nothing but white space")
-    return Document(name, text)
+    own = _checked_prompt(prompt)
+    return BadDocument(automatic, *own) if isinstance(own, Fault) else Document(name, text, own)
+
+
+def _checked_prompt(prompt: object) -> str | Fault | None:
+    """Return the prompt of a row, None if it is missing, or what is wrong with it."""
+    if prompt is None:
+        return None
+    if not isinstance(prompt, str | bytes):
+        return Fault("bad prompt", f"{type(prompt).__name__} instead of a string")
+    try:
+        text = prompt.decode() if isinstance(prompt, bytes) else prompt.encode().decode()
+    except UnicodeError as error:
+        return Fault("bad prompt", f"not UTF-8: {error}")
+    return text if len(text) <= MAX_PROMPT else Fault("long prompt", f"more than {MAX_PROMPT} characters")
 
 
 def _too_long() -> Fault:
@@ -150,11 +175,10 @@ def _read_package(split: InputSplit, keep: _Keep) -> Iterator[Document | BadDocu
             yield _checked(document_id, document_id, text)
 
 
-def _read_rows(split: InputSplit, text_column: str, id_column: str) -> Iterator[_Row]:
+def _read_rows(split: InputSplit, columns: "_Columns") -> Iterator[_Row]:
     """Yield every row of a split, good or bad, so that the position in the stream is the row number."""
     kind, _, codec = split.format.partition(".")
     filesystem, path = corpus_filesystem(split.uri)
-    columns = _Columns(split, text_column, id_column)
     with filesystem.open(path, "rb") as raw:
         if kind == "parquet":
             yield from _parquet_rows(raw, split, columns)
@@ -166,7 +190,7 @@ def _read_rows(split: InputSplit, text_column: str, id_column: str) -> Iterator[
         elif kind == "jsonl":
             yield from _json_rows(_lines(stream, split.start, split.stop), split, columns)
         else:
-            yield from ((None, line) for line in _lines(stream, split.start, split.stop))
+            yield from ((None, line, None) for line in _lines(stream, split.start, split.stop))
 
 
 def _lines(stream: io.BufferedReader, start: int, stop: int) -> Iterator[bytes | Fault]:
@@ -202,7 +226,7 @@ def _json_rows(lines: Iterable[bytes | Fault], split: InputSplit, columns: "_Col
     for line in lines:
         record = line if isinstance(line, Fault) or not line.strip() else parsed(line)
         if not isinstance(record, dict):
-            yield None, record
+            yield None, record, None
             continue
         if unchecked:
             seen |= dict.fromkeys(record)
@@ -210,7 +234,7 @@ def _json_rows(lines: Iterable[bytes | Fault], split: InputSplit, columns: "_Col
             unchecked = 0 if columns.are_in(seen) else unchecked - 1
             if not unchecked:
                 columns.check(list(seen))
-        yield record.get(columns.id), record.get(columns.text)
+        yield columns.row(record)
     if unchecked and seen:
         columns.check(list(seen))
 
@@ -306,38 +330,40 @@ def _csv_rows(stream: io.BufferedReader, columns: "_Columns") -> Iterator[_Row]:
     place = names.index(columns.text)
     for record in records:
         if isinstance(record, Fault) or not record:
-            yield None, record or ""
+            yield None, record or "", None
         elif len(record) > len(names) or len(record) == place + 1 < len(names):  # commas or line ends outside quotes
-            yield None, Fault("bad CSV row", f"{len(record)} cells, but the header has {len(names)}")
+            yield None, Fault("bad CSV row", f"{len(record)} cells, but the header has {len(names)}"), None
         else:
-            row = dict(zip(names, record, strict=False))
-            yield row.get(columns.id), row.get(columns.text)
+            yield columns.row(dict(zip(names, record, strict=False)))
 
 
 def _parquet_rows(raw: io.RawIOBase, split: InputSplit, columns: "_Columns") -> Iterator[_Row]:
     table = tables.open_parquet(raw, columns.shown)
     kinds = dict(zip(table.schema_arrow.names, table.schema_arrow.types, strict=True))
     columns.check(table.schema_arrow.names)
-    if not tables.is_text(kinds[columns.text]):
-        raise InputError(f"{columns.shown}: column {columns.text!r} holds {kinds[columns.text]}, not text; cast it")
+    texts = [name for name in (columns.text, columns.prompt) if name is not None]
+    for name in texts:
+        if not tables.is_text(kinds[name]):
+            raise InputError(f"{columns.shown}: column {name!r} holds {kinds[name]}, not text; cast it")
     has_ids = columns.id in kinds and columns.has_scalar_ids(tables.is_scalar(kinds[columns.id]))
-    names = [columns.text, columns.id] if has_ids and columns.id != columns.text else [columns.text]
+    names = list(dict.fromkeys([*texts, columns.id] if has_ids else texts))
     for number in range(split.start, split.stop):
         group = table.metadata.row_group(number)
         rows = min(_BATCH_ROWS, max(1, group.num_rows * _BATCH_BYTES // max(1, group.total_byte_size)))
         for batch in tables.iter_batches(raw, table, names, rows, number):
-            texts = tables.iter_values(batch.column(columns.text))
-            ids = tables.iter_values(batch.column(columns.id)) if has_ids else [None] * len(batch)
-            yield from zip(ids, texts, strict=True)
+            read = (columns.id if has_ids else None, columns.text, columns.prompt)
+            none = [None] * len(batch)
+            yield from zip(*(tables.iter_values(batch.column(n)) if n else none for n in read), strict=True)
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Names of the columns of texts and ids."""
+    """Names of the columns of texts, ids and prompts."""
 
     split: InputSplit
     text: str
     id: str
+    prompt: str | None
 
     @property
     def shown(self) -> str:
@@ -346,20 +372,26 @@ class _Columns:
     @property
     def _wanted(self) -> dict[str, str]:
         """The flags of the columns that a file must have."""
-        return {self.text: "--text-column"} | ({} if self.id in (ID, NO_ID, self.text) else {self.id: "--id-column"})
+        wanted = {self.text: "--text-column"}
+        wanted |= {} if self.id in (ID, NO_ID, *wanted) else {self.id: "--id-column"}
+        return wanted | ({} if self.prompt is None or self.prompt in wanted else {self.prompt: "--prompt-column"})
 
     def are_in(self, names: Collection[str]) -> bool:
         """Return whether names are those of all columns that a file must have."""
         return all(name in names for name in self._wanted)
 
     def check(self, names: list[str]) -> None:
-        """Raise if the text column is missing, or it or the id column is there twice."""
+        """Raise if a column is missing that must be there, or a column is there twice."""
         for name, flag in self._wanted.items():
             if name not in names:
                 raise tables.missing_column(self.shown, name, names, f"one with {flag}")
-        for name in (self.text, self.id):
+        for name in (self.text, self.id, *([] if self.prompt is None else [self.prompt])):
             if (count := names.count(name)) > 1:
                 raise InputError(f"{self.shown}: {count} columns are named {name!r}; rename or drop some")
+
+    def row(self, record: Mapping[str, object]) -> _Row:
+        """Return id, text and prompt of a record."""
+        return record.get(self.id), record.get(self.text), None if self.prompt is None else record.get(self.prompt)
 
     def has_scalar_ids(self, scalar: bool) -> bool:
         """Return `scalar`; raise if a column of other values was chosen for ids (the default column is then ignored)."""

@@ -50,6 +50,7 @@ from msense.training.losses import LossWeights
 
 logger = logging.getLogger(__name__)
 EXAMPLE_SOFT_TARGETS = 4  # in a dry run without --soft-targets
+_COLUMNS = ("text_column", "id_column", "prompt_column")
 TEXTS_SINCE = 3  # version of the stages whose passages files have texts
 
 
@@ -98,7 +99,7 @@ def _labels_of(run: RunFolder) -> RunFolder | None:
 def _label_inputs(config: DistillConfig, source: DistillInputs) -> dict[str, Any]:
     """Return the manifest of labels without what depends on the executor."""
     settings = {**config.of_labels(), **{f"text.{name}": value for name, value in source.text_settings.items()}}
-    columns = {f"queries.{name}": getattr(config, name) for name in ("text_column", "id_column")}
+    columns = {f"queries.{name}": getattr(config, name) for name in _COLUMNS}
     pins = {"dtype": source.pins["dtype"] if config.dtype == "auto" else config.dtype} if source.pins else {}
     pins |= {name: value for name, value in source.pins.items() if name == "token_budget"}
     pins |= {"embeddings_dtype": "int8"} if source.quantized else {}
@@ -231,7 +232,7 @@ def _queries(
     run = RunFolder(context.run.queries, context.run.inputs_hash)
     storage.write_text(run.tokenizer, source.tokenizer.to_str())
     spec = replace(source.spec, stride=0, dedup=False, sample=1.0)
-    spec = replace(spec, text_column=config.text_column, id_column=config.id_column)
+    spec = replace(spec, **{name: getattr(config, name) for name in _COLUMNS})
     reading = QueryStage(run, spec, source.queries, list(map(display_uri, config.queries)), config.on_bad_document)
     stats = run_stage(reading, context)
     return query_partitions(reading.blocks, first), stats
@@ -241,6 +242,7 @@ def _label_settings(
     config: DistillConfig, source: DistillInputs, context: StageContext, dtype: str, text: RunFolder
 ) -> LabelSettings:
     """Return the settings of the tasks and actors that label."""
+    own_prompts = source.spec.prompt_column is not None or config.prompt_column is not None
     embed = EmbedSettings(
         teacher=source.teacher,
         info=source.info,
@@ -262,6 +264,7 @@ def _label_settings(
         dictionary=source.dictionary,
         fingerprint=source.fingerprint,
         metric=config.metric or source.config.metric,
+        skips=own_prompts and not source.info.pools_all,
         **config.model_dump(include={"pooled", "soft_targets", "temperature", "held_out", "train_tokens", "spans"}),
     )
 

@@ -118,7 +118,7 @@ def _options(
 ) -> tuple[PlanOptions, TeacherOptions]:
     """Return the settings of the passages and their plan: those of the dictionary's build, or of another corpus."""
     if config.corpus or manifest is None:
-        values = config.model_dump(include={"text_column", "id_column", "dedup", "seed"})
+        values = config.model_dump(include={"text_column", "id_column", "prompt_column", "dedup", "seed"})
         values |= {"max_occurrences": of.max_occurrences, "special_tokens": of.special_tokens}
     else:
         values = manifest.get("config", {})

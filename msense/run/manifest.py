@@ -14,7 +14,8 @@ from msense.run.folder import RunFolder
 _COMPARED = ("format", "config", "inputs", "teacher", "dictionary", "pins")  # a build has no dictionary
 _SHOWN = 10
 _ADDED: dict[str, dict[str, Any]] = {  # left out at these values, so that runs of versions without them resume
-    "config": {"id_column": "id", "text.id_column": "id", "embeddings_dtype": "store", "attention": "auto"},
+    "config": {"id_column": "id", "text.id_column": "id", "embeddings_dtype": "store", "attention": "auto"}
+    | dict.fromkeys(("prompt_column", "text.prompt_column", "queries.prompt_column")),
     "teacher": {
         **{"skip": 0, "include_prompt": True, "projections": [], "truncate_dim": None, "truncation_side": "right"},
         "attention": "auto",

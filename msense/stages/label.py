@@ -28,7 +28,7 @@ from msense.runtime.executor import Row
 from msense.stages.base import Stage
 from msense.stages.embedding_store import Partition, longest_first
 from msense.stages.label_texts import HELD_OUT_SALT, LabelSettings, Texts, TextSelector
-from msense.stages.reading import Reading, TeacherReader, batches_of, not_finite, read_kept
+from msense.stages.reading import Reading, TeacherReader, batches_of, not_finite, read_kept, skipped
 from msense.training.label_dataset import LabelManifest, LabelPartition, label_columns
 
 logger = logging.getLogger(__name__)
@@ -94,12 +94,20 @@ class LabelActor:
                 "kind": kinds,
                 "held_out": held.astype(np.uint8),
             }
+            if self.settings.skips:
+                columns["skip"] = self._skips(labelled)
             save_arrays(path, {**arrays, **columns})
             count = int((arrays["senses"] != NO_SENSE).sum())
             sizes = {"size": path.stat().st_size, "sha256": storage.sha256_of(path)}
             return {"labelled": count, "forwarded": self.forwarded, **sizes}
 
         return self.settings.run.publish(self.settings.run.label_file(partition.number), write, stats)
+
+    def _skips(self, passages: Passages) -> np.ndarray:
+        """Return the tokens at the start of each passage that are not pooled, int32 [P]."""
+        info = self.settings.embed.info
+        own = skipped(passages, info)
+        return (np.full(len(passages.keys), info.skip) if own is None else own).astype(np.int32)
 
     def _readings(self, partition: Partition, texts: Texts) -> Iterator[Reading]:
         """Yield all wanted texts: the plan's batches that have some, from the kept file if there is one, then the others."""
@@ -216,7 +224,7 @@ def _write_manifest(settings: LabelSettings, stats: list[Row]) -> LabelStats:
     sizes = np.diff(dictionary.offsets).astype(np.int32)
     run.publish(run.label_senses, lambda path: save_arrays(path, {"senses": sizes}))
     of_dictionary = ("teacher", "tokenizer_fingerprint", "vocab_size", "dim", "temperature_unit")
-    of_labels = ("metric", "train_tokens", "held_out", "held_out_by", "soft_targets", "pooled", "spans")
+    of_labels = ("metric", "train_tokens", "held_out", "held_out_by", "soft_targets", "pooled", "spans", "skips")
     of_teacher = ("pooling", "normalize")
     manifest = LabelManifest(
         inputs_hash=run.inputs_hash,
@@ -229,7 +237,8 @@ def _write_manifest(settings: LabelSettings, stats: list[Row]) -> LabelStats:
         held_out_salt=HELD_OUT_SALT,
         partitions=tuple(LabelPartition(**{name: row[name] for name in LabelPartition.model_fields}) for row in stats),
     )
-    storage.write_json(run.label_manifest, manifest.model_dump(mode="json", by_alias=True))
+    added = set() if settings.skips else {"skips"}  # which older versions do not know
+    storage.write_json(run.label_manifest, manifest.model_dump(mode="json", by_alias=True, exclude=added))
     return label_stats(manifest, sum(row["forwarded"] for row in stats))
 
 

@@ -59,6 +59,7 @@ class LabelSettings:
     spans: dict[str, float]  # shares by kind
     last_key: int | None = None  # of the passages to label; None = those that the plan needs
     held_out_by: HeldOutBy = "documents"
+    skips: bool = False  # whether labels have the tokens of each text that are not pooled, which differ
 
 
 @dataclass(frozen=True)
@@ -245,20 +246,22 @@ class TextSelector:
         self, partition: Partition, passages: Passages, chosen: np.ndarray
     ) -> tuple[Passages, np.ndarray, np.ndarray]:
         """Return the spans of the chosen passages, their kinds, uint8, and the passage of each, int64."""
-        found: list[tuple[int, int, str]] = []
+        found: list[tuple[int, int, str, str]] = []  # passage, kind, text, prompt of the passage
         spec, start = self.settings.embed.spec, 0
         frame = len(spec.prefix) + len(spec.prompt) + len(spec.suffix)
         chosen = chosen & (passages.lengths - frame - passages.context >= MIN_PASSAGE)
         for split, block in zip(partition.splits, partition.blocks, strict=True) if self.settings.spans else ():
-            texts, index = read_texts(self.settings.text.passages_file(split), block)
+            texts, index, prompts = read_texts(self.settings.text.passages_file(split), block)
             rows = np.delete(np.arange(len(texts)), self.duplicates.of(split, block))
             for number, row in enumerate(rows.tolist(), start):
                 if chosen[number]:
                     key, first = int(passages.keys[number]), index[row] == 0
                     spans = spans_of(texts[row], key, self.settings.spans, opens_document=first)
-                    found += [(number, kind, text) for kind, text in spans]
+                    prompt = prompts[row] if prompts else ""
+                    found += [(number, kind, text, prompt) for kind, text in spans]
             start += len(rows)
-        encoded = encode_texts([text for _, _, text in found], spec, self.tokenizer)
+        own = None if spec.prompt_column is None else [prompt for *_, prompt in found]
+        encoded = encode_texts([text for _, _, text, _ in found], spec, self.tokenizer, own)
         short = np.flatnonzero(encoded.lengths - frame - encoded.context < MIN_TOKENS)
         of, kinds = np.array([row[:2] for row in found], dtype=np.int64).reshape(-1, 2).T
         return encoded.without(short), np.delete(kinds, short).astype(np.uint8), np.delete(of, short)
@@ -268,7 +271,7 @@ class TextSelector:
         run = RunFolder(self.settings.run.queries)
         places = list(zip(partition.splits, partition.blocks, strict=True))
         passages = Passages.concatenate([read_block(run.passages_file(split), block) for split, block in places])
-        index = np.concatenate([read_texts(run.passages_file(split), block)[1] for split, block in places])
+        index = np.concatenate([read_texts(run.passages_file(split), block).places for split, block in places])
         kinds = np.full(len(index), KINDS.index("query"), dtype=np.uint8)
         held = _drawn(passages.keys, self.settings.held_out)
         return Texts(passages, np.zeros(0, dtype=np.int64), index == 0, kinds, held)

@@ -65,7 +65,7 @@ class PassageStats:
 def passage_spec(info: TeacherInfo, options: PassageOptions) -> PassageSpec:
     """Return how a teacher's passages are cut; raise InputError for a stride or prompt that leaves no room."""
     own: dict[str, Any] = {name: getattr(options, name) for name in PassageOptions.model_fields}
-    own |= {"prompt_text": info.prompt, "skip_frame": info.decoder}
+    own |= {"prompt_text": info.prompt, "skip_frame": info.decoder, "include_frame": info.include_frame}
     return PassageSpec(info.max_length, info.prefix, info.suffix, info.prompt_ids, info.excluded, **own)
 
 

@@ -113,12 +113,25 @@ class TeacherReader:
             hidden = self.teacher.embed(ids, given)
             mask = torch.from_numpy(given).to(hidden.device)
             with torch.no_grad():
-                vectors = self.head(hidden, mask).half() if self.head is not None else None
+                vectors = self._vectors(hidden, mask, passages, rows)
             used = torch.from_numpy(eligible[passages.places(rows)]).to(hidden.device)
             tokens = (read := hidden[mask]).to(dtype)
             if len(chosen := tokens[used]) and not float(chosen.abs().max()) <= LARGEST_VALUE:  # also false for NaN
                 raise MsenseError(_problem(float(read[used].abs().max()), self.settings))
             yield Reading(rows, tokens, vectors)
+
+    def _vectors(self, hidden: Tensor, mask: Tensor, passages: Passages, rows: np.ndarray) -> Tensor | None:
+        """Return the sentence vectors of a batch, float16 [B, D'], each without the passage's own prompt if none counts."""
+        if self.head is None:
+            return None
+        own = skipped(passages, self.settings.info)
+        vectors: Tensor = self.head(hidden, mask, None if own is None else torch.from_numpy(own[rows]).to(mask.device))
+        return vectors.half()
+
+
+def skipped(passages: Passages, info: TeacherInfo) -> np.ndarray | None:
+    """Return the tokens at the start of each passage that are not pooled, int64 [P]; None: as many of all, `info.skip`."""
+    return None if passages.prompts is None or info.pools_all else passages.prompts.astype(np.int64)
 
 
 def _problem(largest: float, settings: EmbedSettings) -> str:

@@ -63,7 +63,8 @@ def init_student(
                 added = tokenizer.get_added_tokens_decoder()  # a frame may have ordinary words
                 special = [i for i in {*info.prefix, *info.suffix} if i in added]
                 body.means[special] = body.confidence[special] = 0.0
-    head.pooling, head.skip = student.config.pooling, student.config.skip
+    # a table, whose config knows no prompt that is not pooled, is trained on passages that have one
+    head.pooling, head.skip = student.config.pooling, info.skip if student.config.is_table else student.config.skip
     student.sentence_head = head
     return student
 
@@ -83,7 +84,7 @@ def _config(
         own["pooling"] = "mean"  # without attention, the first or the last token knows nothing of the text
     if settings.kind == "table":  # a prompt that is not pooled has no influence
         body: dict[str, Any] = {}
-        own = {"pooling": "mean", "prompt": info.prompt if info.include_prompt else ""}
+        own = {"pooling": "mean", "prompt": info.prompt if info.pools_all else ""}
         length = LONGEST
     elif source is None:
         body = {"static": {"units": settings.units, "kernel_size": settings.kernel_size}}

@@ -78,7 +78,7 @@ class Student(nn.Module):
         assert self.body.sense_mixer is not None
         return [*self.body.sense_mixer.parameters(), *self.head.parameters()]
 
-    def sentence(self, hidden: Tensor, mask: Tensor, skip: int | None = None) -> Tensor:
+    def sentence(self, hidden: Tensor, mask: Tensor, skip: int | Tensor | None = None) -> Tensor:
         """Return sentence vectors [B, D'], made of `hidden` [B, L, D] like the teacher's; for `skip` see `pool`."""
         vectors: Tensor = self.sentence_head(hidden, mask, skip)
         return vectors

@@ -32,7 +32,7 @@ def check_pooling(how: str) -> None:
         raise InputError(f"unsupported teacher pooling {how!r} (supported: {', '.join(POOLINGS)}): give --no-pooled")
 
 
-def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool, skip: int = 0) -> Tensor:
+def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool, skip: int | Tensor = 0) -> Tensor:
     """Return the vector of every passage, differentiable.
 
     Args:
@@ -40,7 +40,7 @@ def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool, skip: int =
         mask: bool [B, L]. A passage without tokens to pool gives zeros.
         how: `mean` of all tokens including special ones, `cls` (first token) or `lasttoken`.
         normalize: scale vectors to unit length.
-        skip: tokens at the start of every passage that do not count, such as a prompt's.
+        skip: tokens at the start of every passage that do not count, such as a prompt's; int64 [B] if they differ.
 
     Returns:
         [B, D], float64 for float64 input, else float32.
@@ -50,8 +50,9 @@ def pool(hidden: Tensor, mask: Tensor, how: str, *, normalize: bool, skip: int =
     """
     check_pooling(how)
     hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
-    if skip:
-        mask = mask & (mask.long().cumsum(1) > skip)
+    if isinstance(skip, Tensor) or skip:
+        first = skip[:, None] if isinstance(skip, Tensor) else skip
+        mask = mask & (mask.long().cumsum(1) > first)
     if how == "mean":
         vectors = hidden.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
     else:
@@ -144,7 +145,7 @@ class SentenceHead(nn.Module):
         self.pooling, self.normalize, self.skip, self.truncate_dim = pooling, normalize, skip, truncate_dim
         self.projections = nn.ModuleList(projections)
 
-    def forward(self, hidden: Tensor, mask: Tensor, skip: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor, skip: int | Tensor | None = None) -> Tensor:
         """Return vectors [B, D'] of embeddings [B, L, D] where the mask, bool [B, L], is true; `skip` replaces its own."""
         skip = self.skip if skip is None else skip
         return self.finish(pool(hidden, mask, self.pooling, normalize=False, skip=skip))

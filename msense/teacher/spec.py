@@ -100,6 +100,11 @@ class TeacherInfo:
     attention: Attention = "auto"  # as in `TeacherOptions`
     include_frame: bool = True  # whether the tokens that the tokenizer puts before a text are pooled
 
+    @property
+    def pools_all(self) -> bool:
+        """Whether sentence vectors are pooled from all tokens, whatever the prompt."""
+        return self.include_prompt and self.include_frame
+
 
 def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, Tokenizer]:
     """Load a teacher's metadata, and its tokenizer without truncation and padding, but not its weights.

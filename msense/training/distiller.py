@@ -30,6 +30,7 @@ from msense.training.losses import (
     frequent_sense_accuracy,
     hard_labels,
     normalized_loss,
+    pooled_vectors,
     sense_accuracy,
 )
 from msense.training.sense_losses import LossSum
@@ -185,7 +186,7 @@ class Trainer(TrainingLoop):
         whole = batch.without_spans()[1]
         metrics["frequent"] = frequent_sense_accuracy(whole.ids.flatten().numpy(), hard_labels(whole), self.dictionary)
         if batch.pooled is not None:
-            vectors = self.student.sentence(output.hidden, batch.mask.to(output.hidden.device))
+            vectors = pooled_vectors(output.hidden, batch, self.student.sentence)
             cosine = nn.functional.cosine_similarity(vectors, batch.pooled.to(vectors.device)).sum()
             metrics["pooled_cosine"] = LossSum(cosine, len(vectors))
         return metrics

@@ -29,7 +29,7 @@ _DTYPES = {"I64": "<i8", "I32": "<i4", "U16": "<u2", "F16": "<f2", "U8": "|u1"}
 _SUM_TOLERANCE = 0.01  # of the sum of weights stored in float16
 LABELS = Artefact("set of labels", "run `msense distill` again to regenerate it", InputError)
 _SPANS = [KINDS.index(name) for name in SPANS]
-_PER_PASSAGE = ("offsets", "held_out", "kind", "pooled")
+_PER_PASSAGE = ("offsets", "held_out", "kind", "pooled", "skip")
 HeldOutBy = Literal["documents", "passages"]
 HELD_OUT_BY: tuple[HeldOutBy, ...] = get_args(HeldOutBy)
 _Count = Annotated[int, Field(ge=0, lt=1 << 60)]
@@ -66,6 +66,9 @@ class LabelManifest(FrozenModel):
     held_out_salt: int
     soft_targets: int = Field(ge=0, le=MAX_SENSES)
     spans: dict[str, float] | None = Field(None, description="share by kind; null: files without the column `kind`")
+    skips: bool = Field(
+        default=False, description="whether files have the column `skip`: prompts that differ are not pooled"
+    )
     pooled: bool
     pooled_dim: int | None = Field(default=None, gt=0, le=MAX_DIM, description="of a sentence vector; null: dim")
     pooling: str
@@ -77,11 +80,14 @@ class LabelManifest(FrozenModel):
         return sum(getattr(partition, name) for partition in self.partitions)
 
 
-def label_columns(passages: int, tokens: int, dim: int, soft_targets: int, *, kinds: bool = True) -> TensorSpecs:
+def label_columns(
+    passages: int, tokens: int, dim: int, soft_targets: int, *, kinds: bool = True, skips: bool = False
+) -> TensorSpecs:
     """Return the tensors of a file of P passages and N tokens; `dim` 0 means no pooled embeddings.
 
     `offsets` [P + 1] delimits the passages in `ids`, `senses` (65535 = none), `soft_senses`, `soft_weights` [N, ...]. `kind`
-    is 0 for a passage, 1 for a sentence of one, 2 for a run of sentences, 3 for a title or first line, 4 for a query.
+    is 0 for a passage, 1 for a sentence of one, 2 for a run of sentences, 3 for a title or first line, 4 for a query. `skip`
+    are the tokens at the start of a passage that are not pooled, if they differ.
     """
     columns: TensorSpecs = {
         "offsets": ("I64", (passages + 1,)),
@@ -90,6 +96,7 @@ def label_columns(passages: int, tokens: int, dim: int, soft_targets: int, *, ki
         "held_out": ("U8", (passages,)),
     }
     columns |= {"kind": ("U8", (passages,))} if kinds else {}
+    columns |= {"skip": ("I32", (passages,))} if skips else {}
     if soft_targets:
         columns |= {"soft_senses": ("U16", (tokens, soft_targets)), "soft_weights": ("F16", (tokens, soft_targets))}
     return columns | ({"pooled": ("F16", (passages, dim))} if dim else {})
@@ -110,6 +117,7 @@ class LabelBatch(NamedTuple):
     soft_senses: Tensor | None  # int64 [B, L, M], -1 = none
     soft_weights: Tensor | None  # float32 [B, L, M], sums to about 1 for each token with a sense
     spans: Tensor | None = None  # bool [B], whether a row is a part of a passage; None: none is
+    skip: Tensor | None = None  # int64 [B], tokens at the start that are not pooled; None: as many as the student skips
 
     def without_spans(self) -> tuple[Tensor, "LabelBatch"]:
         """Return the rows that are no spans, int64 [B'], and the batch of these; spans repeat the senses of passages."""
@@ -222,7 +230,8 @@ class LabelSet:
         pooled = torch.from_numpy(np.stack(rows["pooled"])).float() if "pooled" in rows else None
         soft = [_padded(rows[name], mask) if name in rows else None for name in ("soft_senses", "soft_weights")]
         spans = torch.from_numpy(np.isin(self.kinds[passages], _SPANS))
-        return LabelBatch(ids.long(), mask, _padded(rows["senses"], mask), pooled, soft[0], soft[1], spans)
+        skip = torch.tensor(rows["skip"], dtype=torch.int64) if "skip" in rows else None
+        return LabelBatch(ids.long(), mask, _padded(rows["senses"], mask), pooled, soft[0], soft[1], spans, skip)
 
     def _check(self, rows: dict[str, list[Any]], where: Path) -> None:
         """Raise InputError for out-of-range ids or senses, invalid weights, and values that are not finite."""
@@ -240,6 +249,8 @@ class LabelSet:
                 raise _corrupted(where, "sense weights are negative or do not sum to 1")
         if "pooled" in rows and not np.isfinite(np.stack(rows["pooled"])).all():
             raise _corrupted(where, "a passage embedding is NaN or infinite")
+        if min(rows.get("skip", ()), default=0) < 0:
+            raise _corrupted(where, "a passage skips a negative number of tokens")
 
 
 def _check_ids(ids: np.ndarray, vocabulary: int, where: Path) -> None:
@@ -260,7 +271,8 @@ def _map_partition(file: Path, partition: LabelPartition, manifest: LabelManifes
     """Map one label file and check its passage offsets and held-out flags."""
     dim = (manifest.pooled_dim or manifest.dim) if manifest.pooled else 0
     counts = partition.passages, partition.tokens
-    columns = _map_columns(file, label_columns(*counts, dim, manifest.soft_targets, kinds=manifest.spans is not None))
+    added = {"kinds": manifest.spans is not None, "skips": manifest.skips}
+    columns = _map_columns(file, label_columns(*counts, dim, manifest.soft_targets, **added))
     offsets, held_out = columns["offsets"], columns["held_out"]
     unequal = (offsets[0], offsets[-1]) != (0, partition.tokens)
     # read in blocks, so that a huge sparse file fails early

@@ -54,14 +54,14 @@ def compute_losses(
     output: StudentOutput,
     batch: LabelBatch,
     space: SenseScorer,
-    sentence: Callable[[Tensor, Tensor], Tensor],
+    sentence: Callable[..., Tensor],
     hidden: Tensor | None = None,
 ) -> dict[str, LossSum]:
     """Return the losses that have a weight in `mix` by name, unweighted; `normalized_loss` combines them.
 
     `output` has the senses of the texts that are no spans. `space` is `mix.space(dictionary)`, `sentence` the student's
-    pooling of embeddings [B, L, D] and mask [B, L], and `hidden` [N, D] the teacher's hidden states where the mask is true,
-    for the losses `mse` and `cosine`.
+    pooling of embeddings [B, L, D], mask [B, L] and, if the batch has it, `skip`; `hidden` [N, D] are the teacher's hidden
+    states where the mask is true, for the losses `mse` and `cosine`.
     """
     names, device = mix.weights(), output.hidden.device
     mask, sentences = (None if part is None else part.to(device) for part in (batch.mask, batch.pooled))
@@ -69,7 +69,7 @@ def compute_losses(
     if "sense" in names or "replaced" in names:
         losses = _token_losses(names, output, batch, space, sentence)
     if "pooled" in names:
-        losses["pooled"] = cosine_loss(sentence(output.hidden, mask), sentences)
+        losses["pooled"] = cosine_loss(pooled_vectors(output.hidden, batch, sentence), sentences)
     for name, compute in (("mse", mse_loss), ("cosine", cosine_loss)):
         if name in names:
             losses[name] = compute(output.hidden[mask], hidden)
@@ -81,7 +81,7 @@ def _token_losses(
     output: StudentOutput,
     batch: LabelBatch,
     space: SenseScorer,
-    sentence: Callable[[Tensor, Tensor], Tensor],
+    sentence: Callable[..., Tensor],
 ) -> dict[str, LossSum]:
     """Return the losses `sense` and `replaced`, of the texts that are no spans."""
     senses, batch = output.senses, batch.without_spans()[1]
@@ -91,8 +91,14 @@ def _token_losses(
     losses = {} if loss is None else {"sense": loss}
     if means is not None:
         sentences = None if batch.pooled is None else batch.pooled.to(means.device)
-        losses["replaced"] = cosine_loss(sentence(means.view_as(senses), batch.mask.to(means.device)), sentences)
+        losses["replaced"] = cosine_loss(pooled_vectors(means.view_as(senses), batch, sentence), sentences)
     return losses
+
+
+def pooled_vectors(embeddings: Tensor, batch: LabelBatch, sentence: Callable[..., Tensor]) -> Tensor:
+    """Return the vectors, [B, D'], of the embeddings [B, L, D] of a batch by a student's pooling, each without its prompt."""
+    mask = batch.mask.to(embeddings.device)
+    return sentence(embeddings, mask) if batch.skip is None else sentence(embeddings, mask, batch.skip.to(mask.device))
 
 
 def hard_labels(batch: LabelBatch) -> np.ndarray:

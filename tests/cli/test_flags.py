@@ -21,7 +21,7 @@ from msense.errors import InputError
 from msense.evaluation.config import EvaluateConfig
 
 BUILD = """--config FILE --corpus a,b.txt c.txt --text-column body --id-column none --on-bad-document fail
---dedup --stride 3 --teacher t
+--prompt-column task --dedup --stride 3 --teacher t
 --revision main --layer -2 --dtype bfloat16 --max-length 64 --prompt query: --senses 7 --max-occurrences 0 --coverage 0.5
 --max-points-per-part 2048 --metric dot --special-tokens include --exemplars 2 --seed 5 --workers 3 --output out --keep
 passages centroids --dry-run --sample 0.5 --time-teacher --local --corpus d.txt"""
@@ -31,7 +31,7 @@ EVALUATE = "--model teacher replaced:d --model truncated:2 --task x=/d y=/e --ou
 MAKE = "a.txt b/ --teacher t --student table --config FILE --output out --local"
 # fmt: off
 BUILT = {
-    "corpus": ("a,b.txt", "c.txt", "d.txt"), "text_column": "body", "id_column": "none",
+    "corpus": ("a,b.txt", "c.txt", "d.txt"), "text_column": "body", "id_column": "none", "prompt_column": "task",
     "on_bad_document": "fail", "dedup": True, "stride": 3,
     "teacher": "t", "revision": "main", "layer": -2, "dtype": "bfloat16", "max_length": 64, "prompt": "query:", "senses": 7,
     "max_occurrences": 0, "coverage": 0.5, "max_points_per_part": 2048, "metric": "dot", "special_tokens": "include",
@@ -235,8 +235,10 @@ def test_make_passes_settings_on_to_the_steps_that_know_them() -> None:
     assert (distill.dictionary, distill.output, distill.student) == ("o/dictionary", "o/student", "layers:2")
     assert (distill.epochs, distill.seed, distill.heads, distill.local, distill.teacher) == (3, 5, "one", True, None)
     assert (distill.corpus, distill.dedup) == ((), False)
-    _, distill = MakeConfig(corpus=("a",), text_column="body", queries=("q.jsonl",)).steps()
-    assert (distill.queries, distill.text_column) == (("q.jsonl",), "body")
+    build, distill = MakeConfig(corpus=("a",), prompt_column="task").steps()
+    assert (build.prompt_column, distill.prompt_column) == ("task", None)
+    _, distill = MakeConfig(corpus=("a",), text_column="body", prompt_column="task", queries=("q.jsonl",)).steps()
+    assert (distill.queries, distill.text_column, distill.prompt_column) == (("q.jsonl",), "body", "task")
     with pytest.raises(InputError) as caught:
         MakeConfig(corpus=("a",), colour="red", epohcs=3, dry_run=True).steps()
     assert str(caught.value).splitlines()[1:] == [

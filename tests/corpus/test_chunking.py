@@ -1,5 +1,6 @@
 """Passages: cut at word ends, with keys that depend on the document only (tests/pipelines/test_properties.py has more)."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_the_passages_file_contains_the_documents_in_order(tmp_path: Path) -> No
     assert stats["bad"] == {"empty": 1}
     assert stats["blocks"] == [13]
     assert table.column("key").to_numpy()[1] == passage_keys("a.txt:0", 2, 0)[1]
-    texts, index = read_texts(str(target), 0)
+    texts, index, _ = read_texts(str(target), 0)
     assert (texts, index.tolist()) == (["ab cd", "ef", "c"], [0, 1, 0])
 
 
@@ -119,7 +120,7 @@ def test_the_text_of_a_passage_is_that_of_its_body(tmp_path: Path) -> None:
     """Not of prompt and context; encoded alone it is read like a text of its own."""
     spec = PassageSpec(max_length=8, prefix=(1,), suffix=(2,), prompt=(9,), prompt_text="g ", stride=2)
     target, _ = write(tmp_path, "  ab cd ef  gh \n", spec)
-    texts, _ = read_texts(str(target), 0)
+    texts, *_ = read_texts(str(target), 0)
     assert texts == ["ab cd", "ef", "gh"]
     alone = encode_texts(["ef", "", "ab cd ef gh"], spec, TOKENIZER)
     assert [alone.row(number).tolist() for number in range(3)] == [[1, 9, 7, 45, 2], [1, 2], [1, 9, 3, 41, 5, 43, 2]]
@@ -142,6 +143,62 @@ def test_context_prompt_and_excluded_tokens_are_never_eligible(tmp_path: Path) -
     frame = replace(spec, skip_frame=True)
     assert not passages.eligible(frame)[[0, 6, 7, 13, 14, 20]].any()
     assert passages.eligible(frame).sum() == sum(expected) - 6
+
+
+def test_every_document_has_its_own_prompt(tmp_path: Path) -> None:
+    spec = PassageSpec(
+        max_length=8, prefix=(1,), suffix=(2,), prompt=(9,), prompt_text="g ", prompt_column="task", stride=1
+    )
+    rows = [
+        {"text": "ab cd ef", "task": "h h "},
+        {"text": "ab", "task": ""},
+        {"text": "cd"},
+        {"text": "ef", "task": "a b c d e f"},
+        {"text": "ef", "task": "a b c d e"},
+    ]
+    target, stats = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), spec, "a.jsonl")
+    assert stats["bad"] == {"long prompt": 2}
+    assert [row["id"] for row in stats["listed"]] == ["a.jsonl:3", "a.jsonl:4"]
+    assert (
+        "5 tokens of prompt leave no room for text and a stride of 1 in passages of 8" in stats["listed"][1]["detail"]
+    )
+    table = pq.read_table(target)
+    assert table.column("prompt").to_pylist() == ["h h ", "h h ", "", "g "]
+    assert table.column("text").to_pylist() == ["ab cd", "ef", "ab", "cd"]
+    block = read_block(str(target), 0)
+    assert block.prompts is not None
+    assert block.prompts.tolist() == [4, 4, 0, 3]  # with [CLS] and [SEP], no special tokens here
+    assert [block.row(n).tolist() for n in range(4)] == [
+        [1, 10, 10, 3, 41, 5, 43, 2],
+        [1, 10, 10, 7, 45, 2],
+        [1, 3, 41, 2],
+        [1, 9, 5, 43, 2],
+    ]
+    expected = [[1, 0, 0, 1, 1, 1, 1, 1], [1, 0, 0, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1, 1]]
+    assert block.eligible(spec).tolist() == [bool(flag) for row in expected for flag in row]
+    assert read_texts(str(target), 0).prompts == ["h h ", "h h ", "", "g "]
+    again = encode_texts(["ab cd", "ab", "x"], spec, TOKENIZER, ["h h ", "", "h h "])
+    assert [again.row(n).tolist() for n in range(3)] == [
+        block.row(0).tolist(),
+        block.row(2).tolist(),
+        [1, 10, 10, 0, 2],
+    ]
+    assert again.eligible(spec)[:12].tolist() == [bool(flag) for row in (expected[0], expected[2]) for flag in row]
+    both = Passages.concatenate([block.without(np.array([1])), again])
+    assert both.prompts is not None
+    assert both.prompts.tolist() == [4, 0, 3, 4, 0, 4]
+    nothing = encode_texts([], spec, TOKENIZER, []).prompts
+    assert nothing is not None
+    assert len(nothing) == 0
+
+
+def test_files_have_prompts_only_with_a_column_of_them(tmp_path: Path) -> None:
+    spec = PassageSpec(max_length=9, prompt=(9,), prompt_text="g ")
+    target, _ = write(tmp_path, "ab\n", spec)
+    assert pq.read_schema(target).names[-3:] == ["text", "gaps", "lengths"]
+    assert (read_block(str(target), 0).prompts, read_texts(str(target), 0).prompts) == (None, None)
+    target, _ = write(tmp_path, "ab\n", replace(spec, prompt_column="task"), "b.txt")  # which a text file does not have
+    assert pq.read_table(target).column("prompt").to_pylist() == ["g "]
 
 
 def test_dedup_gives_equal_passages_equal_keys(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Corpus listing and reading by format, and the errors for invalid corpora."""
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from documents import pairs, read, splits_of, write_table, zstd
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from msense.corpus import list_files, read_documents
+from msense.corpus import Document, list_files, read_documents
+from msense.corpus.readers import MAX_PROMPT
 from msense.errors import InputError, MsenseError
 
 Patch = pytest.MonkeyPatch
@@ -218,6 +220,61 @@ def test_missing_and_unsuitable_columns_are_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 2, names=["text", "text"]), path)
     with pytest.raises(InputError, match=r"2 columns are named 'text'"):
         read(path)
+
+
+PROMPTED: list[dict[str, object]] = [
+    {"text": "a", "task": "sort: "},
+    {"text": "b", "task": ""},
+    {"text": "c", "task": None},
+    {"text": " ", "task": "sort: "},
+    {"text": "e", "task": "x" * (MAX_PROMPT + 1)},
+    {"text": "f", "task": "\t"},
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_documents_have_the_prompts_of_their_column(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*PROMPTED, {"text": "g"}, {"text": "h", "task": 3}]))
+    elif kind == "csv":
+        cells = [[str(row[name] or "") for name in ("text", "task")] for row in PROMPTED]
+        path.write_text("text,task\n" + "".join(",".join(row) + "\n" for row in cells[:2] + cells[3:]) + "g\n")
+    else:
+        write_table(path, **{name: [row[name] for row in PROMPTED] for name in ("text", "task")})
+    rows = read(path, prompt_column="task")
+    found = [row.prompt if isinstance(row, Document) else row.reason for row in rows]
+    expected: list[object] = ["sort: ", "", None, "empty", "long prompt", "\t"]
+    if kind == "csv":  # a cell that is left out, at the end of a record, is a missing one
+        del expected[2]
+        assert found == [*expected, "bad CSV row"]
+        (tmp_path / "b.csv").write_text("text,task,more\na,x,1\nb,y\n")
+        assert [row.prompt for row in read(tmp_path / "b.csv", prompt_column="more")] == ["1", None]
+    else:
+        assert found == expected + ([None, "bad prompt"] if kind == "jsonl" else [])
+    assert all(row.prompt is None for row in read(path) if isinstance(row, Document))
+
+
+def test_invalid_prompts_are_listed_and_missing_columns_of_prompts_are_rejected(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", text=["x", "y"], task=[b"\xff", b"ok"], number=[1, 2])
+    assert pairs(read(tmp_path / "a.parquet", prompt_column="task")) == [
+        ("a.parquet:0", "bad prompt"),
+        ("a.parquet:1", "y"),
+    ]
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "n": 1}\n')
+    (tmp_path / "a.csv").write_text("text,n\nx,1\n")
+    for name, column, message in [
+        *(
+            (f"a.{kind}", "job", "no column 'job'; .*; choose one with --prompt-column")
+            for kind in ("parquet", "jsonl", "csv")
+        ),
+        ("a.parquet", "number", "column 'number' holds int64, not text; cast it"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            read(tmp_path / name, prompt_column=column)
+    (tmp_path / "a.txt").write_text("one\n")  # has no columns
+    assert [row.prompt for row in read(tmp_path / "a.txt", prompt_column="job")] == [None]
+    assert [row.prompt for row in read(tmp_path / "a.parquet", text_column="task", prompt_column="task")[1:]] == ["ok"]
 
 
 def test_reading_a_corpus_does_not_import_torch() -> None:

@@ -27,6 +27,9 @@ def test_added_entries_count_only_where_they_differ_from_their_defaults() -> Non
         changed = {**now, "teacher": {**now["teacher"], **teacher}}
         assert inputs_hash(without_defaults(changed)) != inputs_hash(OLD)
     assert without_defaults({**now, "config": {"id_column": "none"}})["config"] == {"id_column": "none"}
+    columns = {f"{part}prompt_column": None for part in ("", "text.", "queries.")}
+    assert without_defaults({**now, "config": {"seed": 0, **columns}}) == OLD
+    assert without_defaults({**now, "config": {"prompt_column": "task"}})["config"] == {"prompt_column": "task"}
 
 
 @pytest.mark.parametrize("finished", ["", "finished.json", "labels/labels.json", "student"])

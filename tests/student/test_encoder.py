@@ -26,7 +26,7 @@ from msense.student.layout import StudentFiles
 from msense.student.shipping import student_card
 from msense.student.tokenizer import pad_ids
 from msense.teacher.batching import TOKEN_BUDGET
-from msense.teacher.pooling import POOLINGS, pool, pool_rows
+from msense.teacher.pooling import POOLINGS, SentenceHead, pool, pool_rows
 
 
 def test_without_a_dictionary_there_are_vectors_only(teacher: Path, tmp_path: Path) -> None:
@@ -437,6 +437,22 @@ def test_errors_number_the_texts_of_all_chunks(shipped_student: tuple, monkeypat
     for texts in (["a"] * 7 + [None], iter(["a"] * 7 + [None]), iter(["a"] * 7 + ["\ud800"])):
         with pytest.raises(InputError, match=r"^text 7 (has type NoneType|contains an unpaired surrogate)"):
             shipped_student[0].encode(texts)
+
+
+@pytest.mark.parametrize("how", POOLINGS)
+def test_passages_may_skip_different_numbers_of_tokens(how: str) -> None:
+    torch.manual_seed(0)
+    hidden, mask = (
+        torch.randn(4, 5, 3),
+        torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]) > 0,
+    )
+    skip = torch.tensor([3, 0, 1, 2])  # of the last, all
+    rows = [hidden[0, 3:], hidden[1, :3], hidden[2, 3:], torch.zeros(1, 3)]
+    expected = {"mean": lambda row: row.mean(0), "cls": lambda row: row[0], "lasttoken": lambda row: row[-1]}[how]
+    own = torch.stack([expected(row) for row in rows])
+    torch.testing.assert_close(pool(hidden, mask, how, normalize=False, skip=skip), own)
+    head = SentenceHead(how, normalize=True, skip=1)
+    torch.testing.assert_close(head(hidden, mask, skip), torch.nn.functional.normalize(own, dim=1))
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])

@@ -12,16 +12,21 @@ from llm2vec_folders import EXPECTED, NAMES, PAIRS, write_folders, write_pooling
 from students import dictionary_of
 
 from msense import SenseDictionary, SenseEncoder
+from msense.config.build import BuildConfig
+from msense.config.distill import DistillConfig
 from msense.config.merge import MergeConfig
 from msense.dictionary.format import write_tokenizer
 from msense.evaluation.models import TeacherModel
 from msense.evaluation.spec import Spec
+from msense.pipelines.build import build_dictionary
+from msense.pipelines.distill import distill_student
 from msense.pipelines.merge import merge_teacher
 from msense.student import StudentSettings, init_student, save_pretrained
 from msense.teacher.batching import pad_batch
 from msense.teacher.model import Teacher
 from msense.teacher.pooling import load_head
 from msense.teacher.spec import TeacherOptions, load_teacher_info
+from msense.training.label_dataset import LabelSet
 
 FOUND: dict[str, Any] = json.loads(EXPECTED.read_text(encoding="utf-8"))
 INSTRUCTIONS = tuple(dict.fromkeys(instruction for instruction, _ in PAIRS))
@@ -115,3 +120,34 @@ def test_evaluated_teachers_and_students_of_all_layers_give_the_vectors_of_llm2v
         for model in (encoder, opened):
             given = np.asarray(model.encode(texts, prompt=prompt_of(instruction)))
             np.testing.assert_allclose(given, vectors(rows), atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("kind", NAMES)
+def test_passages_with_instructions_of_their_own_have_llm2vecs_vectors(merge: Merge, tmp_path: Path, kind: str) -> None:
+    """One run over the texts of all instructions, as in the paper, gives what LLM2Vec gives for each."""
+    rows = [{"id": str(n), "text": text, "task": prompt_of(own)} for n, (own, text) in enumerate(PAIRS) if text]
+    (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    given = {"corpus": (str(tmp_path / "texts.jsonl"),), "prompt_column": "task", "teacher": merge(kind)}
+    settings = {"dtype": "float32", "senses": 2, "local": True, "workers": 1, "keep_embeddings": "all"}
+    build_dictionary(BuildConfig(**given, **settings, output=str(tmp_path / "d")))
+    distill_student(
+        DistillConfig(
+            dictionary=str(tmp_path / "d"),
+            student="static",
+            epochs=1,
+            held_out=0,
+            spans={},
+            output=str(tmp_path / "s"),
+            local=True,
+            workers=1,
+            dtype="float32",
+        )
+    )
+    labels = LabelSet.open(str(tmp_path / "s"))
+    batch = labels.read(np.arange(len(labels.lengths)))
+    own = {tuple(row["ids"]): row["vector"] for (_, text), row in zip(PAIRS, FOUND[kind]["mean"], strict=True) if text}
+    assert len(batch.ids) == len(own)
+    for ids, mask, vector in zip(batch.ids, batch.mask, batch.pooled, strict=True):
+        expected = np.array(own[tuple(ids[mask].tolist())])
+        np.testing.assert_allclose(vector.numpy(), expected, atol=2e-3 * np.abs(expected).max())  # stored in float16

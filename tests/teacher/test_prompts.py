@@ -16,8 +16,9 @@ from msense.corpus.chunking import write_passages
 from msense.corpus.passages import read_block
 from msense.stages.passages import passage_spec
 from msense.teacher.spec import TeacherInfo, load_teacher_info
-from msense.tokenizer import special_tokens_around
+from msense.tokenizer import prompt_length, special_tokens_around
 
+PROMPTED = ["query: ", "Ein Satz über", " ", "文書: "]
 NAMES = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<cls>", "sep_token": "<sep>"}
 
 
@@ -31,12 +32,14 @@ def teacher(folder: Path, family: str) -> Path:
 
 
 def passages(
-    folder: Path, prompt: str, rows: list[str], **options: object
+    folder: Path, prompt: str, rows: list[str], own: list[str] | None = None, **options: object
 ) -> tuple[list[list[int]], TeacherInfo, Path]:
-    """Return the token ids of the passages of each text, one row per text."""
+    """Return the token ids of the passages of each text, one row per text, with a prompt for all or their `own`."""
     config = BuildConfig(prompt=prompt, **options)
     info, tokenizer = load_teacher_info(str(folder), config)
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    prompts = [{}] * len(rows) if own is None else [{"task": prompt} for prompt in own]
+    records = [{"text": text, **prompt} for text, prompt in zip(rows, prompts, strict=True)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     split = InputSplit(str(folder / "texts.jsonl"), "t", "jsonl", 0, WHOLE, 0)
     write_passages(split, passage_spec(info, config), tokenizer, folder / "p.parquet")
     found: list[list[int]] = [[] for _ in rows]
@@ -74,6 +77,22 @@ def test_prompt_and_text_are_tokenized_as_one_string(tmp_path: Path, family: str
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_texts_are_tokenized_as_one_string(tmp_path: Path, family: str) -> None:
     assert different(teacher(tmp_path, family), 200) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_documents_are_read_as_that_of_all(tmp_path: Path, family: str) -> None:
+    folder, rows = teacher(tmp_path, family), [text for text in texts(12) if text.strip()]
+    prompts = [["", *PROMPTED][number % (len(PROMPTED) + 1)] for number in range(len(rows))]
+    found, info, path = passages(folder, "q", rows, prompts, prompt_column="task")
+    block, spec = read_block(str(path), 0), passage_spec(info, BuildConfig(prompt_column="task"))
+    assert block.prompts is not None
+    for number, (text, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        (own,), alone, file = passages(folder, prompt, [text])
+        assert found[number] == own
+        expected = read_block(str(file), 0).eligible(passage_spec(alone, BuildConfig(prompt=prompt)))
+        assert block.eligible(spec)[block.offsets[number] : block.offsets[number + 1]].tolist() == expected.tolist()
+        tokenizer = load_teacher_info(str(folder), BuildConfig())[1]
+        assert int(block.prompts[number]) == prompt_length(tokenizer, prompt, info.max_length)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -230,6 +230,29 @@ def passages(d: SenseDictionary, rows: slice, left: int = 0) -> tuple[LabelBatch
     return LabelBatch(*columns, sentences[rows], None, None), hidden[rows][torch.from_numpy(mask[rows])]
 
 
+def test_sentence_vectors_leave_out_the_prompts_of_their_passages() -> None:
+    """The losses of a batch are those of the same embeddings in which the prompts are padding."""
+    d, student = make([3, 0, 2, 5, 1, 4], dim=3, dtype="float32"), static(3)
+    batch, _ = passages(d, slice(3, 8))
+    skip = torch.tensor([0, 2, 1, 3, 4])
+    text = batch.mask & (torch.arange(batch.mask.shape[1]) >= skip[:, None])
+    output, mix = student(batch.ids, batch.mask), LossWeights(pooled=1.0, replaced=1.0)
+
+    def masked(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(mask, batch.mask)
+        return student.sentence(hidden, text)
+
+    expected = compute_losses(mix, output, batch, mix.space(d), masked)
+    losses = compute_losses(mix, output, batch._replace(skip=skip), mix.space(d), student.sentence)
+    usual = compute_losses(mix, output, batch, mix.space(d), student.sentence)
+    for name in ("pooled", "replaced"):
+        torch.testing.assert_close(losses[name].total, expected[name].total)
+        assert not torch.isclose(losses[name].total, usual[name].total)
+    kept, alone = batch._replace(skip=skip, spans=torch.tensor([True, False, False, True, False])).without_spans()
+    assert alone.skip is not None
+    assert (kept.tolist(), alone.skip.tolist()) == ([1, 2, 4], [2, 1, 4])
+
+
 def test_spans_teach_sentence_vectors_only() -> None:
     d, student = make([3, 0, 2, 5, 1, 4], dim=3, dtype="float32"), static(3)
     mix = LossWeights(sense=1.0, pooled=1.0, replaced=1.0)
