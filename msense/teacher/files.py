@@ -315,8 +315,8 @@ def check_files(name: str, folder: Path) -> None:
         base = read_object(folder / _ADAPTER[0]).get("base_model_name_or_path")
         raise InputError(
             f"teacher {name!r} is an adapter ({', '.join(adapters)}) of {printable(base or 'a base model')}, which is not "
-            "applied: merge it into the weights (peft's merge_and_unload, then save_pretrained) and give the new folder; "
-            f"if the weights already contain it, remove {' and '.join(adapters)}"
+            f"applied: merge both into a new folder first, with msense merge-teacher --adapter {name}, and give that; if the "
+            f"weights already contain it, remove {' and '.join(adapters)}"
         )
     for file in (file for pattern in _HUB_FILES for file in folder.glob(pattern)):
         if not file.is_file():

@@ -2,17 +2,21 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from architectures import write_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from students import dictionary_of, learnt
 from tiny import make
+from transformers import BertConfig, BertModel
 
 from msense.config.build import BuildConfig
 from msense.errors import InputError, StudentError
@@ -352,3 +356,30 @@ def test_fast_inference_skips_tokens_of_a_prompt_as_the_module_does(pooling: str
         expected = student.sentence(student(ids, mask).hidden, mask, skip).numpy()
     actual = StaticEncoder(student).sentences([np.array(row) for row in rows], skip)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from students import dictionary_of
+from msense.runtime.executor import peak_memory
+from msense.student import StudentSettings, init_student
+init_student(StudentSettings(kind="layers:2"), dictionary_of(Path(sys.argv[1]), max_length=32), sys.argv[1])
+print(peak_memory())
+"""
+
+
+@pytest.mark.integration
+def test_a_student_of_a_few_layers_needs_no_memory_for_the_others(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "vocab_size": 64}
+    peaks = []
+    for layers in (2, 40):
+        folder = write_family(tmp_path / str(layers), "bert")
+        config = BertConfig(num_hidden_layers=layers, **sizes)
+        BertModel(config).to(torch.bfloat16).save_pretrained(folder)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        words = [sys.executable, "-c", PEAK, str(folder)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]))
+    layer = 12 * sizes["hidden_size"] ** 2  # numbers
+    assert peaks[1] - peaks[0] < 38 * layer  # half of what the other layers have in the file, a quarter in float32

@@ -10,6 +10,7 @@ from msense.config.build import BuildConfig
 from msense.config.distill import DistillConfig
 from msense.config.finetune import FinetuneConfig
 from msense.config.make import MakeConfig
+from msense.config.merge import MergeConfig
 from msense.evaluation.config import EvaluateConfig
 
 CONFIGS: dict[str, type[BaseModel]] = {
@@ -18,6 +19,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "make": MakeConfig,
+    "merge-teacher": MergeConfig,
 }
 
 

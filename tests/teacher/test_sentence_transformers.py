@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no Dense config": (lambda f: without(f, "2_Dense/config.json"), r"2_Dense/config.json is missing"),
     "adapter": (
         lambda f: adapter(f, "adapter_config.json"),
-        "is an adapter .* of own/base, .* merge it into the weights",
+        "is an adapter .* of own/base, .* merge both into a new folder first, with msense merge-teacher --adapter",
     ),
     "adapter's weights": (
         lambda f: adapter(f, "adapter_model.safetensors"),
