@@ -4,6 +4,7 @@ Memory: the weights, and the activations of one batch.
 """
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from msense.teacher.files import body_folder
 from msense.text import first_line
 
 # the largest mean difference, in parts of the vectors, that rounding in another batch explains
-_ROUNDING = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
+ROUNDING = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
 
 
 class Teacher:
@@ -28,6 +29,8 @@ class Teacher:
         >>> teacher.embed(ids, mask).shape
         torch.Size([1, 3, 384])
     """
+
+    loaded_dtype: str | None = None  # of the weights until the engine has them; None = that of the engine
 
     def __init__(
         self,
@@ -42,19 +45,25 @@ class Teacher:
     ) -> None:
         """Load a teacher; `keep` truncates it, for example `layers:2` to its first two layers."""
         os.environ.setdefault("DS_ACCELERATOR", device)  # read when DeepSpeed is first imported
-        import deepspeed
         from transformers.utils import logging as transformers_logging
 
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         transformers_logging.disable_progress_bar()
-        model = load_body(body_folder(name, revision), name, getattr(torch, dtype)).to(device)
+        model = load_body(body_folder(name, revision), name, self.loaded_dtype or getattr(torch, dtype))
         if keep is not None:
             truncate_layers(model, keep)
-        self.layer, self.device, self.dtype = layer, device, dtype
+        self.name, self.layer, self.device, self.dtype = name, layer, device, dtype
         self.inputs = PaddedInputs(model)
-        self.engine = deepspeed.init_inference(model, dtype=getattr(torch, dtype), replace_with_kernel_inject=False)
+        self.engine = self._start(model)
         self._check_neighbours(name)
+
+    def _start(self, model: Any) -> Any:
+        """Return the engine that runs a loaded model, with the same `module`."""
+        import deepspeed
+
+        dtype = getattr(torch, self.dtype)
+        return deepspeed.init_inference(model.to(self.device), dtype=dtype, replace_with_kernel_inject=False)
 
     def embed(self, ids: np.ndarray, mask: np.ndarray) -> Tensor:
         """Compute the hidden states of one batch.
@@ -91,7 +100,7 @@ class Teacher:
             )
         for vectors in beside if bool(alone.isfinite().all()) else ():  # those that read texts refuse the others
             change = float(((vectors - alone).norm(dim=1) / alone.norm(dim=1).clamp(min=1e-6)).mean())
-            if not change <= _ROUNDING[self.dtype]:  # also true for NaN
+            if not change <= ROUNDING[self.dtype]:  # also true for NaN
                 raise InputError(
                     f"teacher {name!r}: the vectors of a text change with the other texts of its batch (by {change:.1%}), "
                     "so that they have no senses of their own: give another teacher"
