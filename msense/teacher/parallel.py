@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 PROBED_LAYERS = 4  # compared with the whole model: more than the kinds of layers that a model alternates
 PROBE_TOKENS = 12
 LARGEST_SHARE = 1.25  # of the weights in a rank, in parts of an equal share: what is not cut are small matrices
+ALWAYS_LOADED = 10_000  # numbers of a parameter that offloading leaves on the device: norms and biases
 SECONDS_TO_REPORT = 60.0  # for the actor to raise the error of a child before its process ends
 SECONDS_TO_NOTICE = 5.0  # for the end of a child that made the actor's own work fail
 _LOG_BYTES = 2000  # of a child's log in an error message
@@ -61,8 +62,9 @@ class OffloadedTeacher(Teacher):
         import deepspeed
 
         zero = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": self.device == "cuda"}}
+        zero |= {"stage3_param_persistence_threshold": ALWAYS_LOADED}
         config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-        config |= {kind: {"enabled": self.dtype == kind} for kind in ("bfloat16", "float16")}
+        config |= {"bf16": {"enabled": self.dtype == "bfloat16"}, "fp16": {"enabled": self.dtype == "float16"}}
         model.to(getattr(torch, self.dtype))  # buffers too, as DeepSpeed's inference engine does
         with _printing_to_log():
             deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=getattr(torch, self.dtype))
@@ -168,18 +170,18 @@ class ParallelTeacher(SplitTeacher):
         self._scratch = contextlib.ExitStack()
         store = str(self._scratch.enter_context(scratch_folder()) / "ranks")
         given = {"name": name, **options}
-        self._followers = [_Follower(rank, ranks, store, given, self._lost) for rank in range(1, ranks)]
-        for follower in self._followers:
+        self.followers = [_Follower(rank, ranks, store, given, self._lost) for rank in range(1, ranks)]
+        for follower in self.followers:
             follower.start()
         try:
             super().__init__(name, rank=0, ranks=ranks, store=store, **options)
         except Exception as error:
             raise self._failure(error) from error
-        self._receivers = self._followers  # each made the checks of the constructor by itself
+        self._receivers = self.followers  # each made the checks of the constructor by itself
 
     def ready(self) -> None:
         """Wait until all ranks have loaded the model, as the first joint operation would not report a failure."""
-        for follower in self._followers:
+        for follower in self.followers:
             follower.wait_ready()
 
     def embed(self, ids: np.ndarray, mask: np.ndarray) -> Tensor:
@@ -196,7 +198,7 @@ class ParallelTeacher(SplitTeacher):
     def close(self) -> None:
         """End the other ranks and the process group."""
         self._closed.set()
-        for follower in self._followers:
+        for follower in self.followers:
             follower.end()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -205,9 +207,10 @@ class ParallelTeacher(SplitTeacher):
     def _failure(self, error: Exception) -> Exception:
         """Return the error to raise for one of this rank, and close: that of another rank if it failed too."""
         if not isinstance(error, torch.OutOfMemoryError | MemoryError):
-            for follower in self._followers:
-                follower.join(SECONDS_TO_NOTICE)  # does not return if the follower was killed, see `_lost`
-        failures = [follower.failure for follower in self._followers if follower.failure is not None]
+            for follower in self.followers:
+                if follower.ended.wait(SECONDS_TO_NOTICE) and follower.code < 0:
+                    follower.join()  # forever: `_lost` ends this process
+        failures = [follower.failure for follower in self.followers if follower.failure is not None]
         self.close()
         return failures[0] if failures else error
 
@@ -235,6 +238,7 @@ class _Follower(threading.Thread):
         self.code = 0
         self.failure: Exception | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self.ended = threading.Event()
         self._known = threading.Event()  # whether the rank is ready, or failed
 
     def run(self) -> None:
@@ -245,6 +249,7 @@ class _Follower(threading.Thread):
             except OSError as error:  # the system has no room for another process
                 self.failure = MsenseError(f"cannot start {self.name}: {error}")
             self._known.set()
+            self.ended.set()
         self.lost(self)
 
     def _watch(self, log: IO[bytes]) -> None:
@@ -255,17 +260,31 @@ class _Follower(threading.Thread):
         with contextlib.suppress(BrokenPipeError):
             self._write(json.dumps(self.given).encode() + b"\n")
         for line in self._process.stdout:
-            report = json.loads(line)
-            if "error" in report:
-                kind = InputError if report["input"] else MsenseError
-                self.failure = kind(report["error"] if report["input"] else f"{self.name} failed: {report['error']}")
-            self._known.set()
+            with contextlib.suppress(ValueError):  # of a line that a library printed before `main`
+                self._note(json.loads(line))
         self.code = self._process.wait()
         if self.failure is None:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
-            tail = log.read().decode(errors="replace").strip()
-            how = f"was killed by signal {-self.code}" if self.code < 0 else f"ended with {self.code}"
-            self.failure = MsenseError(f"{self.name} {how}" + f", after:\n{tail}" * bool(tail))
+            self.failure = self._end(log)
+
+    def _note(self, report: dict[str, Any]) -> None:
+        """Note that the rank is ready, or its error."""
+        if "error" in report:
+            text = report["error"]
+            self.failure = InputError(text) if report["input"] else MsenseError(f"{self.name} failed: {text}")
+        self._known.set()
+
+    def _end(self, log: IO[bytes]) -> MsenseError:
+        """Return an error that says how a rank ended which reported none."""
+        log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
+        tail = log.read().decode(errors="replace").strip()
+        how = f"was killed by signal {-self.code}" if self.code < 0 else f"ended with {self.code}"
+        return MsenseError(f"{self.name} {how}" + f", after:\n{tail}" * bool(tail))
+
+    @property
+    def pid(self) -> int:
+        """The id of the rank's process."""
+        assert self._process is not None
+        return self._process.pid
 
     def wait_ready(self) -> None:
         """Wait until the rank has loaded the model; raise its error if it failed."""
@@ -291,8 +310,10 @@ class _Follower(threading.Thread):
 
 
 def join_group(rank: int, ranks: int, store: dist.Store, device: str) -> None:
-    """Make this process one of a group that meets in a store; raise MsenseError if it is in another group."""
+    """Make this process one of a group that meets in a store; raise MsenseError if it has another place in one."""
     if dist.is_initialized():
+        if (dist.get_rank(), dist.get_world_size()) == (rank, ranks):
+            return
         raise MsenseError("this process is in a process group already: run the teacher in a process of its own")
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
     os.environ |= {name: str(value) for name, value in numbers.items()}  # read by DeepSpeed
