@@ -89,6 +89,15 @@ def _budget(estimate: dict[str, Any]) -> str:
     return "unlimited" if estimate["budget_bytes"] is None else size(estimate["budget_bytes"])
 
 
+def _teacher_rows(teacher: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of the teacher's size, from its config."""
+    weights = f"{teacher['parameters']:,} parameters, {size(teacher['weights_bytes'])} in {teacher['dtype']}"
+    where = f" on each of {teacher['ranks']} ranks" if teacher["ranks"] > 1 else ""
+    where += f", weights in host memory ({size(teacher['weights_bytes'])} per actor)" if teacher["offload"] else ""
+    where += f", of {size(teacher['gpu_memory'])} of a GPU" if teacher["gpu_memory"] else ""
+    return [("teacher weights", weights), ("memory: teacher", f"about {size(teacher['rank_bytes'])}{where}")]
+
+
 def _resource_rows(estimate: dict[str, Any], tokens: float) -> list[tuple[str, str]]:
     """Return the rows of resources and of the teacher's time for so many tokens."""
     rate = estimate.get("tokens_per_second")
@@ -99,6 +108,7 @@ def _resource_rows(estimate: dict[str, Any], tokens: float) -> list[tuple[str, s
     else:
         teacher = "--time-teacher estimates its time" if rate is None else "too little text to estimate its time"
     return [
+        *_teacher_rows(estimate["teacher"]),
         ("cluster offers", estimate["offered"]),
         ("job requests", estimate["asked"]),
         ("workers", f"{estimate['workers']} ({estimate['device']}) for {estimate['units']} partitions"),

@@ -19,6 +19,7 @@ TrainDtype = Annotated[
     Literal["auto", "float32", "bfloat16"],
     Field(description="dtype that training computes in; auto: bfloat16 where it is faster, otherwise float32"),
 ]
+MAX_RANKS = 64  # of one node
 _SHOWN_ERRORS = 20
 _TEXTS = (
     *("corpus", "queries", "text_column", "id_column", "prompt_column", "teacher", "revision", "prompt"),
@@ -126,7 +127,55 @@ class TeacherJobConfig(JobConfig):
         "auto",
         description="teacher's dtype; auto: bfloat16 where it is fast, otherwise float16 on a GPU and float32 on a CPU",
     )
-    gpus_per_actor: float = Field(1.0, gt=0, le=1, description="GPUs per teacher actor; with 0.5, two actors share one")
+    gpus_per_actor: float = Field(
+        1.0,
+        gt=0,
+        le=MAX_RANKS,
+        description="GPUs per teacher actor; with 0.5, two actors share one; with 2, 4 or 8, the weights are split over them",
+    )
+    ranks: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_RANKS,
+        description="processes per teacher actor, each with a part of the weights and a GPU (or CPU) of its own; default: "
+        "--gpus-per-actor if above 1, else 1",
+    )
+    offload: bool = Field(
+        False,
+        strict=True,
+        description="keep the teacher's weights in host memory and stream them through the GPU, if they do not fit into it",
+    )
     time_teacher: bool = Field(
         False, description="with --dry-run: time the teacher briefly and estimate its total time"
     )
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _check_gpus(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError(
+                "GPUs are whole above 1, each with a part of the teacher: give 2, 4 or 8, or a share of one"
+            )
+        return value
+
+    @field_validator("ranks")
+    @classmethod
+    def _check_ranks(cls, value: int | None, info: ValidationInfo) -> int | None:
+        gpus = info.data.get("gpus_per_actor", 1.0)
+        if value is not None and gpus not in (1.0, value) and (gpus > 1 or value > 1):
+            raise ValueError(
+                f"each rank has a GPU of its own, which contradicts --gpus-per-actor {gpus:g}: omit one of the two"
+            )
+        return value
+
+    @field_validator("offload")
+    @classmethod
+    def _check_offload(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and (info.data.get("ranks") or info.data.get("gpus_per_actor", 1.0)) > 1:
+            raise ValueError("weights in host memory are for one GPU: omit it, or use --ranks 1 and --gpus-per-actor 1")
+        return value
+
+    @property
+    def teacher_ranks(self) -> int:
+        """Number of processes that each hold a part of the teacher's weights."""
+        return self.ranks or max(1, int(self.gpus_per_actor))

@@ -18,7 +18,19 @@ DEMO_SEED = 274  # with this seed the sample contains modules that use the demo'
 SenseRule = Literal["auto", "mcl"]
 Intermediate = Literal["passages", "embeddings", "occurrences", "centroids"]
 _FREE = {  # without influence on the results
-    *("local", "workers", "gpus_per_actor", "task_memory", "log_level", "output", "keep", "dry_run", "time_teacher"),
+    *(
+        "local",
+        "workers",
+        "gpus_per_actor",
+        "ranks",
+        "offload",
+        "task_memory",
+        "log_level",
+        "output",
+        "keep",
+        "dry_run",
+        "time_teacher",
+    ),
     *("corpus", "on_bad_document", "max_points_per_part", "keep_embeddings", "embeddings_budget"),
 }
 
@@ -54,7 +66,7 @@ class BuildConfig(PlanOptions, TeacherOptions, TeacherJobConfig):
         "Text": ("text_column", "id_column", "prompt_column", "dedup", "stride", "sample", "on_bad_document"),
         "Teacher": (
             *("revision", "layer", "attention", "max_length", "prompt", "special_tokens", "dtype", "gpus_per_actor"),
-            "time_teacher",
+            *("ranks", "offload", "time_teacher"),
         ),
         "Senses": (
             *("sense_budget", "mcl", "metric", "n_init", "max_occurrences", "coverage", "exemplars", "reference"),

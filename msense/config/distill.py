@@ -23,7 +23,18 @@ _LAYERS = r"layers:([1-9][0-9]{0,3}|[0-9]{1,4}(,[0-9]{1,4})+)"
 _SENSE_OBJECTIVES = ("sense", "replaced")
 _LABEL_SETTINGS = {"train_tokens", "held_out", "soft_targets", "metric", "pooled", "dtype", "spans"}
 _FREE = {  # without influence on labels and student
-    *("local", "workers", "gpus_per_actor", "checkpoint_steps", "log_level", "output", "dry_run", "time_teacher"),
+    *(
+        "local",
+        "workers",
+        "gpus_per_actor",
+        "ranks",
+        "offload",
+        "checkpoint_steps",
+        "log_level",
+        "output",
+        "dry_run",
+        "time_teacher",
+    ),
     *("dictionary", "teacher", "corpus", "on_bad_document", "queries", "labels"),
 }
 _CORPUS_SETTINGS = {"text_column", "id_column", "prompt_column", "dedup"}  # recorded with the text
@@ -54,7 +65,10 @@ class DistillConfig(TeacherJobConfig):
             "held_out",
             "on_bad_document",
         ),
-        "Labels": ("teacher", "dtype", "soft_targets", "pooled", "labels", "gpus_per_actor", "time_teacher"),
+        "Labels": (
+            *("teacher", "dtype", "soft_targets", "pooled", "labels", "gpus_per_actor", "ranks", "offload"),
+            "time_teacher",
+        ),
         "Losses": ("objective", "heads", "student_pooling", "metric", "temperature", "reference"),
         "Training": (
             *("lr", "batch_tokens", "schedule", "warmup", "weight_decay", "clip", "accumulate", "train_embeddings"),

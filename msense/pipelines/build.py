@@ -42,6 +42,7 @@ from msense.stages.reading import EmbedSettings, vector_dim
 from msense.stages.sense_counts import SenseCountStage
 from msense.teacher.batching import TOKEN_BUDGET
 from msense.teacher.spec import TeacherInfo, load_teacher_info
+from msense.teacher.splitting import check_split
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def build_dictionary(config: BuildConfig, executor: Executor | None = None) -> d
     if scale < 1:
         root = storage.join(root, "estimate")
     files = list_files(config.corpus)
+    check_split(config.teacher or DEMO_TEACHER, config.revision, config.teacher_ranks)
     info, tokenizer = load_teacher_info(config.teacher or DEMO_TEACHER, config)
     spec = passage_spec(info, config)
     if isinstance(config.senses, int) and config.senses * info.dim > MAX_TOKEN_NUMBERS:
@@ -135,6 +137,8 @@ def _run_stages(given: BuildInputs, context: StageContext, dtype: str) -> dict[s
         spec=given.spec,
         token_budget=TOKEN_BUDGET[executor.resources.device],
         quantized=config.embeddings_dtype == "int8",
+        ranks=executor.resources.ranks,
+        offload=executor.resources.offload,
         threads=THREADS,
     )
     embeddings = _embeddings_budget(config, run)

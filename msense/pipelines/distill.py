@@ -254,13 +254,16 @@ def _label_settings(
         spec=source.spec,
         token_budget=source.pins.get("token_budget", TOKEN_BUDGET[context.executor.resources.device]),
         quantized=source.quantized,
+        ranks=context.executor.resources.ranks,
+        offload=context.executor.resources.offload,
         threads=THREADS,
     )
     return LabelSettings(
         run=context.run,
         text=text,
         embed=embed,
-        reads_kept=text != context.run and dtype == source.pins.get("dtype"),
+        reads_kept=text != context.run
+        and (dtype, embed.ranks) == (source.pins.get("dtype"), source.pins.get("ranks", 1)),
         dictionary=source.dictionary,
         fingerprint=source.fingerprint,
         metric=config.metric or source.config.metric,

@@ -20,6 +20,7 @@ from msense.stages.reading import vector_dim
 from msense.student.config import dictionary_mismatch
 from msense.teacher.pooling import check_pooling
 from msense.teacher.spec import TeacherInfo, TeacherOptions, load_teacher_info
+from msense.teacher.splitting import check_split
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def _teacher(
     """Load the teacher's metadata and check it against the dictionary."""
     if config.pooled:
         check_pooling(of.pooling)
+    check_split(name, options.revision, config.teacher_ranks)
     try:
         info, tokenizer = load_teacher_info(name, options)
     except InputError as error:

@@ -9,22 +9,27 @@ import time
 from dataclasses import asdict
 
 import numpy as np
+import torch
 
 from msense.clustering.allocation import POINTS_PER_SENSE
 from msense.clustering.budget import SenseBudget, sense_bytes
 from msense.clustering.mcl import MclConfig
 from msense.config.build import BuildConfig
+from msense.errors import InputError
 from msense.io import filesystems
 from msense.io.arrays import load_arrays
 from msense.run.folder import RunFolder
 from msense.runtime import Executor
 from msense.runtime.executor import Row
+from msense.runtime.resources import Node, Resources
 from msense.stages.cluster import clustered_points, clustering_memory
 from msense.stages.embedding_store import Duplicates, Partition, longest_first, partition_passages, record_type
 from msense.stages.passages import PassageStats
 from msense.stages.plan import PlanStats
 from msense.stages.reading import EmbedSettings, TeacherReader, batches_of
+from msense.teacher.memory import item_size, teacher_size
 from msense.teacher.spec import TeacherInfo
+from msense.text import size as shown_size
 
 TIMED_SECONDS = 10.0
 
@@ -89,6 +94,7 @@ def estimate_resources(
     """
     resources = executor.resources
     estimate: Row = {"workers": resources.actors, "device": resources.device, "units": len(partitions)}
+    estimate["teacher"] = estimate_teacher(executor, settings)
     if timed:
         items = [asdict(partition) for partition in longest_first(partitions)[: resources.actors]]
         arguments = {"run": run, "settings": settings}
@@ -96,6 +102,47 @@ def estimate_resources(
         rates = [row["tokens"] / row["seconds"] for row in rows if row["seconds"]]
         estimate["tokens_per_second"] = sum(rates) / len(rates) * resources.actors if rates else 0.0
     return estimate | resources.described()
+
+
+def estimate_teacher(executor: Executor, settings: EmbedSettings) -> Row:
+    """Return the teacher's parameters, the bytes of its weights and of each rank on its device, and a GPU's memory.
+
+    Raises:
+        InputError: a GPU has less memory than that.
+    """
+    size, info, dtype = teacher_size(settings.teacher, settings.info.revision), settings.info, settings.dtype
+    how: Row = {"ranks": settings.ranks, "offload": settings.offload}
+    keeps_layers = info.layer not in (-1, size.layers)
+    needed = size.rank_bytes(dtype, settings.token_budget, keeps_layers=keeps_layers, **how)
+    memory = executor.run(_gpu_memory, device="cuda") if _has_gpu_now(executor.resources) else None
+    if memory is not None and needed > memory * min(1.0, executor.resources.gpus_per_actor):
+        raise InputError(_does_not_fit(settings, executor.resources.gpus_per_actor, needed, memory))
+    weights = size.parameters * item_size(dtype)
+    sizes = {"weights_bytes": weights, "rank_bytes": needed, "gpu_memory": memory}
+    return {"parameters": size.parameters, "dtype": dtype, **sizes, **how}
+
+
+def _has_gpu_now(resources: Resources) -> bool:
+    """Return whether there is a GPU without waiting for the autoscaler."""
+    return resources.device == "cuda" and any(
+        node.count and node.offers.get("GPU") for node in resources.nodes or [Node({"GPU": 1}, 1, 1)]
+    )
+
+
+def _does_not_fit(settings: EmbedSettings, gpus: float, needed: int, memory: int) -> str:
+    """Return the error message for a teacher that needs more memory than its share of a GPU has."""
+    split = f"give --gpus-per-actor {2 * settings.ranks} to split it, or --offload to keep its weights in host memory"
+    remedy = "give --gpus-per-actor 1" if gpus < 1 else "use larger GPUs" if settings.offload else split
+    share = f"{gpus:g} of a GPU of" if gpus < 1 else "a GPU of"
+    return (
+        f"teacher {settings.teacher!r} needs about {shown_size(needed)} per rank in {settings.dtype} (weights and a batch), but "
+        f"each has {share} {shown_size(memory)}: {remedy}"
+    )
+
+
+def _gpu_memory() -> int:
+    """Return the memory of the GPU of this process in bytes."""
+    return int(torch.cuda.mem_get_info()[1])
 
 
 class TeacherTimer:

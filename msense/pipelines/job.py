@@ -9,6 +9,7 @@ from typing import Any
 from msense.config.build import BuildConfig
 from msense.config.distill import DistillConfig
 from msense.corpus import SourceFile
+from msense.errors import InputError
 from msense.io import storage
 from msense.run.folder import RunFolder, locked, remove_temp_files
 from msense.run.journal import Journal
@@ -40,7 +41,8 @@ def run_job(
     context and the teacher's dtype; this function adds `driver_peak`, the driver's peak memory in bytes.
     """
     with locked(RunFolder(root), flag):
-        executor = executor or open_executor(config.local, config.workers, config.gpus_per_actor)
+        executor = executor or _open_executor(config)
+        _check_executor(config, executor)
         manifest = make_manifest(config, executor, inputs)
         keep_stages_version(RunFolder(root), manifest)
         run = RunFolder(root, inputs_hash(manifest))
@@ -57,10 +59,25 @@ def run_job(
     return summary
 
 
+def _open_executor(config: BuildConfig | DistillConfig) -> Executor:
+    """Return the executor that the settings select."""
+    return open_executor(config.local, config.workers, config.gpus_per_actor, config.teacher_ranks, config.offload)
+
+
+def _check_executor(config: BuildConfig | DistillConfig, executor: Executor) -> None:
+    """Raise InputError for an executor that does not run the teacher as the settings say."""
+    wanted = config.teacher_ranks, config.offload
+    if (given := (executor.resources.ranks, executor.resources.offload)) != wanted:
+        raise InputError(
+            f"the executor runs teachers with (ranks, offload) = {given}, but the settings have {wanted}: make both alike"
+        )
+
+
 def make_manifest(config: BuildConfig | DistillConfig, executor: Executor, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return a manifest: its inputs, and as `pins` what results depend on besides; pins in the inputs take precedence."""
     device = executor.resources.device
     pins: dict[str, Any] = {"dtype": config.dtype, "device": device, "token_budget": TOKEN_BUDGET[device]}
+    pins |= {"ranks": executor.resources.ranks} if executor.resources.ranks > 1 else {}  # sums round differently
     pins |= {"threads": THREADS, "tf32": False, "stages": STAGES_VERSION, "python": platform.python_version()}
     pins |= {name: metadata.version(name) for name in PINNED_PACKAGES} | inputs.get("pins", {})
     if pins["dtype"] == "auto":

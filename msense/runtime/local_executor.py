@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from msense.errors import InputError
 from msense.runtime.executor import (
     Executor,
     LazyActor,
@@ -42,6 +43,11 @@ class LocalExecutor(Executor):
         workers: actors and tasks at a time.
         device: "cuda" or "cpu"; None = a GPU if there is one.
         isolate: run isolated work in a spawned process even with one worker; tests of other things are faster without.
+        ranks: processes of a teacher actor, each with one GPU (cuda:0 and so on), or one CPU without GPUs.
+        offload: whether actors keep the teacher's weights in host memory.
+
+    Raises:
+        InputError: this machine has fewer GPUs than `ranks`.
 
     Example:
         >>> executor = LocalExecutor(workers=2)
@@ -49,13 +55,24 @@ class LocalExecutor(Executor):
         5
     """
 
-    def __init__(self, workers: int = 1, device: str | None = None, isolate: bool = True) -> None:
+    def __init__(
+        self,
+        workers: int = 1,
+        device: str | None = None,
+        isolate: bool = True,
+        ranks: int = 1,
+        offload: bool = False,
+    ) -> None:
         import torch
 
         self.workers, self.isolate = workers, isolate
         self._pool: SpawnedPool | None = None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.resources = Resources(actors=1 if device == "cuda" else workers, tasks=workers, device=device)
+        gpus = torch.cuda.device_count() if device == "cuda" else ranks
+        if ranks > max(1, gpus):
+            raise InputError(f"{ranks} ranks need a GPU each, but this machine has {gpus}: give --ranks {gpus} or less")
+        actors = 1 if device == "cuda" else max(1, workers // ranks)
+        self.resources = Resources(actors, workers, device, ranks=ranks, offload=offload)
 
     def map(
         self, name: str, work: Work, items: Sequence[Any], *common: Any, isolated: bool = False, needs: Needs = None
@@ -70,12 +87,25 @@ class LocalExecutor(Executor):
     def map_actors(self, name: str, actor: Work, arguments: Row, items: Sequence[Any]) -> Iterator[Row]:
         if not items:
             return
+        if self.resources.grouped:
+            yield from track(name, self._grouped(partial(actor, **arguments), items), len(items))
+            return
         if self.resources.actors == 1:
             own = LazyActor(partial(actor, **arguments))
             rows: Iterator[Row] = (own.call("__call__", item) for item in items)
         else:
             rows = self._spawned(items, partial(_call_actor, next(_numbers), partial(actor, **arguments), "__call__"))
         yield from track(name, rows, len(items))
+
+    def _grouped(self, make: Work, items: Sequence[Any]) -> Iterator[Row]:
+        """Yield the results of actors whose processes, and with them their process groups, end after the last item."""
+        others, self._pool = self._pool, SpawnedPool(self.resources.actors)
+        try:
+            yield from self._spawned(items, partial(_call_actor, next(_numbers), make, "__call__"))
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+            self._pool = others
 
     def reduce(self, name: str, work: Work, items: Sequence[Any], *common: Any) -> Any:
         total: Any = None

@@ -61,14 +61,16 @@ class RayExecutor(Executor):
         self.resources = resources
 
     @classmethod
-    def connect(cls, workers: int | None = None, gpus_per_actor: float = 1.0) -> "RayExecutor":
+    def connect(
+        cls, workers: int | None = None, gpus_per_actor: float = 1.0, ranks: int = 1, offload: bool = False
+    ) -> "RayExecutor":
         """Connect to the cluster of RAY_ADDRESS, or start a local Ray; for the arguments see `plan_workers`.
 
         Raises:
             InputError: no node of the cluster could ever run the job.
         """
         _initialize(workers)
-        resources = plan_workers(nodes(), workers, gpus_per_actor)
+        resources = plan_workers(nodes(), workers, gpus_per_actor, ranks, offload)
         if not any(node.count and node.offers.get("CPU") for node in resources.nodes):
             logger.info("the cluster has no CPUs yet; waiting for its autoscaler to add nodes")
         return cls(replace(resources, most=(workers or MAX_WORKERS) if os.environ.get("RAY_ADDRESS") else 0))

@@ -46,7 +46,9 @@ class Resources:
     actors: int  # teacher actors at a time
     tasks: int  # other tasks at a time
     device: str  # "cuda" or "cpu", for all teacher actors and clustering tasks
-    gpus_per_actor: float = 1.0
+    gpus_per_actor: float = 1.0  # one, a share of it, or as many as there are ranks
+    ranks: int = 1  # processes of a teacher actor, each with a GPU or CPU of its own
+    offload: bool = False  # whether actors keep the teacher's weights in host memory
     task_memory: int = 0  # bytes reserved for a clustering task
     most: int = 0  # limit of actors and tasks where nodes may join later; else 0
     nodes: Sequence[Node] = field(default=(), compare=False)  # empty if unknown
@@ -55,8 +57,13 @@ class Resources:
     def teacher(self) -> dict[str, float]:
         """Resources reserved for a teacher actor; they also bound a growing pool."""
         if self.device == "cuda":
-            return {"num_gpus": self.gpus_per_actor}
-        return {"num_cpus": 1.0 if self.most else TASK_CPUS}
+            return {"num_gpus": self.ranks if self.ranks > 1 else self.gpus_per_actor}
+        return {"num_cpus": (1.0 if self.most else TASK_CPUS) * self.ranks}
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a teacher actor joins a process group, which must end with the process that runs it."""
+        return self.ranks > 1 or self.offload
 
     @property
     def clustering(self) -> dict[str, float]:
@@ -66,8 +73,8 @@ class Resources:
 
     @property
     def trainers(self) -> int:
-        """Number of training workers: one per GPU, however many actors share it."""
-        return max(1, int(self.actors * self.gpus_per_actor)) if self.device == "cuda" else self.actors
+        """Number of training workers: one per GPU, however many actors share it or GPUs an actor has."""
+        return max(1, int(self.actors * self.gpus_per_actor)) if self.device == "cuda" else self.tasks
 
     @property
     def clusterers(self) -> int:
@@ -127,7 +134,13 @@ def shown_nodes(nodes: Sequence[Node]) -> str:
     return "nodes: " + "; ".join(str(node) for node in nodes if node.most)
 
 
-def plan_workers(nodes: Sequence[Node], workers: int | None = None, gpus_per_actor: float = 1.0) -> Resources:
+def plan_workers(
+    nodes: Sequence[Node],
+    workers: int | None = None,
+    gpus_per_actor: float = 1.0,
+    ranks: int = 1,
+    offload: bool = False,
+) -> Resources:
     """Return the share of a cluster that a job uses.
 
     Args:
@@ -135,15 +148,26 @@ def plan_workers(nodes: Sequence[Node], workers: int | None = None, gpus_per_act
         workers: limit of concurrent actors and tasks; None = one teacher actor per GPU share (per CPU without GPUs) and
             one task per CPU.
         gpus_per_actor: GPUs of a teacher actor; with 0.5, two share one.
+        ranks: processes of a teacher actor, each with one GPU, or one CPU without GPUs.
+        offload: see `Resources`.
 
     Raises:
         InputError: no node could ever run the job.
     """
-    actors = _total(nodes, {"num_gpus": gpus_per_actor})
+    device = "cuda" if _total(nodes, {"num_gpus": min(1.0, gpus_per_actor)}) else "cpu"
+    if device == "cpu" and gpus_per_actor > 1:
+        raise InputError(
+            f"--gpus-per-actor {gpus_per_actor:g}, but this cluster offers no GPU ({shown_nodes(nodes)}): add nodes with GPUs, "
+            f"or give --ranks {gpus_per_actor:g} to split the teacher over CPUs"
+        )
+    gpus_per_actor = ranks if ranks > 1 else gpus_per_actor
     cpus = _total(nodes, {"num_cpus": 1})
     tasks = min(workers or cpus, max(1, cpus))  # at half a CPU each, this leaves room for others
-    device = "cuda" if actors else "cpu"
-    resources = Resources(min(workers or actors, actors) or tasks, tasks, device, gpus_per_actor, nodes=nodes)
+    actors = max(
+        1, _total(nodes, {"num_gpus": gpus_per_actor}) if device == "cuda" else _total(nodes, {"num_cpus": ranks})
+    )
+    actors = min(workers or actors, actors)
+    resources = Resources(actors, tasks, device, gpus_per_actor, ranks, offload, nodes=nodes)
     resources.check()
     return resources
 

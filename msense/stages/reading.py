@@ -24,6 +24,7 @@ from msense.io.filesystems import open_file, storage_errors
 from msense.teacher.batching import pad_batch, token_batches
 from msense.teacher.files import body_folder, weights_fingerprint
 from msense.teacher.model import Teacher
+from msense.teacher.parallel import OffloadedTeacher, ParallelTeacher
 from msense.teacher.pooling import POOLINGS, load_head, sentence_dim
 from msense.teacher.spec import TeacherInfo
 
@@ -42,6 +43,8 @@ class EmbedSettings:
     spec: PassageSpec
     token_budget: int  # of a batch
     quantized: bool = False  # whether kept embeddings are int8
+    ranks: int = 1  # processes with a part of the teacher each
+    offload: bool = False  # whether its weights stay in host memory
     threads: int = 1  # constant: sums over another number of threads may round differently
 
     @property
@@ -74,7 +77,11 @@ def load_teacher(settings: EmbedSettings) -> Teacher:
     """Load the teacher; raise MsenseError if its weights are not those that the run was started with."""
     name, info = settings.teacher, settings.info
     given: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "threads": settings.threads}
-    teacher = Teacher(name, revision=info.revision, layer=info.layer, attention=info.attention, **given)
+    given |= {"revision": info.revision, "layer": info.layer, "attention": info.attention}
+    if settings.ranks > 1:
+        teacher: Teacher = ParallelTeacher(name, ranks=settings.ranks, **given)
+    else:
+        teacher = (OffloadedTeacher if settings.offload else Teacher)(name, **given)
     if weights_fingerprint(body_folder(name, info.revision)) != info.fingerprint:
         raise MsenseError(
             f"the weights of teacher {name!r} changed during the run, or differ on this node: restore them, or "

@@ -4,6 +4,7 @@ Memory: the weights, and the activations of one batch.
 """
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 from msense.errors import InputError, MsenseError
 from msense.teacher.batching import pad_batch
 from msense.teacher.body import PaddedInputs, configured_attention, load_body, probe_ids, truncate_layers
-from msense.teacher.files import body_folder
+from msense.teacher.files import body_folder, stored_dtype
 from msense.teacher.spec import Attention
 from msense.text import first_line
 
 # the largest mean difference, in parts of the vectors, that rounding in another batch explains
-_ROUNDING = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
+ROUNDING = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
 # the same within a batch of one shape, where only a mixture of experts rounds otherwise
 _CAUSAL_ROUNDING = {"float32": 1e-5, "float16": 0.01, "bfloat16": 0.05}
 
@@ -31,6 +32,8 @@ class Teacher:
         >>> teacher.embed(ids, mask).shape
         torch.Size([1, 3, 384])
     """
+
+    loads_stored = False  # whether weights are loaded in the dtype of their file, until the engine has them
 
     def __init__(  # noqa: PLR0913 - all that loading a teacher depends on
         self,
@@ -50,20 +53,28 @@ class Teacher:
             InputError: it cannot be loaded, cannot read text alone, or does not have the attention of its settings.
         """
         os.environ.setdefault("DS_ACCELERATOR", device)  # read when DeepSpeed is first imported
-        import deepspeed
         from transformers.utils import logging as transformers_logging
 
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         transformers_logging.disable_progress_bar()
-        model = load_body(body_folder(name, revision), name, getattr(torch, dtype), attention).to(device)
+        folder = body_folder(name, revision)
+        loaded = stored_dtype(folder) if self.loads_stored else dtype
+        model = load_body(folder, name, getattr(torch, loaded), attention)
         if keep is not None:
             truncate_layers(model, keep)
-        self.layer, self.device, self.dtype = layer, device, dtype
+        self.name, self.layer, self.device, self.dtype = name, layer, device, dtype
         self.inputs = PaddedInputs(model)
-        self.engine = deepspeed.init_inference(model, dtype=getattr(torch, dtype), replace_with_kernel_inject=False)
+        self.engine = self._start(model)
         self._check_neighbours(name)
         self._check_attention(name, configured_attention(model.config))
+
+    def _start(self, model: Any) -> Any:
+        """Return the engine that runs a loaded model, with the same `module`."""
+        import deepspeed
+
+        dtype = getattr(torch, self.dtype)
+        return deepspeed.init_inference(model.to(self.device), dtype=dtype, replace_with_kernel_inject=False)
 
     def embed(self, ids: np.ndarray, mask: np.ndarray) -> Tensor:
         """Compute the hidden states of one batch.
@@ -100,7 +111,7 @@ class Teacher:
             )
         for vectors in beside if bool(alone.isfinite().all()) else ():  # those that read texts refuse the others
             change = float(((vectors - alone).norm(dim=1) / alone.norm(dim=1).clamp(min=1e-6)).mean())
-            if not change <= _ROUNDING[self.dtype]:  # also true for NaN
+            if not change <= ROUNDING[self.dtype]:  # also true for NaN
                 raise InputError(
                     f"teacher {name!r}: the vectors of a text change with the other texts of its batch (by {change:.1%}), "
                     "so that they have no senses of their own: give another teacher"

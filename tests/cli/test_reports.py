@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from msense.cli.reports import show_build, show_distillation, show_finetuning
 from msense.config.build import BuildConfig
@@ -11,6 +12,7 @@ from msense.pipelines.build import build_dictionary
 from msense.stages.label import LabelStats
 from msense.stages.passages import PassageStats
 from msense.stages.train import TrainStats
+from msense.text import size
 
 
 def test_summaries_show_nested_stats(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,3 +43,6 @@ def test_dry_runs_show_all_estimates(tmp_path: Path, teacher: Path, capsys: pyte
     assert "estimated from 50.00% of the documents" in " ".join(shown.split())
     assert "1 (cpu) for 1 partitions" in shown
     assert "too little text to estimate its time" in shown
+    count = sum(tensor.size for tensor in load_file(teacher / "model.safetensors").values())
+    weights = f"teacher weights {count:,} parameters, {size(4 * count)} in float32 memory: teacher about"
+    assert weights in " ".join(shown.split())

@@ -28,6 +28,29 @@ def test_settings_without_influence_on_the_results_are_not_in_the_manifest() -> 
     assert not plain.of_labels().keys() & plain.of_training().keys() - {"temperature"}
 
 
+def test_ranks_of_a_teacher() -> None:
+    for settings, ranks in (
+        ({}, 1),
+        ({"gpus_per_actor": 0.5}, 1),
+        ({"gpus_per_actor": 4}, 4),
+        ({"ranks": 2}, 2),
+        ({"gpus_per_actor": 2, "ranks": 2}, 2),
+        ({"gpus_per_actor": 0.5, "ranks": 1, "offload": True}, 1),
+    ):
+        assert (BuildConfig(**settings).teacher_ranks, distill(**settings).teacher_ranks) == (ranks, ranks)
+        assert BuildConfig(**settings).of_results() == BuildConfig().of_results()
+    for settings, message in (
+        ({"gpus_per_actor": 2.5}, "gpus_per_actor: GPUs are whole above 1.* 2, 4 or 8"),
+        ({"gpus_per_actor": 4, "ranks": 2}, "ranks: each rank has a GPU of its own.*--gpus-per-actor 4"),
+        ({"gpus_per_actor": 0.5, "ranks": 2}, "ranks: .*--gpus-per-actor 0.5"),
+        ({"ranks": 2, "offload": True}, "offload: .*one GPU"),
+        ({"gpus_per_actor": 2, "offload": True}, "offload: .*one GPU"),
+        ({"ranks": 0}, "ranks: "),
+    ):
+        with pytest.raises(InputError, match=message):
+            validate_config(BuildConfig, settings)
+
+
 def test_defaults_follow_from_other_settings() -> None:
     assert distill(objective=["sense", "pooled=10"]).objective == {"sense": 1.0, "pooled": 10.0}
     assert (distill(objective="pooled").objective, distill(objective={"replaced": 2}).objective["replaced"]) == (

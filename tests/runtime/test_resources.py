@@ -34,6 +34,30 @@ def test_gpus_are_shared_by_as_many_actors_as_requested() -> None:
     assert plan_workers(nodes, workers=4, gpus_per_actor=0.5).actors == 4
 
 
+def test_a_teacher_may_have_several_gpus(caplog: pytest.LogCaptureFixture) -> None:
+    """Training and clustering keep what they have with one GPU per actor."""
+    nodes = [HEAD, Node({"CPU": 16, "GPU": 4, "memory": 60 * GB}, 2, 2)]
+    one, two = plan_workers(nodes), plan_workers(nodes, gpus_per_actor=2, ranks=2)
+    assert (two.actors, two.teacher, two.grouped) == (4, {"num_gpus": 2}, True)
+    assert (one.actors, one.teacher, one.grouped) == (8, {"num_gpus": 1.0}, False)
+    assert (two.trainers, two.clusterers, two.clustering) == (one.trainers, one.clusterers, one.clustering)
+    assert plan_workers(nodes, ranks=4) == plan_workers(nodes, gpus_per_actor=4, ranks=4)
+    assert two.described()["asked"].startswith("4 teacher actors of 2 GPU, ")
+    assert plan_workers(nodes, offload=True).grouped
+    with pytest.raises(InputError, match=r"a teacher actor needs 8 GPU, but .* no node can ever run it"):
+        plan_workers(nodes, gpus_per_actor=8, ranks=8)
+    with pytest.raises(InputError, match=r"--gpus-per-actor 2, but this cluster offers no GPU .*--ranks 2"):
+        plan_workers([LAPTOP], gpus_per_actor=2, ranks=2)
+
+
+def test_a_teacher_may_have_several_cpus() -> None:
+    found = plan_workers([LAPTOP], ranks=4)
+    assert (found.actors, found.teacher, found.tasks, found.trainers) == (2, {"num_cpus": 4 * TASK_CPUS}, 8, 8)
+    assert plan_workers([LAPTOP], workers=1, ranks=4).actors == 1
+    with pytest.raises(InputError, match=r"a teacher actor needs 16 CPU"):
+        plan_workers([LAPTOP], ranks=32)
+
+
 def test_nodes_that_only_the_autoscaler_has_count() -> None:
     """A cluster that has scaled down to its head, which does no work, still counts as one with GPUs."""
     spot, on_demand = Node({"CPU": 8, "GPU": 1}, 0, 8), Node({"CPU": 8, "GPU": 1}, 0, 6)
@@ -104,7 +128,7 @@ def test_planned_work_fits(nodes: list[Node], workers: int | None, share: float)
 def test_settings() -> None:
     assert parse_flags(BuildConfig, ["--task-memory", "4GB"]).task_memory == 4 * GB
     with pytest.raises(InputError, match=r"gpus_per_actor.*\n.*task_memory"):
-        parse_flags(BuildConfig, ["--gpus-per-actor", "2", "--task-memory", "much"])
+        parse_flags(BuildConfig, ["--gpus-per-actor", "0", "--task-memory", "much"])
 
 
 def test_the_resources_of_a_local_ray(ray: None) -> None:

@@ -31,6 +31,10 @@ class Options:
     light: bool = False  # use `LightTeacher`
     meet: Path | None = None  # folder: items of two stages wait until nodes have had some on two nodes
     step: int = 0  # training step of the fault "training"
+    ranks: int = 1  # of the teacher
+    processes: Path | None = (
+        None  # gets the ids of the processes of each replica of a teacher of several ranks, a line each
+    )
 
 
 class LightTeacher:
@@ -64,9 +68,20 @@ class DrivenWork:
         return self.work(*arguments)
 
     def fail(self, arguments: tuple, flag: Path, at: str = "", hold: bool = False) -> Any:
-        """Run the work, in which `die_once` is called: at the call of a function of `storage` (in a write), or at once."""
+        """Run the work, in which `die_once` is called: at the call of a function of `storage` (in a write), or at once.
+
+        At "ranks", every process of a teacher of several ranks dies once, this one last.
+        """
         from msense.io import storage
 
+        if at == "ranks":
+            marks = [flag.with_name(f"{flag.name} {rank}") for rank in range(self.options.ranks)]
+            for mark, process in reversed(list(zip(marks, replica_of(self.work), strict=True))):
+                if not mark.exists():
+                    mark.touch()
+                    os.kill(process, signal.SIGKILL)
+                    break
+            return self.work(*arguments)
         if not at:
             die_once(flag, hold)
             return self.work(*arguments)
@@ -110,7 +125,16 @@ def driven_actor(actor: Work, place: str, options: Options, **arguments: Any) ->
         from msense.stages import reading
 
         reading.load_teacher = lambda settings: LightTeacher()
-    return DrivenWork(actor(**arguments), place, options)
+    made = actor(**arguments)
+    if options.processes:
+        with options.processes.open("a") as file:
+            print(*replica_of(made), file=file)
+    return DrivenWork(made, place, options)
+
+
+def replica_of(actor: Any) -> list[int]:
+    """Return the ids of the processes of an actor's teacher: its own, and those of the other ranks."""
+    return [os.getpid(), *(follower.pid for follower in actor.reader.teacher.followers)]
 
 
 class DyingChunkWorker:
@@ -132,7 +156,7 @@ class DrivenExecutor(RayExecutor):
     """Runs work on Ray with the faults of `Options`, in small shards."""
 
     def __init__(self, options: Options, workers: int | None = None) -> None:
-        super().__init__(RayExecutor.connect(workers).resources)
+        super().__init__(RayExecutor.connect(workers, ranks=options.ranks).resources)
         self.options = options
 
     def _die_at(self, place: str, number: int = 1) -> None:

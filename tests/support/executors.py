@@ -118,7 +118,7 @@ class DisturbedTraining(LocalExecutor):
 
     def __init__(self, fault: Fault = nullcontext, report: int = 1, trainers: int = 1) -> None:
         super().__init__(device="cpu", isolate=False)
-        self.resources = replace(self.resources, actors=trainers)
+        self.resources = replace(self.resources, actors=trainers, tasks=trainers)
         self.fault, self.report, self.reports = fault, report, []
 
     def train(self, name: str, worker: Work, settings: Any, folder: str) -> Any:

@@ -11,7 +11,15 @@ from pages import write_between
 PAGE = Path(__file__).parents[1] / "README.md"
 STAGES = ("passages", "plan", "embed", "senses", "clustering", "large tokens", "exemplars", "dictionary")
 STAGES += ("labels", "training")  # of a distillation
-FAULTS = ("worker killed", "node killed", "driver killed", "file truncated", "file deleted", "byte flipped")
+FAULTS = (
+    "worker killed",
+    "rank killed",
+    "node killed",
+    "driver killed",
+    "file truncated",
+    "file deleted",
+    "byte flipped",
+)
 FAULTS += ("disk full", "permission lost", "S3 throttled or disconnected", "S3 unavailable")
 FAULTS += ("second driver", "input changed")
 
