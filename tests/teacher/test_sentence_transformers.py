@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: adapter(f, "adapter_model.safetensors"),
         "is an adapter .adapter_model.safetensors",
     ),
-    "code in a decoder": (decoder_with_code, 'may change the attention of this decoder: add "is_causal"'),
+    "code in a decoder": (decoder_with_code, "may change the attention of this decoder: give --attention causal"),
     "undecided code": (lambda f: decoder_with_code(f, is_causal=None), "may change the attention of this decoder"),
 }
 
