@@ -18,19 +18,8 @@ DEMO_SEED = 274  # with this seed the sample contains modules that use the demo'
 SenseRule = Literal["auto", "mcl"]
 Intermediate = Literal["passages", "embeddings", "occurrences", "centroids"]
 _FREE = {  # without influence on the results
-    *(
-        "local",
-        "workers",
-        "gpus_per_actor",
-        "ranks",
-        "offload",
-        "task_memory",
-        "log_level",
-        "output",
-        "keep",
-        "dry_run",
-        "time_teacher",
-    ),
+    *("local", "workers", "gpus_per_actor", "ranks", "offload"),
+    *("task_memory", "log_level", "output", "keep", "dry_run", "time_teacher"),
     *("corpus", "on_bad_document", "max_points_per_part", "keep_embeddings", "embeddings_budget"),
 }
 

@@ -23,18 +23,8 @@ _LAYERS = r"layers:([1-9][0-9]{0,3}|[0-9]{1,4}(,[0-9]{1,4})+)"
 _SENSE_OBJECTIVES = ("sense", "replaced")
 _LABEL_SETTINGS = {"train_tokens", "held_out", "soft_targets", "metric", "pooled", "dtype", "spans"}
 _FREE = {  # without influence on labels and student
-    *(
-        "local",
-        "workers",
-        "gpus_per_actor",
-        "ranks",
-        "offload",
-        "checkpoint_steps",
-        "log_level",
-        "output",
-        "dry_run",
-        "time_teacher",
-    ),
+    *("local", "workers", "gpus_per_actor", "ranks", "offload"),
+    *("checkpoint_steps", "log_level", "output", "dry_run", "time_teacher"),
     *("dictionary", "teacher", "corpus", "on_bad_document", "queries", "labels"),
 }
 _CORPUS_SETTINGS = {"text_column", "id_column", "prompt_column", "dedup"}  # recorded with the text
@@ -55,14 +45,7 @@ class DistillConfig(TeacherJobConfig):
     help_groups: ClassVar[HelpGroups] = {
         "Common options": ("dictionary", "student", "corpus", "epochs", "output", "workers", "local", "dry_run"),
         "Text": (
-            "queries",
-            "text_column",
-            "id_column",
-            "prompt_column",
-            "dedup",
-            "spans",
-            "train_tokens",
-            "held_out",
+            *("queries", "text_column", "id_column", "prompt_column", "dedup", "spans", "train_tokens", "held_out"),
             "on_bad_document",
         ),
         "Labels": (
