@@ -9,6 +9,7 @@ from msense.constants import DEMO_TEACHER
 from msense.corpus.glue import GLUE, GlueTask, get_task
 from msense.corpus.labelled import Columns
 from msense.errors import InputError
+from msense.teacher.spec import Attention
 
 _FREE = {"local", "workers", "output", "log_level"}  # without influence on the result
 
@@ -25,7 +26,7 @@ class FinetuneConfig(JobConfig):
     help_groups: ClassVar[HelpGroups] = {
         "Common options": ("task", "teacher", "epochs", "lr", "output", "workers", "local"),
         "Text": ("text_column", "label_column", "regression"),
-        "Teacher": ("revision", "pooling", "max_length"),
+        "Teacher": ("revision", "attention", "pooling", "max_length"),
         "Training": ("batch_size", "warmup", "weight_decay", "clip", "dropout", "train_dtype"),
         "Run": ("seed", "log_level"),
     }
@@ -36,6 +37,9 @@ class FinetuneConfig(JobConfig):
     )
     teacher: str = Field(DEMO_TEACHER, description="Hugging Face name or folder of the teacher to fine-tune")
     revision: str | None = Field(None, description="branch, tag or commit of the teacher on the hub")
+    attention: Attention = Field(
+        "auto", description="a decoder's attention: causal or bidirectional; auto: as config.json says"
+    )
     regression: bool = Field(False, description="labels are numbers (the default for GLUE's stsb)")
     text_column: str = Field("text", description="name of the text column")
     label_column: str = Field("label", description="name of the label column")

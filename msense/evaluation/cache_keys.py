@@ -21,7 +21,7 @@ from msense.io.storage import sha256_of
 from msense.student.files import student_folder
 from msense.student.layout import StudentFiles
 from msense.teacher.files import locate
-from msense.teacher.spec import TeacherOptions, load_teacher_info
+from msense.teacher.spec import Attention, TeacherOptions, load_teacher_info
 
 PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
 OF_TASKS = {
@@ -46,10 +46,13 @@ def model_key(spec: Spec) -> str:
     key |= {"stemmer": spec.stemmer} if spec.kind == "bm25" else {}
     if spec.replace == "soft":
         key["temperature"] = spec.temperature
-    if spec.kind in ("teacher", "truncated", "model2vec", "replaced"):
-        key |= {"teacher": teacher_key(spec.teacher, spec.revision), "dtype": spec.dtype}
+    attention = spec.attention
     if spec.kind == "replaced":
-        key["dictionary"] = SenseDictionary.load(spec.source).fingerprint
+        dictionary = SenseDictionary.load(spec.source)
+        key["dictionary"] = dictionary.fingerprint
+        attention = dictionary.config.attention if attention == "auto" else attention
+    if spec.kind in ("teacher", "truncated", "model2vec", "replaced"):
+        key |= {"teacher": teacher_key(spec.teacher, spec.revision, attention), "dtype": spec.dtype}
     if spec.kind == "student":
         files = StudentFiles(student_folder(spec.source))
         own = [sha256_of(path) for path in files.model_files()]
@@ -82,10 +85,11 @@ def data_key(task: TaskSpec) -> str:
     return digest([own, [[file.name, file.size, file.fingerprint] for file in files]])
 
 
-def teacher_key(name: str, revision: str | None) -> str:
+def teacher_key(name: str, revision: str | None, attention: Attention) -> str:
     """Return a hash of a teacher: weights, tokenizer, pooling, prompt, maximum length, and its classifier if any."""
-    info, _ = load_teacher_info(name, TeacherOptions(revision=revision))
-    unused = ("name", "revision", "include_frame")  # the last is in `skip`, and older keys are without it
+    info, _ = load_teacher_info(name, TeacherOptions(revision=revision, attention=attention))
+    unused = {"name", "revision", "include_frame"}  # the last is in `skip`, and older keys are without it
+    unused |= {"attention"} if attention == "auto" else set()
     stats = {key: value for key, value in asdict(info).items() if key not in unused}
     head = locate(name, revision) / "classifier"  # glob of a missing folder is empty
     return digest([stats, [sha256_of(path) for path in sorted(head.glob("*")) if path.is_file()]])

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from msense.config.base import HelpGroups, JobConfig
 from msense.constants import MAX_INT32
 from msense.evaluation.spec import MODELS, PAPER_TASKS, TASKS, Spec, TaskSpec, check_names, parse_model, parse_task
+from msense.teacher.spec import Attention
 
 ALL_OF_PAPER = "mteb:paper"
 _MODELS, _TASKS = ("; ".join(f"{word}: {meaning}" for word, meaning in known.items()) for known in (MODELS, TASKS))
@@ -28,7 +29,7 @@ class EvaluateConfig(JobConfig):
     help_groups: ClassVar[HelpGroups] = {
         "Common options": ("model", "task", "teacher", "output", "workers", "local"),
         "Text": ("shots", "draws", "text_column", "label_column", "pair_columns"),
-        "Models": ("revision", "dtype", "model2vec_python", "cost", "threads"),
+        "Models": ("revision", "attention", "dtype", "model2vec_python", "cost", "threads"),
         "Run": ("seed", "log_level"),
     }
 
@@ -41,6 +42,10 @@ class EvaluateConfig(JobConfig):
         None, description="teacher, by name or folder; default: that of the first dictionary or student, or the demo's"
     )
     revision: str | None = Field(None, description="branch, tag or commit of the teacher on the Hub")
+    attention: Attention = Field(
+        "auto",
+        description="a decoder's attention: causal or bidirectional; auto: as its dictionary or config.json says",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="teacher's dtype")
     shots: tuple[Shots, ...] = Field(
         ("8",),
@@ -103,6 +108,7 @@ class EvaluateConfig(JobConfig):
         python = str(Path(self.model2vec_python).absolute()) if self.model2vec_python else None
         teacher = str(Path(teacher).absolute()) if Path(teacher).is_dir() else teacher
         common: dict[str, Any] = {"teacher": teacher, "dtype": self.dtype, "python": python}
+        common["attention"] = self.attention
         parsed = [parse_model(word) for word in self.model]
         specs = [replace(s, **common, revision=None if s.kind == "encoder" else self.revision) for s in parsed]
         check_names(self.model, [spec.name for spec in specs], "--model")

@@ -156,11 +156,12 @@ class TeacherModel(TokenModel):
         """Load a teacher with the layer, prompt and maximum length of its dictionary, or of the dictionary `like`."""
         self.spec, self.device = spec, device
         self.dictionary = SenseDictionary.load(spec.source) if spec.kind == "replaced" else None
-        settings: dict[str, Any] = {"revision": spec.revision}
-        if (given := self.dictionary or like) is not None:
+        settings: dict[str, Any] = {"revision": spec.revision, "attention": spec.attention}
+        given = like if self.dictionary is None else self.dictionary
+        if given is not None:
             own = given.config
             settings |= {"layer": own.layer, "prompt": own.prompt, "max_length": own.max_length or None}
-            settings["attention"] = own.attention
+            settings["attention"] = own.attention if spec.attention == "auto" else spec.attention
         self.info, self.tokenizer = load_teacher_info(spec.teacher, TeacherOptions(**settings))
         self.dim, self.prompt = self.info.dim, self.info.prompt
         if self.dictionary is not None:

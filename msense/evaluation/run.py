@@ -61,7 +61,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     models = {spec.name: model_key(spec) for spec in specs}
     jobs = make_jobs(config, specs, tasks, executor.resources)
     depends = any(job.task.kind in AGAINST_TEACHER for job in jobs)
-    teacher = digest([teacher_key(specs[0].teacher, config.revision), dtype]) if depends else ""
+    teacher = digest([teacher_key(specs[0].teacher, config.revision, config.attention), dtype]) if depends else ""
     keys: dict[str, str] = {}
     for job in jobs:
         against = teacher if job.task.kind in AGAINST_TEACHER else ""

@@ -10,6 +10,7 @@ from msense.constants import DEFAULT_TEMPERATURE, Metric, Replace
 from msense.corpus.glue import GLUE
 from msense.errors import InputError
 from msense.io import storage
+from msense.teacher.spec import Attention
 from msense.text import redact
 
 ModelKind = Literal["teacher", "replaced", "student", "truncated", "model2vec", "bm25", "encoder"]
@@ -65,6 +66,7 @@ class Spec:
     source: str = ""  # folder, URI or Hub name; empty for models derived from the teacher alone
     teacher: str = ""  # name or folder
     revision: str | None = None  # of the teacher, or of an encoder on the Hub
+    attention: Attention = "auto"  # of the teacher
     dtype: str = "auto"  # of the teacher
     replace: Replace | None = None  # replacement by senses
     metric: Metric | None = None  # of the replacement; None: the dictionary's

@@ -49,7 +49,7 @@ def finetune(config: FinetuneConfig, executor: Executor | None = None) -> dict[s
     """
     require("train", "fine-tuning a teacher")
     run = RunFolder(resolve_output(config.output))
-    options = TeacherOptions(revision=config.revision, max_length=config.max_length)
+    options = TeacherOptions(revision=config.revision, max_length=config.max_length, attention=config.attention)
     info, tokenizer = load_teacher_info(config.teacher, options)
     joiner = pair_separator(tokenizer) if len(config.data.columns.texts) > 1 else ""
     texts = read_split(config.name, config.data, config.source, TRAIN, joiner)
@@ -145,7 +145,10 @@ def _name(
     config: FinetuneConfig, info: TeacherInfo, texts: Texts, dev: Texts | None, settings: FinetuneSettings
 ) -> str:
     """Return a hash of everything that the result depends on."""
-    inputs: dict[str, Any] = config.of_results() | {
+    own = config.of_results()
+    if own["attention"] == "auto":  # as in versions without it
+        del own["attention"]
+    inputs: dict[str, Any] = own | {
         "dtype": settings.dtype,
         "max_length": info.max_length,
         "weights": info.fingerprint,

@@ -57,7 +57,7 @@ class TeacherWithClassifier(nn.Module):
         config = settings.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            source = read_source(load_stored(config.teacher, config.revision))
+            source = read_source(load_stored(config.teacher, config.revision, config.attention))
             self.body = TransformerBody(source.settings)
             load_weights(self.body, source)
             self.classifier = Classifier(settings.classifier, config.dropout)
@@ -160,7 +160,7 @@ def read_tokenized(settings: FinetuneSettings, split: str) -> TokenizedSplit:
     """Read and tokenize a split of the data."""
     config, classifier = settings.config, settings.classifier
     data = read_split(config.name, config.data, config.source, split, classifier.joiner)
-    options = TeacherOptions(revision=config.revision, max_length=settings.max_length)
+    options = TeacherOptions(revision=config.revision, max_length=settings.max_length, attention=config.attention)
     info, tokenizer = load_teacher_info(config.teacher, options)
     tokenizer.enable_truncation(settings.max_length, direction=info.truncation_side)
     encodings = tokenizer.encode_batch_fast([info.prompt + text for text in data.texts])

@@ -9,10 +9,14 @@ import torch
 from architectures import write_family
 from students import dictionary_of
 from teachers import write_teacher
+from tiny import make
 from transformers import AutoModel
 
 from msense.config.build import BuildConfig
 from msense.errors import InputError
+from msense.evaluation.cache_keys import model_key
+from msense.evaluation.models import TeacherModel
+from msense.evaluation.spec import Spec
 from msense.student import StudentSettings, init_student, load_student, save_student
 from msense.teacher.batching import pad_batch
 from msense.teacher.model import Teacher
@@ -113,3 +117,22 @@ def test_code_of_its_own_needs_a_word_about_attention(tmp_path: Path) -> None:
         load_teacher_info(str(folder), TeacherOptions())
     info, _ = load_teacher_info(str(folder), BuildConfig(attention="bidirectional"))
     assert (info.attention, info.decoder) == ("bidirectional", True)
+
+
+def test_evaluation_reads_a_teacher_with_the_attention_of_its_dictionary_or_as_it_is_given(tmp_path: Path) -> None:
+    folder = write_family(tmp_path / "teacher", "llama")
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModel": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    fingerprint = load_teacher_info(str(folder), TeacherOptions(attention="causal"))[0].fingerprint
+    rows = {}
+    for attention in ("causal", "bidirectional"):
+        spec = Spec("teacher", "teacher", teacher=str(folder), attention=attention, dtype="float32")
+        rows[attention] = TeacherModel(spec, "cpu", threads=1).encode(["w4 w5 w6"])
+    assert np.abs(rows["causal"] - rows["bidirectional"]).max() > 1e-3
+    keys = {model_key(Spec("t", "teacher", teacher=str(folder), attention=name)) for name in rows}
+    assert len(keys) == 2
+    given = {"tokenizer_fingerprint": "", "teacher": {"name": "t", "fingerprint": fingerprint}, "vocab_size": 64}
+    make([0] * 64, dim=32, **given, attention="bidirectional").save(tmp_path / "d")
+    spec = Spec("r", "replaced", source=str(tmp_path / "d"), teacher=str(folder), dtype="float32", replace="hard")
+    assert TeacherModel(spec, "cpu", threads=1).info.attention == "bidirectional"
+    assert model_key(spec)
