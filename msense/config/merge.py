@@ -38,10 +38,16 @@ class MergeConfig(CommandConfig):
     before: str | None = Field(None, description="text around every text, before it, such as the start of a chat turn")
     after: str | None = Field(None, description="the same, after it")
     pooling: Literal["mean", "cls", "lasttoken"] | None = Field(
-        None, description="how sentence vectors are pooled; default: mean"
+        None,
+        description="how sentence vectors are pooled; default: as sentence-transformers' files of an adapter or the base "
+        "say, else mean",
     )
-    include_prompt: bool | None = Field(None, description="whether a prompt's tokens are pooled; default: yes")
-    max_length: int | None = Field(None, ge=4, description="longest text in tokens; default: the tokenizer's own")
+    include_prompt: bool | None = Field(
+        None, description="whether a prompt's tokens are pooled; default: as those files say, else yes"
+    )
+    max_length: int | None = Field(
+        None, ge=4, description="longest text in tokens; default: as those files or the tokenizer say"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of the base model on the hub")
     output: str = Field("teachers/merged", description="new folder of the merged teacher, on a local disk")
 

@@ -20,7 +20,9 @@ from msense.teacher.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_object
 from msense.text import first_line
 
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-_BODY = re.compile(r"^(?:(?:base_model|model|transformer)\.)+")  # what comes before the names of a model's body
+_BODY = re.compile(  # what comes before the names of a model's body
+    r"^(?:(?:base_model|model|transformer|gpt_neox|bert|roberta|distilbert|deberta|electra|albert|mpnet)\.)+"
+)
 # settings of peft that change more than the weights of layers, with the values that change nothing
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": (None, "none"),
@@ -35,7 +37,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
 }
-_CHANGED_BASE = ("pissa", "olora", "loftq", "corda")  # initializations that leave another base model behind
+_CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initializations that leave another base model behind
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 
@@ -46,12 +48,10 @@ class LoraLayer:
     a: Tensor  # float32 [r, in]
     b: Tensor  # float32 [out, r]
     scale: float
-    transposed: bool  # whether the layer stores its weight as [in, out]
 
     def delta(self) -> Tensor:
-        """Return what is added to the layer's weight, float32, in its shape."""
-        delta = (self.b @ self.a) * self.scale
-        return delta.T if self.transposed else delta
+        """Return what is added to the layer's weight, float32 [out, in]."""
+        return (self.b @ self.a) * self.scale
 
 
 def bare_name(name: str) -> str:
@@ -85,9 +85,10 @@ def read_adapter(folder: Path) -> dict[str, LoraLayer]:
         if (match := _TENSOR.fullmatch(name)) is None:
             kind = "of DoRA" if "magnitude" in name else "not of a LoRA layer"
             raise InputError(
-                f"adapter {folder}: tensor {printable(name)} is {kind}, and cannot be merged: use another adapter"
+                f"adapter {folder}: tensor {printable(name)} is {kind}, and cannot be merged: merge it with peft's "
+                "merge_and_unload, or use another adapter"
             )
-        if not (tensor.is_floating_point() and tensor.ndim == 2 and bool(tensor.isfinite().all())):
+        if not (tensor.is_floating_point() and tensor.ndim == 2 and bool(tensor.float().isfinite().all())):
             raise InputError(
                 f"adapter {folder}: tensor {printable(name)} is no finite matrix: download the adapter again"
             )
@@ -137,7 +138,7 @@ def _layer(folder: Path, settings: Mapping[str, Any], name: str, pair: Mapping[s
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise InputError(f"adapter {folder}: lora_alpha is {printable(alpha)}, but must be a number: download it again")
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") is True else rank)
-    return LoraLayer(pair["A"], pair["B"], scale, settings.get("fan_in_fan_out") is True)
+    return LoraLayer(pair["A"], pair["B"], scale)
 
 
 def _of_layer(folder: Path, settings: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
@@ -152,6 +153,6 @@ def _of_layer(folder: Path, settings: Mapping[str, Any], key: str, name: str, de
                 f"adapter {folder}: {key} has the pattern {printable(pattern)}, but only names of layers are supported: merge "
                 "it with peft's merge_and_unload"
             )
-        if name == plain or name.endswith(f".{plain}"):
+        if name == plain or (name.endswith(f".{plain}") and not pattern.startswith("^")):
             return value
     return default

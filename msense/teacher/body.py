@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from msense.errors import InputError, StudentError
-from msense.teacher.files import body_folder, loading, stored_dtype
+from msense.teacher.files import bidirectional_setting, body_folder, loading, stored_dtype
 from msense.teacher.spec import Attention, max_positions
 from msense.text import first_line
 
@@ -207,7 +207,7 @@ def set_attention(config: Any, attention: Attention) -> None:
     if attention != "auto" and attention != configured_attention(config):
         text.is_causal = attention == "causal"
         if hasattr(text, "use_bidirectional_attention"):
-            text.use_bidirectional_attention = attention == "bidirectional"
+            text.use_bidirectional_attention = bidirectional_setting(text.model_type, attention == "bidirectional")
 
 
 def configured_attention(config: Any) -> Attention:

@@ -300,6 +300,11 @@ def _pooling(settings: dict[str, Any]) -> str:
     return "+".join(map(str, named)) if isinstance(named, list) else str(named or "+".join(modes) or "mean")
 
 
+def bidirectional_setting(model_type: str, bidirectional: bool) -> bool | str | None:
+    """Return a decoder's `use_bidirectional_attention`: whether, or of Gemma 4 for which tokens."""
+    return ("all" if bidirectional else None) if model_type.startswith("gemma4") else bidirectional
+
+
 def body_folder(name: str, revision: str | None) -> Path:
     """Return the folder of a teacher's weights; see `locate`."""
     return read_settings(locate(name, revision)).body

@@ -52,7 +52,7 @@ def save_teacher(
     settings: dict[str, Any] = {
         "modules.json": _MODULES,
         "1_Pooling/config.json": {"word_embedding_dimension": config.dim, **pooling},
-        "sentence_bert_config.json": {"max_seq_length": max_length, **_tokenizer_settings(original)},
+        "sentence_bert_config.json": {"max_seq_length": max_length, **tokenizer_settings(original)},
     }
     if prompt:
         settings["config_sentence_transformers.json"] = {"prompts": {"own": prompt}, "default_prompt_name": "own"}
@@ -67,7 +67,7 @@ def save_teacher(
     save_classifier(folder, classifier)
 
 
-def _tokenizer_settings(original: TeacherFolder) -> dict[str, Any]:
+def tokenizer_settings(original: TeacherFolder) -> dict[str, Any]:
     """Return how texts are tokenized, as far as it is not in the tokenizer's own files."""
     settings: dict[str, Any] = {"do_lower_case": True} if original.lower_case else {}
     options = {name: value for name, value in original.tokenizer_options.items() if name != "model_max_length"}

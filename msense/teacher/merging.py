@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,27 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 from msense.errors import InputError
-from msense.io.scratch import atomic_path
+from msense.io.scratch import atomic_path, is_scratch
 from msense.io.untrusted import printable
 from msense.teacher.adapters import LoraLayer, bare_name, read_adapter
 from msense.teacher.files import (
     ADAPTER_CONFIG,
     INCLUDE_FRAME,
     POOLING_KEYS,
+    bidirectional_setting,
     check_files,
     loading,
     read_object,
     weights_fingerprint,
 )
+from msense.teacher.spec import check_attention, is_decoder
 from msense.tokenizer import special_tokens_around
 
 logger = logging.getLogger(__name__)
 HEADS = ("lm_head.", "score.", "classifier.")  # tensors that no hidden state depends on
-MERGED = "merged.json"  # what a folder was made of
+MERGED = "merged.json"  # what a folder was made of; empty until that is done
+_INDEX = "model.safetensors.index.json"
+_TRANSPOSED = ("gpt2", "openai-gpt")  # model types whose layers store their weights as [in, out]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEXTS = ("Which is it, 7?", "a", "the end of the second one.")  # to see what tokens surround any text
 _CODE = ("auto_map", "_name_or_path", "custom_pipelines")
@@ -50,6 +54,9 @@ class Reading:
     include_prompt: bool = True
     include_frame: bool = True  # whether `before` is pooled, and what the tokenizer itself puts there
     max_length: int | None = None
+    normalize: bool = False
+    prompt: str = ""  # before every text by default
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)  # settings of sentence-transformers' Transformer module
 
 
 def merge_folders(base: Path, adapters: Sequence[Path], output: Path, reading: Reading) -> dict[str, Any]:
@@ -60,22 +67,20 @@ def merge_folders(base: Path, adapters: Sequence[Path], output: Path, reading: R
     Returns what is written to merged.json: `base` and `adapters` with fingerprints, `layers` changed, and the reading.
 
     Raises:
-        InputError: an adapter cannot be merged or does not fit, or the base is damaged, quantised, or not in safetensors.
+        InputError: an adapter cannot be merged or does not fit, the base is damaged, quantised, or not in safetensors, or
+            the output has other files than those of a merge that was interrupted.
     """
-    check_files(str(base), base)
-    settings = read_object(base / "config.json")
-    if settings.get("quantization_config"):
-        raise InputError(f"{base} is quantised: give the base model in float32, bfloat16 or float16")
-    added = [read_adapter(folder) for folder in adapters]
-    output.mkdir(parents=True, exist_ok=True)
-    changed = _write_weights(base, added, output)
+    settings, known = _read_base(base, reading)
+    added = [_body_layers(folder, read_adapter(folder)) for folder in adapters]
+    _clear(output)
+    _write_tokenizer([*reversed(adapters), base], output, reading, int(getattr(known, "vocab_size", 0)))
+    changed = _write_weights(base, added, output, transposed=known.model_type in _TRANSPOSED)
     for folder, layers in zip(adapters, added, strict=True):
         if lost := sorted(layers.keys() - changed):
             raise InputError(
                 f"adapter {folder} changes {len(lost)} layers that {base} does not have, first {printable(lost[0])}: give the "
                 "base model that it was trained for"
             )
-    _write_tokenizer([*reversed(adapters), base], output, reading)
     _write_pooling(output, settings, reading)
     made = {
         "base": {"name": base.name, "fingerprint": weights_fingerprint(base)},
@@ -88,18 +93,63 @@ def merge_folders(base: Path, adapters: Sequence[Path], output: Path, reading: R
     return made
 
 
-def _write_weights(base: Path, adapters: Sequence[Mapping[str, LoraLayer]], output: Path) -> set[str]:
+def _read_base(base: Path, reading: Reading) -> tuple[dict[str, Any], Any]:
+    """Return the base's config.json, and the config of its text model as transformers reads it."""
+    from transformers import AutoConfig
+
+    check_files(str(base), base)
+    settings = read_object(base / "config.json")
+    if settings.get("quantization_config"):
+        raise InputError(f"{base} is quantised: give the base model in float32, bfloat16 or float16 (--teacher)")
+    with loading(repr(str(base))):
+        known = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
+    if reading.bidirectional is None and is_decoder(known.model_type):
+        check_attention(str(base), settings)
+    return settings, known
+
+
+def _body_layers(folder: Path, layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """Return an adapter's layers without those of heads, which no hidden state depends on."""
+    body = {name: layer for name, layer in layers.items() if not f"{name}.".startswith(HEADS)}
+    if not body:
+        raise InputError(f"adapter {folder} changes nothing but the model's head: use another adapter")
+    return body
+
+
+def _clear(output: Path) -> None:
+    """Create the output folder, or empty one of a merge that was interrupted."""
+    output.mkdir(parents=True, exist_ok=True)
+    if any(output.iterdir()) and not (output / MERGED).is_file():
+        raise InputError(f"{output} has other files, which could be read as the teacher's: give another --output")
+    _write_json(output / MERGED, {})
+    for file in output.iterdir():
+        if is_scratch(file) or (file.suffix in (".safetensors", ".json") and file.name != MERGED):
+            file.unlink()
+
+
+def _weight_files(base: Path) -> list[Path]:
+    """Return the files that transformers loads: some folders have the same weights in another format too."""
+    if (whole := base / "model.safetensors").is_file():
+        return [whole]
+    places = read_object(base / _INDEX).get("weight_map")
+    files = {base / str(name) for name in places.values()} if isinstance(places, dict) else base.glob("*.safetensors")
+    return sorted(files)
+
+
+def _write_weights(
+    base: Path, adapters: Sequence[Mapping[str, LoraLayer]], output: Path, *, transposed: bool
+) -> set[str]:
     """Write the base's files one by one with the adapters added; return the bare names of the changed layers."""
     places: dict[str, str] = {}
     changed: set[str] = set()
-    for number, file in enumerate(files := sorted(base.glob("*.safetensors")), 1):
+    for number, file in enumerate(files := _weight_files(base), 1):
         logger.info("merging file %d of %d", number, len(files))
         tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(HEADS)}
         for name, tensor in tensors.items():
             layer = bare_name(name.removesuffix(".weight"))
             own = [adapter[layer] for adapter in adapters if name.endswith(".weight") and layer in adapter]
             if own:
-                tensors[name] = _sum(name, tensor, own)
+                tensors[name] = _sum(name, tensor, own, transposed=transposed)
                 if layer in changed:
                     raise InputError(f"{base} has two weights of layer {printable(layer)}: give another base model")
                 changed.add(layer)
@@ -107,18 +157,18 @@ def _write_weights(base: Path, adapters: Sequence[Mapping[str, LoraLayer]], outp
             with atomic_path(output / file.name) as scratch:
                 save_file(tensors, scratch, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, file.name)
-    if len(set(places.values())) > 1:
-        _write_json(output / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    if set(places.values()) != {"model.safetensors"}:
+        _write_json(output / _INDEX, {"metadata": {}, "weight_map": places})
     return changed
 
 
-def _sum(name: str, weight: torch.Tensor, layers: Sequence[LoraLayer]) -> torch.Tensor:
-    """Return a weight with what adapters add, in its dtype."""
+def _sum(name: str, weight: torch.Tensor, layers: Sequence[LoraLayer], *, transposed: bool) -> torch.Tensor:
+    """Return a weight with what adapters add, in its dtype; a transposed one is [in, out]."""
     if not weight.is_floating_point() or weight.element_size() == 1:
         raise InputError(f"weight {printable(name)} is {weight.dtype}: give the base model without quantisation")
     total = weight.float()
     for layer in layers:
-        delta = layer.delta()
+        delta = layer.delta().T if transposed else layer.delta()
         if delta.shape != weight.shape:
             raise InputError(
                 f"an adapter has a change of shape {tuple(delta.shape)} for weight {printable(name)} of shape "
@@ -129,16 +179,19 @@ def _sum(name: str, weight: torch.Tensor, layers: Sequence[LoraLayer]) -> torch.
 
 
 def _config(settings: Mapping[str, Any], bidirectional: bool | None) -> dict[str, Any]:
-    """Return the config of the merged model: without code of its own, and with the attention that is asked for."""
+    """Return the config of the merged model: without code of its own, and with the requested attention."""
     config = {name: value for name, value in settings.items() if name not in _CODE}
-    if bidirectional is not None:
-        config["is_causal"] = not bidirectional
-        if "use_bidirectional_attention" in config:
-            config["use_bidirectional_attention"] = bidirectional
-    return config
+    if bidirectional is None:
+        return config
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
+    text = text | {"is_causal": not bidirectional}
+    if "use_bidirectional_attention" in text:
+        text["use_bidirectional_attention"] = bidirectional_setting(str(text.get("model_type")), bidirectional)
+    return config | {"text_config": text} if isinstance(inner, dict) else text
 
 
-def _write_tokenizer(folders: Sequence[Path], output: Path, reading: Reading) -> None:
+def _write_tokenizer(folders: Sequence[Path], output: Path, reading: Reading, vocab_size: int) -> None:
     """Write the tokenizer of the first folder that has one, with the text around every text in its template."""
     source = next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
     if source is None:
@@ -146,10 +199,16 @@ def _write_tokenizer(folders: Sequence[Path], output: Path, reading: Reading) ->
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
+    with loading(f"{source.name!r} (tokenizer)"):
+        tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
+        raise InputError(
+            f"the tokenizer of {source} has token {highest}, but the base model only {vocab_size} embeddings: replace its "
+            "tokenizer.json by the base's, or remove it if it is an adapter's"
+        )
     if not reading.before and not reading.after:
         return
     with loading(f"{source.name!r} (tokenizer)"):
-        tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
         first, last = special_tokens_around(tokenizer)
     before, after = _tokens_around(tokenizer, reading.before, reading.after)
     around = {"before": [*first, *before], "after": [*after, *last]}
@@ -193,18 +252,22 @@ def _beside(tokenizer: Tokenizer, before: str, text: str, after: str) -> tuple[l
 
 def _write_pooling(output: Path, settings: Mapping[str, Any], reading: Reading) -> None:
     """Write the files of sentence-transformers."""
-    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"} | ({"2_Normalize": "Normalize"} if reading.normalize else {})
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for number, (path, kind) in enumerate(kinds.items())
     ]
-    (output / "1_Pooling").mkdir(exist_ok=True)
+    for path in kinds:
+        (output / path).mkdir(exist_ok=True)
     pooling: dict[str, Any] = {key: mode == reading.pooling for mode, key in POOLING_KEYS.items()}
     pooling |= {"word_embedding_dimension": settings.get("hidden_size"), "include_prompt": reading.include_prompt}
     _write_json(output / "1_Pooling" / "config.json", pooling)
-    _write_json(output / "sentence_bert_config.json", {"max_seq_length": reading.max_length, "do_lower_case": False})
-    if not reading.include_frame:
-        _write_json(output / "config_sentence_transformers.json", {"prompts": {}, INCLUDE_FRAME: False})
+    body = {"max_seq_length": reading.max_length, "do_lower_case": False, **reading.tokenizer}
+    _write_json(output / "sentence_bert_config.json", body)
+    own = {"prompts": {"own": reading.prompt}, "default_prompt_name": "own"} if reading.prompt else {"prompts": {}}
+    if reading.prompt or not reading.include_frame:
+        frame = {} if reading.include_frame else {INCLUDE_FRAME: False}
+        _write_json(output / "config_sentence_transformers.json", own | frame)
     _write_json(output / "modules.json", modules)
 
 

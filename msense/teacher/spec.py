@@ -120,14 +120,14 @@ def load_teacher_info(name: str, options: TeacherOptions) -> tuple[TeacherInfo, 
     check_files(name, body)
     with loading(repr(name)):
         text_config = AutoConfig.from_pretrained(body, trust_remote_code=False).get_text_config()
-    decoder = _is_decoder(text_config.model_type)
+    decoder = is_decoder(text_config.model_type)
     if not decoder and options.attention == "causal":
         raise InputError(
             f"teacher {name!r} is no decoder: a {text_config.model_type} model sees the tokens after each token by design; "
             "omit --attention"
         )
     if decoder and options.attention == "auto":
-        _check_attention(name, read_object(body / "config.json"))
+        check_attention(name, read_object(body / "config.json"))
     layers, dim, vocab_size = _sizes(name, text_config)
     if not -layers - 1 <= options.layer <= layers:
         raise InputError(f"layer {options.layer} does not exist: give --layer 0 (embeddings) to {layers}")
@@ -213,7 +213,7 @@ def _add_lower_case(tokenizer: Tokenizer) -> None:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([given] if given else [])])
 
 
-def _check_attention(name: str, config: dict[str, Any]) -> None:
+def check_attention(name: str, config: dict[str, Any]) -> None:
     """Raise InputError for a decoder whose own code, which is never run, may have another attention."""
     inner = config.get("text_config")
     settings = (config, inner if isinstance(inner, dict) else {})
@@ -225,7 +225,7 @@ def _check_attention(name: str, config: dict[str, Any]) -> None:
         )
 
 
-def _is_decoder(model_type: str) -> bool:
+def is_decoder(model_type: str) -> bool:
     """Return whether a model type is a causal language model only."""
     from transformers.models.auto import modeling_auto as auto
 

@@ -36,6 +36,7 @@ SLOW = (
     "qwen3_moe",
     "gpt_oss",
     "cohere",
+    "gemma4_text",
 )
 SLOW += ("starcoder2", "smollm3")
 FAMILIES = [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
