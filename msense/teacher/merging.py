@@ -83,14 +83,21 @@ def merge_folders(base: Path, adapters: Sequence[Path], output: Path, reading: R
             )
     _write_pooling(output, settings, reading)
     made = {
-        "base": {"name": base.name, "fingerprint": weights_fingerprint(base)},
-        "adapters": [{"name": own.name, "fingerprint": weights_fingerprint(own, ADAPTER_CONFIG)} for own in adapters],
+        "base": _source(base) | {"fingerprint": weights_fingerprint(base)},
+        "adapters": [_source(own) | {"fingerprint": weights_fingerprint(own, ADAPTER_CONFIG)} for own in adapters],
         "layers": len(changed),
         "reading": vars(reading),
     }
     _write_json(output / MERGED, made)
     _write_json(output / "config.json", _config(settings, reading.bidirectional))
     return made
+
+
+def _source(folder: Path) -> dict[str, str]:
+    """Return the name of a folder, or the repository and the commit of one in the cache of the Hub."""
+    if folder.parent.name != "snapshots":
+        return {"name": folder.name}
+    return {"name": folder.parts[-3].removeprefix("models--").replace("--", "/", 1), "revision": folder.name}
 
 
 def _read_base(base: Path, reading: Reading) -> tuple[dict[str, Any], Any]:

@@ -387,3 +387,12 @@ def test_the_base_is_of_the_revision_that_the_adapter_names(
     for number, given in enumerate(({}, {"revision": "v3"}, {"teacher": "owner/other"})):
         merged(tmp_path, adapter, output=str(tmp_path / str(number)), **given)
     assert asked[1::2] == [("owner/base", "v2"), ("owner/base", "v3"), ("owner/other", None)]
+
+
+def test_a_merge_records_repositories_and_commits(base: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--own--lora-of-mine" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    folder = merged(tmp_path, write_adapter(snapshot, base, 1))
+    made = json.loads((folder / "merged.json").read_text())
+    found = [{name: own.get(name) for name in ("name", "revision")} for own in (made["base"], *made["adapters"])]
+    assert found == [{"name": "base", "revision": None}, {"name": "own/lora-of-mine", "revision": "0123abc"}]
