@@ -12,6 +12,7 @@ import torch
 from architectures import sweep, write_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModel
 
 from msense.config.build import BuildConfig
 from msense.constants import DEMO_TEACHER
@@ -143,7 +144,6 @@ def test_large_weights_are_hashed_once_until_they_change(
 
 
 def test_layers_are_those_of_transformers(make_teacher: MakeTeacher) -> None:
-    from transformers import AutoModel
 
     folder = make_teacher("llama")
     ids, mask = pad_batch([np.array([2, 5, 6, 7])])
@@ -154,6 +154,16 @@ def test_layers_are_those_of_transformers(make_teacher: MakeTeacher) -> None:
         np.testing.assert_allclose(load(folder, layer).embed(ids, mask).numpy(), states[layer].numpy(), atol=1e-6)
     table = model.get_input_embeddings().weight.detach().numpy()
     np.testing.assert_array_equal(load(folder, 0).embed(ids, mask).numpy()[0], table[ids[0]])
+
+
+def test_positions_are_as_exact_as_in_transformers(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, "llama")
+    teacher = Teacher(str(folder), revision=None, layer=-1, dtype="bfloat16", device="cpu")
+    model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    buffers = dict(teacher.engine.module.named_buffers())
+    assert buffers
+    assert all(torch.equal(buffers[name], own) for name, own in model.named_buffers())
+    assert {p.dtype for p in teacher.engine.module.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "roberta", "t5"])
