@@ -55,7 +55,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 _ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
 ATTENTION_KEYS = ("is_causal", "use_bidirectional_attention")  # of a decoder's config
 HASHED_ALWAYS = 256 << 20  # bytes
-_CLOCK_TICK = 2.0  # seconds within which a file system may not tell two writes apart
+_CLOCK_TICK = 2.0  # seconds within which a file system may give two writes the same time
 _JSON_BYTES = 64 << 20
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
