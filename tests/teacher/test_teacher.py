@@ -18,7 +18,7 @@ from msense.config.build import BuildConfig
 from msense.constants import DEMO_TEACHER
 from msense.errors import InputError
 from msense.io.untrusted import check_model_settings
-from msense.teacher import body, files
+from msense.teacher import body, fingerprint
 from msense.teacher.batching import pad_batch, token_batches
 from msense.teacher.body import resolve_dtype
 from msense.teacher.model import Teacher
@@ -117,30 +117,30 @@ def test_large_weights_are_hashed_once_until_they_change(
     make_teacher: MakeTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_teacher("bert")
-    expected = files.weights_fingerprint(folder)
+    expected = fingerprint.weights_fingerprint(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "HASHED_ALWAYS", 0)
+    monkeypatch.setattr(fingerprint, "HASHED_ALWAYS", 0)
     hashed = []
-    real = files._hash
-    monkeypatch.setattr(files, "_hash", lambda paths: hashed.append(1) or real(paths))
-    assert [files.weights_fingerprint(folder) for _ in range(2)] == [expected] * 2
+    real = fingerprint._hash
+    monkeypatch.setattr(fingerprint, "_hash", lambda paths: hashed.append(1) or real(paths))
+    assert [fingerprint.weights_fingerprint(folder) for _ in range(2)] == [expected] * 2
     assert len(hashed) == 2  # files of this second may change again within a tick of the clock
     for path in folder.iterdir():
         os.utime(path, (1e9, 1e9))
-    assert [files.weights_fingerprint(folder) for _ in range(3)] == [expected] * 3
+    assert [fingerprint.weights_fingerprint(folder) for _ in range(3)] == [expected] * 3
     assert len(hashed) == 3
     weights = folder / "model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
     os.utime(weights, (1e9, 1e9))  # same size and time
-    assert files.weights_fingerprint(folder) != expected
+    assert fingerprint.weights_fingerprint(folder) != expected
     for kept in (tmp_path / "cache" / "msense" / "fingerprints").glob("*[!k]"):
         kept.write_text("0" * 63 + "g")  # damaged
     shutil.copyfile(make_teacher("bert") / "model.safetensors", weights)
-    assert files.weights_fingerprint(folder) == expected
+    assert fingerprint.weights_fingerprint(folder) == expected
     monkeypatch.setenv("XDG_CACHE_HOME", str(weights))  # not a folder
-    assert files.weights_fingerprint(folder) == expected
+    assert fingerprint.weights_fingerprint(folder) == expected
 
 
 def test_layers_are_those_of_transformers(make_teacher: MakeTeacher) -> None:
