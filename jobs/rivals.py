@@ -2,7 +2,8 @@
 
 For every data set, all are distilled from the same teacher's vectors of the same texts (its passages and their spans) for as many
 epochs. A table per set has the paired differences of the students to every model, and the last line of the output has all
-scores as one JSON object. DATA contains retrieval/NAME/ (documents, queries, judgements) or NAME/ (csv of text and label).
+scores as one JSON object. DATA contains retrieval/NAME/ (documents, queries, judgements), NAME/ (csv of text and label) or
+sts/NAME/ (csv of two sentences and their similarity).
 """
 
 import argparse
@@ -17,7 +18,17 @@ from pathlib import Path
 from benchmarks import rival_models
 from benchmarks.artifacts import ArtifactCache, made_once
 from benchmarks.rival_models import LEARNING_RATES, RivalModels
-from benchmarks.sets import DEFAULT_SETS, STUDENTS, TextSet, as_models, distill_all, evaluate_models, open_set, score
+from benchmarks.sets import (
+    DEFAULT_SETS,
+    STUDENTS,
+    TextSet,
+    as_models,
+    distill_all,
+    evaluate_models,
+    open_set,
+    open_similarity,
+    score,
+)
 from benchmarks.texts import export_texts
 from tokenizers import Tokenizer
 
@@ -142,8 +153,9 @@ def parse(argv: Sequence[str] | None = None) -> Comparison:
         nargs="+",
         default=(),
         metavar="URI",
-        help="also distil from these texts, and evaluate on all data sets",
+        help="distil from these texts instead of the sets' own, and evaluate on all sets",
     )
+    add("--sts", nargs="+", default=(), metavar="NAME", help="with --general, also evaluate on DATA/sts/NAME")
     add("--output", default="runs/rivals", type=folder, metavar="DIR", help="output folder (default: runs/rivals)")
     add("--epochs", type=int, default=5, metavar="N", help="of all students and rivals (default: 5)")
     add("--without", nargs="+", default=(), metavar="MODEL", help=f"leave out: {', '.join((*STUDENTS, *RIVALS))}")
@@ -162,6 +174,8 @@ def parse(argv: Sequence[str] | None = None) -> Comparison:
     given.lr = _rates(given.lr)
     if unknown := [name for name in given.without if name not in (*STUDENTS, *RIVALS)]:
         raise InputError(f"--without {unknown[0]}: no such model; use {', '.join((*STUDENTS, *RIVALS))}")
+    if given.sts and not given.general:
+        raise InputError("--sts: similarity sets have no text to distill from; give texts as --general")
     if set(STUDENTS) <= set(given.without):
         raise InputError(f"--without {' '.join(STUDENTS)}: keep one of the students")
     return given
@@ -189,10 +203,11 @@ def main() -> None:
     run = parse()
     sets = [open_set(run.data, name, run.output / name) for name in run.names]
     figures: Figures = {}
-    for own in sets:
-        figures |= run.compare(own.name, [own.corpus], [own])
     if run.general:
-        figures |= run.compare("general", run.general, sets)
+        figures = run.compare("general", run.general, [*sets, *(open_similarity(run.data, word) for word in run.sts)])
+    else:
+        for own in sets:
+            figures |= run.compare(own.name, [own.corpus], [own])
     sys.stdout.write(json.dumps({key: float(f"{value:.4g}") for key, value in figures.items()}) + "\n")
 
 

@@ -30,7 +30,7 @@ class TextSet(NamedTuple):
     """A data set."""
 
     name: str
-    corpus: str  # texts to distill from
+    corpus: str  # texts to distill from; empty if it has none
     task: str  # as for jobs/evaluate.py
 
     @property
@@ -50,6 +50,16 @@ def open_set(data: str | Path | None, name: str, folder: Path) -> TextSet:
         return TextSet(name, str(write_documents(source, folder / "documents.jsonl")), f"retrieval:{name}={source}")
     source = data_folder(data, name)
     return TextSet(name, str(source / "train.csv"), f"{name}={source}")
+
+
+def open_similarity(data: str | Path | None, word: str) -> TextSet:
+    """Return the similarity set DATA/sts/NAME of `NAME` or `NAME,split=...`, which has no text to distill from.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    name, comma, rest = word.partition(",")
+    return TextSet(name, "", f"similarity:{name}={data_folder(data, f'sts/{name}')}{comma}{rest}")
 
 
 def write_documents(source: Path, path: Path) -> Path:

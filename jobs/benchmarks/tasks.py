@@ -6,8 +6,8 @@ Students, dictionaries and evaluations are kept in a folder beside the shared ru
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.artifacts import ArtifactCache, data_folder
-from benchmarks.sets import STUDENTS, as_models, distill_all, evaluate_models, open_set, score
+from benchmarks.artifacts import ArtifactCache
+from benchmarks.sets import STUDENTS, as_models, distill_all, evaluate_models, open_set, open_similarity, score
 from benchmarks.shared import Bench, Figures
 from msense.errors import InputError
 from msense.evaluation.report import TaskReport
@@ -68,9 +68,7 @@ def _similarities(bench: Bench) -> dict[str, str]:
         return {}
     if not Path(bench.general).is_dir():
         raise InputError(f"--general {bench.general}: there is no such folder; give the run folder of a student")
-    words = [word.partition(",") for word in bench.sts]
-    folders = {name: data_folder(bench.data, f"sts/{name}") for name, *_ in words}
-    return {f"sts.{name}": f"similarity:{name}={folders[name]}{comma}{rest}" for name, comma, rest in words}
+    return {f"sts.{own.name}": own.task for own in (open_similarity(bench.data, word) for word in bench.sts)}
 
 
 def _general(bench: Bench, named: Mapping[str, str], output: Path) -> Figures:

@@ -136,6 +136,7 @@ def test_a_foreign_python_is_asked_without_this_ones_path(monkeypatch: pytest.Mo
         (["--without", *sets.STUDENTS], "keep one of the students"),
         (["--lr", "static=1"], "--lr static=1: use MODEL=LR"),
         (["--lr", "st-table=-1"], "--lr st-table=-1: use MODEL=LR"),
+        (["--sts", "stsb"], "--sts: similarity sets have no text to distill from; give texts as --general"),
     ],
 )
 def test_invalid_flags_are_refused(words: list[str], message: str) -> None:
@@ -164,8 +165,9 @@ def test_scores_have_keys_and_students_intervals_over_every_model(
     monkeypatch.setattr(rivals, "evaluate_models", evaluate)
     monkeypatch.setattr(rivals.Comparison, "models", lambda self, name, corpus: ([f"static=student:/{name}"], 1.0))
     source = write_set(tmp_path / "data", "cranfield")
-    words = ["cranfield", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--general", "text.txt"]
-    monkeypatch.setattr(sys, "argv", ["rivals.py", *words, "--without", "table", "layers2"])
+    words = ["cranfield", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+    argv = ["rivals.py", *words, "--without", "table", "layers2"]
+    monkeypatch.setattr(sys, "argv", argv)
     rivals.main()
     *table, last = capsys.readouterr().out.splitlines()
     assert json.loads(last) == {
@@ -175,6 +177,16 @@ def test_scores_have_keys_and_students_intervals_over_every_model(
         "rivals.cranfield.st-table": 0.4,
         "rivals.cranfield.bm25": 0.5,
         "rivals.cranfield.static + bm25": 0.9,
+    }
+    assert measured[0] == (["teacher", "static=student:/cranfield", "bm25"], [f"retrieval:cranfield={source}"])
+    lines = {line.split()[0]: line.split()[1:] for line in table if line.strip()}
+    assert lines["st-table"] == ["0.400", "+20.0", "[+20.0,", "+20.0]"]
+    assert lines["teacher"] == ["0.700", "-10.0", "[-10.0,", "-10.0]"]
+    assert lines["static"] == ["0.600", "–"]
+
+    monkeypatch.setattr(sys, "argv", [*argv, "--general", "text.txt"])
+    rivals.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
         "rivals.general.same_tokens": 1.0,
         "rivals.general.cranfield.teacher": 0.7,
         "rivals.general.cranfield.static": 0.6,
@@ -182,11 +194,16 @@ def test_scores_have_keys_and_students_intervals_over_every_model(
         "rivals.general.cranfield.bm25": 0.5,
         "rivals.general.cranfield.static + bm25": 0.9,
     }
-    assert measured[0] == (["teacher", "static=student:/cranfield", "bm25"], [f"retrieval:cranfield={source}"])
-    lines = {line.split()[0]: line.split()[1:] for line in table if line.strip()}
-    assert lines["st-table"] == ["0.400", "+20.0", "[+20.0,", "+20.0]"]
-    assert lines["teacher"] == ["0.700", "-10.0", "[-10.0,", "-10.0]"]
-    assert lines["static"] == ["0.600", "–"]
+    assert measured[1][0] == ["teacher", "static=student:/general", "bm25"]
+    assert len(measured) == 2, "instead of the set's own text"
+
+
+def test_similarity_sets_have_a_task_and_no_text(tmp_path: Path) -> None:
+    (tmp_path / "sts" / "pairs").mkdir(parents=True)
+    own = sets.open_similarity(tmp_path, "pairs,split=dev")
+    assert own == ("pairs", "", f"similarity:pairs={tmp_path / 'sts' / 'pairs'},split=dev")
+    with pytest.raises(InputError, match="sts/none/ does not exist"):
+        sets.open_similarity(tmp_path, "none")
 
 
 def write_set(data: Path, name: str) -> Path:
