@@ -72,7 +72,7 @@ class Maker(argparse.Namespace):
 
 
 def students(cache: ArtifactCache, dictionary: Path, names: Sequence[str], **settings: Any) -> list[str]:
-    """Distil students and return them as models."""
+    """Distill students and return them as models."""
     return [f"{name}=student:{cache.student(dictionary, name, **STUDENTS[name], **settings)}" for name in names]
 
 

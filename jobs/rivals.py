@@ -153,7 +153,7 @@ def parse(argv: Sequence[str] | None = None) -> Comparison:
         nargs="+",
         default=(),
         metavar="URI",
-        help="distil from these texts instead of the sets' own, and evaluate on all sets",
+        help="distill from these texts instead of the sets' own, and evaluate on all sets",
     )
     add("--sts", nargs="+", default=(), metavar="NAME", help="with --general, also evaluate on DATA/sts/NAME")
     add("--output", default="runs/rivals", type=folder, metavar="DIR", help="output folder (default: runs/rivals)")

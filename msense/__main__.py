@@ -55,7 +55,8 @@ _STATUS_EXAMPLES = """\
 Examples:
   msense status runs/demo
   msense status s3://BUCKET/runs/mine --json"""
-_Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
+_Count = Annotated[int, Parameter(validator=validators.Number(gte=0), metavar="N")]
+_Text = Annotated[str, Parameter(metavar="TEXT")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def make_app() -> App:
     configs = "\n".join(f"  {name:<20} {use}" for name, use in config_names().items())
     app = App(
         name="msense",
-        help="Sense dictionaries from large teacher models, and small, fast students that speak in them.",
+        help="Sense dictionaries from large teacher models, and small, fast students that name senses.",
         help_format="plaintext",
         help_epilogue=_EXAMPLES + configs,
         version=VERSION,
@@ -84,10 +85,10 @@ def make_app() -> App:
 
 
 def show(
-    dictionary: str,
-    words: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    dictionary: _Text,
+    words: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=(), metavar="TEXT ...")] = None,
     *,
-    text: str | None = None,
+    text: _Text | None = None,
     exemplars: _Count = 3,
     senses: _Count = 6,
 ) -> int:
@@ -109,7 +110,7 @@ def show(
     return show_words(dictionary, words or [], exemplars, senses) if text is None else show_text(dictionary, text)
 
 
-def status(run: str, *, json: Annotated[bool, Parameter(negative=())] = False) -> None:
+def status(run: _Text, *, json: Annotated[bool, Parameter(negative=())] = False) -> None:
     """Show the progress of a run, and what its latest drivers did.
 
     Args:

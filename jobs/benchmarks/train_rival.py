@@ -84,7 +84,7 @@ def _modules(start: dict[str, str], dim: int) -> list[Any]:
 
 
 def distil_model2vec(teacher: str, output: str) -> None:
-    """Distil a teacher's vocabulary without reducing the width of its embeddings."""
+    """Distill a teacher's vocabulary without reducing the width of its embeddings."""
     from model2vec.distill import distill
 
     distill(model_name=teacher, pca_dims=None, quantize_to="float32").save_pretrained(output)

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from msense.cli.console import show_table
@@ -34,53 +36,70 @@ class Progress(NamedTuple):
 
 
 def show_status(run: str, *, as_json: bool = False) -> None:
-    """Print the progress of every stage of a run, and what its latest drivers did; raise InputError if it is not a run."""
-    folder = RunFolder(storage.absolute(run))
-    manifest = folder.read_manifest()
-    if manifest is None:
-        inner = [own for name in _OF_MAKE if storage.exists(RunFolder(own := storage.join(run, name)).manifest)]
-        if inner and not as_json:
-            for own in inner:
-                show_status(own)
-            return
+    """Print the progress of every stage of a run, and what its latest drivers did; of `msense make`, of both its runs.
+
+    As JSON, those of `msense make` are one object with the keys "dictionary" and "student".
+
+    Raises:
+        InputError: it is no run, or one of another version.
+    """
+    own = RunFolder(storage.absolute(run))
+    parts = {name: RunFolder(storage.join(run, name)) for name in _OF_MAKE}
+    parts = {} if own.read_manifest() else {name: part for name, part in parts.items() if part.read_manifest()}
+    if not as_json:
+        for part in parts.values() or [own]:
+            _show_table(part)
+        return
+    found = {name: _as_json(part) for name, part in parts.items()} or _as_json(own)
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+@contextmanager
+def _records(run: RunFolder) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    """Yield a run's manifest and the records of its drivers; InputError if it is no run, or one of another version."""
+    if (manifest := run.read_manifest()) is None:
         raise InputError(
-            f"{run} is not a run folder: it has no valid manifest.json; give "
-            + (" or ".join(inner) or "the --output of a build, a distillation or msense make")
+            f"{run.root} is not a run folder: it has no valid manifest.json; give the --output of a build, a "
+            "distillation or msense make"
         )
     try:
-        drivers = (storage.read_json(folder.journal) or {}).get("drivers", [])
-        if as_json:
-            sys.stdout.write(json.dumps(_as_json(folder, manifest, drivers)) + "\n")
-            return
+        yield manifest, (storage.read_json(run.journal) or {}).get("drivers", [])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        cause = f"{type(error).__name__}: {printable(error)}"
+        raise InputError(f"{run.root} has records of another version of msense ({cause}): use that version") from error
+
+
+def _show_table(run: RunFolder) -> None:
+    with _records(run) as (manifest, drivers):
         teacher = manifest["teacher"]
         rows = [
             ("teacher", f"{teacher['name']} ({teacher['dim']} dimensions, {manifest['pins']['dtype']})"),
             ("corpus", " ".join(manifest["corpus"])),
-            *(_distillation_rows if "dictionary" in manifest else _build_rows)(folder, manifest),
+            *(_distillation_rows if "dictionary" in manifest else _build_rows)(run, manifest),
         ]
         rows += [_driver_row(number, record) for number, record in list(enumerate(drivers, 1))[-DRIVERS_SHOWN:]]
-        show_table(f"Run {run}", rows)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        cause = f"{type(error).__name__}: {printable(error)}"
-        raise InputError(f"{run} has records of another version of msense ({cause}): use that version") from error
+    show_table(f"Run {run.root}", rows)
 
 
-def _as_json(run: RunFolder, manifest: dict[str, Any], drivers: list[Any]) -> dict[str, Any]:
+def _as_json(run: RunFolder) -> dict[str, Any]:
     """Return the status as JSON values: `stages` has items done and in total (null: not known yet) by stage."""
-    kind = kind_of(manifest)
-    result = {"a dictionary": run.finished, "labels": run.label_manifest, "a student": run.student}[kind]
-    counts = _build_progress(run, manifest) if kind == "a dictionary" else _label_progress(_labels_of(run, manifest))
-    return {
-        "run": run.root,
-        "makes": kind.removeprefix("a "),
-        "teacher": manifest["teacher"]["name"],
-        "corpus": manifest["corpus"],
-        "finished": storage.exists(result),
-        "stages": {name: {"done": own.done, "total": own.total} for name, own in counts.items()},
-        "summary": (storage.read_json(run.summary) or {}).get("stages"),
-        "training": None if storage.exists(result) else storage.read_json(run.progress),
-        "drivers": drivers,
-    }
+    with _records(run) as (manifest, drivers):
+        kind = kind_of(manifest)
+        result = {"a dictionary": run.finished, "labels": run.label_manifest, "a student": run.student}[kind]
+        counts = (
+            _build_progress(run, manifest) if kind == "a dictionary" else _label_progress(_labels_of(run, manifest))
+        )
+        return {
+            "run": run.root,
+            "makes": kind.removeprefix("a "),
+            "teacher": manifest["teacher"]["name"],
+            "corpus": manifest["corpus"],
+            "finished": storage.exists(result),
+            "stages": {name: {"done": own.done, "total": own.total} for name, own in counts.items()},
+            "summary": (storage.read_json(run.summary) or {}).get("stages"),
+            "training": None if storage.exists(result) else storage.read_json(run.progress),
+            "drivers": drivers,
+        }
 
 
 def _build_progress(run: RunFolder, manifest: dict[str, Any]) -> dict[str, Progress]:

@@ -22,7 +22,7 @@ if __name__ != "__main__":
 
 
 class Model2Vec:
-    """A process that distils model2vec and encodes texts.
+    """A process that distills model2vec and encodes texts.
 
     After `encode`, `seconds` is its duration by the process's own clock, without transfers, and `peak_memory` the peak memory
     of the process in bytes, distillation excluded.
@@ -34,11 +34,11 @@ class Model2Vec:
     """
 
     def __init__(self, python: str | None, teacher: Path, threads: int) -> None:
-        """Distil the teacher; InputError if the Python is missing, MsenseError if it has no model2vec or distillation failed."""
+        """Distill the teacher; InputError if the Python is missing, MsenseError if it has no model2vec or distillation failed."""
         self._folder = tempfile.TemporaryDirectory(prefix="msense-")
         self._log = Path(self._folder.name, "log.txt")  # stderr of the last process
         self._python, self._threads = python or sys.executable, threads
-        self._process = self._start(str(teacher))  # distils and ends
+        self._process = self._start(str(teacher))  # distills and ends
         self._process.communicate()
         if self._process.returncode:
             self._fail()

@@ -115,7 +115,7 @@ class SenseEncoder:
         """The student's dictionary, on its device; StudentError if there is none, or that of another student."""
         folder = self._files.dictionary
         if self.config.is_table:
-            raise StudentError("a table knows no senses: distil a student of another kind, such as static")
+            raise StudentError("a table knows no senses: distill a student of another kind, such as static")
         if not folder.is_dir():
             raise StudentError(
                 f"student {self._files.folder} has no dictionary, only sentence vectors: save it again with "
