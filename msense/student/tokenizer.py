@@ -1,6 +1,7 @@
 """Tokenize texts with a student's tokenizer, whose tokenizer.json is validated first."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -79,9 +80,11 @@ class StudentTokenizer:
 
 def check_chunk(texts: Sequence[str], first: int) -> None:
     """Raise InputError for texts, numbered from `first`, that the tokenizer cannot read."""
+    with suppress(TypeError):  # all at once, which takes a tenth of the time
+        if is_utf8("".join(texts)):
+            return
     for number, text in enumerate(texts, first):
-        if not isinstance(text, str) or not text.isascii():
-            check_text(f"text {number}", text)
+        check_text(f"text {number}", text)
 
 
 def check_text(name: str, text: object) -> None:
