@@ -114,6 +114,12 @@ class Vocabulary:
         splits = [split for split in (self._split(space + word) for space in ("", " ")) if split]
         return [token for token, _ in min(splits, key=len, default=[])]
 
+    def texts(self, vocab_size: int) -> list[str]:
+        """Return the text of each token id below `vocab_size`, without spaces around it; the token itself if it has none."""
+        with tokenizer_errors("cannot decode its tokens"):
+            texts = self.tokenizer.decode_batch([[i] for i in range(vocab_size)], skip_special_tokens=False)
+            return [text.strip() or self.tokenizer.id_to_token(i) or "" for i, text in enumerate(texts)]
+
     def _split(self, text: str) -> list[tuple[int, str]]:
         """Return (id, token) of each token of a text; none if any is unknown."""
         with tokenizer_errors(f"fails on {text!r}"):

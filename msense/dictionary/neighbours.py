@@ -5,7 +5,7 @@ teachers share a large common part, beside which every plain cosine is near 1.
 
 A small dictionary is searched exactly. In a large one, a pass over `BITS` bits per sense (the signs of random projections, as in
 SimHash, Charikar 2002) selects the `CANDIDATES` senses with the fewest different bits, and only their centroids are read and
-compared exactly. Memory: 64 bytes per sense, one block of centroids, and the candidates in float32.
+compared exactly. Memory: 128 bytes per sense, one block of centroids, and the candidates in float32.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ from msense.errors import DictionaryError, InputError
 from msense.io.arrays import load_arrays, save_arrays
 from msense.io.scratch import atomic_path
 
-BITS = 512  # per sense
-CANDIDATES = 3 << 14  # senses that are compared exactly
+BITS = 1024  # per sense
+CANDIDATES = 1 << 14  # senses that are compared exactly
 EXACT_NUMBERS = 1 << 24  # a dictionary of so many numbers (senses x width) is searched exactly
 _WORD = 64
 _SCAN_ROWS = 1 << 16  # compared at once: their bits fit the L2 cache of a core

@@ -179,6 +179,15 @@ class SenseDictionary:
         """
         return self._vocabulary.lookup(word, np.diff(self.offsets))
 
+    def pieces(self, word: str) -> list[int]:
+        """Return the token ids of a word of one or several tokens; none if any is unknown; errors as `lookup`."""
+        return self._vocabulary.pieces(word)
+
+    @cached_property
+    def token_texts(self) -> list[str]:
+        """The text of each token id [V], as it stands in a text, without spaces around it; errors as `lookup`."""
+        return self._vocabulary.texts(self.vocab_size)
+
     def exemplars(self, token: int) -> list[Exemplar]:
         """Return the contexts of a token's senses by sense and rank; raise DictionaryError if the file is corrupted."""
         rows = (Exemplar(*(row[name] for name in Exemplar._fields)) for row in self._exemplar_table(token).to_pylist())
@@ -187,7 +196,7 @@ class SenseDictionary:
     def neighbours(self, token: int, sense: int, top: int = 10) -> list[Neighbour]:
         """Return the `top` senses of other tokens that are nearest to a sense, nearest first.
 
-        The first call makes an index of a large dictionary (14 s for a million senses of width 384 on one core) and keeps it
+        The first call makes an index of a large dictionary (20 s for a million senses of width 384 on one core) and keeps it
         in the user's cache; see `msense.dictionary.neighbours`.
 
         Raises:
