@@ -55,6 +55,11 @@ _STATUS_EXAMPLES = """\
 Examples:
   msense status runs/demo
   msense status s3://BUCKET/runs/mine --json"""
+_EXPLORE_EXAMPLES = """\
+Examples:
+  msense explore runs/demo
+  msense explore runs/student
+  msense explore runs/general --compare runs/medicine"""
 _Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 
 
@@ -79,6 +84,7 @@ def make_app() -> App:
         app.command(f"msense.cli.{name.replace('-', '_')}:app", name=name, help=text, sort_key=number)
     app.command(show, help_epilogue=_SHOW_EXAMPLES, sort_key=len(_JOBS), version_flags=())
     app.command(status, help_epilogue=_STATUS_EXAMPLES, sort_key=len(_JOBS), version_flags=())
+    app.command(explore, help_epilogue=_EXPLORE_EXAMPLES, sort_key=len(_JOBS), version_flags=())
     app.register_install_completion_command(help="Install completion for bash, zsh or fish, and exit.")
     return app
 
@@ -119,6 +125,20 @@ def status(run: str, *, json: Annotated[bool, Parameter(negative=())] = False) -
     from msense.cli.status import show_status
 
     show_status(run, as_json=json)
+
+
+def explore(source: str, *, compare: str | None = None, host: str = "127.0.0.1", port: int = 8765) -> None:
+    """Explore a dictionary or a student in a browser, on a local page.
+
+    Args:
+        source: folder or URI of a dictionary, of the run that built it, or of a student; or a student's hub name
+        compare: a second dictionary of the same teacher
+        host: address to listen on; any but a loopback address asks for a token, which is printed
+        port: to listen on; 0: a free one
+    """
+    from msense.cli.explore import explore as serve
+
+    serve(source, compare, host, port)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,10 @@ class SenseDictionary:
         """
         return self._neighbour_index.nearest(token, sense, top)
 
+    def prepare_neighbours(self) -> None:
+        """Make or load what `neighbours` needs, which its first call does otherwise."""
+        _ = self._neighbour_index
+
     def assign(self, token_ids: ArrayT, embeddings: ArrayT, *, metric: Metric | None = None) -> ArrayT:
         """Return the index int64 [N] of the nearest sense of each token id [N] to its embedding [N, D].
 

@@ -1,0 +1,82 @@
+"""What an explorer shows: a dictionary, if there is one a student, and a second dictionary to compare with."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from msense.dictionary import SenseDictionary
+from msense.errors import InputError
+from msense.explorer.comparison import Difference, check_comparable, differences
+from msense.explorer.overview import Overview, TokenStatistics
+from msense.explorer.search import TokenSearch
+from msense.io import storage
+from msense.student.encoder import SenseEncoder
+
+_STUDENTS = ("", "student", "student/student")  # itself, in the run that made it, and in the output of `msense make`
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is shown; its statistics and search are computed once, on first use."""
+
+    dictionary: SenseDictionary
+    encoder: SenseEncoder | None = None
+    other: SenseDictionary | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InputError if the dictionaries cannot be compared."""
+        if self.other is not None:
+            check_comparable(self.dictionary, self.other)
+
+    @cached_property
+    def statistics(self) -> TokenStatistics:
+        """Statistics of every token."""
+        return TokenStatistics(self.dictionary)
+
+    @cached_property
+    def overview(self) -> Overview:
+        """The dictionary in numbers."""
+        return self.statistics.overview()
+
+    @cached_property
+    def search(self) -> TokenSearch | None:
+        """Search over the tokens; None without a tokenizer."""
+        return TokenSearch(self.dictionary) if self.dictionary.tokenizer_file else None
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """The tokens that the corpora of both dictionaries use most differently first; none without a second one."""
+        return [] if self.other is None else differences(self.dictionary, self.other)
+
+    def prepare(self) -> None:
+        """Compute what every page needs: about a second for a million senses of 50,000 tokens."""
+        _ = self.overview, self.search
+
+    def prepare_rest(self) -> None:
+        """Compute what single pages need, such as the index of neighbours: half a minute for a million senses, once."""
+        import scipy.cluster.hierarchy  # noqa: F401 - slow to import
+
+        _ = self.differences
+        self.dictionary.prepare_neighbours()
+
+
+def open_contents(source: str, compare: str | None = None) -> Contents:
+    """Open a dictionary, run or student (folder, URI, or a student's hub name), and a second dictionary.
+
+    Raises:
+        InputError: nothing is there, it is damaged, or the dictionaries are not of one teacher.
+    """
+    other = None if compare is None else SenseDictionary.load(compare)
+    if _has_student(source):
+        encoder = SenseEncoder.from_pretrained(source, device="cpu")
+        return Contents(encoder.dictionary, encoder, other)
+    return Contents(SenseDictionary.load(source), None, other)
+
+
+def _has_student(source: str) -> bool:
+    """Return whether a source is a student or a run with one, or is not here and thus a student's hub name."""
+    if "://" not in source and not Path(source).exists():
+        if source.count("/") != 1 or source.startswith((".", "/", "~")):
+            raise InputError(f"nothing at {source}: give the folder of a dictionary, of its run, or of a student")
+        return True
+    return any(storage.exists(storage.join(source, *filter(None, (inner, "modules.json")))) for inner in _STUDENTS)
