@@ -53,6 +53,7 @@ def _bound(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # a browser may come before the server runs
     except (OSError, OverflowError) as error:
         raise InputError(f"cannot listen on {host} port {port}: {error}; give another --host or --port") from error
     return listener

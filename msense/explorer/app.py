@@ -25,7 +25,7 @@ from msense.errors import InputError, MsenseError
 from msense.explorer.contents import Contents
 from msense.explorer.overview import RANKINGS
 from msense.explorer.sentence import sentence_spans
-from msense.explorer.word import DEFAULT_LEVEL, neighbour_views, text_of, token_view, word_page
+from msense.explorer.word import DEFAULT_LEVEL, text_of, token_view, word_page
 from msense.text import clean, plain
 
 _FOLDER = Path(__file__).parent
@@ -114,7 +114,7 @@ class Pages:
     def neighbours(self, request: Request) -> Response:
         """Show the nearest senses of other tokens."""
         token, sense = request.path_params["token"], request.path_params["sense"]
-        near = neighbour_views(self._contents.dictionary, token, sense)
+        near = self._contents.neighbours(token, sense)
         name = text_of(self._contents.dictionary, token)
         return self._page("neighbours.html", token=token, sense=sense, text=name, neighbours=near)
 
@@ -138,7 +138,7 @@ class Pages:
         if self._contents.other is None:
             raise InputError("there is no second dictionary: open one with --compare DICTIONARY")
         first = _number(request, "first", 0, 0, 1 << 31, int)
-        every = self._contents.differences
+        every = self._contents.differences()
         rows = every[first : first + _PAGE_ROWS]
         return self._page("compare.html", rows=rows, first=first, step=_PAGE_ROWS, total=len(every))
 

@@ -1,14 +1,16 @@
 """What an explorer shows: a dictionary, if there is one a student, and a second dictionary to compare with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 from msense.dictionary import SenseDictionary
 from msense.errors import InputError
 from msense.explorer.comparison import Difference, check_comparable, differences
 from msense.explorer.overview import Overview, TokenStatistics
 from msense.explorer.search import TokenSearch
+from msense.explorer.word import NeighbourView, neighbour_views
 from msense.io import storage
 from msense.student.encoder import SenseEncoder
 
@@ -22,6 +24,7 @@ class Contents:
     dictionary: SenseDictionary
     encoder: SenseEncoder | None = None
     other: SenseDictionary | None = None
+    _lock: Lock = field(default_factory=Lock, repr=False)  # held while something slow is computed, once
 
     def __post_init__(self) -> None:
         """Raise InputError if the dictionaries cannot be compared."""
@@ -44,9 +47,19 @@ class Contents:
         return TokenSearch(self.dictionary) if self.dictionary.tokenizer_file else None
 
     @cached_property
-    def differences(self) -> list[Difference]:
-        """The tokens that the corpora of both dictionaries use most differently first; none without a second one."""
+    def _differences(self) -> list[Difference]:
         return [] if self.other is None else differences(self.dictionary, self.other)
+
+    def differences(self) -> list[Difference]:
+        """Return the tokens that the corpora of both dictionaries use most differently first; none without a second one."""
+        with self._lock:
+            return self._differences
+
+    def neighbours(self, token: int, sense: int) -> list[NeighbourView]:
+        """Return the nearest senses of other tokens, as `neighbour_views`; waits while the index is made."""
+        with self._lock:
+            self.dictionary.prepare_neighbours()
+        return neighbour_views(self.dictionary, token, sense)
 
     def prepare(self) -> None:
         """Compute what every page needs: about a second for a million senses of 50,000 tokens."""
@@ -56,8 +69,9 @@ class Contents:
         """Compute what single pages need, such as the index of neighbours: half a minute for a million senses, once."""
         import scipy.cluster.hierarchy  # noqa: F401 - slow to import
 
-        _ = self.differences
-        self.dictionary.prepare_neighbours()
+        self.differences()
+        with self._lock:
+            self.dictionary.prepare_neighbours()
 
 
 def open_contents(source: str, compare: str | None = None) -> Contents:

@@ -1,8 +1,12 @@
 """The pages through the application's test client: contents, hostile words, headers, token."""
 
 import re
+import signal
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -194,3 +198,19 @@ def test_nothing_is_opened_where_nothing_is(tmp_path: Path) -> None:
         open_contents(str(tmp_path / "a"), str(tmp_path / "b"))
     assert open_contents(str(tmp_path / "a")).overview.senses == 1
     assert np.isfinite(open_contents(str(tmp_path / "a"), str(tmp_path / "a")).overview.distortion)
+
+
+@pytest.mark.integration
+def test_the_command_serves_on_a_free_port(dictionary: SenseDictionary, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "msense", "explore", str(dictionary.tokenizer_file.parents[1]), "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().strip()
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
+            with urlopen(address) as page:
+                assert page.status == 200
+                assert "default-src 'none'" in page.headers["content-security-policy"]
+                assert b"<h1>Dictionary</h1>" in page.read()
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(60) in (0, 130)
