@@ -59,7 +59,8 @@ _EXPLORE_EXAMPLES = """\
 Examples:
   msense explore runs/demo
   msense explore runs/student
-  msense explore runs/general --compare runs/medicine"""
+  msense explore runs/general --compare runs/medicine
+  msense explore runs/demo tree key --export senses.html"""
 _Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 
 
@@ -127,18 +128,35 @@ def status(run: str, *, json: Annotated[bool, Parameter(negative=())] = False) -
     show_status(run, as_json=json)
 
 
-def explore(source: str, *, compare: str | None = None, host: str = "127.0.0.1", port: int = 8765) -> None:
+def explore(
+    source: str,
+    words: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    *,
+    compare: str | None = None,
+    trainings: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    export: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+) -> int:
     """Explore a dictionary or a student in a browser, on a local page.
 
     Args:
         source: folder or URI of a dictionary, of the run that built it, or of a student; or a student's hub name
+        words: words of the exported file
         compare: a second dictionary of the same teacher
+        trainings: runs whose training is shown beside that of the source
+        export: write the senses of the words to this self-contained HTML file, in place of a local page
         host: address to listen on; any but a loopback address asks for a token, which is printed
         port: to listen on; 0: a free one
     """
-    from msense.cli.explore import explore as serve
+    from msense.cli import explore as command
 
-    serve(source, compare, host, port)
+    if (export is None) == bool(words):
+        raise InputError("give words and a file together, or neither: msense explore SOURCE WORD --export FILE.html")
+    if export is not None:
+        return command.export(source, words or [], export)
+    command.serve(source, compare, trainings or [], (host, port))
+    return 0
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ RUN = ("bash", "python")
 SHOWN = ("bibtex", "text", "yaml")  # output, diagrams, files
 OTHER_FLAGS = {"--config", "--help", "--json", "--no-pooled", "--no-cost", "--senses", "--exemplars", "--text"}
 OTHER_FLAGS |= {"--data", "--sets", "--general", "--sts"}  # of jobs/benchmark.py
+OTHER_FLAGS |= {"--host"}  # of msense explore
 OTHER_FLAGS |= {"--address", "--working-dir", "--submission-id", "--generate"}  # of Ray
 WORDS = ["cell", "decision", "gaussian", "kernel", "key", "leaf", "matrix", "tree", *tiny.WORDS]
 

@@ -1,17 +1,35 @@
-"""Serve the pages of a dictionary or student (`python -m msense explore SOURCE`)."""
+"""Serve the pages of a dictionary or student (`python -m msense explore SOURCE`), or write those of words to a file."""
 
 import ipaddress
 import secrets
 import socket
 import sys
+from collections.abc import Sequence
 from threading import Thread
 
 from msense.errors import InputError
+from msense.io import storage
 from msense.io.extras import require
 
 
-def explore(source: str, compare: str | None, host: str, port: int) -> None:
-    """Serve until interrupted; a host that other machines reach asks for a token, which is printed.
+def export(source: str, words: Sequence[str], file: str) -> int:
+    """Write the senses of words to one self-contained HTML file or URI; return 1 if no word has any.
+
+    Raises:
+        InputError: the source is invalid, or the packages of the extra are missing.
+    """
+    require("explore", "msense explore")
+    from msense.dictionary import SenseDictionary
+    from msense.explorer.render import export_words
+    from msense.explorer.word import word_page
+
+    dictionary = SenseDictionary.load(source)
+    storage.write_text(file, export_words(dictionary, words))
+    return 0 if any(word_page(dictionary, word, examples=0).tokens for word in words) else 1
+
+
+def serve(source: str, compare: str | None, trainings: Sequence[str], address: tuple[str, int]) -> None:
+    """Serve at a host and port until interrupted; a host that other machines reach asks for a token, which is printed.
 
     Raises:
         InputError: the source or the address is invalid, or the packages of the extra are missing.
@@ -22,15 +40,16 @@ def explore(source: str, compare: str | None, host: str, port: int) -> None:
     from msense.explorer.app import make_app
     from msense.explorer.contents import open_contents
 
-    contents = open_contents(source, compare)
+    contents = open_contents(source, compare, trainings)
     contents.prepare()
+    host, port = address
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    app = make_app(contents, token=token, hosts=() if token is None else ("*",))
+    app = make_app(contents, token=token, hosts=(host.lower() if token is None else "*",))
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
     with _bound(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{listener.getsockname()[1]}/"
-        sys.stdout.write(address + (f"?token={token}" if token else "") + "\n")
+        page = f"http://{shown}:{listener.getsockname()[1]}/"
+        sys.stdout.write(page + (f"?token={token}" if token else "") + "\n")
         sys.stdout.flush()
         Thread(target=contents.prepare_rest, daemon=True).start()
         server.run(sockets=[listener])

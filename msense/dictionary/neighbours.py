@@ -101,7 +101,7 @@ class NeighbourIndex:
             raise InputError(f"token {token} has no senses: it does not occur in the corpus, or is excluded")
         if not 0 <= sense < end - start:
             raise InputError(f"token {token} has no sense {sense}: its senses are 0 to {end - start - 1}")
-        query = self._senses.rows(torch.tensor([start + sense])).float()
+        query = self._senses.rows(torch.tensor([start + sense])).float().cpu()
         if not torch.isfinite(query).all():
             raise DictionaryError(f"sense {sense} of token {token} is NaN or infinite: build the dictionary again")
         rows = self._candidates(start + sense, start, end, max(CANDIDATES, top))
@@ -136,7 +136,7 @@ class NeighbourIndex:
         scores = torch.empty(len(rows))
         step = max(1, batch_elements(query.device) // len(query))
         for first in range(0, len(rows), step):
-            block = self._senses.rows(torch.from_numpy(rows[first : first + step])).float().sub_(self._mean)
+            block = self._senses.rows(torch.from_numpy(rows[first : first + step])).float().cpu() - self._mean
             scores[first : first + step] = torch.nn.functional.normalize(block) @ query
         return scores.nan_to_num_(nan=-1.0)
 
@@ -148,9 +148,9 @@ def _is_small(senses: RaggedSenses) -> bool:
 def _blocks(senses: RaggedSenses) -> Iterator[tuple[int, Tensor]]:
     """Yield the first row and the centroids, float32 [n, D], of each block; numbers that are not finite are 0."""
     total, dim = int(senses.offsets[-1]), senses.parts[0].shape[1]
-    step = max(1, batch_elements(senses.parts[0].device) // dim)
+    step = max(1, batch_elements(torch.device("cpu")) // dim)
     for first in range(0, total, step):
-        rows = senses.rows(torch.arange(first, min(first + step, total))).float()
+        rows = senses.rows(torch.arange(first, min(first + step, total))).float().cpu()
         yield first, torch.nan_to_num(rows, posinf=0.0, neginf=0.0)
 
 

@@ -6,11 +6,8 @@ and styles. Pages work without JavaScript, which adds search as you type and the
 
 import secrets
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -24,14 +21,15 @@ from starlette.staticfiles import StaticFiles
 from msense.errors import InputError, MsenseError
 from msense.explorer.contents import Contents
 from msense.explorer.overview import RANKINGS
+from msense.explorer.render import FOLDER, LONGEST, environment, export_words
 from msense.explorer.sentence import sentence_spans
+from msense.explorer.training import charts
 from msense.explorer.word import DEFAULT_LEVEL, text_of, token_view, word_page
-from msense.text import clean, plain
+from msense.text import plain
 
-_FOLDER = Path(__file__).parent
-_LONGEST = 200  # characters of a token or word that are shown
 LONGEST_TEXT = 5_000  # characters of a sentence
 _PAGE_ROWS = 50
+_MOST_EXPORTED = 20  # words
 _COOKIE = "msense_token"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -62,12 +60,15 @@ def make_app(contents: Contents, *, token: str | None = None, hosts: tuple[str, 
         Route("/search", pages.search),
         Route("/sentence", pages.sentence),
         Route("/compare", pages.compare),
-        Mount("/static", StaticFiles(directory=_FOLDER / "static")),
+        Route("/compare/{token:int}", pages.compare_token),
+        Route("/export", pages.export),
+        Route("/training", pages.training),
+        Mount("/static", StaticFiles(directory=FOLDER / "static")),
     ]
     guards = [
         Middleware(BaseHTTPMiddleware, dispatch=_with_headers),
         Middleware(
-            TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", *hosts], www_redirect=False
+            TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", "::1", *hosts], www_redirect=False
         ),
     ]
     if token is not None:
@@ -81,11 +82,7 @@ class Pages:
 
     def __init__(self, contents: Contents) -> None:
         self._contents = contents
-        self._templates = Environment(
-            loader=FileSystemLoader(_FOLDER / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-            lstrip_blocks=True,
-        )  # fmt: skip
-        self._templates.filters |= {"short": _short, "clean": clean, "quoted": lambda text: quote(text, safe="")}
+        self._templates = environment()
         self._templates.globals |= {"contents": contents}
 
     def home(self, request: Request) -> Response:
@@ -98,7 +95,7 @@ class Pages:
 
     def word(self, request: Request) -> Response:
         """Show a word and its tokens."""
-        word = request.query_params.get("q", "")[:_LONGEST]
+        word = request.query_params.get("q", "")[:LONGEST]
         level = _level(request)
         if not word.strip():
             return RedirectResponse("/", 303)
@@ -142,6 +139,29 @@ class Pages:
         rows = every[first : first + _PAGE_ROWS]
         return self._page("compare.html", rows=rows, first=first, step=_PAGE_ROWS, total=len(every))
 
+    def compare_token(self, request: Request) -> Response:
+        """Show a token's senses in both dictionaries, side by side."""
+        if self._contents.other is None:
+            raise InputError("there is no second dictionary: open one with --compare DICTIONARY")
+        level, token = _level(request), request.path_params["token"]
+        views = [token_view(own, token, level=level) for own in (self._contents.dictionary, self._contents.other)]
+        return self._page("both.html", views=views, level=level)
+
+    def training(self, request: Request) -> Response:
+        """Show the metrics of the trainings."""
+        if not self._contents.trainings:
+            raise InputError("there is no training: open the run of a distillation, or name some with --trainings RUN")
+        return self._page("training.html", charts=charts(self._contents.trainings))
+
+    def export(self, request: Request) -> Response:
+        """Return one self-contained file of the words that are named, to keep or to send."""
+        words = [word[:LONGEST] for word in request.query_params.getlist("q") if word.strip()][:_MOST_EXPORTED]
+        if not words:
+            raise InputError("no word is named: use /export?q=WORD, once per word")
+        self._contents.prepare_neighbours()
+        page = export_words(self._contents.dictionary, words, level=_level(request))
+        return HTMLResponse(page, headers={"Content-Disposition": 'attachment; filename="senses.html"'})
+
     async def failed(self, _: Request, error: Exception) -> Response:
         """Show an expected error."""
         if isinstance(error, HTTPException):
@@ -150,12 +170,6 @@ class Pages:
 
     def _page(self, name: str, status: int = 200, **values: Any) -> Response:
         return HTMLResponse(self._templates.get_template(name).render(**values), status)
-
-
-def _short(text: str) -> str:
-    """Return text of a dictionary as shown: without invisible characters, and not too long."""
-    text = clean(text)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 
 def _level(request: Request) -> float:
@@ -170,7 +184,7 @@ def _number(request: Request, name: str, default: float, least: float, most: flo
     except ValueError:
         value = None
     if value is None or not least <= value <= most:
-        raise InputError(f"{name} is {given[:_LONGEST]!r}, but must be a number from {least} to {most}")
+        raise InputError(f"{name} is {given[:LONGEST]!r}, but must be a number from {least} to {most}")
     return value
 
 
@@ -186,7 +200,7 @@ def _token_guard(token: str) -> Callable[[Request, Endpoint], Awaitable[Response
     async def guard(request: Request, call_next: Endpoint) -> Response:
         given = request.query_params.get("token")
         if given is not None and secrets.compare_digest(given.encode(), token.encode()):
-            response: Response = RedirectResponse(request.url.path, 303)  # so that it leaves the address bar
+            response: Response = RedirectResponse("/" + request.url.path.lstrip("/"), 303)  # it leaves the address bar
             response.set_cookie(_COOKIE, token, httponly=True, samesite="strict")
             return response
         if secrets.compare_digest(request.cookies.get(_COOKIE, "").encode(), token.encode()):

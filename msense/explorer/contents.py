@@ -1,5 +1,6 @@
 """What an explorer shows: a dictionary, if there is one a student, and a second dictionary to compare with."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from msense.errors import InputError
 from msense.explorer.comparison import Difference, check_comparable, differences
 from msense.explorer.overview import Overview, TokenStatistics
 from msense.explorer.search import TokenSearch
+from msense.explorer.training import Training, read_training
 from msense.explorer.word import NeighbourView, neighbour_views
 from msense.io import storage
 from msense.student.encoder import SenseEncoder
@@ -24,6 +26,7 @@ class Contents:
     dictionary: SenseDictionary
     encoder: SenseEncoder | None = None
     other: SenseDictionary | None = None
+    trainings: tuple[Training, ...] = ()
     _lock: Lock = field(default_factory=Lock, repr=False)  # held while something slow is computed, once
 
     def __post_init__(self) -> None:
@@ -55,10 +58,14 @@ class Contents:
         with self._lock:
             return self._differences
 
-    def neighbours(self, token: int, sense: int) -> list[NeighbourView]:
-        """Return the nearest senses of other tokens, as `neighbour_views`; waits while the index is made."""
+    def prepare_neighbours(self) -> None:
+        """Make or load the index of neighbours; waits while another thread does."""
         with self._lock:
             self.dictionary.prepare_neighbours()
+
+    def neighbours(self, token: int, sense: int) -> list[NeighbourView]:
+        """Return the nearest senses of other tokens, as `neighbour_views`."""
+        self.prepare_neighbours()
         return neighbour_views(self.dictionary, token, sense)
 
     def prepare(self) -> None:
@@ -70,21 +77,21 @@ class Contents:
         import scipy.cluster.hierarchy  # noqa: F401 - slow to import
 
         self.differences()
-        with self._lock:
-            self.dictionary.prepare_neighbours()
+        self.prepare_neighbours()
 
 
-def open_contents(source: str, compare: str | None = None) -> Contents:
-    """Open a dictionary, run or student (folder, URI, or a student's hub name), and a second dictionary.
+def open_contents(source: str, compare: str | None = None, trainings: Sequence[str] = ()) -> Contents:
+    """Open a dictionary, run or student (folder, URI, or a student's hub name), a second dictionary, and runs of trainings.
 
     Raises:
         InputError: nothing is there, it is damaged, or the dictionaries are not of one teacher.
     """
     other = None if compare is None else SenseDictionary.load(compare)
+    own = tuple(_trainings(source, trainings))
     if _has_student(source):
         encoder = SenseEncoder.from_pretrained(source, device="cpu")
-        return Contents(encoder.dictionary, encoder, other)
-    return Contents(SenseDictionary.load(source), None, other)
+        return Contents(encoder.dictionary, encoder, other, own)
+    return Contents(SenseDictionary.load(source), None, other, own)
 
 
 def _has_student(source: str) -> bool:
@@ -94,3 +101,13 @@ def _has_student(source: str) -> bool:
             raise InputError(f"nothing at {source}: give the folder of a dictionary, of its run, or of a student")
         return True
     return any(storage.exists(storage.join(source, *filter(None, (inner, "modules.json")))) for inner in _STUDENTS)
+
+
+def _trainings(source: str, named: Sequence[str]) -> Iterator[Training]:
+    """Yield the training of a source, if it has one, and those of named runs."""
+    for run in dict.fromkeys((source, *named)):
+        training = read_training(run)
+        if training is not None:
+            yield training
+        elif run != source:
+            raise InputError(f"{run} has no metrics.jsonl: name runs whose training has finished an epoch")

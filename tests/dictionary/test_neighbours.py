@@ -10,6 +10,7 @@ from tiny import make
 from msense.dictionary import SenseDictionary
 from msense.dictionary import neighbours as module
 from msense.dictionary.assignment import RaggedSenses
+from msense.dictionary.layout import quantize
 from msense.dictionary.neighbours import Neighbour, NeighbourIndex
 from msense.errors import DictionaryError, InputError
 
@@ -129,3 +130,10 @@ def test_a_neighbour_is_named_by_token_and_sense() -> None:
     (first, *_) = index.nearest(0, 0)
     assert first[:2] == (2, 2)
     assert isinstance(first, Neighbour)
+
+
+def test_int8_senses_are_compared_as_they_are_stored() -> None:
+    senses = planted(100)
+    values, scales = quantize(torch.cat(senses.parts))
+    index = NeighbourIndex.of(RaggedSenses(senses.offsets, (values,), scales), exact=False)
+    assert {(n.token // 10, n.sense) for n in index.nearest(13, 2, 9)} == {(1, 2)}

@@ -1,9 +1,13 @@
 """The pages through the application's test client: contents, hostile words, headers, token."""
 
+import base64
+import hashlib
+import json
 import re
 import signal
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.request import urlopen
@@ -14,11 +18,15 @@ from starlette.testclient import TestClient
 from tiny import exemplars, make, with_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from msense.__main__ import main
 from msense.cli.explore import is_loopback
 from msense.dictionary import DictionaryFiles, SenseDictionary
 from msense.dictionary.contexts import write_exemplars
+from msense.errors import InputError
 from msense.explorer.app import make_app
 from msense.explorer.contents import Contents, open_contents
+from msense.explorer.render import explain, export_words, plot
+from msense.explorer.training import charts, read_training
 
 SCRIPT, LONG, HEBREW, EMOJI, EVIL = "<script>alert(1)</script>", "z" * 10_000, "שלום", "🙂", "\"'><img\x1b[31m\u202e"
 WORDS = ["[UNK]", "bank", SCRIPT, LONG, HEBREW, EMOJI, EVIL]
@@ -107,7 +115,7 @@ def test_a_word_page_has_every_sense_and_its_example(client: TestClient, diction
     for sense, count in enumerate(dictionary.senses(1).counts.tolist()):
         assert f'id="sense-1-{sense}"' in page
         assert f"count {count}, share" in page
-    assert "<mark><bdi>bank</bdi></mark>" in page
+    assert "<mark>bank</mark>" in page
     assert page.count("<details") == 3
     assert client.get("/word?q=bank&level=100").text.count("<details") == 1
     assert client.get("/word?q=+", follow_redirects=False).headers["location"] == "/"
@@ -158,6 +166,7 @@ def test_a_token_is_needed_once(dictionary: SenseDictionary) -> None:
     granted = client.get("/word?token=secret")
     assert (granted.status_code, granted.headers["location"]) == (303, "/word")
     assert re.search("HttpOnly.*SameSite=strict", granted.headers["set-cookie"])
+    assert client.get("http://10.0.0.1//evil.example?token=secret").headers["location"] == "/evil.example"
     assert client.get("/").status_code == 200
     client.cookies.set("msense_token", "wrong")
     assert TestClient(app, base_url="http://10.0.0.1", cookies={"msense_token": "wrong"}).get("/").status_code == 403
@@ -188,8 +197,6 @@ def test_without_a_tokenizer_and_examples() -> None:
 
 
 def test_nothing_is_opened_where_nothing_is(tmp_path: Path) -> None:
-    from msense.errors import InputError
-
     with pytest.raises(InputError, match="nothing at "):
         open_contents(str(tmp_path / "nothing"))
     make([1]).save(tmp_path / "a")
@@ -214,3 +221,81 @@ def test_the_command_serves_on_a_free_port(dictionary: SenseDictionary, tmp_path
         finally:
             server.send_signal(signal.SIGINT)
         assert server.wait(60) in (0, 130)
+
+
+def test_an_export_is_one_file_that_loads_and_runs_nothing(client: TestClient, dictionary: SenseDictionary) -> None:
+    exported = client.get("/export", params={"q": ["bank", SCRIPT, EVIL, "nothing"], "level": "0"})
+    assert exported.status_code == 200
+    assert exported.headers["content-disposition"] == 'attachment; filename="senses.html"'
+    page = exported.text
+    style = re.search("<style>(.*)</style>", page, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    assert f"content=\"default-src 'none'; style-src 'sha256-{digest}'\"" in page.replace("&#39;", "'")
+    rest = page.replace(style[0], "")
+    assert all(link.startswith("#") for link in checked(rest))
+    assert "<script" not in rest
+    assert "url(" not in style[1]
+    assert "<bdi>&lt;script&gt;alert(1)&lt;/script&gt;</bdi>" in page
+    assert "is unknown to the tokenizer" in page
+    near = dictionary.neighbours(1, 0, 1)[0]
+    assert re.search(rf"Near: <bdi>.*</bdi> <small>{near.sense}</small>", page)
+    assert client.get("/export").status_code == 400
+    assert client.get("/export?q=+").status_code == 400
+
+
+def test_an_export_by_the_command_is_that_of_the_page(
+    client: TestClient, dictionary: SenseDictionary, tmp_path: Path
+) -> None:
+    folder = str(dictionary.tokenizer_file.parents[1])
+    assert main(["explore", folder, "bank", "--export", str(tmp_path / "f.html")]) == 0
+    assert (tmp_path / "f.html").read_text().rstrip() == client.get("/export?q=bank").text.rstrip()
+    assert main(["explore", folder, "nothing", "--export", str(tmp_path / "g.html")]) == 1
+
+
+def test_a_notebook_shows_a_word_and_a_text_in_frames(dictionary: SenseDictionary, shipped_student: tuple) -> None:
+    encoder = shipped_student[0]
+    frames = plot(dictionary, SCRIPT), explain(encoder, "the <b>bank\u202e")
+    assert repr(frames[0]) == f"Frame({SCRIPT!r})"
+    pages = []
+    for frame in frames:
+        html = frame._repr_html_()
+        assert html.startswith("<iframe sandbox ")
+        assert html.count("<") == 2
+        pages.append(unescape(html.partition('srcdoc="')[2].rpartition('"')[0]))
+        checked(re.sub("(?s)<style>.*</style>", "", pages[-1]))
+        assert 'href="/' not in pages[-1]
+    assert pages[0] == export_words(dictionary, [SCRIPT])
+    assert 'class="sure-' in pages[1]
+
+
+def test_a_token_of_two_dictionaries_has_ids_of_its_own(client: TestClient) -> None:
+    page = client.get("/compare/1")
+    assert page.status_code == 200
+    ids = re.findall(' id="([^"]*)"', page.text)
+    assert len(ids) == len(set(ids))
+    assert {"sense-1-0", "second-sense-1-0"} <= set(ids)
+    assert {link[1:] for link in checked(page.text) if link.startswith("#")} <= set(ids)
+    assert re.search(r"href=\"/compare/\d\"", client.get("/compare").text)
+
+
+def test_trainings_are_drawn_together(dictionary: SenseDictionary, tmp_path: Path) -> None:
+    for name, values in (("a", [0.2, 0.6]), ("b", [0.4])):
+        lines = [{"epoch": i + 1, "step": 10 * (i + 1), "held_out": y, "x": float("nan")} for i, y in enumerate(values)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trainings = [read_training(str(tmp_path / name)) for name in ("a", "b")]
+    (chart,) = charts(trainings)
+    assert (chart.metric, chart.least, chart.most, chart.steps) == ("held_out", 0.2, 0.6, 20)
+    assert [line.points for line in chart.lines] == [((0.5, 0), (1, 1)), ((0.5, pytest.approx(0.5)),)]
+    assert [line.last for line in chart.lines] == [0.6, 0.4]
+    client = TestClient(make_app(Contents(dictionary, trainings=tuple(trainings))), base_url=LOCAL)
+    page = client.get("/training")
+    assert page.status_code == 200
+    assert page.text.count("<polyline") == 4
+    checked(page.text)
+    assert 'href="/training"' in client.get("/").text
+    assert read_training(str(tmp_path)) is None
+    for damaged in ("{", "[]", '{"step": 1' + "0" * 400 + "}"):
+        (tmp_path / "a" / "metrics.jsonl").write_text(damaged)
+        with pytest.raises(InputError, match="has no metrics of epochs"):
+            read_training(str(tmp_path / "a"))

@@ -9,7 +9,8 @@ async function load(place, url, select) {
   latest.set(place, number);
   const response = await fetch(url);
   const page = new DOMParser().parseFromString(await response.text(), "text/html");
-  if (latest.get(place) === number) place.replaceChildren(...select(page).childNodes);
+  const found = select(page);
+  if (found && latest.get(place) === number) place.replaceChildren(...found.childNodes);
 }
 
 const field = document.getElementById("q");
@@ -34,5 +35,18 @@ if (level) {
     const url = location.pathname + "?" + new URLSearchParams(new FormData(level));
     load(document.getElementById("senses"), url, (page) => page.getElementById("senses"));
     history.replaceState(null, "", url);
+  });
+}
+
+// A click on a token shows its senses, and in the other sentence those of the same token.
+for (const link of document.querySelectorAll(".spans a")) {
+  link.addEventListener("click", (event) => {
+    const own = document.getElementById(link.hash.slice(1));
+    for (const choices of document.querySelectorAll(".choices")) {
+      const here = choices.closest(".read") === own.closest(".read");
+      choices.classList.toggle("shown", here ? choices === own : choices.dataset.token === own.dataset.token);
+    }
+    own.focus();
+    event.preventDefault();
   });
 }
