@@ -1,18 +1,19 @@
 """What an explorer shows: a dictionary, if there is one a student, and a second dictionary to compare with."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
 from msense.dictionary import SenseDictionary
-from msense.errors import InputError
+from msense.errors import InputError, MsenseError
 from msense.explorer.comparison import Difference, check_comparable, differences
 from msense.explorer.overview import Overview, TokenStatistics
 from msense.explorer.search import TokenSearch
 from msense.explorer.training import Training, read_training
-from msense.explorer.word import NeighbourView, neighbour_views
+from msense.explorer.word import NeighbourView, neighbour_views, token_view
 from msense.io import storage
 from msense.student.encoder import SenseEncoder
 
@@ -74,7 +75,8 @@ class Contents:
 
     def prepare_rest(self) -> None:
         """Compute what single pages need, such as the index of neighbours: half a minute for a million senses, once."""
-        import scipy.cluster.hierarchy  # noqa: F401 - slow to import
+        with suppress(MsenseError):  # the page itself shows it
+            token_view(self.dictionary, int(self.statistics.senses.argmax()))  # its first use imports much
 
         self.differences()
         self.prepare_neighbours()
