@@ -79,8 +79,8 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
             return
     changes += training
     started = any(map(storage.markers, (run.passages, run.labels))) or any(map(storage.exists, run.outputs()[1:]))
-    if changes and not started:
-        storage.remove(run.passages)  # the earlier run failed before it finished anything
+    if changes and (not started or (_of_teacher(changes) and not _has_read(run))):
+        storage.remove(run.passages)  # the earlier run was a dry run, or failed before it finished anything
         storage.write_json(run.manifest, manifest)
     elif changes:
         shown = "\n".join(f"  {change}" for change in changes[:_SHOWN])
@@ -92,6 +92,17 @@ def check_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
             again = f"To start a new run, give another --output or delete {run.root}"
             raise InputError(f"{message}Only the version of msense that began it{own} can resume it. {again}")
         raise InputError(f"{message}To resume it, {remedy}")
+
+
+def _of_teacher(changes: list[str]) -> bool:
+    """Return whether changes concern only how the teacher computes, which a dry run helps to choose."""
+    return all(change.startswith(("pins.ranks:", "pins.dtype:")) for change in changes)
+
+
+def _has_read(run: RunFolder) -> bool:
+    """Return whether the teacher has read anything in a run."""
+    read = any(map(storage.markers, (run.occurrences, run.embeddings, run.labels)))
+    return read or any(map(storage.exists, (run.finished, run.student)))
 
 
 def kind_of(manifest: dict[str, Any]) -> str:

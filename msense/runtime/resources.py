@@ -108,7 +108,7 @@ class Resources:
             f"{self.actors} teacher actors of {shown_needs(self.teacher)}, {self.tasks} tasks of {shown_needs(_TASK)}, "
             f"{self.clusterers} of them clustering, of {shown_needs(self.clustering)}"
         )
-        return {"offered": shown_nodes(self.nodes), "asked": wanted}
+        return {"offered": shown_nodes(self.nodes) if self.nodes else "this machine", "asked": wanted}
 
     def check(self) -> None:
         """Raise InputError if some task needs more than any node has, including those that the autoscaler may start."""

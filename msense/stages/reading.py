@@ -22,7 +22,8 @@ from msense.dictionary.layout import dequantize, quantize
 from msense.errors import MsenseError
 from msense.io.filesystems import open_file, storage_errors
 from msense.teacher.batching import pad_batch, token_batches
-from msense.teacher.files import body_folder, weights_fingerprint
+from msense.teacher.files import body_folder
+from msense.teacher.fingerprint import weights_fingerprint
 from msense.teacher.model import Teacher
 from msense.teacher.parallel import OffloadedTeacher, ParallelTeacher
 from msense.teacher.pooling import POOLINGS, load_head, sentence_dim

@@ -226,12 +226,11 @@ def load_body(folder: Path, name: str, dtype: Any, attention: Attention = "auto"
     """
     from transformers import AutoConfig, AutoModel
 
-    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options: dict[str, Any] = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with loading(repr(name)):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        set_attention(config, attention)
-        given = {"config": config, "dtype": dtype, "trust_remote_code": False}
-        model, report = AutoModel.from_pretrained(folder, **given, **options)
+        options["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        set_attention(options["config"], attention)
+        model, report = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
     mismatched = sorted(item for item in report["mismatched_keys"] if "pooler" not in item[0])
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if is_encoder_decoder(model):

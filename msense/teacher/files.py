@@ -1,29 +1,25 @@
-"""Locate and read a teacher's folder, whose files are untrusted: settings, checks, and the weights' fingerprint.
+"""Locate and read a teacher's folder, whose files are untrusted: settings and checks.
 
-Of the weights, only headers and hashes are read.
+Of the weights, only headers are read.
 """
 
-import hashlib
 import importlib.util
 import json
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
 from msense.constants import DEMO_TEACHER
 from msense.errors import InputError, is_panic
 from msense.io import storage
 from msense.io.extras import require
-from msense.io.scratch import atomic_path
 from msense.io.untrusted import check_model_settings, printable
 from msense.text import first_line, redact
 
@@ -54,8 +50,6 @@ _TEXT_MODALITY = {"method": "forward", "method_output_name": "last_hidden_state"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of peft
 _ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
 ATTENTION_KEYS = ("is_causal", "use_bidirectional_attention")  # of a decoder's config
-HASHED_ALWAYS = 256 << 20  # bytes
-_CLOCK_TICK = 2.0  # seconds within which a file system may not tell two writes apart
 _JSON_BYTES = 64 << 20
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -378,53 +372,6 @@ def stored_dtype(folder: Path) -> str:
             kinds |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (no mapping)
     floating = kinds & {"F64", "F32", "F16", "BF16"}
     return {"F16": "float16", "BF16": "bfloat16"}.get(min(floating), "float32") if len(floating) == 1 else "float32"
-
-
-def weights_fingerprint(folder: Path, config: str = "config.json") -> str:
-    """Return the SHA-256 of the config and weight files, in hexadecimal.
-
-    Weights of more than `HASHED_ALWAYS` bytes are hashed once for all processes of a machine: the result is kept in the
-    user's cache for as long as paths, sizes, times and inodes of the files stay the same.
-    """
-    files = [folder / config, *sorted(folder.glob("*.safetensors"))]
-    if sum(file.stat().st_size for file in files) <= HASHED_ALWAYS:
-        return _hash(files)
-    kept = storage.user_cache() / "fingerprints" / hashlib.sha256(_identity(files).encode()).hexdigest()
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{kept}.lock"):
-            return _kept_hash(kept, files)
-    except OSError:  # such as a read-only home; an unreadable weights file raises again
-        return _hash(files)
-
-
-def _identity(files: Sequence[Path]) -> str:
-    stats = [(file.resolve(), file.stat()) for file in files]
-    return repr([(str(p), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for p, s in stats])
-
-
-def _kept_hash(kept: Path, files: Sequence[Path]) -> str:
-    """Return the hash in a file of the cache, which is made if it is missing or invalid."""
-    known = kept.read_text(encoding="ascii", errors="replace") if kept.is_file() else ""
-    if re.fullmatch("[0-9a-f]{64}", known):
-        return known
-    logger.info("hashing the weights in %s", files[-1].parent)
-    before = _identity(files)
-    made = _hash(files)
-    settled = time.time() - max(file.stat().st_mtime for file in files) > _CLOCK_TICK
-    if settled and _identity(files) == before:
-        with atomic_path(kept) as scratch:
-            scratch.write_text(made, encoding="ascii")
-    return made
-
-
-def _hash(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _inside(folder: Path, name: str) -> Path:

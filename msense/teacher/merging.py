@@ -28,8 +28,8 @@ from msense.teacher.files import (
     check_files,
     loading,
     read_object,
-    weights_fingerprint,
 )
+from msense.teacher.fingerprint import weights_fingerprint
 from msense.teacher.spec import check_attention, is_decoder
 from msense.tokenizer import special_tokens_around
 

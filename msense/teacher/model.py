@@ -4,6 +4,7 @@ Memory: the weights, and the activations of one batch.
 """
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,9 @@ class Teacher:
             truncate_layers(model, keep)
         self.name, self.layer, self.device, self.dtype = name, layer, device, dtype
         self.inputs = PaddedInputs(model)
+        exact = {name: own.clone() for name, own in model.named_buffers() if own.dtype == torch.float32}
         self.engine = self._start(model)
+        _restore(self.engine.module, exact)
         self._check_neighbours(name)
         self._check_attention(name, configured_attention(model.config))
 
@@ -131,3 +134,14 @@ class Teacher:
                 f"teacher {name!r}: its attention should be {attention}, but its tokens {does} those after them: correct "
                 "is_causal in config.json or --attention, or give another teacher"
             )
+
+
+def _restore(model: Any, buffers: Mapping[str, Tensor]) -> None:
+    """Give a model's buffers the values that DeepSpeed rounded to the dtype of the weights.
+
+    Such as the frequencies of rotary positions, whose rounding errors grow with the position; transformers keeps them.
+    """
+    for name, value in buffers.items():
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module._buffers[own] = value.to(module._buffers[own].device)

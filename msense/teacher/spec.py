@@ -19,8 +19,8 @@ from msense.teacher.files import (
     locate,
     read_object,
     read_settings,
-    weights_fingerprint,
 )
+from msense.teacher.fingerprint import weights_fingerprint
 from msense.tokenizer import fingerprint, skipped_tokens, special_tokens_around
 
 TruncationSide = Literal["right", "left"]

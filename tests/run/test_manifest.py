@@ -64,3 +64,25 @@ def test_unfinished_runs_of_older_versions_are_refused_and_students_may_change(t
     (tmp_path / "student").mkdir()
     with pytest.raises(InputError, match=r"config\.seed: 1 before, 2 now"):
         check(manifest(3, config={"seed": 2}))
+
+
+@pytest.mark.parametrize("read", ["occurrences", "embeddings", "labels", "finished.json"])
+def test_after_a_dry_run_the_teacher_may_be_run_otherwise(tmp_path: Path, read: str) -> None:
+    def check(**now: dict) -> None:
+        check_manifest(RunFolder(str(tmp_path)), {**OLD, "corpus": [], "pins": {"dtype": "float32"}, **now})
+
+    def write(name: str) -> Path:
+        storage.write_text(str(tmp_path / name), "")
+        storage.write_text(str(tmp_path / f"{name}.done"), "")
+        return tmp_path / name
+
+    check()
+    passages, _ = write("passages/000000.parquet"), write("plan/plan.safetensors")
+    with pytest.raises(InputError, match=r"config\.seed: 0 before, 1 now"):
+        check(config={"seed": 1}, pins={"dtype": "float32", "ranks": 2})
+    assert passages.exists()
+    check(pins={"dtype": "bfloat16", "ranks": 2})
+    assert not passages.exists()
+    write(read if "." in read else f"{read}/000000.x")
+    with pytest.raises(InputError, match=r"pins\.ranks: 2 before, 4 now"):
+        check(pins={"dtype": "bfloat16", "ranks": 4})

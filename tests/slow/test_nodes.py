@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import driver
 import pytest
 from driver import Options
 from faulty import Outcome, same_metrics, wait_until
+from ranks import write_body
+from teachers import write_teacher
 from test_kills import Runs
 
 from msense.runtime.executor import Row
@@ -39,9 +42,9 @@ def patiently(start: Callable[[], Any]) -> Any:
 
 
 class Machines:
-    """A head without CPUs and workers of one CPU each."""
+    """A head without CPUs and workers of some CPUs each."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpus: int) -> None:
         from ray.cluster_utils import Cluster
 
         self.temporary = tempfile.mkdtemp(dir="/tmp")  # Ray's sockets need short paths
@@ -50,12 +53,12 @@ class Machines:
         self.cluster = Cluster()
         patiently(lambda: self.cluster.add_node(num_cpus=0, **quiet))
         self.workers: dict[str, Any] = {}
-        self.lost = 0
+        self.cpus, self.lost = cpus, 0
 
     def add(self, count: int = 1) -> None:
         """Start workers."""
         for _ in range(count):
-            node = patiently(lambda: self.cluster.add_node(num_cpus=1, object_store_memory=200 << 20))
+            node = patiently(lambda: self.cluster.add_node(num_cpus=self.cpus, object_store_memory=200 << 20))
             self.workers[node.node_id] = node
 
     def lose(self, node: str) -> None:
@@ -92,8 +95,8 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Machin
     )
     made: list[Machines] = []
 
-    def make(workers: int) -> Machines:
-        made.append(Machines())
+    def make(workers: int, cpus: int = 1) -> Machines:
+        made.append(Machines(cpus))
         made[-1].add(workers)
         return made[-1]
 
@@ -165,6 +168,35 @@ def test_a_node_lost_in_each_stage_of_a_distillation_changes_nothing(
     lose_nodes(three, run, {"labels": "labels", "training": "training"}, runs.folder / "flags", outcome)
     assert labels_of(Path(run["output"])) == labels_of(Path(whole["output"])) != {}
     same_metrics(Path(run["output"]), Path(whole["output"]))
+
+
+def test_a_node_lost_with_a_split_teacher_changes_nothing(
+    machines: Callable[..., Machines], tmp_path: Path, outcome: Outcome
+) -> None:
+    """The node of a teacher of two ranks is killed; the teacher goes on on another one, and no rank is left."""
+    teacher = write_teacher(tmp_path / "teacher")
+    write_body(teacher, "bert", hidden_size=64)
+    runs = Runs(tmp_path, teacher)
+    three = machines(2, cpus=2)
+    whole, run = ({**runs.settings(name), "ranks": 2, "workers": 1} for name in ("whole", "run"))
+    finish(three.drive(whole, Options(runs.log("whole"), ranks=2)))
+    flags = tmp_path / "flags"
+    flags.mkdir()
+    options = Options(runs.log("run"), {"embed": {"flag": flags / "embed", "hold": True}}, ranks=2)
+    three.lose_flagged(three.drive(run, options), flags)
+    assert three.lost == 1
+    runs.same("run")
+    wait_until(lambda: not all_ranks())
+    outcome("node killed", "embed", "run continues")
+
+
+def all_ranks() -> list[str]:
+    """Return the processes of ranks on this machine."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            lines.append(file.read_text().replace("\0", " "))
+    return [line for line in lines if "-m msense.teacher.parallel" in line]
 
 
 def test_a_node_that_joins_while_a_job_runs_is_used(machines: Callable[[int], Machines], runs: Runs) -> None:

@@ -12,12 +12,13 @@ import torch
 from architectures import sweep, write_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModel
 
 from msense.config.build import BuildConfig
 from msense.constants import DEMO_TEACHER
 from msense.errors import InputError
 from msense.io.untrusted import check_model_settings
-from msense.teacher import body, files
+from msense.teacher import body, fingerprint
 from msense.teacher.batching import pad_batch, token_batches
 from msense.teacher.body import resolve_dtype
 from msense.teacher.model import Teacher
@@ -116,34 +117,33 @@ def test_large_weights_are_hashed_once_until_they_change(
     make_teacher: MakeTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_teacher("bert")
-    expected = files.weights_fingerprint(folder)
+    expected = fingerprint.weights_fingerprint(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "HASHED_ALWAYS", 0)
+    monkeypatch.setattr(fingerprint, "HASHED_ALWAYS", 0)
     hashed = []
-    real = files._hash
-    monkeypatch.setattr(files, "_hash", lambda paths: hashed.append(1) or real(paths))
-    assert [files.weights_fingerprint(folder) for _ in range(2)] == [expected] * 2
+    real = fingerprint._hash
+    monkeypatch.setattr(fingerprint, "_hash", lambda paths: hashed.append(1) or real(paths))
+    assert [fingerprint.weights_fingerprint(folder) for _ in range(2)] == [expected] * 2
     assert len(hashed) == 2  # files of this second may change again within a tick of the clock
     for path in folder.iterdir():
         os.utime(path, (1e9, 1e9))
-    assert [files.weights_fingerprint(folder) for _ in range(3)] == [expected] * 3
+    assert [fingerprint.weights_fingerprint(folder) for _ in range(3)] == [expected] * 3
     assert len(hashed) == 3
     weights = folder / "model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
     os.utime(weights, (1e9, 1e9))  # same size and time
-    assert files.weights_fingerprint(folder) != expected
+    assert fingerprint.weights_fingerprint(folder) != expected
     for kept in (tmp_path / "cache" / "msense" / "fingerprints").glob("*[!k]"):
         kept.write_text("0" * 63 + "g")  # damaged
     shutil.copyfile(make_teacher("bert") / "model.safetensors", weights)
-    assert files.weights_fingerprint(folder) == expected
+    assert fingerprint.weights_fingerprint(folder) == expected
     monkeypatch.setenv("XDG_CACHE_HOME", str(weights))  # not a folder
-    assert files.weights_fingerprint(folder) == expected
+    assert fingerprint.weights_fingerprint(folder) == expected
 
 
 def test_layers_are_those_of_transformers(make_teacher: MakeTeacher) -> None:
-    from transformers import AutoModel
 
     folder = make_teacher("llama")
     ids, mask = pad_batch([np.array([2, 5, 6, 7])])
@@ -154,6 +154,16 @@ def test_layers_are_those_of_transformers(make_teacher: MakeTeacher) -> None:
         np.testing.assert_allclose(load(folder, layer).embed(ids, mask).numpy(), states[layer].numpy(), atol=1e-6)
     table = model.get_input_embeddings().weight.detach().numpy()
     np.testing.assert_array_equal(load(folder, 0).embed(ids, mask).numpy()[0], table[ids[0]])
+
+
+def test_positions_are_as_exact_as_in_transformers(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, "llama")
+    teacher = Teacher(str(folder), revision=None, layer=-1, dtype="bfloat16", device="cpu")
+    model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    buffers = dict(teacher.engine.module.named_buffers())
+    assert buffers
+    assert all(torch.equal(buffers[name], own) for name, own in model.named_buffers())
+    assert {p.dtype for p in teacher.engine.module.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "roberta", "t5"])
