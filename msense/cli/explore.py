@@ -46,7 +46,7 @@ def serve(source: str, compare: str | None, trainings: Sequence[str], address: t
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
     app = make_app(contents, token=token, hosts=(host.lower() if token is None else "*",))
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
-    with _bound(host, port) as listener:
+    with bound(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
         page = f"http://{shown}:{listener.getsockname()[1]}/"
         sys.stdout.write(page + (f"?token={token}" if token else "") + "\n")
@@ -65,7 +65,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
     """Return a socket that listens on an address; port 0: a free one."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

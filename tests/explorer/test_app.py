@@ -14,22 +14,19 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
+from explored import EMOJI, EVIL, HEBREW, HOSTILE, SCRIPT, WORDS, hostile_dictionary
 from starlette.testclient import TestClient
-from tiny import exemplars, make, with_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import make
 
 from msense.__main__ import main
 from msense.cli.explore import is_loopback
-from msense.dictionary import DictionaryFiles, SenseDictionary
-from msense.dictionary.contexts import write_exemplars
+from msense.dictionary import SenseDictionary
 from msense.errors import InputError
 from msense.explorer.app import make_app
 from msense.explorer.contents import Contents, open_contents
 from msense.explorer.render import explain, export_words, plot
 from msense.explorer.training import charts, read_training
 
-SCRIPT, LONG, HEBREW, EMOJI, EVIL = "<script>alert(1)</script>", "z" * 10_000, "שלום", "🙂", "\"'><img\x1b[31m\u202e"
-WORDS = ["[UNK]", "bank", SCRIPT, LONG, HEBREW, EMOJI, EVIL]
 LOCAL = "http://localhost"
 
 
@@ -60,16 +57,7 @@ def checked(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def dictionary(tmp_path_factory: pytest.TempPathFactory) -> SenseDictionary:
-    folder = tmp_path_factory.mktemp("explorer") / "d"
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("|", "removed")
-    with_tokenizer(tokenizer, folder, [0, 3, 2, 1, 2, 1, 2])
-    table = exemplars([(token, 0, 0) for token in range(1, 7)])
-    for name in ("left", "word", "right"):
-        column = table.column_names.index(name)
-        table = table.set_column(column, table.schema.field(column), [[*WORDS[1:]]])
-    write_exemplars(table, DictionaryFiles(folder).exemplars)
-    return SenseDictionary.load(folder)
+    return hostile_dictionary(tmp_path_factory.mktemp("explorer") / "d")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +77,7 @@ def test_pages_are_whole_and_load_nothing_from_elsewhere(client: TestClient, pat
             assert client.get(link).status_code in (200, 400 if link == "/sentence" else 200), link
 
 
-@pytest.mark.parametrize("word", [SCRIPT, LONG, HEBREW, EMOJI, EVIL])
+@pytest.mark.parametrize("word", HOSTILE)
 def test_hostile_words_are_text(client: TestClient, word: str) -> None:
     token = WORDS.index(word)
     pages = [
