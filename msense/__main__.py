@@ -60,6 +60,7 @@ Examples:
   msense explore runs/demo
   msense explore runs/student
   msense explore runs/general --compare runs/medicine
+  msense explore runs/student --trainings runs/larger --evaluations runs/evaluation.json
   msense explore runs/demo tree key --export senses.html"""
 _Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 
@@ -128,12 +129,14 @@ def status(run: str, *, json: Annotated[bool, Parameter(negative=())] = False) -
     show_status(run, as_json=json)
 
 
-def explore(
+def explore(  # noqa: PLR0913 - one parameter per option
     source: str,
     words: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
     *,
     compare: str | None = None,
     trainings: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    evaluations: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    teacher: str | None = None,
     export: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8765,
@@ -145,6 +148,9 @@ def explore(
         words: words of the exported file
         compare: a second dictionary of the same teacher
         trainings: runs whose training is shown beside that of the source
+        evaluations: JSON files of msense evaluate
+        teacher: folder or hub name of the dictionary's teacher, to read sentences without a student; default: that of the
+            run, if it is on this machine
         export: write the senses of the words to this self-contained HTML file, in place of a local page
         host: address to listen on; any but a loopback address asks for a token, which is printed
         port: to listen on; 0: a free one
@@ -155,7 +161,8 @@ def explore(
         raise InputError("give words and a file together, or neither: msense explore SOURCE WORD --export FILE.html")
     if export is not None:
         return command.export(source, words or [], export)
-    command.serve(source, compare, trainings or [], (host, port))
+    more = {"trainings": trainings or [], "evaluations": evaluations or [], "teacher": teacher}
+    command.serve(source, (host, port), compare=compare, **more)
     return 0
 
 

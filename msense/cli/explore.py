@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from threading import Thread
+from typing import Any
 
 from msense.errors import InputError
 from msense.io import storage
@@ -28,8 +29,10 @@ def export(source: str, words: Sequence[str], file: str) -> int:
     return 0 if any(word_page(dictionary, word, examples=0).tokens for word in words) else 1
 
 
-def serve(source: str, compare: str | None, trainings: Sequence[str], address: tuple[str, int]) -> None:
-    """Serve at a host and port until interrupted; a host that other machines reach asks for a token, which is printed.
+def serve(source: str, address: tuple[str, int], **shown: Any) -> None:
+    """Serve a source and what else is shown (as of `open_contents`) at a host and port until interrupted.
+
+    A host that other machines reach asks for a token, which is printed.
 
     Raises:
         InputError: the source or the address is invalid, or the packages of the extra are missing.
@@ -40,15 +43,15 @@ def serve(source: str, compare: str | None, trainings: Sequence[str], address: t
     from msense.explorer.app import make_app
     from msense.explorer.contents import open_contents
 
-    contents = open_contents(source, compare, trainings)
+    contents = open_contents(source, **shown)
     contents.prepare()
     host, port = address
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
     app = make_app(contents, token=token, hosts=(host.lower() if token is None else "*",))
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
     with bound(host, port) as listener:
-        shown = f"[{host}]" if ":" in host else host
-        page = f"http://{shown}:{listener.getsockname()[1]}/"
+        name = f"[{host}]" if ":" in host else host
+        page = f"http://{name}:{listener.getsockname()[1]}/"
         sys.stdout.write(page + (f"?token={token}" if token else "") + "\n")
         sys.stdout.flush()
         Thread(target=contents.prepare_rest, daemon=True).start()

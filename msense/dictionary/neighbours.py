@@ -5,7 +5,8 @@ teachers share a large common part, beside which every plain cosine is near 1.
 
 A small dictionary is searched exactly. In a large one, a pass over `BITS` bits per sense (the signs of random projections, as in
 SimHash, Charikar 2002) selects the `CANDIDATES` senses with the fewest different bits, and only their centroids are read and
-compared exactly. Memory: 128 bytes per sense, one block of centroids, and the candidates in float32.
+compared exactly. Memory: one block of centroids, and the candidates in float32; 128 bytes per sense while the index is made,
+which is memory-mapped when it comes from its file.
 """
 
 import hashlib
@@ -18,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msense.dictionary.assignment import RaggedSenses, batch_elements
 from msense.errors import DictionaryError, InputError
-from msense.io.arrays import load_arrays, save_arrays
+from msense.io.arrays import save_arrays
 from msense.io.scratch import atomic_path
 
 BITS = 1024  # per sense
@@ -32,6 +33,8 @@ EXACT_NUMBERS = 1 << 24  # a dictionary of so many numbers (senses x width) is s
 _WORD = 64
 _SCAN_ROWS = 1 << 16  # compared at once: their bits fit the L2 cache of a core
 _SEED = 0
+_OF_MEAN = 0.2  # part of the time
+Progress = Callable[[float], None]
 _VERSION = "1"  # of the index file: change it with anything that changes the bits
 
 
@@ -57,30 +60,41 @@ class NeighbourIndex:
         self._senses, self._mean, self._bits = senses, mean, bits
 
     @classmethod
-    def of(cls, senses: RaggedSenses, *, exact: bool | None = None) -> "NeighbourIndex":
-        """Make the index: one pass over the centroids, or two unless the search is exact; None: exact for few senses."""
-        mean = _mean(senses)
-        return cls(senses, mean, None if (_is_small(senses) if exact is None else exact) else _all_bits(senses, mean))
+    def of(
+        cls, senses: RaggedSenses, *, exact: bool | None = None, progress: Progress | None = None
+    ) -> "NeighbourIndex":
+        """Make the index: one pass over the centroids, or two unless the search is exact; None: exact for few senses.
+
+        `progress` receives the finished part, 0 to 1.
+        """
+        report = progress or (lambda _: None)
+        if _is_small(senses) if exact is None else exact:
+            return cls(senses, _mean(senses, report), None)
+        mean = _mean(senses, lambda part: report(_OF_MEAN * part))
+        return cls(senses, mean, _all_bits(senses, mean, lambda part: report(_OF_MEAN + (1 - _OF_MEAN) * part)))
 
     @classmethod
-    def cached(cls, senses: RaggedSenses, fingerprint: Callable[[], str], folder: Path) -> "NeighbourIndex":
+    def cached(
+        cls, senses: RaggedSenses, fingerprint: Callable[[], str], folder: Path, progress: Progress | None = None
+    ) -> "NeighbourIndex":
         """Load the index of a large dictionary from a folder of such files, or make and keep it there.
 
         `fingerprint` returns the dictionary's, and is not called for a small one, as it reads all files.
         A file that is damaged, or that cannot be written, only costs the time of making it again.
         """
         if _is_small(senses):
-            return cls.of(senses)
+            return cls.of(senses, progress=progress)
         file = folder / f"{hashlib.sha256(f'{_VERSION} {fingerprint()}'.encode()).hexdigest()[:32]}.safetensors"
         if (loaded := _load(file, senses)) is not None:
             return cls(senses, *loaded)
-        mean = _mean(senses)
-        bits = _all_bits(senses, mean)
+        made = cls.of(senses, exact=False, progress=progress)
+        assert made._bits is not None
         with suppress(OSError):  # a full or read-only cache
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_path(file, sync=False) as scratch:
-                save_arrays(scratch, {"mean": mean.numpy(), "bits": bits})
-        return cls(senses, mean, bits)
+                save_arrays(scratch, {"mean": made._mean.numpy(), "bits": made._bits})
+        loaded = _load(file, senses)  # mapped, in place of the one in memory
+        return made if loaded is None else cls(senses, *loaded)
 
     @property
     def nbytes(self) -> int:
@@ -145,27 +159,28 @@ def _is_small(senses: RaggedSenses) -> bool:
     return sum(part.numel() for part in senses.parts) <= EXACT_NUMBERS
 
 
-def _blocks(senses: RaggedSenses) -> Iterator[tuple[int, Tensor]]:
+def _blocks(senses: RaggedSenses, report: Progress) -> Iterator[tuple[int, Tensor]]:
     """Yield the first row and the centroids, float32 [n, D], of each block; numbers that are not finite are 0."""
     total, dim = int(senses.offsets[-1]), senses.parts[0].shape[1]
     step = max(1, batch_elements(torch.device("cpu")) // dim)
     for first in range(0, total, step):
         rows = senses.rows(torch.arange(first, min(first + step, total))).float().cpu()
         yield first, torch.nan_to_num(rows, posinf=0.0, neginf=0.0)
+        report((first + len(rows)) / total)
 
 
-def _mean(senses: RaggedSenses) -> Tensor:
+def _mean(senses: RaggedSenses, report: Progress) -> Tensor:
     total = torch.zeros(senses.parts[0].shape[1], dtype=torch.float64)
-    for _, rows in _blocks(senses):
+    for _, rows in _blocks(senses, report):
         total += rows.sum(0, dtype=torch.float64)
     return (total / max(1, int(senses.offsets[-1]))).float()
 
 
-def _all_bits(senses: RaggedSenses, mean: Tensor) -> NDArray[np.uint64]:
+def _all_bits(senses: RaggedSenses, mean: Tensor, report: Progress) -> NDArray[np.uint64]:
     """Return the signs of random projections of the centred centroids, uint64 [BITS / 64, S]."""
     directions = _directions(len(mean))
     bits = np.empty((BITS // _WORD, int(senses.offsets[-1])), np.uint64)
-    for first, rows in _blocks(senses):
+    for first, rows in _blocks(senses, report):
         signs = ((rows - mean) @ directions > 0).numpy()
         bits[:, first : first + len(signs)] = np.packbits(signs, axis=1, bitorder="little").view(np.uint64).T
     return bits
@@ -191,12 +206,12 @@ def _differences(bits: NDArray[np.uint64], row: int) -> NDArray[np.uint16]:
 
 
 def _load(file: Path, senses: RaggedSenses) -> tuple[Tensor, NDArray[np.uint64]] | None:
-    """Return mean and bits of a file; None if it is missing, damaged or of other senses."""
+    """Return mean and bits of a file, memory-mapped; None if it is missing, damaged or of other senses."""
     try:
-        arrays = load_arrays(str(file), ("mean", "bits"))
+        with safe_open(file, "pt") as arrays:
+            mean, bits = (arrays.get_tensor(name).numpy() for name in ("mean", "bits"))
     except (OSError, SafetensorError):
         return None
-    mean, bits = arrays["mean"], arrays["bits"]
     shapes = (senses.parts[0].shape[1],), (BITS // _WORD, int(senses.offsets[-1]))
     if (mean.shape, bits.shape) != shapes or (mean.dtype.name, bits.dtype.name) != ("float32", "uint64"):
         return None

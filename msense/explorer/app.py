@@ -23,12 +23,13 @@ from msense.explorer.contents import Contents
 from msense.explorer.overview import RANKINGS
 from msense.explorer.render import FOLDER, LONGEST, environment, export_words
 from msense.explorer.sentence import sentence_spans
-from msense.explorer.training import charts
+from msense.explorer.training import budget_chart, charts
 from msense.explorer.word import DEFAULT_LEVEL, text_of, token_view, word_page
 from msense.text import plain
 
 LONGEST_TEXT = 5_000  # characters of a sentence
 _PAGE_ROWS = 50
+_MOMENT = 0.2  # seconds that a page waits for the index of neighbours before it shows how much of it is made
 _MOST_EXPORTED = 20  # words
 _COOKIE = "msense_token"
 HEADERS = {
@@ -91,7 +92,8 @@ class Pages:
         first = _number(request, "first", 0, 0, 1 << 31, int)
         rows = self._contents.statistics.ranked(by, _PAGE_ROWS, first)
         own = {"by": by, "first": first, "rows": rows, "rankings": tuple(RANKINGS), "step": _PAGE_ROWS}
-        return self._page("dictionary.html", overview=self._contents.overview, **own)
+        curve = budget_chart(self._contents.origin) if self._contents.origin else None
+        return self._page("dictionary.html", overview=self._contents.overview, curve=curve, **own)
 
     def word(self, request: Request) -> Response:
         """Show a word and its tokens."""
@@ -109,7 +111,9 @@ class Pages:
         return self._page("token.html", view=view, level=level)
 
     def neighbours(self, request: Request) -> Response:
-        """Show the nearest senses of other tokens."""
+        """Show the nearest senses of other tokens, or how much of their index is made."""
+        if (done := self._contents.index(_MOMENT)) < 1:
+            return self._page("waiting.html", 202, done=done)
         token, sense = request.path_params["token"], request.path_params["sense"]
         near = self._contents.neighbours(token, sense)
         name = text_of(self._contents.dictionary, token)
@@ -123,11 +127,11 @@ class Pages:
 
     def sentence(self, request: Request) -> Response:
         """Show one or two sentences with the senses of their tokens."""
-        encoder = self._contents.encoder
-        if encoder is None:
-            raise InputError("there is no student to read a sentence: open one with msense explore STUDENT")
+        reader = self._contents.reader
+        if reader is None:
+            raise InputError("nothing reads a sentence: open a student, or name the teacher with --teacher")
         texts = [request.query_params.get(name, "")[:LONGEST_TEXT] for name in ("text", "other")]
-        shown = [sentence_spans(encoder, text) for text in texts if text.strip()]
+        shown = [sentence_spans(reader, text) for text in texts if text.strip()]
         return self._page("sentence.html", texts=texts, sentences=shown)
 
     def compare(self, request: Request) -> Response:
@@ -148,17 +152,18 @@ class Pages:
         return self._page("both.html", views=views, level=level)
 
     def training(self, request: Request) -> Response:
-        """Show the metrics of the trainings."""
-        if not self._contents.trainings:
+        """Show the metrics of the trainings, and the evaluations."""
+        if not self._contents.trainings and not self._contents.evaluations:
             raise InputError("there is no training: open the run of a distillation, or name some with --trainings RUN")
-        return self._page("training.html", charts=charts(self._contents.trainings))
+        curves, speeds = charts(self._contents.trainings), self._contents.speeds()
+        return self._page("training.html", charts=curves, speeds=speeds)
 
     def export(self, request: Request) -> Response:
         """Return one self-contained file of the words that are named, to keep or to send."""
         words = [word[:LONGEST] for word in request.query_params.getlist("q") if word.strip()][:_MOST_EXPORTED]
         if not words:
             raise InputError("no word is named: use /export?q=WORD, once per word")
-        self._contents.prepare_neighbours()
+        self._contents.index()
         page = export_words(self._contents.dictionary, words, level=_level(request))
         return HTMLResponse(page, headers={"Content-Disposition": 'attachment; filename="senses.html"'})
 

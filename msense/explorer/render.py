@@ -11,13 +11,13 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from msense.dictionary import SenseDictionary
-from msense.explorer.sentence import sentence_spans
-from msense.explorer.word import DEFAULT_LEVEL, NeighbourView, TokenView, neighbour_views, word_page
-from msense.student.encoder import SenseEncoder
+from msense.explorer.sentence import Reader, sentence_spans
+from msense.explorer.word import DEFAULT_LEVEL, MOST_GROUPED, NeighbourView, TokenView, neighbour_views, word_page
 from msense.text import clean
 
 FOLDER = Path(__file__).parent
 LONGEST = 200  # characters of a token or word that are shown
+_MOST_MAPPED = 200  # senses of a token
 _NAMED = 20  # senses of a token whose neighbours are exported: the largest
 
 
@@ -30,6 +30,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    own.globals |= {"most_mapped": _MOST_MAPPED, "most_grouped": MOST_GROUPED}
     own.filters |= {"short": short, "clean": clean, "quoted": lambda text: quote(text, safe="")}
     return own
 
@@ -75,7 +76,7 @@ def plot(dictionary: SenseDictionary, word: str, *, level: float = DEFAULT_LEVEL
     return Frame(word, export_words(dictionary, [word], level=level))
 
 
-def explain(encoder: SenseEncoder, text: str) -> Frame:
+def explain(encoder: Reader, text: str) -> Frame:
     """Return a text with the senses of its tokens for a notebook; errors are those of `sentence_spans`.
 
     Example:

@@ -1,16 +1,18 @@
-"""The page of trainings: the metrics of every epoch as curves, of one or more distillations together."""
+"""Curves: the metrics of every epoch, of one or more distillations together; and a dictionary's distortion by budget."""
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from msense.errors import InputError
+from msense.explorer.origin import Origin
 from msense.io import storage
 from msense.run.folder import RunFolder
 
 _MAX_BYTES = 1 << 24  # of metrics.jsonl
 _MOST_METRICS = 40
+_DISTORTION = "estimated mean squared distance"
 _INSIDE = ("", "student")  # a run, and the output of `msense make`
 
 
@@ -40,6 +42,7 @@ class Chart:
     least: float  # value at y = 0
     most: float  # value at y = 1
     steps: int  # step at x = 1
+    unit: str = "steps"
 
 
 def read_training(source: str) -> Training | None:
@@ -68,6 +71,14 @@ def charts(trainings: Sequence[Training]) -> list[Chart]:
     return [chart for chart in every if chart.lines]
 
 
+def budget_chart(origin: Origin) -> Chart | None:
+    """Return the estimated distortion over the number of senses; None if the run did not choose by a budget."""
+    if not origin.curve:
+        return None
+    epochs = tuple({"step": float(senses), _DISTORTION: value} for senses, value in origin.curve)
+    return replace(_chart(_DISTORTION, [Training("this corpus", epochs)]), unit="senses")
+
+
 def _chart(metric: str, trainings: Sequence[Training]) -> Chart:
     values = {
         number: [(epoch["step"], epoch[metric]) for epoch in training.epochs if {"step", metric} <= epoch.keys()]
@@ -78,13 +89,13 @@ def _chart(metric: str, trainings: Sequence[Training]) -> Chart:
     least, most = min(heights), max(heights)
     steps = max((x for own in values.values() for x, _ in own), default=1.0)
     lines = tuple(
-        Line(trainings[number].name, tuple((_share(x, 0, steps), _share(y, least, most)) for x, y in own), own[-1][1])
+        Line(trainings[number].name, tuple((share(x, 0, steps), share(y, least, most)) for x, y in own), own[-1][1])
         for number, own in values.items()
     )
     return Chart(metric, lines, least, most, int(steps))
 
 
-def _share(value: float, least: float, most: float) -> float:
+def share(value: float, least: float, most: float) -> float:
     """Return where a value is between two, 0 to 1; in the middle if they are equal."""
     return (value - least) / (most - least) if most > least else 0.5
 

@@ -10,7 +10,7 @@ from msense.dictionary.contexts import Exemplar
 from msense.errors import InputError
 
 DEFAULT_LEVEL = 0.3
-_MOST_GROUPED = 2_000  # senses of a token; more are not grouped, as the distances of all pairs are compared
+MOST_GROUPED = 2_000  # senses of a token; more are not grouped, as the distances of all pairs are compared
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _examples(dictionary: SenseDictionary, token: int, most: int) -> dict[int, l
 
 def _groups(centroids: NDArray[np.float64], level: float) -> list[int]:
     """Return the group of each sense, numbered by its first; see `token_view`."""
-    if not level or not 2 <= len(centroids) <= _MOST_GROUPED:
+    if not level or not 2 <= len(centroids) <= MOST_GROUPED:
         return list(range(len(centroids)))
     from scipy.cluster.hierarchy import fcluster, linkage
 

@@ -24,7 +24,7 @@ from msense.dictionary import SenseDictionary
 from msense.errors import InputError
 from msense.explorer.app import make_app
 from msense.explorer.contents import Contents, open_contents
-from msense.explorer.render import explain, export_words, plot
+from msense.explorer.render import export_words
 from msense.explorer.training import charts, read_training
 
 LOCAL = "http://localhost"
@@ -126,7 +126,7 @@ def test_search_links_to_tokens(client: TestClient) -> None:
         ("/?by=<b>", 400, "no ranking &#39;&lt;b&gt;&#39;"),
         ("/?first=-1", 400, "first is &#39;-1&#39;"),
         ("/word?q=<i>x", 404, "is unknown to the tokenizer"),
-        ("/sentence?text=a", 400, "no student"),
+        ("/sentence?text=a", 400, "nothing reads a sentence"),
         ("/nowhere", 404, "Not Found"),
         ("/static/../app.py", 404, "Not Found"),
         ("/static/%2e%2e/app.py", 404, "Not Found"),
@@ -242,7 +242,7 @@ def test_an_export_by_the_command_is_that_of_the_page(
 
 def test_a_notebook_shows_a_word_and_a_text_in_frames(dictionary: SenseDictionary, shipped_student: tuple) -> None:
     encoder = shipped_student[0]
-    frames = plot(dictionary, SCRIPT), explain(encoder, "the <b>bank\u202e")
+    frames = dictionary.plot(SCRIPT), encoder.explain("the <b>bank\u202e")
     assert repr(frames[0]) == f"Frame({SCRIPT!r})"
     pages = []
     for frame in frames:

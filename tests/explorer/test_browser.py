@@ -53,17 +53,20 @@ class Site(NamedTuple):
         """Return the address of a page of `PAGES`."""
         token = self.contents.dictionary.lookup(self.word).tokens[0].token_id
         text, other = map(quote, self.texts)
-        return self.url + {
-            "dictionary": "/",
-            "word": f"/word?q={self.word}",
-            "token": f"/token/{token}",
-            "neighbours": f"/neighbours/{token}/0",
-            "sentence": f"/sentence?text={text}&other={other}",
-            "compare": "/compare",
-            "both": f"/compare/{token}",
-            "training": "/training",
-            "error": "/word?q=%3Ci%3Eqqq",
-        }[page]
+        return (
+            self.url
+            + {
+                "dictionary": "/",
+                "word": f"/word?q={self.word}",
+                "token": f"/token/{token}",
+                "neighbours": f"/neighbours/{token}/0",
+                "sentence": f"/sentence?text={text}&other={other}",
+                "compare": "/compare",
+                "both": f"/compare/{token}",
+                "training": "/training",
+                "error": "/word?q=%3Ci%3Eqqq",
+            }[page]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +234,10 @@ def test_an_export_opens_from_a_file_without_a_network(
     assert alone.locator("h1").inner_text() == site.word
     assert alone.locator("article.sense").count() == page.locator("article.sense").count()
     assert "Near:" in alone.locator("main").inner_text()
-    assert alone.locator("svg.map a").first.evaluate("e => getComputedStyle(e.querySelector('circle')).fillOpacity") == "0.35"
+    assert (
+        alone.locator("svg.map a").first.evaluate("e => getComputedStyle(e.querySelector('circle')).fillOpacity")
+        == "0.35"
+    )
 
 
 @pytest.mark.parametrize("word", HOSTILE)
@@ -301,7 +307,7 @@ def test_accessibility(pictured: Site, open_page: Callable[..., Any], page_name:
 @pytest.mark.parametrize("page_name", PAGES)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pictures(  # noqa: PLR0913 - what a picture is of
+def test_pictures(
     pictured: Site, open_page: Callable[..., Any], tmp_path: Path, page_name: str, width: str, scheme: str
 ) -> None:
     status = 404 if page_name == "error" else 200

@@ -1,5 +1,5 @@
 "use strict";
-// Search as you type, and the slider. Without this file every page works by links and buttons.
+// Search as you type, the slider, and the neighbours of the largest senses. Without this file every page works by links and buttons.
 document.documentElement.classList.add("script");
 
 // Replace the content of a place by that of the same place in a page; a later request overtakes an earlier one.
@@ -27,13 +27,42 @@ document.querySelector(".search").addEventListener("keydown", (event) => {
   else if (event.key === "ArrowUp" && at >= 0) { (links[at - 1] || field).focus(); event.preventDefault(); }
 });
 
+// Show a few neighbours beside each of the largest senses, one after the other; while their index is made, its progress.
+const known = new Map();
+async function neighbours(url) {
+  const page = new DOMParser().parseFromString(await (await fetch(url)).text(), "text/html");
+  const found = [...page.querySelectorAll("#neighbours li")].slice(0, 4).map((item) => [...item.querySelectorAll("a")]);
+  const part = page.getElementById("indexed");
+  return part ? part.value + " %" : found.flat();
+}
+async function nameSenses() {
+  for (const token of document.querySelectorAll("section.token")) {
+    for (const link of [...token.querySelectorAll("a.near")].slice(0, 8)) {
+      const place = document.createElement("span");
+      place.className = "named";
+      link.after(place);
+      let found = known.get(link.href);
+      while (!found && link.isConnected) {
+        const answer = await neighbours(link.href);
+        if (typeof answer === "string") {
+          place.textContent = ": their index is being made, " + answer;
+          await new Promise((done) => setTimeout(done, 1000));
+        } else known.set(link.href, found = answer);
+      }
+      place.textContent = found && found.length ? ": " : "";
+      (found || []).forEach((a, i) => place.append(i ? "; " : "", a.cloneNode(true)));
+    }
+  }
+}
+nameSenses();
+
 const level = document.querySelector("form.level");
 if (level) {
   const slider = level.elements.level;
   slider.addEventListener("input", () => { level.querySelector("output").value = slider.value + " %"; });
   slider.addEventListener("change", () => {
     const url = location.pathname + "?" + new URLSearchParams(new FormData(level));
-    load(document.getElementById("senses"), url, (page) => page.getElementById("senses"));
+    load(document.getElementById("senses"), url, (page) => page.getElementById("senses")).then(nameSenses);
     history.replaceState(null, "", url);
   });
 }
