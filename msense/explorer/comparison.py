@@ -1,6 +1,7 @@
 """The page that compares two dictionaries of one teacher: words whose use differs most between their corpora."""
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,8 @@ def check_comparable(a: SenseDictionary, b: SenseDictionary) -> None:
 def differences(a: SenseDictionary, b: SenseDictionary, most: int = MOST_COMPARED) -> list[Difference]:
     """Return the `most` tokens that are most frequent in both corpora, those whose use differs most first.
 
-    Only the largest senses of a token are compared. Memory: `_MOST_SENSES` senses of 2 · `most` tokens in float32.
+    The largest senses of a token are compared with all of the other dictionary's. Memory: `_MOST_SENSES` senses of 2 · `most`
+    tokens in float32.
 
     Raises:
         InputError: the dictionaries are not of one teacher.
@@ -51,7 +53,8 @@ def differences(a: SenseDictionary, b: SenseDictionary, most: int = MOST_COMPARE
     tokens = _common(a, b, most)
     one, other = _largest(a, tokens), _largest(b, tokens)
     distance = (
-        _distances(one, other, a.config.temperature_unit) + _distances(other, one, b.config.temperature_unit)
+        _distances(one, tokens, b.ragged, a.config.temperature_unit)
+        + _distances(other, tokens, a.ragged, b.config.temperature_unit)
     ) / 2
     order = np.argsort(-distance, kind="stable")
     sizes = np.diff(a.offsets), np.diff(b.offsets)
@@ -68,11 +71,13 @@ def differences(a: SenseDictionary, b: SenseDictionary, most: int = MOST_COMPARE
 
 
 def _common(a: SenseDictionary, b: SenseDictionary, most: int) -> NDArray[np.int64]:
-    """Return tokens with senses in both, the most frequent by the rarer of both counts."""
+    """Return tokens with letters and with senses in both, the most frequent by the rarer of both counts."""
     counts = np.minimum(a.token_counts, b.token_counts)
     known = (np.diff(a.offsets) > 0) & (np.diff(b.offsets) > 0) & (counts >= _FEWEST)
     tokens = np.flatnonzero(known)
-    return tokens[np.argsort(-counts[tokens], kind="stable")[:most]]
+    ordered = tokens[np.argsort(-counts[tokens], kind="stable")].tolist()
+    words = (token for token in ordered if any(map(str.isalpha, text_of(a, token))))
+    return np.array(list(islice(words, most)), np.int64)
 
 
 class _Largest(NamedTuple):
@@ -96,12 +101,12 @@ def _largest(d: SenseDictionary, tokens: NDArray[np.int64]) -> _Largest:
     return _Largest(RaggedSenses(offsets, (centroids,)), d.counts[rows].astype(np.float64), squares)
 
 
-def _distances(a: _Largest, b: _Largest, unit: float) -> NDArray[np.float64]:
+def _distances(a: _Largest, ids: NDArray[np.int64], b: RaggedSenses, unit: float) -> NDArray[np.float64]:
     """Return how far the points of each token in `a` are from its senses in `b`, relative to those in `a`; at least 1."""
-    tokens = len(a.senses.offsets) - 1
+    tokens = len(ids)
     place = np.repeat(np.arange(tokens), np.diff(a.senses.offsets))
     (senses,) = a.senses.parts
-    moved = senses - assignment.replace(place, senses, b.senses, "l2")
+    moved = senses - assignment.replace(ids[place], senses, b, "l2")
     between = (moved**2).sum(1, dtype=torch.float64).numpy()  # of points, it adds to the square around their centroid
     means = [
         np.bincount(place, weights=a.counts * values, minlength=tokens)

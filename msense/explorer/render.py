@@ -12,12 +12,21 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from msense.dictionary import SenseDictionary
 from msense.explorer.sentence import Reader, sentence_spans
-from msense.explorer.word import DEFAULT_LEVEL, MOST_GROUPED, NeighbourView, TokenView, neighbour_views, word_page
+from msense.explorer.word import (
+    DEFAULT_LEVEL,
+    MOST_GROUPED,
+    NeighbourView,
+    SenseView,
+    TokenView,
+    neighbour_views,
+    word_page,
+)
 from msense.text import clean
 
 FOLDER = Path(__file__).parent
 LONGEST = 200  # characters of a token or word that are shown
 _MOST_MAPPED = 200  # senses of a token
+_LABEL = 0.055, 0.035  # width and height of a number on a map, in parts of it
 _NAMED = 20  # senses of a token whose neighbours are exported: the largest
 
 
@@ -31,8 +40,28 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     own.globals |= {"most_mapped": _MOST_MAPPED, "most_grouped": MOST_GROUPED}
-    own.filters |= {"short": short, "clean": clean, "quoted": lambda text: quote(text, safe="")}
+    own.filters |= {
+        "apart": apart,
+        "number": number,
+        "short": short,
+        "clean": clean,
+        "quoted": lambda text: quote(text, safe=""),
+    }
     return own
+
+
+def number(value: float) -> str:
+    """Return a number in about three digits."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def apart(senses: Sequence[SenseView]) -> set[int]:
+    """Return the senses whose numbers can stand on a map without covering each other, the first first."""
+    kept: list[SenseView] = []
+    for sense in senses:
+        if all(abs(sense.x - other.x) > _LABEL[0] or abs(sense.y - other.y) > _LABEL[1] for other in kept):
+            kept.append(sense)
+    return {sense.sense for sense in kept}
 
 
 def short(text: str) -> str:

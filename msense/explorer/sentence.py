@@ -16,6 +16,7 @@ from msense.student.tokenizer import check_text
 if TYPE_CHECKING:
     from msense.evaluation.models import TeacherModel
 
+_SHOWN, _LEAST = 3, 0.01  # senses of a token that are shown however unlikely, and the probability of any other
 LEVELS = 4  # steps of certainty that a page distinguishes
 
 
@@ -114,9 +115,10 @@ def sentence_spans(encoder: Reader, text: str, *, examples: int = 2) -> list[Spa
 
 
 def _choices(encoder: Reader, token: TokenSense, examples: int) -> tuple[Choice, ...]:
-    """Return the likely senses of a token with their nearest examples."""
-    contexts: dict[int, list[Exemplar]] = {sense: [] for sense, _ in token.likely}
+    """Return the likely senses of a token, at least `_SHOWN` of them, with their nearest examples."""
+    likely = [own for place, own in enumerate(token.likely) if place < _SHOWN or own[1] >= _LEAST]
+    contexts: dict[int, list[Exemplar]] = {sense: [] for sense, _ in likely}
     for exemplar in encoder.dictionary.exemplars(token.token_id) if contexts else ():
         if len(own := contexts.get(exemplar.sense, [])) < examples:
             own.append(exemplar)
-    return tuple(Choice(sense, probability, tuple(contexts[sense])) for sense, probability in token.likely)
+    return tuple(Choice(sense, probability, tuple(contexts[sense])) for sense, probability in likely)

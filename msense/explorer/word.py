@@ -7,10 +7,13 @@ from numpy.typing import NDArray
 
 from msense.dictionary import SenseDictionary
 from msense.dictionary.contexts import Exemplar
+from msense.dictionary.neighbours import Neighbour
 from msense.errors import InputError
 
 DEFAULT_LEVEL = 0.3
 MOST_GROUPED = 2_000  # senses of a token; more are not grouped, as the distances of all pairs are compared
+
+_SENSES_PER_TOKEN = 20  # neighbours that are searched for each token that is shown
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,11 @@ def token_view(
 
 
 def neighbour_views(dictionary: SenseDictionary, token: int, sense: int, top: int = 10) -> list[NeighbourView]:
-    """Return the nearest senses of other tokens, as `SenseDictionary.neighbours` (errors too), with names."""
-    near = dictionary.neighbours(token, sense, top)
-    return [NeighbourView(n.token, text_of(dictionary, n.token), n.sense, n.similarity) for n in near]
+    """Return the nearest sense of each of the nearest other tokens; errors as of `SenseDictionary.neighbours`."""
+    near: dict[int, Neighbour] = {}
+    for n in dictionary.neighbours(token, sense, _SENSES_PER_TOKEN * top):
+        near.setdefault(n.token, n)
+    return [NeighbourView(t, text_of(dictionary, t), n.sense, n.similarity) for t, n in near.items()][:top]
 
 
 def text_of(dictionary: SenseDictionary, token: int) -> str:
@@ -162,5 +167,6 @@ def _map(centroids: NDArray[np.float64]) -> NDArray[np.float64]:
     places = np.zeros((len(centroids), 2))
     own = vectors[:, ::-1][:, :2] * np.sqrt(np.maximum(values[::-1][:2], 0))
     places[:, : own.shape[1]] = own * np.where(own.sum(0) < 0, -1, 1)  # the signs of eigenvectors are arbitrary
-    extent = np.abs(places).max(initial=0)
-    return places / (2 * extent) + 0.5 if extent > 0 else places + 0.5
+    low, high = (end(places, 0, initial=0) for end in (np.min, np.max))
+    extent = (high - low).max()
+    return (places - (low + high) / 2) / extent + 0.5 if extent > 0 else places + 0.5

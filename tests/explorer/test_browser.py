@@ -1,7 +1,8 @@
 """The pages in a headless Chromium: typing, clicks, keys, narrow and dark screens, hostile words, accessibility, pictures.
 
 Skipped where there is no Chromium or no playwright. MSENSE_AXE=axe.min.js (of the npm package axe-core) checks accessibility;
-MSENSE_PICTURES=DIR keeps the pictures, of MSENSE_SOURCE (a run of a student of the demo's dictionary) if that is given.
+MSENSE_PICTURES=DIR keeps the pictures: of small made-up contents, or of MSENSE_SOURCE (a run of the demo) with MSENSE_BESIDE
+(a second dictionary, a training and an evaluation, separated by colons).
 """
 
 import os
@@ -33,8 +34,8 @@ FAULTS = """() => {
   if (document.documentElement.scrollWidth > wide) found.push('page ' + document.documentElement.scrollWidth);
   for (const text of document.querySelectorAll('svg text')) {
     const own = text.getBoundingClientRect(), box = text.ownerSVGElement.getBoundingClientRect();
-    if (own.width && (own.left < box.left - 1 || own.right > box.right + 1 || own.bottom > box.bottom + 1))
-      found.push('text ' + text.textContent);
+    const across = own.left < box.left - 1 || own.right > box.right + 1;
+    if (own.width && (across || own.top < box.top - 1 || own.bottom > box.bottom + 1)) found.push('text ' + text.textContent);
   }
   return found;
 }"""
@@ -62,9 +63,9 @@ class Site(NamedTuple):
                 "neighbours": f"/neighbours/{token}/0",
                 "sentence": f"/sentence?text={text}&other={other}",
                 "compare": "/compare",
-                "both": f"/compare/{token}",
+                "both": f"/compare/{self.contents.differences()[0].token}",
                 "training": "/training",
-                "error": "/word?q=%3Ci%3Eqqq",
+                "error": "/nowhere",
             }[page]
         )
 
@@ -94,8 +95,8 @@ def pictured(site: Site) -> Iterator[Site]:
     if not (source := os.environ.get("MSENSE_SOURCE")):
         yield site
         return
-    compare, *trainings = filter(None, os.environ.get("MSENSE_COMPARE", "").split(os.pathsep))
-    contents = open_contents(source, compare, trainings)
+    compare, trainings, evaluations = os.environ["MSENSE_BESIDE"].split(os.pathsep)
+    contents = open_contents(source, compare, [trainings], [evaluations])
     with served(contents) as url:
         yield Site(url, contents, "tree", "scikit", ("a leaf of the tree", "the decision tree"))
 
@@ -192,6 +193,17 @@ def test_a_sentence_is_typed_and_a_token_and_a_sense_clicked(site: Site, open_pa
     assert page.locator("article.sense:target").count() == 1
 
 
+def test_senses_are_named_by_their_neighbours(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.path("word"))
+    sense = page.locator("article.sense").first
+    expect(sense.locator(".named a").first).to_be_visible()
+    names = sense.locator(".named a").all_inner_texts()
+    assert 1 <= len(names) == len(set(names)) <= 4
+    sense.locator(".named a").first.click()
+    page.wait_for_url("**/token/*#sense-*")
+    assert page.locator("article.sense:target").count() == 1
+
+
 def test_keys_alone_reach_the_content_and_read_a_sentence(site: Site, open_page: Callable[..., Any]) -> None:
     page = open_page(site.url + "/sentence")
     page.keyboard.press("Tab")
@@ -213,6 +225,9 @@ def test_keys_alone_reach_the_content_and_read_a_sentence(site: Site, open_page:
 
 def test_two_dictionaries_side_by_side(site: Site, open_page: Callable[..., Any]) -> None:
     page = open_page(site.url + "/compare")
+    pair = page.locator("tr.pair").first
+    expect(pair).to_be_visible()
+    assert pair.locator("mark").count() >= 1
     page.locator("tbody a").first.click()
     page.wait_for_url("**/compare/*")
     sections = page.locator("#senses > section")
@@ -274,7 +289,7 @@ def test_pages_work_without_scripts(site: Site, open_page: Callable[..., Any]) -
     page.get_by_role("button", name="Apply").click()
     page.wait_for_url("**level=*")
     page.get_by_role("link", name="Nearest senses of other tokens").first.click()
-    page.wait_for_url("**/neighbours/*")
+    page.wait_for_url("**/neighbours/**")
 
 
 @pytest.mark.parametrize("page_name", PAGES)
@@ -314,6 +329,11 @@ def test_pictures(
     page = open_page(pictured.path(page_name), status=status, width=width, color_scheme=scheme)
     if page_name == "sentence":
         page.locator(".spans a", has_text=pictured.word).first.click()
+    if page_name in ("word", "token", "both"):
+        expect(page.locator(".named a").first).to_be_visible(timeout=60_000)
+        page.wait_for_load_state("networkidle")
+    if page_name == "compare":
+        expect(page.locator("tr.pair").nth(9)).to_be_visible(timeout=60_000)
     assert page.evaluate(FAULTS) == []
     folder = Path(os.environ.get("MSENSE_PICTURES", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,17 @@ async function nameSenses() {
 }
 nameSenses();
 
+// Below the first words that two corpora use differently, an example from each.
+(async () => {
+  for (const row of [...document.querySelectorAll("tr.pair")].slice(0, 10)) {
+    const url = row.previousElementSibling.querySelector("a").href;
+    const page = new DOMParser().parseFromString(await (await fetch(url)).text(), "text/html");
+    const found = [...page.querySelectorAll("#senses > section")].map((own) => own.querySelector(".example"));
+    row.cells[0].append(...found.filter(Boolean));
+    row.hidden = !row.cells[0].childElementCount;
+  }
+})();
+
 const level = document.querySelector("form.level");
 if (level) {
   const slider = level.elements.level;
