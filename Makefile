@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --upgrade -c constraints.txt pip setuptools wheel
 	$(BIN)/pip install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/pip install -c constraints.txt -e ".[bench,demo,dev,evaluation,s3,test]"
+	$(BIN)/pip install -c constraints.txt -e ".[bench,demo,dev,evaluation,explore,s3,test]"
 	touch $(STAMP)
 
 demo: install

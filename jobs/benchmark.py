@@ -22,6 +22,7 @@ BENCHMARKS = {  # each a function of that name in the module of that name in job
     "step": "a training step and its losses against alternatives; --data with banking77/",
     "encode": "texts per second of students, teacher and model2vec; --data with banking77/",
     "once": "how often the teacher reads a text on the way to two students",
+    "explore": "pages, search and neighbours of the dictionary --general, beside a second one in --data",
     "tasks": "quality of students of the data sets in --sets, and of --general; --data with retrieval/, banking77/, sts/",
 }
 

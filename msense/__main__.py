@@ -55,6 +55,13 @@ _STATUS_EXAMPLES = """\
 Examples:
   msense status runs/demo
   msense status s3://BUCKET/runs/mine --json"""
+_EXPLORE_EXAMPLES = """\
+Examples:
+  msense explore runs/demo
+  msense explore runs/student
+  msense explore runs/general --compare runs/medicine
+  msense explore runs/student --trainings runs/larger --evaluations runs/evaluation.json
+  msense explore runs/demo tree key --export senses.html"""
 _Count = Annotated[int, Parameter(validator=validators.Number(gte=0), metavar="N")]
 _Text = Annotated[str, Parameter(metavar="TEXT")]
 
@@ -80,6 +87,7 @@ def make_app() -> App:
         app.command(f"msense.cli.{name.replace('-', '_')}:app", name=name, help=text, sort_key=number)
     app.command(show, help_epilogue=_SHOW_EXAMPLES, sort_key=len(_JOBS), version_flags=())
     app.command(status, help_epilogue=_STATUS_EXAMPLES, sort_key=len(_JOBS), version_flags=())
+    app.command(explore, help_epilogue=_EXPLORE_EXAMPLES, sort_key=len(_JOBS), version_flags=())
     app.register_install_completion_command(help="Install completion for bash, zsh or fish, and exit.")
     return app
 
@@ -120,6 +128,43 @@ def status(run: _Text, *, json: Annotated[bool, Parameter(negative=())] = False)
     from msense.cli.status import show_status
 
     show_status(run, as_json=json)
+
+
+def explore(  # noqa: PLR0913 - one parameter per option
+    source: str,
+    words: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    *,
+    compare: str | None = None,
+    trainings: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    evaluations: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    teacher: str | None = None,
+    export: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+) -> int:
+    """Explore a dictionary or a student in a browser, on a local page.
+
+    Args:
+        source: folder or URI of a dictionary, of the run that built it, or of a student; or a student's hub name
+        words: words of the exported file
+        compare: a second dictionary of the same teacher
+        trainings: runs whose training is shown beside that of the source
+        evaluations: JSON files of msense evaluate
+        teacher: folder or hub name of the dictionary's teacher, to read sentences without a student; default: that of the
+            run, if it is on this machine
+        export: write the senses of the words to this self-contained HTML file, in place of a local page
+        host: address to listen on; any but a loopback address asks for a token, which is printed
+        port: to listen on; 0: a free one
+    """
+    from msense.cli import explore as command
+
+    if (export is None) == bool(words):
+        raise InputError("give words and a file together, or neither: msense explore SOURCE WORD --export FILE.html")
+    if export is not None:
+        return command.export(source, words or [], export)
+    more = {"trainings": trainings or [], "evaluations": evaluations or [], "teacher": teacher}
+    command.serve(source, (host, port), compare=compare, **more)
+    return 0
 
 
 if __name__ == "__main__":

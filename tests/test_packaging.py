@@ -102,7 +102,8 @@ for module in pkgutil.walk_packages(msense.__path__, "msense.", onerror=lambda n
         print("fails", module.name, error)
 """
 SPECIAL = {  # modules that only an extra's own code imports
-    "msense.runtime.ray_training", "msense.sentence_module", "msense.student.sentence_transformer",
+    "msense.explorer.app", "msense.explorer.render", "msense.runtime.ray_training", "msense.sentence_module",
+    "msense.student.sentence_transformer",
 }  # fmt: skip
 
 

@@ -17,7 +17,17 @@ from teachers import write_teacher
 from msense.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("", ".github/", "jobs/", "jobs/benchmarks/", "msense/", "msense/evaluation/", "msense/teacher/", "tests/")
+FOLDERS = (
+    "",
+    ".github/",
+    "jobs/",
+    "jobs/benchmarks/",
+    "msense/",
+    "msense/evaluation/",
+    "msense/explorer/",
+    "msense/teacher/",
+    "tests/",
+)
 PAGES = {f"{folder}{path.name}": path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.md"))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 EVERY = "\n".join(TEXTS.values())
@@ -27,6 +37,7 @@ RUN = ("bash", "python")
 SHOWN = ("bibtex", "text", "yaml")  # output, diagrams, files
 OTHER_FLAGS = {"--config", "--help", "--json", "--no-pooled", "--no-cost", "--senses", "--exemplars", "--text"}
 OTHER_FLAGS |= {"--data", "--sets", "--general", "--sts"}  # of jobs/benchmark.py
+OTHER_FLAGS |= {"--compare", "--evaluations", "--export", "--host", "--port", "--trainings"}  # of msense explore
 OTHER_FLAGS |= {"--address", "--working-dir", "--submission-id", "--generate"}  # of Ray
 WORDS = ["cell", "decision", "gaussian", "kernel", "key", "leaf", "matrix", "tree", *tiny.WORDS]
 

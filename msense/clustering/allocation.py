@@ -13,6 +13,7 @@ replaced by their lower convex hulls, as in bit allocation among quantizers (Sho
 hull, and about 100 bytes x steps of the curve for BATCH_TOKENS tokens.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -135,23 +136,50 @@ def allocate(curves: Curves, grid: NDArray[np.int64], budget: int, dim: int) -> 
     Raises:
         InputError: the budget is smaller than the number of tokens.
     """
-    tokens = len(curves.points)
-    if budget < tokens:
-        raise InputError(f"a budget of {budget:,} senses is below one sense for each of {tokens:,} tokens; increase it")
-    if not tokens:
-        return np.zeros(0, np.int64)
-    most = np.clip(curves.points // POINTS_PER_SENSE, 1, min(MAX_SENSES, MAX_TOKEN_NUMBERS // dim))
-    batches = []
-    for at in range(0, tokens, BATCH_TOKENS):
-        own = slice(at, at + BATCH_TOKENS)
-        chunk = Curves(curves.points[own], curves.occurrences[own], curves.variance[own])
-        token, senses, gain = _hulls(*_distortions(chunk, grid, most[own]))
-        batches.append((token + at, senses, gain))
-    token, senses, gain = map(np.concatenate, zip(*batches, strict=True))
-    order = np.lexsort((token, -gain))  # stable, so a token's steps of equal gain stay in order
-    before = np.cumsum(senses[order]) - senses[order]
-    taken = np.clip(budget - tokens - before, 0, senses[order])
-    return 1 + np.bincount(token[order], weights=taken, minlength=tokens).astype(np.int64)
+    return Allocation(curves, grid, dim).numbers(budget)
+
+
+class Allocation:
+    """The order in which senses are given to tokens; arguments as of `allocate`."""
+
+    def __init__(self, curves: Curves, grid: NDArray[np.int64], dim: int) -> None:
+        self._tokens, self._occurrences = len(curves.points), int(curves.occurrences.sum())
+        self._first = 0.0  # distortion with one sense per token
+        batches = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
+        most = np.clip(curves.points // POINTS_PER_SENSE, 1, min(MAX_SENSES, MAX_TOKEN_NUMBERS // dim))
+        for at in range(0, self._tokens, BATCH_TOKENS):
+            own = slice(at, at + BATCH_TOKENS)
+            chunk = Curves(curves.points[own], curves.occurrences[own], curves.variance[own])
+            numbers, distortion = _distortions(chunk, grid, most[own])
+            self._first += float(distortion[:, 0].sum())
+            token, senses, gain = _hulls(numbers, distortion)
+            batches.append((token + at, senses, gain))
+        token, senses, gain = map(np.concatenate, zip(*batches, strict=True))
+        order = np.lexsort((token, -gain))  # stable, so a token's steps of equal gain stay in order
+        self._token, self._senses, self._gain = token[order], senses[order], gain[order]
+
+    def numbers(self, budget: int) -> NDArray[np.int64]:
+        """Return K of each token, int64 [T], for a budget; see `allocate`."""
+        if budget < self._tokens:
+            raise InputError(
+                f"a budget of {budget:,} senses is below one sense for each of {self._tokens:,} tokens; increase it"
+            )
+        taken = self._taken(budget)
+        return 1 + np.bincount(self._token, weights=taken, minlength=self._tokens).astype(np.int64)
+
+    def estimates(self, budgets: Iterable[int]) -> list[tuple[int, float]]:
+        """Return (senses, estimated mean squared distance in the corpus) for budgets, each number of senses once."""
+        found = {}
+        for budget in budgets:
+            taken = self._taken(budget)
+            left = self._first - float(taken @ self._gain)
+            found[self._tokens + int(taken.sum())] = max(left, 0.0) / max(1, self._occurrences)
+        return list(found.items())
+
+    def _taken(self, budget: int) -> NDArray[np.int64]:
+        """Return the senses of each step that a budget pays for."""
+        before = np.cumsum(self._senses) - self._senses
+        return np.clip(budget - self._tokens - before, 0, self._senses)
 
 
 def _distortions(

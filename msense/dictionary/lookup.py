@@ -19,6 +19,7 @@ _BYTES, _BYTES_A_TOKEN, _MAX_BYTES = 1 << 20, 512, 64 << 20  # of tokenizer.json
 _MAX_BRACKETS = 1 << 21  # parsing takes about a hundred bytes per bracket
 _MAX_LETTERS, _MAX_SEARCHES, _MAX_CHARSMAP = 10**8, 16, 1 << 20
 _GROWTH = {"ByteLevel": 2, "NFD": 3, "NFC": 3, "NFKD": 18, "NFKC": 18, "Precompiled": 18, "Lowercase": 2}
+_MAX_DECODER_GROWTH = 4.0
 _REMEDY = "copy or build the dictionary again"
 _WORD_STARTS = ("", "Ġ", "▁")  # byte-level and SentencePiece prefixes of a token after a space
 
@@ -78,6 +79,7 @@ class Vocabulary:
                 raise ValueError(f"it has {brackets} brackets, over the limit of {_MAX_BRACKETS}")
             definition = json.loads(tokenizer_json)
             model = definition["model"]
+        self._decoder_growth = _decoder_growth(definition.get("decoder"))
         _check_steps(definition)  # before loading: the library normalizes added tokens on loading
         with tokenizer_errors("is not a tokenizer"):
             self.tokenizer = Tokenizer.from_buffer(tokenizer_json)
@@ -113,6 +115,19 @@ class Vocabulary:
         """Return the token ids of a word, with or without a preceding space; none if any is unknown."""
         splits = [split for split in (self._split(space + word) for space in ("", " ")) if split]
         return [token for token, _ in min(splits, key=len, default=[])]
+
+    def texts(self, vocab_size: int) -> list[str]:
+        """Return the text of each token id below `vocab_size`, without spaces around it; the token itself if it has none.
+
+        Raises:
+            DictionaryError: the tokenizer's decoder fails, or may make tokens far longer.
+        """
+        if self._decoder_growth > _MAX_DECODER_GROWTH:
+            excess = f"has a decoder that may make tokens {self._decoder_growth:.3g} times longer"
+            raise DictionaryError(f"tokenizer.json {excess}, more than any known tokenizer: {_REMEDY}")
+        with tokenizer_errors("cannot decode its tokens"):
+            texts = self.tokenizer.decode_batch([[i] for i in range(vocab_size)], skip_special_tokens=False)
+            return [text.strip() or self.tokenizer.id_to_token(i) or "" for i, text in enumerate(texts)]
 
     def _split(self, text: str) -> list[tuple[int, str]]:
         """Return (id, token) of each token of a text; none if any is unknown."""
@@ -151,6 +166,19 @@ def _check_steps(definition: dict[str, Any]) -> None:
     if growth * letters > _MAX_LETTERS or searches > _MAX_SEARCHES:
         excess = f"may make texts {growth:.3g} times longer and matches {searches} patterns"
         raise DictionaryError(f"tokenizer.json {excess}, more than any known tokenizer: {_REMEDY}")
+
+
+def _decoder_growth(decoder: object) -> float:
+    """Return the factor by which a decoder may lengthen a token."""
+    growth, waiting = 1.0, [decoder]
+    while waiting:
+        step = waiting.pop()
+        if isinstance(step, list):
+            waiting += step
+        elif isinstance(step, dict):
+            waiting.append(step.get("decoders"))
+            growth *= _growth(step, step.get("pattern"))
+    return growth
 
 
 def _growth(step: dict[str, Any], pattern: object) -> float:

@@ -26,11 +26,16 @@ from msense.dictionary.format import open_dictionary, write_dictionary
 from msense.dictionary.layout import Arrays, DictionaryConfig, DictionaryFiles, Stored
 from msense.dictionary.lookup import Match, Vocabulary
 from msense.dictionary.making import cluster_in_memory, merge_contents, merge_exemplars
+from msense.dictionary.neighbours import Neighbour, NeighbourIndex, Progress
 from msense.errors import DictionaryError, InputError
+from msense.io.extras import require
 from msense.io.scratch import atomic_path, copy_file
+from msense.io.storage import user_cache
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from msense.explorer.render import Frame
 
 ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
 _SAVE_BYTES = 64 << 20
@@ -85,6 +90,7 @@ class SenseDictionary:
         self.ragged = RaggedSenses(self.offsets, centroids, scales)
         self._files = files
         self._exemplars = exemplars
+        self._neighbour_index: NeighbourIndex | None = None
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -177,10 +183,59 @@ class SenseDictionary:
         """
         return self._vocabulary.lookup(word, np.diff(self.offsets))
 
+    def pieces(self, word: str) -> list[int]:
+        """Return the token ids of a word of one or several tokens; none if any is unknown; errors as `lookup`."""
+        return self._vocabulary.pieces(word)
+
+    @cached_property
+    def token_texts(self) -> list[str]:
+        """The text of each token id [V], as it stands in a text, without spaces around it; errors as `lookup`."""
+        return self._vocabulary.texts(self.vocab_size)
+
     def exemplars(self, token: int) -> list[Exemplar]:
         """Return the contexts of a token's senses by sense and rank; raise DictionaryError if the file is corrupted."""
         rows = (Exemplar(*(row[name] for name in Exemplar._fields)) for row in self._exemplar_table(token).to_pylist())
         return sorted(rows, key=lambda exemplar: exemplar[:2])
+
+    def neighbours(self, token: int, sense: int, top: int = 10) -> list[Neighbour]:
+        """Return the `top` senses of other tokens that are nearest to a sense, nearest first.
+
+        The first call makes an index of a large dictionary (20 s for a million senses of width 384 on one core) and keeps it
+        in the user's cache; see `msense.dictionary.neighbours`.
+
+        Raises:
+            InputError: there is no such token or sense, or `top` is not positive.
+            DictionaryError: the sense is NaN or infinite.
+        """
+        self.prepare_neighbours()
+        assert self._neighbour_index is not None
+        return self._neighbour_index.nearest(token, sense, top)
+
+    def prepare_neighbours(self, progress: Progress | None = None) -> None:
+        """Make or load what `neighbours` needs, which its first call does otherwise; report the finished part, 0 to 1."""
+        if self._neighbour_index is not None:
+            return
+        if self._files is None:
+            self._neighbour_index = NeighbourIndex.of(self.ragged, progress=progress)
+        else:
+            folder = user_cache() / "neighbours"
+            self._neighbour_index = NeighbourIndex.cached(self.ragged, self._files.fingerprint, folder, progress)
+
+    def plot(self, word: str, *, level: float = 0.3) -> "Frame":
+        """Return the senses of a word for a notebook, in a frame that loads and runs nothing (extra `explore`).
+
+        Args:
+            word: of one token or several.
+            level: near-identical senses are folded up to this share, 0 to 1; 0: none.
+
+        Raises:
+            InputError: the extra is missing, the dictionary has no tokenizer, or the level is invalid.
+            DictionaryError: it is damaged.
+        """
+        require("explore", "SenseDictionary.plot", ("jinja2", "scipy"))
+        from msense.explorer.render import plot
+
+        return plot(self, word, level=level)
 
     def assign(self, token_ids: ArrayT, embeddings: ArrayT, *, metric: Metric | None = None) -> ArrayT:
         """Return the index int64 [N] of the nearest sense of each token id [N] to its embedding [N, D].

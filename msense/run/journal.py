@@ -85,5 +85,6 @@ def timed(stages: dict[str, dict[str, Any]], name: str) -> Iterator[dict[str, An
     yield stats
     stats["seconds"] = round(time.monotonic() - began, 1)
     stages[name] = stats
-    shown = (f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in stats.items())
+    short = {key: value for key, value in stats.items() if not isinstance(value, list)}
+    shown = (f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in short.items())
     logger.info("%s: %s", name, ", ".join(shown))

@@ -6,11 +6,11 @@ the shard is one large token); the last task needs the memory of `allocation` an
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from msense.clustering.allocation import CURVE_POINTS, GRID, Curves, allocate, variance_curves
+from msense.clustering.allocation import CURVE_POINTS, GRID, Allocation, Curves, variance_curves
 from msense.clustering.mcl import MCL_POINTS, MclConfig, mcl_senses
 from msense.clustering.selection import first_by_key
 from msense.io.arrays import load_arrays, save_arrays
@@ -21,6 +21,8 @@ from msense.stages.cluster import clustered_points
 from msense.stages.distributed_kmeans import first_ranges_by_key
 from msense.stages.embedding_store import ClusterSettings, read_ranges, shard_items, shard_ranges, stored
 
+_BUDGETS = 2.0 ** np.arange(-2, 2.5, 0.5)  # whose distortion is estimated, in parts of the budget
+
 
 @dataclass(frozen=True)
 class SenseCountStats:
@@ -28,6 +30,7 @@ class SenseCountStats:
 
     senses: int  # in total
     largest: int  # of the token with most
+    budget_curve: list[tuple[int, float]] = field(default_factory=list)  # see `Allocation.estimates`; empty with mcl
 
 
 class SenseCountStage(Stage[SenseCountStats]):
@@ -51,7 +54,8 @@ class SenseCountStage(Stage[SenseCountStats]):
 
     def reduce(self, executor: Executor, stats: list[Row]) -> SenseCountStats:
         """Return the totals."""
-        return SenseCountStats(stats[-1]["senses"], stats[-1]["largest"])
+        own = stats[-1]  # of an earlier version without a curve
+        return SenseCountStats(own["senses"], own["largest"], own.get("budget_curve", []))
 
 
 def shard_sense_counts(item: Row, settings: ClusterSettings, rule: MclConfig | int) -> Row:
@@ -81,12 +85,15 @@ def _choose_all(files: list[str], settings: ClusterSettings, rule: MclConfig | i
     run, by_shard = settings.run, [load_arrays(file) for file in files]
     arrays = {name: np.concatenate([shard[name] for shard in by_shard]) for name in by_shard[0]}
     tokens, occurrences = arrays["tokens"], load_arrays(run.thresholds, ("token_counts",))["token_counts"]
+    curve = []
     if isinstance(rule, MclConfig):
         numbers = arrays["senses"]
     else:
         curves = Curves(arrays["points"], occurrences[tokens], arrays["variance"])
-        numbers = allocate(curves, GRID, rule, settings.dim)
+        allocation = Allocation(curves, GRID, settings.dim)
+        numbers = allocation.numbers(rule)
+        curve = allocation.estimates((_BUDGETS * rule).astype(np.int64).tolist())
     senses = np.zeros(len(occurrences), np.int64)
     senses[tokens] = numbers
-    stats = {"senses": int(numbers.sum()), "largest": int(numbers.max(initial=0))}
+    stats = {"senses": int(numbers.sum()), "largest": int(numbers.max(initial=0)), "budget_curve": curve}
     return run.publish(run.senses, lambda path: save_arrays(path, {"senses": senses}), stats)

@@ -8,7 +8,7 @@ first use. Never imports Ray.
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from msense.constants import DEFAULT_TEMPERATURE, Replace
 from msense.dictionary import SenseDictionary
 from msense.errors import InputError, StudentError
+from msense.io.extras import require
 from msense.student.config import check_dictionary
 from msense.student.files import checked_path, load_student, student_folder
 from msense.student.hub import push
@@ -32,6 +33,9 @@ from msense.student.vectors import Precision, Vectors, check_precision, quantize
 from msense.teacher.batching import TOKEN_BUDGET, token_batches
 from msense.teacher.body import resolve_dtype
 from msense.text import first_line
+
+if TYPE_CHECKING:
+    from msense.explorer.render import Frame
 
 _CHUNK = 1 << 14  # texts that are tokenized, sorted by length and computed together
 _STATIC_TOKENS = 1 << 16  # tokens per step of a static student's progress bar
@@ -268,6 +272,18 @@ class SenseEncoder:
             embeddings = self._senses([np.array(encoding.ids, np.int64)])
         kept = kept_tokens(encoding, prompt)
         return token_senses(dictionary, encoding, kept, embeddings[kept], prompt)
+
+    def explain(self, text: str) -> "Frame":
+        """Return a text with the senses of its tokens for a notebook, in a frame that loads and runs nothing.
+
+        Raises:
+            InputError: the extra `explore` is missing, or the text is invalid.
+            StudentError, DictionaryError: as `tokens`.
+        """
+        require("explore", "SenseEncoder.explain", ("jinja2", "scipy"))
+        from msense.explorer.render import explain
+
+        return explain(self, text)
 
     def save_onnx(self, path: str | Path) -> None:
         """Write the student as ONNX; see `onnx_export.save_onnx`. "onnx/model.onnx" in its folder is its usual place.

@@ -14,6 +14,8 @@ from msense.dictionary import SenseDictionary
 from msense.dictionary.contexts import Exemplar
 from msense.text import clean
 
+_LIKELY = 8  # senses listed per token
+
 
 @dataclass(frozen=True)
 class TokenSense:
@@ -26,6 +28,7 @@ class TokenSense:
     sense: int  # index of its nearest sense; -1 for a token without senses
     probability: float  # softmax(score / (temperature · unit)) among the token's senses; 0 without senses
     nearest: Exemplar | None  # example of that sense, if the dictionary has one
+    likely: tuple[tuple[int, float], ...] = ()  # the most likely senses with their probabilities, likeliest first
 
     @property
     def exemplar(self) -> str | None:
@@ -50,19 +53,20 @@ def token_senses(
     ids = np.array(encoding.ids, np.int64)[list(kept)]
     most = int(np.diff(dictionary.offsets)[ids].max(initial=1))  # probabilities are over all senses of a token
     numbers, weights = dictionary.top_k(torch.from_numpy(ids), embeddings, most, DEFAULT_TEMPERATURE)
-    senses, shares = numbers[:, 0].tolist(), weights[:, 0].tolist()
-    nearest = _nearest_exemplars(dictionary, set(zip(ids.tolist(), senses, strict=True)))
+    senses, shares = numbers[:, :_LIKELY].tolist(), weights[:, :_LIKELY].tolist()
+    nearest = _nearest_exemplars(dictionary, set(zip(ids.tolist(), (own[0] for own in senses), strict=True)))
     return [
         TokenSense(
             token=encoding.tokens[place],
             token_id=encoding.ids[place],
             start=max(encoding.offsets[place][0] - len(prompt), 0),
             end=encoding.offsets[place][1] - len(prompt),
-            sense=sense,
-            probability=share,
-            nearest=nearest.get((encoding.ids[place], sense)),
+            sense=own[0],
+            probability=share[0],
+            nearest=nearest.get((encoding.ids[place], own[0])),
+            likely=tuple((sense, p) for sense, p in zip(own, share, strict=True) if sense >= 0),
         )
-        for place, sense, share in zip(kept, senses, shares, strict=True)
+        for place, own, share in zip(kept, senses, shares, strict=True)
     ]
 
 

@@ -134,7 +134,7 @@ def test_all_errors_are_listed_at_once(tmp_path: Path) -> None:
         parse_flags(FinetuneConfig, [])
 
 
-@pytest.mark.parametrize("name", [*MODELS, "show", "status"])
+@pytest.mark.parametrize("name", [*MODELS, "show", "status", "explore"])
 def test_every_help_opens_with_a_sentence_and_ends_with_examples_that_parse(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,7 +168,7 @@ def test_the_first_help_lists_commands_and_configurations_without_importing_them
 ) -> None:
     assert main([]) == 2
     text = capsys.readouterr().out
-    assert all(f"│ {name} " in text for name in [*MODELS, "show", "status"])
+    assert all(f"│ {name} " in text for name in [*MODELS, "show", "status", "explore"])
     assert all(f"  {name} " in text for name in config_names())
     assert "--install-completion" in text
     assert main(["--version"]) == 0
@@ -183,6 +183,9 @@ def test_the_first_help_lists_commands_and_configurations_without_importing_them
         (["show", "x", "y", "--senses", "-1"], "-1"),
         (["show", "x", "y", "--sense", "1"], "--sense"),
         (["status", "/nowhere"], "/nowhere is not a run folder"),
+        (["explore", "/nowhere"], "nothing at /nowhere: give the folder"),
+        (["explore", "/nowhere", "tree"], "give words and a file together, or neither"),
+        (["explore", "/nowhere", "--export", "f"], "give words and a file together, or neither"),
         (["build", "--corpus"], "corpus: no value"),
         (["build", "--config"], "--config: no value"),
         (["build", "--output", "s3://"], "output: names no bucket"),

@@ -264,3 +264,17 @@ def test_exemplars_are_saved_and_renumbered_by_merge(tmp_path: Path) -> None:
     assert SenseDictionary.load(tmp_path / "d").exemplars(0) == a.exemplars(0)
     make([1]).save(tmp_path / "d")  # has no exemplars: removes those of the older one
     assert SenseDictionary.load(tmp_path / "d").exemplars(0) == []
+
+
+def test_the_texts_of_tokens_are_those_in_a_text(tmp_path: Path) -> None:
+    d = with_tokenizer(word_piece(), tmp_path / "a", [1] * 9)
+    assert d.token_texts == ["[UNK]", "[CLS]", "bank", "river", "##s", "un", "##ban", "Bank", ""]
+    assert d.pieces("unbans") == [5, 6, 4]
+    assert d.pieces("zzz") == []
+    vocab = {"[UNK]": 0, "Ġbank": 1, "Ã©t": 2, "Ġ": 3}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.ByteLevel()
+    assert with_tokenizer(tokenizer, tmp_path / "b", [1] * 4).token_texts == ["[UNK]", "bank", "ét", "Ġ"]
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("a", "b" * 1000)])
+    with pytest.raises(DictionaryError, match=r"decoder that may make tokens 1e\+03 times longer"):
+        _ = with_tokenizer(tokenizer, tmp_path / "c", [1] * 4).token_texts

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msense import SenseDictionary
-from msense.clustering.allocation import CURVE_POINTS, GRID, Curves, allocate, variance_curves
+from msense.clustering.allocation import CURVE_POINTS, GRID, Allocation, Curves, allocate, variance_curves
 from msense.clustering.budget import SenseBudget
 from msense.clustering.kmeans import KMeansConfig, cluster_tokens
 from msense.clustering.mcl import MclConfig, mcl_senses
@@ -83,6 +83,9 @@ def test_no_other_allocation_of_the_same_size_is_better(data: st.DataObject) -> 
     assert found.sum() == budget
     others = (np.array(k) for k in itertools.product(range(1, 5), repeat=tokens) if sum(k) <= budget)
     assert distortion(curves, found) <= min(distortion(curves, k) for k in others) * (1 + 1e-9) + 1e-9
+    expected = [(k.sum(), distortion(curves, k) / occurrences.sum()) for k in (np.ones(tokens, int), found)]
+    estimated = Allocation(curves, GRID, 8).estimates((0, tokens, budget))
+    assert np.array(estimated) == pytest.approx(np.array(list(dict(expected).items())), abs=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -170,6 +173,9 @@ def test_a_build_chooses_the_senses_from_its_stored_points(made: Corpus, rule: s
         curves = Curves(sizes, dictionary.token_counts[tokens], variance_curves(points, sizes, tokens, KMeansConfig()))
         expected = allocate(curves, GRID, 7 * len(tokens), 16)
         assert expected.sum() == 7 * len(tokens)
+        curve = summary["stages"]["senses"]["budget_curve"]
+        assert 7 * len(tokens) in [senses for senses, _ in curve]
+        assert [y for _, y in curve] == sorted((y for _, y in curve), reverse=True)
     assert np.flatnonzero(numbers).tolist() == tokens.tolist()
     assert numbers[tokens].tolist() == expected.tolist()
 

@@ -348,12 +348,16 @@ def test_tokens_known_by_hand(shipped_student: tuple) -> None:
     for token, embedding in zip(tokens, senses, strict=True):
         own = dictionary.senses(token.token_id).centroids
         if not len(own):
-            assert (token.sense, token.probability, token.exemplar) == (-1, 0.0, None)
+            assert (token.sense, token.probability, token.exemplar, token.likely) == (-1, 0.0, None, ())
             continue
         scores = -((own - embedding) ** 2).sum(1).double()
         shares = torch.softmax(scores / (20.0 / 3), dim=0)
         assert token.sense == int(scores.argmax())
         assert token.probability == pytest.approx(float(shares.max()), rel=1e-3)
+        assert token.likely[0] == (token.sense, token.probability)
+        assert [sense for sense, _ in token.likely] == scores.sort(descending=True, stable=True).indices[:8].tolist()
+        for sense, probability in token.likely:
+            assert probability == pytest.approx(float(shares[sense]), rel=1e-3, abs=1e-6)
         assert token.exemplar == f"a river [bank] of {token.token_id}.{token.sense}.0"
     assert encoder.tokens("") == []
     assert len(encoder.tokens(LONG)) == 22

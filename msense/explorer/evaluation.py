@@ -1,0 +1,87 @@
+"""The page of evaluations: accuracy against speed, with intervals."""
+
+import math
+from dataclasses import dataclass
+
+from msense.errors import InputError
+from msense.evaluation.report import Evaluation, TaskReport, difference_to_baseline, load_report
+from msense.evaluation.result import Result
+from msense.explorer.training import share
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model on a task."""
+
+    name: str
+    speed: float  # texts per second
+    score: float
+    low: float  # of the interval
+    high: float
+    x: float  # place in the unit square, y upwards; x is logarithmic
+    y: float
+    y_low: float
+    y_high: float
+
+
+@dataclass(frozen=True)
+class SpeedChart:
+    """The models of a task, best first."""
+
+    task: str
+    metric: str
+    interval: str  # what the intervals are
+    points: tuple[Point, ...]
+    speeds: tuple[float, float]  # at x = 0 and 1
+    scores: tuple[float, float]  # at y = 0 and 1
+
+
+def speed_charts(file: str) -> list[SpeedChart]:
+    """Return a chart of each task of an evaluation whose models have costs.
+
+    Raises:
+        InputError: the file is missing, is no evaluation, or measured no costs.
+    """
+    evaluation = load_report(file)
+    if evaluation is None:
+        raise InputError(f"there is no {file}: name the JSON file that msense evaluate wrote")
+    charts = [chart for task in evaluation.tasks if (chart := _chart(evaluation, task))]
+    if not charts:
+        raise InputError(f"{file} has no task with the speeds of its models: evaluate without --no-cost")
+    return charts
+
+
+def _chart(evaluation: Evaluation, task: TaskReport) -> SpeedChart | None:
+    rows = {name: row for name, row in task.rows.items() if isinstance(row, Result) and name in evaluation.costs}
+    if not rows:
+        return None
+    drawn = any(row.deviation is not None for row in rows.values())
+    intervals = {name: _interval(evaluation, task, name, row, drawn) for name, row in rows.items()}
+    speeds = [evaluation.costs[name].texts_per_s for name in rows]
+    low, high = (pick(value for own in intervals.values() for value in own) for pick in (min, max))
+    slow, fast = min(speeds), max(speeds)
+    points = [
+        Point(
+            name,
+            speed,
+            row.score,
+            *intervals[name],
+            x=share(math.log(speed), math.log(slow), math.log(fast)),
+            y=share(row.score, low, high),
+            y_low=share(intervals[name][0], low, high),
+            y_high=share(intervals[name][1], low, high),
+        )
+        for (name, row), speed in zip(rows.items(), speeds, strict=True)
+    ]
+    kind = "± standard deviation over draws" if drawn else f"95 % of the difference to {evaluation.models[0]}"
+    metric = next(iter(rows.values())).metric
+    return SpeedChart(task.name, metric, kind, tuple(sorted(points, key=lambda p: -p.score)), (slow, fast), (low, high))
+
+
+def _interval(evaluation: Evaluation, task: TaskReport, name: str, row: Result, drawn: bool) -> tuple[float, float]:
+    """Return the interval of a score; the score itself if there is none."""
+    if drawn:
+        deviation = row.deviation or 0.0
+        return row.score - deviation, row.score + deviation
+    gap = difference_to_baseline(evaluation, task, name)
+    return (row.score, row.score) if gap is None else (row.score - gap.gain + gap.low, row.score - gap.gain + gap.high)
