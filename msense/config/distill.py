@@ -96,8 +96,10 @@ class DistillConfig(TeacherJobConfig):
         "example); auto: the mean for static and table, else as the teacher",
     )
     objective: dict[str, float] = Field(
-        {"sense": 10.0, "pooled": 100.0, "replaced": 100.0},
-        description="losses with weights: " + "; ".join(f"{name}: {text}" for name, text in OBJECTIVES.items()),
+        {"sense": 3.0, "pooled": 100.0, "replaced": 10.0},
+        description="losses with weights: "
+        + "; ".join(f"{name}: {text}" for name, text in OBJECTIVES.items())
+        + "; default of static: sense=10 pooled=100 replaced=100, of table: pooled=100",
     )
     heads: Literal["one", "two", "separate"] = Field(
         "two",
@@ -146,6 +148,8 @@ class DistillConfig(TeacherJobConfig):
             values = {**_REFERENCE, **(_REFERENCE_OPTIMIZER if attention else {}), **values}
         if values.get("pooled") is False:
             values = {"objective": {"sense": 1.0}, "spans": {}, **values}  # nothing is learnt from spans
+        if values.get("student") == "static":  # its senses do not change its sentence vectors
+            values = {"objective": {"sense": 10.0, "pooled": 100.0, "replaced": 100.0}, **values}
         if values.get("student") == "table":
             values = {"objective": {"pooled": 100.0}, "ship_senses": "none", **values}
         objective = parse_pairs(values.get("objective", "sense pooled"))

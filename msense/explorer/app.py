@@ -19,6 +19,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from msense.errors import InputError, MsenseError
+from msense.explorer.charts import draw
 from msense.explorer.contents import Contents
 from msense.explorer.overview import RANKINGS
 from msense.explorer.render import FOLDER, LONGEST, environment, export_words
@@ -41,6 +42,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+_IMAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # of a chart, opened by itself
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -64,6 +66,7 @@ def make_app(contents: Contents, *, token: str | None = None, hosts: tuple[str, 
         Route("/compare/{token:int}", pages.compare_token),
         Route("/export", pages.export),
         Route("/training", pages.training),
+        Route("/chart/{name}/{number:int}", pages.chart),
         Mount("/static", StaticFiles(directory=FOLDER / "static")),
     ]
     guards = [
@@ -158,6 +161,21 @@ class Pages:
         curves, speeds = charts(self._contents.trainings), self._contents.speeds()
         return self._page("training.html", charts=curves, speeds=speeds)
 
+    def chart(self, request: Request) -> Response:
+        """Return a chart of a page as an image, for a dark page with `?dark=1`."""
+        shown, origin = self._contents, self._contents.origin
+        every = {
+            "senses": lambda: [shown.overview.chart],
+            "budget": lambda: [curve] if origin and (curve := budget_chart(origin)) else [],
+            "training": lambda: charts(shown.trainings),
+            "evaluation": lambda: [own.chart for own in shown.speeds()],
+        }
+        own = every.get(request.path_params["name"], list)()
+        if (number := request.path_params["number"]) >= len(own):
+            raise HTTPException(404)
+        image = draw(own[number], dark=request.query_params.get("dark") == "1")
+        return Response(image, media_type="image/svg+xml", headers={"Content-Security-Policy": _IMAGE_POLICY})
+
     def export(self, request: Request) -> Response:
         """Return one self-contained file of the words that are named, to keep or to send."""
         words = [word[:LONGEST] for word in request.query_params.getlist("q") if word.strip()][:_MOST_EXPORTED]
@@ -195,7 +213,8 @@ def _number(request: Request, name: str, default: float, least: float, most: flo
 
 async def _with_headers(request: Request, call_next: Endpoint) -> Response:
     response = await call_next(request)
-    response.headers.update(HEADERS)
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
     return response
 
 

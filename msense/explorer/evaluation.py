@@ -1,12 +1,11 @@
 """The page of evaluations: accuracy against speed, with intervals."""
 
-import math
 from dataclasses import dataclass
 
 from msense.errors import InputError
 from msense.evaluation.report import Evaluation, TaskReport, difference_to_baseline, load_report
 from msense.evaluation.result import Result
-from msense.explorer.training import share
+from msense.explorer.charts import Chart, Series
 
 
 @dataclass(frozen=True)
@@ -18,10 +17,6 @@ class Point:
     score: float
     low: float  # of the interval
     high: float
-    x: float  # place in the unit square, y upwards; x is logarithmic
-    y: float
-    y_low: float
-    y_high: float
 
 
 @dataclass(frozen=True)
@@ -32,8 +27,12 @@ class SpeedChart:
     metric: str
     interval: str  # what the intervals are
     points: tuple[Point, ...]
-    speeds: tuple[float, float]  # at x = 0 and 1
-    scores: tuple[float, float]  # at y = 0 and 1
+
+    @property
+    def chart(self) -> Chart:
+        """The models as points with intervals."""
+        every = (Series(p.name, ((p.speed, p.score),), (p.low, p.high)) for p in self.points)
+        return Chart("points", self.task, "texts per second", self.metric, tuple(every))
 
 
 def speed_charts(file: str) -> list[SpeedChart]:
@@ -56,26 +55,13 @@ def _chart(evaluation: Evaluation, task: TaskReport) -> SpeedChart | None:
     if not rows:
         return None
     drawn = any(row.deviation is not None for row in rows.values())
-    intervals = {name: _interval(evaluation, task, name, row, drawn) for name, row in rows.items()}
-    speeds = [evaluation.costs[name].texts_per_s for name in rows]
-    low, high = (pick(value for own in intervals.values() for value in own) for pick in (min, max))
-    slow, fast = min(speeds), max(speeds)
     points = [
-        Point(
-            name,
-            speed,
-            row.score,
-            *intervals[name],
-            x=share(math.log(speed), math.log(slow), math.log(fast)),
-            y=share(row.score, low, high),
-            y_low=share(intervals[name][0], low, high),
-            y_high=share(intervals[name][1], low, high),
-        )
-        for (name, row), speed in zip(rows.items(), speeds, strict=True)
+        Point(name, evaluation.costs[name].texts_per_s, row.score, *_interval(evaluation, task, name, row, drawn))
+        for name, row in rows.items()
     ]
     kind = "± standard deviation over draws" if drawn else f"95 % of the difference to {evaluation.models[0]}"
     metric = next(iter(rows.values())).metric
-    return SpeedChart(task.name, metric, kind, tuple(sorted(points, key=lambda p: -p.score)), (slow, fast), (low, high))
+    return SpeedChart(task.name, metric, kind, tuple(sorted(points, key=lambda p: -p.score)))
 
 
 def _interval(evaluation: Evaluation, task: TaskReport, name: str, row: Result, drawn: bool) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from msense.dictionary import SenseDictionary
 from msense.dictionary.layout import Arrays, DictionaryConfig, corpus_distortion
 from msense.errors import InputError
+from msense.explorer.charts import Chart, Series
 from msense.explorer.word import text_of
 
 _LEAST_POINTS = 20  # of a token ranked by ambiguity: fewer say little
@@ -34,6 +35,11 @@ class Bar:
     last: int
     tokens: int
 
+    @property
+    def name(self) -> str:
+        """The range in words."""
+        return f"{self.first}" if self.first == self.last else f"{self.first} to {self.last}"
+
 
 @dataclass(frozen=True)
 class Overview:
@@ -45,6 +51,12 @@ class Overview:
     occurrences: int  # of all tokens in the corpus
     distortion: float  # see `corpus_distortion`
     histogram: tuple[Bar, ...]  # of the number of senses, in powers of two
+
+    @property
+    def chart(self) -> Chart:
+        """The histogram."""
+        bars = tuple(Series(bar.name, ((0.0, float(bar.tokens)),)) for bar in self.histogram)
+        return Chart("bars", "Senses per token", "senses", "tokens", bars)
 
 
 class TokenStatistics:

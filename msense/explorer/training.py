@@ -3,16 +3,16 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from msense.errors import InputError
+from msense.explorer.charts import Chart, Series
 from msense.explorer.origin import Origin
 from msense.io import storage
 from msense.run.folder import RunFolder
 
 _MAX_BYTES = 1 << 24  # of metrics.jsonl
 _MOST_METRICS = 40
-_DISTORTION = "estimated mean squared distance"
 _INSIDE = ("", "student")  # a run, and the output of `msense make`
 
 
@@ -22,27 +22,6 @@ class Training:
 
     name: str  # as it was named to `read_training`
     epochs: tuple[dict[str, float], ...]
-
-
-@dataclass(frozen=True)
-class Line:
-    """The course of a metric in a training."""
-
-    name: str
-    points: tuple[tuple[float, float], ...]  # in the unit square, y upwards
-    last: float  # its value after the last epoch
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A metric of every training that has it."""
-
-    metric: str
-    lines: tuple[Line, ...]
-    least: float  # value at y = 0
-    most: float  # value at y = 1
-    steps: int  # step at x = 1
-    unit: str = "steps"
 
 
 def read_training(source: str) -> Training | None:
@@ -68,36 +47,25 @@ def charts(trainings: Sequence[Training]) -> list[Chart]:
     metrics = dict.fromkeys(name for training in trainings for epoch in training.epochs for name in epoch)
     metrics = {name: None for name in metrics if name not in ("epoch", "step")}
     every = [_chart(metric, trainings) for metric in list(metrics)[:_MOST_METRICS]]
-    return [chart for chart in every if chart.lines]
+    return [chart for chart in every if chart.series]
 
 
 def budget_chart(origin: Origin) -> Chart | None:
     """Return the estimated distortion over the number of senses; None if the run did not choose by a budget."""
     if not origin.curve:
         return None
-    epochs = tuple({"step": float(senses), _DISTORTION: value} for senses, value in origin.curve)
-    return replace(_chart(_DISTORTION, [Training("this corpus", epochs)]), unit="senses")
+    points = tuple((float(senses), value) for senses, value in origin.curve)
+    return Chart("lines", "Budget", "senses", "mean squared distance", (Series("this corpus", points),))
 
 
 def _chart(metric: str, trainings: Sequence[Training]) -> Chart:
     values = {
-        number: [(epoch["step"], epoch[metric]) for epoch in training.epochs if {"step", metric} <= epoch.keys()]
-        for number, training in enumerate(trainings)
+        training.name: tuple(
+            (epoch["step"], epoch[metric]) for epoch in training.epochs if {"step", metric} <= epoch.keys()
+        )
+        for training in trainings
     }
-    values = {number: own for number, own in values.items() if own}
-    heights = [y for own in values.values() for _, y in own] or [0.0]
-    least, most = min(heights), max(heights)
-    steps = max((x for own in values.values() for x, _ in own), default=1.0)
-    lines = tuple(
-        Line(trainings[number].name, tuple((share(x, 0, steps), share(y, least, most)) for x, y in own), own[-1][1])
-        for number, own in values.items()
-    )
-    return Chart(metric, lines, least, most, int(steps))
-
-
-def share(value: float, least: float, most: float) -> float:
-    """Return where a value is between two, 0 to 1; in the middle if they are equal."""
-    return (value - least) / (most - least) if most > least else 0.5
+    return Chart("lines", metric, "steps", metric, tuple(Series(name, own) for name, own in values.items() if own))
 
 
 def _numbers(record: dict[str, object]) -> dict[str, float]:

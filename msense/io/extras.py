@@ -14,7 +14,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # extra: top-level packages that it inst
     "s3": ("s3fs",),
     "gcs": ("gcsfs",),
     "onnx": ("onnx",),
-    "explore": ("jinja2", "scipy", "starlette", "uvicorn"),
+    "explore": ("jinja2", "matplotlib", "scipy", "starlette", "uvicorn"),
 }
 NEEDED_BY_EVALUATIONS = (*_BUILD, *_SCORES)  # whatever their models and tasks
 

@@ -59,6 +59,8 @@ def test_defaults_follow_from_other_settings() -> None:
     )
     assert (distill().heads, distill(objective="sense replaced").heads) == ("two", "one")
     assert (distill(student="static").heads, distill(student="static", objective="pooled").heads) == ("separate", "one")
+    assert distill().objective == {"sense": 3.0, "pooled": 100.0, "replaced": 10.0}, "they share a body"
+    assert distill(student="static").objective == {"sense": 10.0, "pooled": 100.0, "replaced": 100.0}
     table = distill(student="table")
     assert (table.objective, table.heads, table.ship_senses) == ({"pooled": 100.0}, "one", "none")
     assert distill(pooled=False).objective == {"sense": 1.0}

@@ -39,10 +39,11 @@ class Checked(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         given = dict(attributes)
-        assert tag not in ("img", "style", "iframe", "object")
+        assert tag not in ("style", "iframe", "object")
+        assert tag != "img" or (given["src"] or "").startswith("/chart/")
         assert tag != "script" or given == {"src": "/static/explorer.js", "defer": None}
         assert not [name for name in given if name.startswith("on") or name == "style"]
-        self.links += [given[name] or "" for name in ("href", "src", "action") if name in given]
+        self.links += [given[name] or "" for name in ("href", "src", "srcset", "action") if name in given]
 
 
 def checked(text: str) -> list[str]:
@@ -273,14 +274,17 @@ def test_trainings_are_drawn_together(dictionary: SenseDictionary, tmp_path: Pat
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     trainings = [read_training(str(tmp_path / name)) for name in ("a", "b")]
     (chart,) = charts(trainings)
-    assert (chart.metric, chart.least, chart.most, chart.steps) == ("held_out", 0.2, 0.6, 20)
-    assert [line.points for line in chart.lines] == [((0.5, 0), (1, 1)), ((0.5, pytest.approx(0.5)),)]
-    assert [line.last for line in chart.lines] == [0.6, 0.4]
+    assert (chart.title, chart.x) == ("held_out", "steps")
+    assert [line.points for line in chart.series] == [((10, 0.2), (20, 0.6)), ((10, 0.4),)]
     client = TestClient(make_app(Contents(dictionary, trainings=tuple(trainings))), base_url=LOCAL)
     page = client.get("/training")
     assert page.status_code == 200
-    assert page.text.count("<polyline") == 4
     checked(page.text)
+    assert "0.6 at 20 steps" in page.text
+    light, dark = (client.get(f"/chart/training/0{query}") for query in ("", "?dark=1"))
+    assert light.headers["content-type"] == "image/svg+xml"
+    assert light.text != dark.text
+    assert [client.get(f"/chart/{name}").status_code for name in ("training/1", "budget/0", "none/0")] == [404] * 3
     assert 'href="/training"' in client.get("/").text
     assert read_training(str(tmp_path)) is None
     for damaged in ("{", "[]", '{"step": 1' + "0" * 400 + "}"):

@@ -77,8 +77,8 @@ def test_the_page_of_a_dictionary_says_what_its_run_read(tmp_path: Path) -> None
         )
         assert origin.stats == {"documents": 40, "passages": 50, "tokens": 6000}
     chart = budget_chart(origin)
-    (line,) = chart.lines
-    assert (chart.unit, chart.steps, chart.most, line.last) == ("senses", 160, 9.0, 9.0 / 8)
+    (line,) = chart.series
+    assert (chart.x, line.points[0], line.points[-1]) == ("senses", (20, 9.0), (160, 9.0 / 8))
     page = TestClient(make_app(open_contents(str(tmp_path / "run"))), base_url="http://localhost").get("/").text
     assert "texts/*.txt" in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;.txt" in page
@@ -93,13 +93,12 @@ def test_evaluations_are_drawn_with_their_intervals(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "e.json")
     drawn, whole = speed_charts(str(tmp_path / "e.json"))
     best = drawn.points[0]
-    assert (best.name, best.x, drawn.interval) == ("teacher", 0, "± standard deviation over draws")
+    assert (best.name, best.speed, drawn.interval) == ("teacher", 200, "± standard deviation over draws")
     assert best.high - best.low == pytest.approx(2 * np.std([0.8, 0.82], ddof=1))
     assert [point.name for point in drawn.points] == ["teacher", "layers", "a <b>table</b>"]
     teacher, layers, table = whole.points
     assert teacher.low == teacher.high == teacher.score
     assert table.low < table.score < table.high < teacher.score
-    assert 0 <= min(p.y_low for p in whole.points) < max(p.y_high for p in whole.points) <= 1
     assert layers.score == 35 / 40
     page = TestClient(
         make_app(Contents(make([1]), evaluations=(str(tmp_path / "e.json"),))), base_url="http://localhost"
