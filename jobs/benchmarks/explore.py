@@ -1,5 +1,6 @@
-"""Benchmark `explore`: pages, search and neighbours of a dictionary (`--general`), their memory, and the index; `--data`: a second
-dictionary to compare with.
+"""Benchmark `explore`: pages, search and neighbours of a dictionary (`--general`), their memory, and the index.
+
+`--data` names a second dictionary to compare with.
 """
 
 import tempfile
@@ -15,7 +16,7 @@ from msense.dictionary import SenseDictionary
 from msense.dictionary.neighbours import NeighbourIndex
 from msense.io.extras import require
 
-_QUERIES, _TOP, _TIMES = 50, 10, 5
+_QUERIES, _EXACT, _TOP, _TIMES = 50, 10, 10, 5
 
 
 def explore(bench: Bench) -> Figures:
@@ -48,7 +49,7 @@ def explore(bench: Bench) -> Figures:
     if contents.other is not None:
         figures["explore.compare_ms"] = _milliseconds(lambda _: client.get("/compare"), range(_TIMES))
     figures["explore.anonymous_mb"] = _anonymous_bytes() / 1e6
-    return figures | _index(d, tokens)
+    return figures | _index(d, tokens[:_EXACT])
 
 
 def _index(d: SenseDictionary, tokens: Sequence[int]) -> Figures:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Lock, Thread
+from typing import TYPE_CHECKING
 
 from msense.dictionary import SenseDictionary
 from msense.errors import InputError, MsenseError
 from msense.explorer.comparison import Difference, check_comparable, differences
-from msense.explorer.evaluation import SpeedChart, speed_charts
 from msense.explorer.origin import Origin, present_teacher, read_origin
 from msense.explorer.overview import Overview, TokenStatistics
 from msense.explorer.search import TokenSearch
@@ -19,6 +19,9 @@ from msense.explorer.training import Training, read_training
 from msense.explorer.word import NeighbourView, neighbour_views, token_view
 from msense.io import storage
 from msense.student.encoder import SenseEncoder
+
+if TYPE_CHECKING:
+    from msense.explorer.evaluation import SpeedChart
 
 _STUDENTS = ("", "student", "student/student")  # itself, in the run that made it, and in the output of `msense make`
 
@@ -67,10 +70,14 @@ class Contents:
             return self._differences
 
     @cached_property
-    def _speeds(self) -> list[SpeedChart]:
+    def _speeds(self) -> "list[SpeedChart]":
+        if not self.evaluations:
+            return []
+        from msense.explorer.evaluation import speed_charts  # imports what evaluates
+
         return [chart for file in self.evaluations for chart in speed_charts(file)]
 
-    def speeds(self) -> list[SpeedChart]:
+    def speeds(self) -> "list[SpeedChart]":
         """Return the charts of the evaluations, as `speed_charts`."""
         with self._lock:
             return self._speeds

@@ -58,7 +58,7 @@ nameSenses();
 
 // Below the first words that two corpora use differently, an example from each.
 (async () => {
-  for (const row of [...document.querySelectorAll("tr.pair")].slice(0, 10)) {
+  for (const row of [...document.querySelectorAll("tr.pair")].slice(0, 5)) {
     const url = row.previousElementSibling.querySelector("a").href;
     const page = new DOMParser().parseFromString(await (await fetch(url)).text(), "text/html");
     const found = [...page.querySelectorAll("#senses > section")].map((own) => own.querySelector(".example"));
