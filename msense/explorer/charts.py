@@ -29,7 +29,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over x, points over a logarithmic x, or a bar per series, whose name is its x."""
+    """Lines over x, points over a logarithmic x, or a horizontal bar per series, as long as the y of its point."""
 
     kind: Literal["lines", "points", "bars"]
     title: str
@@ -44,26 +44,30 @@ def draw(chart: Chart, *, dark: bool) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")  # without pyplot: no window, no global state
+    figure = Figure(figsize=(4.2, 2.8), layout="constrained")  # without pyplot: no window, no global state
     plot = figure.add_subplot()
     for number, own in enumerate(chart.series):
         _add(plot, chart.kind, own, number, dark=dark)
     plot.set(xlabel=chart.x, ylabel=chart.y, axisbelow=True)
+    across = chart.kind == "bars"
     if chart.kind == "points":
         plot.set(xscale="log")
         plot.xaxis.set_major_formatter("{x:,g}")
         plot.xaxis.set_minor_formatter("")
-    elif chart.kind == "lines":
+    else:
         plot.set_xlim(left=0)
         plot.xaxis.set_major_formatter("{x:,g}")
-    plot.grid(visible=True, color=_FAINT, alpha=0.3, axis="y")
+    if across:
+        plot.invert_yaxis()
+        plot.margins(x=0.1)
+    plot.grid(visible=True, color=_FAINT, alpha=0.3, axis="x" if across else "y")
     plot.tick_params(colors=_INK[dark])
     plot.spines[["top", "right"]].set_visible(False)
     plot.spines[["left", "bottom"]].set_color(_FAINT)
     for label in (plot.xaxis.label, plot.yaxis.label):
         label.set_color(_INK[dark])
     if chart.kind == "points" or (chart.kind == "lines" and len(chart.series) > 1):
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=_INK[dark], fontsize=8)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=_INK[dark], fontsize=9)
     file = BytesIO()
     with _LOCK, rc_context({"svg.fonttype": "none", "svg.hashsalt": "msense"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -79,7 +83,7 @@ def _add(plot: Any, kind: str, own: Series, number: int, *, dark: bool) -> None:
     look: dict[str, Any] = {"color": colours[number % len(colours)], "label": name}
     marker = _MARKERS[number % len(_MARKERS)]
     if kind == "bars":
-        plot.bar_label(plot.bar([name], y, color=colours[0]), [f"{y[0]:,g}"], color=_INK[dark], padding=2, fontsize=8)
+        plot.bar_label(plot.barh([name], y, color=colours[0]), [f"{y[0]:,g}"], color=_INK[dark], padding=2, fontsize=8)
     elif kind == "points":
         low, high = own.interval or (y[0], y[0])
         plot.errorbar(x, y, yerr=[[y[0] - low], [high - y[0]]], fmt=marker, capsize=3, **look)

@@ -56,7 +56,7 @@ class Overview:
     def chart(self) -> Chart:
         """The histogram."""
         bars = tuple(Series(bar.name, ((0.0, float(bar.tokens)),)) for bar in self.histogram)
-        return Chart("bars", "Senses per token", "senses", "tokens", bars)
+        return Chart("bars", "Senses per token", "tokens", "senses", bars)
 
 
 class TokenStatistics:

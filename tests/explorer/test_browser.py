@@ -344,5 +344,5 @@ def test_pictures(
     page.screenshot(path=file, full_page=True, clip=clip)
     with Image.open(file) as picture:
         assert picture.size == (WIDTHS[width][0], height)
-        small = picture.quantize(96)
+        small = picture.quantize(192)
     small.save(file, optimize=True)
