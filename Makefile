@@ -27,9 +27,9 @@ demo: install
 # students of varied text: make general CORPUS=DIR [OUTPUT=runs/general]; run it again to resume
 general: install
 	$(BIN)/msense build --config general-dictionary --corpus $(CORPUS) --output $(OUTPUT)/dictionary
-	for student in table static layers:2; do \
+	for student in table static "layers:2 --batch-tokens 1024"; do \
 		$(BIN)/msense distill --config general-student --dictionary $(OUTPUT)/dictionary --student $$student \
-			--output $(OUTPUT)/$$student || exit 1; \
+			--output $(OUTPUT)/$${student%% *} || exit 1; \
 	done
 
 # make results DATA=DIR, with banking77/ tweet_emotion/ sst2/ coarsewsd/ wordsim/ wikitext2/; hours on two cores

@@ -79,11 +79,11 @@ def console() -> Console:
 
 
 def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Return one row per stage for `show_table`: its seconds and stats; bad documents have a row of their own."""
+    """Return one row per stage for `show_table`: its seconds and stats, no curves; bad documents have a row of their own."""
     rows = []
     for name, stats in stages.items():
-        shown = {key: value for key, value in stats.items() if value and key not in ("seconds", "bad_documents")}
-        texts = [_stat(key, value) for key, value in shown.items()]
+        shown = {key: value for key, value in stats.items() if value and not isinstance(value, list)}
+        texts = [_stat(key, value) for key, value in shown.items() if key not in ("seconds", "bad_documents")]
         rows.append((name, f"{stats['seconds']:,.1f} s  {', '.join(texts)}".rstrip()))
         if bad := stats.get("bad_documents"):
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in bad.items())
