@@ -30,7 +30,7 @@ class SenseCountStats:
 
     senses: int  # in total
     largest: int  # of the token with most
-    budget_curve: list[tuple[int, float]] = field(default_factory=list)  # see `Allocation.estimates`; empty with mcl
+    budget_curve: list[list[float]] = field(default_factory=list)  # see `Allocation.estimates`; empty with mcl
 
 
 class SenseCountStage(Stage[SenseCountStats]):
@@ -85,14 +85,14 @@ def _choose_all(files: list[str], settings: ClusterSettings, rule: MclConfig | i
     run, by_shard = settings.run, [load_arrays(file) for file in files]
     arrays = {name: np.concatenate([shard[name] for shard in by_shard]) for name in by_shard[0]}
     tokens, occurrences = arrays["tokens"], load_arrays(run.thresholds, ("token_counts",))["token_counts"]
-    curve = []
+    curve: list[list[float]] = []
     if isinstance(rule, MclConfig):
         numbers = arrays["senses"]
     else:
         curves = Curves(arrays["points"], occurrences[tokens], arrays["variance"])
         allocation = Allocation(curves, GRID, settings.dim)
         numbers = allocation.numbers(rule)
-        curve = allocation.estimates((_BUDGETS * rule).astype(np.int64).tolist())
+        curve = [list(own) for own in allocation.estimates((_BUDGETS * rule).astype(np.int64).tolist())]
     senses = np.zeros(len(occurrences), np.int64)
     senses[tokens] = numbers
     stats = {"senses": int(numbers.sum()), "largest": int(numbers.max(initial=0)), "budget_curve": curve}
