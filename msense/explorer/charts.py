@@ -56,6 +56,7 @@ def draw(chart: Chart, *, dark: bool) -> bytes:
         plot.xaxis.set_minor_formatter("")
     else:
         plot.set_xlim(left=0)
+        plot.locator_params(axis="x", nbins=5)  # more numbers would overlap on narrow screens
         plot.xaxis.set_major_formatter("{x:,g}")
     if across:
         plot.invert_yaxis()

@@ -55,7 +55,7 @@ def budget_chart(origin: Origin) -> Chart | None:
     if not origin.curve:
         return None
     points = tuple((float(senses), value) for senses, value in origin.curve)
-    return Chart("lines", "Budget", "senses", "mean squared distance", (Series("this corpus", points),))
+    return Chart("lines", "Distortion by budget", "senses", "mean squared distance", (Series("this corpus", points),))
 
 
 def _chart(metric: str, trainings: Sequence[Training]) -> Chart:

@@ -33,3 +33,9 @@ def test_a_chart_has_its_lines_intervals_and_bars() -> None:
     assert b">50<" in bars
     one = Chart("points", "t", "x", "y", (Series("a", ((10.0, 0.5),), (0.4, 0.6)),))
     assert draw(one, dark=False) != draw(Chart("points", "t", "x", "y", (Series("a", ((10.0, 0.5),)),)), dark=False)
+
+
+def test_large_numbers_below_a_chart_are_few_enough_to_be_read() -> None:
+    points = tuple((float(x), 1 / x) for x in (8000, 20_000, 70_000, 139_060))
+    image = draw(Chart("lines", "t", "senses", "y", (Series("a", points),)), dark=False)
+    assert 2 <= len(re.findall(rb">[0-9]+,000<", image)) <= 6
