@@ -64,6 +64,7 @@ Examples:
   msense explore runs/demo tree key --export senses.html"""
 _Count = Annotated[int, Parameter(validator=validators.Number(gte=0), metavar="N")]
 _Text = Annotated[str, Parameter(metavar="TEXT")]
+_Texts = Annotated[list[str], Parameter(consume_multiple=True, negative=(), metavar="TEXT ...")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +95,7 @@ def make_app() -> App:
 
 def show(
     dictionary: _Text,
-    words: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=(), metavar="TEXT ...")] = None,
+    words: _Texts | None = None,
     *,
     text: _Text | None = None,
     exemplars: _Count = 3,
@@ -131,16 +132,16 @@ def status(run: _Text, *, json: Annotated[bool, Parameter(negative=())] = False)
 
 
 def explore(  # noqa: PLR0913 - one parameter per option
-    source: str,
-    words: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    source: _Text,
+    words: _Texts | None = None,
     *,
-    compare: str | None = None,
-    trainings: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
-    evaluations: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
-    teacher: str | None = None,
-    export: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8765,
+    compare: _Text | None = None,
+    trainings: _Texts | None = None,
+    evaluations: _Texts | None = None,
+    teacher: _Text | None = None,
+    export: _Text | None = None,
+    host: _Text = "127.0.0.1",
+    port: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65_535), metavar="N")] = 8765,
 ) -> int:
     """Explore a dictionary or a student in a browser, on a local page.
 
@@ -150,8 +151,7 @@ def explore(  # noqa: PLR0913 - one parameter per option
         compare: a second dictionary of the same teacher
         trainings: runs whose training is shown beside that of the source
         evaluations: JSON files of msense evaluate
-        teacher: folder or hub name of the dictionary's teacher, to read sentences without a student; default: that of the
-            run, if it is on this machine
+        teacher: folder or hub name of the dictionary's teacher, to read sentences without a student; default: the run's
         export: write the senses of the words to this self-contained HTML file, in place of a local page
         host: address to listen on; any but a loopback address asks for a token, which is printed
         port: to listen on; 0: a free one

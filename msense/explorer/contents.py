@@ -134,7 +134,8 @@ def open_contents(
             if it is on this machine.
 
     Raises:
-        InputError: nothing is there, it is damaged, or the dictionaries are not of one teacher.
+        InputError: nothing is there, it is damaged, the dictionaries are not of one teacher, or a file is no evaluation with
+            speeds.
     """
     other = None if compare is None else SenseDictionary.load(compare)
     reader: Reader | None
@@ -147,6 +148,11 @@ def open_contents(
         teacher = teacher or present_teacher(source, own)
         reader = TeacherReader(dictionary, teacher, own.revision) if teacher else None
     trained = tuple(_trainings(source, trainings))
+    if evaluations:
+        from msense.explorer.evaluation import read_evaluation  # imports what evaluates
+
+        for file in evaluations:
+            read_evaluation(file)
     return Contents(dictionary, reader, other, trained, tuple(evaluations), read_origin(source))
 
 

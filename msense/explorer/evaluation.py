@@ -36,23 +36,32 @@ class SpeedChart:
 
 
 def speed_charts(file: str) -> list[SpeedChart]:
-    """Return a chart of each task of an evaluation whose models have costs.
+    """Return a chart of each task of an evaluation whose models have costs; errors are those of `read_evaluation`."""
+    evaluation = read_evaluation(file)
+    return [chart for task in evaluation.tasks if (chart := _chart(evaluation, task))]
+
+
+def read_evaluation(file: str) -> Evaluation:
+    """Return an evaluation with the speeds of its models.
 
     Raises:
-        InputError: the file is missing, is no evaluation, or measured no costs.
+        InputError: the file is missing, is no evaluation, or measured no speeds.
     """
     evaluation = load_report(file)
     if evaluation is None:
         raise InputError(f"there is no {file}: name the JSON file that msense evaluate wrote")
-    charts = [chart for task in evaluation.tasks if (chart := _chart(evaluation, task))]
-    if not charts:
+    if not any(_measured(evaluation, task) for task in evaluation.tasks):
         raise InputError(f"{file} has no task with the speeds of its models: evaluate without --no-cost")
-    return charts
+    return evaluation
+
+
+def _measured(evaluation: Evaluation, task: TaskReport) -> dict[str, Result]:
+    """Return the results of a task by model, of those whose speed is known."""
+    return {name: row for name, row in task.rows.items() if isinstance(row, Result) and name in evaluation.costs}
 
 
 def _chart(evaluation: Evaluation, task: TaskReport) -> SpeedChart | None:
-    rows = {name: row for name, row in task.rows.items() if isinstance(row, Result) and name in evaluation.costs}
-    if not rows:
+    if not (rows := _measured(evaluation, task)):
         return None
     drawn = any(row.deviation is not None for row in rows.values())
     points = [

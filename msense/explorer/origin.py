@@ -1,6 +1,7 @@
 """Where a dictionary comes from: its run, the corpus that was read, and the distortion at other budgets."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -28,11 +29,12 @@ class Origin:
 
 
 def read_origin(source: str) -> Origin | None:
-    """Return what the run of a dictionary or student read; None without a run."""
+    """Return what the run of a dictionary or student read; None without a run, or with records of another version."""
     for run in map(RunFolder, _roots(source)):
         if (manifest := run.read_manifest()) is not None:
-            stages = (storage.read_json(run.finished) or storage.read_json(run.summary) or {}).get("stages", {})
-            return _origin(manifest, stages)
+            with suppress(LookupError, TypeError, ValueError, AttributeError):
+                stages = (storage.read_json(run.finished) or storage.read_json(run.summary) or {}).get("stages", {})
+                return _origin(manifest, stages)
     return None
 
 

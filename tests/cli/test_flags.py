@@ -184,6 +184,7 @@ def test_the_first_help_lists_commands_and_configurations_without_importing_them
         (["show", "x", "y", "--sense", "1"], "--sense"),
         (["status", "/nowhere"], "/nowhere is not a run folder"),
         (["explore", "/nowhere"], "nothing at /nowhere: give the folder"),
+        (["explore", "/nowhere", "--port", "99999"], "99999"),
         (["explore", "/nowhere", "tree"], "give words and a file together, or neither"),
         (["explore", "/nowhere", "--export", "f"], "give words and a file together, or neither"),
         (["build", "--corpus"], "corpus: no value"),

@@ -87,6 +87,8 @@ def test_the_page_of_a_dictionary_says_what_its_run_read(tmp_path: Path) -> None
     del summary["stages"]["senses"]
     storage.write_json(str(tmp_path / "run" / "summary.json"), summary)
     assert budget_chart(read_origin(str(tmp_path / "run"))) is None
+    storage.write_json(str(tmp_path / "run" / "manifest.json"), {"another": "version"})
+    assert read_origin(str(tmp_path / "run")) is None, "its dictionary is shown all the same"
 
 
 def test_evaluations_are_drawn_with_their_intervals(tmp_path: Path) -> None:
@@ -107,6 +109,10 @@ def test_evaluations_are_drawn_with_their_intervals(tmp_path: Path) -> None:
     assert "a &lt;b&gt;table&lt;/b&gt;" in page.text
     with pytest.raises(InputError, match="there is no "):
         speed_charts(str(tmp_path / "none.json"))
+    make([1]).save(tmp_path / "d")
+    with pytest.raises(InputError, match=r"none\.json: name the JSON file"):
+        open_contents(str(tmp_path / "d"), evaluations=[str(tmp_path / "none.json")])
+    assert open_contents(str(tmp_path / "d"), evaluations=[str(tmp_path / "e.json")]).evaluations
 
 
 def test_a_page_waits_for_the_index_with_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
