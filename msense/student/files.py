@@ -74,8 +74,10 @@ def save_weights(
         weights: dict[str, torch.Tensor] = {}
         places: set[int] = set()
         for name, stored in names.items():
-            own = tensors[name].detach()[: rows if files.portable and name == "body.means" else None].cpu().contiguous()
-            own = _rounded(name, own, dtype)
+            own = tensors[name].detach()
+            if files.portable and name == "body.means":
+                own = own[:rows]
+            own = _rounded(name, own.cpu().contiguous(), dtype)
             weights[stored] = own.clone() if own.data_ptr() in places else own  # safetensors refuses shared weights
             places.add(own.data_ptr())
         path.parent.mkdir(exist_ok=True)
@@ -135,8 +137,8 @@ def _read_config(files: StudentFiles) -> StudentConfig:
     if files.portable and not os.path.lexists(files.config):
         STUDENT.refuse(
             f"{files.config} is missing: sentence-transformers copies only its own files when it saves a model, so copy "
-            f"the folder {files.config.parent.name}/ of the student that was loaded into {files.folder}, or save it again; a "
-            "model that msense did not train is no student"
+            f"the folder {files.config.parent.name}/ of the student that was loaded into {files.folder}. Without it, and if "
+            "msense did not train the model, use SentenceTransformer instead of SenseEncoder"
         )
     config = STUDENT.read_config(checked_path(files, files.config), StudentConfig)
     if not files.portable or config.body is None:

@@ -1,5 +1,6 @@
 """Tiny models with random weights of all text families that the installed transformers knows."""
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -235,10 +236,12 @@ class Outcome:
     batch: str = "-"
     longest: str = "-"
     student: str = "-"
+    opened: str = "-"  # by sentence-transformers: "right", or "flag: why one is needed"
 
     def is_wrong(self) -> bool:
         """Return whether any part is wrong."""
-        return any(part.startswith("wrong") for part in (self.teacher, self.batch, self.longest, self.student))
+        parts = (self.teacher, self.batch, self.longest, self.student, self.opened)
+        return any(part.startswith("wrong") for part in parts)
 
     def is_refused(self) -> bool:
         """Return whether any part is refused."""
@@ -284,6 +287,8 @@ def sweep(kind: str, folder: Path) -> Outcome:
     if outcome.longest == "right":
         outcome.longest = str(info.max_length)
     outcome.student = students(teacher_folder, folder, info, np.stack([vectors.mean(0) for vectors in alone]))
+    if outcome.student == "right":
+        outcome.opened = opened(folder / "layers:2")
     return outcome
 
 
@@ -331,6 +336,16 @@ def encoded(folder: Path) -> np.ndarray:
     return np.asarray(SenseEncoder.from_pretrained(folder, device="cpu").encode(TEXTS))
 
 
+def opened(folder: Path) -> str:
+    """Open a saved student with sentence-transformers, with the flag only if the student's card says that it needs it."""
+    from sentence_transformers import SentenceTransformer
+
+    why = re.search(r"The flag is needed because (.*?): `modules.json`", (folder / "README.md").read_text())
+    model = SentenceTransformer(str(folder), trust_remote_code=why is not None, device="cpu")
+    part = near(np.asarray(model.encode(TEXTS)), encoded(folder), "vectors of sentence-transformers")
+    return part if why is None or part != "right" else f"flag: {why[1]}"
+
+
 def train_step(student: Student, rows: list[np.ndarray]) -> str | None:
     """Take a step; return what is wrong with it."""
     student.train()
@@ -351,18 +366,22 @@ def train_step(student: Student, rows: list[np.ndarray]) -> str | None:
     return None
 
 
+OPENED = {"right": "without a flag", "flag": "with the flag", "-": "-"}
+
+
 def table(outcomes: dict[str, Outcome]) -> str:
     """Return the Markdown page of the results."""
     import transformers
 
     refused = [outcome for outcome in outcomes.values() if outcome.is_refused()]
     rows = [
-        f"| {o.kind} | {_cell(o.teacher)} | {_cell(o.batch)} | {o.longest} | {_cell(o.student)} |"
+        f"| {o.kind} | {_cell(o.teacher)} | {_cell(o.batch)} | {o.longest} | {_cell(o.student)} | {OPENED[_cell(o.opened)]} |"
         for o in outcomes.values()
     ]
     reasons = [
         f"| {o.kind} | {'teacher' if o.teacher != 'right' else 'student'} | {REFUSED[o.kind]} |" for o in refused
     ]
+    flags = [f"| {o.kind} | {o.opened.partition(': ')[2]} |" for o in outcomes.values() if o.opened.startswith("flag")]
     others = [f"| {kind} | {reason} |" for kind, reason in left_out().items()]
     return "\n".join(
         [
@@ -379,9 +398,11 @@ def table(outcomes: dict[str, Outcome]) -> str:
             "the tiny model).",
             "- **student**: one of all layers gives the teacher's vectors; it and one of two layers are trained, saved and "
             "loaded.",
+            "- **sentence-transformers**: opens the student of two layers, without or with `trust_remote_code=True`, and gives "
+            "the same vectors.",
             "",
-            "| family | teacher | batch | longest | student |",
-            "|---|---|---|---|---|",
+            "| family | teacher | batch | longest | student | sentence-transformers |",
+            "|---|---|---|---|---|---|",
             *rows,
             "",
             "## Refused",
@@ -389,6 +410,12 @@ def table(outcomes: dict[str, Outcome]) -> str:
             "| family | as | reason |",
             "|---|---|---|",
             *reasons,
+            "",
+            "## Students that sentence-transformers opens with a flag only",
+            "",
+            "| family | reason |",
+            "|---|---|",
+            *flags,
             "",
             "## Not in the sweep",
             "",
