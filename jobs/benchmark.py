@@ -1,7 +1,7 @@
 """Run the benchmarks behind the figures of jobs/benchmarks/README.md: `python jobs/benchmark.py NAME... --corpus FILES`.
 
 Each figure that matters is a ratio of two things timed side by side in one run. The last line of the output is a flat
-JSON object. Install FAISS with `pip install msense[bench]`; without it its figures are omitted.
+JSON object. Without FAISS (extra `bench`) its figures are omitted.
 """
 
 import argparse

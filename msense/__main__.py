@@ -41,7 +41,7 @@ How the teacher reads a text is written into the folder, so that every command a
 _EXAMPLES = """\
 Examples:
   msense make texts/ --teacher BAAI/bge-small-en-v1.5 --student static --output runs/mine
-  msense build --output runs/demo     the demo, in three minutes on two cores
+  msense build --output runs/demo     the demo, in about four minutes on two cores
   msense show runs/demo key cell
 
 Configurations for --config:

@@ -36,9 +36,9 @@ MARKS = ("not run: ",)
 RUN = ("bash", "python")
 SHOWN = ("bibtex", "text", "yaml")  # output, diagrams, files
 OTHER_FLAGS = {"--config", "--help", "--json", "--no-pooled", "--no-cost", "--senses", "--exemplars", "--text"}
-OTHER_FLAGS |= {"--data", "--sets", "--general", "--sts"}  # of jobs/benchmark.py
+OTHER_FLAGS |= {"--data", "--sets", "--general", "--sts", "--peer-python"}  # of jobs/benchmark.py
 OTHER_FLAGS |= {"--compare", "--evaluations", "--export", "--host", "--port", "--trainings"}  # of msense explore
-OTHER_FLAGS |= {"--address", "--working-dir", "--submission-id", "--generate"}  # of Ray
+OTHER_FLAGS |= {"--address", "--working-dir", "--submission-id", "--generate", "--index-url"}  # of Ray and pip
 WORDS = ["cell", "decision", "gaussian", "kernel", "key", "leaf", "matrix", "tree", *tiny.WORDS]
 
 

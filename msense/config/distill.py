@@ -66,11 +66,13 @@ class DistillConfig(TeacherJobConfig):
     text_column: str = Field(
         "text", description="of --corpus and --queries: text column of jsonl, parquet and csv files"
     )
-    id_column: str = Field("id", description="of these: column of document ids, used if present; none: no ids")
+    id_column: str = Field(
+        "id", description="of --corpus and --queries: column of document ids, used if present; none: no ids"
+    )
     prompt_column: str | None = Field(
         None,
-        description="of these: column of the instruction before each text, as for `msense build`; default: the dictionary's "
-        "prompt for all",
+        description="of --corpus and --queries: column of the instruction before each text, as for `msense build`; default: the "
+        "dictionary's prompt for all",
     )
     dedup: bool = Field(False, description="with --corpus: read identical passages once")
     teacher: str | None = Field(None, description="name or folder of the teacher; default: as recorded")
@@ -78,7 +80,9 @@ class DistillConfig(TeacherJobConfig):
     held_out: float = Field(0.05, ge=0, le=0.5, description="fraction of the documents held out for validation")
     soft_targets: int = Field(0, ge=0, le=MAX_SOFT_TARGETS, description="stored senses per token; 0: nearest only")
     metric: Metric | None = Field(None, description="metric of labels, losses and student; default: the dictionary's")
-    temperature: float = Field(1 / 3, gt=0, le=1e6, description="of losses, in units of the squared RMS distance")
+    temperature: float = Field(
+        1 / 3, gt=0, le=1e6, description="of losses, in units of the mean squared distance of embeddings to senses"
+    )
     spans: dict[str, float] = Field(
         {"sentence": 1.0, "run": 0.5, "title": 1.0},
         description="share of the sentences, runs of two to four sentences, and first lines or titles that are labelled as texts "
@@ -103,8 +107,8 @@ class DistillConfig(TeacherJobConfig):
     )
     heads: Literal["one", "two", "separate"] = Field(
         "two",
-        description="how senses and sentence vectors share a student; one: the hidden state (default with one of them); two: all "
-        "but a linear head; separate: only a token table that the senses do not change (static, and its default)",
+        description="what senses and sentence vectors share; one: the hidden state (default if only one of them is trained); "
+        "two: all but a linear head; separate: only the token table, which the senses do not change (static only, its default)",
     )
     train_embeddings: bool = Field(False, description="train token embeddings (of a static student: always trained)")
     epochs: int = Field(10, ge=1, le=10_000, description="passes over the training texts")

@@ -35,18 +35,18 @@ class MergeConfig(CommandConfig):
     attention: Literal["auto", "causal", "bidirectional"] = Field(
         "auto", description="what each token sees: those before it, or all; auto: as the base's config.json says"
     )
-    before: str | None = Field(None, description="text around every text, before it, such as the start of a chat turn")
-    after: str | None = Field(None, description="the same, after it")
+    before: str | None = Field(None, description="text before every text, such as the start of a chat turn")
+    after: str | None = Field(None, description="text after every text, such as the end of a chat turn")
     pooling: Literal["mean", "cls", "lasttoken"] | None = Field(
         None,
         description="how sentence vectors are pooled; default: as sentence-transformers' files of an adapter or the base "
         "say, else mean",
     )
     include_prompt: bool | None = Field(
-        None, description="whether a prompt's tokens are pooled; default: as those files say, else yes"
+        None, description="whether a prompt's tokens are pooled; default: as sentence-transformers' files say, else yes"
     )
     max_length: int | None = Field(
-        None, ge=4, description="longest text in tokens; default: as those files or the tokenizer say"
+        None, ge=4, description="longest text in tokens; default: as sentence-transformers' files or the tokenizer say"
     )
     revision: str | None = Field(None, description="branch, tag or commit of the base model on the hub")
     output: str = Field("teachers/merged", description="new folder of the merged teacher, on a local disk")

@@ -1,6 +1,6 @@
 """The student model: a body, an adaptor to the teacher's dimension where they differ, and a linear head for senses."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,12 @@ class Student(nn.Module):
         else:
             senses = hidden if sense_rows is None else hidden[rows]
         return StudentOutput(hidden, senses if self.head is None else self.head(senses))
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of training, in which a transformer's dropout stays off: targets without noise are learnt faster."""
+        super().train(mode)
+        self.body.eval()
+        return self
 
     def separate_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that only the senses depend on, and that depend on nothing else."""

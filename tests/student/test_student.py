@@ -76,6 +76,17 @@ def test_static_student_ignores_padding(rows: list[list[int]], pooling: str, mor
     check_padding(static_student(pooling, normalize=True), rows, (pad,), more)
 
 
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_students_train_without_dropout(make_teacher: MakeTeacher, kind: str) -> None:
+    folder = make_teacher(kind)
+    student = init_student(StudentSettings(kind="layers:2"), dictionary_of(folder), str(folder)).train()
+    first, second = (student(IDS, MASK).hidden[MASK] for _ in range(2))
+    assert student.training
+    assert torch.equal(first, second)
+    student.body.train()
+    assert not torch.equal(first, student(IDS, MASK).hidden[MASK])
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "t5", "llama"])
 def test_layers_equal_the_teachers_and_load_unchanged(make_teacher: MakeTeacher, kind: str, tmp_path: Path) -> None:
     folder = make_teacher(kind)
