@@ -1,7 +1,7 @@
 """Labelled texts: one split (train, test, ...) of a data set, from files or the Hugging Face Hub.
 
-Sources are folders (local, s3://, ...) with `SPLIT*.csv`, `.jsonl` or `.parquet`, and `hf://dataset[:config]`. Memory:
-the whole split.
+Sources are folders (local, s3://, ...) with `SPLIT.csv`, `.jsonl` (also as `.gz` or `.zst`) or `.parquet`, or parts such as
+`SPLIT-00000-of-00002.parquet`, and `hf://dataset[:config]`. Memory: the whole split.
 """
 
 import codecs
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd  # of an extra
 
 _MAX_BYTES = 1 << 30  # per file
-_FORMATS = ("csv", "jsonl", "parquet")
+_FORMATS = r"((csv|jsonl)(\.(gz|zst))?|parquet)"
 _PAIRS = (("s1", "s2"), ("sentence1", "sentence2"), ("text1", "text2"))  # usual columns of pairs of texts
 
 
@@ -62,7 +62,7 @@ def split_files(source: str, part: str) -> list[SourceFile]:
 
     Args:
         source: a folder, or `hf://dataset[:config]`.
-        part: name of the split, such as train; in a folder, the prefix of its file names.
+        part: name of the split, such as train; in a folder, that of its file, or what comes before the numbers of its parts.
 
     Raises:
         InputError: the split is missing; the message says what to download and where to put it.
@@ -75,15 +75,16 @@ def split_files(source: str, part: str) -> list[SourceFile]:
             raise InputError(
                 f"{error}\nWithout access to the Hub: run `hf download --repo-type dataset {dataset} --local-dir DIR` on a "
                 f"machine with access, and replace {source} by DIR{f'/{config}' if config else ''}, with files named "
-                f"{part}*.csv, .jsonl or .parquet"
+                f"{part}.csv, .jsonl or .parquet"
             ) from error
     shown = display_uri(source)
-    # for example train.csv or train-00000-of-00002.parquet
-    pattern = re.compile(rf"{re.escape(part)}([-_][0-9]+.*)?\.({'|'.join(_FORMATS)})")
-    files = [file for file in list_files((source,)) if pattern.fullmatch(file.name.rpartition("/")[2])]
+    pattern = re.compile(rf"{re.escape(part)}([-_][0-9]+.*)?\.{_FORMATS}")  # train.csv, train-00000-of-00002.parquet
+    there = list_files((source,))
+    files = [file for file in there if pattern.fullmatch(file.name.rpartition("/")[2])]
     if not files:
         raise InputError(
-            f"{shown} has no {part}*.csv, .jsonl or .parquet: put the split {part!r} of the data set there"
+            f"{shown} has no {part}.csv, .jsonl (also as .gz or .zst) or .parquet, and no parts such as {part}-00000.parquet: "
+            f"put the split {part!r} of the data set there; it has {', '.join(file.name for file in there[:5])}"
         )
     if len({(file.format, file.name.rpartition("/")[0]) for file in files}) > 1:
         names = ", ".join(file.name for file in files[:5])
@@ -116,9 +117,16 @@ def read_labelled(source: str, part: str, columns: Columns | None = None) -> Lab
     for name in names:
         if not table[name].map(lambda value: isinstance(value, str | int | float | Decimal)).all():
             raise InputError(f"{where}: column {name!r} has values other than texts and numbers: convert them")
-    *texts, labels = ([str(value) for value in table[name].tolist()] for name in names)
+    texts = [[str(value) for value in table[name].tolist()] for name in columns.texts]
+    labels = [_label(value) for value in table[columns.label].tolist()]
     fingerprints = tuple(f"{file.name} {file.size} {file.fingerprint}" for file in files)
     return Labelled(list(zip(*texts, strict=True)), np.array(labels), fingerprints)
+
+
+def _label(value: Any) -> str:
+    """Return a label as text; 1.0 is 1, as some writers make numbers of whole numbers beside missing ones."""
+    whole = isinstance(value, float | Decimal) and value % 1 == 0
+    return str(int(value) if whole else value)
 
 
 def find_pair_columns(source: str, part: str, labels: Sequence[str]) -> Columns:
@@ -164,7 +172,8 @@ def _read_table(file: SourceFile, names: Sequence[str] = ()) -> "pd.DataFrame":
         try:
             if file.format == "parquet":
                 return _parquet(stream, shown, names)
-            return (_csv if file.format == "csv" else _json)(open_text(stream, "", shown))
+            kind, _, codec = file.format.partition(".")
+            return (_csv if kind == "csv" else _json)(open_text(stream, codec, shown))
         except InputError:
             raise
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -221,6 +230,8 @@ def _csv(stream: io.BufferedReader) -> "pd.DataFrame":
             raise ValueError("it is not UTF-8: convert it, for example with iconv -t utf-8")
         header = header or record
         if record and len(record) != len(header):
+            if mark := tables.separator(header):
+                raise ValueError(f"cells are separated by {mark}, not by commas")
             raise ValueError(f"row {number} has not as many fields as the header")
         rows += [record] if record and number >= 0 else []
     return pd.DataFrame(rows, columns=header, dtype=object)

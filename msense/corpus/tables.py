@@ -79,9 +79,14 @@ def iter_batches(
 def missing_column(shown: str, name: str, names: Sequence[str], flags: str) -> InputError:
     """Return the error for a column that a file lacks, with the names of those that it has."""
     known = ", ".join(map(repr, names[:50]))[:2000] or "none"
-    separated = "" if len(names) != 1 else next((repr(mark) for mark in ";\t|" if mark in names[0]), "")
-    remedy = f"cells are separated by {separated}: convert the file to commas" if separated else f"choose {flags}"
+    mark = separator(names)
+    remedy = f"cells are separated by {mark}: convert the file to commas" if mark else f"choose {flags}"
     return InputError(f"{shown}: no column {name!r}; available: {known}; {remedy}")
+
+
+def separator(header: Sequence[str]) -> str:
+    """Return, quoted, what seems to separate the cells of a csv file instead of commas; empty if nothing does."""
+    return "" if len(header) != 1 else next((repr(mark) for mark in ";\t|" if mark in header[0]), "")
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -14,6 +14,7 @@ from msense.constants import VERSION
 from msense.corpus import list_files
 from msense.corpus.labelled import split_files
 from msense.dictionary import DictionaryFiles, SenseDictionary
+from msense.errors import InputError
 from msense.evaluation.spec import Spec, TaskSpec
 from msense.evaluation.tasks import mteb
 from msense.evaluation.tasks.beir import data_files
@@ -59,11 +60,24 @@ def model_key(spec: Spec) -> str:
         shipped = DictionaryFiles(files.dictionary).fingerprint() if files.dictionary.is_dir() else ""
         key["student"] = digest([own, shipped])
     if spec.kind == "encoder":
-        folder = Path(spec.source)
+        folder = _encoder_folder(spec.source)
         local = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
         stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime) for p in local]
-        key["encoder"] = stats or [spec.source, spec.revision]
+        key["encoder"] = [version("sentence-transformers"), stats or [spec.source, spec.revision]]
     return digest(key)
+
+
+def _encoder_folder(source: str) -> Path:
+    """Return the folder of a sentence-transformers model, if it is one; InputError for what is clearly no such model."""
+    folder = Path(source)
+    if folder.is_file() or (source.startswith((".", "/", "~")) and not folder.is_dir()):
+        raise InputError(
+            f"--model {source}: no such folder; give a folder or a hub name, or KIND:FOLDER as --help lists"
+        )
+    modules = folder / "modules.json"
+    if modules.is_file() and "msense." in modules.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"--model {source} is a student of msense: use student:{source}")
+    return folder
 
 
 def data_key(task: TaskSpec) -> str:

@@ -30,10 +30,11 @@ from msense.student.layout import StudentFiles
 from msense.student.tokenizer import StudentTokenizer
 from msense.teacher.batching import TOKEN_BUDGET, Batch, iter_batches
 from msense.teacher.body import resolve_dtype
-from msense.teacher.files import body_folder, loading
+from msense.teacher.files import body_folder
 from msense.teacher.model import Teacher
 from msense.teacher.pooling import load_head
 from msense.teacher.spec import TeacherOptions, load_teacher_info
+from msense.text import first_line
 
 TEXTS_PER_SLAB = 512  # texts whose token embeddings are held at once
 
@@ -254,8 +255,15 @@ class SentenceModel:
         from sentence_transformers import SentenceTransformer  # optional
 
         options = {"device": device, "revision": spec.revision, "model_kwargs": {"use_safetensors": True}}
-        with loading(repr(spec.source)):
+        try:
             self.model = SentenceTransformer(spec.source, trust_remote_code=False, **options)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"cannot load {spec.source!r} with sentence-transformers: {first_line(error)}; safetensors weights are needed, "
+                "and code that comes with a model is never run"
+            ) from error
         self.spec = spec
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:

@@ -169,6 +169,8 @@ class SenseEncoder:
         check_precision(precision)
         if replace not in (None, "hard", "soft"):
             raise InputError(f"invalid replace {replace!r}: use None, 'hard' or 'soft'")
+        if replace is not None:
+            _ = self.dictionary  # raises if there is none, also without texts
         check_positive("batch_size", batch_size)
         width = self._width(truncate_dim)
         single = isinstance(texts, str)
@@ -316,6 +318,8 @@ class SenseEncoder:
             return given
         if name is None:
             return ""
+        if isinstance(name, str) and name in _PROMPT_NAMES and name not in self.prompts:
+            return ""  # as sentence-transformers, which knows these of every model
         if not isinstance(name, str) or name not in self.prompts:
             raise InputError(f"no prompt {name!r}: use one of {tuple(self.prompts)}, or give `prompt` itself")
         return self.prompts[name]

@@ -169,6 +169,8 @@ def find_obstacle(files: StudentFiles, student: Student, reader: StudentTokenize
         whole = AutoModel.from_config(config, trust_remote_code=False)
     if is_encoder_decoder(whole) and kind not in _ENCODERS:
         return f"sentence-transformers would also run the decoder of a {kind} model"
+    if not _has_plain_tokenizer(files):
+        return f"sentence-transformers would load a {kind} model's processor of other input than text"
     try:
         with torch.random.fork_rng(devices=[]), _silent():
             model = load_body(files.folder, str(files.folder), torch.float32)
@@ -179,6 +181,16 @@ def find_obstacle(files: StudentFiles, student: Student, reader: StudentTokenize
         return f"transformers reads other parts of a {kind} model than the student has"
     except Exception as error:  # noqa: BLE001 - of transformers, by any model
         return f"transformers cannot read a {kind} model of these layers alone ({type(error).__name__})"
+
+
+def _has_plain_tokenizer(files: StudentFiles) -> bool:
+    """Whether transformers' processor of a student, which sentence-transformers loads, is its tokenizer."""
+    from transformers import AutoProcessor, PreTrainedTokenizerBase
+
+    try:
+        return isinstance(AutoProcessor.from_pretrained(files.folder, trust_remote_code=False), PreTrainedTokenizerBase)
+    except Exception:  # noqa: BLE001 - of transformers, by any model
+        return False
 
 
 @contextmanager

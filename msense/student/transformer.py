@@ -42,11 +42,16 @@ class TransformerBody(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding table."""
+        if not hasattr(self.model, "get_input_embeddings"):  # an encoder that is no model of its own, as FSMT's
+            return self.model.embed_tokens
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, table: nn.Module) -> None:
         """Replace the embedding table."""
-        self.model.set_input_embeddings(table)
+        if hasattr(self.model, "set_input_embeddings"):
+            self.model.set_input_embeddings(table)
+        else:
+            self.model.embed_tokens = table
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return embeddings [B, L, width], undefined on padding, of token ids int64 [B, L] with a mask bool [B, L]."""

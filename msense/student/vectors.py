@@ -1,7 +1,7 @@
 """What sentence vectors are stored and compared as: precisions and similarities, equal to those of sentence-transformers."""
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def _rows(vectors: Vectors) -> Tensor:
     """Return one vector [D] or several as float32 [n, D]."""
     try:
         several = isinstance(vectors, list | tuple) and len(vectors) > 0
-        tensor = torch.stack([torch.as_tensor(v) for v in vectors]) if several else torch.as_tensor(vectors)
+        tensor = torch.stack([_tensor(v) for v in vectors]) if several else _tensor(vectors)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"no vectors to compare ({first_line(error)}): give arrays [n, D], as encode returns"
@@ -99,6 +99,11 @@ def _rows(vectors: Vectors) -> Tensor:
     if tensor.ndim not in (1, 2):
         raise InputError(f"vectors have shape {tuple(tensor.shape)}: give [D] or [n, D], as encode returns")
     return tensor.float() if tensor.ndim == 2 else tensor.float()[None]
+
+
+def _tensor(vectors: Any) -> Tensor:
+    """Return a tensor; of an array with negative strides, as reversed ones have, a copy, since torch refuses them."""
+    return torch.as_tensor(np.ascontiguousarray(vectors) if isinstance(vectors, np.ndarray) else vectors)
 
 
 def _scaled(vectors: Tensor, kind: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Parsing of models and tasks, labelled data, and every task on models with known answers."""
 
+import gzip
 import json
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from msense.corpus.labelled import read_labelled
 from msense.dictionary import write_dictionary
 from msense.dictionary.format import write_tokenizer
 from msense.errors import InputError, MsenseError
+from msense.evaluation.cache_keys import model_key
 from msense.evaluation.models import Model, TokenEmbeddings, make_model, open_model
 from msense.evaluation.spec import Spec, TaskSpec, check_names, parse_model, parse_task
 from msense.evaluation.tasks import coarsewsd, tokens, wordsim
@@ -91,14 +93,30 @@ def test_labelled_texts_are_read_verbatim(form: str, tmp_path: Path) -> None:
     assert read_labelled(str(tmp_path), "test").labels.tolist() == ["3", "1"]  # numbers become text
 
 
+def test_whole_numbers_are_the_same_label_in_any_form(tmp_path: Path) -> None:
+    (tmp_path / "train-0.jsonl").write_text('{"text": "a", "label": 1}\n{"text": 2.0, "label": 0}\n')
+    (tmp_path / "train-1.jsonl").write_text('{"text": "b", "label": 1.0}\n{"text": "c", "label": 0.5}\n')
+    data = read_labelled(str(tmp_path), "train")
+    assert data.labels.tolist() == ["1", "0", "1", "0.5"]
+    assert data.first == ["a", "2.0", "b", "c"]
+
+
+def test_labelled_texts_may_be_compressed(tmp_path: Path) -> None:
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(b"text,label\na,x\n"))
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b", "label": "y"}\n'))
+    assert [read_labelled(str(tmp_path), part).first for part in ("train", "test")] == [["a"], ["b"]]
+
+
 LABELLED_FAULTS = [
-    (lambda f: None, r"train\*\.csv"),
+    (lambda f: None, r"has no train\.csv, .*; it has other\.txt"),
     (lambda f: (f / "train.csv").write_text("text,tag\na,b\n"), "no column 'label'.*'text', 'tag'"),
     (lambda f: (f / "train.csv").write_text("text,label\n"), "is empty"),
     (lambda f: (f / "train.csv").write_text('text,label\n"a'), "cannot be read as csv"),
     (lambda f: (f / "train.csv").write_text("text,label\na,b,\n"), "row 0 .*fields"),
     (lambda f: (f / "train.csv").write_text("text,label\na,\n"), "row 0 .*text or label"),
-    (lambda f: (f / "training_notes.csv").write_text("text,label\na,b\n"), r"train\*\.csv"),
+    (lambda f: (f / "training_notes.csv").write_text("text,label\na,b\n"), r"no train\.csv, .*training_notes\.csv"),
+    (lambda f: (f / "train.csv").write_text("text;label\na, b;c\n"), "cells are separated by ';', not by commas"),
+    (lambda f: (f / "train.csv").write_text("text\tlabel\na\tc\n"), r"cells are separated by '\\t'"),
     (lambda f: [write_task(f / n, {"train": [("a", "b")]}) for n in ("x", "y")], "several formats or folders"),
     (lambda f: (f / "train.parquet").write_text("no"), "cannot be read as parquet"),
     (lambda f: (f / "train.jsonl").write_text('{"text": "a"}\n{"text": null, "label": 1}\n'), "row 0 .*text or label"),
@@ -384,3 +402,15 @@ def test_a_python_without_model2vec_is_refused(teacher: Path) -> None:
         load(teacher, "model2vec", python="/no/such/python")
     with pytest.raises(MsenseError, match=r"exited with code 1 .*No module named.*--model2vec-python"):
         load(teacher, "model2vec")
+
+
+def test_what_is_clearly_no_model_of_sentence_transformers_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text('[{"type": "msense.sentence_module.SenseModule"}]')
+    (tmp_path / "results.json").write_text("{}")
+    for source, match in (
+        (str(tmp_path / "none"), "no such folder; give a folder or a hub name"),
+        (str(tmp_path / "results.json"), "no such folder"),
+        (str(tmp_path), "is a student of msense: use student:"),
+    ):
+        with pytest.raises(InputError, match=match):
+            model_key(parse_model(source))

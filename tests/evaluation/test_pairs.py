@@ -91,6 +91,8 @@ def test_columns_and_splits(write: Write) -> None:
     (Path(source) / "dev.csv").unlink()
     table.rename(columns={"a": "s1", "b": "s2", "c": "labels"}).to_parquet(Path(source) / "dev-0000.parquet")
     assert pairs.read_pairs(source, "dev", "pairs").gold.tolist() == [1, 0, 1]
+    assert pairs.read_pairs(write([True, False, True]), "test", "pairs").gold.tolist() == [1, 0, 1]
+    assert pairs.read_pairs(write(["false", "1.0"]), "test", "pairs").gold.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_columns_and_splits(write: Write) -> None:
             r"no column score or label; available: 's1', 's2', 'value'; .*--pair-columns",
         ),
         ([1, 2], {"second": "s3"}, "pairs", "no pair of columns s1/s2, sentence1/sentence2, text1/text2"),
-        ([1, "x"], {}, "similarity", "column 'score': not a number .*'x'"),
+        ([1, "x"], {}, "similarity", "column 'score': 'x' is no number"),
         ([1, "NaN"], {}, "similarity", "row 1 is NaN"),
         ([3, 3], {}, "similarity", "all scores are equal"),
         ([0, 2], {}, "pairs", "needs labels 0 and 1, both present"),

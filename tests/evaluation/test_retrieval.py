@@ -163,7 +163,7 @@ def test_sentence_transformers_add_their_prompts(make_teacher: Callable[..., Pat
     assert not np.allclose(query, document)
 
 
-@pytest.mark.parametrize("layout", ["compressed", "split", "tables", "no header", "other order"])
+@pytest.mark.parametrize("layout", ["compressed", "split", "tables", "no header", "other order", "quotes", "TREC"])
 def test_files_may_be_compressed_split_or_tables(layout: str, data: str, tmp_path: Path) -> None:
     wanted, folder = read_retrieval(data), Path(data)
     split = "dev" if layout == "split" else "test"
@@ -187,6 +187,12 @@ def test_files_may_be_compressed_split_or_tables(layout: str, data: str, tmp_pat
         case "other order":
             rows = "".join(f"{document}\t{score}\t{query}\n" for query, document, score in JUDGED)
             (folder / "qrels.tsv").write_text(f"\n\ufeffcorpus-id\tscore\tquery-id\n{rows}")
+        case "quotes":
+            rows = "".join(f'"{query}"\t"{document}"\t{score}\n' for query, document, score in JUDGED)
+            (folder / "qrels.tsv").write_text(f'"Query_ID"\t"Corpus_ID"\t"Score"\n{rows}')
+        case "TREC":
+            rows = [f"{query} 0 {document}  {score}\n" for query, document, score in JUDGED]
+            (folder / "qrels.tsv").write_text("".join([rows[0].replace(" ", "\t").replace("\t\t", "\t"), *rows[1:]]))
     assert read_retrieval(data, split) == wanted
 
 
@@ -257,12 +263,12 @@ def test_judgements_of_unknown_texts_are_ignored_with_a_warning(
         (lambda f: write(f, qrels=tsv([(7, "d1", 0.5)])), r"qrels\.tsv, line 2: not a judgement"),
         (lambda f: write(f, qrels=tsv([(7, "d1", 10**9)])), "line 2: not a judgement"),
         (lambda f: write(f, qrels="7\td1\tx\n7\td2\t1\n"), r"line 1: not a judgement.*a first line of names must be"),
-        (lambda f: write(f, qrels="7 0 d1 1\n"), "line 1: not a judgement"),
+        (lambda f: write(f, qrels="7 d1 1\n"), "line 1: not a judgement"),
         (
             lambda f: write(f, qrels=tsv([(7, "d1", 1), (7, "d1", 0)])),
             "line 3: query '7' and document 'd1' have another",
         ),
-        (lambda f: write(f, qrels=tsv([(7, 0, "d1", 1)])), "line 2: not a judgement"),  # type: ignore[list-item]
+        (lambda f: write(f, qrels=tsv([(7, 5, "d1", 1)])), "line 2: not a judgement"),  # type: ignore[list-item]
         (lambda f: write(f, qrels=tsv([("x", "d1", 1), (7, "y", 1)])), "of 2 judgements, all are of other queries"),
         (lambda f: write(f, qrels=tsv([(7, "d1", 0)])), "of 1 judgements, none is above 0"),
     ],

@@ -383,6 +383,7 @@ def test_named_prompts(teacher: Path, tmp_path: Path) -> None:
     plain, query, x = (encoder.encode(TEXTS, prompt=prompt) for prompt in ("", "the cat ", "a "))
     np.testing.assert_array_equal(encoder.encode(TEXTS), plain)
     np.testing.assert_array_equal(encoder.encode(TEXTS, prompt_name="x"), x)
+    np.testing.assert_array_equal(encoder.encode(TEXTS, prompt_name="document"), encoder.encode(TEXTS))
     np.testing.assert_array_equal(encoder.encode_query(TEXTS), query)
     np.testing.assert_array_equal(encoder.encode_query(TEXTS, prompt="a "), x)
     np.testing.assert_array_equal(encoder.encode_document(TEXTS), plain)
@@ -434,6 +435,14 @@ def test_encode_many_reads_few_chunks_ahead(shipped_student: tuple, num_workers:
             encoder.encode_many(**{"texts": ["a"], **wrong})
     with pytest.raises(InputError, match="text 8 has type int"):
         list(encoder.encode_many(iter(["a"] * 8 + [3]), chunk_size=3, num_workers=num_workers))
+
+
+def test_a_student_without_senses_replaces_nothing(teacher: Path, tmp_path: Path) -> None:
+    shipped(teacher, tmp_path / "s", "table")
+    encoder = SenseEncoder.from_pretrained(tmp_path / "s")
+    for call in (lambda: encoder.encode([], replace="soft"), lambda: encoder.encode_many(["a"], replace="hard")):
+        with pytest.raises(StudentError, match="a table knows no senses"):
+            call()
 
 
 def test_errors_number_the_texts_of_all_chunks(shipped_student: tuple, monkeypatch: pytest.MonkeyPatch) -> None:

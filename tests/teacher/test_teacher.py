@@ -181,12 +181,12 @@ def test_padding_changes_no_embedding(make_teacher: MakeTeacher, kind: str, side
     np.testing.assert_allclose(teacher.embed(junk, mask)[0].numpy()[mask[0]], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "lilt", "convbert", "qwen3", "apertus"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "lilt", "convbert", "qwen3", "apertus", "fsmt", "git"])
 def test_a_family_is_read_as_transformers_reads_it(kind: str, tmp_path: Path) -> None:
     """Of the slow test of all families, those that differ most in positions, padding, settings and shapes of weights."""
     outcome = sweep(kind, tmp_path)
     assert (outcome.teacher, outcome.student) == ("right", "right"), outcome
-    assert outcome.opened.partition(":")[0] == ("flag" if kind == "convbert" else "right"), outcome
+    assert outcome.opened.partition(":")[0] == ("flag" if kind in ("convbert", "fsmt", "git") else "right"), outcome
     assert outcome.batch == ("by length" if kind == "convbert" else "right"), outcome
 
 

@@ -1,8 +1,8 @@
 """Retrieval data in the layout of BEIR (Thakur et al. 2021): documents, queries and judgements of their relevance.
 
 A folder has `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`) and `qrels.tsv` or `qrels/SPLIT.tsv`
-(`query-id`, `corpus-id`, `score`), each also as .gz or .zst; datasets of the Hub have configs `corpus` and `queries`, and the
-judgements in `default`, `qrels` or the dataset `NAME-qrels`. Memory: the texts and ids.
+(`query-id`, `corpus-id`, `score`, or the four columns of TREC), each also as .gz or .zst; datasets of the Hub have configs
+`corpus` and `queries`, and the judgements in `default`, `qrels` or the dataset `NAME-qrels`. Memory: the texts and ids.
 """
 
 import codecs
@@ -28,6 +28,7 @@ _MAX_SCORE = 1000  # of a judgement: trec_eval allocates a counter per grade
 _TABLES = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 _JUDGED = ("tsv", "tsv.gz", "tsv.zst", *_TABLES)
 _COLUMNS = ("query-id", "corpus-id", "score")
+_TREC = 4  # columns of TREC's form
 Judgements = dict[str, dict[str, int]]  # score by query and document; above 0: relevant
 
 
@@ -176,9 +177,10 @@ def _iter_rows(files: list[SourceFile], names: tuple[str, ...]) -> Iterator[tupl
             for number, line in _lines(open_text(stream, codec, shown), shown):
                 where = f"{shown}, line {number}"
                 if kind == "tsv":
-                    cells = line.decode("utf-8", "replace").split("\t")
-                    if not columns and sorted(cell.strip() for cell in cells) == sorted(names):
-                        columns = tuple(cell.strip() for cell in cells)
+                    cells = _cells(line.decode("utf-8", "replace"))
+                    named = tuple(cell.lower().replace("_", "-") for cell in cells)
+                    if not columns and sorted(named) == sorted(names):
+                        columns = named
                         continue
                     columns = columns or names
                     yield where, dict(zip(columns, cells, strict=True)) if len(cells) == len(columns) else {}
@@ -186,6 +188,15 @@ def _iter_rows(files: list[SourceFile], names: tuple[str, ...]) -> Iterator[tupl
                     raise InputError(f"{where}: {row.reason}: {printable(row.detail)}; correct it")
                 else:
                     yield where, row
+
+
+def _cells(line: str) -> list[str]:
+    """Return the cells of a judgement, without quotes; of a line of TREC's form (query, 0, document, score) the three."""
+    cells = [cell.strip().strip('"') for cell in line.split("\t")]
+    words = line.split()
+    if len(words) == _TREC and len(cells) in (1, _TREC) and words[1] in ("0", "Q0"):
+        return [words[0], *words[2:]]
+    return cells
 
 
 def _parquet_rows(stream: io.BufferedIOBase, shown: str, names: tuple[str, ...]) -> Iterator[dict[str, object]]:
@@ -227,6 +238,8 @@ def _text(value: object, where: str) -> str:
     if value is None:
         return ""
     try:
+        if isinstance(value, int | float):  # as writers of tables make of texts such as 1984; NaN of a missing one
+            return "" if value != value else str(value)
         text = value.decode() if isinstance(value, bytes) else value
         if not isinstance(text, str):
             raise ValueError(f"a {type(value).__name__}")

@@ -15,7 +15,9 @@ from msense.evaluation.models import Model
 from msense.evaluation.result import Result
 from msense.evaluation.search import unit
 from msense.io.filesystems import display_uri
+from msense.io.untrusted import printable
 
+_TRUTH = {"true": "1", "false": "0"}
 LABELS = {"similarity": ("score", "label"), "pairs": ("label", "labels", "score")}  # usual columns, by task kind
 
 
@@ -59,10 +61,12 @@ def read_pairs(source: str, split: str, kind: str, columns: Columns | None = Non
     columns = columns or find_pair_columns(source, split, LABELS[kind])
     data = read_labelled(source, split, columns)
     where = f"{display_uri(source)}, split {split!r}, column {columns.label!r}"
-    try:
-        gold = data.labels.astype(np.float64)
-    except ValueError as error:
-        raise InputError(f"{where}: not a number ({error}): correct it, or choose with --pair-columns") from error
+    labels = [_TRUTH.get(label.strip().lower(), label) if kind == "pairs" else label for label in data.labels.tolist()]
+    if (wrong := next((label for label in labels if not _is_number(label)), None)) is not None:
+        raise InputError(
+            f"{where}: {printable(wrong)!r} is no number: correct or remove it, or choose with --pair-columns"
+        )
+    gold = np.array(labels, dtype=np.float64)
     if not np.isfinite(gold).all():
         raise InputError(f"{where}: row {int((~np.isfinite(gold)).argmax())} is NaN or infinite: correct or remove it")
     if kind == "pairs":
@@ -75,6 +79,14 @@ def read_pairs(source: str, split: str, kind: str, columns: Columns | None = Non
         raise InputError(f"{where}: all scores are equal, so nothing correlates with them: provide other scores")
     first, second = (list(texts) for texts in zip(*data.texts, strict=True))
     return Pairs(first, second, gold)
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
 
 
 def _cosines(model: Model, pairs: Pairs) -> np.ndarray:
