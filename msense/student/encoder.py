@@ -5,6 +5,7 @@ batch of `_CHUNK` texts, or with replacement up to 16 · `_REPLACED` bytes of em
 first use. Never imports Ray.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -259,6 +260,11 @@ class SenseEncoder:
         return self._width(None)
 
     get_embedding_dimension = get_sentence_embedding_dimension  # its name since sentence-transformers 5.4
+
+    @property
+    def max_seq_length(self) -> float:
+        """Maximum tokens of a text, special tokens included, after which it is cut; infinite for a table."""
+        return math.inf if self.config.is_table else self.config.max_length
 
     def tokens(self, text: str, *, prompt: str | None = None) -> list[TokenSense]:
         """Return the tokens of a text, truncated to `config.max_length`, without special tokens and those of the prompt.

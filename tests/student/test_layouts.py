@@ -80,7 +80,7 @@ def test_students_open_in_sentence_transformers_without_a_flag(
         np.testing.assert_allclose(getattr(model, name)(texts), getattr(encoder, name)(texts), atol=1e-5)
     np.testing.assert_allclose(model.encode(""), encoder.encode(""), atol=1e-5)
     assert model.get_embedding_dimension() == encoder.get_sentence_embedding_dimension() == 16
-    assert model.max_seq_length == (24 if kind == "layers:1" else math.inf)
+    assert model.max_seq_length == encoder.max_seq_length == (24 if kind == "layers:1" else math.inf)
     model.save_pretrained(str(tmp_path / "again"))
     with pytest.raises(
         StudentError, match=r"sentence-transformers copies only its own files .*copy the folder senses/"

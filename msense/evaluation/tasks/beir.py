@@ -159,7 +159,8 @@ def _checked(judgements: Judgements, documents: dict[str, str], queries: dict[st
         state = "none is above 0" if used else "all are of other queries or documents"
         raise InputError(f"{shown}: of {total:,} judgements, {state}: use qrels, queries and corpus of one data set")
     if used < total:
-        logger.warning("%s: ignoring %d of %d judgements, of unknown queries or documents", shown, total - used, total)
+        lost = f"{total - used:,} of {total:,} judgements, of unknown queries or documents"
+        logger.warning("%s: ignoring %s; %d of %d queries are left", shown, lost, len(known), len(judgements))
     return known
 
 
