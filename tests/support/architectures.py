@@ -390,7 +390,8 @@ def table(outcomes: dict[str, Outcome]) -> str:
             f"The {len(outcomes)} text families of transformers {transformers.__version__}, each a tiny model with random "
             f"weights: {len(outcomes) - len(refused)} work as teacher and student; {len(refused)} are refused, as a teacher "
             "or as a student, before the teacher reads a text. Of the students, "
-            f"{len(outcomes) - len(refused) - len(flags)} open in sentence-transformers without a flag. Written by `tests/slow/test_architectures.py`.",
+            f"{len(outcomes) - len(refused) - len(flags)} open in sentence-transformers without a flag. "
+            "Written by `tests/slow/test_architectures.py`.",
             "",
             "- **teacher**: the vectors of a text are those of `AutoModel` (of an encoder-decoder model, the encoder).",
             "- **batch**: they are the same in a batch padded on the right and on the left. *By length*: texts are run with "
