@@ -167,7 +167,11 @@ def parse(argv: Sequence[str] | None = None) -> Comparison:
         metavar="N",
         help="processes or threads (default: all cores)",
     )
-    add("--model2vec-python", metavar="FILE", help='Python with `pip install "model2vec[distill]"`, else left out')
+    add(
+        "--model2vec-python",
+        metavar="FILE",
+        help='Python with `pip install "model2vec[distill,quantization]"`, else left out',
+    )
     add("--tokenlearn-python", metavar="FILE", help="Python with `pip install tokenlearn wordllama`, else left out")
     given = parser.parse_args(argv, namespace=Comparison())
     given.names = given.names or DEFAULT_SETS

@@ -154,7 +154,7 @@ def call_python(python: str | None, words: Sequence[str], threads: int) -> "subp
 def obstacles(model2vec_python: str | None, tokenlearn_python: str | None) -> dict[str, str]:
     """Return why models cannot be made here, by name; empty texts for those that can."""
     own = ("accelerate", sys.executable, "msense[bench]")
-    model2vec = ("model2vec", model2vec_python, '"model2vec[distill]"')
+    model2vec = ("model2vec", model2vec_python, '"model2vec[distill,quantization]"')
     needs: dict[str, list[tuple[str, str | None, str]]] = {
         "st-table": [own],
         "st-table-warm": [own, model2vec],

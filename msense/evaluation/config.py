@@ -62,7 +62,7 @@ class EvaluateConfig(JobConfig):
         "score or label",
     )
     model2vec_python: str | None = Field(
-        None, description='Python executable with `pip install "model2vec[distill]"`, if not this one'
+        None, description='Python executable with `pip install "model2vec[distill,quantization]"`, if not this one'
     )
     cost: bool = Field(True, description="also measure weights, disk, speed and memory, on the first task's texts")
     threads: int | None = Field(

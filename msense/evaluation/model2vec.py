@@ -94,7 +94,7 @@ class Model2Vec:
         raise MsenseError(
             f"model2vec exited with code {code} in {self._python} ({plain(message)}): check that this Python can load the "
             "teacher and has model2vec, whose dependencies conflict with msense's (python -m venv m2v; m2v/bin/pip install "
-            '"model2vec[distill]"; pass --model2vec-python m2v/bin/python)'
+            '"model2vec[distill,quantization]"; pass --model2vec-python m2v/bin/python)'
         )
 
 

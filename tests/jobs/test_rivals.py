@@ -115,7 +115,7 @@ def test_rivals_without_their_packages_are_left_out(
     with caplog.at_level("WARNING"):
         assert run.rivals == ["st-table", "st-minilm-2"]
     assert [r.getMessage().split(" is")[0] for r in caplog.records] == ["st-table-warm", "model2vec", "tokenlearn"]
-    assert '`pip install "model2vec[distill]"`' in caplog.text
+    assert '`pip install "model2vec[distill,quantization]"`' in caplog.text
 
 
 def test_a_foreign_python_is_asked_without_this_ones_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
