@@ -1,11 +1,14 @@
 """Serve the pages of a dictionary or student (`python -m msense explore SOURCE`), or write those of words to a file."""
 
+import atexit
 import ipaddress
+import os
 import secrets
 import socket
 import sys
 from collections.abc import Sequence
 from threading import Thread
+from threading import enumerate as enumerate_threads
 from typing import Any
 
 from msense.errors import InputError
@@ -52,10 +55,21 @@ def serve(source: str, address: tuple[str, int], **shown: Any) -> None:
     with bound(host, port) as listener:
         name = f"[{host}]" if ":" in host else host
         page = f"http://{name}:{listener.getsockname()[1]}/"
-        sys.stdout.write(page + (f"?token={token}" if token else "") + "\n")
-        sys.stdout.flush()
-        Thread(target=contents.prepare_rest, daemon=True).start()
-        server.run(sockets=[listener])
+        try:
+            sys.stdout.write(page + (f"?token={token}" if token else "") + "\n")
+            sys.stdout.flush()
+            Thread(target=contents.prepare_rest, daemon=True).start()
+            server.run(sockets=[listener])
+        finally:
+            if any(thread.daemon for thread in enumerate_threads()):
+                atexit.register(_exit_at_once)
+
+
+def _exit_at_once() -> None:
+    """End the process as after Ctrl-C, while threads still prepare pages: Python would abort in their C++ code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
 
 
 def is_loopback(host: str) -> bool:

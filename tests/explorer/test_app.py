@@ -212,6 +212,15 @@ def test_the_command_serves_on_a_free_port(dictionary: SenseDictionary, tmp_path
         assert server.wait(60) in (0, 130)
 
 
+@pytest.mark.integration
+def test_the_command_stops_while_it_prepares_pages(dictionary: SenseDictionary) -> None:
+    words = [sys.executable, "-m", "msense", "explore", str(dictionary.tokenizer_file.parents[1]), "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout.readline()
+        server.send_signal(signal.SIGINT)
+        assert (server.wait(60), "terminate" in server.stderr.read()) == (130, False)
+
+
 def test_an_export_is_one_file_that_loads_and_runs_nothing(client: TestClient, dictionary: SenseDictionary) -> None:
     exported = client.get("/export", params={"q": ["bank", SCRIPT, EVIL, "nothing"], "level": "0"})
     assert exported.status_code == 200
