@@ -8,7 +8,6 @@ import socket
 import sys
 from collections.abc import Sequence
 from threading import Thread
-from threading import enumerate as enumerate_threads
 from typing import Any
 
 from msense.errors import InputError
@@ -60,16 +59,16 @@ def serve(source: str, address: tuple[str, int], **shown: Any) -> None:
             sys.stdout.flush()
             Thread(target=contents.prepare_rest, daemon=True).start()
             server.run(sockets=[listener])
-        finally:
-            if any(thread.daemon for thread in enumerate_threads()):
-                atexit.register(_exit_at_once)
+        except BaseException as error:
+            atexit.register(_exit_at_once, 130 if isinstance(error, KeyboardInterrupt) else 1)
+            raise
 
 
-def _exit_at_once() -> None:
-    """End the process as after Ctrl-C, while threads still prepare pages: Python would abort in their C++ code."""
+def _exit_at_once(code: int) -> None:
+    """End the process while threads may still prepare pages: Python would abort in their C++ code."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(130)
+    os._exit(code)
 
 
 def is_loopback(host: str) -> bool:

@@ -236,7 +236,13 @@ def test_judgements_of_unknown_texts_are_ignored_with_a_warning(
     source = write(tmp_path, qrels=tsv([*JUDGED, ("q2", "gone", 1), ("gone", "d0", 1)]))
     with caplog.at_level(logging.WARNING):
         assert read_retrieval(source).judgements["q2"] == {"d3": 1}
-    assert "ignoring 2 of 6 judgements" in caplog.text
+    assert "ignoring 2 of 6 judgements, of unknown queries or documents; 2 of 3 queries are left" in caplog.text
+
+
+def test_numbers_as_texts_are_read_as_text(tmp_path: Path) -> None:
+    documents = [{"_id": "a", "title": 1984, "text": "one"}, {"_id": "b", "title": math.nan, "text": 2.5}]
+    source = write(tmp_path, corpus=lines(documents), qrels=tsv([(7, "a", 1)]))
+    assert read_retrieval(source).documents == ["1984 one", "2.5"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ A folder has `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `t
 import codecs
 import io
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ def _iter_rows(files: list[SourceFile], names: tuple[str, ...]) -> Iterator[tupl
                 where = f"{shown}, line {number}"
                 if kind == "tsv":
                     cells = _cells(line.decode("utf-8", "replace"))
-                    named = tuple(cell.lower().replace("_", "-") for cell in cells)
+                    named = tuple(cell.strip().lower().replace("_", "-") for cell in cells)
                     if not columns and sorted(named) == sorted(names):
                         columns = named
                         continue
@@ -193,7 +194,7 @@ def _iter_rows(files: list[SourceFile], names: tuple[str, ...]) -> Iterator[tupl
 
 def _cells(line: str) -> list[str]:
     """Return the cells of a judgement, without quotes; of a line of TREC's form (query, 0, document, score) the three."""
-    cells = [cell.strip().strip('"') for cell in line.split("\t")]
+    cells = [re.sub(r'^ *"(.*)" *$', r"\1", cell) for cell in line.split("\t")]
     words = line.split()
     if len(words) == _TREC and len(cells) in (1, _TREC) and words[1] in ("0", "Q0"):
         return [words[0], *words[2:]]
