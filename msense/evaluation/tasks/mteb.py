@@ -163,7 +163,7 @@ def load_own_task(name: str) -> Any:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # includes what huggingface_hub raises
         config = f", configuration {data['name']}" if "name" in data else ""
         kind = KINDS[task.metadata.type]
-        how = "with its splits named train and test, as csv, jsonl or parquet"
+        how = "with its splits as train.csv and test.csv, .jsonl or .parquet"
         how = f"in the form that --task {kind}:NAME=DIR takes" if kind else how
         raise InputError(
             f"cannot download the data of mteb task {name} from the Hub ({first_line(error)}): on a connected machine, run "
